@@ -1,0 +1,1 @@
+"""Offline data preparation: nuScenes folders (real or synthetic) in, array records out."""

@@ -1,0 +1,1 @@
+"""From array records to batches on the devices."""

@@ -1,0 +1,181 @@
+"""The record: one self-contained keyframe, as array records in the tensorflow-datasets layout.
+
+A records folder is read with `tfds.builder_from_directory(DIR).as_data_source(split)` or with
+`open_records`, which is the same thing plus clear errors and integer-keyed numpy dictionaries. A record
+holds all that its keyframe needs, its two past ego states too, so samples can come in any order.
+
+Frames and units: the ego frame (x forward, y left, z up, metres) at the keyframe's LIDAR_TOP time unless
+a name says otherwise; `a_to_b` matrices take points in frame a to frame b; angles in radians; times in
+microseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from spacedrive_jax.cameras import CAMERAS
+from spacedrive_jax.console import UserError
+
+DATASET_NAME = "nuscenes_keyframes"
+DATASET_VERSION = "1.0.0"
+SPLITS = ("train", "val", "all")
+
+NUM_CAMERAS = len(CAMERAS)
+NUM_WAYPOINTS = 6
+"""Future ego positions and agent steps: 3 s at 2 Hz."""
+NUM_PAST = 2
+"""Past keyframes whose ego state the record carries."""
+CAN_BUS_SIZE = 13
+"""orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
+
+DRIVABLE_EXTENT = 50.0
+"""The drivable rasters span [-50, 50) m in x and y of the yaw-only ego frame."""
+DRIVABLE_CELLS = 200
+DRIVABLE_FINE_CELLS = 1000
+
+DEPTH_SCALE = 256.0
+"""`exact_depth` images are 16-bit PNGs of round(metres * 256), 0 where unknown (KITTI's convention)."""
+
+
+def record_features() -> tfds.features.FeaturesDict:
+    """The feature names, shapes and types of one record.
+
+    Returns:
+        The tfds features. N = 6 cameras in the order of `CAMERAS`; A agents in the order of the sample's
+        annotations; byte features are left exactly as written (encoded images are not decoded).
+    """
+    feature = tfds.features
+
+    def tensor(*shape: int | None, dtype: Any) -> Any:
+        return feature.Tensor(shape=shape, dtype=dtype)
+
+    def blobs(length: int | None) -> Any:
+        return feature.Sequence(feature.Tensor(shape=(), dtype=np.object_), length=length)
+
+    return feature.FeaturesDict(
+        {
+            # identity
+            "token": feature.Text(),
+            "scene_name": feature.Text(),
+            "scene_description": feature.Text(),
+            "location": feature.Text(),
+            "log": feature.Text(),
+            "frame_index": feature.Scalar(np.int32),  # position of the keyframe in its scene, from 0
+            "timestamp_us": feature.Scalar(np.int64),
+            # cameras
+            "images": blobs(NUM_CAMERAS),  # encoded JPEG, b"" where absent
+            "image_rendered": tensor(NUM_CAMERAS, dtype=np.bool_),  # drawn by the renderer, not photographed
+            "image_size": tensor(NUM_CAMERAS, 2, dtype=np.int32),  # native (height, width)
+            "exact_depth": blobs(NUM_CAMERAS),  # 16-bit PNG, see DEPTH_SCALE; b"" where unknown
+            "camera_intrinsics": tensor(NUM_CAMERAS, 3, 3, dtype=np.float64),  # pixels at image_size
+            "camera_to_ego": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # static calibration
+            "camera_timestamp_us": tensor(NUM_CAMERAS, dtype=np.int64),
+            "camera_ego_to_global": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # at each camera's time
+            # ego state
+            "ego_to_global": tensor(4, 4, dtype=np.float64),
+            "past_to_ego": tensor(NUM_PAST, 4, 4, dtype=np.float64),  # newest first, zeros where masked
+            "past_mask": tensor(NUM_PAST, dtype=np.bool_),
+            "past_timestamp_us": tensor(NUM_PAST, dtype=np.int64),
+            "can_bus": tensor(CAN_BUS_SIZE, dtype=np.float64),
+            "can_bus_valid": feature.Scalar(np.bool_),  # false: the scene has no CAN data, can_bus is zeros
+            "past_can_bus": tensor(NUM_PAST, CAN_BUS_SIZE, dtype=np.float64),
+            "command_released": feature.Scalar(np.int32),  # 0..7, from the ground-truth endpoint
+            "command_navigation": feature.Scalar(np.int32),  # 0..7, from the past only
+            "past_command_released": tensor(NUM_PAST, dtype=np.int32),
+            "past_command_navigation": tensor(NUM_PAST, dtype=np.int32),
+            # future of the ego vehicle
+            "waypoints": tensor(NUM_WAYPOINTS, 2, dtype=np.float64),
+            "waypoint_yaw": tensor(NUM_WAYPOINTS, dtype=np.float64),
+            "waypoint_mask": tensor(NUM_WAYPOINTS, dtype=np.bool_),
+            "waypoint_timestamp_us": tensor(NUM_WAYPOINTS, dtype=np.int64),
+            # agents
+            "agent_token": feature.Sequence(feature.Text()),  # instance token
+            "agent_category": feature.Sequence(feature.Text()),
+            "agent_boxes": tensor(None, 7, dtype=np.float64),  # x y z length width height yaw
+            "agent_velocity": tensor(None, 2, dtype=np.float64),  # nan where unknown
+            "agent_future": tensor(None, NUM_WAYPOINTS, 2, dtype=np.float64),  # displacement from now
+            "agent_future_yaw": tensor(None, NUM_WAYPOINTS, dtype=np.float64),  # heading
+            "agent_future_mask": tensor(None, NUM_WAYPOINTS, dtype=np.bool_),
+            "agent_lidar_points": tensor(None, dtype=np.int32),
+            # map
+            "drivable": tensor(DRIVABLE_CELLS, DRIVABLE_CELLS, dtype=np.uint8),  # row forward, column left
+            "drivable_fine": tensor(dtype=np.object_),  # the same at 0.1 m as a 1-bit PNG, b"" without a map
+            "drivable_polygons": blobs(None),  # WKB polygons, yaw-only ego frame; none from a mask-only map
+            "drivable_source": feature.Text(),  # "expansion", "mask" or "none"
+            # lidar
+            "lidar": tensor(dtype=np.object_),  # the sweep file (float32 x y z intensity ring), or b""
+            "lidar_to_ego": tensor(4, 4, dtype=np.float64),
+        }
+    )
+
+
+Record = dict[str, Any]
+"""One decoded record: feature name to numpy array, scalar, bytes, or list of bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Records(Sequence[Record]):
+    """One split of a records folder: random access by index; texts come as `str`."""
+
+    directory: Path
+    split: str
+    source: Any
+    fingerprint: str
+    """Content fingerprint of the whole folder, as written by the converter."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        record = dict(self.source[index])
+        for name in _TEXT_FEATURES:
+            record[name] = record[name].decode()
+        for name in _TEXT_LIST_FEATURES:
+            record[name] = [item.decode() for item in record[name]]
+        return record
+
+
+_TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
+_TEXT_LIST_FEATURES = ("agent_token", "agent_category")
+
+
+def read_provenance(directory: Path | str) -> dict[str, Any]:
+    """Reads `provenance.json` of a records folder: fingerprint, source, counts, options.
+
+    Raises:
+        UserError: the folder is not a finished records folder.
+    """
+    path = Path(directory) / "provenance.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is not a finished records folder ({path.name} is missing): "
+            f"write one with `python -m data_prep convert`, or finish it with `--resume`"
+        )
+    return json.loads(path.read_text())
+
+
+def open_records(directory: Path | str, split: str = "all") -> Records:
+    """Opens one split of a records folder for random access.
+
+    Args:
+        directory: a folder written by `python -m data_prep convert`.
+        split: `train`, `val` or `all`.
+
+    Raises:
+        UserError: the folder or the split does not exist or holds no keyframe.
+    """
+    directory = Path(directory)
+    provenance = read_provenance(directory)
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    builder = tfds.builder_from_directory(directory)
+    if split != "all" and split not in builder.info.splits:
+        raise UserError(f"{directory} has no keyframe in split {split!r}; try --split all")
+    return Records(directory, split, builder.as_data_source(split), provenance["fingerprint"])
