@@ -1,0 +1,1 @@
+"""Frames, cameras, patch depth and unprojection."""
