@@ -54,7 +54,10 @@ def record_features() -> tfds.features.FeaturesDict:
     feature = tfds.features
 
     def tensor(*shape: int | None, dtype: Any) -> Any:
-        return feature.Tensor(shape=shape, dtype=dtype)
+        # Stored as raw bytes: the default encoding rounds float64 to float32, which in global coordinates
+        # is a tenth of a millimetre, and parses large integer arrays slowly.
+        encoding = tfds.features.Encoding.NONE if dtype is np.object_ else tfds.features.Encoding.BYTES
+        return feature.Tensor(shape=shape, dtype=dtype, encoding=encoding)
 
     def blobs(length: int | None) -> Any:
         return feature.Sequence(feature.Tensor(shape=(), dtype=np.object_), length=length)
