@@ -1,0 +1,85 @@
+"""The ego status: 74 numbers, past positions, and the tokens that carry them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.data.chat import IGNORE, ChatTokens
+from spacedrive_jax.data.records import NUM_PAST, Record
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
+
+EgoStatusInput = Literal["none", "feature", "positions", "both"]
+"""SpaceDrive (`none`) or SpaceDrive+: feature token, past-position tokens, or both (the published `feature+PE`)."""
+
+STATUS_SIZE = 74
+"""2 past x 14 (command, CAN), 14 now, 2 past relative poses x 16."""
+MEMORY_GAP_US = 2_000_000
+"""The published memory empties when two consecutive frames are two seconds or more apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EgoStatus:
+    """What the model is told about the ego vehicle."""
+
+    status: Float[np.ndarray, "74"]
+    past_positions: Float[np.ndarray, "2 3"]
+    """Ego origin at t-1 and t-2 in the current ego frame, metres; (0, 0, 0) where there is no memory."""
+
+
+def ego_status(record: Record, command_source: Literal["released", "navigation", "none"]) -> EgoStatus:
+    """Builds the ego status from the record alone, as the published streaming memory would hold it.
+
+    Memory is dropped as a whole at the first gap of two seconds or more (`reference_behaviour`, Ego);
+    missing history is zero matrices and zero CAN values. With no command sentence the command number is 0,
+    so that nothing of the ground truth reaches the model.
+    """
+    present = record["past_mask"].astype(bool).copy()
+    times = [int(record["timestamp_us"]), *(int(time) for time in record["past_timestamp_us"])]
+    for index in range(NUM_PAST):
+        recent = present[index] and times[index] - times[index + 1] < MEMORY_GAP_US
+        present[index] = recent and (index == 0 or present[index - 1])
+
+    def command(name: str) -> np.ndarray:
+        if command_source == "none":
+            return np.zeros_like(np.asarray(record[f"{name}released"], np.float64))
+        return np.asarray(record[f"{name}{command_source}"], np.float64)
+
+    past = np.concatenate([command("past_command_")[:, None], record["past_can_bus"]], axis=1)
+    past = past * present[:, None]
+    poses = record["past_to_ego"] * present[:, None, None]
+    now = np.concatenate([command("command_")[None], record["can_bus"]])
+    status = np.concatenate([past.ravel(), now, poses.ravel()]).astype(np.float32)
+    return EgoStatus(status, poses[:, :3, 3].astype(np.float32))
+
+
+def insert_ego_tokens(
+    tokenizer: DrivingTokenizer, chat: ChatTokens, ego_input: EgoStatusInput
+) -> tuple[ChatTokens, list[int]]:
+    """Inserts the ego tokens after the last image, as the published code does.
+
+    First [vision_end, image, vision_end] for the feature token (the published constant for vision_start
+    holds vision_end's id), then [indicator, image, indicator, image] for the past positions. Inserted
+    tokens are not supervised, and their image ids count as text for the rotary positions.
+
+    Returns:
+        The longer conversation, and the indices of its ego slots in order feature, t-1, t-2 (those that
+        `ego_input` asks for).
+    """
+    inserted: list[int] = []
+    slots: list[int] = []
+    if ego_input in ("feature", "both"):
+        slots.append(len(inserted) + 1)
+        inserted += [tokenizer.vision_end, tokenizer.image, tokenizer.vision_end]
+    if ego_input in ("positions", "both"):
+        for _ in range(NUM_PAST):
+            slots.append(len(inserted) + 1)
+            inserted += [tokenizer.indicator, tokenizer.image]
+    reverse = chat.token_ids[::-1]
+    place = len(reverse) - reverse.index(tokenizer.vision_end)
+    token_ids = chat.token_ids[:place] + inserted + chat.token_ids[place:]
+    labels = chat.labels[:place] + [IGNORE] * len(inserted) + chat.labels[place:]
+    return ChatTokens(token_ids, labels, chat.image_starts), [place + slot for slot in slots]

@@ -1,0 +1,86 @@
+"""The text tokenizer with the special tokens that driving needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from spacedrive_jax.console import UserError
+
+INDICATOR = "<POS_INDICATOR>"
+"""Indicator token: a coordinate follows; the next hidden state is regressed."""
+POSITION = "<POS_EMBEDDING>"
+"""Position token: the slot where a coordinate's encoding stands."""
+
+DEMO_TOKENIZER = Path(__file__).parent / "tokenizers" / "demo.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DrivingTokenizer:
+    """A byte-level BPE tokenizer in the Qwen chat vocabulary plus the two coordinate tokens."""
+
+    tokenizer: Tokenizer
+    turn_start: int
+    turn_end: int
+    vision_start: int
+    vision_end: int
+    image: int
+    padding: int
+    indicator: int
+    position: int
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens may be spelled out."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
+        """The text of token ids; special tokens are spelled out unless skipped."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+
+def load_tokenizer(path: Path | str | None = None) -> DrivingTokenizer:
+    """Loads a `tokenizer.json` (or the folder that holds it) and adds the coordinate tokens it lacks.
+
+    On the released Qwen2.5 vocabulary the two new tokens get the ids 151665 and 151666.
+
+    Args:
+        path: file or folder; the project's own small tokenizer when None.
+
+    Raises:
+        UserError: no such file, or a special token of the Qwen chat layout is missing from it.
+    """
+    file = DEMO_TOKENIZER if path is None else Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (INDICATOR, POSITION)]
+    )
+
+    def special(*names: str) -> int:
+        for name in names:
+            found = tokenizer.token_to_id(name)
+            if found is not None:
+                return found
+        raise UserError(f"{file} lacks the special token {names[0]}: it is not a Qwen chat tokenizer")
+
+    return DrivingTokenizer(
+        tokenizer=tokenizer,
+        turn_start=special("<|im_start|>"),
+        turn_end=special("<|im_end|>"),
+        vision_start=special("<|vision_start|>"),
+        vision_end=special("<|vision_end|>"),
+        image=special("<|image_pad|>"),
+        padding=special("<|endoftext|>", "<|pad|>"),
+        indicator=special(INDICATOR),
+        position=special(POSITION),
+    )

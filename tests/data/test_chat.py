@@ -1,0 +1,88 @@
+import json
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.data.chat import IGNORE, Turn, chat_tokens
+from spacedrive_jax.data.ego_status import insert_ego_tokens
+from spacedrive_jax.data.prompts import planning_answer, planning_question
+from spacedrive_jax.data.tokenizer import load_tokenizer
+
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@pytest.fixture(scope="module")
+def toy(golden):
+    return load_tokenizer(golden / "prompts" / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def cases(golden):
+    return {
+        case["name"]: case for case in json.loads((golden / "prompts" / "config.json").read_text())["chat"]
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "plan_plus_qa", "test", "empty"])
+def test_layout_and_labels_equal_published(golden, toy, cases, name):
+    case = cases[name]
+    published = np.load(golden / "prompts" / "outputs.npz")
+    turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in case["conversation"]]
+    chat = chat_tokens(toy, turns, case["n_image_tokens"][0], generation_prompt=name == "test")
+    np.testing.assert_array_equal(chat.token_ids, published[f"{name}/input_ids"])
+    labels = published[f"{name}/labels"].copy()
+    labels[labels == toy.position] = IGNORE  # the published code masks these when it computes the loss
+    np.testing.assert_array_equal(chat.labels, labels)
+
+
+def test_planning_prompt_equals_published(golden, toy):
+    published = np.load(golden / "prompts" / "outputs.npz")
+    right = 3
+    turns = [
+        Turn("user", planning_question("boston-seaport", right)),
+        Turn("assistant", planning_answer()),
+    ]
+    chat = chat_tokens(toy, turns, 6)
+    np.testing.assert_array_equal(chat.token_ids, published["full/train_default/input_ids"])
+    without = [Turn("user", planning_question("boston-seaport", None)), turns[1]]
+    np.testing.assert_array_equal(
+        chat_tokens(toy, without, 6).token_ids, published["full/train_no_command/input_ids"]
+    )
+    test = chat_tokens(toy, turns[:1], 6, generation_prompt=True)
+    np.testing.assert_array_equal(test.token_ids, published["full/test_planning/input_ids"])
+    nothing = [Turn("user", planning_question("boston-seaport", right, plan=False))]
+    np.testing.assert_array_equal(
+        chat_tokens(toy, nothing, 6).token_ids, published["full/train_invalid_mask/input_ids"]
+    )
+
+
+def test_ego_tokens_follow_the_last_image(toy):
+    chat = chat_tokens(toy, [Turn("user", planning_question("boston", None))], 4)
+    longer, slots = insert_ego_tokens(toy, chat, "both")
+    start = slots[0] - 2
+    end, image, indicator = toy.vision_end, toy.image, toy.indicator
+    assert longer.token_ids[start : start + 8] == [end, end, image, end, indicator, image, indicator, image]
+    assert [longer.token_ids[slot] for slot in slots] == [image] * 3
+    assert len(longer.labels) == len(longer.token_ids)
+    only_positions, slots = insert_ego_tokens(toy, chat, "positions")
+    assert len(slots) == 2
+    assert len(only_positions.token_ids) == len(chat.token_ids) + 4
+
+
+def test_demo_tokenizer_is_what_its_script_makes():
+    from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER
+    from spacedrive_jax.data.tokenizers.build_demo import build
+
+    assert DEMO_TOKENIZER.read_text() == build().to_str(pretty=True) + "\n"
+
+
+def test_real_vocabulary_gives_the_published_ids():
+    from tests.conftest import ROOT
+
+    folder = ROOT.parent / "shared" / "tokenizer"
+    if not folder.is_dir():
+        pytest.skip("Qwen2.5's vocabulary is not on this machine")
+    real = load_tokenizer(folder)
+    assert (real.indicator, real.position) == (151665, 151666)
+    assert real.encode("<|im_start|>assistant\n") == [151644, 77091, 198]
+    assert len(real.encode(planning_answer() + "<|im_end|>\n")) == 31
