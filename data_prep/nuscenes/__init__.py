@@ -1,0 +1,1 @@
+"""Reading a nuScenes v1.0 folder: tables, keyframe fields, CAN bus, maps, sensor files."""
