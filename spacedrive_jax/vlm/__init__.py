@@ -1,0 +1,37 @@
+"""Vision-language models in flax.nnx: Qwen2.5-VL, exact against transformers."""
+
+from spacedrive_jax.vlm.cache import KVCache
+from spacedrive_jax.vlm.checkpoint import TRAINABLE, from_hf, to_hf
+from spacedrive_jax.vlm.config import (
+    ComputeConfig,
+    DecoderConfig,
+    LoraConfig,
+    NewTokensConfig,
+    QwenVisionConfig,
+    QwenVLConfig,
+)
+from spacedrive_jax.vlm.decoder import Decoder, NewTokenParam
+from spacedrive_jax.vlm.hf_config import read_hf_config
+from spacedrive_jax.vlm.positions import ImageSpan, find_image_spans, mrope_positions
+from spacedrive_jax.vlm.qwen2_5_vl import QwenVL, place_rows
+
+__all__ = [
+    "TRAINABLE",
+    "ComputeConfig",
+    "Decoder",
+    "DecoderConfig",
+    "ImageSpan",
+    "KVCache",
+    "LoraConfig",
+    "NewTokenParam",
+    "NewTokensConfig",
+    "QwenVL",
+    "QwenVLConfig",
+    "QwenVisionConfig",
+    "find_image_spans",
+    "from_hf",
+    "mrope_positions",
+    "place_rows",
+    "read_hf_config",
+    "to_hf",
+]

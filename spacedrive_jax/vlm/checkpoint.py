@@ -1,0 +1,216 @@
+"""Published weights in and out: `from_hf`, `to_hf`.
+
+Loading never builds a random base model first: the parameters are abstract until their values are read, one
+stacked parameter at a time, straight into their sharding. On many hosts each reads what its devices hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, QwenVLConfig
+from spacedrive_jax.vlm.conversion import (
+    Path as ParameterPath,
+)
+from spacedrive_jax.vlm.conversion import (
+    Rule,
+    canonical_name,
+    check_names_and_shapes,
+    hub_name,
+    qwen_rules,
+)
+from spacedrive_jax.vlm.decoder import NewTokenParam
+from spacedrive_jax.vlm.hf_config import read_hf_config, write_hf_config
+from spacedrive_jax.vlm.layers import AxisNames
+from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.safetensors_folder import (
+    PlannedTensor,
+    SafetensorsFolder,
+    plan_shards,
+    write_folder,
+)
+
+ShardingOf = Callable[[AxisNames, tuple[int, ...]], jax.sharding.Sharding]
+"""From a parameter's logical axis names and shape to where it lives."""
+
+TRAINABLE = nnx.Any(nnx.LoRAParam, NewTokenParam)
+"""Filter of the parameters that sit beside a frozen base: adapters and new-token rows."""
+
+
+class TensorSource(Protocol):
+    """Anything tensors can be read from by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+
+
+def from_hf(
+    path: str | Path,
+    *,
+    compute: ComputeConfig | None = None,
+    lora: LoraConfig | None = None,
+    new_tokens: NewTokensConfig | None = None,
+    shardings: ShardingOf | None = None,
+    seed: int = 0,
+) -> QwenVL:
+    """Builds Qwen2.5-VL with the weights of a transformers checkpoint.
+
+    Args:
+        path: Folder with config.json and safetensors files, sharded or single, in the hub's or transformers'
+            naming.
+        compute: Dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel.
+        lora: Fresh adapters beside the base weights; None for none.
+        new_tokens: Ids that get trainable rows, copied from the checkpoint's; None for none.
+        shardings: Placement of each parameter; None puts them on the default device.
+        seed: Seed of the adapters' initial values.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: If files are missing or damaged, or tensors are missing, unknown or misshapen (all named).
+    """
+    compute = compute or ComputeConfig()
+    config = read_hf_config(path)
+    folder = SafetensorsFolder(path, rename=canonical_name)
+    rules = qwen_rules(config)
+    check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=_ignored(config, folder))
+
+    def build(key: jax.Array) -> QwenVL:
+        return QwenVL(config, compute=compute, rngs=nnx.Rngs(key), lora=lora, new_tokens=new_tokens)
+
+    key = jax.random.key(seed)
+    graph, abstract = nnx.split(nnx.eval_shape(build, key))
+    # Only the adapters are asked for, so the compiler drops the drawing of the base weights.
+    drawn = jax.jit(lambda key: nnx.state(build(key), TRAINABLE))(key)
+    state = dict(nnx.to_flat_state(abstract))
+    for parameter_path, variable in nnx.to_flat_state(drawn):
+        value = variable[...]
+        if shardings is not None:
+            value = jax.device_put(value, shardings(_names(variable), value.shape))
+        state[parameter_path] = state[parameter_path].replace(value)
+    fill(state, rules, folder, shardings)
+    if new_tokens is not None:
+        _copy_new_rows(state, new_tokens, tied=config.decoder.tied_head)
+    return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def fill(
+    state: dict[ParameterPath, Any],
+    rules: Iterable[Rule],
+    source: TensorSource,
+    shardings: ShardingOf | None = None,
+) -> None:
+    """Replaces parameters, possibly abstract, by the values a table finds in `source`.
+
+    Args:
+        state: Path to variable (`dict(nnx.to_flat_state(nnx.state(model)))`); changed in place.
+        rules: The table.
+        source: Where the tensors are read; names and shapes checked before (`check_names_and_shapes`).
+        shardings: Placement of each parameter; None puts them on the default device.
+
+    Raises:
+        UserError: If the model has no parameter that a rule asks for (adapters that were not built, say).
+    """
+    rules = tuple(rules)
+    absent = [".".join(rule.target) for rule in rules if rule.target not in state]
+    if absent:
+        raise UserError(f"the model has no parameters {absent}; build it with the checkpoint's adapters")
+    for rule in progress(rules, desc="loading weights", unit="tensor"):
+        variable = state[rule.target]
+        shape, dtype = variable.shape, variable.dtype
+
+        def part(index: Any, rule: Rule = rule, shape: Any = shape, dtype: Any = dtype) -> np.ndarray:
+            return _read_part(rule, source, index, shape, dtype)
+
+        if shardings is None:
+            value = jnp.asarray(part((slice(None),) * len(shape)))
+        else:
+            value = jax.make_array_from_callback(shape, shardings(_names(variable), shape), part)
+        state[rule.target] = variable.replace(value)
+
+
+def to_hf(
+    model: QwenVL,
+    path: str | Path,
+    *,
+    naming: Literal["hub", "transformers"] = "hub",
+    max_shard_bytes: int = 5 * 1000**3,
+) -> None:
+    """Writes the base weights as a transformers checkpoint; the inverse of `from_hf`, bit for bit.
+
+    Adapters and new-token rows are no part of it.
+
+    Args:
+        model: The model.
+        path: Folder to create.
+        naming: Tensor names as in the hub's checkpoints or as in transformers' state dict.
+        max_shard_bytes: Largest size of one file.
+
+    Raises:
+        UserError: If the folder exists or the architecture has no config.json.
+    """
+    rename = hub_name if naming == "hub" else str
+    rules = qwen_rules(model.config)
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    planned = [
+        PlannedTensor(rename(name), math.prod(rule.source_shape) * state[rule.target].dtype.itemsize)
+        for rule in rules
+        for name in rule.source_names()
+    ]
+    shards = plan_shards(planned, max_shard_bytes)
+    tensors = ((rename(name), tensor) for name, tensor in export_tensors(state, rules))
+    write_folder(path, tensors, shards, config=write_hf_config(model.config))
+
+
+def export_tensors(
+    state: dict[ParameterPath, Any], rules: Iterable[Rule]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads a table backwards: checkpoint names and tensors, one stacked parameter on the host at a time."""
+    for rule in rules:
+        value = np.asarray(jax.device_get(state[rule.target][...]))
+        for layer, name in enumerate(rule.source_names()):
+            yield name, rule.export(value if rule.layers is None else value[layer])
+
+
+def _read_part(
+    rule: Rule, source: TensorSource, index: tuple[slice, ...], shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    """The slice `index` of a parameter, reading only the layers it covers."""
+    names = rule.source_names()
+    if rule.layers is None:
+        return rule.load(source.read(names[0]), shape)[index].astype(dtype)
+    layers = range(*index[0].indices(rule.layers))
+    rest = tuple(len(range(*each.indices(size))) for each, size in zip(index[1:], shape[1:], strict=True))
+    part = np.empty((len(layers), *rest), dtype)
+    for row, layer in enumerate(layers):
+        part[row] = rule.load(source.read(names[layer]), shape[1:])[index[1:]]
+    return part
+
+
+def _names(variable: Any) -> AxisNames:
+    return variable.get_metadata()["out_sharding"]
+
+
+def _ignored(config: QwenVLConfig, folder: SafetensorsFolder) -> list[str]:
+    """Tensors that may be there though they carry nothing: rotary tables, the head of a tied model."""
+    ignored = [name for name in folder.places if name.endswith("inv_freq")]
+    return [*ignored, "lm_head.weight"] if config.decoder.tied_head else ignored
+
+
+def _copy_new_rows(state: dict[ParameterPath, Any], new_tokens: NewTokensConfig, *, tied: bool) -> None:
+    rows = slice(new_tokens.first_id, new_tokens.first_id + new_tokens.count)
+    tables = {"new_embedding": "embedding", "new_head": "embedding" if tied else "head"}
+    for new, table in tables.items():
+        variable = state["decoder", new]
+        value = state["decoder", table][...][rows].astype(jnp.float32)
+        state["decoder", new] = variable.replace(jax.device_put(value, variable[...].sharding))

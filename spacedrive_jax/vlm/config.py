@@ -1,0 +1,212 @@
+"""What a vision-language model is made of, as frozen, hashable values.
+
+`DecoderConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
+multimodal rotary embedding) and LLaMA (no biases, one-dimensional rotary embedding) alike.
+Reading and writing transformers' config.json lives in `hf_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from spacedrive_jax.console import UserError
+
+LoraTarget = Literal["q", "k", "v", "o"]
+RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+
+_REMAT_POLICIES = {
+    "full": "nothing_saveable",
+    "dots": "dots_saveable",
+    "dots_no_batch": "dots_with_no_batch_dims_saveable",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A causal language decoder with pre-norm blocks, grouped-query attention and SwiGLU.
+
+    The defaults are those of Qwen2.5-VL-7B.
+    """
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    rope_theta: float = 1_000_000.0
+    rope_sections: tuple[int, ...] = (16, 24, 24)
+    """How many rotary frequencies turn with each position axis (time, row, column). One section is the
+    ordinary one-dimensional embedding, which then follows the first axis only."""
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    tied_head: bool = False
+    """The head is the embedding table."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if 2 * sum(self.rope_sections) != self.head_dim or not 1 <= len(self.rope_sections) <= 3:
+            raise UserError(
+                f"rope_sections {self.rope_sections} must be one to three numbers that sum to half of "
+                f"head_dim ({self.head_dim})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVisionConfig:
+    """The Qwen2.5-VL vision tower: windowed attention in most blocks, full attention in a few."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    depth: int = 32
+    num_heads: int = 16
+    full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    window_size: int = 112
+    """Side of an attention window in pixels."""
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    merge_size: int = 2
+    """merge_size x merge_size patches become one visual token."""
+    out_hidden_size: int = 3584
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise UserError(
+                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a whole "
+                "head size that is a multiple of 4 (the rotary embedding has two axes)"
+            )
+        if any(not 0 <= block < self.depth for block in self.full_attention_blocks):
+            raise UserError(
+                f"full_attention_blocks {self.full_attention_blocks} must lie in 0..{self.depth - 1}"
+            )
+        if self.window_tokens < 1:
+            raise UserError(
+                f"window_size {self.window_size} holds no token of {self.patch_size * self.merge_size} pixels"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_channels(self) -> int:
+        """Length of one flattened patch as the image processor hands it over."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of an attention window in merged tokens."""
+        return self.window_size // self.merge_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig:
+    """Qwen2.5-VL: vision tower, decoder and the token ids that tie them together."""
+
+    decoder: DecoderConfig = DecoderConfig()
+    vision: QwenVisionConfig = QwenVisionConfig()
+    image_token_id: int = 151655
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+
+    def __post_init__(self) -> None:
+        if self.vision.out_hidden_size != self.decoder.hidden_size:
+            raise UserError(
+                f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
+                f"({self.decoder.hidden_size})"
+            )
+
+    @classmethod
+    def qwen2_5_vl_3b(cls) -> QwenVLConfig:
+        """Dimensions of Qwen2.5-VL-3B."""
+        return cls(
+            decoder=DecoderConfig(
+                vocab_size=151936,
+                hidden_size=2048,
+                intermediate_size=11008,
+                num_layers=36,
+                num_heads=16,
+                num_kv_heads=2,
+                tied_head=True,
+            ),
+            vision=QwenVisionConfig(out_hidden_size=2048),
+        )
+
+    @classmethod
+    def qwen2_5_vl_7b(cls) -> QwenVLConfig:
+        """Dimensions of Qwen2.5-VL-7B."""
+        return cls()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's attention projections (Hu et al. 2021).
+
+    The defaults are SpaceDrive's for Qwen2.5-VL.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[LoraTarget, ...] = ("q", "k", "v", "o")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"LoRA needs rank >= 1 and 0 <= dropout < 1, got rank {self.rank}, dropout {self.dropout}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the adapter's output, alpha over rank."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokensConfig:
+    """Vocabulary ids whose embedding and head rows are small trainable tables of their own."""
+
+    first_id: int
+    count: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a model computes; none of it changes what a checkpoint holds but `param_dtype`."""
+
+    dtype: str = "float32"
+    """Activations and matrix products. Norms, softmax, rotary angles and logits are float32 always."""
+    param_dtype: str = "float32"
+    """Storage of the base weights. Adapters and new-token rows are float32 always."""
+    remat: RematPolicy = "none"
+    """What a block keeps for the backward pass: everything, nothing, or its matrix products."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Kernel that `jax.nn.dot_product_attention` uses where it can (cudnn: GPU, half precision)."""
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as jax knows it."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """`param_dtype` as jax knows it."""
+        return jnp.dtype(self.param_dtype)
+
+    def remat_policy(self) -> Callable[..., bool] | None:
+        """The `jax.checkpoint` policy that `remat` names; None where nothing is recomputed."""
+        if self.remat == "none":
+            return None
+        return getattr(jax.checkpoint_policies, _REMAT_POLICIES[self.remat])

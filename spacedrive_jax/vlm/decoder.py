@@ -1,0 +1,274 @@
+"""The language decoder: Qwen2.5 and LLaMA as two settings of one module.
+
+Pre-norm blocks of grouped-query attention and SwiGLU, stacked and scanned. Low-rank adapters sit inside
+the attention projections; the rows of newly added tokens are small trainable tables beside the frozen
+embedding and head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.cache import KVCache
+from spacedrive_jax.vlm.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.vlm.layers import INIT_STD, Projection, RMSNorm, SwiGLU, parameter
+from spacedrive_jax.vlm.rotary import RotaryTables, decoder_rotary, rotate
+from spacedrive_jax.vlm.stack import scan_layers, stack_layers
+
+
+class NewTokenParam(nnx.Param):
+    """Embedding or head rows of newly added tokens: trainable, float32, beside the frozen table."""
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention with rotary embedding."""
+
+    def __init__(
+        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+    ) -> None:
+        model, head = (config.hidden_size,), config.head_dim
+        query, key_value = (config.num_heads, head), (config.num_kv_heads, head)
+        outer, query_names, kv_names = ("embed",), ("heads", "head_dim"), ("kv_heads", "head_dim")
+        make = functools.partial(Projection, compute=compute, rngs=rngs)
+
+        def adapter(target: str) -> LoraConfig | None:
+            return lora if lora is not None and target in lora.targets else None
+
+        bias = config.qkv_bias
+        self.q = make(model, query, outer, query_names, bias=bias, lora=adapter("q"))
+        self.k = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("k"))
+        self.v = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("v"))
+        self.o = make(query, model, query_names, outer, bias=False, lora=adapter("o"))
+        self.implementation = compute.attention
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotary: RotaryTables,
+        *,
+        lengths: Int[Array, " B"] | None,
+        cache: KVCache | None,
+        cache_mask: Bool[Array, "B 1 S capacity"] | None,
+        layer: Int[Array, ""],
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Attends among the new tokens, or to the cache, which then holds the new ones too."""
+        keys_of = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        q = rotate(self.q(x, dropout_key=keys_of[0]), rotary)
+        k = rotate(self.k(x, dropout_key=keys_of[1]), rotary)
+        v = self.v(x, dropout_key=keys_of[2])
+        if cache is None:
+            attended = jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, key_value_seq_lengths=lengths, implementation=self.implementation
+            )
+        else:
+            cache = cache.write(layer, k, v)
+            attended = jax.nn.dot_product_attention(
+                q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
+            )
+        return self.o(attended, dropout_key=keys_of[3]), cache
+
+
+class DecoderLayer(nnx.Module):
+    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+    ) -> None:
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.norm_eps, name="embed", compute=compute, rngs=rngs
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, lora=lora, compute=compute, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            ("embed", "mlp"),
+            bias=False,
+            compute=compute,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S D"], rotary: RotaryTables, **attention: Any
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Runs the block; the keyword arguments are those of `Attention`."""
+        attended, cache = self.attention(self.attention_norm(x), rotary, **attention)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding table, stacked blocks, final norm and language-model head."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
+        new_tokens: NewTokensConfig | None = None,
+    ) -> None:
+        """Draws a fresh decoder.
+
+        Args:
+            config: Architecture.
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+            lora: Adapters on the attention projections; None for none.
+            new_tokens: Ids with trainable rows of their own; None for none.
+
+        Raises:
+            UserError: If the new tokens lie outside the vocabulary.
+        """
+        self.config = config
+        self.compute = compute
+        self.new_tokens = new_tokens
+        normal = jax.nn.initializers.normal(INIT_STD)
+        width = config.hidden_size
+        table = functools.partial(
+            parameter, nnx.Param, normal, (config.vocab_size, width), ("vocab", "embed"), rngs=rngs
+        )
+        self.embedding = table(dtype=compute.storage_dtype)
+        self.layers = stack_layers(
+            lambda streams: DecoderLayer(config, lora=lora, compute=compute, rngs=streams),
+            config.num_layers,
+            rngs,
+        )
+        self.final_norm = RMSNorm(width, config.norm_eps, name="embed", compute=compute, rngs=rngs)
+        self.head = None if config.tied_head else table(dtype=compute.storage_dtype)
+        if new_tokens is not None:
+            _check_new_tokens(new_tokens, config.vocab_size)
+
+        def new_rows() -> nnx.Param | None:
+            if new_tokens is None:
+                return None
+            shape, names = (new_tokens.count, width), (None, "embed")
+            return parameter(NewTokenParam, normal, shape, names, dtype=jnp.float32, rngs=rngs)
+
+        self.new_embedding = new_rows()
+        self.new_head = new_rows()
+
+    def embed(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Looks token ids up, new tokens in their own rows; compute dtype."""
+        embeddings = jnp.take(self.embedding[...], token_ids, axis=0).astype(self.compute.activation_dtype)
+        if self.new_tokens is None:
+            return embeddings
+        assert self.new_embedding is not None
+        row = token_ids - self.new_tokens.first_id
+        is_new = (row >= 0) & (row < self.new_tokens.count)
+        new_rows = jnp.take(self.new_embedding[...], jnp.where(is_new, row, 0), axis=0)
+        return jnp.where(is_new[..., None], new_rows.astype(embeddings.dtype), embeddings)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Turns embeddings into final-normed hidden states.
+
+        Args:
+            embeddings: Input embeddings, right-padded.
+            positions: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
+            lengths: Valid tokens per sample among the S given; None when all are. Hidden states behind them
+                are finite but mean nothing.
+            cache: Tokens seen so far. The given tokens stand behind them and are added to it.
+            dropout_key: Key of the adapters' dropout; None for none (evaluation).
+
+        Returns:
+            Hidden states after the final norm, and the grown cache (None without one).
+        """
+        hidden, cache, _ = self._run(embeddings, positions, lengths, cache, dropout_key, keep_layers=False)
+        return self.final_norm(hidden), cache
+
+    def hidden_states(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "L+1 B S D"]:
+        """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
+        hidden, _, layers = self._run(embeddings, positions, lengths, None, None, keep_layers=True)
+        first = embeddings.astype(hidden.dtype)[None]
+        assert layers is not None
+        return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
+
+    def _run(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        lengths: Int[Array, " B"] | None,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+        *,
+        keep_layers: bool,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "L B S D"] | None]:
+        config, new_tokens = self.config, embeddings.shape[1]
+        rotary = decoder_rotary(positions, config.rope_sections, config.rope_theta)
+        cache_mask = None if cache is None else cache.attention_mask(new_tokens)
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+
+        def apply(layer: DecoderLayer, carry: Any, inputs: Any) -> tuple[Any, Any]:
+            # The cache travels in the carry, so that XLA updates it in place.
+            hidden, cache = carry
+            index, key = inputs
+            hidden, cache = layer(
+                hidden,
+                rotary,
+                lengths=lengths,
+                cache=cache,
+                cache_mask=cache_mask,
+                layer=index,
+                dropout_key=key,
+            )
+            return (hidden, cache), (hidden if keep_layers else None)
+
+        per_layer = (jnp.arange(config.num_layers), layer_keys)
+        start = embeddings.astype(self.compute.activation_dtype)
+        (hidden, cache), layers = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
+        if cache is not None:
+            cache = cache.grown(new_tokens if lengths is None else lengths)
+        return hidden, cache, layers
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocabulary"]:
+        """Scores every vocabulary id from final-normed hidden states, float32.
+
+        The full vocabulary is large: hand over only the positions whose logits are wanted.
+        """
+        table = self.embedding if self.head is None else self.head
+        dtype = self.compute.activation_dtype
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(dtype),
+            table[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.new_tokens is None:
+            return logits
+        assert self.new_head is not None
+        new = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), self.new_head[...])
+        first = self.new_tokens.first_id
+        return logits.at[..., first : first + self.new_tokens.count].set(new)
+
+
+def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:
+    last = new_tokens.first_id + new_tokens.count - 1
+    if not 0 <= new_tokens.first_id <= last < vocab_size:
+        raise UserError(
+            f"new tokens {new_tokens.first_id}..{last} must lie in the vocabulary of {vocab_size}; enlarge "
+            "decoder.vocab_size or mend new_tokens"
+        )
