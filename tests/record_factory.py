@@ -32,8 +32,8 @@ CAMERA_YAWS = np.deg2rad([0.0, -55.0, 55.0, 180.0, 110.0, -110.0])
 KEYFRAME_STEP_US = 500_000
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", image)
+def encode_png(image: np.ndarray, bilevel: bool = False) -> bytes:
+    done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_BILEVEL, int(bilevel)])
     assert done
     return data.tobytes()
 
@@ -82,7 +82,7 @@ def make_record(rng: np.random.Generator, **overrides: Any) -> Record:
     boxes[:, 6] = rng.uniform(-0.2, 0.2, agents)
     fine = overrides.pop("drivable_fine", straight_road())
     if isinstance(fine, np.ndarray):
-        encoded, coarse = encode_png(fine), fine[2::5, 2::5]
+        encoded, coarse = encode_png(fine * 255, bilevel=True), fine[2::5, 2::5]
     else:
         encoded, coarse = fine, np.zeros((DRIVABLE_CELLS, DRIVABLE_CELLS), np.uint8)
     timestamp = 1_600_000_000_000_000

@@ -1,0 +1,1 @@
+"""Open-loop scores: protocols, rasters, metrics, baselines and the reading of prediction files."""

@@ -1,0 +1,109 @@
+"""`python -m spacedrive_jax evaluate`: open-loop scores of a prediction file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
+from spacedrive_jax.evaluation.predictions import read_predictions
+from spacedrive_jax.evaluation.protocols import protocol_named
+
+METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
+COLUMNS = ("1s", "2s", "3s", "avg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Command):
+    """Score predicted trajectories on recorded drives (open loop) and compare them with simple baselines.
+
+    Writes the numbers as JSON, beside the predictions unless --out says otherwise, and prints a table.
+
+    Example: python -m spacedrive_jax evaluate --predictions runs/base/predictions.jsonl
+    --records data/nuscenes --split val --protocol omnidrive
+    """
+
+    predictions: Path
+    """JSON Lines file written by `predict`."""
+    records: Path
+    """Records folder written by `python -m data_prep`."""
+    split: Literal["train", "val", "all"] = "val"
+    """Which keyframes to score on."""
+    protocol: Literal["omnidrive", "vad", "uniad"] = "omnidrive"
+    """How steps are scored and combined; omnidrive is the paper's main table."""
+    out: Path | None = None
+    """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Scores the file, writes the JSON and prints the table.
+
+        Raises:
+            UserError: the predictions, records or split cannot be read, or nothing can be scored.
+        """
+        out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        predictions = read_predictions(self.predictions)
+        records = open_records(self.records, self.split)
+        evaluation = evaluate(
+            records,
+            predictions,
+            [protocol_named(self.protocol)],
+            track=lambda indices: progress(indices, desc=f"evaluate ({self.protocol})", unit="keyframe"),
+        )[self.protocol]
+        facts = {
+            **evaluation.to_json(),
+            "predictions": str(self.predictions),
+            "records": describe_source(records),
+            "file": str(out),
+        }
+        write_json(out, facts)
+        print(format_table(facts))
+        print(f"written to {out}")
+        return facts
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Writes `facts` in one piece: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def format_table(facts: Mapping[str, Any]) -> str:
+    """The scores against the baselines as text, with what was and was not counted below."""
+    rows = {"prediction": facts, **facts["baselines"]}
+    width = max(map(len, rows))
+    group = 7 * len(COLUMNS)
+    lines = [
+        f"{facts['protocol']} protocol, split {facts['records']['split']} of {facts['records']['directory']}",
+        "",
+        " " * (width + 8) + "".join(f"  {title:^{group}}" for title in METRICS.values()),
+        f"{'':{width}} {'samples':>7}"
+        + ("  " + "".join(f"{column:>7}" for column in COLUMNS)) * len(METRICS),
+    ]
+    for name, scores in rows.items():
+        cells = ("  " + "".join(_cell(scores[metric][column]) for column in COLUMNS) for metric in METRICS)
+        lines.append(f"{name:{width}} {scores['samples']:>7}" + "".join(cells))
+    coverage = facts["coverage"]
+    lines += [
+        "",
+        f"coverage: {coverage['counted']} of {coverage['eligible']} keyframes with a whole future "
+        f"({100 * coverage['share']:.1f} %); the split has {coverage['records']}",
+    ]
+    lines += [
+        f"  {name.replace('_', ' ')}: {item['count']}"
+        for name, item in coverage.items()
+        if isinstance(item, dict) and item["count"]
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>7}" if value is None else f"{value:>7.2f}"

@@ -1,0 +1,153 @@
+"""The drivable area on the evaluation grid, and how much of a planned ego box lies outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import shapely
+from jaxtyping import Float, Int, UInt8
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
+from spacedrive_jax.evaluation.protocols import StepRule
+from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, Grid, box_corners, draw_polygon, to_cells
+
+FOOTPRINT_SIZE_M = (4.08, 1.85)
+"""Length and width of the ego box tested against the drivable area (the collision box is 4.084 m long)."""
+MIN_FIRST_STEP_M = 0.5
+MIN_STEP_M = 0.3
+"""Below these the tangent is unreliable: the first step then faces forward, later ones keep their heading."""
+
+
+def tangent_yaw(trajectories: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray, "M T"]:
+    """Heading along the path, held through steps shorter than 0.3 m (0 for a first step under 0.5 m)."""
+    steps = np.diff(trajectories, axis=1, prepend=0.0)
+    length = np.linalg.norm(steps, axis=-1)
+    direction = np.arctan2(steps[..., 1], steps[..., 0])
+    yaw = np.zeros_like(direction)
+    yaw[:, 0] = np.where(length[:, 0] < MIN_FIRST_STEP_M, 0.0, direction[:, 0])
+    for step in range(1, yaw.shape[1]):
+        yaw[:, step] = np.where(length[:, step] < MIN_STEP_M, yaw[:, step - 1], direction[:, step])
+    return yaw
+
+
+def off_road_cells(
+    trajectories: Float[np.ndarray, "M T 2"], drivable: UInt8[np.ndarray, "n n"], rule: StepRule
+) -> Int[np.ndarray, "M T+1"]:
+    """Non-drivable cells under the ego box now (column 0) and at every waypoint.
+
+    Cells outside the grid count as neither.
+
+    Args:
+        trajectories: M trajectories of waypoints, metres, ego frame.
+        drivable: 1 where drivable, [row = y][column = x], on the rule's grid.
+        rule: grid and footprint heading.
+    """
+    grid = Grid(rule.resolution)
+    if drivable.shape != (grid.cells, grid.cells):
+        raise ValueError(
+            f"drivable raster is {drivable.shape}, the {rule.resolution} m grid needs {grid.cells}²"
+        )
+    count, steps = trajectories.shape[:2]
+    centre = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
+    yaw = np.zeros((count, steps + 1))
+    if rule.footprint_yaw == "tangent":
+        yaw[:, 1:] = tangent_yaw(trajectories)
+    corners = box_corners(centre, yaw, np.array(FOOTPRINT_SIZE_M))
+    # A box far outside covers no cell; clipping it there keeps its vertices inside int32.
+    polygons = to_cells(np.clip(corners, -10 * GRID_EXTENT_M, 10 * GRID_EXTENT_M), grid)
+    low = np.clip(polygons.min(axis=2), 0, grid.cells)
+    high = np.clip(polygons.max(axis=2) + 1, 0, grid.cells)
+    cells = np.zeros((count, steps + 1), np.int64)
+    for trajectory, step in np.ndindex(cells.shape):
+        if step == 0 and trajectory > 0:
+            cells[trajectory, 0] = cells[0, 0]
+            continue
+        (left, bottom), (right, top) = low[trajectory, step], high[trajectory, step]
+        if left >= right or bottom >= top:
+            continue
+        raster = grid.empty()
+        draw_polygon(raster, polygons[trajectory, step])
+        window = np.s_[bottom:top, left:right]
+        cells[trajectory, step] = np.count_nonzero(raster[window] & (drivable[window] == 0))
+    return cells
+
+
+def drivable_rasters(record: Record, grids: Sequence[Grid]) -> dict[Grid, UInt8[np.ndarray, "n n"]] | None:
+    """The record's drivable area on each grid, [row = y][column = x], or None when the record has no map.
+
+    The 0.1 m grid is the record's own fine raster. Coarser grids are drawn from the map's polygons as the
+    nuScenes devkit draws them where the record has polygons, otherwise taken from the fine raster at
+    the centre of each cell.
+
+    Raises:
+        UserError: the record claims a map but its fine raster is missing or unreadable.
+    """
+    if record["drivable_source"] == "none":
+        return None
+    polygons = shapely.from_wkb(list(record["drivable_polygons"]))
+    drawn = {grid for grid in grids if len(polygons) and grid.cells != DRIVABLE_FINE_CELLS}
+    fine = None if drawn == set(grids) else np.ascontiguousarray(_decode_fine(record).T)
+    return {
+        grid: _sample(fine, grid)
+        if fine is not None and grid not in drawn
+        else rasterize_polygons(polygons, grid)
+        for grid in grids
+    }
+
+
+def _sample(fine: UInt8[np.ndarray, "1000 1000"], grid: Grid) -> UInt8[np.ndarray, "n n"]:
+    """The fine raster at the centres of the grid's cells."""
+    if grid.cells == len(fine):
+        return fine
+    index = ((np.arange(grid.cells) + 0.5) * len(fine) / grid.cells).astype(np.intp)
+    return fine[np.ix_(index, index)]
+
+
+def rasterize_polygons(polygons: np.ndarray, grid: Grid) -> UInt8[np.ndarray, "n n"]:
+    """Draws polygons the way the nuScenes devkit does (`NuScenesMapExplorer.mask_for_polygons`).
+
+    Args:
+        polygons: shapely Polygons or MultiPolygons in the yaw-only ego frame, metres. Drawn one after
+            the other: shell filled, then holes emptied, so a later polygon can refill an earlier hole.
+        grid: the grid to draw on.
+    """
+    patch = shapely.box(-GRID_EXTENT_M, -GRID_EXTENT_M, GRID_EXTENT_M, GRID_EXTENT_M)
+    scale = 1.0 / grid.resolution
+    raster = grid.empty()
+    for geometry in shapely.intersection(polygons, patch):
+        parts = [
+            part for part in shapely.get_parts(geometry) if part.geom_type == "Polygon" and not part.is_empty
+        ]
+        shells = [_ring_cells(part.exterior, scale) for part in parts]
+        holes = [_ring_cells(ring, scale) for part in parts for ring in part.interiors]
+        if shells:
+            cv2.fillPoly(raster, shells, 1)
+        if holes:
+            cv2.fillPoly(raster, holes, 0)
+    return raster
+
+
+def _ring_cells(ring: shapely.LinearRing, scale: float) -> Int[np.ndarray, "V 2"]:
+    return np.round((shapely.get_coordinates(ring) + GRID_EXTENT_M) * scale).astype(np.int32)
+
+
+def _decode_fine(record: Record) -> UInt8[np.ndarray, "1000 1000"]:
+    """The record's 0.1 m raster, row forward, column left, 0 or 1."""
+    encoded = record["drivable_fine"]
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE) if encoded else None
+    if image is None or image.shape != (DRIVABLE_FINE_CELLS, DRIVABLE_FINE_CELLS):
+        found = (
+            "missing"
+            if not encoded
+            else "unreadable"
+            if image is None
+            else f"{image.shape[0]}x{image.shape[1]}"
+        )
+        raise UserError(
+            f"record {record['token']}: drivable_fine is {found}, expected a "
+            f"{DRIVABLE_FINE_CELLS}x{DRIVABLE_FINE_CELLS} PNG; convert the records again"
+        )
+    return (image > 0).astype(np.uint8)

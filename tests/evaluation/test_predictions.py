@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.evaluation.predictions import read_predictions
+
+PATH = [[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.3], [5.0, 0.4], [6.0, 0.5]]
+
+
+def write(path: Path, *entries: object) -> Path:
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def entry(token: str = "a", **changes: object) -> dict[str, object]:
+    return {"token": token, "waypoints": PATH, "text": "go", "status": "ok", **changes}
+
+
+def test_every_line_is_used_or_listed(tmp_path: Path) -> None:
+    predictions = read_predictions(
+        write(
+            tmp_path / "p.jsonl",
+            entry("good"),
+            entry("silent", waypoints=[], status="unparsed"),
+            entry("short", waypoints=PATH[:5]),
+            entry("long", waypoints=[*PATH, [7.0, 0.6]]),
+            entry("nan", waypoints=[*PATH[:5], [float("nan"), 0.0]]),
+            "",
+            entry("good", waypoints=[[9.0, 9.0]] * 6),
+        )
+    )
+    assert set(predictions.waypoints) == {"good", "long"}
+    np.testing.assert_array_equal(predictions.waypoints["good"], PATH)
+    np.testing.assert_array_equal(predictions.waypoints["long"], PATH)
+    assert predictions.unparsed == ("silent",)
+    assert predictions.short == ("short",)
+    assert predictions.long == ("long",)
+    assert predictions.non_finite == ("nan",)
+    assert predictions.duplicates == ("good",)
+    assert predictions.tokens == {"good", "silent", "short", "long", "nan"}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "expected a JSON object, found list"),
+        ({"waypoints": PATH}, '"token" must be a non-empty string'),
+        (entry(status="maybe"), '"status" must be one of ok, unparsed'),
+        (entry(text=3), '"text" must be a string'),
+        (entry(waypoints=None), '"waypoints" must be a list of six'),
+        (entry(waypoints=[[1.0, 2.0, 3.0]] * 6), '"waypoints" must be a list of six'),
+        (entry(waypoints=[["1", 2.0]] * 6), '"waypoints" must be a list of six'),
+        (entry(waypoints=[[True, 2.0]] * 6), '"waypoints" must be a list of six'),
+    ],
+)
+def test_malformed_lines_name_the_line(tmp_path: Path, line: object, problem: str) -> None:
+    path = write(tmp_path / "p.jsonl", entry("first"), line)
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: ") as caught:
+        read_predictions(path)
+    assert problem in str(caught.value)
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prediction file"):
+        read_predictions(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="holds no prediction"):
+        read_predictions(write(tmp_path / "empty.jsonl", ""))
