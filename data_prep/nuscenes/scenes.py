@@ -20,7 +20,7 @@ LIDAR = "LIDAR_TOP"
 Vector = tuple[float, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SensorFrame:
     """One sensor's data of one keyframe: its file, its time, and where sensor and vehicle were."""
 
@@ -41,7 +41,7 @@ class SensorFrame:
     width: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
     """One annotated box, global frame."""
 
@@ -62,7 +62,7 @@ class Annotation:
     """Index of its keyframe in `Scene.keyframes`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Keyframe:
     """One sample."""
 
@@ -75,7 +75,7 @@ class Keyframe:
     """Indices into `Scene.annotations`, in the order of the devkit's `sample['anns']`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Scene:
     """One scene: its keyframes in time order and all their annotations."""
 

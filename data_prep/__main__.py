@@ -1,0 +1,10 @@
+"""Entry point of `python -m data_prep`."""
+
+from __future__ import annotations
+
+import sys
+
+from data_prep.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed.
+
+    OUT/conversion/plan.json      source digests, options, the list of shards
+    OUT/conversion/<shard>.json   facts of a finished shard
+    OUT/provenance.json           written last: the folder is finished
+
+A shard counts as done when both the shard and its facts are there and the size agrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.nuscenes.scene_records import SceneResult
+from data_prep.shards import ShardFacts
+from spacedrive_jax.console import UserError
+
+FOLDER = "conversion"
+PROVENANCE = "provenance.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is either absent, old, or whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def check_output_folder(out: Path, resume: bool) -> None:
+    """Refuses to write into a folder that holds something else.
+
+    Raises:
+        UserError: `out` is a file, or not empty and either `resume` is false or it is no conversion.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    has_plan = (out / FOLDER / "plan.json").is_file()
+    if not resume:
+        hint = "add --resume to continue the conversion in it, or" if has_plan else "remove it or"
+        raise UserError(f"--out {out} is not empty; {hint} name another folder")
+    if not has_plan:
+        raise UserError(
+            f"--resume: {out} holds no conversion ({FOLDER}/plan.json is missing); name another folder"
+        )
+
+
+def begin(out: Path, plan: Mapping[str, Any]) -> None:
+    """Records the plan of a new conversion, or checks that it is the one begun in `out` before.
+
+    Raises:
+        UserError: the earlier conversion had other options or another source; the message says which.
+    """
+    path = out / FOLDER / "plan.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differing = differences(before, json.loads(json.dumps(plan)))
+        if differing:
+            raise UserError(
+                f"--resume: {out} was begun with another source or other options:\n"
+                + "\n".join(f"  {line}" for line in differing[:10])
+                + ("\n  ..." if len(differing) > 10 else "")
+                + "\nuse the same ones or convert into another folder"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Lists where two JSON values differ, as `dotted.name: before -> now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    if before == now:
+        return []
+    if isinstance(before, (dict, list)) or isinstance(now, (dict, list)):
+        return [f"{name}: differs"]
+    return [f"{name}: {before} -> {now}"]
+
+
+def finished_scene(out: Path, shard: str) -> SceneResult | None:
+    """The facts of a shard finished by an earlier run, or None when it must be written."""
+    path = out / FOLDER / f"{shard}.json"
+    if not path.is_file() or not (out / shard).is_file():
+        return None
+    saved = json.loads(path.read_text())
+    result = SceneResult(saved["scene"], ShardFacts(**saved["shard"]), saved["counts"])
+    return result if (out / shard).stat().st_size == result.shard.bytes else None
+
+
+def save_finished_scene(out: Path, result: SceneResult) -> None:
+    """Records that a shard is whole."""
+    write_json(out / FOLDER / f"{result.shard.file}.json", dataclasses.asdict(result))

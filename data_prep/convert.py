@@ -1,0 +1,194 @@
+"""`python -m data_prep convert`: a nuScenes folder in, array records out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from data_prep import conversion_state
+from data_prep.conversion_plan import (
+    ShardWork,
+    masks_needed,
+    plan_shards,
+    provenance_of,
+    shards_by_split,
+    source_of,
+)
+from data_prep.nuscenes.maps import prepare_masks
+from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
+from data_prep.nuscenes.scenes import read_scenes
+from data_prep.nuscenes.sensor_files import describe_unusable_images, scan_scene
+from data_prep.nuscenes.splits import split_scenes
+from data_prep.nuscenes.tables import read_tables
+from data_prep.parallel import ordered_map
+from data_prep.shards import write_dataset_info
+from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION
+
+MissingImages = Literal["stop", "skip", "empty", "render"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert(Command):
+    """Turn a nuScenes folder into array records, one shard per scene.
+
+    Example: python -m data_prep convert --dataroot /data/nuscenes --version v1.0-mini --out /data/records
+
+    The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
+    number of workers and however often the conversion was interrupted.
+    """
+
+    dataroot: Path
+    """nuScenes folder: the parent of the version folder, samples/, maps/ and can_bus/."""
+    version: str
+    """Version folder with the tables, such as v1.0-mini or v1.0-trainval."""
+    out: Path
+    """Records folder to write; must be empty or not exist."""
+    workers: int = 1
+    """Processes that write shards."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Continue an interrupted conversion in --out; a finished one is left as it is."""
+    missing_images: MissingImages = "stop"
+    """When camera images are absent or damaged: stop and list them, skip their keyframes, keep the keyframe
+    with empty images, or render them from the annotations and the map (marked in image_rendered)."""
+    render_size: str | None = None
+    """WxH of rendered images, such as 704x396; default: the camera's own size."""
+    seed: int = 0
+    """For the split of scenes that are on no official list, and for the looks of rendered images."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Converts; see the class. Returns counts, the fingerprint and the time taken."""
+        start = time.monotonic()
+        render_size = self._checked_options()
+        conversion_state.check_output_folder(self.out, self.resume)
+        tables = read_tables(self.dataroot, self.version)
+        scenes = list(read_scenes(tables))
+        digests = tables.digests
+        del tables
+        splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
+        files = [
+            scan_scene(self.dataroot, scene) for scene in progress(scenes, desc="check files", unit="scene")
+        ]
+        if self.missing_images == "stop" and any(one.unusable_images for one in files):
+            raise UserError(
+                f"camera images under {self.dataroot} are missing or damaged:\n"
+                f"{describe_unusable_images(scenes, files)}\n"
+                "fetch them, or choose --missing-images skip, empty or render"
+            )
+        work = plan_shards(scenes, files, splits, skip=self.missing_images == "skip")
+        if not work:
+            raise UserError(
+                f"no keyframe of {self.version} has all six images; choose --missing-images empty or render"
+            )
+        plan = {
+            "schema": {"name": DATASET_NAME, "version": DATASET_VERSION},
+            "source": source_of(self.dataroot, self.version, digests, scenes, files),
+            "options": {
+                "missing_images": self.missing_images,
+                "render_size": render_size,
+                "seed": self.seed,
+            },
+            "split_rule": split_rule,
+            "shards": {one.shard: {"scene": one.scene.name, "keyframes": len(one.keyframes)} for one in work},
+        }
+        conversion_state.begin(self.out, plan)
+        provenance_path = self.out / conversion_state.PROVENANCE
+        results = self._write_shards(work, render_size)
+        total = sum(len(scene.keyframes) for scene in scenes)
+        provenance = provenance_of(plan, results, splits, total)
+        if not provenance_path.is_file():
+            write_dataset_info(
+                self.out, shards_by_split(results), f"Keyframes of {self.version} as self-contained records."
+            )
+            conversion_state.write_json(provenance_path, provenance)
+        facts = {
+            "records": provenance["records"],
+            "keyframes": total,
+            "fingerprint": provenance["fingerprint"],
+            "skipped": provenance["skipped_keyframes"],
+            "seconds": round(time.monotonic() - start, 3),
+            "splits": provenance["splits"],
+            "split_rule": split_rule,
+            "counts": provenance["counts"],
+            "out": str(self.out),
+        }
+        print(_summary(facts))
+        return facts
+
+    def _checked_options(self) -> tuple[int, int] | None:
+        """Checks flags that need no data; returns the render size as (height, width)."""
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: must be at least 1")
+        if self.render_size is None:
+            return None
+        if self.missing_images != "render":
+            raise UserError("--render-size only goes with --missing-images render")
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.render_size)
+        if not match:
+            raise UserError(f"--render-size {self.render_size!r}: write it as WIDTHxHEIGHT, such as 704x396")
+        return int(match[2]), int(match[1])
+
+    def _write_shards(
+        self, work: Sequence[ShardWork], render_size: tuple[int, int] | None
+    ) -> list[SceneResult]:
+        """Writes the shards that are not done yet; returns the facts of all, in order."""
+        finished = {one.shard: conversion_state.finished_scene(self.out, one.shard) for one in work}
+        todo = [one for one in work if finished[one.shard] is None]
+        mask_folder = self.out / conversion_state.FOLDER / "masks"
+        masks = masks_needed(self.dataroot, [one.scene for one in todo])
+        if masks:
+            with progress(total=len(masks), desc="unpack map masks", unit="map") as bar:
+                prepare_masks(self.dataroot, masks, mask_folder, bar.update)
+        units = (
+            SceneUnit(
+                dataroot=self.dataroot,
+                scene=one.scene,
+                files=one.files,
+                keyframes=one.keyframes,
+                shard=self.out / one.shard,
+                mask_folder=mask_folder,
+                render_missing=self.missing_images == "render",
+                render_size=render_size,
+                seed=self.seed,
+            )
+            for one in todo
+        )
+        with progress(total=sum(len(one.keyframes) for one in todo), desc="convert", unit="keyframe") as bar:
+            for result in ordered_map(convert_scene, units, self.workers):
+                conversion_state.save_finished_scene(self.out, result)
+                finished[result.shard.file] = result
+                bar.update(result.shard.records)
+        for mask in mask_folder.glob("*"):
+            mask.unlink()
+        if mask_folder.is_dir():
+            mask_folder.rmdir()
+        return [result for result in finished.values() if result is not None]
+
+
+def _summary(facts: Mapping[str, Any]) -> str:
+    """What a person wants to know after a conversion."""
+    counts = facts["counts"]
+
+    def listed(prefix: str) -> str:
+        found = {
+            name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)
+        }
+        return ", ".join(f"{count} {name}" for name, count in found.items())
+
+    return "\n".join(
+        [
+            f"{facts['records']} records in {facts['out']} "
+            f"(train {facts['splits']['train']}, val {facts['splits']['val']}, {facts['split_rule']} split; "
+            f"{facts['skipped']} keyframes skipped)",
+            f"  images: {listed('images_')}",
+            f"  lidar: {listed('lidar_')}   CAN bus: {listed('can_bus_')}",
+            f"  drivable area: {listed('drivable_')}",
+            f"  fingerprint {facts['fingerprint']}",
+        ]
+    )

@@ -1,0 +1,67 @@
+"""Drawing the camera images a nuScenes folder does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from data_prep.nuscenes.agents import AgentTracks, global_boxes
+from data_prep.nuscenes.maps import DrivableMap
+from data_prep.synthetic.views import DrawnBox, DrawnView, GroundRaster, draw_view
+
+GROUND_EXTENT = 100.0
+"""Half side, in metres, of the drivable raster handed to the renderer."""
+GROUND_CELLS = 1000
+
+
+def ground_around(drivable_map: DrivableMap | None, centre: Float[np.ndarray, "2"]) -> GroundRaster:
+    """The drivable ground around a global point; all undrivable where there is no map."""
+    if drivable_map is None:
+        drivable = np.zeros((GROUND_CELLS, GROUND_CELLS), np.uint8)
+    else:
+        # Yaw 0 turns the patch's forward and left axes into global x and y; the renderer wants rows along y.
+        drivable = drivable_map.raster(centre, 0.0, GROUND_EXTENT, GROUND_CELLS).T
+    return GroundRaster(
+        drivable=np.ascontiguousarray(drivable),
+        origin_xy=(float(centre[0] - GROUND_EXTENT), float(centre[1] - GROUND_EXTENT)),
+        resolution=2 * GROUND_EXTENT / GROUND_CELLS,
+    )
+
+
+def boxes_to_draw(tracks: AgentTracks, rows: Sequence[int]) -> list[DrawnBox]:
+    """A keyframe's annotations as the renderer takes them, global frame."""
+    return [
+        DrawnBox(
+            centre=tuple(float(value) for value in box[:3]),
+            size=tuple(float(value) for value in box[3:6]),
+            yaw=float(box[6]),
+            category=tracks.category[row],
+            instance_token=tracks.instance_token[row],
+        )
+        for row, box in zip(rows, global_boxes(tracks, tuple(rows)), strict=True)
+    ]
+
+
+def draw_missing_view(
+    boxes: Sequence[DrawnBox],
+    ground: GroundRaster,
+    intrinsics: Float[np.ndarray, "3 3"],
+    camera_to_ego: Float[np.ndarray, "4 4"],
+    ego_to_global: Float[np.ndarray, "4 4"],
+    image_size: tuple[int, int],
+    seed: int,
+) -> DrawnView:
+    """Draws one camera image and its exact depth.
+
+    Args:
+        boxes: what to draw, global frame.
+        ground: drivable ground around the vehicle.
+        intrinsics: camera matrix in pixels of `image_size`.
+        camera_to_ego: static calibration.
+        ego_to_global: ego pose at the camera's time.
+        image_size: height and width in pixels.
+        seed: fixes the looks of the world; the same for all images of a conversion.
+    """
+    return draw_view(boxes, ground, intrinsics, ego_to_global @ camera_to_ego, image_size, seed)

@@ -1,0 +1,229 @@
+"""The unit of work: one scene in, one shard of records out.
+
+`convert_scene` takes plain picklable data and returns plain facts, so the same function serves a loop, a
+process pool or a distributed map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.nuscenes.agents import AgentTracks, agent_fields, agent_tracks
+from data_prep.nuscenes.can_bus import can_bus_at, read_pose_messages
+from data_prep.nuscenes.ego import ego_fields, ego_track
+from data_prep.nuscenes.maps import (
+    DrivableMap,
+    MaskMap,
+    expansion_file,
+    map_fields,
+    mask_cache,
+    open_expansion,
+)
+from data_prep.nuscenes.poses import heading, transforms
+from data_prep.nuscenes.scenes import Keyframe, Scene, SensorFrame
+from data_prep.nuscenes.sensor_files import SceneFiles, depth_file
+from data_prep.shards import RecordSerializer, ShardFacts, write_shard
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneUnit:
+    """All that `convert_scene` needs."""
+
+    dataroot: Path
+    scene: Scene
+    files: SceneFiles
+    keyframes: tuple[int, ...]
+    """Which keyframes get a record; the others still serve as their past and future."""
+    shard: Path
+    """The file to write."""
+    mask_folder: Path
+    """Unpacked basic map masks, see `prepare_masks`."""
+    render_missing: bool
+    """Draw unusable images; otherwise they stay empty."""
+    render_size: tuple[int, int] | None
+    """Height and width of drawn images, None for the camera's own."""
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneResult:
+    """What became of one scene."""
+
+    scene: str
+    shard: ShardFacts
+    counts: Mapping[str, int]
+    """How many images, sweeps and maps were found, drawn or absent, over the shard's records."""
+
+
+def convert_scene(unit: SceneUnit) -> SceneResult:
+    """Writes the records of one scene as one shard.
+
+    Raises:
+        UserError: a CAN bus file, map or depth image is damaged; no shard is left behind.
+    """
+    counts: Counter[str] = Counter()
+    serialize = RecordSerializer()
+    facts = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, counts)))
+    return SceneResult(unit.scene.name, facts, dict(sorted(counts.items())))
+
+
+def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
+    """Yields the scene's records in time order and counts what they hold."""
+    scene = unit.scene
+    messages = read_pose_messages(unit.dataroot, scene.name)
+    times = np.array([keyframe.timestamp_us for keyframe in scene.keyframes], np.int64)
+    track = ego_track(scene, None if messages is None else can_bus_at(messages, times))
+    agents = agent_tracks(scene)
+    drivable_map = _open_map(unit)
+    for index in unit.keyframes:
+        keyframe = scene.keyframes[index]
+        ego = ego_fields(track, index)
+        ego_to_global = ego["ego_to_global"]
+        lidar = unit.dataroot / keyframe.lidar.filename
+        has_lidar = keyframe.lidar.filename in unit.files.sizes
+        record = {
+            "token": keyframe.token,
+            "scene_name": scene.name,
+            "scene_description": scene.description,
+            "location": scene.location,
+            "log": scene.log,
+            "frame_index": index,
+            "timestamp_us": keyframe.timestamp_us,
+            **_camera_fields(unit, keyframe, agents, drivable_map, counts),
+            **ego,
+            **agent_fields(agents, keyframe.annotations, ego_to_global),
+            **map_fields(drivable_map, ego_to_global[:2, 3], float(heading(ego_to_global))),
+            "lidar": lidar.read_bytes() if has_lidar else b"",
+            "lidar_to_ego": _sensor_to_ego(keyframe.lidar),
+        }
+        counts["lidar_present" if has_lidar else "lidar_absent"] += 1
+        counts["can_bus_present" if track.can_bus_valid else "can_bus_absent"] += 1
+        counts[f"drivable_{record['drivable_source']}"] += 1
+        yield record
+
+
+def _open_map(unit: SceneUnit) -> DrivableMap | None:
+    """The expansion of the scene's location, else its basic mask, else nothing."""
+    expansion = expansion_file(unit.dataroot, unit.scene.location)
+    if expansion.is_file():
+        return open_expansion(expansion)
+    cache = mask_cache(unit.mask_folder, unit.scene.map_mask)
+    return MaskMap(cache) if unit.scene.map_mask and cache.is_file() else None
+
+
+def _sensor_to_ego(frame: SensorFrame) -> np.ndarray:
+    return transforms([frame.sensor_translation], [frame.sensor_rotation])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """The pixels of one camera."""
+
+    image: bytes
+    depth: bytes
+    size: tuple[int, int]
+    rendered: bool = False
+
+
+def _camera_fields(
+    unit: SceneUnit,
+    keyframe: Keyframe,
+    agents: AgentTracks,
+    drivable_map: DrivableMap | None,
+    counts: Counter[str],
+) -> Record:
+    """All record fields about the six cameras."""
+    cameras = keyframe.cameras
+    ego_to_global = transforms(
+        [camera.ego_translation for camera in cameras], [camera.ego_rotation for camera in cameras]
+    )
+    to_draw = [camera for camera in cameras if camera.filename not in unit.files.sizes]
+    if unit.render_missing and to_draw:
+        views = _draw_views(unit, keyframe, agents, drivable_map, to_draw, ego_to_global)
+    else:
+        views = {camera.filename: _View(b"", b"", (camera.height, camera.width)) for camera in to_draw}
+    ordered = [
+        views[camera.filename] if camera.filename in views else _read_view(unit, camera) for camera in cameras
+    ]
+    for view in ordered:
+        kind = "rendered" if view.rendered else "photographed" if view.image else "empty"
+        counts[f"images_{kind}"] += 1
+        counts["exact_depth_images"] += bool(view.depth)
+    return {
+        "images": [view.image for view in ordered],
+        "image_rendered": np.array([view.rendered for view in ordered]),
+        "image_size": np.array([view.size for view in ordered], np.int32),
+        "exact_depth": [view.depth for view in ordered],
+        "camera_intrinsics": np.stack(
+            [_intrinsics(camera, view.size) for camera, view in zip(cameras, ordered, strict=True)]
+        ),
+        "camera_to_ego": np.stack([_sensor_to_ego(camera) for camera in cameras]),
+        "camera_timestamp_us": np.array([camera.timestamp_us for camera in cameras], np.int64),
+        "camera_ego_to_global": ego_to_global,
+    }
+
+
+def _intrinsics(camera: SensorFrame, size: tuple[int, int]) -> np.ndarray:
+    """The camera matrix in pixels of an image of `size` (height, width)."""
+    scale = np.array([size[1] / camera.width, size[0] / camera.height, 1.0])
+    return np.array(camera.intrinsics, np.float64) * scale[:, None]
+
+
+def _read_view(unit: SceneUnit, camera: SensorFrame) -> _View:
+    """Reads a photographed image, and its exact depth where the folder has it."""
+    depth = depth_file(camera.filename)
+    has_depth = depth in unit.files.sizes
+    if has_depth:
+        _check_depth(unit.dataroot / depth, camera)
+    return _View(
+        image=(unit.dataroot / camera.filename).read_bytes(),
+        depth=(unit.dataroot / depth).read_bytes() if has_depth else b"",
+        size=(camera.height, camera.width),
+    )
+
+
+def _check_depth(path: Path, camera: SensorFrame) -> None:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            mode, size = image.mode, image.size
+            image.verify()
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path} is not a readable PNG ({error}); write it again or remove it") from None
+    if not mode.startswith("I") or size != (camera.width, camera.height):
+        raise UserError(
+            f"{path} must be a 16-bit greyscale PNG of {camera.width}x{camera.height} pixels, like its "
+            f"camera image; it is {size[0]}x{size[1]}, mode {mode}"
+        )
+
+
+def _draw_views(
+    unit: SceneUnit,
+    keyframe: Keyframe,
+    agents: AgentTracks,
+    drivable_map: DrivableMap | None,
+    to_draw: list[SensorFrame],
+    ego_to_global: np.ndarray,
+) -> dict[str, _View]:
+    """Draws the given cameras of a keyframe, by file name."""
+    # The renderer is only loaded where it is asked for.
+    from data_prep.nuscenes.missing_views import boxes_to_draw, draw_missing_view, ground_around
+
+    boxes = boxes_to_draw(agents, keyframe.annotations)
+    ground = ground_around(drivable_map, np.array(keyframe.lidar.ego_translation[:2]))
+    views = {}
+    for camera, pose in zip(keyframe.cameras, ego_to_global, strict=True):
+        if camera in to_draw:
+            size = unit.render_size or (camera.height, camera.width)
+            drawn = draw_missing_view(
+                boxes, ground, _intrinsics(camera, size), _sensor_to_ego(camera), pose, size, unit.seed
+            )
+            views[camera.filename] = _View(drawn.jpeg, drawn.depth_png, size, rendered=True)
+    return views

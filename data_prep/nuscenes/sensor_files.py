@@ -1,0 +1,131 @@
+"""Which of a scene's sensor files are there and whole, checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from data_prep.nuscenes.scenes import Keyframe, Scene, SensorFrame
+from spacedrive_jax.cameras import CAMERAS
+
+_START_OF_IMAGE = b"\xff\xd8"
+_END_OF_IMAGE = b"\xff\xd9"
+_TAIL = 64
+"""Bytes searched for the end marker: some encoders pad the file with zeros."""
+LIDAR_POINT_BYTES = 20
+"""float32 x y z intensity ring."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneFiles:
+    """The state of one scene's sensor files; paths are relative to the dataroot."""
+
+    unusable_images: Mapping[str, str]
+    """Image path to what is wrong with it: `missing`, or how it is damaged."""
+    unusable_lidar: Mapping[str, str]
+    """The same for LIDAR_TOP sweeps."""
+    sizes: Mapping[str, int]
+    """Bytes of each usable image, sweep and depth file."""
+
+
+def check_image(path: Path, width: int, height: int) -> str | None:
+    """Says what is wrong with a JPEG, or None when it is whole.
+
+    A whole JPEG starts with SOI, ends with EOI and declares the size the tables give. Its pixels are not
+    decoded: that would take hours for nuScenes and finds little that a cut-off file does not show here.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(2)
+            length = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, length - _TAIL))
+            tail = stream.read()
+            if length == 0:
+                return "empty file"
+            if start != _START_OF_IMAGE:
+                return "not a JPEG"
+            if not tail.rstrip(b"\0").endswith(_END_OF_IMAGE):
+                return "truncated (no end-of-image marker)"
+            stream.seek(0)
+            with Image.open(stream, formats=("JPEG",)) as image:
+                size = image.size
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        return f"unreadable ({error})"
+    if size != (width, height):
+        return f"{size[0]}x{size[1]} pixels where sample_data.json says {width}x{height}"
+    return None
+
+
+def check_lidar(path: Path) -> str | None:
+    """Says what is wrong with a LiDAR sweep file, or None when it holds whole points."""
+    try:
+        length = path.stat().st_size
+    except FileNotFoundError:
+        return "missing"
+    if length == 0 or length % LIDAR_POINT_BYTES:
+        return f"truncated ({length} bytes are not whole points of {LIDAR_POINT_BYTES})"
+    return None
+
+
+def depth_file(image: str) -> str:
+    """Where the exact depth of an image lies, relative to the dataroot like the image's own path."""
+    return str(Path("samples_depth", *Path(image).parts[1:]).with_suffix(".png"))
+
+
+def scan_scene(dataroot: Path, scene: Scene) -> SceneFiles:
+    """Checks all camera images and LiDAR sweeps of a scene's keyframes and looks for exact depth."""
+    has_depth = (dataroot / "samples_depth").is_dir()
+    images: dict[str, str] = {}
+    lidar: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+
+    def note(frame: SensorFrame, problem: str | None, problems: dict[str, str]) -> None:
+        if problem is None:
+            sizes[frame.filename] = (dataroot / frame.filename).stat().st_size
+        else:
+            problems[frame.filename] = problem
+
+    for keyframe in scene.keyframes:
+        for camera in keyframe.cameras:
+            note(camera, check_image(dataroot / camera.filename, camera.width, camera.height), images)
+            depth = depth_file(camera.filename)
+            if has_depth and (dataroot / depth).is_file():
+                sizes[depth] = (dataroot / depth).stat().st_size
+        note(keyframe.lidar, check_lidar(dataroot / keyframe.lidar.filename), lidar)
+    return SceneFiles(images, lidar, sizes)
+
+
+def has_all_images(keyframe: Keyframe, files: SceneFiles) -> bool:
+    """Whether all six images of a keyframe are usable."""
+    return not any(camera.filename in files.unusable_images for camera in keyframe.cameras)
+
+
+def describe_unusable_images(scenes: Sequence[Scene], files: Iterable[SceneFiles], shown: int = 3) -> str:
+    """Counts of unusable images per channel with the first few paths, one line per channel."""
+    unusable: dict[str, str] = {}
+    for one in files:
+        unusable.update(one.unusable_images)
+    by_channel: defaultdict[str, list[str]] = defaultdict(list)
+    totals: Counter[str] = Counter()
+    for scene in scenes:
+        for keyframe in scene.keyframes:
+            for channel, camera in zip(CAMERAS, keyframe.cameras, strict=True):
+                totals[channel] += 1
+                if camera.filename in unusable:
+                    by_channel[channel].append(f"{camera.filename}: {unusable[camera.filename]}")
+    lines = []
+    for channel in CAMERAS:
+        if by_channel[channel]:
+            examples = by_channel[channel][:shown]
+            lines.append(f"  {channel}: {len(by_channel[channel])} of {totals[channel]}")
+            lines += [f"    {example}" for example in examples]
+            if len(by_channel[channel]) > len(examples):
+                lines.append(f"    ... and {len(by_channel[channel]) - len(examples)} more")
+    return "\n".join(lines)
