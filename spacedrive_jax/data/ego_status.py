@@ -13,7 +13,7 @@ from spacedrive_jax.data.records import NUM_PAST, Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 
 EgoStatusInput = Literal["none", "feature", "positions", "both"]
-"""SpaceDrive (`none`) or SpaceDrive+: feature token, past-position tokens, or both (the published `feature+PE`)."""
+"""SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, or both (`feature+PE`)."""
 
 STATUS_SIZE = 74
 """2 past x 14 (command, CAN), 14 now, 2 past relative poses x 16."""

@@ -1,0 +1,62 @@
+"""SpaceDrive+ at a size that trains from scratch on a laptop, for `make demo` and the tests.
+
+The architecture is Qwen2.5-VL's and the data path is the real one; only the sizes are small. There are no
+released weights to adapt, so everything trains, at one rate.
+"""
+
+from spacedrive_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+
+WIDTH = 128
+
+config = Config(
+    name="demo",
+    model=ModelConfig(
+        vlm=QwenVLConfig(
+            decoder=DecoderConfig(
+                vocab_size=512,
+                hidden_size=WIDTH,
+                intermediate_size=3 * WIDTH,
+                num_layers=4,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=32,
+                rope_sections=(4, 6, 6),
+                tied_head=True,
+            ),
+            vision=QwenVisionConfig(
+                hidden_size=64,
+                intermediate_size=192,
+                depth=4,
+                num_heads=4,
+                full_attention_blocks=(1, 3),
+                window_size=56,
+                out_hidden_size=WIDTH,
+            ),
+            image_token_id=5,
+            vision_start_token_id=3,
+            vision_end_token_id=4,
+        ),
+        use_lora=False,
+    ),
+    data=DataConfig(
+        records="demo/records",
+        image_size=(84, 140),
+        sequence_length=224,
+        max_targets=32,
+        drop_without_future=True,
+        cache_in_memory=True,
+        read_threads=2,
+    ),
+    train=TrainConfig(
+        steps=600,
+        batch_size=8,
+        learning_rate=1e-3,
+        vlm_rate=1.0,
+        head_rate=1.0,
+        warmup_steps=50,
+        weight_decay=1e-2,
+        clip_norm=10.0,
+        checkpoint_every=200,
+    ),
+)

@@ -1,0 +1,88 @@
+"""The contract between the data pipeline and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+Leaf = Any
+"""numpy on the host, jax on the devices."""
+
+
+class Slot(enum.IntEnum):
+    """What stands at a place of the token sequence instead of, or besides, its token's embedding."""
+
+    TEXT = 0
+    IMAGE = 1
+    """A visual token."""
+    EGO_FEATURE = 2
+    """The ego status, through its MLP."""
+    EGO_POSITION = 3
+    """A past ego position, through the coordinate encoder."""
+    COORDINATE = 4
+    """A position token of the text: a coordinate's encoding where position input is on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DrivingBatch:
+    """Fixed shapes, everything the jitted step needs; a sample is a batch without the leading axis B.
+
+    Token layout, ego slots and labels are settled on the host. Lengths are in metres, in the ego frame of
+    the keyframe. M supervised tokens, C coordinates, T waypoints, E ego status numbers.
+    """
+
+    token_ids: Int[Leaf, "*B S"]
+    """Right-padded."""
+    lengths: Int[Leaf, "*B"]
+    """Valid tokens."""
+    positions: Int[Leaf, "*B 3 S"]
+    """Rotary positions (time, row, column), 0 in the padding."""
+    position_offset: Int[Leaf, "*B"]
+    """The generated token at index i has rotary position i + offset."""
+    slots: Int[Leaf, "*B S"]
+    """`Slot` of every place."""
+
+    pixel_values: UInt8[Leaf, "*B N P K"] | Float[Leaf, "*B N P K"]
+    """Flattened patches of the image processor: 0..255 before its rescaling and normalisation (done on
+    the device), or already normalised floats."""
+    patch_depth: Float[Leaf, "*B N h w"]
+    """Pooled z-depth of every visual token."""
+    intrinsics: Float[Leaf, "*B N 3 3"]
+    """Pixels of the images handed to the processor."""
+    camera_to_ego: Float[Leaf, "*B N 4 4"]
+
+    ego_status: Float[Leaf, "*B E"]
+    past_positions: Float[Leaf, "*B 2 3"]
+    """Ego origin at t-1 and t-2."""
+
+    coordinates: Float[Leaf, "*B C 3"]
+    """The coordinates that the COORDINATE slots stand for, in order; zeros behind the last."""
+    target_places: Int[Leaf, "*B M"]
+    """Places whose hidden state predicts a supervised token (the one before it); 0 where unused."""
+    target_ids: Int[Leaf, "*B M"]
+    target_mask: Bool[Leaf, "*B M"]
+
+    waypoint_places: Int[Leaf, "*B T"]
+    """Places of the answer's indicators, whose hidden states are regressed."""
+    waypoints: Float[Leaf, "*B T 2"]
+    waypoint_mask: Bool[Leaf, "*B T"]
+    """False throughout where the future is incomplete."""
+
+    index: Int[Leaf, "*B"]
+    """Row of the keyframe in its records split."""
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.token_ids.shape[0]
+
+
+def stack(samples: list[DrivingBatch]) -> DrivingBatch:
+    """Stacks samples along a new leading axis (numpy, on the host)."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)

@@ -1,0 +1,162 @@
+"""`python -m spacedrive_jax`: train, predict, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from spacedrive_jax import console
+from spacedrive_jax.console import Command
+from spacedrive_jax.evaluation.command import Evaluate
+from spacedrive_jax.reporting.command import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Command):
+    """Train a model from a config; every field of the config is a flag of its own.
+
+    Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder.
+    `train CONFIG --help` lists the fields of CONFIG with their values.
+
+    Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000
+    """
+
+    config: tyro.conf.Positional[str]
+    """A preset in configs/ by name, or a .py file that defines `config`."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> Mapping[str, Any]:
+        """Trains; see `spacedrive_jax.training.train.train`."""
+        from spacedrive_jax.config import Config, load_preset
+
+        config = tyro.cli(
+            tyro.conf.OmitSubcommandPrefixes[Config],
+            prog=f"python -m spacedrive_jax train {self.config}",
+            description=f"Every field of the config {self.config!r} and its value there.",
+            default=load_preset(self.config),
+            args=list(self.overrides),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+        use_compilation_cache()
+        from spacedrive_jax.training.train import train
+
+        result = train(config, resume=self.resume)
+        print(f"trained {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+        return {
+            "run_dir": str(result.run_dir),
+            "checkpoint": str(result.run_dir / "checkpoints" / str(result.step)),
+            "step": result.step,
+            "loss": result.loss,
+            "seconds": result.seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict(Command):
+    """Predict trajectories for a split of records and write them as JSON Lines.
+
+    A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}.
+
+    Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
+    --out runs/demo/predictions.jsonl
+    """
+
+    checkpoint: Path
+    """Run folder (its newest checkpoint) or RUN/checkpoints/STEP."""
+    records: Path
+    """Records folder written by `python -m data_prep convert`."""
+    split: Literal["train", "val", "all"] = "val"
+    """Which keyframes to predict."""
+    out: Path | None = None
+    """File to write; predictions.jsonl in the run folder by default."""
+    batch_size: int = 8
+    """Samples per step, over all devices."""
+    max_new_tokens: int = 100
+    """Longest answer, tokens."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the file if it exists."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Predicts; see `spacedrive_jax.inference.predict.predict`."""
+        use_compilation_cache()
+        from spacedrive_jax.inference.predict import predict
+        from spacedrive_jax.training.checkpoints import locate
+
+        run_dir, _ = locate(self.checkpoint)
+        out = self.out or run_dir / "predictions.jsonl"
+        result = predict(
+            self.checkpoint,
+            self.records,
+            self.split,
+            out,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            overwrite=self.overwrite,
+        )
+        if self.out is None:
+            _note_predictions(run_dir, self.records, self.split, out)
+        rate = result.samples / max(result.seconds, 1e-9)
+        print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
+        return {
+            "file": str(out),
+            "samples": result.samples,
+            "unparsed": result.unparsed,
+            "samples_per_second": rate,
+        }
+
+
+def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:
+    """Tells `report` what the run folder's predictions were made on."""
+    file = run_dir / "run.json"
+    facts = json.loads(file.read_text()) if file.is_file() else {}
+    facts |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
+    partial = file.with_name(".run.json.partial")
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(partial, file)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, where the user has not chosen a place for them already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+DESCRIPTION = (
+    "SpaceDrive in JAX. Prepare data with `python -m data_prep`; then train, predict, evaluate, report."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    program = "python -m spacedrive_jax"
+    if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
+        # The config's fields are flags too, but which there are is known only once it is loaded.
+        known = [argument for argument in argv[2:] if argument in ("--resume", "--json", "--debug")]
+        command = Train(
+            argv[1],
+            resume="--resume" in known,
+            json="--json" in known,
+            debug="--debug" in known,
+            overrides=tuple(argument for argument in argv[2:] if argument not in known),
+        )
+        return console.finish(command.run, as_json=command.json, debug=command.debug)
+    return console.main(program, DESCRIPTION, COMMANDS, argv)

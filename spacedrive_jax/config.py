@@ -1,0 +1,181 @@
+"""A whole run as one frozen, typed value.
+
+Presets live in `configs/*.py`, each a few lines over these defaults; every field can be overridden on the
+command line (`--train.steps 200`). A run writes its resolved config beside its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.ego_status import EgoStatusInput
+from spacedrive_jax.data.prompts import CommandSource
+from spacedrive_jax.depth.sources import DepthConfig
+from spacedrive_jax.positional.coordinates import CoordinateEncoderConfig
+from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, QwenVLConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """SpaceDrive: a vision-language model, the universal coordinate encoder and the coordinate decoder."""
+
+    vlm: QwenVLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
+    weights: str | None = None
+    """Folder of released safetensors to start from; None draws random weights."""
+    lora: LoraConfig = LoraConfig()
+    use_lora: bool = True
+    """Adapters on a frozen base; without them the base itself is trained."""
+    encoder: CoordinateEncoderConfig = CoordinateEncoderConfig()
+    ego_status: EgoStatusInput = "both"
+    """`none` is SpaceDrive, `both` is SpaceDrive+."""
+    position_input: bool = False
+    """Feed the encoding of a coordinate at its position token (the published default does not)."""
+    compute: ComputeConfig = ComputeConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """From records to batches."""
+
+    records: str = "data/records"
+    """Folder written by `python -m data_prep convert`."""
+    tokenizer: str | None = None
+    """tokenizer.json or its folder; None takes the project's small one."""
+    image_size: tuple[int, int] = (640, 640)
+    """Height and width each view is squashed to before the image processor."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """The published pipeline hands BGR to everything; use `bgr` with its weights."""
+    command: CommandSource = "navigation"
+    depth: DepthConfig = DepthConfig()
+    sequence_length: int = 3456
+    """S; a longer conversation is an error, not a cut."""
+    max_targets: int = 64
+    """M; supervised tokens per sample."""
+    drop_without_future: bool = False
+    """Leave keyframes without all six future poses out of training (they have no loss)."""
+    cache_in_memory: bool = False
+    """Keep prepared samples in host memory: for data sets that fit."""
+    read_threads: int = 8
+    prefetch_batches: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, as in the published run unless a preset says otherwise (paper, supplement)."""
+
+    steps: int = 21096
+    batch_size: int = 8
+    """Samples per step, over all devices."""
+    learning_rate: float = 5e-5
+    """Base rate; the parameter groups multiply it."""
+    vlm_rate: float = 0.1
+    """Multiplier inside the vision-language model (adapters, new-token rows)."""
+    head_rate: float = 4.0
+    """Multiplier of every other trainable (coordinate decoder, ego MLP, alpha)."""
+    warmup_steps: int = 500
+    warmup_start: float = 1 / 3
+    """The warm-up starts at this fraction of the peak."""
+    final_fraction: float = 1e-3
+    """The cosine ends at this fraction of the peak."""
+    weight_decay: float = 1e-4
+    """On matrices; vectors and scalars are not decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 35.0
+    """Global gradient norm over all trainables."""
+    language_weight: float = 1.0
+    position_weight: float = 1.0
+    huber_delta: float = 1.0
+    seed: int = 888
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "spacedrive"
+    run_dir: str | None = None
+    """Where the run writes; `runs/<name>` when None."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+def load_preset(name: str) -> Config:
+    """Finds a preset by name (`demo`) or by file (`configs/demo.py`, `my_run.py`).
+
+    Raises:
+        UserError: there is no such preset, or its file does not define `config`.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
+    if not path.is_file():
+        presets = sorted(file.stem for file in path.parent.glob("[a-z]*.py"))
+        raise UserError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py file)")
+    config = getattr(_load_module(path), "config", None)
+    if not isinstance(config, Config):
+        raise UserError(f"{path} does not define `config`, a spacedrive_jax.config.Config")
+    return config
+
+
+def _load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON text, keys sorted; `from_json` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Rebuilds a config from `to_json`.
+
+    Raises:
+        UserError: the text names a field this version does not know.
+    """
+    return _build(Config(), json.loads(text), "config")
+
+
+def _build(template: Any, values: dict[str, Any], place: str) -> Any:
+    known = {field.name for field in dataclasses.fields(template)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{place} has unknown fields {', '.join(unknown)}: written by another version?")
+    changes = {}
+    for name, value in values.items():
+        current = getattr(template, name)
+        if dataclasses.is_dataclass(current):
+            changes[name] = _build(current, value, f"{place}.{name}")
+        else:
+            changes[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(template, **changes)

@@ -1,0 +1,82 @@
+"""Encoded camera images to the image processor's patches."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from spacedrive_jax.cameras import CAMERAS
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records import Record
+from spacedrive_jax.vlm.config import QwenVisionConfig
+
+
+class ImageProcessor:
+    """Decodes, squashes and cuts the six views into patches.
+
+    transformers' own processor does the resizing to whole patches and the patch layout; rescaling and
+    normalisation are left to the device, so that bytes, not floats, travel there.
+    """
+
+    def __init__(
+        self, vision: QwenVisionConfig, image_size: tuple[int, int], *, channel_order: str = "rgb"
+    ) -> None:
+        """Prepares a processor.
+
+        Args:
+            vision: patch and merge sizes.
+            image_size: (height, width) every view is squashed to first (published: 640x640, bilinear).
+            channel_order: `rgb`, or `bgr` as the published pipeline.
+        """
+        self.image_size = image_size
+        self.channel_order = channel_order
+        side = vision.patch_size * vision.merge_size
+        self._processor = Qwen2VLImageProcessorPil(
+            do_rescale=False,
+            do_normalize=False,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.merge_size,
+            min_pixels=min(56 * 56, side * side),
+            max_pixels=28 * 28 * 1280,
+        )
+        height, width = image_size
+        example = np.zeros((height, width, 3), np.uint8)
+        _, rows, columns = self._processor(images=[example], return_tensors="np")["image_grid_thw"][0]
+        self.patch_grid = (int(rows), int(columns))
+        """Patches per view, rows and columns."""
+        self.token_grid = (self.patch_grid[0] // vision.merge_size, self.patch_grid[1] // vision.merge_size)
+        """Visual tokens per view, rows and columns."""
+
+    def __call__(self, record: Record) -> UInt8[np.ndarray, "N P K"]:
+        """Patches of the record's views, 0..255.
+
+        Raises:
+            UserError: an image is absent or cannot be decoded.
+        """
+        images = []
+        for camera, encoded in zip(CAMERAS, record["images"], strict=True):
+            if not encoded:
+                raise UserError(
+                    f"keyframe {record['token']} has no {camera} image: it was converted with "
+                    "--missing-images empty; convert with `render`, or `skip` such keyframes"
+                )
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+            if image is None:
+                raise UserError(f"keyframe {record['token']}: the {camera} image cannot be decoded")
+            height, width = self.image_size
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            images.append(image[..., ::-1] if self.channel_order == "rgb" else image)
+        patches = self._processor(images=images, return_tensors="np")["pixel_values"]
+        return patches.astype(np.uint8).reshape(len(images), -1, patches.shape[-1])
+
+
+def scaled_intrinsics(record: Record, image_size: tuple[int, int]) -> Float[np.ndarray, "N 3 3"]:
+    """Intrinsics of the views squashed to `image_size` (height, width), pixels."""
+    native = record["image_size"].astype(np.float64)
+    scale = np.stack(
+        [image_size[1] / native[:, 1], image_size[0] / native[:, 0], np.ones(len(native))], axis=1
+    )
+    return record["camera_intrinsics"] * scale[:, :, None]

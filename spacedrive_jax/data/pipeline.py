@@ -1,0 +1,97 @@
+"""Records to batches with grain: source -> shuffle -> repeat -> host slice -> batch -> prefetch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+
+from spacedrive_jax.batch import DrivingBatch, stack
+from spacedrive_jax.config import Config
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.samples import SampleBuilder
+
+
+@dataclasses.dataclass
+class Samples(Sequence[DrivingBatch]):
+    """Prepared samples by index; optionally kept in memory once made."""
+
+    records: Records
+    builder: SampleBuilder
+    indices: list[int]
+    """Which records, in order."""
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        self._kept: dict[int, DrivingBatch] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> DrivingBatch:  # type: ignore[override]
+        index = self.indices[position]
+        if index in self._kept:
+            return self._kept[index]
+        sample = self.builder(self.records[index], index)
+        if self.keep:
+            self._kept[index] = sample
+        return sample
+
+
+def training_samples(config: Config, split: str = "train") -> Samples:
+    """The samples a run trains on.
+
+    Raises:
+        UserError: the records are missing, or nothing is left to train on.
+    """
+    records = open_records(config.data.records, split)
+    indices = list(range(len(records)))
+    if config.data.drop_without_future:
+        indices = [index for index in indices if records[index]["waypoint_mask"].all()]
+    if len(indices) < config.train.batch_size:
+        raise UserError(
+            f"{config.data.records} has {len(indices)} training keyframes, fewer than train.batch_size "
+            f"{config.train.batch_size}"
+        )
+    return Samples(records, SampleBuilder(config.data, config.model), indices, config.data.cache_in_memory)
+
+
+def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator:
+    """An endless, checkpointable iterator of this host's share of every global batch.
+
+    The order depends on the seed alone; every epoch is shuffled anew. The iterator's state is saved with
+    the checkpoint.
+
+    Raises:
+        UserError: the global batch does not divide over the hosts.
+    """
+    hosts, host = jax.process_count(), jax.process_index()
+    if config.train.batch_size % hosts:
+        raise UserError(f"train.batch_size {config.train.batch_size} does not divide over {hosts} hosts")
+    dataset = (
+        grain.MapDataset.source(samples)
+        .seed(config.train.seed)
+        .shuffle()
+        .repeat()
+        .slice(slice(host, None, hosts))
+        .batch(config.train.batch_size // hosts, batch_fn=stack)
+    )
+    options = grain.ReadOptions(
+        num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_batches
+    )
+    return iter(dataset.to_iter_dataset(options))
+
+
+def evaluation_batches(samples: Samples, batch_size: int) -> Iterator[tuple[DrivingBatch, int]]:
+    """All samples once, in order; the last batch is filled up by repeating its last sample.
+
+    Yields:
+        A batch and how many of its samples count.
+    """
+    for start in range(0, len(samples), batch_size):
+        chosen = [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
+        count = len(chosen)
+        yield stack(chosen + [chosen[-1]] * (batch_size - count)), count

@@ -1,0 +1,121 @@
+"""Trajectories for a whole split: a checkpoint and records in, JSON Lines out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import from_json
+from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.data.pipeline import Samples, evaluation_batches
+from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
+from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.inference.generate import Generation, answer_text, generate
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
+from spacedrive_jax.training.state import initialise
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictResult:
+    """What was written."""
+
+    file: Path
+    samples: int
+    unparsed: int
+    """Answers without exactly six coordinates."""
+    seconds: float
+    """From the second batch on, so that compiling does not count; all of it if there is but one."""
+
+
+def predict(
+    checkpoint: Path,
+    records_dir: Path,
+    split: str,
+    out: Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 100,
+    overwrite: bool = False,
+) -> PredictResult:
+    """Predicts every keyframe of a split.
+
+    Args:
+        checkpoint: run folder or `RUN/checkpoints/STEP`.
+        records_dir: records folder.
+        split: `train`, `val` or `all`.
+        out: JSON Lines file: token, waypoints (6 x [x, y], metres, ego frame), text, status.
+        batch_size: samples a step; the last batch is filled up.
+        max_new_tokens: longest answer.
+        overwrite: replace `out`.
+
+    Raises:
+        UserError: something is missing, or `out` exists.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: give another --out, or --overwrite")
+    run_dir, step = checkpoints.locate(checkpoint)
+    config = from_json((run_dir / "config.json").read_text())
+    mesh = make_mesh(config.mesh)
+    check_batch_size(batch_size, mesh)
+    records = open_records(records_dir, split)
+    builder = SampleBuilder(config.data, config.model, answer=False)
+    samples = Samples(records, builder, list(range(len(records))))
+
+    graph, trainable, frozen = initialise(config, mesh)
+    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+
+    @jax.jit
+    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
+        model = nnx.merge(graph, trainable, frozen)
+        return generate(model, batch, builder.tokenizer, max_new_tokens)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    unparsed, started, timed = 0, time.monotonic(), 0
+    with (
+        partial.open("w", encoding="utf-8") as file,
+        progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
+    ):
+        for number, (batch, count) in enumerate(evaluation_batches(samples, batch_size)):
+            generated = jax.device_get(answer(trainable, frozen, place_batch(batch, mesh)))
+            for row in range(count):
+                index = samples.indices[int(batch.index[row])]
+                line = prediction_line(builder, records[index]["token"], generated, row)
+                unparsed += line["status"] != "ok"
+                file.write(json.dumps(line) + "\n")
+            bar.update(count)
+            if number == 0 and len(samples) > count:
+                started = time.monotonic()
+            else:
+                timed += count
+    os.replace(partial, out)
+    return PredictResult(
+        out, len(samples), unparsed, (time.monotonic() - started) * len(samples) / max(timed, 1)
+    )
+
+
+def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
+    """One line of the prediction file; an answer without exactly six coordinates is `unparsed`."""
+    length = int(generated.lengths[row])
+    ids, points, decoded = (
+        np.asarray(values[row, :length])
+        for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
+    )
+    waypoints = points[decoded][:, :2]
+    parsed = len(waypoints) == NUM_WAYPOINTS and bool(np.isfinite(waypoints).all())
+    return {
+        "token": token,
+        "waypoints": [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else [],
+        "text": answer_text(builder.tokenizer, ids, points, decoded),
+        "status": "ok" if parsed else "unparsed",
+    }

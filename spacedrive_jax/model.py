@@ -1,0 +1,127 @@
+"""SpaceDrive (arXiv 2512.10719): a vision-language model in which every 3D position has one encoding.
+
+Read this page beside section 3 of the paper: patch depth is unprojected to 3D points (3.1); one coordinate
+encoder phi turns points into embeddings that are added to the visual tokens and stand for the ego vehicle's
+past (3.2); the hidden state at an indicator token is regressed to metres by the decoder psi (3.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.config import ModelConfig
+from spacedrive_jax.data.ego_status import STATUS_SIZE
+from spacedrive_jax.geometry.unprojection import ego_to_image, patch_centres, unproject
+from spacedrive_jax.positional.coordinates import CoordinateDecoder, CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.vlm.config import NewTokensConfig
+from spacedrive_jax.vlm.qwen2_5_vl import QwenVL, place_rows
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's normalisation, which Qwen2.5-VL uses; after division by 255."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What one pass over a batch gives."""
+
+    hidden: Float[Array, "B S D"]
+    """Final-normed hidden states."""
+    waypoints: Float[Array, "B T 3"]
+    """Coordinates decoded at the answer's indicators, metres, ego frame."""
+
+
+class SpaceDrive(nnx.Module):
+    """The model: VLM with adapters, coordinate encoder phi, coordinate decoder psi, ego status encoder."""
+
+    def __init__(self, config: ModelConfig, *, indicator_id: int, rngs: nnx.Rngs) -> None:
+        """Draws a fresh model.
+
+        Args:
+            config: architecture and options.
+            indicator_id: vocabulary id of the indicator token; the position token's id is the next one.
+            rngs: random streams (`params`).
+        """
+        self.config = config
+        self.vlm = QwenVL(
+            config.vlm,
+            compute=config.compute,
+            rngs=rngs,
+            lora=config.lora if config.use_lora else None,
+            new_tokens=NewTokensConfig(first_id=indicator_id) if config.use_lora else None,
+        )
+        width = config.vlm.decoder.hidden_size
+        self.encoder = CoordinateEncoder(config.encoder, width)
+        self.decoder = CoordinateDecoder(width, rngs=rngs)
+        has_feature = config.ego_status in ("feature", "both")
+        self.ego_encoder = EgoStatusEncoder(STATUS_SIZE, width, rngs=rngs) if has_feature else None
+
+    def __call__(self, batch: DrivingBatch, *, dropout_key: jax.Array | None = None) -> Outputs:
+        """Runs prompt and answer at once (teacher forcing).
+
+        Args:
+            batch: a batch with answers.
+            dropout_key: key of the adapters' dropout; None switches it off.
+        """
+        hidden, _ = self.vlm.decode(
+            self.embeddings(batch),
+            jnp.swapaxes(batch.positions, 0, 1),
+            lengths=batch.lengths,
+            dropout_key=dropout_key,
+        )
+        at_indicators = jnp.take_along_axis(hidden, batch.waypoint_places[..., None], axis=1)
+        return Outputs(hidden, self.decoder(at_indicators))
+
+    def embeddings(self, batch: DrivingBatch) -> Float[Array, "B S D"]:
+        """Token embeddings with everything spatial in its place."""
+        embeddings = self.vlm.embed(batch.token_ids)
+        embeddings = place_rows(embeddings, self.visual_tokens(batch), batch.slots == Slot.IMAGE)
+        if self.ego_encoder is not None:
+            feature = self.ego_encoder(batch.ego_status)[:, None]
+            embeddings = place_rows(embeddings, feature, batch.slots == Slot.EGO_FEATURE)
+        if self.config.ego_status in ("positions", "both"):
+            past = self.encoder(batch.past_positions)
+            embeddings = place_rows(embeddings, past, batch.slots == Slot.EGO_POSITION)
+        if self.config.position_input:
+            coordinates = self.encoder(batch.coordinates)
+            embeddings = place_rows(embeddings, coordinates, batch.slots == Slot.COORDINATE)
+        return embeddings
+
+    def visual_tokens(self, batch: DrivingBatch) -> Float[Array, "B NV D"]:
+        """Visual tokens that know where they are: h + alpha * phi(point), order camera, row, column."""
+        samples, cameras, rows, columns = batch.patch_depth.shape
+        merge = self.config.vlm.vision.merge_size
+        patches = normalise(batch.pixel_values).reshape(samples * cameras, *batch.pixel_values.shape[2:])
+        features = self.vlm.encode_images(patches, (rows * merge, columns * merge))
+        features = features.reshape(samples, cameras * rows * columns, -1)
+        return features + self.encoder(self.patch_points(batch)).astype(features.dtype)
+
+    def patch_points(self, batch: DrivingBatch) -> Float[Array, "B NV 3"]:
+        """3D points of the visual tokens, ego frame, metres."""
+        samples, _, rows, columns = batch.patch_depth.shape
+        vision = self.config.vlm.vision
+        centres = jnp.asarray(patch_centres((rows, columns), vision.patch_size * vision.merge_size))
+        projection = ego_to_image(batch.intrinsics, batch.camera_to_ego)
+        return unproject(batch.patch_depth, centres, projection).reshape(samples, -1, 3)
+
+
+def normalise(patches: UInt8[Array, "... K"] | Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """Rescales and normalises raw patches; floats are taken to be normalised already.
+
+    Args:
+        patches: K runs over channel, then time and pixels, as the image processor lays patches out.
+    """
+    if patches.dtype != jnp.uint8:
+        return patches
+    per_channel = patches.shape[-1] // 3
+    mean = jnp.asarray(np.repeat(np.float32(PIXEL_MEAN), per_channel))
+    std = jnp.asarray(np.repeat(np.float32(PIXEL_STD), per_channel))
+    return (patches.astype(jnp.float32) / 255.0 - mean) / std

@@ -1,0 +1,1 @@
+"""Losses, optimiser, sharding, checkpoints and the training loop."""

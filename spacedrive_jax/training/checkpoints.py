@@ -1,0 +1,107 @@
+"""Checkpoints: trainables, optimiser, step and data iterator, written asynchronously and atomically.
+
+The frozen base is not saved: it follows from the config (its weights or its seed). A checkpoint that was
+being written when the process died has no final name and is never picked up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from spacedrive_jax.console import UserError
+
+
+def open_manager(run_dir: Path, *, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+    """Opens `RUN/checkpoints`."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=not read_only
+    )
+    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    trainable: nnx.State,
+    optimizer: Any,
+    iterator: grain.DatasetIterator,
+) -> None:
+    """Starts writing a checkpoint; training goes on while it is written."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            trainable=ocp.args.StandardSave(nnx.to_pure_dict(trainable)),
+            optimizer=ocp.args.StandardSave(optimizer),
+            iterator=grain.checkpoint.CheckpointSave(iterator),
+        ),
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    trainable: nnx.State,
+    optimizer: Any,
+    iterator: grain.DatasetIterator,
+) -> tuple[nnx.State, Any]:
+    """Reads a checkpoint back onto the shardings of the given trees; the iterator is set in place."""
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
+            optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+            iterator=grain.checkpoint.CheckpointRestore(iterator),
+        ),
+    )
+    nnx.replace_by_pure_dict(trainable, restored["trainable"])
+    return trainable, restored["optimizer"]
+
+
+def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:
+    """Reads only the trainables of a checkpoint, for prediction."""
+    with open_manager(run_dir, keep=1, read_only=True) as manager:
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable)))
+            ),
+        )
+    nnx.replace_by_pure_dict(trainable, restored["trainable"])
+    return trainable
+
+
+def locate(checkpoint: Path) -> tuple[Path, int]:
+    """Finds what `--checkpoint` names: a run folder (its newest checkpoint) or `RUN/checkpoints/STEP`.
+
+    Returns:
+        The run folder and the step.
+
+    Raises:
+        UserError: there is no finished checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
+        run_dir, step = checkpoint.parent.parent, int(checkpoint.name)
+        found = checkpoint.is_dir()
+    else:
+        run_dir = checkpoint
+        steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+        found, step = bool(steps), max(steps, default=0)
+    if not found or not (run_dir / "config.json").is_file():
+        raise UserError(
+            f"no finished checkpoint at {checkpoint}: give a run folder that `python -m spacedrive_jax "
+            "train` wrote, or one of its checkpoints/STEP"
+        )
+    return run_dir, step
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

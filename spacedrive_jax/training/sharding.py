@@ -1,0 +1,99 @@
+"""Where arrays live: logical axis names resolved to mesh axes by one table."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import MeshConfig
+from spacedrive_jax.console import UserError
+
+log = logging.getLogger(__name__)
+
+BATCH_AXES = ("data", "fsdp")
+"""Samples are spread over both; parameters over `fsdp` and `tensor`."""
+
+RULES: tuple[tuple[str, str], ...] = (
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("embed", "fsdp"),
+    ("vision_mlp", "tensor"),
+    ("vision_heads", "tensor"),
+    ("vision_embed", "fsdp"),
+)
+"""Logical axis to mesh axis; a name that is not here is never sharded."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices with axes data, fsdp, tensor.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    count = jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or count % known:
+        raise UserError(
+            f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {count} devices"
+        )
+    sizes = [count // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != count:
+        raise UserError(
+            f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} uses {math.prod(sizes)} of {count} devices"
+        )
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A sharding for every variable of an (abstract) nnx state, from its logical axis names."""
+    rules = dict(RULES)
+
+    def resolve(path: Any, names: PartitionSpec, variable: Any) -> NamedSharding:
+        axes: list[str | None] = []
+        for name, size in zip(tuple(names) + (None,) * len(variable.shape), variable.shape, strict=False):
+            axis = rules.get(name) if name is not None else None
+            if axis is not None and (size % mesh.shape[axis] or axis in axes):
+                log.info("%s: axis %s (%d) stays whole", jax.tree_util.keystr(path), name, size)
+                axis = None
+            axes.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(
+        resolve, nnx.get_partition_spec(state), state, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
+    """Puts this host's samples on its devices as part of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Refuses a batch that does not divide over the devices.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise UserError(
+            f"batch size {batch_size} does not divide over {ways} devices (mesh axes data x fsdp)"
+        )
