@@ -16,11 +16,13 @@ help:
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), a minute or two"
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
 $(VENV)/development: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), a minute or two"
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@ $(VENV)/runtime
 

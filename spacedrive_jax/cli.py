@@ -128,7 +128,7 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user has not chosen a place for them already."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 

@@ -122,6 +122,6 @@ def normalise(patches: UInt8[Array, "... K"] | Float[Array, "... K"]) -> Float[A
     if patches.dtype != jnp.uint8:
         return patches
     per_channel = patches.shape[-1] // 3
-    mean = jnp.asarray(np.repeat(np.float32(PIXEL_MEAN), per_channel))
-    std = jnp.asarray(np.repeat(np.float32(PIXEL_STD), per_channel))
+    mean = jnp.asarray(np.repeat(np.asarray(PIXEL_MEAN, np.float32), per_channel))
+    std = jnp.asarray(np.repeat(np.asarray(PIXEL_STD, np.float32), per_channel))
     return (patches.astype(jnp.float32) / 255.0 - mean) / std

@@ -44,9 +44,9 @@ def generate(
     size, prompt = batch.token_ids.shape
     total = max_new_tokens + 1
     config = model.config
-    cache = KVCache.empty(config.vlm.decoder, config.compute, batch=size, capacity=prompt + total)
+    empty = KVCache.empty(config.vlm.decoder, config.compute, batch=size, capacity=prompt + total)
     hidden, cache = model.vlm.decode(
-        model.embeddings(batch), jnp.swapaxes(batch.positions, 0, 1), lengths=batch.lengths, cache=cache
+        model.embeddings(batch), jnp.swapaxes(batch.positions, 0, 1), lengths=batch.lengths, cache=empty
     )
     last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
     rows = jnp.arange(size)

@@ -42,14 +42,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count()
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or count % known:
+    if sizes.count(-1) == 1 and known > 0:
+        sizes[sizes.index(-1)] = count // known
+    if -1 in sizes or math.prod(sizes) != count:
         raise UserError(
-            f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {count} devices"
-        )
-    sizes = [count // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != count:
-        raise UserError(
-            f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} uses {math.prod(sizes)} of {count} devices"
+            f"mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {count} "
+            "devices: the axes must multiply to that (one may be -1)"
         )
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
