@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import DataConfig, ModelConfig
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.chat import IGNORE, Turn, chat_tokens
-from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
+from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
+from spacedrive_jax.data.ego_status import EgoStatusInput, ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
 from spacedrive_jax.data.prompts import planning_answer, planning_question
-from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
+from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS, Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.depth.sources import record_patch_depth
 from spacedrive_jax.vlm.positions import ImageSpan, mrope_positions
@@ -42,7 +44,7 @@ class SampleBuilder:
             UserError: the record lacks an image or depth, or the conversation does not fit the config's
                 fixed shapes.
         """
-        data, rows_columns = self.data, self.images.token_grid
+        data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
         has_future = bool(record["waypoint_mask"].all())
         command = None if data.command == "none" else int(record[f"command_{data.command}"])
@@ -50,52 +52,24 @@ class SampleBuilder:
         turns = [Turn("user", planning_question(record["location"], command, plan=ask))]
         if self.answer and has_future:
             turns.append(Turn("assistant", planning_answer()))
-        chat = chat_tokens(
-            self.tokenizer, turns, rows_columns[0] * rows_columns[1], generation_prompt=not self.answer
-        )
-        chat, ego_slots = insert_ego_tokens(self.tokenizer, chat, self.model.ego_status)
-        length = len(chat.token_ids)
-        if length > data.sequence_length:
-            raise UserError(
-                f"keyframe {record['token']} makes {length} tokens, more than data.sequence_length "
-                f"{data.sequence_length}: raise it"
+        chat = chat_tokens(self.tokenizer, turns, grid[0] * grid[1], generation_prompt=not self.answer)
+        try:
+            fields = token_fields(
+                self.tokenizer,
+                chat,
+                grid,
+                self.model.ego_status,
+                sequence_length=data.sequence_length,
+                max_targets=data.max_targets,
             )
-
-        tokens = np.asarray(chat.token_ids)
-        labels = np.asarray(chat.labels)
-        spans = [ImageSpan(start, *rows_columns) for start in chat.image_starts]
-        positions, offset = mrope_positions(length, spans)
-        slots = np.zeros(length, np.int32)
-        for span in spans:
-            slots[span.start : span.stop] = Slot.IMAGE
-        kinds = {"none": [], "feature": [Slot.EGO_FEATURE], "positions": [Slot.EGO_POSITION] * 2}
-        kinds["both"] = kinds["feature"] + kinds["positions"]
-        slots[ego_slots] = kinds[self.model.ego_status]
-        slots[tokens == self.tokenizer.position] = Slot.COORDINATE
-
-        supervised = np.flatnonzero(labels != IGNORE)
-        if len(supervised) > data.max_targets:
-            raise UserError(
-                f"{len(supervised)} supervised tokens, more than data.max_targets {data.max_targets}"
-            )
-        indicators = np.flatnonzero((tokens == self.tokenizer.indicator) & (labels != IGNORE))[:NUM_WAYPOINTS]
-        waypoints = np.where(has_future, record["waypoints"], 0)
+        except UserError as error:
+            raise UserError(f"keyframe {record['token']}: {error}") from error
+        waypoints = np.where(has_future, record["waypoints"], 0).astype(np.float32)
         coordinates = np.zeros((NUM_WAYPOINTS, 3), np.float32)
-        if len(indicators):
-            coordinates[:, :2] = waypoints
-        depth, _ = record_patch_depth(record, rows_columns, data.depth)
-
-        def padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
-            width = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
-            return np.pad(values, width, constant_values=fill).astype(np.int32)
-
-        size, targets = data.sequence_length, data.max_targets
+        coordinates[:, :2] = waypoints * self.answer
+        depth, _ = record_patch_depth(record, grid, data.depth)
         return DrivingBatch(
-            token_ids=padded(tokens, size, self.tokenizer.padding),
-            lengths=np.int32(length),
-            positions=padded(positions, size),
-            position_offset=np.int32(offset),
-            slots=padded(slots, size),
+            **fields,
             pixel_values=self.images(record),
             patch_depth=depth,
             intrinsics=scaled_intrinsics(record, data.image_size).astype(np.float32),
@@ -103,14 +77,84 @@ class SampleBuilder:
             ego_status=status.status,
             past_positions=status.past_positions,
             coordinates=coordinates,
-            target_places=padded(supervised - 1, targets),
-            target_ids=padded(labels[supervised], targets),
-            target_mask=np.arange(targets) < len(supervised),
-            waypoint_places=padded(indicators, NUM_WAYPOINTS),
-            waypoints=waypoints.astype(np.float32),
-            waypoint_mask=np.arange(NUM_WAYPOINTS) < len(indicators),
+            waypoints=waypoints,
             index=np.int32(index),
         )
+
+
+def token_fields(
+    tokenizer: DrivingTokenizer,
+    chat: ChatTokens,
+    grid: tuple[int, int],
+    ego_input: EgoStatusInput,
+    *,
+    sequence_length: int,
+    max_targets: int,
+) -> dict[str, Any]:
+    """Inserts the ego tokens and lays a conversation out in fixed shapes.
+
+    Args:
+        tokenizer: gives the special ids.
+        chat: the conversation; every image has as many visual tokens as the grid.
+        grid: rows and columns of an image's visual tokens.
+        ego_input: which ego tokens to insert.
+        sequence_length: S.
+        max_targets: M.
+
+    Returns:
+        The fields of `DrivingBatch` that follow from the tokens alone.
+
+    Raises:
+        UserError: the conversation does not fit S or M.
+    """
+    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input)
+    length = len(chat.token_ids)
+    if length > sequence_length:
+        raise UserError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
+    tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
+    spans = [ImageSpan(start, *grid) for start in chat.image_starts]
+    positions, offset = mrope_positions(length, spans)
+
+    slots = np.full(length, Slot.TEXT)
+    for span in spans:
+        slots[span.start : span.stop] = Slot.IMAGE
+    slots[ego_places] = EGO_SLOTS[ego_input]
+    slots[tokens == tokenizer.position] = Slot.COORDINATE
+
+    supervised = np.flatnonzero(labels != IGNORE)
+    if len(supervised) > max_targets:
+        raise UserError(
+            f"{len(supervised)} supervised tokens are more than data.max_targets {max_targets}: raise it"
+        )
+    # The first six indicators of the answers are the planning turn's (published rule).
+    answered = (tokens == tokenizer.indicator) & (labels != IGNORE)
+    indicators = np.flatnonzero(answered)[:NUM_WAYPOINTS]
+
+    def padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+        width = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
+        return np.pad(values, width, constant_values=fill).astype(np.int32)
+
+    return {
+        "token_ids": padded(tokens, sequence_length, tokenizer.padding),
+        "lengths": np.int32(length),
+        "positions": padded(positions, sequence_length),
+        "position_offset": np.int32(offset),
+        "slots": padded(slots, sequence_length),
+        "target_places": padded(supervised - 1, max_targets),
+        "target_ids": padded(labels[supervised], max_targets),
+        "target_mask": np.arange(max_targets) < len(supervised),
+        "waypoint_places": padded(indicators, NUM_WAYPOINTS),
+        "waypoint_mask": np.arange(NUM_WAYPOINTS) < len(indicators),
+    }
+
+
+EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
+    "none": [],
+    "feature": [Slot.EGO_FEATURE],
+    "positions": [Slot.EGO_POSITION] * NUM_PAST,
+    "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,
+}
+"""What the inserted ego tokens stand for, in order."""
 
 
 def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:
