@@ -1,0 +1,1 @@
+"""A procedural driving world, simulated, rendered and written as a nuScenes v1.0 folder."""

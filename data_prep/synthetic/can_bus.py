@@ -1,0 +1,217 @@
+"""CAN bus messages of the ego vehicle in the files and fields of the nuScenes CAN bus expansion.
+
+`pose` is exact (with a little sensor noise on acceleration and rates) and lies in the ego frame as in the
+real data; the others are derived from the same motion with a kinematic bicycle. `zoesensors` comes at
+100 Hz instead of about 1 kHz to keep the files small.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.synthetic.scenario import Scenario
+
+WHEEL_BASE = 2.588
+STEERING_RATIO = 15.0
+WHEEL_RADIUS = 0.32
+GRAVITY = 9.81
+
+Message = dict[str, Any]
+
+
+def ego_state(scenario: Scenario, time: float) -> dict[str, float]:
+    """Pose, speed, accelerations and yaw rate of the rear axle at a time in seconds."""
+    s, speed, acceleration = scenario.motions[0].at(time)
+    x, y, yaw = scenario.ego.route.pose(s)
+    curvature = float(scenario.ego.route.curvature(s))
+    return {
+        "x": float(x),
+        "y": float(y),
+        "yaw": float(yaw),
+        "speed": speed,
+        "acceleration": acceleration,
+        "curvature": curvature,
+        "yaw_rate": speed * curvature,
+    }
+
+
+def write_can_bus(
+    scenario: Scenario, name: str, folder: Path, start: float, end: float, epoch_us: int, seed: int
+) -> None:
+    """Writes all message files of one scene.
+
+    Args:
+        scenario: the simulated scene.
+        name: scene name, the prefix of the files.
+        folder: the `can_bus` folder.
+        start: first time of the simulation to report, seconds.
+        end: last time, seconds.
+        epoch_us: microseconds of simulation time 0.
+        seed: of the sensor noise.
+    """
+    rng = np.random.default_rng(seed)
+
+    def times(rate: float) -> np.ndarray:
+        count = int((end - start) * rate)
+        return start + (np.arange(count) + rng.uniform(0.0, 0.2, count)) / rate
+
+    def stamp(time: float) -> int:
+        return epoch_us + int(round(time * 1e6))
+
+    messages: dict[str, list[Message]] = {
+        "pose": [_pose(ego_state(scenario, time), stamp(time), rng) for time in times(50)],
+        "ms_imu": [_imu(ego_state(scenario, time), stamp(time), rng) for time in times(100)],
+        "steeranglefeedback": [
+            {"utime": stamp(time), "value": _wheel_angle(ego_state(scenario, time))} for time in times(100)
+        ],
+        "vehicle_monitor": [_monitor(scenario, time, stamp(time)) for time in times(2)],
+        "zoe_veh_info": [_vehicle_info(ego_state(scenario, time), stamp(time)) for time in times(100)],
+        "zoesensors": [_pedals(ego_state(scenario, time), stamp(time)) for time in times(100)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, rows in messages.items():
+        (folder / f"{name}_{kind}.json").write_text(json.dumps(rows))
+    route = scenario.ego.route
+    dense = np.arange(0.0, route.lengths[-1], 0.2)
+    (folder / f"{name}_route.json").write_text(json.dumps(route.pose(dense)[:, :2].round(6).tolist()))
+    titles = {"pose": "POSE", "ms_imu": "MS_IMU", "steeranglefeedback": "SteerAngleFeedback"}
+    titles |= {
+        "vehicle_monitor": "VEHICLE_MONITOR",
+        "zoe_veh_info": "ZOE_VEH_INFO",
+        "zoesensors": "ZoeSensors",
+    }
+    meta = {titles[kind]: _statistics(rows) for kind, rows in messages.items()}
+    (folder / f"{name}_meta.json").write_text(json.dumps(dict(sorted(meta.items()))))
+
+
+def _acceleration(state: dict[str, float], rng: np.random.Generator) -> list[float]:
+    exact = np.array([state["acceleration"], state["speed"] * state["yaw_rate"], GRAVITY])
+    return [float(value) for value in exact + rng.normal(0.0, 0.02, 3)]
+
+
+def _rates(state: dict[str, float], rng: np.random.Generator) -> list[float]:
+    exact = np.array([0.0, 0.0, state["yaw_rate"]])
+    return [float(value) for value in exact + rng.normal(0.0, 0.001, 3)]
+
+
+def _orientation(state: dict[str, float]) -> list[float]:
+    sign = 1.0 if np.cos(state["yaw"] / 2) >= 0 else -1.0
+    return [float(sign * np.cos(state["yaw"] / 2)), 0.0, 0.0, float(sign * np.sin(state["yaw"] / 2))]
+
+
+def _pose(state: dict[str, float], utime: int, rng: np.random.Generator) -> Message:
+    return {
+        "accel": _acceleration(state, rng),
+        "orientation": _orientation(state),
+        "pos": [state["x"], state["y"], 0.0],
+        "rotation_rate": _rates(state, rng),
+        "utime": utime,
+        "vel": [state["speed"], 0.0, 0.0],
+    }
+
+
+def _imu(state: dict[str, float], utime: int, rng: np.random.Generator) -> Message:
+    return {
+        "linear_accel": _acceleration(state, rng),
+        "q": _orientation(state),
+        "rotation_rate": _rates(state, rng),
+        "utime": utime,
+    }
+
+
+def _wheel_angle(state: dict[str, float]) -> float:
+    """Steering wheel angle in radians, positive to the left."""
+    return float(np.arctan(WHEEL_BASE * state["curvature"]) * STEERING_RATIO)
+
+
+def _rpm(speed: float) -> float:
+    return float(speed / (2 * np.pi * WHEEL_RADIUS) * 60)
+
+
+def _monitor(scenario: Scenario, time: float, utime: int) -> Message:
+    state = ego_state(scenario, time)
+    later = ego_state(scenario, time + 0.5)
+    change = np.degrees(_wheel_angle(later) - _wheel_angle(state)) / 0.5
+    ahead = float(np.interp(scenario.motions[0].at(time)[0] + 18.0, scenario.ego.route.lengths,
+                            scenario.ego.route.headings)) - state["yaw"]  # fmt: skip
+    braking = state["acceleration"] < -0.3 or state["speed"] < 0.05
+    return {
+        "available_distance": 120,
+        "battery_level": 80,
+        "brake": int(max(-state["acceleration"], 0) * 8) if braking else 0,
+        "brake_switch": 2 if braking else 1,
+        "gear_position": 7,
+        "left_signal": int(ahead > 0.6),
+        "rear_left_rpm": _rpm(state["speed"]),
+        "rear_right_rpm": _rpm(state["speed"]),
+        "right_signal": int(ahead < -0.6),
+        "steering": float(np.degrees(_wheel_angle(state))),
+        "steering_speed": float(change),
+        "throttle": int(max(state["acceleration"] + 0.2, 0.0) * 100),
+        "utime": utime,
+        "vehicle_speed": state["speed"] * 3.6,
+        "yaw_rate": float(np.degrees(state["yaw_rate"])),
+    }
+
+
+def _vehicle_info(state: dict[str, float], utime: int) -> Message:
+    rpm = _rpm(state["speed"])
+    steering = float(np.degrees(_wheel_angle(state)))
+    return {
+        "FL_wheel_speed": rpm,
+        "FR_wheel_speed": rpm,
+        "RL_wheel_speed": rpm,
+        "RR_wheel_speed": rpm,
+        "left_solar": 0,
+        "longitudinal_accel": state["acceleration"],
+        "meanEffTorque": state["acceleration"] * 60.0,
+        "odom": 0,
+        "odom_speed": state["speed"] * 3.6,
+        "pedal_cc": max(state["acceleration"], 0.0) * 60.0,
+        "regen": max(-state["acceleration"], 0.0) * 40.0,
+        "requestedTorqueAfterProc": state["acceleration"] * 60.0,
+        "right_solar": 0,
+        "steer_corrected": steering,
+        "steer_offset_can": 0.0,
+        "steer_raw": steering,
+        "transversal_accel": state["speed"] * state["yaw_rate"],
+        "utime": utime,
+    }
+
+
+def _pedals(state: dict[str, float], utime: int) -> Message:
+    return {
+        "brake_sensor": 0.18 + max(-state["acceleration"], 0.0) * 0.05,
+        "steering_sensor": 0.19 + _wheel_angle(state) * 0.01,
+        "throttle_sensor": 0.12 + max(state["acceleration"], 0.0) * 0.08,
+        "utime": utime,
+    }
+
+
+def _statistics(rows: list[Message]) -> dict[str, Any]:
+    stamps = np.array([row["utime"] for row in rows], dtype=np.float64)
+    span = float(stamps[-1] - stamps[0]) * 1e-6 if len(rows) > 1 else 0.0
+    variables = {}
+    for key in rows[0]:
+        values = np.array([row[key] for row in rows], dtype=np.float64).reshape(len(rows), -1)
+        steps = np.diff(values, axis=0) if len(rows) > 1 else np.zeros((1, 1))
+        variables[key] = {
+            "max": float(values.max()),
+            "max_diff": float(steps.max()),
+            "mean": float(values.mean()),
+            "mean_diff": float(steps.mean()),
+            "min": float(values.min()),
+            "min_diff": float(steps.min()),
+            "std": float(values.std()),
+            "std_diff": float(steps.std()),
+        }
+    return {
+        "message_count": len(rows),
+        "message_freq": (len(rows) - 1) / span if span else 0.0,
+        "timespan": span,
+        "var_stats": variables,
+    }

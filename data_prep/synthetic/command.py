@@ -1,0 +1,146 @@
+"""`python -m data_prep synthesize`: writes the synthetic world as a nuScenes v1.0 folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from data_prep.synthetic import maps
+from data_prep.synthetic.recorder import SceneJob, record_scene, town_of
+from data_prep.synthetic.tables import VERSION, Row, fixed_tables, write_tables
+from data_prep.synthetic.tokens import make_token
+from spacedrive_jax.console import Command, UserError, progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesize(Command):
+    """Write a procedural driving world as a nuScenes v1.0 folder (tables, images, LiDAR, maps, CAN bus).
+
+    Example: python -m data_prep synthesize --out data/synthetic --scenes 10 --keyframes 20
+
+    The folder is a true nuScenes folder of version `v1.0-synthetic`; the official devkit reads it. The same
+    seed writes the same bytes, whatever the number of workers.
+    """
+
+    out: Path
+    """Folder to write; must not exist or be empty."""
+    scenes: int = 10
+    """Number of scenes; manoeuvres, towns and weather change from one to the next."""
+    keyframes: int = 20
+    """Keyframes per scene, two a second."""
+    seed: int = 0
+    """Seed of the towns, the traffic and the light."""
+    image_size: str = "704x396"
+    """Width x height of the camera images in pixels."""
+    depth: bool = True
+    """Keep the exact depth of every image under samples_depth/ (16-bit PNG, metres * 256, 0 for sky)."""
+    workers: int = 0
+    """Processes; 0 takes one per core."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Writes the folder; partial output never stands under its final name."""
+        started = time.monotonic()
+        image_size = parse_image_size(self.image_size)
+        for name, value, low, high in (
+            ("--scenes", self.scenes, 1, 9000),
+            ("--keyframes", self.keyframes, 1, 200),
+            ("--seed", self.seed, 0, 2**31 - 1),
+            ("--workers", self.workers, 0, 1024),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"{name} {value} is outside {low} to {high}")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(
+                f"--out {self.out} exists and is not an empty folder: choose another or remove it"
+            )
+        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-partial-", dir=self.out.absolute().parent))
+        try:
+            jobs = [
+                SceneJob(index, self.seed, self.keyframes, image_size, self.depth, partial)
+                for index in range(self.scenes)
+            ]
+            write_folder(partial, jobs, self.workers or os.cpu_count() or 1)
+            fingerprint = folder_fingerprint(partial)
+            partial.chmod(0o755)
+            if self.out.exists():
+                self.out.rmdir()
+            partial.rename(self.out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        keyframes = self.scenes * self.keyframes
+        print(f"wrote {self.scenes} scenes, {keyframes} keyframes to {self.out} (version {VERSION})")
+        return {
+            "keyframes": keyframes,
+            "scenes": self.scenes,
+            "fingerprint": fingerprint,
+            "skipped": 0,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Reads WxH; returns height and width.
+
+    Raises:
+        UserError: the text is no size, or one no camera has.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--image-size {text!r} is not WIDTHxHEIGHT, for example 704x396")
+    width, height = (int(part) for part in parts)
+    if not (32 <= width <= 4096 and 18 <= height <= 4096):
+        raise UserError(f"--image-size {text} must lie between 32x18 and 4096x4096")
+    return height, width
+
+
+def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:
+    """Records all scenes, then writes the maps and, last of all, the tables."""
+    tables = fixed_tables(jobs[0].seed, jobs[0].image_size)
+    for rows in progress(_record_all(jobs, workers), total=len(jobs), desc="scenes", unit="scene"):
+        for name, part in rows.items():
+            tables.setdefault(name, []).extend(part)
+    tables["map"] = []
+    for location in dict.fromkeys(job.location for job in jobs):
+        town = town_of(jobs[0].seed, location)
+        token = make_token(jobs[0].seed, "map", location)
+        maps.write_mask(town, root / "maps" / f"{token}.png")
+        maps.write_expansion(town, jobs[0].seed, root / "maps" / "expansion" / f"{location}.json")
+        tables["map"].append(
+            {
+                "category": "semantic_prior",
+                "token": token,
+                "filename": f"maps/{token}.png",
+                "log_tokens": [row["token"] for row in tables["log"] if row["location"] == location],
+            }
+        )
+    write_tables(root, tables)
+
+
+def _record_all(jobs: list[SceneJob], workers: int) -> Iterator[dict[str, list[Row]]]:
+    if min(workers, len(jobs)) == 1:
+        yield from map(record_scene, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(record_scene, jobs)
+
+
+def folder_fingerprint(root: Path) -> str:
+    """sha256 over the sorted relative paths and contents of all files below `root`."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix().encode()
+        data = path.read_bytes()
+        digest.update(len(name).to_bytes(8, "little") + name + len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""Runs a scene: every mover decides once per time step from where everybody is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from data_prep.synthetic import traffic
+from data_prep.synthetic.town import Town
+from data_prep.synthetic.traffic import TIME_STEP, Motion, Mover, Obstacle, Signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Who takes part in a scene. Movers come first in all arrays, the ego vehicle first of all."""
+
+    movers: tuple[Mover, ...]
+    obstacles: tuple[Obstacle, ...]
+    signals: Signals
+
+
+def simulate(town: Town, cast: Cast, duration: float) -> list[Motion]:
+    """Simulates a scene.
+
+    Args:
+        town: the road network.
+        cast: who takes part.
+        duration: seconds.
+
+    Returns:
+        One motion per mover, sampled every `TIME_STEP` seconds from 0 to at least `duration`.
+    """
+    return _Simulation(town, cast).run(int(np.ceil(duration / TIME_STEP)) + 2)
+
+
+class _Simulation:
+    """The mutable state of one run."""
+
+    def __init__(self, town: Town, cast: Cast) -> None:
+        self.town, self.cast = town, cast
+        self.movers = cast.movers
+        self.profiles = [traffic.speed_limit_profile(mover.route) for mover in self.movers]
+        self.s = np.array([mover.start for mover in self.movers])
+        self.speed = np.array([mover.speed for mover in self.movers])
+        sizes = [mover.size[:2] for mover in self.movers] + [item.size[:2] for item in cast.obstacles]
+        self.half = np.array(sizes).reshape(-1, 2) / 2
+        still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
+        self.poses = np.concatenate([np.zeros((len(self.movers), 3)), still])
+        self.all_speeds = np.zeros(len(self.poses))
+        self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(still))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for i, mover in enumerate(self.movers):
+            pose = mover.route.pose(self.s[i])
+            ahead = mover.reference_to_centre
+            pose[:2] += ahead * np.array([np.cos(pose[2]), np.sin(pose[2])])
+            self.poses[i] = pose
+        self.all_speeds[: len(self.movers)] = self.speed
+
+    def run(self, steps: int) -> list[Motion]:
+        history = np.zeros((3, steps, len(self.movers)))
+        for step in range(steps):
+            time = step * TIME_STEP
+            wanted = np.array([self._decide(i, time) for i in range(len(self.movers))])
+            # Stop exactly at zero within the step, so that speed and distance stay consistent.
+            acceleration = np.maximum(wanted, -self.speed / TIME_STEP)
+            history[:, step] = self.s, self.speed, acceleration
+            self.s = self.s + self.speed * TIME_STEP + 0.5 * acceleration * TIME_STEP**2
+            self.speed = np.maximum(self.speed + acceleration * TIME_STEP, 0.0)
+            self._refresh()
+        return [Motion(*history[:, :, i]) for i in range(len(self.movers))]
+
+    def _decide(self, i: int, time: float) -> float:
+        mover = self.movers[i]
+        route, s, speed = mover.route, float(self.s[i]), float(self.speed[i])
+        limit = float(np.interp(s, route.lengths, self.profiles[i]))
+        wanted = min(mover.desired_speed(time), limit)
+        front = s + mover.reference_to_centre + self.half[i, 0]
+        end = float(route.lengths[-1]) - 1.0
+        options = [traffic.follow_acceleration(speed, wanted, max(end - front, 0.0), speed, mover)]
+        if mover.pedestrian:
+            if mover.crossing >= 0 and s < 0.6 and not self._may_walk(mover, time):
+                return -4.0
+            on_sidewalk = mover.crossing < 0
+            blocked = front >= end or (not on_sidewalk and self._leader(i, front)[0] < 0.6)
+            return -3.0 if blocked else (wanted - speed) / 0.4
+        gap, leader_speed = self._leader(i, front)
+        options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
+        stop = min(self._gate_stop(i, front, time), self._zebra_stop(i, front))
+        if np.isfinite(stop):
+            gap = max(stop - front + mover.standstill_gap - 0.4, 0.0)
+            options.append(traffic.follow_acceleration(speed, wanted, gap, speed, mover))
+        return min(options)
+
+    def _leader(self, i: int, front: float) -> tuple[float, float]:
+        """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
+        mover = self.movers[i]
+        reach = traffic.LOOKAHEAD if not mover.pedestrian else 4.0
+        distance = np.hypot(*(self.poses[:, :2] - self.poses[i, :2]).T)
+        near = np.flatnonzero(distance < reach + 8.0)
+        near = near[near != i]
+        if mover.pedestrian:
+            near = near[~self.on_foot[near]]
+        if not len(near):
+            return np.inf, 0.0
+        rear = front - 2 * self.half[i, 0]
+        first = np.searchsorted(mover.route.lengths, rear + self.half[i, 0])
+        last = np.searchsorted(mover.route.lengths, front + reach)
+        points = mover.route.points[first:last]
+        if not len(points):
+            return np.inf, 0.0
+        offsets = points[:, None] - self.poses[None, near, :2]
+        squared = (offsets**2).sum(axis=-1)
+        closest = squared.argmin(axis=0)
+        lateral = np.sqrt(squared[closest, np.arange(len(near))])
+        relative = self.poses[near, 2] - mover.route.headings[first:last][closest]
+        cos, sin = np.abs(np.cos(relative)), np.abs(np.sin(relative))
+        half = self.half[near]
+        lateral_extent = half[:, 0] * sin + half[:, 1] * cos
+        along_extent = half[:, 0] * cos + half[:, 1] * sin
+        # People on the road need room; predicted half a second ahead they need more.
+        margin = np.where(self.on_foot[near], 0.8, 0.35)
+        clearance = mover.size[1] / 2 + lateral_extent + margin
+        in_corridor = (lateral < clearance) & (closest < len(points) - 1)
+        gaps = mover.route.lengths[first:last][closest] - front - along_extent
+        in_corridor &= gaps > -2 * self.half[i, 0]
+        if not in_corridor.any():
+            return np.inf, 0.0
+        pick = np.flatnonzero(in_corridor)[np.argmin(gaps[in_corridor])]
+        towards = self.all_speeds[near[pick]] * np.cos(relative[pick])
+        return float(gaps[pick]), float(max(towards, 0.0))
+
+    def _gate_stop(self, i: int, front: float, time: float) -> float:
+        """Arc length of the stop line at which the vehicle must hold, inf when it may go."""
+        for gate in self.movers[i].route.gates:
+            if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
+                continue  # already committed, or far away
+            green = self.cast.signals.green_arm(gate.junction, time) == gate.arm
+            can_stop = gate.stop - front > self.speed[i] ** 2 / (2 * 4.5) - 1.0
+            if (not green or self._occupied(i, gate.junction, gate.arm)) and can_stop:
+                return gate.stop
+        return np.inf
+
+    def _occupied(self, i: int, junction: int, arm: int) -> bool:
+        for j, other in enumerate(self.movers):
+            if j == i:
+                continue
+            for gate in other.route.gates:
+                rear = self.s[j] + other.reference_to_centre - self.half[j, 0]
+                front = self.s[j] + other.reference_to_centre + self.half[j, 0]
+                inside = front > gate.stop + 2.5 and rear < gate.leave
+                if gate.junction == junction and inside and gate.arm != arm:
+                    return True
+        return False
+
+    def _zebra_stop(self, i: int, front: float) -> float:
+        for zebra in self.movers[i].route.zebras:
+            line = zebra.near - 1.5
+            if front > zebra.near or line - front > traffic.LOOKAHEAD:
+                continue
+            can_stop = line - front > self.speed[i] ** 2 / (2 * 5.0) - 0.5
+            if can_stop and self._crossing_claimed(zebra.crossing):
+                return line
+        return np.inf
+
+    def _crossing_claimed(self, crossing: int) -> bool:
+        for j, walker in enumerate(self.movers):
+            if walker.crossing != crossing:
+                continue
+            if 0.55 < self.s[j] < walker.route.lengths[-1] - 1.2 and (
+                self.speed[j] > 0.05 or self.s[j] > 0.9
+            ):
+                return True
+        return False
+
+    def _may_walk(self, mover: Mover, time: float) -> bool:
+        """A pedestrian steps out when the signal and the approaching vehicles allow it."""
+        if time < mover.departure:
+            return False
+        crossing = self.town.crossings[mover.crossing]
+        if crossing.junction >= 0 and self.cast.signals.green_arm(crossing.junction, time) == crossing.arm:
+            return False
+        return not self._threatened(mover.crossing)
+
+    def _threatened(self, crossing: int) -> bool:
+        for j, vehicle in enumerate(self.movers):
+            if vehicle.pedestrian:
+                continue
+            front = self.s[j] + vehicle.reference_to_centre + self.half[j, 0]
+            rear = front - 2 * self.half[j, 0]
+            for zebra in vehicle.route.zebras:
+                if zebra.crossing != crossing:
+                    continue
+                distance = zebra.near - 1.5 - front
+                occupying = distance <= 0 and rear < zebra.far + 0.5
+                if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 2.8) + 0.6 * self.speed[j]:
+                    return True
+        return False
+
+
+def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> Float[np.ndarray, "A 4 2"]:
+    """Footprint corners of boxes given by centre pose (x, y, heading) and half length and width."""
+    signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    local = signs * half[:, None]
+    cos, sin = np.cos(poses[:, 2])[:, None], np.sin(poses[:, 2])[:, None]
+    x = cos * local[..., 0] - sin * local[..., 1]
+    y = sin * local[..., 0] + cos * local[..., 1]
+    return np.stack([x, y], axis=-1) + poses[:, None, :2]
+
+
+def overlapping_pairs(
+    poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]
+) -> Bool[np.ndarray, "A A"]:
+    """Which footprints overlap, by the separating axis theorem on oriented rectangles."""
+    points = corners(poses, half)
+    axes = np.stack(
+        [
+            np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=-1),
+            np.stack([-np.sin(poses[:, 2]), np.cos(poses[:, 2])], axis=-1),
+        ],
+        axis=1,
+    )  # (A, 2 axes, 2)
+    projected = np.einsum("bkc,aic->abki", axes, points)  # box a's corners on box b's axes
+    low, high = projected.min(-1), projected.max(-1)  # (A, B, 2)
+    own_low = np.einsum("aak->ak", low)
+    own_high = np.einsum("aak->ak", high)
+    apart = ((low > own_high[None]) | (high < own_low[None])).any(-1)
+    overlap = ~(apart | apart.T)
+    np.fill_diagonal(overlap, False)
+    return overlap
+
+
+def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearance: float = 0.05) -> set[str]:
+    """Keys of everybody (never the ego vehicle) to leave out so that nobody overlaps anybody.
+
+    Args:
+        cast: who took part.
+        motions: the simulated motions.
+        duration: seconds to check, every tenth of a second.
+        clearance: metres added around every footprint.
+    """
+    moving, still = cast.movers, cast.obstacles
+    half = np.array([item.size[:2] for item in (*moving, *still)]).reshape(-1, 2) / 2 + clearance
+    keys = [item.key for item in (*moving, *still)]
+    fixed = np.array([item.pose for item in still]).reshape(-1, 3)
+    rank = np.arange(len(keys))  # later in the cast gives way
+    removed: set[str] = set()
+    for time in np.arange(0.0, duration, 0.1):
+        moved = np.array([_centre_pose(m, motion, time) for m, motion in zip(moving, motions, strict=True)])
+        hits = overlapping_pairs(np.concatenate([moved, fixed]), half)
+        for a, b in np.argwhere(np.triu(hits)):
+            if keys[a] not in removed and keys[b] not in removed:
+                removed.add(keys[max(rank[a], rank[b])])
+    return removed
+
+
+def _centre_pose(mover: Mover, motion: Motion, time: float) -> Float[np.ndarray, "3"]:
+    pose = mover.route.pose(motion.at(time)[0])
+    pose[:2] += mover.reference_to_centre * np.array([np.cos(pose[2]), np.sin(pose[2])])
+    return pose

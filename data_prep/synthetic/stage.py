@@ -1,0 +1,187 @@
+"""A scene made visible: the scenario's road users, the scenery around them, lights and shadows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from data_prep.synthetic import ground, scenery, shapes
+from data_prep.synthetic.ground import GroundColours, SurfaceMap
+from data_prep.synthetic.render import Camera, FrameBuffer, cast, depth_image
+from data_prep.synthetic.scenario import Scenario
+from data_prep.synthetic.shading import Light, shade
+from data_prep.synthetic.shapes import Quads
+from data_prep.synthetic.simulate import corners
+from data_prep.synthetic.town import LANE_WIDTH
+from data_prep.synthetic.traffic import Mover
+
+VIEW_MARGIN = 110.0
+"""Metres of scenery around the ego vehicle's way."""
+JPEG_QUALITY = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class Participant:
+    """An annotated object at one instant."""
+
+    key: str
+    category: str
+    size: tuple[float, float, float]
+    pose: tuple[float, float, float]
+    """x, y, heading of the box centre, global frame."""
+    speed: float
+    braking: bool
+    attribute: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Backdrop:
+    """All that does not change during a scene."""
+
+    surface_map: SurfaceMap
+    colours: GroundColours
+    quads: Quads
+    shadows: UInt8[np.ndarray, "R C"]
+
+
+def build_backdrop(surface_map: SurfaceMap, light: Light, seed: int) -> Backdrop:
+    """Ground, scenery and its shadows around a scene."""
+    land = scenery.place_scenery(surface_map, seed)
+    shadows = np.zeros_like(surface_map.classes)
+    for outline, height in land.casters:
+        ground.draw_shadow(shadows, surface_map, outline, height, light.sun, 200)
+    return Backdrop(surface_map, ground.ground_colours(surface_map), land.quads, shadows)
+
+
+def scene_area(scenario: Scenario, duration: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lower left and upper right corner of the ground that may be seen, rounded to whole 10 m."""
+    motion = scenario.motions[0]
+    s = np.array([motion.at(time)[0] for time in np.linspace(0.0, duration, 20)])
+    way = scenario.ego.route.pose(s)[:, :2]
+    low = np.floor((way.min(axis=0) - VIEW_MARGIN) / 10) * 10
+    return low, np.ceil((way.max(axis=0) + VIEW_MARGIN) / 10) * 10
+
+
+def participants(scenario: Scenario, time: float) -> list[Participant]:
+    """Everybody but the ego vehicle at a time in seconds, in the cast's order."""
+    result = []
+    for mover, motion in zip(scenario.cast.movers[1:], scenario.motions[1:], strict=True):
+        s, speed, acceleration = motion.at(time)
+        pose = tuple(float(value) for value in mover.route.pose(s))
+        attribute = _attribute(mover, speed)
+        braking = acceleration < -0.6 or speed < 0.1
+        result.append(
+            Participant(mover.key, mover.category, mover.size, pose, speed, braking, attribute)  # type: ignore[arg-type]
+        )
+    for item in scenario.cast.obstacles:
+        result.append(  # noqa: PERF401
+            Participant(item.key, item.category, item.size, item.pose, 0.0, False, item.attribute)
+        )
+    return result
+
+
+def _attribute(mover: Mover, speed: float) -> str:
+    if mover.pedestrian:
+        return "pedestrian.moving" if speed > 0.2 else "pedestrian.standing"
+    if mover.category in ("vehicle.bicycle", "vehicle.motorcycle"):
+        return "cycle.with_rider"
+    return "vehicle.moving" if speed > 0.2 else "vehicle.stopped"
+
+
+def signal_quads(scenario: Scenario, time: float) -> Quads:
+    """All traffic lights with their state at a time."""
+    town = scenario.town
+    parts = []
+    for junction in town.junctions:
+        if not junction.signalised:
+            continue
+        green = scenario.cast.signals.green_arm(junction.index, time)
+        soon_red = scenario.cast.signals.green_arm(junction.index, time + 1.0) != green
+        widths = {
+            node[1]: road
+            for road in town.roads
+            for node in (road.start, road.end)
+            if node[0] == junction.index
+        }
+        for arm in junction.arms:
+            arriving = junction.arm_heading(arm) + np.pi
+            forward = np.array([np.cos(arriving), np.sin(arriving)])
+            left = np.array([-forward[1], forward[0]])
+            kerb = widths[arm].half_width + 0.8
+            pole = junction.centre + forward * (junction.radius + 0.6) + left * town.side * kerb
+            overhead = -left * town.side * (kerb - LANE_WIDTH * (widths[arm].lanes - 0.5))
+            state = "red" if arm != green else ("amber" if soon_red else "green")
+            parts.append(scenery.traffic_light(pole, arriving + np.pi, overhead, state))
+    return shapes.concatenate(parts)
+
+
+def frame_quads(backdrop: Backdrop, people: list[Participant], tokens: list[str], signals: Quads) -> Quads:
+    """Scenery, signals and participants (group = position in `people`) as one collection."""
+    parts = [backdrop.quads, signals]
+    for group, (item, token) in enumerate(zip(people, tokens, strict=True)):
+        quads = shapes.object_quads(item.category, item.size, token, braking=item.braking)
+        centre = np.array([item.pose[0], item.pose[1], item.size[2] / 2])
+        parts.append(shapes.place(quads, centre, item.pose[2], group))
+    return shapes.concatenate(parts)
+
+
+def frame_shadows(backdrop: Backdrop, people: list[Participant], light: Light) -> UInt8[np.ndarray, "R C"]:
+    """The shadow raster with everybody's shadow and the dark patch beneath them."""
+    shadows = backdrop.shadows.copy()
+    if not people:
+        return shadows
+    half = np.array([item.size[:2] for item in people]) / 2
+    outlines = corners(np.array([item.pose for item in people]), half * 0.95)
+    for outline, item in zip(outlines, people, strict=True):
+        ground.draw_shadow(shadows, backdrop.surface_map, outline, item.size[2] * 0.9, light.sun, 215)
+        if item.category.startswith("vehicle."):
+            cells = backdrop.surface_map.to_cells(outline)
+            ground.fill(shadows, cells, 255)
+    return shadows
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One rendered camera image."""
+
+    jpeg: bytes
+    depth_png: bytes
+    """16-bit PNG of round(metres * 256); 0 is sky."""
+    buffer: FrameBuffer
+
+
+def take_picture(
+    backdrop: Backdrop,
+    quads: Quads,
+    shadows: UInt8[np.ndarray, "R C"],
+    camera: Camera,
+    light: Light,
+    noise_seed: int,
+    *,
+    with_depth: bool = True,
+) -> Picture:
+    """Renders and encodes one view."""
+    buffer = cast(quads, camera)
+    image = shade(buffer, quads, camera, light, backdrop.colours, backdrop.surface_map, shadows, noise_seed)
+    jpeg = _encode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    depth = _encode(".png", depth_image(buffer), [cv2.IMWRITE_PNG_COMPRESSION, 3]) if with_depth else b""
+    return Picture(jpeg, depth, buffer)
+
+
+def _encode(extension: str, image: np.ndarray, options: list[int]) -> bytes:
+    done, data = cv2.imencode(extension, image, options)
+    if not done:
+        raise RuntimeError(f"OpenCV could not encode a {image.shape} image as {extension}")
+    return data.tobytes()
+
+
+def camera_of(
+    intrinsics: Float[np.ndarray, "3 3"],
+    camera_to_global: Float[np.ndarray, "4 4"],
+    image_size: tuple[int, int],
+) -> Camera:
+    """A camera from its calibration; `image_size` is (height, width)."""
+    return Camera(intrinsics, camera_to_global, image_size[0], image_size[1])

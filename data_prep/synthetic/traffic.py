@@ -1,0 +1,252 @@
+"""Microscopic traffic: vehicles, cyclists and pedestrians that follow fixed routes without colliding.
+
+Longitudinal control is the Intelligent Driver Model (Treiber, Hennecke, Helbing, Phys. Rev. E 62, 2000)
+with a speed profile limited by the route's curvature; junction entries obey a split-phase signal and a
+reservation (nobody enters while a vehicle from another arm is inside); everybody yields at crossings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from data_prep.synthetic import paths
+from data_prep.synthetic.town import STOP_SETBACK, Crossing, Town
+
+TIME_STEP = 0.1
+LATERAL_ACCELERATION = 2.2
+COMFORT_BRAKING = 2.0
+HARDEST_BRAKING = 7.0
+SIGNAL_PERIOD = 9.0
+ALL_RED = 2.5
+LOOKAHEAD = 55.0
+ROUTE_SPACING = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A junction on a route: arc lengths of the stop line, of the entry and of the exit."""
+
+    junction: int
+    arm: int
+    stop: float
+    enter: float
+    leave: float
+    turn: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Zebra:
+    """A crossing on a route: index into the town's crossings and the arc lengths it covers."""
+
+    crossing: int
+    near: float
+    far: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A path with everything a driver must know about it. Points are `ROUTE_SPACING` metres apart."""
+
+    points: Float[np.ndarray, "K 2"]
+    lengths: Float[np.ndarray, "K"]
+    headings: Float[np.ndarray, "K"]
+    curvatures: Float[np.ndarray, "K"]
+    gates: tuple[Gate, ...] = ()
+    zebras: tuple[Zebra, ...] = ()
+
+    def pose(self, s: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "... 3"]:
+        """x, y (metres) and heading (radians) at arc length `s`."""
+        columns = (self.points[:, 0], self.points[:, 1], self.headings)
+        return np.stack([np.interp(s, self.lengths, column) for column in columns], axis=-1)
+
+    def curvature(self, s: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
+        """Signed curvature at arc length `s`, 1/m."""
+        return np.interp(s, self.lengths, self.curvatures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mover:
+    """Somebody who moves along a route.
+
+    `reference_to_centre` is how far the box centre lies ahead of the point that follows the route (0 for
+    all but the ego vehicle, whose rear axle follows it).
+    """
+
+    key: str
+    category: str
+    size: tuple[float, float, float]
+    """Length, width, height in metres."""
+    route: Route
+    start: float
+    """Arc length at time 0."""
+    speed: float
+    """Speed at time 0, m/s."""
+    desired_speed: Callable[[float], float]
+    """Wanted speed in m/s as a function of time in seconds."""
+    crossing: int = -1
+    """The crossing this pedestrian walks over, an index into the town's crossings; -1 for none."""
+    departure: float = 0.0
+    """A pedestrian waits at the kerb until this time, seconds."""
+    reference_to_centre: float = 0.0
+    acceleration: float = 1.8
+    headway: float = 1.3
+    standstill_gap: float = 2.2
+
+    @property
+    def pedestrian(self) -> bool:
+        """Whether this is somebody on foot."""
+        return self.category.startswith("human.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Obstacle:
+    """Something that stands still: parked vehicles, cones, barriers, waiting people."""
+
+    key: str
+    category: str
+    size: tuple[float, float, float]
+    pose: tuple[float, float, float]
+    attribute: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Motion:
+    """What one mover did. Acceleration is constant within a time step, so all of it is consistent."""
+
+    s: Float[np.ndarray, "T"]
+    speed: Float[np.ndarray, "T"]
+    acceleration: Float[np.ndarray, "T"]
+
+    def at(self, time: float) -> tuple[float, float, float]:
+        """Arc length, speed and acceleration at a time in seconds."""
+        step = int(np.clip(time / TIME_STEP, 0, len(self.s) - 1))
+        elapsed = time - step * TIME_STEP
+        acceleration = float(self.acceleration[step])
+        speed = float(self.speed[step])
+        travelled = speed * elapsed + 0.5 * acceleration * elapsed**2
+        return float(self.s[step]) + travelled, max(speed + acceleration * elapsed, 0.0), acceleration
+
+
+@dataclasses.dataclass(frozen=True)
+class Signals:
+    """Split-phase signals: one arm at a time is green; scripts may fix the arm of some junctions."""
+
+    offsets: Float[np.ndarray, "J"]
+    arms: tuple[tuple[int, ...], ...]
+    scripted: dict[int, tuple[tuple[float, int], ...]]
+    """Junction to (from time, green arm) pairs in time order; -1 is red for everyone."""
+
+    def green_arm(self, junction: int, time: float) -> int:
+        """The arm that has green, -1 while all are red."""
+        if junction in self.scripted:
+            current = -1
+            for since, arm in self.scripted[junction]:
+                current = arm if time >= since else current
+            return current
+        phase = (time + self.offsets[junction]) / SIGNAL_PERIOD
+        if (phase % 1.0) * SIGNAL_PERIOD > SIGNAL_PERIOD - ALL_RED:
+            return -1
+        arms = self.arms[junction]
+        return arms[int(phase) % len(arms)]
+
+
+def lane_route(town: Town, keys: list[str], lateral: float = 0.0, smoothing: float = 1.2) -> Route:
+    """Joins lanes and connectors into one smooth route with its gates and zebras.
+
+    Args:
+        town: the road network.
+        keys: lane keys in driving order, each a successor of the one before.
+        lateral: metres to the left of the lane centres (cyclists keep to the edge).
+        smoothing: metres (standard deviation) of smoothing of the joined centre lines.
+    """
+    pieces = [town.lanes[key] for key in keys]
+    joined = np.concatenate([pieces[0].centre] + [piece.centre[1:] for piece in pieces[1:]])
+    points = paths.smooth(paths.resample(joined, ROUTE_SPACING), smoothing / ROUTE_SPACING)
+    if lateral:
+        points = paths.offset(points, lateral)
+    points = paths.resample(points, ROUTE_SPACING)
+    lengths = paths.arc_lengths(points)
+
+    def nearest(point: Float[np.ndarray, "2"]) -> float:
+        return float(lengths[np.argmin(np.hypot(*(points - point).T))])
+
+    gates = tuple(
+        Gate(
+            lane.junction,
+            lane.arm,
+            nearest(lane.centre[0]) - STOP_SETBACK,
+            nearest(lane.centre[0]),
+            nearest(lane.centre[-1]),
+            lane.turn,
+        )
+        for lane in pieces
+        if lane.road is None and town.junctions[lane.junction].signalised
+    )
+    return Route(
+        points,
+        lengths,
+        paths.headings(points),
+        paths.curvatures(points),
+        gates,
+        tuple(_zebras(points, lengths, town.crossings)),
+    )
+
+
+def free_route(points: Float[np.ndarray, "K 2"]) -> Route:
+    """A route over any polyline, for pedestrians."""
+    points = paths.resample(points, ROUTE_SPACING)
+    return Route(points, paths.arc_lengths(points), paths.headings(points), paths.curvatures(points))
+
+
+def _zebras(
+    points: Float[np.ndarray, "K 2"], lengths: Float[np.ndarray, "K"], crossings: tuple[Crossing, ...]
+) -> list[Zebra]:
+    found = []
+    for index, crossing in enumerate(crossings):
+        centre = crossing.polygon.mean(axis=0)
+        across = (crossing.walk[1] - crossing.walk[0]) / np.hypot(*(crossing.walk[1] - crossing.walk[0]))
+        relative = points - centre
+        along = np.abs(relative @ np.array([across[1], -across[0]]))
+        inside = (along < 1.8) & (np.abs(relative @ across) < np.hypot(*(crossing.walk[1] - centre)))
+        if inside.any():
+            s = lengths[inside]
+            found.append(Zebra(index, float(s.min()), float(s.max())))
+    return sorted(found, key=lambda zebra: zebra.near)
+
+
+def speed_limit_profile(route: Route) -> Float[np.ndarray, "K"]:
+    """The fastest comfortable speed along a route: curvature first, then braking backwards from it."""
+    bend = np.abs(route.curvatures)
+    window = np.maximum.reduce([np.roll(bend, shift) for shift in range(-3, 4)])
+    limit = np.sqrt(LATERAL_ACCELERATION / np.maximum(window, 1e-3))
+    for i in range(len(limit) - 2, -1, -1):
+        step = route.lengths[i + 1] - route.lengths[i]
+        limit[i] = min(limit[i], np.sqrt(limit[i + 1] ** 2 + 2 * 0.8 * COMFORT_BRAKING * step))
+    return limit
+
+
+def follow_acceleration(speed: float, wanted: float, gap: float, closing_speed: float, mover: Mover) -> float:
+    """The Intelligent Driver Model.
+
+    Args:
+        speed: own speed, m/s.
+        wanted: desired speed, m/s.
+        gap: bumper to bumper distance to the leader, metres (inf without one).
+        closing_speed: own speed minus the leader's, m/s.
+        mover: whose acceleration, headway and standstill gap apply.
+
+    Returns:
+        Acceleration in m/s^2, never harder than `HARDEST_BRAKING`.
+    """
+    ratio = speed / max(wanted, 0.1)
+    free = mover.acceleration * (1 - ratio**4) if ratio < 1 else -min(1.2 * (speed - wanted), 2.5)
+    dynamic = speed * mover.headway + speed * closing_speed / (
+        2 * np.sqrt(mover.acceleration * COMFORT_BRAKING)
+    )
+    desired_gap = mover.standstill_gap + max(dynamic, 0.0)
+    interaction = mover.acceleration * (desired_gap / max(gap, 0.3)) ** 2 if np.isfinite(gap) else 0.0
+    return float(np.clip(free - interaction, -HARDEST_BRAKING, mover.acceleration))
