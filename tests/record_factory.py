@@ -189,6 +189,13 @@ def write_records(directory: Path, records: Mapping[str, Sequence[Record]]) -> P
     info.write_to_directory(str(directory))
     counts = {split: len(items) for split, items in records.items()}
     (directory / "provenance.json").write_text(
-        json.dumps({"fingerprint": digest.hexdigest()[:16], "keyframes": counts, "source": "test records"})
+        json.dumps(
+            {
+                "fingerprint": digest.hexdigest()[:16],
+                "keyframes": counts,
+                "source": {"version": "tests"},
+                "licence": "made up",
+            }
+        )
     )
     return directory

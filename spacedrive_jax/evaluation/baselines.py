@@ -59,5 +59,5 @@ def mean_trajectory(records: Iterable[Record]) -> Float[np.ndarray, "T 2"]:
         total += np.where(mask, record["waypoints"], 0.0)
         count += mask
     if not count.all():
-        raise UserError("no mean trajectory: a waypoint step is valid in none of the training records")
+        raise UserError("a waypoint step is valid in none of the training records")
     return total / count

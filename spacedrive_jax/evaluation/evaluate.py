@@ -217,15 +217,19 @@ def _planners(records: Records, predictions: Predictions) -> tuple[dict[str, Pla
         "constant_velocity": constant_velocity,
     }
     notes = []
-    if read_splits(records) & {"train"}:
+    if "train" in read_splits(records):
         train = open_records(records.directory, "train")
-        mean = mean_trajectory(train[index] for index in range(len(train)))
-        planners["mean_trajectory"] = lambda record: mean
-        notes.append(f"mean_trajectory is the mean future of the {len(train)} keyframes of the train split.")
-        if records.split != "val":
-            notes.append("mean_trajectory was made from keyframes that are also scored here.")
+        try:
+            mean = mean_trajectory(train[index] for index in range(len(train)))
+        except UserError as error:
+            notes.append(f"No mean trajectory baseline: {error}.")
+        else:
+            planners["mean_trajectory"] = lambda record: mean
+            notes.append(f"The mean trajectory is that of the {len(train)} keyframes of the train split.")
+            if records.split != "val":
+                notes.append("The mean trajectory was made from keyframes that are also scored here.")
     else:
-        notes.append("No mean_trajectory baseline: the records folder has no train split.")
+        notes.append("No mean trajectory baseline: the records folder has no train split.")
     planners[GROUND_TRUTH] = lambda record: record["waypoints"]
     return planners, notes
 
@@ -288,11 +292,11 @@ def _map_notes(coverage: Coverage) -> list[str]:
 
 
 def describe_source(records: Records) -> dict[str, Any]:
-    """Where the scored keyframes came from: folder, split, fingerprint, source."""
-    provenance = read_provenance(records.directory)
+    """Where the scored keyframes came from: folder, split, fingerprint, dataset version."""
+    source = read_provenance(records.directory).get("source", {})
     return {
         "directory": str(records.directory),
         "split": records.split,
         "fingerprint": records.fingerprint,
-        "source": provenance.get("source"),
+        "version": source.get("version"),
     }

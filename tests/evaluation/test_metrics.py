@@ -138,7 +138,7 @@ def test_far_predictions_score_without_overflow() -> None:
 
 
 def test_drivable_raster_of_the_wrong_size() -> None:
-    with pytest.raises(ValueError, match="0.1 m grid"):
+    with pytest.raises(ValueError, match=r"0\.1 m grid"):
         off_road_cells(np.zeros((1, 6, 2)), np.zeros((200, 200), np.uint8), OMNIDRIVE.steps)
 
 

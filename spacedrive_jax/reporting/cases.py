@@ -1,0 +1,176 @@
+"""Which keyframes a report shows, and what it says about each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
+from spacedrive_jax.evaluation.predictions import Predictions
+from spacedrive_jax.reporting.birds_eye import birds_eye_view
+from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
+from spacedrive_jax.reporting.style import to_jpeg
+
+DEPTH_TEXTS: Mapping[str, str] = {
+    "exact": "Depth: exact depth images of the records.",
+    "lidar": "Depth: LiDAR points of the keyframe's sweep over the darkened views.",
+    "none": "No depth is shown: the record has neither depth images nor a LiDAR sweep.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitErrors:
+    """Waypoint errors over a split, and where its pictures come from.
+
+    Attributes:
+        errors: planner name to distances in metres, rows in the order of its keyframes; `prediction` only
+            has rows for `tokens`.
+        tokens: keyframes with a whole future and a usable prediction, in record order.
+        index_of: token to its index in the split, for all keyframes.
+        photographed: camera images that are photographs.
+        rendered: camera images that a renderer drew.
+        absent: cameras without pixels.
+    """
+
+    errors: Mapping[str, Float[np.ndarray, "S T"]]
+    tokens: tuple[str, ...]
+    index_of: Mapping[str, int]
+    photographed: int
+    rendered: int
+    absent: int
+
+
+def measure_split(
+    records: Records,
+    predictions: Predictions | None,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> SplitErrors:
+    """Reads a split once: errors of the prediction and two baselines on the keyframes the prediction covers.
+
+    Without predictions the baselines cover every keyframe with a whole future.
+    """
+    rows: dict[str, list[np.ndarray]] = {"prediction": [], "constant_velocity": [], "standing_still": []}
+    tokens: list[str] = []
+    index_of: dict[str, int] = {}
+    photographed = rendered = absent = 0
+    for index in track(range(len(records))):
+        record = records[index]
+        index_of[record["token"]] = index
+        present = np.array([bool(image) for image in record["images"]])
+        drawn = np.asarray(record["image_rendered"], bool)
+        photographed += int((present & ~drawn).sum())
+        rendered += int((present & drawn).sum())
+        absent += int((~present).sum())
+        plan = predictions.waypoints.get(record["token"]) if predictions else None
+        if not np.all(record["waypoint_mask"]) or (predictions is not None and plan is None):
+            continue
+        tokens.append(record["token"])
+        plans = {"constant_velocity": constant_velocity(record), "standing_still": standing_still()}
+        if plan is not None:
+            plans["prediction"] = plan
+        for name, waypoints in plans.items():
+            rows[name].append(np.linalg.norm(waypoints - record["waypoints"], axis=-1))
+    errors = {name: np.stack(values) for name, values in rows.items() if values}
+    return SplitErrors(errors, tuple(tokens), index_of, photographed, rendered, absent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One keyframe on the page.
+
+    Attributes:
+        title: why it is shown.
+        facts: short name to short value.
+        birds_eye: PNG data address.
+        front: JPEG data address of the front view with paths, None without pixels.
+        strip: JPEG data address of the six views with depth, None without pixels.
+        image_origin: photographed or rendered, in words.
+        depth: where the depth comes from, in words.
+        answer: the model's answer, "" where there is none.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    birds_eye: str
+    front: str | None
+    strip: str | None
+    image_origin: str
+    depth: str
+    answer: str
+
+
+def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple[str, str]]:
+    """(title, token) of the best, median and worst keyframe by mean waypoint error, then the highlights.
+
+    Raises:
+        UserError: a highlighted token is not in the split.
+    """
+    chosen: list[tuple[str, str]] = []
+    if "prediction" in measured.errors:
+        order = np.argsort(measured.errors["prediction"].mean(axis=1), kind="stable")
+        places = {"Best": order[0], "Median": order[len(order) // 2], "Worst": order[-1]}
+        chosen = [(title, measured.tokens[place]) for title, place in places.items()]
+    for token in highlights:
+        if token not in measured.index_of:
+            raise UserError(f"--highlight {token}: no such keyframe in the split")
+        chosen.append(("Highlighted", token))
+    if not chosen and measured.index_of:
+        chosen = [("First keyframe", next(iter(measured.index_of)))]
+    return list({token: (title, token) for title, token in reversed(chosen)}.values())[::-1]
+
+
+def make_case(
+    title: str, token: str, records: Records, measured: SplitErrors, predictions: Predictions | None
+) -> Case:
+    """Draws one keyframe."""
+    record = records[measured.index_of[token]]
+    plan = predictions.waypoints.get(token) if predictions else None
+    front, strip = front_overlay(record, plan), camera_strip(record)
+    facts = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
+    facts["location"] = record["location"] or "-"
+    if plan is not None and np.all(record["waypoint_mask"]):
+        error = np.linalg.norm(plan - record["waypoints"], axis=-1)
+        facts["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
+    elif plan is None:
+        facts["error"] = "no usable prediction" if predictions else "no predictions"
+    else:
+        facts["error"] = "not scored: the recorded future is incomplete"
+    return Case(
+        title=title,
+        facts=facts,
+        birds_eye=birds_eye_view(record, plan),
+        front=None if front is None else to_jpeg(front),
+        strip=None if strip is None else to_jpeg(strip),
+        image_origin=describe_images(
+            *(
+                int(sum(flags))
+                for flags in zip(
+                    *(
+                        (bool(image) and not drawn, bool(image) and bool(drawn), not image)
+                        for image, drawn in zip(record["images"], record["image_rendered"], strict=True)
+                    ),
+                    strict=True,
+                )
+            )
+        ),
+        depth=DEPTH_TEXTS[depth_source(record)],
+        answer=predictions.text.get(token, "") if predictions else "",
+    )
+
+
+def describe_images(photographed: int, rendered: int, absent: int) -> str:
+    """Where camera images come from, in words."""
+    parts = [
+        f"{count} {word}"
+        for count, word in ((photographed, "photographed"), (rendered, "rendered"), (absent, "absent"))
+        if count
+    ]
+    total = photographed + rendered + absent
+    if len(parts) == 1:
+        return f"all {total} {parts[0].split()[1]}"
+    return ", ".join(parts) + f" of {total}"

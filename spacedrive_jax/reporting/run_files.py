@@ -1,0 +1,128 @@
+"""What a run left behind: the files of a run directory, read once, with what is missing put in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spacedrive_jax.console import UserError
+
+TABLE_KEYS = ("protocol", "l2", "collision", "intersection", "coverage", "baselines", "records")
+"""What an evaluation file must hold to be shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """The readable parts of a run directory.
+
+    Attributes:
+        directory: the run directory.
+        facts: `run.json`: versions, records, checkpoint; empty when absent.
+        config: `config.json`, the resolved configuration; None when absent.
+        steps: lines of `metrics.jsonl`, numeric values only, in step order.
+        evaluations: evaluation files by protocol and records split.
+        missing: what is absent, one sentence each.
+    """
+
+    directory: Path
+    facts: Mapping[str, Any]
+    config: Mapping[str, Any] | None
+    steps: tuple[Mapping[str, float], ...]
+    evaluations: tuple[Mapping[str, Any], ...]
+    missing: tuple[str, ...]
+
+    def resolve(self, value: str) -> Path:
+        """A path from `run.json`: absolute, inside the run directory, or relative to where we are."""
+        path = Path(value)
+        inside = self.directory / path
+        return inside if not path.is_absolute() and inside.exists() else path
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Reads `run.json`, `config.json`, `metrics.jsonl` and the evaluation files of a run directory.
+
+    Raises:
+        UserError: there is no such directory, it holds none of these files, or one of them is damaged.
+    """
+    if not directory.is_dir():
+        raise UserError(f"no run directory {directory}; give the folder that `train` wrote")
+    missing: list[str] = []
+    facts = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
+    config = _read_object(directory / "config.json", missing, "the configuration is not shown")
+    steps = _read_steps(directory / "metrics.jsonl", missing)
+    evaluations = _read_evaluations(directory, facts or {})
+    if facts is None and config is None and not steps and not evaluations:
+        raise UserError(
+            f"{directory} does not look like a run: it has no run.json, config.json, metrics.jsonl or "
+            f"evaluation file"
+        )
+    if not evaluations:
+        missing.append(
+            "No evaluation file in the run directory: scores are not shown. Write one with "
+            "`python -m spacedrive_jax evaluate`."
+        )
+    return RunFiles(directory, facts or {}, config, steps, evaluations, tuple(missing))
+
+
+def _read_object(path: Path, missing: list[str], consequence: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        missing.append(f"{path.name} is absent: {consequence}.")
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ...]:
+    """The logged steps; a step logged again after a resume replaces the earlier one."""
+    if not path.is_file():
+        missing.append(f"{path.name} is absent: training curves are not shown.")
+        return ()
+    steps: dict[float, dict[str, float]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                missing.append(f"The last line of {path.name} is cut off and left out.")
+                continue
+            raise UserError(f"{path}, line {number}: not JSON") from None
+        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+            raise UserError(f'{path}, line {number}: expected an object with a numeric "step"')
+        steps[entry["step"]] = {name: float(value) for name, value in entry.items() if _is_number(value)}
+    if not steps:
+        missing.append(f"{path.name} holds no logged step: training curves are not shown.")
+    return tuple(steps[step] for step in sorted(steps))
+
+
+def _read_evaluations(directory: Path, facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Every file in the directory that `evaluate` wrote, and the one `run.json` names."""
+    candidates = sorted(directory.glob("*.json"))
+    named = facts.get("evaluation")
+    if isinstance(named, str) and (directory / named).is_file():
+        candidates.append(directory / named)
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in candidates:
+        if path.name in ("run.json", "config.json"):
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        if isinstance(value, dict) and all(key in value for key in TABLE_KEYS):
+            found[str(path.resolve())] = value
+    return tuple(found.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
