@@ -42,7 +42,23 @@ class _Expansion:
 
     def __init__(self, town: Town, seed: int) -> None:
         self.town, self.seed = town, seed
-        names = ["polygon", "line", "node", "drivable_area", "road_segment", "road_block", "lane", "ped_crossing", "walkway", "stop_line", "carpark_area", "road_divider", "lane_divider", "traffic_light", "lane_connector"]
+        names = [
+            "polygon",
+            "line",
+            "node",
+            "drivable_area",
+            "road_segment",
+            "road_block",
+            "lane",
+            "ped_crossing",
+            "walkway",
+            "stop_line",
+            "carpark_area",
+            "road_divider",
+            "lane_divider",
+            "traffic_light",
+            "lane_connector",
+        ]
         self.layers: dict[str, list[Row]] = {name: [] for name in names}
 
     def token(self, layer: str, name: object) -> str:

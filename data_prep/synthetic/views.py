@@ -1,0 +1,145 @@
+"""Draws a camera view of any annotated place, for images a nuScenes folder lacks.
+
+Only plain data go in: boxes, a drivable raster and a calibrated camera. What the annotations and the map
+do not tell (colours, buildings, trees, light) is a deterministic function of the instance tokens, of global
+position and of the seed, so that an object and a place keep their look from frame to frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from data_prep.synthetic import ground, shapes, stage
+from data_prep.synthetic.shading import WEATHERS, Light
+from data_prep.synthetic.stage import Backdrop, Participant
+from spacedrive_jax.console import UserError
+
+LAND_SEED = 11
+"""Buildings and trees do not depend on the seed of the light."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnBox:
+    """An annotated object."""
+
+    centre: Float[np.ndarray, "3"]
+    """Global frame, metres."""
+    size: tuple[float, float, float]
+    """Length, width, height, metres (nuScenes tables store width, length, height)."""
+    yaw: float
+    """Heading about the vertical, radians, global frame."""
+    category: str
+    """nuScenes category name."""
+    instance_token: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundRaster:
+    """Drivable cells around the camera. Row grows with global y, column grows with global x."""
+
+    drivable: UInt8[np.ndarray, "R C"] | Bool[np.ndarray, "R C"]
+    """Non-zero where drivable."""
+    origin_xy: tuple[float, float]
+    """Global x, y of the lower left corner of cell (0, 0), metres."""
+    resolution: float
+    """Metres per cell; 0.1 to 0.5 looks best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnView:
+    """An encoded image and its exact depth."""
+
+    jpeg: bytes
+    depth_png: bytes
+    """16-bit PNG of round(z * 256) in the camera frame, metres; 0 for the sky and beyond 256 m."""
+
+
+def prepare_ground(ground_raster: GroundRaster, seed: int) -> Backdrop:
+    """Scenery, colours and shadows of a place; worth keeping for the six views of a keyframe.
+
+    Args:
+        ground_raster: drivable cells, at least some 50 m around the camera.
+        seed: chooses the light; use one per scene.
+
+    Raises:
+        UserError: the raster is empty or its resolution is not positive.
+    """
+    drivable = np.asarray(ground_raster.drivable)
+    if drivable.ndim != 2 or min(drivable.shape) < 2 or not ground_raster.resolution > 0:
+        raise UserError(
+            f"ground raster has shape {drivable.shape} at {ground_raster.resolution} m per cell: "
+            "give at least 2 x 2 cells and a positive resolution"
+        )
+    origin = (float(ground_raster.origin_xy[0]), float(ground_raster.origin_xy[1]))
+    surface_map = ground.surface_map_of_mask(
+        (drivable > 0).astype(np.uint8), origin, ground_raster.resolution
+    )
+    return stage.build_backdrop(surface_map, light_of(seed), LAND_SEED)
+
+
+def light_of(seed: int) -> Light:
+    """Daylight weather and sun direction of a seed."""
+    rng = np.random.default_rng([seed, 5])
+    return Light(WEATHERS[int(rng.integers(3))], float(rng.uniform(0.0, 2 * np.pi)))
+
+
+def draw_view(
+    boxes: Sequence[DrawnBox],
+    ground_raster: GroundRaster | Backdrop,
+    intrinsics: Float[np.ndarray, "3 3"],
+    camera_to_global: Float[np.ndarray, "4 4"],
+    image_size: tuple[int, int],
+    seed: int = 0,
+) -> DrawnView:
+    """Draws one camera image.
+
+    Args:
+        boxes: annotated objects, global frame.
+        ground_raster: drivable cells around the camera, or what `prepare_ground` made of them.
+        intrinsics: pinhole camera in pixels at `image_size`.
+        camera_to_global: pose of the camera (x right, y down, z forward); the ground is global z = 0.
+        image_size: height, width in pixels.
+        seed: chooses the light and sensor noise; use one per scene.
+
+    Raises:
+        UserError: the calibration has wrong shapes, or the camera is not above the ground.
+    """
+    intrinsics, camera_to_global = (np.asarray(a, dtype=np.float64) for a in (intrinsics, camera_to_global))
+    if intrinsics.shape != (3, 3) or camera_to_global.shape != (4, 4):
+        raise UserError(
+            f"intrinsics {intrinsics.shape} and camera_to_global {camera_to_global.shape} "
+            "must be (3, 3) and (4, 4)"
+        )
+    if not camera_to_global[2, 3] > 0.1:
+        raise UserError(f"the camera is at z = {camera_to_global[2, 3]:.2f} m, not above the ground z = 0")
+    backdrop = ground_raster if isinstance(ground_raster, Backdrop) else prepare_ground(ground_raster, seed)
+    light = light_of(seed)
+    parts = [backdrop.quads]
+    for box in boxes:
+        quads = shapes.object_quads(box.category, _plain_size(box.size), box.instance_token)
+        parts.append(shapes.place(quads, np.asarray(box.centre, dtype=np.float64), box.yaw))
+    camera = stage.camera_of(intrinsics, camera_to_global, image_size)
+    people = [_participant(box) for box in boxes]
+    picture = stage.take_picture(
+        backdrop,
+        shapes.concatenate(parts),
+        stage.frame_shadows(backdrop, people, light),
+        camera,
+        light,
+        noise_seed=seed,
+    )
+    return DrawnView(picture.jpeg, picture.depth_png)
+
+
+def _plain_size(size: Sequence[float]) -> tuple[float, float, float]:
+    length, width, height = (float(extent) for extent in size)
+    return length, width, height
+
+
+def _participant(box: DrawnBox) -> Participant:
+    pose = (float(box.centre[0]), float(box.centre[1]), float(box.yaw))
+    return Participant(box.instance_token, box.category, _plain_size(box.size), pose, 0.0, False, "")
