@@ -11,6 +11,7 @@ from spacedrive_jax.vlm.config import (
     QwenVLConfig,
 )
 from spacedrive_jax.vlm.decoder import Decoder, NewTokenParam
+from spacedrive_jax.vlm.generation import generate
 from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.positions import ImageSpan, find_image_spans, mrope_positions
 from spacedrive_jax.vlm.qwen2_5_vl import QwenVL, place_rows
@@ -30,6 +31,7 @@ __all__ = [
     "QwenVisionConfig",
     "find_image_spans",
     "from_hf",
+    "generate",
     "mrope_positions",
     "place_rows",
     "read_hf_config",

@@ -6,6 +6,8 @@ change the embeddings in between: `encode_images`, `embed`, `decode`, `decoder.l
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,11 +112,15 @@ class QwenVL(nnx.Module):
         """
         images_per_sample = 0 if images is None else images.shape[1]
         positions, _ = self.positions(token_ids, images_per_sample, image_grid, lengths=lengths)
-        features = None if images is None else self.encode_image_batch(images, image_grid)
-        embeddings = self.embed(jnp.asarray(token_ids), features)
         device_lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-        hidden, _ = self.decode(embeddings, jnp.asarray(positions), lengths=device_lengths)
-        return self.decoder.logits(hidden)
+        return _logits(
+            *nnx.split(self),
+            jnp.asarray(token_ids, jnp.int32),
+            images,
+            jnp.asarray(positions),
+            device_lengths,
+            image_grid=image_grid,
+        )
 
     def encode_image_batch(
         self, images: Float[Array, "B N P C"], grid: tuple[int, int] | None
@@ -164,6 +170,23 @@ class QwenVL(nnx.Module):
             )
             positions[:, row, :count], deltas[row] = mrope_positions(int(count), spans)
         return positions, deltas
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "image_grid"))
+def _logits(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    token_ids: Int[Array, "B S"],
+    images: Float[Array, "B N P C"] | None,
+    positions: Int[Array, "3 B S"],
+    lengths: Int[Array, " B"] | None,
+    *,
+    image_grid: tuple[int, int] | None,
+) -> Float[Array, "B S vocabulary"]:
+    model: QwenVL = nnx.merge(graph, state)
+    features = None if images is None else model.encode_image_batch(images, image_grid)
+    hidden, _ = model.decode(model.embed(token_ids, features), positions, lengths=lengths)
+    return model.decoder.logits(hidden)
 
 
 def place_rows(

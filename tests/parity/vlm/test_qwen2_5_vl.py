@@ -1,0 +1,260 @@
+"""Tiny random Qwen2.5-VL checkpoints, written by transformers, against its own numbers in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spacedrive_jax.vlm import QwenVL, from_hf, generate, to_hf
+
+torch = pytest.importorskip("torch", reason="parity tests need torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+IMAGE, VISION_START, VISION_END = 501, 502, 503
+RELATIVE_TOLERANCE = 2e-5
+
+
+class Case(NamedTuple):
+    images: int
+    grid: tuple[int, int]
+    tied: bool = False
+    shard_size: str = "5GB"
+
+
+CASES = {
+    "one_image_46x46": Case(images=1, grid=(46, 46)),
+    "six_images_ragged_windows": Case(images=6, grid=(6, 10), shard_size="200KB"),
+    "tied_tall": Case(images=2, grid=(22, 4), tied=True),
+    "text_only": Case(images=0, grid=(4, 4)),
+}
+
+
+class Pair(NamedTuple):
+    case: Case
+    theirs: torch.nn.Module
+    ours: QwenVL
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+def pair(request, tmp_path_factory) -> Pair:
+    case = CASES[request.param]
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "tie_word_embeddings": case.tied,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 112,
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        video_token_id=504,
+        tie_word_embeddings=case.tied,
+    )
+    torch.manual_seed(list(CASES).index(request.param))
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():  # spread the norms and biases, sharpen the rest
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name or "ln_q" in name else 0.0, 0.1)
+            else:
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    theirs.save_pretrained(folder, max_shard_size=case.shard_size)
+    return Pair(case, theirs, from_hf(folder), folder)
+
+
+class Inputs(NamedTuple):
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    pixels: np.ndarray | None
+    grid: tuple[int, int] | None
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Two prompts of unequal lengths, right-padded."""
+    generator = np.random.default_rng(seed)
+    visual = case.grid[0] * case.grid[1] // 4
+
+    def prompt(words: int) -> np.ndarray:
+        text = generator.integers(0, 500, (case.images + 1, words))
+        image = [VISION_START, *[IMAGE] * visual, VISION_END]
+        pieces = [np.concatenate([text[i], image]) for i in range(case.images)]
+        return np.concatenate([*pieces, text[-1]]).astype(np.int32)
+
+    prompts = [prompt(5), prompt(3)]
+    lengths = np.array([len(each) for each in prompts])
+    token_ids = np.zeros((2, lengths.max()), np.int32)
+    for row, each in zip(token_ids, prompts, strict=True):
+        row[: len(each)] = each
+    if case.images == 0:
+        return Inputs(token_ids, lengths, None, None)
+    shape = (2, case.images, case.grid[0] * case.grid[1], 1176)
+    return Inputs(token_ids, lengths, generator.standard_normal(shape).astype(np.float32), case.grid)
+
+
+def torch_inputs(inputs: Inputs, row: int) -> dict:
+    token_ids = inputs.token_ids[row : row + 1, : inputs.lengths[row]]
+    values = {"input_ids": torch.tensor(token_ids, dtype=torch.long)}
+    values["attention_mask"] = torch.ones_like(values["input_ids"])
+    if inputs.pixels is not None:
+        images = inputs.pixels.shape[1]
+        values["pixel_values"] = torch.tensor(inputs.pixels[row].reshape(-1, 1176))
+        values["image_grid_thw"] = torch.tensor([[1, *inputs.grid]] * images)
+        values["mm_token_type_ids"] = (values["input_ids"] == IMAGE).long()
+    return values
+
+
+def assert_close(ours, theirs, what: str) -> None:
+    theirs = theirs.detach().numpy()
+    ours = np.asarray(ours)
+    assert ours.shape == theirs.shape
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"{what}: relative error {error:.1e}")
+    assert error < RELATIVE_TOLERANCE
+
+
+def test_logits_and_hidden_states(pair):
+    inputs = make_inputs(pair.case)
+    ours = pair.ours.logits(
+        inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
+    )
+    images = 0 if inputs.pixels is None else pair.case.images
+    positions, _ = pair.ours.positions(inputs.token_ids, images, inputs.grid, lengths=inputs.lengths)
+    features = None if images == 0 else pair.ours.encode_image_batch(inputs.pixels, inputs.grid)
+    embeddings = pair.ours.embed(jnp.asarray(inputs.token_ids), features)
+    hidden = pair.ours.decoder.hidden_states(
+        embeddings, jnp.asarray(positions), lengths=jnp.asarray(inputs.lengths)
+    )
+    for row, length in enumerate(inputs.lengths):
+        with torch.no_grad():
+            theirs = pair.theirs(**torch_inputs(inputs, row), output_hidden_states=True)
+        assert len(theirs.hidden_states) == len(hidden)
+        for layer, each in enumerate(theirs.hidden_states):
+            assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
+        assert_close(ours[row, :length], theirs.logits[0], "logits")
+
+
+def test_visual_tokens(pair):
+    inputs = make_inputs(pair.case, seed=1)
+    if inputs.pixels is None:
+        pytest.skip("no images in this case")
+    with torch.no_grad():
+        theirs = pair.theirs.model.visual(
+            torch.tensor(inputs.pixels[0].reshape(-1, 1176)),
+            grid_thw=torch.tensor([[1, *inputs.grid]] * pair.case.images),
+        ).pooler_output
+    ours = pair.ours.encode_images(jnp.asarray(inputs.pixels[0]), inputs.grid)
+    assert_close(ours.reshape(theirs.shape), theirs, "visual tokens")
+
+
+def test_generated_ids_with_cache_batched_and_alone(pair):
+    inputs = make_inputs(pair.case, seed=2)
+    new_tokens = 12
+    ours = generate(
+        pair.ours,
+        inputs.token_ids,
+        images=inputs.pixels,
+        image_grid=inputs.grid,
+        lengths=inputs.lengths,
+        max_new_tokens=new_tokens,
+    )
+    for row, length in enumerate(inputs.lengths):
+        with torch.no_grad():
+            theirs = pair.theirs.generate(
+                **torch_inputs(inputs, row),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
+        alone = generate(
+            pair.ours,
+            inputs.token_ids[row : row + 1, :length],
+            images=None if inputs.pixels is None else inputs.pixels[row : row + 1],
+            image_grid=inputs.grid,
+            max_new_tokens=new_tokens,
+        )
+        np.testing.assert_array_equal(ours[row], alone[0])
+
+
+@pytest.mark.parametrize("naming", ["hub", "transformers"])
+def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
+    folder = tmp_path / "exported"
+    to_hf(pair.ours, folder, naming=naming, max_shard_bytes=300_000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    theirs, exported = pair.theirs.state_dict(), again.state_dict()
+    assert theirs.keys() == exported.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, exported[name]), name
+    assert again.config.text_config.rope_parameters == pair.theirs.config.text_config.rope_parameters
+
+
+def test_adapted_logits_match_peft(pair):
+    peft = pytest.importorskip("peft")
+    from flax import nnx
+
+    from spacedrive_jax.vlm import LoraConfig
+    from spacedrive_jax.vlm.checkpoint import fill
+    from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
+
+    lora = LoraConfig(rank=4, alpha=16.0, targets=("q", "k", "v", "o"))
+    torch.manual_seed(7)
+    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(pair.folder, dtype=torch.float32)
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        init_lora_weights=False,
+        target_modules=r".*language_model.*\.(q|k|v|o)_proj",
+    )
+    adapted = peft.get_peft_model(base, settings).eval()
+
+    class Tensors(dict):
+        read = dict.__getitem__
+
+    tensors = Tensors(
+        (name.replace(".default", ""), tensor.numpy())
+        for name, tensor in adapted.state_dict().items()
+        if "lora_" in name
+    )
+    model = from_hf(pair.folder, lora=lora)
+    rules = lora_rules(model.config.decoder, lora)
+    check_names_and_shapes(rules, {name: tensor.shape for name, tensor in tensors.items()}, origin="peft")
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    fill(flat, rules, tensors)
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    inputs = make_inputs(pair.case, seed=3)
+    ours = model.logits(
+        inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
+    )
+    with torch.no_grad():
+        theirs = adapted(**torch_inputs(inputs, 0)).logits[0]
+        plain = pair.theirs(**torch_inputs(inputs, 0)).logits[0]
+    assert (theirs - plain).abs().max() > 0.01
+    assert_close(ours[0, : inputs.lengths[0]], theirs, "adapted logits")
