@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spacedrive_jax.console import Command, UserError, progress
-from spacedrive_jax.data.records import open_records
-from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
-from spacedrive_jax.evaluation.predictions import read_predictions
 from spacedrive_jax.evaluation.protocols import protocol_named
 
 METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
@@ -46,6 +43,11 @@ class Evaluate(Command):
         Raises:
             UserError: the predictions, records or split cannot be read, or nothing can be scored.
         """
+        # Here, not above: the record reader takes a second to import, which --help need not wait for.
+        from spacedrive_jax.data.records import open_records
+        from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
+        from spacedrive_jax.evaluation.predictions import read_predictions
+
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if not out.parent.is_dir():
             raise UserError(f"--out {out}: the folder {out.parent} does not exist")

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import SPLITS, Record, Records, open_records, read_provenance
+from spacedrive_jax.data.records import Record, Records, open_records, read_provenance
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory, standing_still
 from spacedrive_jax.evaluation.collision import VEHICLE_CATEGORIES, Obstacles
+from spacedrive_jax.evaluation.coverage import Coverage, cover, read_splits
 from spacedrive_jax.evaluation.drivable import drivable_rasters
 from spacedrive_jax.evaluation.metrics import (
     HorizonScores,
@@ -31,47 +32,6 @@ GROUND_TRUTH = "ground_truth"
 
 Planner = Callable[[Record], "Float[np.ndarray, 'T 2'] | None"]
 """A record to its planned waypoints, or None where the planner has none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Coverage:
-    """Which keyframes were scored, and why others were not.
-
-    A keyframe is eligible when all six future waypoints exist (quirk Q10: the last six of each scene drop
-    out); a planner's score is the mean over the eligible keyframes it has a usable trajectory for.
-
-    Attributes:
-        records: keyframes in the split.
-        eligible: keyframes with a whole future.
-        counted: eligible keyframes with a usable prediction, the denominator of the scores.
-        with_map: counted keyframes with a drivable area, the denominator of the intersection.
-        missing: eligible keyframes the file does not mention.
-        unparsed, short, non_finite: eligible keyframes whose prediction is unusable.
-        long: eligible keyframes of which only the first six waypoints were used.
-        duplicates: tokens given more than once (the first line counts).
-        wrong_split: predicted tokens that are keyframes of another split.
-        unknown: predicted tokens that are no keyframe of the folder.
-    """
-
-    records: int
-    eligible: int
-    counted: int
-    with_map: int
-    missing: tuple[str, ...]
-    unparsed: tuple[str, ...]
-    short: tuple[str, ...]
-    long: tuple[str, ...]
-    non_finite: tuple[str, ...]
-    duplicates: tuple[str, ...]
-    wrong_split: tuple[str, ...]
-    unknown: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts as numbers, lists as `{"count", "tokens"}`; `share` is counted over eligible."""
-        facts: dict[str, Any] = {"share": self.counted / self.eligible if self.eligible else 0.0}
-        for name, value in dataclasses.asdict(self).items():
-            facts[name] = {"count": len(value), "tokens": list(value)} if isinstance(value, tuple) else value
-        return facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +141,7 @@ def evaluate(
         )
     stacked = {key: stack_scores(rows) for key, rows in step_scores.items()}
     with_map = int(stacked[PREDICTION, rules[0]].has_map.sum())
-    coverage = _coverage(records, predictions, seen, eligible, len(tokens[PREDICTION]), with_map)
+    coverage = cover(records, predictions, seen, eligible, len(tokens[PREDICTION]), with_map)
     notes += _map_notes(coverage)
     result = {}
     for protocol in protocols:
@@ -232,50 +192,6 @@ def _planners(records: Records, predictions: Predictions) -> tuple[dict[str, Pla
         notes.append("No mean trajectory baseline: the records folder has no train split.")
     planners[GROUND_TRUTH] = lambda record: record["waypoints"]
     return planners, notes
-
-
-def read_splits(records: Records) -> set[str]:
-    """The splits of the folder that hold keyframes (without `all`)."""
-    return set(records.source.dataset_info.splits) & set(SPLITS)
-
-
-def _coverage(
-    records: Records,
-    predictions: Predictions,
-    seen: set[str],
-    eligible: set[str],
-    counted: int,
-    with_map: int,
-) -> Coverage:
-    strangers = sorted(predictions.tokens - seen)
-    elsewhere = _tokens_of_other_splits(records) if strangers else frozenset()
-
-    def here(tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(token for token in tokens if token in eligible)
-
-    return Coverage(
-        records=len(records),
-        eligible=len(eligible),
-        counted=counted,
-        with_map=with_map,
-        missing=tuple(sorted(eligible - predictions.tokens)),
-        unparsed=here(predictions.unparsed),
-        short=here(predictions.short),
-        long=here(predictions.long),
-        non_finite=here(predictions.non_finite),
-        duplicates=predictions.duplicates,
-        wrong_split=tuple(token for token in strangers if token in elsewhere),
-        unknown=tuple(token for token in strangers if token not in elsewhere),
-    )
-
-
-def _tokens_of_other_splits(records: Records) -> frozenset[str]:
-    if records.split == "all":
-        return frozenset()
-    others = [
-        open_records(records.directory, split) for split in sorted(read_splits(records) - {records.split})
-    ]
-    return frozenset(other[index]["token"] for other in others for index in range(len(other)))
 
 
 def _map_notes(coverage: Coverage) -> list[str]:

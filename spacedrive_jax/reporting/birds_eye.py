@@ -85,7 +85,8 @@ def birds_eye_view(record: Record, prediction: Float[np.ndarray, "T 2"] | None) 
     axes.grid(False)
     axes.set_xlabel("left (m)")
     axes.set_ylabel("forward (m)")
-    axes.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     return to_png(figure)
 
 

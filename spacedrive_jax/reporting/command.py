@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from spacedrive_jax.console import Command, UserError, progress
-from spacedrive_jax.data.records import Records, open_records, read_provenance
-from spacedrive_jax.evaluation.predictions import Predictions, read_predictions
-from spacedrive_jax.reporting.cases import (
-    SplitErrors,
-    choose_cases,
-    describe_images,
-    make_case,
-    measure_split,
-)
-from spacedrive_jax.reporting.curves import horizon_plot, training_curves
-from spacedrive_jax.reporting.page import Page, flatten, render_page
-from spacedrive_jax.reporting.run_files import RunFiles, read_run
-
-DEFAULT_SPLIT = "val"
+from spacedrive_jax.console import Command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,149 +40,17 @@ class Report(Command):
             UserError: the directory is no run, a file in it is damaged, or a path given as a flag does
                 not exist.
         """
-        files = read_run(self.run_dir)
-        notices = list(files.missing)
-        records = self._records(files, notices)
-        predictions = self._predictions(files, notices)
-        measured = None
-        if records is not None:
-            measured = measure_split(
-                records, predictions, lambda indices: progress(indices, desc="report", unit="keyframe")
-            )
-            notices += _check_match(records, files, predictions, measured)
-        elif self.highlight:
-            raise UserError("--highlight needs records: give --records DIR")
-        page = _make_page(files, records, predictions, measured, self.highlight, notices)
-        out = self.run_dir / "report.html"
-        temporary = out.with_name(".report.html.partial")
-        temporary.write_text(render_page(page), encoding="utf-8")
-        os.replace(temporary, out)
-        print(f"report written to {out}")
-        return {"file": str(out), "missing": notices}
+        # Here, not above: figures and records take a second to import, which --help need not wait for.
+        from spacedrive_jax.reporting.build import write_report
 
-    def _records(self, files: RunFiles, notices: list[str]) -> Records | None:
-        split = self.split or str(files.facts.get("split", DEFAULT_SPLIT))
-        if self.records is not None:
-            return open_records(self.records, split)
-        named = files.facts.get("records")
-        if not named:
-            notices.append(
-                "No records are named in run.json and --records is not given: no keyframe is shown."
-            )
-            return None
-        directory = files.resolve(str(named))
-        if not directory.is_dir():
-            notices.append(f"The records folder {named} named in run.json is not here: no keyframe is shown.")
-            return None
-        return open_records(directory, split)
-
-    def _predictions(self, files: RunFiles, notices: list[str]) -> Predictions | None:
-        if self.predictions is not None:
-            return read_predictions(self.predictions)
-        named = str(files.facts.get("predictions", "predictions.jsonl"))
-        path = files.resolve(named)
-        if not path.is_file():
-            notices.append(f"There is no prediction file {named}: no predicted path is shown.")
-            return None
-        return read_predictions(path)
-
-
-def _check_match(
-    records: Records, files: RunFiles, predictions: Predictions | None, measured: SplitErrors
-) -> list[str]:
-    """Sentences about records, scores and predictions that do not belong together."""
-    notices = []
-    if predictions is not None and "prediction" not in measured.errors:
-        notices.append(
-            f"None of the {len(predictions.tokens)} predictions belongs to a keyframe with a whole future in "
-            f"split {records.split} of {records.directory}."
+        result = write_report(
+            self.run_dir,
+            records=self.records,
+            predictions=self.predictions,
+            split=self.split,
+            highlights=self.highlight,
         )
-    for evaluation in files.evaluations:
-        fingerprint = evaluation["records"].get("fingerprint")
-        if fingerprint != records.fingerprint:
-            notices.append(
-                f"The {evaluation['protocol']} scores were computed on other records (fingerprint "
-                f"{fingerprint}) than the keyframes shown ({records.fingerprint})."
-            )
-    trained_on = files.facts.get("records_fingerprint")
-    if trained_on is not None and trained_on != records.fingerprint:
-        notices.append(
-            f"The run names records with fingerprint {trained_on}; the keyframes shown have "
-            f"{records.fingerprint}."
-        )
-    if measured.rendered:
-        notices.append(
-            "Camera images shown here are drawn by a renderer, not photographed: "
-            + describe_images(measured.photographed, measured.rendered, measured.absent)
-            + f" in split {records.split}."
-        )
-    return notices
-
-
-def _make_page(
-    files: RunFiles,
-    records: Records | None,
-    predictions: Predictions | None,
-    measured: SplitErrors | None,
-    highlights: Sequence[str],
-    notices: Sequence[str],
-) -> Page:
-    cases = []
-    if records is not None and measured is not None:
-        cases = [
-            make_case(title, token, records, measured, predictions)
-            for title, token in choose_cases(measured, highlights)
-        ]
-    predicted = measured is not None and "prediction" in measured.errors
-    return Page(
-        title=files.directory.resolve().name,
-        summary=_summary(files),
-        notices=notices,
-        evaluations=files.evaluations,
-        horizon=horizon_plot(measured.errors) if measured is not None and predicted else None,
-        cases=cases,
-        curves=training_curves(files.steps),
-        config=files.config,
-        provenance=_provenance(files, records, predictions, measured),
-    )
-
-
-def _summary(files: RunFiles) -> dict[str, str]:
-    summary = {}
-    if files.steps:
-        last = files.steps[-1]
-        summary["Steps"] = f"{int(last['step']):,}"
-        if "loss" in last:
-            summary["Last loss"] = f"{last['loss']:.4g}"
-    if files.evaluations:
-        shown = next(
-            (item for item in files.evaluations if item["protocol"] == "omnidrive"), files.evaluations[0]
-        )
-        units = {"l2": ("L2", "m"), "collision": ("Collision", "%"), "intersection": ("Off road", "%")}
-        for metric, (name, unit) in units.items():
-            value = shown[metric]["avg"]
-            summary[f"{name}, avg ({shown['protocol']})"] = (
-                "no map" if value is None else f"{value:.2f} {unit}"
-            )
-        summary["Scored keyframes"] = f"{shown['coverage']['counted']} of {shown['coverage']['eligible']}"
-    return summary
-
-
-def _provenance(
-    files: RunFiles,
-    records: Records | None,
-    predictions: Predictions | None,
-    measured: SplitErrors | None,
-) -> dict[str, str]:
-    facts = {f"run.json: {name}": value for name, value in flatten(files.facts)}
-    facts["run directory"] = str(files.directory)
-    if records is not None and measured is not None:
-        facts["records shown"] = f"{records.directory}, split {records.split}, {len(records)} keyframes"
-        facts["records fingerprint"] = records.fingerprint
-        provenance = read_provenance(records.directory)
-        facts["dataset version"] = str(provenance.get("source", {}).get("version", "not recorded"))
-        facts["licence of the data"] = str(provenance.get("licence", "not recorded"))
-        facts["camera images"] = describe_images(measured.photographed, measured.rendered, measured.absent)
-    if predictions is not None:
-        facts["predictions shown"] = f"{predictions.path}, {len(predictions.tokens)} keyframes"
-    return facts
+        print(f"report written to {result.file}")
+        for notice in result.notices:
+            print(f"note: {notice}")
+        return {"file": str(result.file), "notices": list(result.notices)}

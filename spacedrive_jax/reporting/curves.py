@@ -15,6 +15,7 @@ LINE_COLORS = (INK, PREDICTION, TRUTH, "#009e73", "#cc79a7", "#56b4e9")
 LABELS = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
+    "displacement_m": "Waypoint error (m)",
     "step_seconds": "Seconds a step",
     "samples_per_second": "Samples a second",
     "tokens_per_second": "Tokens a second",

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.evaluation.command import Evaluate
+from spacedrive_jax.reporting.command import Report
+from tests.record_factory import encode_png, make_record, write_records
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and collects addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "img":
+            attributes = dict(attrs)
+            assert attributes["alt"]
+            self.images.append(attributes["src"] or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def says(self, text: str) -> bool:
+        return text in re.sub(r"\s+", " ", "".join(self.text))
+
+
+def read_page(run_dir: Path) -> Page:
+    return Page((run_dir / "report.html").read_text())
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run on five keyframes with depth: good, middling and bad predictions."""
+    rng = np.random.default_rng(3)
+    depth = encode_png(np.full((45, 80), 10 * 256, np.uint16))
+    val = [
+        make_record(rng, token=f"token-{index}", exact_depth=[depth] * 6, scene_name=f"scene-<{index}>")
+        for index in range(5)
+    ]
+    records = write_records(tmp_path / "records", {"val": val})
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    with (run / "predictions.jsonl").open("w") as lines:
+        for index, record in enumerate(val):
+            waypoints = (record["waypoints"] + 0.5 * index).tolist()
+            entry = {
+                "token": record["token"],
+                "waypoints": waypoints,
+                "text": f"answer <{index}>",
+                "status": "ok",
+            }
+            lines.write(json.dumps(entry) + "\n")
+    with (run / "metrics.jsonl").open("w") as lines:
+        for step in range(1, 80):
+            logged = {
+                "step": step,
+                "loss": 5 / step,
+                "loss_position": 2 / step,
+                "odd_number": step,
+                "note": "x",
+            }
+            lines.write(json.dumps(logged) + "\n")
+    (run / "config.json").write_text(json.dumps({"model": {"width": 64}, "name": "<first>"}))
+    facts = {"records": str(records), "split": "val", "versions": {"jax": "0.10.2"}}
+    (run / "run.json").write_text(json.dumps(facts))
+    Evaluate(run / "predictions.jsonl", records, out=run / "evaluation.json").run()
+    return run
+
+
+def test_whole_report(run_dir: Path) -> None:
+    result = Report(run_dir).run()
+    assert result == {"file": str(run_dir / "report.html"), "notices": []}
+    page = read_page(run_dir)
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert page.says(f"{evaluation['l2']['avg']:.2f}")
+    for text in (
+        "Open-loop scores",
+        "this run",
+        "constant velocity",
+        "Scored 5 of 5 keyframes",
+        "No mean trajectory baseline",
+        "all 6 photographed",
+        "all 30 photographed",
+        "exact depth images",
+        "model.width",
+        "run.json: versions.jax",
+        evaluation["records"]["fingerprint"],
+        "scene-<0>",
+        "answer <4>",
+    ):
+        assert page.says(text), text
+    # Best, median and worst, in this order.
+    shown = re.findall(r"keyframe (token-\d)", re.sub(r"\s+", " ", "".join(page.text)))
+    assert shown == ["token-0", "token-2", "token-4"]
+
+
+def test_page_stands_alone(run_dir: Path) -> None:
+    Report(run_dir).run()
+    text = (run_dir / "report.html").read_text()
+    page = Page(text)
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    # The horizon, three cases of three pictures, two curves: the losses together and the odd number.
+    assert len(page.images) == 1 + 3 * 3 + 2
+    for source in page.images:
+        kind, data = source.split(";base64,")
+        content = base64.b64decode(data, validate=True)
+        if kind in ("data:image/png", "data:image/jpeg"):
+            assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is not None
+        else:
+            assert kind == "data:image/svg+xml"
+            assert b"</svg>" in content
+
+
+def test_same_run_same_page(run_dir: Path) -> None:
+    Report(run_dir).run()
+    first = (run_dir / "report.html").read_bytes()
+    Report(run_dir).run()
+    assert (run_dir / "report.html").read_bytes() == first
+
+
+def test_missing_parts_are_named(run_dir: Path) -> None:
+    for name in ("metrics.jsonl", "config.json", "evaluation.json", "predictions.jsonl"):
+        (run_dir / name).unlink()
+    (run_dir / "run.json").write_text(json.dumps({"records": "gone"}))
+    notices = " ".join(Report(run_dir).run()["notices"])
+    page = read_page(run_dir)
+    for text in (
+        "config.json is absent",
+        "metrics.jsonl is absent",
+        "No evaluation file",
+        "The records folder gone named in run.json is not here",
+        "There is no prediction file predictions.jsonl",
+    ):
+        assert text in notices
+        assert page.says(text)
+    assert page.images == []
+    assert page.says("There is no evaluation to show.")
+
+
+def test_records_without_predictions_pixels_or_map(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    bare = make_record(
+        rng,
+        token="bare",
+        images=[b""] * 6,
+        drivable_source="none",
+        drivable_fine=b"",
+        waypoint_mask=np.zeros(6, bool),
+        past_mask=np.zeros(2, bool),
+    )
+    records = write_records(tmp_path / "records", {"val": [bare]})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"records": str(records)}))
+    Report(run).run()
+    page = read_page(run)
+    for text in ("First keyframe", "no pixels", "neither depth images nor a LiDAR sweep", "all 6 absent"):
+        assert page.says(text), text
+    assert len(page.images) == 1
+
+
+def test_rendered_images_are_said_to_be_rendered(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    flags = np.array([True] * 4 + [False] * 2)
+    records = write_records(
+        tmp_path / "records", {"val": [make_record(rng, token="a", image_rendered=flags)]}
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    notices = Report(run, records=records, highlight=("a",)).run()["notices"]
+    assert any("2 photographed, 4 rendered of 6" in notice for notice in notices)
+    assert read_page(run).says("camera images: 2 photographed, 4 rendered of 6")
+
+
+def test_lidar_colors_the_views(tmp_path: Path) -> None:
+    from spacedrive_jax.reporting.cameras import camera_strip, depth_source
+
+    rng = np.random.default_rng(1)
+    sweep = np.zeros((50, 5), np.float32)
+    sweep[:, 0], sweep[:, 1], sweep[:, 2] = 12.0, np.linspace(-3, 3, 50), 1.0
+    record = make_record(rng, lidar=sweep.tobytes())
+    assert depth_source(record) == "lidar"
+    without = camera_strip({**record, "lidar": b""})
+    assert camera_strip(record).shape[0] == 2 * without.shape[0]
+
+
+def test_scores_of_other_records_are_flagged(run_dir: Path, tmp_path: Path) -> None:
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["records"]["fingerprint"] = "another"
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    notices = Report(run_dir).run()["notices"]
+    assert any("computed on other records (fingerprint another)" in notice for notice in notices)
+
+
+def test_resumed_and_cut_off_logs(run_dir: Path) -> None:
+    from spacedrive_jax.reporting.run_files import read_run
+
+    (run_dir / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo'
+    )
+    files = read_run(run_dir)
+    assert [step["loss"] for step in files.steps] == [3, 1.5]
+    assert any("last line of metrics.jsonl is cut off" in text for text in files.missing)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "loss": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not JSON"):
+        read_run(run_dir)
+
+
+def test_errors_name_what_to_mend(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        Report(tmp_path / "nowhere").run()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="does not look like a run"):
+        Report(empty).run()
+    with pytest.raises(UserError, match="--highlight unknown"):
+        Report(run_dir, highlight=("unknown",)).run()
+    with pytest.raises(UserError, match="is not a finished records folder"):
+        Report(run_dir, records=empty).run()
+    (run_dir / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        Report(run_dir).run()
+    assert not list(run_dir.glob("*.partial"))
+    assert not (run_dir / "report.html").exists()
