@@ -65,9 +65,9 @@ class MaskMap:
         """Looks up the pixel under every cell centre; see `DrivableMap.raster`."""
         pitch = 2 * extent / cells
         offsets = -extent + pitch * (np.arange(cells) + 0.5)
-        forward, left = np.meshgrid(offsets, offsets, indexing="ij")
-        x = centre[0] + np.cos(yaw) * forward - np.sin(yaw) * left
-        y = centre[1] + np.sin(yaw) * forward + np.cos(yaw) * left
+        forward, left = offsets[:, None], offsets[None, :]
+        x = (centre[0] + np.cos(yaw) * forward) - np.sin(yaw) * left
+        y = (centre[1] + np.sin(yaw) * forward) + np.cos(yaw) * left
         rows, row_bytes = self._bits.shape
         column = np.round(x / MASK_RESOLUTION).astype(np.int64)
         row = np.round(rows - y / MASK_RESOLUTION).astype(np.int64)

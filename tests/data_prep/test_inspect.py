@@ -1,0 +1,57 @@
+"""Looking at records."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.cli import run
+from data_prep.convert import Convert
+from data_prep.record_picture import box_corners
+from spacedrive_jax.data.records import open_records, record_features
+from tests.data_prep.tiny_nuscenes import VERSION
+
+
+@pytest.fixture
+def records_folder(tiny, dataroot, tmp_path):
+    (dataroot / tiny.image(0, 1, "CAM_FRONT")).unlink()
+    Convert(dataroot=dataroot, version=VERSION, out=tmp_path / "records", missing_images="empty").run()
+    return tmp_path / "records"
+
+
+def test_prints_every_field(records_folder, capsys):
+    assert run(["inspect", str(records_folder)]) == 0
+    printed = capsys.readouterr().out
+    for name in record_features():
+        assert f"  {name} " in printed
+    assert "24 records (train 16, val 8)" in printed
+
+
+def test_draws_a_keyframe_with_a_missing_image(records_folder, tiny, tmp_path, capsys):
+    token = tiny.tables["sample"][1]["token"]
+    picture = tmp_path / "view.png"
+    assert run(["inspect", str(records_folder), "--token", token, "--image", str(picture), "--json"]) == 0
+    assert f'"token": "{token}"' in capsys.readouterr().out.splitlines()[-1]
+    with Image.open(picture) as image:
+        assert image.size == (1920, 630)
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 1000, "photographs were drawn"
+
+
+def test_unknown_token_and_unfinished_folder(records_folder, tmp_path, capsys):
+    assert run(["inspect", str(records_folder), "--token", "nope"]) == 1
+    assert "has no keyframe 'nope'" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path)]) == 1
+    assert "is not a finished records folder" in capsys.readouterr().err
+
+
+def test_box_corners():
+    corners = box_corners(np.array([[10.0, 5.0, 1.0, 4.0, 2.0, 1.5, np.pi / 2]]))[0]
+    # Heading left: the front left corner is ahead in y and behind in x.
+    np.testing.assert_allclose(corners[0], [9.0, 7.0, 0.25], atol=1e-12)
+    np.testing.assert_allclose(corners[4], [9.0, 7.0, 1.75], atol=1e-12)
+    np.testing.assert_allclose(corners.mean(axis=0), [10.0, 5.0, 1.0], atol=1e-12)
+
+
+def test_default_keyframe_is_in_the_first_scene(records_folder, capsys):
+    run(["inspect", str(records_folder), "--json"])
+    first = open_records(records_folder)[0]["scene_name"]
+    assert f"{'scene_name':<24} {'text':<22} {first}" in capsys.readouterr().out
