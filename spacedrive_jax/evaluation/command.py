@@ -27,7 +27,7 @@ class Evaluate(Command):
     """
 
     predictions: Path
-    """JSON Lines file written by `predict`."""
+    """JSON Lines file written by `predict`, or a folder of the published code's (one file per token)."""
     records: Path
     """Records folder written by `python -m data_prep`."""
     split: Literal["train", "val", "all"] = "val"
@@ -46,7 +46,7 @@ class Evaluate(Command):
         # Here, not above: the record reader takes a second to import, which --help need not wait for.
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
-        from spacedrive_jax.evaluation.predictions import read_predictions
+        from spacedrive_jax.evaluation.prediction_files import read_predictions
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if not out.parent.is_dir():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.records import Records, open_records, read_provenance
-from spacedrive_jax.evaluation.predictions import Predictions, read_predictions
+from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.cases import (
     SplitErrors,
     choose_cases,

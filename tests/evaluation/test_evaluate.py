@@ -13,7 +13,7 @@ from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajecto
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.evaluation.drivable import drivable_rasters
 from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
-from spacedrive_jax.evaluation.predictions import read_predictions
+from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import PROTOCOLS, protocol_named
 from spacedrive_jax.evaluation.rasters import Grid
 from tests.record_factory import make_record, straight_road, write_records

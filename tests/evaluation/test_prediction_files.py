@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.predictions import read_predictions
+from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.published_predictions import parse_answer
 
 PATH = [[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.3], [5.0, 0.4], [6.0, 0.5]]
 
@@ -72,3 +73,31 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_predictions(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="holds no prediction"):
         read_predictions(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_answers_are_parsed_as_published(golden: Path) -> None:
+    cases = json.loads((golden / "metrics" / "config.json").read_text())["text_parsing"]
+    assert len(cases) >= 8
+    for case in cases:
+        found = parse_answer(case["text"])
+        if isinstance(case["coords"], list):
+            np.testing.assert_array_equal(found, case["coords"], case["text"])
+        else:  # nothing found, or the published script fails on the sample
+            assert found is None, case["text"]
+
+
+def test_published_folder(tmp_path: Path) -> None:
+    answer = "Here is [" + ", ".join(f"<POS_INDICATOR>({x:.2f}, {y:.2f})" for x, y in PATH) + "]"
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "good").write_text(json.dumps([{"Q": "where to?", "A": [answer]}]))
+    (folder / "talk").write_text(json.dumps([{"Q": "where to?", "A": "nowhere"}]))
+    predictions = read_predictions(folder)
+    np.testing.assert_array_equal(predictions.waypoints["good"], PATH)
+    assert predictions.unparsed == ("talk",)
+    (folder / "bad").write_text("{}")
+    with pytest.raises(UserError, match=r"bad: expected a JSON list"):
+        read_predictions(folder)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no prediction"):
+        read_predictions(tmp_path / "none")
