@@ -214,16 +214,17 @@ def _draw_views(
 ) -> dict[str, _View]:
     """Draws the given cameras of a keyframe, by file name."""
     # The renderer is only loaded where it is asked for.
-    from data_prep.nuscenes.missing_views import boxes_to_draw, draw_missing_view, ground_around
+    from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
 
     boxes = boxes_to_draw(agents, keyframe.annotations)
-    ground = ground_around(drivable_map, np.array(keyframe.lidar.ego_translation[:2]))
+    seed = scene_seed(unit.seed, unit.scene.name)
+    backdrop = backdrop_around(drivable_map, np.array(keyframe.lidar.ego_translation[:2]), seed)
     views = {}
     for camera, pose in zip(keyframe.cameras, ego_to_global, strict=True):
         if camera in to_draw:
             size = unit.render_size or (camera.height, camera.width)
             drawn = draw_missing_view(
-                boxes, ground, _intrinsics(camera, size), _sensor_to_ego(camera), pose, size, unit.seed
+                boxes, backdrop, _intrinsics(camera, size), _sensor_to_ego(camera), pose, size, seed
             )
             views[camera.filename] = _View(drawn.jpeg, drawn.depth_png, size, rendered=True)
     return views
