@@ -141,12 +141,15 @@ def make_record(rng: np.random.Generator, **overrides: Any) -> Record:
     return {**record, **overrides}
 
 
-def write_records(directory: Path, records: Mapping[str, Sequence[Record]]) -> Path:
+def write_records(
+    directory: Path, records: Mapping[str, Sequence[Record]], version: str = "v1.0-mini"
+) -> Path:
     """Writes a finished records folder, one shard a split, and returns it.
 
     Args:
         directory: the folder to write.
         records: split name (`train`, `val`) to its records; empty splits are left out.
+        version: dataset version named in the provenance.
     """
     directory.mkdir(parents=True, exist_ok=True)
     features = record_features()
@@ -193,7 +196,7 @@ def write_records(directory: Path, records: Mapping[str, Sequence[Record]]) -> P
             {
                 "fingerprint": digest.hexdigest()[:16],
                 "keyframes": counts,
-                "source": {"version": "tests"},
+                "source": {"version": version},
                 "licence": "made up",
             }
         )

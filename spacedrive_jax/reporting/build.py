@@ -14,7 +14,6 @@ from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.cases import (
     SplitErrors,
     choose_cases,
-    describe_images,
     make_case,
     measure_split,
 )
@@ -124,10 +123,10 @@ def _check_match(
             f"The run was trained on other records (fingerprint {trained_on}) than the keyframes shown "
             f"({records.fingerprint})."
         )
-    if measured.rendered:
+    if measured.images.rendered:
         notices.append(
-            "Camera images shown here are drawn by a renderer, not photographed: "
-            + describe_images(measured.photographed, measured.rendered, measured.absent)
+            "Camera images the dataset has no file for are drawn by a renderer: "
+            + measured.images.describe(read_provenance(records.directory))
             + f" in split {records.split}."
         )
     return notices
@@ -196,7 +195,7 @@ def _provenance(
         provenance = read_provenance(records.directory)
         facts["dataset version"] = str(provenance.get("source", {}).get("version", "not recorded"))
         facts["licence of the data"] = str(provenance.get("licence", "not recorded"))
-        facts["camera images"] = describe_images(measured.photographed, measured.rendered, measured.absent)
+        facts["camera images"] = measured.images.describe(provenance)
     if predictions is not None:
         facts["predictions shown"] = f"{predictions.path}, {len(predictions.tokens)} keyframes"
     return facts

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.records import Records, read_provenance
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
+from spacedrive_jax.reporting.image_origin import ImageOrigin, image_origin
 from spacedrive_jax.reporting.style import to_jpeg
 
 DEPTH_TEXTS: Mapping[str, str] = {
@@ -32,17 +33,13 @@ class SplitErrors:
             has rows for `tokens`.
         tokens: keyframes with a whole future and a usable prediction, in record order.
         index_of: token to its index in the split, for all keyframes.
-        photographed: camera images that are photographs.
-        rendered: camera images that a renderer drew.
-        absent: cameras without pixels.
+        images: where its camera images come from.
     """
 
     errors: Mapping[str, Float[np.ndarray, "S T"]]
     tokens: tuple[str, ...]
     index_of: Mapping[str, int]
-    photographed: int
-    rendered: int
-    absent: int
+    images: ImageOrigin
 
 
 def measure_split(
@@ -57,15 +54,11 @@ def measure_split(
     rows: dict[str, list[np.ndarray]] = {"prediction": [], "constant_velocity": [], "standing_still": []}
     tokens: list[str] = []
     index_of: dict[str, int] = {}
-    photographed = rendered = absent = 0
+    images = ImageOrigin()
     for index in track(range(len(records))):
         record = records[index]
         index_of[record["token"]] = index
-        present = np.array([bool(image) for image in record["images"]])
-        drawn = np.asarray(record["image_rendered"], bool)
-        photographed += int((present & ~drawn).sum())
-        rendered += int((present & drawn).sum())
-        absent += int((~present).sum())
+        images += image_origin(record)
         plan = predictions.waypoints.get(record["token"]) if predictions else None
         if not np.all(record["waypoint_mask"]) or (predictions is not None and plan is None):
             continue
@@ -76,7 +69,7 @@ def measure_split(
         for name, waypoints in plans.items():
             rows[name].append(np.linalg.norm(waypoints - record["waypoints"], axis=-1))
     errors = {name: np.stack(values) for name, values in rows.items() if values}
-    return SplitErrors(errors, tuple(tokens), index_of, photographed, rendered, absent)
+    return SplitErrors(errors, tuple(tokens), index_of, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Case:
         birds_eye: PNG data address.
         front: JPEG data address of the front view with paths, None without pixels.
         strip: JPEG data address of the six views with depth, None without pixels.
-        image_origin: photographed or rendered, in words.
+        images: where the camera images come from, in words.
         depth: where the depth comes from, in words.
         answer: the model's answer, "" where there is none.
     """
@@ -99,7 +92,7 @@ class Case:
     birds_eye: str
     front: str | None
     strip: str | None
-    image_origin: str
+    images: str
     depth: str
     answer: str
 
@@ -146,31 +139,7 @@ def make_case(
         birds_eye=birds_eye_view(record, plan),
         front=None if front is None else to_jpeg(front),
         strip=None if strip is None else to_jpeg(strip),
-        image_origin=describe_images(
-            *(
-                int(sum(flags))
-                for flags in zip(
-                    *(
-                        (bool(image) and not drawn, bool(image) and bool(drawn), not image)
-                        for image, drawn in zip(record["images"], record["image_rendered"], strict=True)
-                    ),
-                    strict=True,
-                )
-            )
-        ),
+        images=image_origin(record).describe(read_provenance(records.directory)),
         depth=DEPTH_TEXTS[depth_source(record)],
         answer=predictions.text.get(token, "") if predictions else "",
     )
-
-
-def describe_images(photographed: int, rendered: int, absent: int) -> str:
-    """Where camera images come from, in words."""
-    parts = [
-        f"{count} {word}"
-        for count, word in ((photographed, "photographed"), (rendered, "rendered"), (absent, "absent"))
-        if count
-    ]
-    total = photographed + rendered + absent
-    if len(parts) == 1:
-        return f"all {total} {parts[0].split()[1]}"
-    return ", ".join(parts) + f" of {total}"

@@ -180,7 +180,7 @@ def _case(case: Case) -> str:
     return (
         f'<article><h3>{html.escape(case.title)}</h3><p class="facts">{facts}</p>'
         f'<div class="case"><figure>{front}<figcaption><i class="key predicted"></i>predicted '
-        f'<i class="key recorded"></i>recorded &middot; camera images: {html.escape(case.image_origin)}'
+        f'<i class="key recorded"></i>recorded &middot; camera images: {html.escape(case.images)}'
         f"</figcaption>{answer}</figure>"
         f'<figure><img src="{case.birds_eye}" alt="Bird\'s-eye view of the keyframe"><figcaption>From above: '
         "drivable area pale grey, road users grey with their recorded paths, ego vehicle black</figcaption>"

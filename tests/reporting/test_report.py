@@ -13,6 +13,7 @@ import pytest
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.reporting.command import Report
+from spacedrive_jax.reporting.image_origin import image_origin
 from tests.record_factory import encode_png, make_record, write_records
 
 VOID = {"meta", "img", "br"}
@@ -198,6 +199,16 @@ def test_rendered_images_are_said_to_be_rendered(tmp_path: Path) -> None:
     notices = Report(run, records=records, highlight=("a",)).run()["notices"]
     assert any("2 photographed, 4 rendered of 6" in notice for notice in notices)
     assert read_page(run).says("camera images: 2 photographed, 4 rendered of 6")
+
+
+def test_files_of_other_datasets_are_not_called_photographs() -> None:
+    origin = image_origin(make_record(np.random.default_rng(0), images=[b"jpeg"] * 5 + [b""]))
+    assert origin.describe({"source": {"version": "v1.0-mini"}}) == "5 photographed, 1 absent of 6"
+    assert (
+        origin.describe({"source": {"version": "v1.0-town"}})
+        == "5 from the files of v1.0-town, 1 absent of 6"
+    )
+    assert (origin + origin).absent == 2
 
 
 def test_lidar_colors_the_views(tmp_path: Path) -> None:
