@@ -117,6 +117,11 @@ def _check_match(
                 f"The {evaluation['protocol']} scores were computed on other records (fingerprint "
                 f"{fingerprint}) than the keyframes shown ({records.fingerprint})."
             )
+        elif evaluation["records"].get("split") != records.split:
+            notices.append(
+                f"The {evaluation['protocol']} scores are of split {evaluation['records'].get('split')}, the "
+                f"keyframes shown are of split {records.split}."
+            )
     trained_on = files.facts.get("records_fingerprint")
     if trained_on is not None and trained_on != records.fingerprint:
         notices.append(

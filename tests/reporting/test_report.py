@@ -231,6 +231,11 @@ def test_scores_of_other_records_are_flagged(run_dir: Path, tmp_path: Path) -> N
     assert any("computed on other records (fingerprint another)" in notice for notice in notices)
 
 
+def test_scores_of_another_split_are_flagged(run_dir: Path) -> None:
+    notices = Report(run_dir, split="all").run()["notices"]
+    assert notices == ["The omnidrive scores are of split val, the keyframes shown are of split all."]
+
+
 def test_resumed_and_cut_off_logs(run_dir: Path) -> None:
     from spacedrive_jax.reporting.run_files import read_run
 
