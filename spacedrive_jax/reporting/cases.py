@@ -114,7 +114,10 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
         chosen.append(("Highlighted", token))
     if not chosen and measured.index_of:
         chosen = [("First keyframe", next(iter(measured.index_of)))]
-    return list({token: (title, token) for title, token in reversed(chosen)}.values())[::-1]
+    titles: dict[str, str] = {}
+    for title, token in chosen:
+        titles.setdefault(token, title)  # a keyframe is shown once, under its first title
+    return [(title, token) for token, title in titles.items()]
 
 
 def make_case(
