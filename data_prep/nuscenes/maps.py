@@ -118,13 +118,13 @@ class ExpansionMap:
         scale = cells / (2 * extent)
 
         def vertices(ring: Any) -> np.ndarray:
-            # fillPoly wants (column, row) = (left, forward).
-            return np.round((shapely.get_coordinates(ring)[:, ::-1] + extent) * scale).astype(np.int32)
+            return np.round((shapely.get_coordinates(ring) + extent) * scale).astype(np.int32)
 
         for pieces in self._clipped(centre, yaw, extent):
             cv2.fillPoly(canvas, [vertices(piece.exterior) for piece in pieces], 1)
             cv2.fillPoly(canvas, [vertices(hole) for piece in pieces for hole in piece.interiors], 0)
-        return canvas
+        # The devkit's canvas has row = y, column = x; fillPoly is not symmetric, so draw it so, then turn it.
+        return np.ascontiguousarray(canvas.T)
 
     def polygons(self, centre: Float[np.ndarray, "2"], yaw: float, extent: float) -> list[shapely.Polygon]:
         """All clipped polygons; see `DrivableMap.polygons`."""
