@@ -1,8 +1,14 @@
 """Fixtures shared by all tests."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Compiled programs are shared by the tests of a session, those in processes of their own included.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="spacedrive-jax-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.inference.generate import Generation, answer_text, generate
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
-from spacedrive_jax.training.state import initialise
+from spacedrive_jax.training.state import abstract_state, draw_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ def predict(
     builder = SampleBuilder(config.data, config.model, answer=False)
     samples = Samples(records, builder, list(range(len(records))))
 
-    graph, trainable, frozen = initialise(config, mesh)
+    graph, trainable, frozen = abstract_state(config, mesh)
+    frozen = draw_frozen(config, frozen)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
 
     @jax.jit

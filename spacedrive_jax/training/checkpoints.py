@@ -64,7 +64,7 @@ def restore(
 
 
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:
-    """Reads only the trainables of a checkpoint, for prediction."""
+    """Reads only the trainables of a checkpoint, onto the shardings of an (abstract) state."""
     with open_manager(run_dir, keep=1, read_only=True) as manager:
         restored = manager.restore(
             step,

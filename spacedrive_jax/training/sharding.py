@@ -76,6 +76,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
     """Puts this host's samples on its devices as part of the global batch."""
     sharding = batch_sharding(mesh)

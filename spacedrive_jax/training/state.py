@@ -34,32 +34,49 @@ def make_model(config: Config) -> SpaceDrive:
     return SpaceDrive(config.model, indicator_id=indicator, rngs=nnx.Rngs(params=config.train.seed))
 
 
-def initialise(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Draws the model straight into its shards.
+def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model without its numbers: shapes, dtypes and shardings.
 
     Returns:
-        graph definition, trainable state, frozen state; `nnx.merge` puts them together.
-
-    Raises:
-        UserError: the config names weights to start from.
+        graph definition, trainable state, frozen state; `nnx.merge` puts such three together.
     """
+    abstract = nnx.eval_shape(lambda: make_model(config))
+    graph, trainable, frozen = nnx.split(abstract, is_trainable(config.model.use_lora), ...)
+    return graph, _placed(trainable, mesh), _placed(frozen, mesh)
+
+
+def draw_frozen(config: Config, frozen: nnx.State) -> nnx.State:
+    """The frozen base straight into its shards; nothing is computed when nothing is frozen."""
+    return _draw(config, 1, frozen) if jax.tree.leaves(frozen) else frozen
+
+
+def draw_trainable(config: Config, trainable: nnx.State) -> nnx.State:
+    """Freshly drawn trainables straight into their shards."""
+    return _draw(config, 0, trainable)
+
+
+def _draw(config: Config, part: int, abstract: nnx.State) -> nnx.State:
     if config.model.weights is not None:
         raise UserError(
             "model.weights: starting SpaceDrive from released safetensors is not wired up yet "
             "(see `spacedrive_jax.vlm.from_hf` for the base model alone); leave it unset to start from random"
         )
-    abstract = nnx.eval_shape(lambda: make_model(config))
-    graph, trainable, frozen = nnx.split(abstract, is_trainable(config.model.use_lora), ...)
-    shardings = (state_shardings(trainable, mesh), state_shardings(frozen, mesh))
 
-    def draw() -> tuple[nnx.State, nnx.State]:
-        _, drawn, rest = nnx.split(make_model(config), is_trainable(config.model.use_lora), ...)
-        return drawn, rest
+    def draw() -> nnx.State:
+        _, *states = nnx.split(make_model(config), is_trainable(config.model.use_lora), ...)
+        return states[part]
 
-    trainable, frozen = jax.jit(draw, out_shardings=shardings)()
-    return graph, trainable, frozen
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+
+def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
+    )
 
 
 def count(state: nnx.State) -> int:
-    """Numbers in a state."""
+    """How many numbers a state holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))

@@ -25,8 +25,13 @@ from spacedrive_jax.data.pipeline import training_iterator, training_samples
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.losses import losses
 from spacedrive_jax.training.optimizer import learning_rate, make_optimizer
-from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
-from spacedrive_jax.training.state import count, initialise
+from spacedrive_jax.training.sharding import (
+    check_batch_size,
+    make_mesh,
+    place_batch,
+    replicated,
+)
+from spacedrive_jax.training.state import abstract_state, count, draw_frozen, draw_trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +64,26 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     run_dir = config.directory
     _claim(run_dir, config, resume=resume)
 
-    graph, trainable, frozen = initialise(config, mesh)
+    graph, abstract, frozen = abstract_state(config, mesh)
+    trainable, frozen = draw_trainable(config, abstract), draw_frozen(config, frozen)
     optimizer = make_optimizer(settings, trainable)
-    optimizer_state = jax.jit(optimizer.init)(trainable)
+    # Stated shardings keep the first step's inputs and outputs alike: one compilation, not two.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    optimizer_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    optimizer_state = jax.jit(optimizer.init, out_shardings=optimizer_shardings)(trainable)
     dropout_key = jax.random.key(settings.seed) if config.model.use_lora else None
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(
+        jax.jit,
+        donate_argnums=(0, 1),
+        out_shardings=(shardings, optimizer_shardings, replicated(mesh)),
+    )
     def train_step(
         trainable: nnx.State, optimizer_state: Any, frozen: nnx.State, batch: DrivingBatch, step: jax.Array
     ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
@@ -82,7 +101,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)
         return optax.apply_updates(trainable, updates), optimizer_state, metrics
 
@@ -100,7 +119,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     bar = progress(range(start, settings.steps), initial=start, total=settings.steps, unit="step")
     for step in bar:
         batch = place_batch(next(iterator), mesh)
-        step_array = jax.device_put(np.int32(step))
+        step_array = jax.device_put(np.int32(step), replicated(mesh))
         with jax.transfer_guard("disallow"):
             trainable, optimizer_state, metrics = train_step(
                 trainable, optimizer_state, frozen, batch, step_array

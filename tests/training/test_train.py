@@ -1,0 +1,135 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from spacedrive_jax.cli import main
+from spacedrive_jax.config import from_json, load_preset, to_json
+from spacedrive_jax.console import UserError
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.training.train import config_changes, train
+from tests.conftest import ROOT
+from tests.record_factory import encode_png, make_record, write_records
+
+TINY = ROOT / "tests" / "tiny_config.py"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+
+    def record():
+        depth = rng.uniform(3, 60, (45, 80)) * 256
+        return make_record(rng, exact_depth=[encode_png(depth.astype(np.uint16))] * 6)
+
+    folder = tmp_path_factory.mktemp("data") / "records"
+    return write_records(folder, {"train": [record() for _ in range(10)], "val": [record() for _ in range(3)]})
+
+
+def tiny(records: Path, run_dir: Path, **train_fields):
+    config = load_preset(str(TINY))
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        data=dataclasses.replace(config.data, records=str(records)),
+        train=dataclasses.replace(config.train, **train_fields),
+    )
+
+
+def trained_values(run_dir: Path) -> dict:
+    config = from_json((run_dir / "config.json").read_text())
+    _, trainable, _ = abstract_state(config, make_mesh(config.mesh))
+    _, step = checkpoints.locate(run_dir)
+    return nnx.to_pure_dict(checkpoints.restore_trainable(run_dir, step, trainable))
+
+
+def losses_of(run_dir: Path) -> list[tuple[int, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+
+
+def test_killed_run_resumes_to_the_same_bits(records, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny(records, whole, steps=STEPS))
+
+    command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(killed)]
+    command += ["--data.records", str(records), "--train.steps", str(STEPS)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "4").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "checkpoints" / str(STEPS)).exists()
+
+    assert main([*command[3:], "--resume"]) == 0
+    assert losses_of(killed) == losses_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, trained_values(killed), trained_values(whole))
+
+
+def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path):
+    run_dir = tmp_path / "run"
+    result = train(tiny(records, run_dir, steps=30, learning_rate=5e-3))
+    losses = losses_of(run_dir)
+    assert result.step == 30
+    assert losses[-1][1] < 0.5 * losses[0][1]
+    with pytest.raises(UserError, match="holds a run already"):
+        train(tiny(records, run_dir, steps=30))
+    with pytest.raises(UserError, match=r"train.learning_rate: 0.005 -> 0.001"):
+        train(tiny(records, run_dir, steps=30, learning_rate=1e-3), resume=True)
+
+
+def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    with pytest.raises(UserError, match="not a finished records folder"):
+        train(tiny(tmp_path / "nowhere", run_dir))
+    with pytest.raises(UserError, match=r"fewer than train\.batch_size 16"):
+        train(tiny(records, run_dir, batch_size=16))
+    assert not run_dir.exists()
+    assert main(["train", "no_such_preset"]) == 1
+    assert "no config 'no_such_preset'; presets:" in capfd.readouterr().err
+
+
+def test_an_interrupted_metrics_line_does_not_stop_a_resume(tmp_path):
+    from spacedrive_jax.training.train import _open_metrics
+
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    _open_metrics(file, 1).close()
+    assert file.read_text() == '{"step": 1, "loss": 3.0}\n'
+
+
+def test_config_round_trip_and_changes():
+    config = load_preset("demo")
+    assert from_json(to_json(config)) == config
+    old, new = json.loads(to_json(config)), json.loads(to_json(dataclasses.replace(config, name="other")))
+    assert config_changes(old, new) == ["name: demo -> other"]
+    with pytest.raises(UserError, match="unknown fields surprise"):
+        from_json(json.dumps({**old, "surprise": 1}))
+
+
+def test_predict_writes_one_line_per_keyframe(records, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    train(tiny(records, run_dir))
+    command = ["predict", "--checkpoint", str(run_dir), "--records", str(records), "--batch-size", "2", "--json"]
+    assert main([*command, "--max-new-tokens", "8"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert facts["samples"] == len(lines) == 3
+    assert facts["unparsed"] == sum(line["status"] == "unparsed" for line in lines)
+    assert {"token", "waypoints", "text", "status"} <= set(lines[0])
+    assert main([*command]) == 1
