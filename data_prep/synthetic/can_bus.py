@@ -60,7 +60,7 @@ def write_can_bus(
         return start + (np.arange(count) + rng.uniform(0.0, 0.2, count)) / rate
 
     def stamp(time: float) -> int:
-        return epoch_us + int(round(time * 1e6))
+        return epoch_us + round(time * 1e6)
 
     messages: dict[str, list[Message]] = {
         "pose": [_pose(ego_state(scenario, time), stamp(time), rng) for time in times(50)],

@@ -33,13 +33,13 @@ class Surface(enum.IntEnum):
 
 SURFACE_COLOURS = np.array(
     [
-        (0.30, 0.38, 0.18),
-        (0.27, 0.27, 0.28),
-        (0.56, 0.54, 0.51),
+        (0.31, 0.40, 0.19),
+        (0.38, 0.38, 0.39),
+        (0.62, 0.60, 0.57),
         (0.70, 0.69, 0.66),
         (0.88, 0.88, 0.86),
         (0.85, 0.66, 0.16),
-        (0.45, 0.43, 0.41),
+        (0.50, 0.47, 0.44),
     ],
     dtype=np.float32,
 )
@@ -160,7 +160,7 @@ def _draw_markings(town: Town, surface_map: SurfaceMap, near: shapely.Geometry) 
             continue
         if not near.intersects(shapely.Point(lane.centre[-1])):
             continue
-        back = int(round(STOP_SETBACK)) + 1
+        back = round(STOP_SETBACK) + 1
         across = paths.left_normals(lane.centre)[-back] * (LANE_WIDTH / 2 - 0.15)
         stroke(np.stack([lane.centre[-back] + across, lane.centre[-back] - across]), 0.4, Surface.WHITE)
     for crossing in town.crossings:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 
 from data_prep.synthetic import rig
-from data_prep.synthetic.shapes import Material, Quads
+from data_prep.synthetic.shapes import Quads
 
 MIN_RANGE = 1.0
 NOISE = 0.008
@@ -93,14 +94,13 @@ def count_inside(
 ) -> list[int]:
     """Points of a sweep inside each box (length, width, height; global frame), as nuScenes counts them."""
     points = cloud[:, :3].astype(np.float64) @ lidar_to_global[:3, :3].T + lidar_to_global[:3, 3]
+    reach = np.hypot(sizes[:, 0], sizes[:, 1]) / 2
+    candidates = cKDTree(points[:, :2]).query_ball_point(centres[:, :2], reach)
     counts = []
-    for centre, size, yaw in zip(centres, sizes, yaws, strict=True):
-        near = points[np.abs(points[:, :2] - centre[:2]).max(axis=1) < size.max()] - centre
+    for centre, size, yaw, nearby in zip(centres, sizes, yaws, candidates, strict=True):
+        near = points[nearby] - centre
         cos, sin = np.cos(yaw), np.sin(yaw)
         local = np.stack([cos * near[:, 0] + sin * near[:, 1], cos * near[:, 1] - sin * near[:, 0]], axis=1)
         inside = (np.abs(local) <= size[:2] / 2).all(axis=1) & (np.abs(near[:, 2]) <= size[2] / 2)
         counts.append(int(inside.sum()))
     return counts
-
-
-__all__ = ["MIN_RANGE", "NOISE", "Material", "count_inside", "sweep"]

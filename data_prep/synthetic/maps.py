@@ -23,7 +23,7 @@ MASK_RESOLUTION = 0.1
 
 def write_mask(town: Town, path: Path) -> None:
     """Writes the semantic prior: 255 where drivable; image row 0 is the top, the largest y."""
-    cells = int(round(TOWN_EDGE / MASK_RESOLUTION))
+    cells = round(TOWN_EDGE / MASK_RESOLUTION)
     canvas = SurfaceMap(np.zeros((cells, cells), dtype=np.uint8), (0.0, 0.0), MASK_RESOLUTION)
     ground.rasterise(town.drivable, canvas, canvas.classes, 255)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_mask(town: Town, path: Path) -> None:
 def write_expansion(town: Town, seed: int, path: Path) -> None:
     """Writes the vector map that the devkit's NuScenesMap reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_Expansion(town, seed).build()))
+    path.write_text(json.dumps(_Expansion(town, seed).build(), separators=(",", ":")))
 
 
 class _Expansion:
@@ -71,7 +71,7 @@ class _Expansion:
         return token
 
     def nodes(self, points: Any) -> list[str]:
-        return [self.add("node", {"x": float(x), "y": float(y)}) for x, y in points]
+        return [self.add("node", {"x": round(float(x), 4), "y": round(float(y), 4)}) for x, y in points]
 
     def line(self, points: Any) -> str:
         return self.add("line", {"node_tokens": self.nodes(points)})
@@ -194,7 +194,7 @@ class _Expansion:
         self.add("lane", fields, lane.key)
         if not self.town.junctions[lane.junction].signalised:
             return
-        stop = max(len(lane.centre) - 1 - int(round(STOP_SETBACK)), 1)
+        stop = max(len(lane.centre) - 1 - round(STOP_SETBACK), 1)
         bar = np.stack([left[stop], right[stop], right[stop - 1], left[stop - 1]])
         crossing = crossings.get((lane.junction, lane.arm))
         self.add(

@@ -114,7 +114,7 @@ class _Recorder:
         return make_token(self.job.seed, self.job.name, *parts)
 
     def _stamp(self, time: float) -> int:
-        return self.epoch_us + int(round(time * 1e6))
+        return self.epoch_us + round(time * 1e6)
 
     def _ego_pose(self, time: float) -> Float[np.ndarray, "4 4"]:
         state = can_bus.ego_state(self.scenario, time)
@@ -128,7 +128,7 @@ class _Recorder:
         samples: list[Row] = []
         sightings: dict[int, list[_Sighting]] = {}
         for keyframe, time in enumerate(self.times):
-            sample = {
+            sample: Row = {
                 "token": self._token("sample", keyframe),
                 "timestamp": self._stamp(time),
                 "prev": "",

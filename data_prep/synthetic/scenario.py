@@ -9,8 +9,8 @@ import numpy as np
 
 from data_prep.synthetic import surroundings, traffic
 from data_prep.synthetic.simulate import Cast, first_collisions, simulate
-from data_prep.synthetic.town import STOP_SETBACK, Lane, Town
-from data_prep.synthetic.traffic import Motion, Mover, Obstacle, Route, Signals
+from data_prep.synthetic.town import STOP_SETBACK, Lane, Town, next_lane
+from data_prep.synthetic.traffic import Motion, Mover, Obstacle, Signals
 
 MANOEUVRES = (
     "turn_left",
@@ -177,12 +177,12 @@ def _junction_script(
     if manoeuvre == "start":
         start = _length(lane) - STOP_SETBACK - EGO_SIZE[0] / 2 - EGO_AHEAD - float(rng.uniform(0.8, 2.0))
         green = WARM_UP + float(rng.uniform(1.5, 3.5))
-        plan = ((-1.0, other), (green - 2.0, -1), (green, lane.arm))
-        return _Script(keys, start, 0.0, cruise, signals | {lane.junction: plan})
+        signals[lane.junction] = ((-1.0, other), (green - 2.0, -1), (green, lane.arm))
+        return _Script(keys, start, 0.0, cruise, signals)
     if manoeuvre == "stop":
         start = max(3.0, _length(lane) - float(rng.uniform(45.0, 60.0)))
-        plan = ((-1.0, other), (WARM_UP + float(rng.uniform(9.0, 12.0)), lane.arm))
-        return _Script(keys, start, cruise * 0.85, cruise, signals | {lane.junction: plan})
+        signals[lane.junction] = ((-1.0, other), (WARM_UP + float(rng.uniform(9.0, 12.0)), lane.arm))
+        return _Script(keys, start, cruise * 0.85, cruise, signals)
     start = max(3.0, _length(lane) - float(rng.uniform(26.0, 40.0)))
     return _Script(keys, start, min(cruise, 7.5), cruise, signals)
 
@@ -212,8 +212,7 @@ def extend_route(town: Town, keys: list[str], length: float, rng: np.random.Gene
     keys = list(keys)
     total = sum(_length(town.lanes[key]) for key in keys)
     while total < length:
-        choices = town.lanes[keys[-1]].successors
-        keys.append(choices[rng.integers(len(choices))])
+        keys.append(next_lane(town, keys[-1], rng))
         total += _length(town.lanes[keys[-1]])
     return keys
 
@@ -244,7 +243,7 @@ def _length(lane: Lane) -> float:
 def _describe(manoeuvre: str, cast: Cast) -> str:
     """A short scene text in the style of nuScenes."""
     phrases = [_PHRASES[manoeuvre]]
-    categories = [item.category for item in (*cast.movers[1:], *cast.obstacles)]
+    categories = [m.category for m in cast.movers[1:]] + [item.category for item in cast.obstacles]
     parked = sum(isinstance(item, Obstacle) and item.category == "vehicle.car" for item in cast.obstacles)
     walking = sum(mover.pedestrian for mover in cast.movers)
     if parked > 5:
@@ -263,6 +262,3 @@ def _describe(manoeuvre: str, cast: Cast) -> str:
     }
     phrases += [name for category, name in names.items() if category in categories]
     return ", ".join(phrases)
-
-
-__all__ = ["MANOEUVRES", "WARM_UP", "Route", "Scenario", "build_scenario", "extend_route"]

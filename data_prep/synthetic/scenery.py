@@ -151,12 +151,15 @@ def _building(
 def _tree(x: float, y: float, height: float, radius: float, green: Colour) -> Quads:
     crown = height - radius * 1.2
     lighter = (green[0] * 1.2, green[1] * 1.2, green[2] * 1.15)
-    parts = [
-        box((0, 0, crown / 2), (0.26, 0.26, crown), (0.30, 0.22, 0.15), Material.BARK),
-        blob((0, 0, crown), (radius, radius, radius * 1.15), green, Material.FOLIAGE),
-        blob((radius * 0.45, radius * 0.3, crown + radius * 0.5), (radius * 0.7,) * 3, lighter, Material.FOLIAGE),
-        blob((-radius * 0.4, -radius * 0.45, crown + radius * 0.35), (radius * 0.65,) * 3, green, Material.FOLIAGE),
-    ]  # fmt: skip
+    parts = [box((0, 0, crown / 2), (0.26, 0.26, crown), (0.30, 0.22, 0.15), Material.BARK)]
+    for centre, size, colour in (
+        ((0.0, 0.0, 0.0), 1.0, green),
+        ((0.45, 0.30, 0.50), 0.7, lighter),
+        ((-0.40, -0.45, 0.35), 0.65, green),
+    ):
+        dx, dy, dz = (radius * part for part in centre)
+        r = radius * size
+        parts.append(blob((dx, dy, crown + dz), (r, r, r * 1.12), colour, Material.FOLIAGE))
     return place(concatenate(parts), np.array([x, y, 0.0]), x + y)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -32,14 +33,82 @@ class Weather:
 
 
 WEATHERS = (
-    Weather("clear", 48.0, 0.62, (0.50, 0.53, 0.58), (0.78, 0.85, 0.92), (0.30, 0.50, 0.82), 0.0011, 0.35),
-    Weather("overcast", 60.0, 0.12, (0.80, 0.81, 0.83), (0.82, 0.83, 0.85), (0.68, 0.70, 0.74), 0.0022, 0.8),
-    Weather("late sun", 20.0, 0.72, (0.42, 0.43, 0.50), (0.95, 0.80, 0.62), (0.38, 0.50, 0.74), 0.0016, 0.5),
-    Weather("rain", 55.0, 0.05, (0.58, 0.61, 0.65), (0.62, 0.65, 0.68), (0.50, 0.53, 0.57), 0.0060, 0.9, 1.0),
-    Weather("dusk", 9.0, 0.18, (0.34, 0.33, 0.42), (0.70, 0.48, 0.42), (0.20, 0.24, 0.42), 0.0025, 0.5, 0.0, 0.5),
-    Weather("night", 40.0, 0.04, (0.13, 0.14, 0.19), (0.10, 0.10, 0.13), (0.02, 0.03, 0.06), 0.0040, 0.2, 0.0, 1.0),
-    Weather("fog", 50.0, 0.08, (0.72, 0.73, 0.74), (0.76, 0.77, 0.78), (0.72, 0.73, 0.75), 0.0140, 0.9),
-)  # fmt: skip
+    Weather(
+        name="clear",
+        sun_elevation=48.0,
+        sun=0.78,
+        ambient=(0.58, 0.61, 0.66),
+        horizon=(0.78, 0.85, 0.92),
+        zenith=(0.3, 0.5, 0.82),
+        haze=0.0011,
+        clouds=0.35,
+    ),
+    Weather(
+        name="overcast",
+        sun_elevation=60.0,
+        sun=0.14,
+        ambient=(0.92, 0.93, 0.95),
+        horizon=(0.82, 0.83, 0.85),
+        zenith=(0.68, 0.7, 0.74),
+        haze=0.0022,
+        clouds=0.8,
+    ),
+    Weather(
+        name="late sun",
+        sun_elevation=20.0,
+        sun=0.85,
+        ambient=(0.56, 0.56, 0.6),
+        horizon=(0.95, 0.8, 0.62),
+        zenith=(0.38, 0.5, 0.74),
+        haze=0.0016,
+        clouds=0.5,
+    ),
+    Weather(
+        name="rain",
+        sun_elevation=55.0,
+        sun=0.05,
+        ambient=(0.7, 0.73, 0.76),
+        horizon=(0.62, 0.65, 0.68),
+        zenith=(0.5, 0.53, 0.57),
+        haze=0.006,
+        clouds=0.9,
+        wet=1.0,
+    ),
+    Weather(
+        name="dusk",
+        sun_elevation=9.0,
+        sun=0.18,
+        ambient=(0.46, 0.44, 0.52),
+        horizon=(0.7, 0.48, 0.42),
+        zenith=(0.2, 0.24, 0.42),
+        haze=0.0025,
+        clouds=0.5,
+        wet=0.0,
+        night=0.5,
+    ),
+    Weather(
+        name="night",
+        sun_elevation=40.0,
+        sun=0.04,
+        ambient=(0.2, 0.21, 0.26),
+        horizon=(0.1, 0.1, 0.13),
+        zenith=(0.02, 0.03, 0.06),
+        haze=0.004,
+        clouds=0.2,
+        wet=0.0,
+        night=1.0,
+    ),
+    Weather(
+        name="fog",
+        sun_elevation=50.0,
+        sun=0.08,
+        ambient=(0.84, 0.85, 0.86),
+        horizon=(0.76, 0.77, 0.78),
+        zenith=(0.72, 0.73, 0.75),
+        haze=0.014,
+        clouds=0.9,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,29 +180,41 @@ def shade(
         Red, green, blue.
     """
     weather = light.weather
-    rays = camera.rays()
-    image = np.empty((camera.height, camera.width, 3), dtype=np.float32)
-    sky = buffer.surface == SKY
-    image[sky] = _sky(rays[sky], light)
-    seen = ~sky
-    depth = np.zeros(sky.shape, dtype=np.float32)
-    depth[seen] = 1.0 / buffer.inverse_depth[seen]
+    rays = camera.rays().reshape(-1, 3)
+    surface = buffer.surface.ravel()
+    image = np.empty((len(surface), 3), dtype=np.float32)
     origin = camera.camera_to_global[:3, 3].astype(np.float32)
     focal = float(camera.intrinsics[0, 0])
-    on_ground = buffer.surface == GROUND
-    points = rays[on_ground] * depth[on_ground, None] + origin
-    image[on_ground] = _shade_ground(
-        points, depth[on_ground] / focal, origin, light, ground, surface_map, shadows
-    )
-    on_quad = buffer.surface >= 0
-    points = rays[on_quad] * depth[on_quad, None] + origin
-    image[on_quad] = _shade_quads(
-        points, buffer.surface[on_quad], depth[on_quad] / focal, quads, light, rays[on_quad], origin
-    )
-    distance = depth[seen] * np.linalg.norm(rays[seen], axis=1)
-    clear = np.exp(-weather.haze * distance)[:, None]
-    image[seen] = image[seen] * clear + np.array(weather.horizon, dtype=np.float32) * (1 - clear)
-    return _expose(image, weather, noise_seed)
+    sky = np.flatnonzero(surface == SKY)
+    image[sky] = _sky(rays[sky], light)
+    for on_ground in (True, False):
+        seen = np.flatnonzero(surface == GROUND if on_ground else surface >= 0)
+        depth = 1.0 / buffer.inverse_depth.ravel()[seen]
+        toward = rays[seen]
+        points = toward * depth[:, None] + origin
+        if on_ground:
+            colour = _shade_ground(points, depth / focal, origin, light, ground, surface_map, shadows)
+        else:
+            colour = _shade_quads(points, surface[seen], depth / focal, quads, light, toward)
+        distance = depth * np.sqrt(np.einsum("pc,pc->p", toward, toward))
+        clear = np.exp(-weather.haze * distance)[:, None]
+        image[seen] = colour * clear + np.array(weather.horizon, dtype=np.float32) * (1 - clear)
+    image = image.reshape(camera.height, camera.width, 3)
+    return _expose(_soften_edges(image, buffer), weather, noise_seed)
+
+
+def _soften_edges(image: Float[np.ndarray, "H W 3"], buffer: FrameBuffer) -> Float[np.ndarray, "H W 3"]:
+    """Blends pixels along silhouettes with their neighbours, a cheap stand-in for anti-aliasing."""
+    edge = np.zeros(buffer.surface.shape, dtype=bool)
+    across = buffer.surface[:, 1:] != buffer.surface[:, :-1]
+    along = buffer.surface[1:] != buffer.surface[:-1]
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    edge[1:] |= along
+    edge[:-1] |= along
+    blurred = cv2.GaussianBlur(image, (3, 3), 0.7)
+    image[edge] = blurred[edge]
+    return image
 
 
 def _sky(rays: Float[np.ndarray, "P 3"], light: Light) -> Float[np.ndarray, "P 3"]:
@@ -169,25 +250,20 @@ def _shade_ground(
     extent = footprint * np.sqrt(np.maximum(range_ / max(float(origin[2]), 0.1), 1.0))
     sizes = np.array(ground.sizes)
     wanted = np.clip(np.searchsorted(sizes * 1.3, extent), 0, len(sizes) - 1)
-    colour = np.tile(np.array([0.36, 0.37, 0.34], dtype=np.float32), (len(xy), 1))
+    colour = np.empty((len(xy), 3), dtype=np.float32)
     for level, (texture, size) in enumerate(zip(ground.levels, ground.sizes, strict=True)):
         chosen = np.flatnonzero(wanted == level)
-        cells = np.floor((xy[chosen] - np.array(ground.origin, dtype=np.float32)) / size).astype(np.int64)
-        rows, columns = texture.shape[:2]
-        valid = (cells[:, 0] >= 0) & (cells[:, 0] < columns) & (cells[:, 1] >= 0) & (cells[:, 1] < rows)
-        colour[chosen[valid]] = texture[cells[valid, 1], cells[valid, 0]]
+        if not len(chosen):
+            continue
+        colour[chosen] = _sample(texture, (xy[chosen] - np.array(ground.origin, dtype=np.float32)) / size)
     fine = np.clip(0.05 / np.maximum(extent, 1e-3), 0, 1) * 0.14
     rough = _noise(xy[:, 0] * 28, xy[:, 1] * 28) * fine
     rough += (
         _noise(xy[:, 0] * 2.3 + 91, xy[:, 1] * 2.3) * 0.09 * np.clip(0.8 / np.maximum(extent, 1e-3), 0, 1)
     )
     rough += _noise(xy[:, 0] * 0.35, xy[:, 1] * 0.35 + 17) * 0.10
-    cells = np.floor((xy - np.array(surface_map.origin, dtype=np.float32)) / surface_map.resolution)
-    cells = cells.astype(np.int64)
-    rows, columns = shadows.shape
-    valid = (cells[:, 0] >= 0) & (cells[:, 0] < columns) & (cells[:, 1] >= 0) & (cells[:, 1] < rows)
-    shadow = np.zeros(len(xy), dtype=np.float32)
-    shadow[valid] = shadows[cells[valid, 1], cells[valid, 0]] / 255.0
+    cells = (xy - np.array(surface_map.origin, dtype=np.float32)) / surface_map.resolution
+    shadow = _sample(shadows, cells, outside=0.0).astype(np.float32) / 255.0
     sunny = weather.sun * light.sun[2] * (1 - shadow) * 1.15
     contact = 1 - 0.35 * shadow * (1 - weather.sun)
     lit = (np.array(weather.ambient, dtype=np.float32) * contact[:, None] + sunny[:, None]) * (1 + rough)[
@@ -202,6 +278,24 @@ def _shade_ground(
     return (colour * lit).astype(np.float32)
 
 
+_FAR_GROUND = (0.40, 0.41, 0.38)
+_SAMPLE_WIDTH = 4096
+
+
+def _sample(
+    texture: np.ndarray, cells: Float[np.ndarray, "P 2"], outside: float | tuple[float, ...] = _FAR_GROUND
+) -> np.ndarray:
+    """Bilinear samples of a raster at (column, row) positions, cell k spanning k to k + 1."""
+    rows = max(1, -(-len(cells) // _SAMPLE_WIDTH))
+    padded = np.zeros((rows * _SAMPLE_WIDTH, 2), dtype=np.float32)
+    padded[: len(cells)] = np.clip(cells - 0.5, -10, 32_000)
+    where = padded.reshape(rows, _SAMPLE_WIDTH, 2)
+    picked = cv2.remap(
+        texture, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside
+    )
+    return picked.reshape(-1, *texture.shape[2:])[: len(cells)]
+
+
 def _shade_quads(
     points: Float[np.ndarray, "P 3"],
     index: np.ndarray,
@@ -209,7 +303,6 @@ def _shade_quads(
     quads: Quads,
     light: Light,
     rays: Float[np.ndarray, "P 3"],
-    origin: Float[np.ndarray, "3"],
 ) -> Float[np.ndarray, "P 3"]:
     weather = light.weather
     corners = quads.vertices
@@ -226,7 +319,9 @@ def _shade_quads(
     colour = quads.colours[index].astype(np.float32)
     lit_pixels = lit[index].astype(np.float32)
     material = quads.materials[index]
-    u = np.einsum("pc,pc->p", points - corners[index, 0], along[index])
+    u = np.einsum(
+        "pc,pc->p", points - corners[:, 0].astype(np.float32)[index], along.astype(np.float32)[index]
+    )
     v = points[:, 2]
     result = colour * lit_pixels * (1 + 0.05 * _noise(u * 37 + index * 13, v * 37 + index * 7))[:, None]
 
@@ -264,7 +359,7 @@ def _walls(
 ) -> np.ndarray:
     """Facades: rows of windows, a shop front below, bands between the floors."""
     weather = light.weather
-    pitch = 2.4 + (index % 5) * 0.35
+    pitch = (2.4 + (index % 5) * 0.35).astype(np.float32)
     floor = 3.1
     column, storey = np.floor(u / pitch), np.floor(v / floor)
     a, b = u / pitch - column, v / floor - storey
@@ -274,8 +369,9 @@ def _walls(
     window = np.where(shop, (a > 0.06) & (a < 0.94) & (b > 0.12) & (b < 0.78), window)
     dice = _noise(column * 41 + index * 7, storey * 59 + index * 3) * 0.5 + 0.5
     lights_on = dice > 0.62 - 0.1 * weather.night
-    day = np.array(weather.horizon) * (0.22 + 0.38 * dice[:, None]) + np.array([0.02, 0.04, 0.06])
-    warm = np.array([1.0, 0.82, 0.5]) * (0.35 + 0.5 * dice[:, None])
+    horizon = np.array(weather.horizon, dtype=np.float32)
+    day = horizon * (0.22 + 0.38 * dice[:, None]) + np.array([0.02, 0.04, 0.06], dtype=np.float32)
+    warm = np.array([1.0, 0.82, 0.5], dtype=np.float32) * (0.35 + 0.5 * dice[:, None])
     pane = np.where((lights_on & (weather.night > 0.3))[:, None], warm, day * (1 - 0.6 * weather.night))
     frame = (np.abs(a - 0.5) < 0.018) & ~shop
     pane = np.where(frame[:, None], base * 0.8, pane)

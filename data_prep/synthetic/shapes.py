@@ -268,16 +268,17 @@ def _vehicle(
         van = height > 1.85 or rng.random() < 0.12
         cabin, shift = (0.80, -0.06) if van else (0.55, -0.04)
         x = shift * length
+        taper = (0.92, 0.86) if van else (0.74, 0.84)
+        middle, rise = (belt + height) / 2, height - belt
+        long, wide = cabin * length, width * 0.92
+        glass = Material.GLASS
         parts = [
             box((0, 0, (floor + belt) / 2), (length, width, belt - floor), paint, taper=(0.97, 0.97)),
-            box(
-                (x, 0, (belt + height) / 2),
-                (cabin * length, width * 0.92, height - belt),
-                _GLASS,
-                Material.GLASS,
-                (0.74 if not van else 0.92, 0.84),
-            ),
-            box((x, 0, height - 0.03), (cabin * length * 0.76, width * 0.79, 0.06), paint),
+            box((0, 0, floor + 0.06), (length * 0.99, width * 0.99, 0.1), (0.08, 0.08, 0.09)),
+            box((x, 0, middle), (long, wide, rise), paint, taper=taper),
+            box((x, 0, middle - 0.02), (long + 0.03, wide * 0.88, rise * 0.84), _GLASS, glass, taper),
+            box((x + long * 0.18, 0, middle), (long * 0.33, wide + 0.03, rise * 0.7), _GLASS, glass, taper),
+            box((x - long * 0.17, 0, middle), (long * 0.31, wide + 0.03, rise * 0.7), _GLASS, glass, taper),
         ]
         if category.startswith("vehicle.emergency"):
             parts[0] = box((0, 0, (floor + belt) / 2), (length, width, belt - floor), (0.9, 0.9, 0.92))
@@ -345,16 +346,3 @@ def _person(
         arm = (-side * stride, side * (shoulders / 2 + 0.04), height * 0.62)
         parts.append(box(arm, (0.12, 0.09, height * 0.36), (0.2, 0.2, 0.25)))
     return parts
-
-
-__all__ = [
-    "Colour",
-    "Material",
-    "Quads",
-    "blob",
-    "box",
-    "concatenate",
-    "look_generator",
-    "object_quads",
-    "place",
-]

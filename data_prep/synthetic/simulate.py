@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 
 from data_prep.synthetic import traffic
 from data_prep.synthetic.town import Town
-from data_prep.synthetic.traffic import TIME_STEP, Motion, Mover, Obstacle, Signals
+from data_prep.synthetic.traffic import TIME_STEP, Motion, Mover, Obstacle, Signals, Zebra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Simulation:
             return -3.0 if blocked else (wanted - speed) / 0.4
         gap, leader_speed = self._leader(i, front)
         options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
-        stop = min(self._gate_stop(i, front, time), self._zebra_stop(i, front))
+        stop = min(self._gate_stop(i, front, time), self._zebra_stop(i, front, time))
         if np.isfinite(stop):
             gap = max(stop - front + mover.standstill_gap - 0.4, 0.0)
             options.append(traffic.follow_acceleration(speed, wanted, gap, speed, mover))
@@ -156,32 +157,47 @@ class _Simulation:
                     return True
         return False
 
-    def _zebra_stop(self, i: int, front: float) -> float:
+    def _zebra_stop(self, i: int, front: float, time: float) -> float:
         for zebra in self.movers[i].route.zebras:
             line = zebra.near - 1.5
             if front > zebra.near or line - front > traffic.LOOKAHEAD:
                 continue
-            can_stop = line - front > self.speed[i] ** 2 / (2 * 5.0) - 0.5
-            if can_stop and self._crossing_claimed(zebra.crossing):
+            room = line - front
+            braking = self.speed[i] ** 2 / 2
+            if room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra):
+                return line
+            if room > braking / 3.0 and self._someone_waits(zebra.crossing, time):
                 return line
         return np.inf
 
-    def _crossing_claimed(self, crossing: int) -> bool:
+    def _someone_walks(self, i: int, zebra: Zebra) -> bool:
+        """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
+        path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
         for j, walker in enumerate(self.movers):
-            if walker.crossing != crossing:
+            if walker.crossing != zebra.crossing or self.s[j] == 0.0:
                 continue
-            if 0.55 < self.s[j] < walker.route.lengths[-1] - 1.2 and (
-                self.speed[j] > 0.05 or self.s[j] > 0.9
-            ):
+            conflict = walker.route.lengths[np.argmin(np.hypot(*(walker.route.points - path).T))]
+            if self.s[j] < conflict + self.half[i, 1] + 1.3:
                 return True
         return False
 
+    def _someone_waits(self, crossing: int, time: float) -> bool:
+        """Whether somebody at the kerb has the right to walk now."""
+        return any(
+            walker.crossing == crossing and self.s[j] == 0.0 and self._has_way(walker, time)
+            for j, walker in enumerate(self.movers)
+        )
+
+    def _has_way(self, walker: Mover, time: float) -> bool:
+        crossing = self.town.crossings[walker.crossing]
+        green = (
+            crossing.junction >= 0 and self.cast.signals.green_arm(crossing.junction, time) == crossing.arm
+        )
+        return time >= walker.departure and not green
+
     def _may_walk(self, mover: Mover, time: float) -> bool:
         """A pedestrian steps out when the signal and the approaching vehicles allow it."""
-        if time < mover.departure:
-            return False
-        crossing = self.town.crossings[mover.crossing]
-        if crossing.junction >= 0 and self.cast.signals.green_arm(crossing.junction, time) == crossing.arm:
+        if not self._has_way(mover, time):
             return False
         return not self._threatened(mover.crossing)
 
@@ -196,7 +212,7 @@ class _Simulation:
                     continue
                 distance = zebra.near - 1.5 - front
                 occupying = distance <= 0 and rear < zebra.far + 0.5
-                if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 2.8) + 0.6 * self.speed[j]:
+                if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 3.6) + 0.3 * self.speed[j]:
                     return True
         return False
 
@@ -213,24 +229,28 @@ def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> 
 
 def overlapping_pairs(
     poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]
-) -> Bool[np.ndarray, "A A"]:
-    """Which footprints overlap, by the separating axis theorem on oriented rectangles."""
+) -> Int[np.ndarray, "M 2"]:
+    """Pairs (a < b) of oriented rectangles that overlap, by the separating axis theorem.
+
+    Args:
+        poses: centre x, y and heading of each rectangle.
+        half: half length and half width of each.
+    """
+    radii = np.hypot(half[:, 0], half[:, 1])
+    pairs = cKDTree(poses[:, :2]).query_pairs(2 * radii.max(), output_type="ndarray")
+    apart = np.hypot(*(poses[pairs[:, 0], :2] - poses[pairs[:, 1], :2]).T) > radii[pairs].sum(axis=1)
+    pairs = pairs[~apart]
     points = corners(poses, half)
-    axes = np.stack(
-        [
-            np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=-1),
-            np.stack([-np.sin(poses[:, 2]), np.cos(poses[:, 2])], axis=-1),
-        ],
-        axis=1,
-    )  # (A, 2 axes, 2)
-    projected = np.einsum("bkc,aic->abki", axes, points)  # box a's corners on box b's axes
-    low, high = projected.min(-1), projected.max(-1)  # (A, B, 2)
-    own_low = np.einsum("aak->ak", low)
-    own_high = np.einsum("aak->ak", high)
-    apart = ((low > own_high[None]) | (high < own_low[None])).any(-1)
-    overlap = ~(apart | apart.T)
-    np.fill_diagonal(overlap, False)
-    return overlap
+    separated = np.zeros(len(pairs), dtype=bool)
+    for first, second in ((0, 1), (1, 0)):
+        own, other = pairs[:, first], pairs[:, second]
+        relative = points[other] - poses[own, None, :2]
+        cos, sin = np.cos(poses[own, 2])[:, None], np.sin(poses[own, 2])[:, None]
+        along = cos * relative[..., 0] + sin * relative[..., 1]
+        aside = cos * relative[..., 1] - sin * relative[..., 0]
+        for values, extent in ((along, half[own, 0]), (aside, half[own, 1])):
+            separated |= (values.min(axis=1) > extent) | (values.max(axis=1) < -extent)
+    return pairs[~separated]
 
 
 def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearance: float = 0.05) -> set[str]:
@@ -243,15 +263,16 @@ def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearan
         clearance: metres added around every footprint.
     """
     moving, still = cast.movers, cast.obstacles
-    half = np.array([item.size[:2] for item in (*moving, *still)]).reshape(-1, 2) / 2 + clearance
-    keys = [item.key for item in (*moving, *still)]
+    sizes = [mover.size[:2] for mover in moving] + [item.size[:2] for item in still]
+    half = np.array(sizes).reshape(-1, 2) / 2 + clearance
+    keys = [mover.key for mover in moving] + [item.key for item in still]
     fixed = np.array([item.pose for item in still]).reshape(-1, 3)
     rank = np.arange(len(keys))  # later in the cast gives way
     removed: set[str] = set()
     for time in np.arange(0.0, duration, 0.1):
         moved = np.array([_centre_pose(m, motion, time) for m, motion in zip(moving, motions, strict=True)])
         hits = overlapping_pairs(np.concatenate([moved, fixed]), half)
-        for a, b in np.argwhere(np.triu(hits)):
+        for a, b in hits:
             if keys[a] not in removed and keys[b] not in removed:
                 removed.add(keys[max(rank[a], rank[b])])
     return removed

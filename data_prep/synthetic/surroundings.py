@@ -6,7 +6,16 @@ import numpy as np
 from jaxtyping import Float
 
 from data_prep.synthetic import paths, traffic
-from data_prep.synthetic.town import LANE_WIDTH, SIDEWALK_WIDTH, STOP_SETBACK, Lane, Road, Town
+from data_prep.synthetic.town import (
+    LANE_WIDTH,
+    SIDEWALK_WIDTH,
+    STOP_SETBACK,
+    Lane,
+    Road,
+    Town,
+    merges,
+    next_lane,
+)
 from data_prep.synthetic.traffic import Mover, Obstacle, Route, Signals
 
 RANGE = 85.0
@@ -86,6 +95,8 @@ def moving_crowd(
     clear_ahead = 22.0 if manoeuvre in ("stop", "start") else 45.0
     movers: list[Mover] = []
     for lane in _nearby_lanes(town, way):
+        if all(merges(town, connector) for connector in lane.successors):
+            continue
         length = float(paths.arc_lengths(lane.centre)[-1])
         s = rng.uniform(2.0, 24.0)
         while s < length - STOP_SETBACK - 3.0:
@@ -112,8 +123,7 @@ def _vehicle(
     wanted = float(rng.uniform(3.5, 5.0) if bicycle else rng.uniform(6.5, 10.5))
     keys, reach = [lane.key], float(paths.arc_lengths(lane.centre)[-1])
     while reach < s + wanted * total + 40.0:
-        choices = town.lanes[keys[-1]].successors
-        keys.append(choices[rng.integers(len(choices))])
+        keys.append(next_lane(town, keys[-1], rng))
         reach += float(paths.arc_lengths(town.lanes[keys[-1]].centre)[-1])
     lateral = town.side * (LANE_WIDTH / 2 - 0.65) if bicycle else float(rng.normal(0.0, 0.08))
     route = traffic.lane_route(town, keys, lateral)
@@ -250,7 +260,7 @@ def _work_zone(
 
 
 def _sidewalk_things(road: Road, side: float, number: int, rng: np.random.Generator) -> list[Obstacle]:
-    items = []
+    items: list[Obstacle] = []
     kinds = ("human.pedestrian.adult", "movable_object.pushable_pullable", "static_object.bicycle_rack")
     for kind, rate in zip(kinds, (1.0, 0.5, 0.25), strict=True):
         for _ in range(int(rng.poisson(rate))):

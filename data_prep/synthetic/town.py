@@ -125,6 +125,22 @@ class Town:
         return -1.0 if self.right_hand else 1.0
 
 
+def merges(town: Town, connector: str) -> bool:
+    """Whether a connector leads two lanes into one, where vehicles would have to negotiate."""
+    lane = town.lanes[connector]
+    if lane.turn != "straight" and town.junctions[lane.junction].signalised:
+        return False
+    return town.lanes[lane.successors[0]].index != lane.index
+
+
+def next_lane(town: Town, key: str, rng: np.random.Generator) -> str:
+    """A random successor, one without a merge where there is a choice."""
+    successors = town.lanes[key].successors
+    easy = [name for name in successors if town.lanes[name].road is not None or not merges(town, name)]
+    choices = easy or successors
+    return choices[int(rng.integers(len(choices)))]
+
+
 def build_town(location: str, rng: np.random.Generator) -> Town:
     """Builds the town of a location.
 
