@@ -18,7 +18,7 @@ from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import Scene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
-from data_prep.shards import ShardFacts, content_fingerprint, shard_file
+from data_prep.shards import ShardFacts, content_fingerprint, shard_file, split_of
 
 OFFICIAL_VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
 NUSCENES_LICENCE = (
@@ -114,7 +114,7 @@ def shards_by_split(results: Sequence[SceneResult]) -> dict[str, list[ShardFacts
     """The finished shards of each split, in shard order."""
     by_split: dict[str, list[ShardFacts]] = {"train": [], "val": []}
     for result in sorted(results, key=lambda one: one.shard.file):
-        by_split[result.shard.file.split("-")[1].split(".")[0]].append(result.shard)
+        by_split[split_of(result.shard.file)].append(result.shard)
     return by_split
 
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.nuscenes.scene_records import SceneResult
-from data_prep.shards import ShardFacts
+from data_prep.shards import ShardFacts, split_of
 from spacedrive_jax.console import UserError
 
 FOLDER = "conversion"
@@ -39,7 +40,8 @@ def check_output_folder(out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    # A run killed before it wrote its plan leaves at most empty folders and a partial file.
+    if not any(path.is_file() and path.suffix != ".partial" for path in out.rglob("*")):
         return
     has_plan = (out / FOLDER / "plan.json").is_file()
     if not resume:
@@ -95,10 +97,26 @@ def finished_scene(out: Path, shard: str) -> SceneResult | None:
     if not path.is_file() or not (out / shard).is_file():
         return None
     saved = json.loads(path.read_text())
-    result = SceneResult(saved["scene"], ShardFacts(**saved["shard"]), saved["counts"])
+    facts = ShardFacts(**saved["shard"])
+    result = SceneResult(saved["scene"], facts, tuple(saved["tokens"]), saved["counts"])
     return result if (out / shard).stat().st_size == result.shard.bytes else None
 
 
 def save_finished_scene(out: Path, result: SceneResult) -> None:
     """Records that a shard is whole."""
     write_json(out / FOLDER / f"{result.shard.file}.json", dataclasses.asdict(result))
+
+
+def locate(directory: Path, token: str) -> tuple[str, int] | None:
+    """Where a keyframe is: its split and its index therein; None when the folder does not tell.
+
+    Saves reading a large records folder from the start to find one token.
+    """
+    before: Counter[str] = Counter()
+    for path in sorted((directory / FOLDER).glob("*.array_record-*.json")):
+        saved = json.loads(path.read_text())
+        split = split_of(saved["shard"]["file"])
+        if token in saved["tokens"]:
+            return split, before[split] + saved["tokens"].index(token)
+        before[split] += saved["shard"]["records"]
+    return None

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from spacedrive_jax.console import Command, UserError
-from spacedrive_jax.data.records import Record, Records, open_records, read_provenance, record_features
+from data_prep.conversion_state import locate
+from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.data.records import Record, open_records, read_provenance, record_features
 
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70
@@ -34,15 +35,14 @@ class Inspect(Command):
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""
         provenance = read_provenance(self.directory)
-        records = open_records(self.directory, "all")
-        record = find_record(records, self.token)
+        record = find_record(self.directory, self.token)
         print(
             f"{self.directory}: {provenance['records']} records "
             f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
             f"fingerprint {provenance['fingerprint'][:12]}"
         )
         print(describe_record(record))
-        facts: dict[str, Any] = {"token": record["token"], "records": len(records)}
+        facts: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
         if self.image is not None:
             # matplotlib takes a second to import; the text needs none of it.
             from data_prep.record_picture import draw_record
@@ -53,23 +53,27 @@ class Inspect(Command):
         return facts
 
 
-def find_record(records: Records, token: str | None) -> Record:
+def find_record(directory: Path, token: str | None) -> Record:
     """The record with the given token, or the middle keyframe of the first scene.
 
     Raises:
         UserError: no record has that token.
     """
+    records = open_records(directory)
     if token is None:
         first = records[0]["scene_name"]
         count = 1
         while count < len(records) and records[count]["scene_name"] == first:
             count += 1
         return records[count // 2]
-    for index in range(len(records)):
+    place = locate(directory, token)
+    if place is not None:
+        return open_records(directory, place[0])[place[1]]
+    for index in progress(range(len(records)), desc="search", unit="record"):
         record = records[index]
         if record["token"] == token:
             return record
-    raise UserError(f"{records.directory} has no keyframe {token!r}; `inspect` without --token shows one")
+    raise UserError(f"{directory} has no keyframe {token!r}; `inspect` without --token shows one")
 
 
 def describe_record(record: Record) -> str:

@@ -53,6 +53,11 @@ def shard_file(split: str, index: int, count: int) -> str:
     return f"{DATASET_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
+def split_of(file: str) -> str:
+    """The split a shard file belongs to."""
+    return file.removeprefix(f"{DATASET_NAME}-").split(".")[0]
+
+
 def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     """Writes one shard; the file appears under its name only when whole."""
     partial = path.with_name(path.name + ".partial")

@@ -59,6 +59,8 @@ class SceneResult:
 
     scene: str
     shard: ShardFacts
+    tokens: tuple[str, ...]
+    """Keyframe tokens in the order of the shard's records."""
     counts: Mapping[str, int]
     """How many images, sweeps and maps were found, drawn or absent, over the shard's records."""
 
@@ -72,7 +74,8 @@ def convert_scene(unit: SceneUnit) -> SceneResult:
     counts: Counter[str] = Counter()
     serialize = RecordSerializer()
     facts = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, counts)))
-    return SceneResult(unit.scene.name, facts, dict(sorted(counts.items())))
+    tokens = tuple(unit.scene.keyframes[index].token for index in unit.keyframes)
+    return SceneResult(unit.scene.name, facts, tokens, dict(sorted(counts.items())))
 
 
 def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:

@@ -128,7 +128,13 @@ def _keyframe_sensor_rows(tables: Tables) -> dict[tuple[str, str], Row]:
     for row in tables["sample_data"].values():
         calibration = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
         channel = tables["sensor"][calibration["sensor_token"]]["channel"]
-        rows[row["sample_token"], channel] = row
+        key = row["sample_token"], channel
+        if key in rows:
+            raise UserError(
+                f"sample_data.json: rows {rows[key]['token']!r} and {row['token']!r} are both the {channel} "
+                f"data of keyframe {row['sample_token']!r}"
+            )
+        rows[key] = row
     return rows
 
 

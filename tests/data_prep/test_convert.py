@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import pytest
 from data_prep import conversion_state, convert
 from data_prep.cli import run
 from data_prep.convert import Convert
+from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
+from data_prep.nuscenes.scenes import read_scenes
+from data_prep.nuscenes.sensor_files import scan_scene
+from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records, record_features
@@ -383,3 +388,36 @@ def test_differences_name_the_field():
         "a.c: differs",
         "d: 2 -> None",
     ]
+
+
+def test_locate_finds_every_keyframe(converted):
+    for split in ("train", "val"):
+        for index, record in enumerate(iterate(converted, split)):
+            assert conversion_state.locate(converted, record["token"]) == (split, index)
+    assert conversion_state.locate(converted, "nope") is None
+
+
+def test_leftovers_of_a_run_killed_before_its_plan_are_no_obstacle(dataroot, tmp_path):
+    (tmp_path / "out" / "conversion").mkdir(parents=True)
+    (tmp_path / "out" / "conversion" / "plan.json.partial").write_text("{")
+    assert convert_tiny(dataroot, tmp_path / "out")["records"] == SCENES * KEYFRAMES
+
+
+def test_scene_units_survive_pickling(dataroot, tmp_path):
+    """What a distributed runner needs: the unit goes out, the facts come back, nothing else is shared."""
+    scene = next(read_scenes(read_tables(dataroot, VERSION)))
+    unit = SceneUnit(
+        dataroot=dataroot,
+        scene=scene,
+        files=scan_scene(dataroot, scene),
+        keyframes=(1, 3),
+        shard=tmp_path / "shard",
+        mask_folder=tmp_path,
+        render_missing=False,
+        render_size=None,
+        seed=0,
+    )
+    result = convert_scene(pickle.loads(pickle.dumps(unit)))
+    assert result.tokens == (scene.keyframes[1].token, scene.keyframes[3].token)
+    assert result.shard.records == 2
+    assert pickle.loads(pickle.dumps(result)) == result
