@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.cache import KVCache
@@ -57,13 +57,13 @@ class Attention(nnx.Module):
         cache: KVCache | None,
         cache_mask: Bool[Array, "B 1 S capacity"] | None,
         layer: Int[Array, ""],
-        dropout_key: jax.Array | None,
+        dropout_keys: Key[Array, " 4"] | None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Attends among the new tokens, or to the cache, which then holds the new ones too."""
-        keys_of = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
-        q = rotate(self.q(x, dropout_key=keys_of[0]), rotary)
-        k = rotate(self.k(x, dropout_key=keys_of[1]), rotary)
-        v = self.v(x, dropout_key=keys_of[2])
+        q_key, k_key, v_key, o_key = (None,) * 4 if dropout_keys is None else dropout_keys
+        q = rotate(self.q(x, dropout_key=q_key), rotary)
+        k = rotate(self.k(x, dropout_key=k_key), rotary)
+        v = self.v(x, dropout_key=v_key)
         if cache is None:
             attended = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, key_value_seq_lengths=lengths, implementation=self.implementation
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
             attended = jax.nn.dot_product_attention(
                 q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
             )
-        return self.o(attended, dropout_key=keys_of[3]), cache
+        return self.o(attended, dropout_key=o_key), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -220,12 +220,12 @@ class Decoder(nnx.Module):
         config, new_tokens = self.config, embeddings.shape[1]
         rotary = decoder_rotary(positions, config.rope_sections, config.rope_theta)
         cache_mask = None if cache is None else cache.attention_mask(new_tokens)
-        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, (config.num_layers, 4))
 
         def apply(layer: DecoderLayer, carry: Any, inputs: Any) -> tuple[Any, Any]:
             # The cache travels in the carry, so that XLA updates it in place.
             hidden, cache = carry
-            index, key = inputs
+            index, keys = inputs
             hidden, cache = layer(
                 hidden,
                 rotary,
@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
                 cache=cache,
                 cache_mask=cache_mask,
                 layer=index,
-                dropout_key=key,
+                dropout_keys=keys,
             )
             return (hidden, cache), (hidden if keep_layers else None)
 

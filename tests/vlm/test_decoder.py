@@ -223,6 +223,27 @@ def test_remat_changes_no_gradient(adapted):
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_training_the_adapters_makes_no_copy_of_the_frozen_stack():
+    config = dataclasses.replace(CONFIG, num_layers=12, hidden_size=64, intermediate_size=512)
+
+    def construct():
+        return Decoder(config, compute=ComputeConfig(remat="full"), rngs=nnx.Rngs(0), lora=LORA)
+
+    graph, trainable, frozen = nnx.split(nnx.eval_shape(construct), TRAINABLE, ...)
+
+    def loss(trainable, frozen, token_ids, positions):
+        model = nnx.merge(graph, trainable, frozen)
+        hidden, _ = model(model.embed(token_ids), positions, dropout_key=jax.random.key(0))
+        return jnp.square(hidden).mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(trainable, frozen, *inputs(length=4)).compile()
+    memory = compiled.memory_analysis()
+    frozen_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen["layers"]))
+    assert frozen_bytes > 5_000_000
+    assert memory.temp_size_in_bytes < frozen_bytes / 3
+    assert memory.output_size_in_bytes < frozen_bytes / 10
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
 def test_remat_names_are_jax_policies(remat):
     policy = ComputeConfig(remat=remat).remat_policy()
