@@ -181,6 +181,13 @@ def _summary(facts: Mapping[str, Any]) -> str:
         }
         return ", ".join(f"{count} {name}" for name, count in found.items())
 
+    notes = []
+    if counts.get("drivable_none"):
+        notes.append(
+            f"  note: maps/ has no map for {counts['drivable_none']} records; their drivable area is empty"
+        )
+    if counts.get("lidar_damaged"):
+        notes.append(f"  note: {counts['lidar_damaged']} LiDAR sweeps are damaged and were left out")
     return "\n".join(
         [
             f"{facts['records']} records in {facts['out']} "
@@ -190,5 +197,6 @@ def _summary(facts: Mapping[str, Any]) -> str:
             f"  lidar: {listed('lidar_')}   CAN bus: {listed('can_bus_')}",
             f"  drivable area: {listed('drivable_')}",
             f"  fingerprint {facts['fingerprint']}",
+            *notes,
         ]
     )

@@ -107,7 +107,10 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
             "lidar": lidar.read_bytes() if has_lidar else b"",
             "lidar_to_ego": _sensor_to_ego(keyframe.lidar),
         }
-        counts["lidar_present" if has_lidar else "lidar_absent"] += 1
+        lidar_problem = unit.files.unusable_lidar.get(keyframe.lidar.filename, "")
+        counts[
+            f"lidar_{'present' if has_lidar else 'absent' if lidar_problem == 'missing' else 'damaged'}"
+        ] += 1
         counts["can_bus_present" if track.can_bus_valid else "can_bus_absent"] += 1
         counts[f"drivable_{record['drivable_source']}"] += 1
         yield record

@@ -308,13 +308,16 @@ def test_empty_keeps_the_keyframe_without_pixels(tiny, dataroot, tmp_path):
     np.testing.assert_array_equal(record["image_size"], [[HEIGHT, WIDTH]] * 6)
 
 
-def test_absent_lidar_maps_and_can_bus_are_counted_not_fatal(dataroot, tmp_path):
+def test_absent_lidar_maps_and_can_bus_are_counted_not_fatal(dataroot, tmp_path, capsys):
     (dataroot / "samples/LIDAR_TOP/scene-0001__0.pcd.bin").unlink()
     (dataroot / "samples/LIDAR_TOP/scene-0001__1.pcd.bin").write_bytes(bytes(30))
     (dataroot / "maps/tiny.png").unlink()
     (dataroot / "can_bus/scene-0001_pose.json").unlink()
     facts = convert_tiny(dataroot, tmp_path / "out")
-    assert facts["counts"]["lidar_absent"] == 2
+    printed = capsys.readouterr().out
+    assert f"no map for {SCENES * KEYFRAMES} records" in printed
+    assert "1 LiDAR sweeps are damaged" in printed
+    assert (facts["counts"]["lidar_absent"], facts["counts"]["lidar_damaged"]) == (1, 1)
     assert facts["counts"]["drivable_none"] == SCENES * KEYFRAMES
     assert facts["counts"]["can_bus_absent"] == SCENES * KEYFRAMES
     record = open_records(tmp_path / "out")[0]
