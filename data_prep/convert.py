@@ -70,7 +70,9 @@ class Convert(Command):
         tables = read_tables(self.dataroot, self.version)
         scenes = list(read_scenes(tables))
         digests = tables.digests
-        del tables
+        del tables  # gigabytes for the whole of nuScenes
+        if not scenes:
+            raise UserError(f"{self.dataroot / self.version / 'scene.json'} holds no scene")
         splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
         files = [
             scan_scene(self.dataroot, scene) for scene in progress(scenes, desc="check files", unit="scene")

@@ -291,6 +291,14 @@ def test_skip_drops_scenes_without_keyframes(tiny, dataroot, tmp_path):
     assert len(open_records(tmp_path / "out")) == 2 * KEYFRAMES
 
 
+def test_version_without_scenes(dataroot, tmp_path):
+    (dataroot / VERSION / "scene.json").write_text("[]")
+    for table in ("sample", "sample_annotation", "sample_data"):
+        (dataroot / VERSION / f"{table}.json").write_text("[]")
+    with pytest.raises(UserError, match=r"scene\.json holds no scene"):
+        convert_tiny(dataroot, tmp_path / "out")
+
+
 def test_skip_with_nothing_left(tiny, dataroot, tmp_path):
     for path in dataroot.glob("samples/CAM_FRONT/*"):
         path.unlink()
