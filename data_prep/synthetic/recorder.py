@@ -15,11 +15,11 @@ from jaxtyping import Float
 
 from data_prep.synthetic import can_bus, ground, lidar, rig, stage
 from data_prep.synthetic.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
-from data_prep.synthetic.shading import WEATHERS, Light
 from data_prep.synthetic.stage import Participant
 from data_prep.synthetic.tables import Row, link, visibility_token
 from data_prep.synthetic.tokens import make_token
 from data_prep.synthetic.town import LOCATIONS, Town, build_town
+from data_prep.synthetic.weather import WEATHERS, Light
 
 KEYFRAME_PERIOD = 0.5
 ANNOTATION_RANGE = 75.0

@@ -183,7 +183,7 @@ def _junction_script(
         start = max(3.0, _length(lane) - float(rng.uniform(45.0, 60.0)))
         signals[lane.junction] = ((-1.0, other), (WARM_UP + float(rng.uniform(9.0, 12.0)), lane.arm))
         return _Script(keys, start, cruise * 0.85, cruise, signals)
-    start = max(3.0, _length(lane) - float(rng.uniform(26.0, 40.0)))
+    start = max(3.0, _length(lane) - float(rng.uniform(22.0, 34.0)))
     return _Script(keys, start, min(cruise, 7.5), cruise, signals)
 
 

@@ -190,7 +190,9 @@ def object_quads(category: str, size: Triple, token: str, *, braking: bool = Fal
     parts: list[Quads]
     if category in ("vehicle.motorcycle", "vehicle.bicycle"):
         parts = _two_wheeler(length, width, height, category, rng)
-    elif category.startswith(("human.pedestrian", "animal")):
+    elif category == "animal":
+        parts = _animal(length, width, height)
+    elif category.startswith("human.pedestrian"):
         parts = _person(length, width, height, category, rng)
     elif category == "movable_object.trafficcone":
         parts = [
@@ -328,6 +330,19 @@ def _torso(x: float, hip: float, height: float, shoulders: float, rng: np.random
         blob((x, 0, height - head * 0.98), (head * 0.8, head * 0.72, head * 0.97), skin, Material.PLAIN),
         box((x - 0.01, 0, height - head * 0.35), (head * 1.5, head * 1.4, head * 0.66), (0.12, 0.09, 0.07)),
     ]
+
+
+def _animal(length: float, width: float, height: float) -> list[Quads]:
+    """Four legs, a trunk and a head."""
+    fur = (0.40, 0.28, 0.18)
+    parts = [
+        box((-length * 0.05, 0, height * 0.58), (length * 0.75, width * 0.6, height * 0.35), fur),
+        box((length * 0.4, 0, height * 0.83), (length * 0.2, width * 0.35, height * 0.34), fur),
+    ]
+    for x in (-length * 0.36, length * 0.26):
+        leg = (length * 0.1, width * 0.15, height * 0.44)
+        parts += [box((x, y, height * 0.22), leg, fur) for y in (-width * 0.2, width * 0.2)]
+    return parts
 
 
 def _person(

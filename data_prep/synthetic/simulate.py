@@ -36,6 +36,29 @@ def simulate(town: Town, cast: Cast, duration: float) -> list[Motion]:
     return _Simulation(town, cast).run(int(np.ceil(duration / TIME_STEP)) + 2)
 
 
+class _Tracks:
+    """Box centre poses of all movers at once; routes are evenly spaced, so a pose is two table rows."""
+
+    def __init__(self, movers: tuple[Mover, ...]) -> None:
+        routes = [mover.route for mover in movers]
+        counts = np.array([len(route.points) for route in routes])
+        self.first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self.last = counts - 1.0
+        self.spacing = np.array([route.lengths[-1] for route in routes]) / self.last
+        self.table = np.concatenate([np.column_stack([r.points, r.headings]) for r in routes])
+        self.ahead = np.array([mover.reference_to_centre for mover in movers])
+
+    def poses(self, s: Float[np.ndarray, "A"]) -> Float[np.ndarray, "A 3"]:
+        """x, y, heading of every box centre at arc lengths `s`."""
+        position = np.clip(s / self.spacing, 0.0, self.last - 1e-6)
+        low = position.astype(int)
+        rows = self.first + low
+        result = self.table[rows] + (position - low)[:, None] * (self.table[rows + 1] - self.table[rows])
+        result[:, 0] += self.ahead * np.cos(result[:, 2])
+        result[:, 1] += self.ahead * np.sin(result[:, 2])
+        return result
+
+
 class _Simulation:
     """The mutable state of one run."""
 
@@ -50,15 +73,12 @@ class _Simulation:
         still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
         self.poses = np.concatenate([np.zeros((len(self.movers), 3)), still])
         self.all_speeds = np.zeros(len(self.poses))
+        self.tracks = _Tracks(self.movers)
         self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(still))
         self._refresh()
 
     def _refresh(self) -> None:
-        for i, mover in enumerate(self.movers):
-            pose = mover.route.pose(self.s[i])
-            ahead = mover.reference_to_centre
-            pose[:2] += ahead * np.array([np.cos(pose[2]), np.sin(pose[2])])
-            self.poses[i] = pose
+        self.poses[: len(self.movers)] = self.tracks.poses(self.s)
         self.all_speeds[: len(self.movers)] = self.speed
 
     def run(self, steps: int) -> list[Motion]:
@@ -77,17 +97,13 @@ class _Simulation:
     def _decide(self, i: int, time: float) -> float:
         mover = self.movers[i]
         route, s, speed = mover.route, float(self.s[i]), float(self.speed[i])
-        limit = float(np.interp(s, route.lengths, self.profiles[i]))
-        wanted = min(mover.desired_speed(time), limit)
         front = s + mover.reference_to_centre + self.half[i, 0]
         end = float(route.lengths[-1]) - 1.0
-        options = [traffic.follow_acceleration(speed, wanted, max(end - front, 0.0), speed, mover)]
         if mover.pedestrian:
-            if mover.crossing >= 0 and s < 0.6 and not self._may_walk(mover, time):
-                return -4.0
-            on_sidewalk = mover.crossing < 0
-            blocked = front >= end or (not on_sidewalk and self._leader(i, front)[0] < 0.6)
-            return -3.0 if blocked else (wanted - speed) / 0.4
+            return self._walk(i, front, front >= end, time)
+        limit = float(np.interp(s, route.lengths, self.profiles[i]))
+        wanted = min(mover.desired_speed(time), limit)
+        options = [traffic.follow_acceleration(speed, wanted, max(end - front, 0.0), speed, mover)]
         gap, leader_speed = self._leader(i, front)
         options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
         stop = min(self._gate_stop(i, front, time), self._zebra_stop(i, front, time))
@@ -95,6 +111,15 @@ class _Simulation:
             gap = max(stop - front + mover.standstill_gap - 0.4, 0.0)
             options.append(traffic.follow_acceleration(speed, wanted, gap, speed, mover))
         return min(options)
+
+    def _walk(self, i: int, front: float, arrived: bool, time: float) -> float:
+        """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
+        mover = self.movers[i]
+        if mover.crossing >= 0:
+            if self.s[i] < 0.6 and not self._may_walk(mover, time):
+                return -4.0
+            arrived = arrived or self._leader(i, front)[0] < 0.6
+        return -3.0 if arrived else (mover.desired_speed(time) - float(self.speed[i])) / 0.4
 
     def _leader(self, i: int, front: float) -> tuple[float, float]:
         """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
@@ -259,7 +284,7 @@ def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearan
     Args:
         cast: who took part.
         motions: the simulated motions.
-        duration: seconds to check, every tenth of a second.
+        duration: seconds to check, every time step.
         clearance: metres added around every footprint.
     """
     moving, still = cast.movers, cast.obstacles
@@ -269,16 +294,11 @@ def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearan
     fixed = np.array([item.pose for item in still]).reshape(-1, 3)
     rank = np.arange(len(keys))  # later in the cast gives way
     removed: set[str] = set()
-    for time in np.arange(0.0, duration, 0.1):
-        moved = np.array([_centre_pose(m, motion, time) for m, motion in zip(moving, motions, strict=True)])
+    tracks = _Tracks(moving)
+    for step in range(int(duration / TIME_STEP)):
+        moved = tracks.poses(np.array([motion.s[step] for motion in motions]))
         hits = overlapping_pairs(np.concatenate([moved, fixed]), half)
         for a, b in hits:
             if keys[a] not in removed and keys[b] not in removed:
                 removed.add(keys[max(rank[a], rank[b])])
     return removed
-
-
-def _centre_pose(mover: Mover, motion: Motion, time: float) -> Float[np.ndarray, "3"]:
-    pose = mover.route.pose(motion.at(time)[0])
-    pose[:2] += mover.reference_to_centre * np.array([np.cos(pose[2]), np.sin(pose[2])])
-    return pose

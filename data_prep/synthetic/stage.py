@@ -12,11 +12,12 @@ from data_prep.synthetic import ground, scenery, shapes
 from data_prep.synthetic.ground import GroundColours, SurfaceMap
 from data_prep.synthetic.render import Camera, FrameBuffer, cast, depth_image
 from data_prep.synthetic.scenario import Scenario
-from data_prep.synthetic.shading import Light, shade
+from data_prep.synthetic.shading import shade
 from data_prep.synthetic.shapes import Quads
 from data_prep.synthetic.simulate import corners
 from data_prep.synthetic.town import LANE_WIDTH
 from data_prep.synthetic.traffic import Mover
+from data_prep.synthetic.weather import Light
 
 VIEW_MARGIN = 110.0
 """Metres of scenery around the ego vehicle's way."""

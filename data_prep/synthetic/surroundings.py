@@ -107,7 +107,9 @@ def moving_crowd(
                 occupied.append(pose)
             s += rng.uniform(13.0, 42.0)
     movers += _sidewalk_walkers(town, way, rng)
-    movers += _crossing_walkers(town, way, total, manoeuvre, rng)
+    turning = manoeuvre.startswith("turn_") and bool(ego.route.gates)
+    kept_clear = ego.route.gates[0].junction if turning else -1
+    movers += _crossing_walkers(town, way, total, manoeuvre, kept_clear, rng)
     return tuple(movers)
 
 
@@ -173,15 +175,24 @@ def _sidewalk_walkers(town: Town, way: Float[np.ndarray, "K 2"], rng: np.random.
 
 
 def _crossing_walkers(
-    town: Town, way: Float[np.ndarray, "K 2"], total: float, manoeuvre: str, rng: np.random.Generator
+    town: Town,
+    way: Float[np.ndarray, "K 2"],
+    total: float,
+    manoeuvre: str,
+    kept_clear: int,
+    rng: np.random.Generator,
 ) -> list[Mover]:
+    """People who want to cross; none at the junction `kept_clear`, where the ego vehicle is to turn."""
     walkers: list[Mover] = []
     for index, crossing in enumerate(town.crossings):
         nearby = np.hypot(*(way - crossing.polygon.mean(axis=0)).T).min() < 45.0
         wanted = rng.random(), rng.integers(1, 3)
         if not nearby or wanted[0] > (0.3 if crossing.junction < 0 else 0.45):
             continue
-        if manoeuvre in ("cruise", "follow", "pedestrian") and crossing.junction < 0:
+        mid_block = crossing.junction < 0
+        if crossing.junction == kept_clear and not mid_block:
+            continue
+        if manoeuvre in ("cruise", "follow", "pedestrian") and mid_block:
             continue
         for _ in range(int(wanted[1])):
             ends = crossing.walk[:: 1 if rng.random() < 0.5 else -1]

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from data_prep.synthetic import ground, shapes, stage
-from data_prep.synthetic.shading import WEATHERS, Light
 from data_prep.synthetic.stage import Backdrop, Participant
+from data_prep.synthetic.weather import WEATHERS, Light
 from spacedrive_jax.console import UserError
 
 LAND_SEED = 11

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.synthetic import command
+from data_prep.synthetic.command import Synthesize, folder_fingerprint, parse_image_size
+from spacedrive_jax.console import UserError
+from tests.data_prep.synthetic.conftest import TINY
+
+
+def test_two_workers_write_the_same_bytes_as_one(
+    written: tuple[Path, Mapping[str, Any]], tmp_path: Path
+) -> None:
+    root, facts = written
+    again = Synthesize(out=tmp_path / "again", workers=2, **TINY).run()  # type: ignore[arg-type]
+    assert again["fingerprint"] == facts["fingerprint"] == folder_fingerprint(root)
+    assert (facts["scenes"], facts["keyframes"], facts["skipped"]) == (2, 6, 0)
+
+
+def test_fingerprint_sees_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    first = folder_fingerprint(tmp_path)
+    (tmp_path / "a").write_bytes(b"2")
+    second = folder_fingerprint(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, folder_fingerprint(tmp_path)}) == 3
+
+
+def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(UserError, match="not an empty folder"):
+        Synthesize(out=tmp_path).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(root: Path, *_: Any) -> None:
+        (root / "half").write_text("written")
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(command, "write_folder", fail)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        Synthesize(out=tmp_path / "world").run()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["704", "axb", "704x", "1x1", "90000x90"])
+def test_bad_image_size_is_explained(text: str) -> None:
+    with pytest.raises(UserError, match="--image-size"):
+        parse_image_size(text)
+
+
+def test_image_size_is_width_by_height() -> None:
+    assert parse_image_size("704x396") == (396, 704)
+
+
+@pytest.mark.parametrize("flags", [{"scenes": 0}, {"keyframes": 0}, {"seed": -1}, {"workers": -2}])
+def test_flags_out_of_range_name_the_flag(tmp_path: Path, flags: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
+        Synthesize(out=tmp_path / "world", **flags).run()  # type: ignore[arg-type]

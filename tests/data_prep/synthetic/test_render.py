@@ -1,0 +1,145 @@
+"""Depth, coverage and echoes on geometry whose answer is known in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_prep.synthetic import lidar, rig
+from data_prep.synthetic.render import GROUND, SKY, Camera, cast, depth_image
+from data_prep.synthetic.shapes import Quads, box, concatenate, object_quads, place
+
+FOCAL, WIDTH, HEIGHT, LEVEL = 100.0, 160, 90, 1.5
+FORWARD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+"""Rotation of a camera that looks along global x."""
+
+
+@pytest.fixture
+def camera() -> Camera:
+    pose = np.eye(4)
+    pose[:3, :3], pose[2, 3] = FORWARD, LEVEL
+    return Camera(np.array([[FOCAL, 0, 80.0], [0, FOCAL, 45.0], [0, 0, 1]]), pose, HEIGHT, WIDTH)
+
+
+def block(x: float, y: float, size: tuple[float, float, float], yaw: float = 0.0, group: int = -1) -> Quads:
+    return place(box((0, 0, size[2] / 2), size, (0.5, 0.5, 0.5)), np.array([x, y, 0.0]), yaw, group)
+
+
+def test_ground_depth_is_that_of_the_plane(camera: Camera) -> None:
+    buffer = cast(concatenate([]), camera)
+    rows = np.arange(50, HEIGHT)
+    assert np.allclose(1 / buffer.inverse_depth[rows, 80], LEVEL * FOCAL / (rows - 45.0), rtol=1e-5)
+    assert (buffer.surface[:45] == SKY).all()
+    assert (buffer.surface[47:] == GROUND).all()
+    assert (depth_image(buffer)[:45] == 0).all()
+
+
+def test_facing_box_has_the_depth_and_the_outline_of_its_front(camera: Camera) -> None:
+    buffer = cast(block(11.0, 0.0, (2.0, 4.0, 3.0)), camera)
+    seen = buffer.surface >= 0
+    assert np.allclose(1 / buffer.inverse_depth[seen & (np.arange(HEIGHT) > 32)[:, None]], 10.0, rtol=1e-5)
+    columns = np.flatnonzero(seen[45])
+    assert (columns[0], columns[-1]) == (60, 100)  # 80 -+ 100 * 2 / 10, edges included
+    rows = np.flatnonzero(seen[:, 80])
+    assert (rows[0], rows[-1]) == (30, 59)  # 1.5 m above eye level to the foot, whose row 60 is the ground's
+
+
+def test_turned_box_matches_a_ray_and_slab_intersection(camera: Camera) -> None:
+    yaw, size = 0.6, (4.0, 2.0, 1.6)
+    buffer = cast(block(12.0, 1.5, size, yaw), camera)
+    rays = camera.rays().astype(np.float64)
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    to_box = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    origin = to_box @ (np.array([0, 0, LEVEL]) - np.array([12.0, 1.5, size[2] / 2]))
+    directions = rays @ to_box.T
+    with np.errstate(divide="ignore"):
+        near, far = (
+            np.sort([(s * np.array(size) / 2 - origin) / directions for s in (-1, 1)], axis=0)
+        ).tolist()
+    enter, leave = np.max(near, axis=-1), np.min(far, axis=-1)
+    hit = enter < leave - 1e-3
+    assert 100 < hit.sum() < 3000
+    assert np.allclose(1 / buffer.inverse_depth[hit], enter[hit], rtol=1e-4)
+    assert (buffer.surface[leave < enter - 1e-3] < 0).all()
+
+
+def test_box_behind_and_around_the_camera(camera: Camera) -> None:
+    assert (cast(block(-10.0, 0.0, (2.0, 4.0, 3.0)), camera).surface < 0).all()
+    beside = cast(block(0.0, 3.0, (40.0, 2.0, 4.0)), camera)  # a wall from behind the camera to 20 m ahead
+    left = np.arange(0, 60)
+    assert np.allclose(1 / beside.inverse_depth[45, left], 2.0 * FOCAL / (80.0 - left), rtol=1e-4)
+
+
+def test_hidden_objects_cover_pixels_but_are_not_seen(camera: Camera) -> None:
+    scene = concatenate([block(10.0, 0.0, (1.0, 6.0, 4.0), 0, 0), block(20.0, 0.0, (1.0, 2.0, 1.5), 0, 1)])
+    buffer = cast(scene, camera)
+    groups = np.append(scene.groups, [-1, -1])[buffer.surface]
+    assert buffer.covered[1] > 40
+    assert (groups == 1).sum() == 0
+    assert (groups == 0).sum() == buffer.covered[0]
+
+
+def test_lidar_hits_the_box_at_its_face_and_counts_inside() -> None:
+    sensor = np.eye(4)
+    sensor[2, 3] = 1.84
+    quads = block(11.0, 0.0, (2.0, 4.0, 3.0))
+    cloud = lidar.sweep(quads, sensor, np.random.default_rng(0))
+    points = cloud[:, :3].astype(np.float64)
+    front = (np.abs(np.arctan2(points[:, 1], points[:, 0])) < 0.15) & (points[:, 2] > -1.5)
+    front &= points[:, 0] < 30
+    assert front.sum() > 100
+    assert np.abs(points[front, 0] - 10.0).max() < 6 * lidar.NOISE
+    ground = points[:, 2] < -1.7
+    assert np.abs(points[ground, 2] + 1.84).max() < 6 * lidar.NOISE
+    behind = (np.abs(points[:, 1]) < 1.0) & (points[:, 0] > 12.5) & (points[:, 2] < 0.3)
+    assert not behind.any()
+    counts = lidar.count_inside(
+        cloud,
+        sensor,
+        np.array([[11.0, 0, 1.6], [-11.0, 0, 1.6]]),
+        np.array([[2.2, 4.2, 3.0]] * 2),
+        np.zeros(2),
+    )
+    assert counts[0] > front.sum()
+    assert counts[1] == 0
+
+
+def test_lidar_beams_lie_on_the_rings() -> None:
+    sensor = np.eye(4)
+    sensor[2, 3] = 1.84
+    cloud = lidar.sweep(block(11.0, 0.0, (2.0, 4.0, 3.0)), sensor, np.random.default_rng(0))
+    elevation = np.degrees(np.arctan2(cloud[:, 2], np.hypot(cloud[:, 0], cloud[:, 1])))
+    assert np.abs(elevation - rig.LIDAR_ELEVATIONS[cloud[:, 4].astype(int)]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "category",
+    [
+        "vehicle.car",
+        "vehicle.truck",
+        "vehicle.trailer",
+        "vehicle.bus.rigid",
+        "vehicle.construction",
+        "vehicle.emergency.police",
+        "vehicle.motorcycle",
+        "vehicle.bicycle",
+        "human.pedestrian.adult",
+        "human.pedestrian.construction_worker",
+        "animal",
+        "movable_object.barrier",
+        "movable_object.trafficcone",
+        "movable_object.debris",
+        "static_object.bicycle_rack",
+    ],
+)
+def test_objects_stay_inside_their_boxes_and_keep_their_look(category: str) -> None:
+    size = {"vehicle": (4.6, 1.9, 1.7), "human": (0.7, 0.7, 1.7)}.get(category.split(".")[0], (1.0, 1.2, 1.0))
+    if category in ("vehicle.motorcycle", "vehicle.bicycle"):
+        size = (2.0, 0.8, 1.6)
+    if category == "static_object.bicycle_rack":
+        size = (5.0, 1.6, 1.1)
+    quads = object_quads(category, size, "token")
+    assert (np.abs(quads.vertices).max(axis=(0, 1)) <= np.array(size) / 2 + 1e-9).all()
+    extent = quads.vertices.max(axis=(0, 1)) - quads.vertices.min(axis=(0, 1))
+    assert (extent > 0.4 * np.array(size)).all()
+    assert np.array_equal(quads.colours, object_quads.__wrapped__(category, size, "token").colours)
