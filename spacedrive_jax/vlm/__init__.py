@@ -13,6 +13,8 @@ from spacedrive_jax.vlm.config import (
 from spacedrive_jax.vlm.decoder import Decoder, NewTokenParam
 from spacedrive_jax.vlm.generation import generate
 from spacedrive_jax.vlm.hf_config import read_hf_config
+from spacedrive_jax.vlm.initialization import ShardingOf, initialize
+from spacedrive_jax.vlm.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.vlm.positions import ImageSpan, find_image_spans, mrope_positions
 from spacedrive_jax.vlm.qwen2_5_vl import QwenVL, place_rows
 
@@ -29,11 +31,16 @@ __all__ = [
     "QwenVL",
     "QwenVLConfig",
     "QwenVisionConfig",
+    "ShardingOf",
     "find_image_spans",
     "from_hf",
     "generate",
+    "initialize",
+    "load_adapter",
     "mrope_positions",
     "place_rows",
     "read_hf_config",
+    "read_peft_config",
+    "save_adapter",
     "to_hf",
 ]

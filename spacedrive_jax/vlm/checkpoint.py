@@ -7,7 +7,7 @@ stacked parameter at a time, straight into their sharding. On many hosts each re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,9 +19,7 @@ from flax import nnx
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, QwenVLConfig
 from spacedrive_jax.vlm.conversion import (
-    Path as ParameterPath,
-)
-from spacedrive_jax.vlm.conversion import (
+    ParameterPath,
     Rule,
     canonical_name,
     check_names_and_shapes,
@@ -30,7 +28,7 @@ from spacedrive_jax.vlm.conversion import (
 )
 from spacedrive_jax.vlm.decoder import NewTokenParam
 from spacedrive_jax.vlm.hf_config import read_hf_config, write_hf_config
-from spacedrive_jax.vlm.layers import AxisNames
+from spacedrive_jax.vlm.initialization import ShardingOf, axis_names, draw_parameters
 from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
 from spacedrive_jax.vlm.safetensors_folder import (
     PlannedTensor,
@@ -38,9 +36,6 @@ from spacedrive_jax.vlm.safetensors_folder import (
     plan_shards,
     write_folder,
 )
-
-ShardingOf = Callable[[AxisNames, tuple[int, ...]], jax.sharding.Sharding]
-"""From a parameter's logical axis names and shape to where it lives."""
 
 TRAINABLE = nnx.Any(nnx.LoRAParam, NewTokenParam)
 """Filter of the parameters that sit beside a frozen base: adapters and new-token rows."""
@@ -85,19 +80,14 @@ def from_hf(
     rules = qwen_rules(config)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=_ignored(config, folder))
 
-    def build(key: jax.Array) -> QwenVL:
-        return QwenVL(config, compute=compute, rngs=nnx.Rngs(key), lora=lora, new_tokens=new_tokens)
+    def build(rngs: nnx.Rngs) -> QwenVL:
+        return QwenVL(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
 
-    key = jax.random.key(seed)
-    graph, abstract = nnx.split(nnx.eval_shape(build, key))
-    # Only the adapters are asked for, so the compiler drops the drawing of the base weights.
-    drawn = jax.jit(lambda key: nnx.state(build(key), TRAINABLE))(key)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
     state = dict(nnx.to_flat_state(abstract))
-    for parameter_path, variable in nnx.to_flat_state(drawn):
-        value = variable[...]
-        if shardings is not None:
-            value = jax.device_put(value, shardings(_names(variable), value.shape))
-        state[parameter_path] = state[parameter_path].replace(value)
+    if lora is not None or new_tokens is not None:
+        drawn = draw_parameters(build, seed=seed, wanted=TRAINABLE, shardings=shardings)
+        state.update(nnx.to_flat_state(drawn))
     fill(state, rules, folder, shardings)
     if new_tokens is not None:
         _copy_new_rows(state, new_tokens, tied=config.decoder.tied_head)
@@ -135,7 +125,7 @@ def fill(
         if shardings is None:
             value = jnp.asarray(part((slice(None),) * len(shape)))
         else:
-            value = jax.make_array_from_callback(shape, shardings(_names(variable), shape), part)
+            value = jax.make_array_from_callback(shape, shardings(axis_names(variable), shape), part)
         state[rule.target] = variable.replace(value)
 
 
@@ -195,10 +185,6 @@ def _read_part(
     for row, layer in enumerate(layers):
         part[row] = rule.load(source.read(names[layer]), shape[1:])[index[1:]]
     return part
-
-
-def _names(variable: Any) -> AxisNames:
-    return variable.get_metadata()["out_sharding"]
 
 
 def _ignored(config: QwenVLConfig, folder: SafetensorsFolder) -> list[str]:

@@ -25,7 +25,7 @@ from spacedrive_jax.vlm.config import (
     QwenVLConfig,
 )
 
-Path = tuple[str, ...]
+ParameterPath = tuple[str, ...]
 Shape = tuple[int, ...]
 
 _HUB_PREFIXES = (("visual.", "model.visual."), ("model.", "model.language_model."))
@@ -46,7 +46,7 @@ class Rule:
     """
 
     source: str
-    target: Path
+    target: ParameterPath
     source_shape: Shape
     in_axes: int = 0
     layers: int | None = None

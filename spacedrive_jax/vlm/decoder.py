@@ -132,6 +132,7 @@ class Decoder(nnx.Module):
         """
         self.config = config
         self.compute = compute
+        self.lora = lora
         self.new_tokens = new_tokens
         normal = jax.nn.initializers.normal(INIT_STD)
         width = config.hidden_size

@@ -124,6 +124,8 @@ def write_folder(
     shards: list[list[str]],
     *,
     config: Mapping[str, Any],
+    stem: str = "model",
+    config_file: str = "config.json",
 ) -> None:
     """Writes a checkpoint folder; it appears under its name only when it is complete.
 
@@ -131,7 +133,9 @@ def write_folder(
         path: Folder to create.
         tensors: Names and values in the order of `shards`; held one shard at a time.
         shards: Names per file.
-        config: Written as config.json.
+        config: Written as `config_file`.
+        stem: What the names of the tensor files start with.
+        config_file: Name of the configuration.
 
     Raises:
         UserError: If `path` exists.
@@ -142,21 +146,24 @@ def write_folder(
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
+        (unfinished / config_file).write_text(json.dumps(dict(config), indent=2))
         stream = iter(tensors)
         weight_map: dict[str, str] = {}
         total = 0
         for number, names in enumerate(shards, start=1):
-            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+            file = f"{stem}{part}.safetensors"
             shard = dict(next(stream) for _ in names)
             if list(shard) != names:
                 raise ValueError(f"tensors came in another order than planned for {file}")
             save_file(shard, unfinished / file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read; follow the umask instead.
+            shutil.copymode(unfinished / config_file, unfinished / file)
             weight_map.update(dict.fromkeys(names, file))
             total += sum(tensor.nbytes for tensor in shard.values())
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (unfinished / INDEX_FILE).write_text(json.dumps(index, indent=2))
-        (unfinished / "config.json").write_text(json.dumps(dict(config), indent=2))
+            (unfinished / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
         unfinished.rename(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

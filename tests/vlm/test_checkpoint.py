@@ -56,6 +56,8 @@ def test_export_gives_back_every_tensor_bit_for_bit(model, tmp_path, naming):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == exported.keys()
     assert all(file.stat().st_size < 420_000 for file in folder.glob("model-*"))
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1
     again = from_hf(folder)
     for ours, theirs in zip(
         jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(model)), strict=True

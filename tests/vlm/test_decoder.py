@@ -303,18 +303,6 @@ def test_names_do_not_disturb_under_a_mesh():
     np.testing.assert_allclose(hidden, plain, atol=2e-6)
 
 
-def test_layers_start_from_different_weights():
-    @jax.jit
-    def draw():
-        model = Decoder(CONFIG, compute=COMPUTE, rngs=nnx.Rngs(0))
-        return model.layers.mlp.gate.kernel[...], model.layers.attention_norm.scale[...]
-
-    kernel, scale = (np.asarray(each) for each in draw())
-    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
-    assert kernel.std() == pytest.approx(0.02, rel=0.05)
-    np.testing.assert_array_equal(scale, 1.0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

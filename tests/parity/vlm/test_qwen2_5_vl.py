@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.vlm import ComputeConfig, QwenVL, from_hf, generate, to_hf
+from spacedrive_jax.vlm import (
+    ComputeConfig,
+    QwenVL,
+    from_hf,
+    generate,
+    load_adapter,
+    read_peft_config,
+    save_adapter,
+    to_hf,
+)
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -233,45 +242,29 @@ def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
     assert again.config.text_config.rope_parameters == pair.theirs.config.text_config.rope_parameters
 
 
-def test_adapted_logits_match_peft(pair):
+def test_adapters_come_from_peft_and_go_back(pair, tmp_path):
     peft = pytest.importorskip("peft")
-    from flax import nnx
-
-    from spacedrive_jax.vlm import LoraConfig
-    from spacedrive_jax.vlm.checkpoint import fill
-    from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
-
-    lora = LoraConfig(rank=4, alpha=16.0, targets=("q", "k", "v", "o"))
     torch.manual_seed(7)
-    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(pair.folder, dtype=torch.float32)
+
+    def base():
+        model = transformers.Qwen2_5_VLForConditionalGeneration
+        return model.from_pretrained(pair.folder, dtype=torch.float32)
+
     settings = peft.LoraConfig(
         r=4,
         lora_alpha=16,
         lora_dropout=0.05,
-        init_lora_weights=False,
         target_modules=r".*language_model.*\.(q|k|v|o)_proj",
     )
-    adapted = peft.get_peft_model(base, settings).eval()
+    adapted = peft.get_peft_model(base(), settings).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0.0, 0.1)
+    adapted.save_pretrained(tmp_path / "theirs")
 
-    class Tensors(dict):
-        read = dict.__getitem__
-
-    tensors = Tensors(
-        (name.replace(".default", ""), tensor.numpy())
-        for name, tensor in adapted.state_dict().items()
-        if "lora_" in name
-    )
-    model = from_hf(pair.folder, lora=lora)
-    rules = lora_rules(model.config.decoder, lora)
-    check_names_and_shapes(rules, {name: tensor.shape for name, tensor in tensors.items()}, origin="peft")
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    fill(flat, rules, tensors)
-    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    model = from_hf(pair.folder, lora=read_peft_config(tmp_path / "theirs"))
+    load_adapter(model, tmp_path / "theirs")
     inputs = make_inputs(pair.case, seed=3)
     ours = model.logits(
         inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
@@ -281,3 +274,10 @@ def test_adapted_logits_match_peft(pair):
         plain = pair.theirs(**torch_inputs(inputs, 0)).logits[0]
     assert (theirs - plain).abs().max() > 0.01
     assert_close(ours[0, : inputs.lengths[0]], theirs, "adapted logits")
+
+    save_adapter(model, tmp_path / "ours", base_model=str(pair.folder))
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    with torch.no_grad():
+        assert torch.equal(again(**torch_inputs(inputs, 0)).logits[0], theirs)

@@ -1,0 +1,146 @@
+"""LoRA adapters in and out as PEFT folders (adapter_config.json, adapter_model.safetensors)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+from flax import nnx
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.checkpoint import export_tensors, fill
+from spacedrive_jax.vlm.config import LoraConfig, LoraTarget
+from spacedrive_jax.vlm.conversion import canonical_name, check_names_and_shapes, lora_rules
+from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder, write_folder
+
+CONFIG_FILE = "adapter_config.json"
+STEM = "adapter_model"
+
+_WRAPPER = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+)
+
+
+def read_peft_config(path: str | Path) -> LoraConfig:
+    """Reads what adapters a PEFT folder holds, to build the model with.
+
+    Args:
+        path: Folder with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        Rank, alpha, dropout and targets.
+
+    Raises:
+        UserError: If files are missing or damaged, or the adapters use a feature this implementation has not.
+    """
+    values, file = _read_config(Path(path))
+    if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none":
+        raise UserError(f"{file}: only peft_type LORA with bias none is supported")
+    used = [name for name in _UNSUPPORTED if values.get(name)]
+    if used:
+        raise UserError(f"{file}: {', '.join(used)} is not supported, only plain LoRA")
+    for name in ("r", "lora_alpha"):
+        if name not in values:
+            raise UserError(f"{file}: field {name!r} is missing")
+    return LoraConfig(
+        rank=values["r"],
+        alpha=float(values["lora_alpha"]),
+        dropout=values.get("lora_dropout", 0.0),
+        targets=_targets(_open(path).places, Path(path)),
+    )
+
+
+def load_adapter(model: QwenVL, path: str | Path) -> None:
+    """Puts the adapters of a PEFT folder into a model built for them.
+
+    Args:
+        model: A model built with `lora=read_peft_config(path)`; changed in place.
+        path: The PEFT folder.
+
+    Raises:
+        UserError: If the model was built with other adapters, or tensors are missing, unknown or misshapen.
+    """
+    wanted, built = read_peft_config(path), model.decoder.lora
+    if built is None or _kind(wanted) != _kind(built):
+        raise UserError(
+            f"{path} holds {wanted} but the model was built with {built}; build it with the former"
+        )
+    rules = lora_rules(model.config.decoder, wanted)
+    folder = _open(path)
+    check_names_and_shapes(rules, folder.shapes(), origin=str(path))
+    state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
+    fill(state, rules, folder)
+    nnx.update(model, nnx.from_flat_state(state))
+
+
+def save_adapter(model: QwenVL, path: str | Path, *, base_model: str) -> None:
+    """Writes a model's adapters as a PEFT folder.
+
+    Args:
+        model: The model.
+        path: Folder to create.
+        base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
+
+    Raises:
+        UserError: If the model has no adapters or the folder exists.
+    """
+    lora = model.decoder.lora
+    if lora is None:
+        raise UserError("the model has no adapters to save; it was built with lora=None")
+    rules = lora_rules(model.config.decoder, lora)
+    state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": [f"{target}_proj" for target in lora.targets],
+    }
+    shards = [[name for rule in rules for name in rule.source_names()]]
+    write_folder(
+        path, export_tensors(state, rules), shards, config=config, stem=STEM, config_file=CONFIG_FILE
+    )
+
+
+def _kind(lora: LoraConfig) -> tuple[int, float, frozenset[str]]:
+    """What must agree for one model's adapters to fit another; dropout need not."""
+    return lora.rank, lora.alpha, frozenset(lora.targets)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
+    file = path / CONFIG_FILE
+    try:
+        return json.loads(file.read_text()), file
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}; give a folder that PEFT wrote") from error
+
+
+def _open(path: str | Path) -> SafetensorsFolder:
+    file = Path(path) / f"{STEM}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file} is not there; save the adapters as safetensors")
+    # The wrapped model's names come in the hub's and in transformers' form, like those of checkpoints.
+    return SafetensorsFolder(file, rename=lambda name: _WRAPPER + canonical_name(name.removeprefix(_WRAPPER)))
+
+
+def _targets(names: Iterable[str], path: Path) -> tuple[LoraTarget, ...]:
+    names = list(names)
+    found = [target for target in get_args(LoraTarget) if any(f".{target}_proj." in name for name in names)]
+    if not found:
+        raise UserError(f"{path} adapts none of the decoder's q, k, v, o projections")
+    return tuple(found)
