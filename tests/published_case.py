@@ -48,7 +48,9 @@ def load_case(name: str) -> PublishedCase:
     inputs = dict(np.load(folder / "inputs.npz"))
     tokenizer = load_tokenizer(GOLDEN / "prompts" / "tokenizer.json")
     vlm = read_hf_config(settings["vlm_config"])
-    config = ModelConfig(vlm=vlm, lora=LoraConfig(rank=settings["lora"]["r"], alpha=settings["lora"]["alpha"]))
+    config = ModelConfig(
+        vlm=vlm, lora=LoraConfig(rank=settings["lora"]["r"], alpha=settings["lora"]["alpha"])
+    )
     model = nnx.jit(lambda: SpaceDrive(config, indicator_id=tokenizer.indicator, rngs=nnx.Rngs(0)))()
     load_weights(model, folder / "weights.safetensors")
     batch = published_batch(inputs, tokenizer, settings["grid"], vlm.vision.merge_size)
@@ -58,7 +60,7 @@ def load_case(name: str) -> PublishedCase:
 def load_weights(model: SpaceDrive, path: Path) -> None:
     weights = SafetensorsFolder(path)
     config = model.config
-    graph, state = nnx.split(model.vlm)
+    _, state = nnx.split(model.vlm)
     flat = dict(nnx.to_flat_state(state))
     rules = (
         *qwen_rules(config.vlm),

@@ -35,7 +35,9 @@ def records(tmp_path_factory) -> Path:
         return make_record(rng, exact_depth=[encode_png(depth.astype(np.uint16))] * 6)
 
     folder = tmp_path_factory.mktemp("data") / "records"
-    return write_records(folder, {"train": [record() for _ in range(10)], "val": [record() for _ in range(3)]})
+    return write_records(
+        folder, {"train": [record() for _ in range(10)], "val": [record() for _ in range(3)]}
+    )
 
 
 def tiny(records: Path, run_dir: Path, **train_fields):
@@ -125,7 +127,16 @@ def test_config_round_trip_and_changes():
 def test_predict_writes_one_line_per_keyframe(records, tmp_path, capsys):
     run_dir = tmp_path / "run"
     train(tiny(records, run_dir))
-    command = ["predict", "--checkpoint", str(run_dir), "--records", str(records), "--batch-size", "2", "--json"]
+    command = [
+        "predict",
+        "--checkpoint",
+        str(run_dir),
+        "--records",
+        str(records),
+        "--batch-size",
+        "2",
+        "--json",
+    ]
     assert main([*command, "--max-new-tokens", "8"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]

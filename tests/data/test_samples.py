@@ -1,0 +1,126 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.batch import Slot
+from spacedrive_jax.config import load_preset
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.pipeline import Samples, evaluation_batches, training_iterator
+from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.geometry.unprojection import patch_centres
+from spacedrive_jax.model import PIXEL_MEAN, PIXEL_STD, normalise
+from tests.conftest import ROOT
+from tests.record_factory import encode_jpeg, encode_png, make_record
+
+CONFIG = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+
+
+def flat_depth(metres: float) -> list[bytes]:
+    return [encode_png(np.full((45, 80), metres * 256, np.uint16))] * 6
+
+
+@pytest.fixture
+def record():
+    return make_record(np.random.default_rng(3), exact_depth=flat_depth(12.5))
+
+
+def test_sample_is_laid_out_for_the_model(record):
+    builder = SampleBuilder(CONFIG.data, CONFIG.model)
+    sample = builder(record, 7)
+    rows, columns = builder.images.token_grid
+    assert (rows, columns) == (2, 2)
+    assert sample.index == 7
+    counts = {slot: int((sample.slots == slot).sum()) for slot in Slot}
+    assert counts[Slot.IMAGE] == 6 * rows * columns
+    assert (counts[Slot.EGO_FEATURE], counts[Slot.EGO_POSITION], counts[Slot.COORDINATE]) == (1, 2, 6)
+    assert sample.pixel_values.dtype == np.uint8
+    np.testing.assert_allclose(sample.patch_depth, 12.5)
+    np.testing.assert_allclose(sample.waypoints, record["waypoints"].astype(np.float32))
+    assert sample.waypoint_mask.all()
+    tokenizer = builder.tokenizer
+    assert set(sample.token_ids[sample.waypoint_places]) == {tokenizer.indicator}
+    # Supervised tokens are predicted from the place before them.
+    targets = sample.target_ids[sample.target_mask]
+    np.testing.assert_array_equal(sample.token_ids[sample.target_places[sample.target_mask] + 1], targets)
+    assert tokenizer.decode(targets.tolist()).startswith("Here is the planning trajectory [")
+
+
+def test_missing_future_gives_no_supervision(record):
+    mask = np.array([True] * 5 + [False])
+    sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "waypoint_mask": mask}, 0)
+    assert not sample.target_mask.any()
+    assert not sample.waypoint_mask.any()
+    assert not sample.waypoints.any()
+
+
+def test_prompt_for_prediction_ends_in_the_assistant_header(record):
+    builder = SampleBuilder(CONFIG.data, CONFIG.model, answer=False)
+    sample = builder(record, 0)
+    header = builder.tokenizer.encode("<|im_start|>assistant\n")
+    length = int(sample.lengths)
+    assert sample.token_ids[length - len(header) : length].tolist() == header
+    # The answer must not leak into the prompt through any field but the ground truth to score against.
+    assert not sample.coordinates.any()
+    assert not sample.target_mask.any()
+
+
+def test_what_does_not_fit_is_an_error(record):
+    short = dataclasses.replace(CONFIG.data, sequence_length=64)
+    with pytest.raises(UserError, match=r"more than data\.sequence_length 64"):
+        SampleBuilder(short, CONFIG.model)(record, 0)
+    few = dataclasses.replace(CONFIG.data, max_targets=4)
+    with pytest.raises(UserError, match=r"more than data\.max_targets 4"):
+        SampleBuilder(few, CONFIG.model)(record, 0)
+    with pytest.raises(UserError, match="has no CAM_FRONT image"):
+        SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": [b""] * 6}, 0)
+    with pytest.raises(UserError, match="has no depth for CAM_FRONT from exact or lidar"):
+        SampleBuilder(CONFIG.data, CONFIG.model)({**record, "exact_depth": [b""] * 6}, 0)
+    decoder = dataclasses.replace(CONFIG.model.vlm.decoder, vocab_size=256)
+    vlm = dataclasses.replace(CONFIG.model.vlm, decoder=decoder)
+    with pytest.raises(UserError, match="give the model's own tokenizer"):
+        SampleBuilder(CONFIG.data, dataclasses.replace(CONFIG.model, vlm=vlm))
+
+
+def test_pixels_reach_the_model_as_the_image_processor_would_hand_them_over(record):
+    colour = np.zeros((45, 80, 3), np.uint8)
+    colour[...] = (10, 100, 200)  # BGR
+    images = [encode_jpeg(colour)] * 6
+    sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": images}, 0)
+    patches = np.asarray(normalise(sample.pixel_values)).reshape(6, -1, 3, 2 * 14 * 14)
+    for channel, value in enumerate((200, 100, 10)):
+        expected = (value / 255 - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
+        np.testing.assert_allclose(patches[:, :, channel], expected, atol=0.1)  # JPEG moves a few levels
+
+
+def test_squashed_intrinsics_keep_pixels_on_the_same_rays(record):
+    squashed = scaled_intrinsics(record, (56, 56))
+    point = np.array([0.3, 0.2, 1.0])
+    native = record["camera_intrinsics"][0] @ point
+    moved = squashed[0] @ point
+    np.testing.assert_allclose(moved[:2], native[:2] * [56 / 80, 56 / 45])
+    np.testing.assert_allclose(patch_centres((2, 2), 28)[1, 0], [14.0, 42.0])
+
+
+def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
+    rng = np.random.default_rng(0)
+    records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(6)]
+    samples = Samples(records, SampleBuilder(CONFIG.data, CONFIG.model), list(range(6)), keep=True)
+    first, again = (training_iterator(samples, CONFIG) for _ in range(2))
+    order = [next(first).index.tolist() for _ in range(5)]
+    assert sorted(index for batch in order[:3] for index in batch) == sorted(list(range(6)) * 2)
+    assert [next(again).index.tolist() for _ in range(2)] == order[:2]
+    state = again.get_state()
+    resumed = training_iterator(samples, CONFIG)
+    resumed.set_state(state)
+    assert [next(resumed).index.tolist() for _ in range(3)] == order[2:]
+
+
+def test_evaluation_batches_cover_every_sample_once():
+    rng = np.random.default_rng(0)
+    records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(5)]
+    samples = Samples(records, SampleBuilder(CONFIG.data, CONFIG.model), list(range(5)))
+    batches = list(evaluation_batches(samples, 2))
+    assert [count for _, count in batches] == [2, 2, 1]
+    assert all(batch.size == 2 for batch, _ in batches)
