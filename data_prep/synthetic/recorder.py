@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.synthetic import can_bus, ground, lidar, rig, stage
+from data_prep.synthetic import can_bus, ground, lidar, rig, scenery, stage
 from data_prep.synthetic.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
 from data_prep.synthetic.stage import Participant
 from data_prep.synthetic.tables import Row, link, visibility_token
@@ -26,7 +26,6 @@ ANNOTATION_RANGE = 75.0
 _FIRST_DAY = datetime.datetime(2024, 5, 1, 9, 0, tzinfo=datetime.UTC)
 _NO_CAN_BUS = frozenset([*range(161, 169), *range(170, 177), *range(309, 315)])
 """Scene numbers for which the devkit refuses CAN data; the synthetic world does not use them."""
-_LAND_SEED = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ class _Recorder:
         self.light = Light(weather, float(jitter.uniform(0, 2 * np.pi)))
         low, high = stage.scene_area(self.scenario, self.end)
         surface_map = ground.surface_map_of_town(self.scenario.town, low, high)
-        self.backdrop = stage.build_backdrop(surface_map, self.light, _LAND_SEED)
+        self.backdrop = stage.build_backdrop(surface_map, self.light, scenery.LAND_SEED)
         self.epoch_us = int(job.start.timestamp() * 1e6) + int(jitter.integers(1_000_000))
         self.logfile = f"synthetic{job.seed}-{job.start:%Y-%m-%d-%H-%M-%S}+0000"
         nominal = WARM_UP + KEYFRAME_PERIOD * np.arange(job.keyframes)

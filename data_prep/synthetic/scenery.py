@@ -23,6 +23,9 @@ _FACADES: tuple[Colour, ...] = (
     (0.40, 0.44, 0.50),
     (0.72, 0.58, 0.44),
 )
+LAND_SEED = 11
+"""One land for all: real and synthetic places look alike whatever the seed of traffic and light."""
+
 _BUILDING_GRID = 15.0
 _TREE_GRID = 8.0
 _POST_GRID = 24.0

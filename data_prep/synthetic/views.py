@@ -13,13 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from data_prep.synthetic import ground, shapes, stage
+from data_prep.synthetic import ground, scenery, shapes, stage
 from data_prep.synthetic.stage import Backdrop, Participant
 from data_prep.synthetic.weather import WEATHERS, Light
 from spacedrive_jax.console import UserError
-
-LAND_SEED = 11
-"""Buildings and trees do not depend on the seed of the light."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +75,7 @@ def prepare_ground(ground_raster: GroundRaster, seed: int) -> Backdrop:
     surface_map = ground.surface_map_of_mask(
         (drivable > 0).astype(np.uint8), origin, ground_raster.resolution
     )
-    return stage.build_backdrop(surface_map, light_of(seed), LAND_SEED)
+    return stage.build_backdrop(surface_map, light_of(seed), scenery.LAND_SEED)
 
 
 def light_of(seed: int) -> Light:

@@ -71,7 +71,7 @@ def test_manoeuvres_do_what_their_names_say(scenarios: dict[str, Scenario]) -> N
     assert tracks["stop"][0, 3] > 5
     assert tracks["stop"][-1, 3] < 1.5
     assert tracks["start"][0, 3] < 0.6
-    assert tracks["start"][-1, 3] > 2.5
+    assert tracks["start"][-1, 3] > 1.2  # under way within the 7 s
     assert tracks["follow"][20:, 3].max() < 8.0
     assert tracks["cruise"][:, 3].mean() > 5
     assert tracks["brake"][:, 3].min() < 0.6 * tracks["brake"][0, 3]
