@@ -11,7 +11,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.vlm import ComputeConfig, LoraConfig, NewTokensConfig, from_hf, to_hf
+from spacedrive_jax.vlm import (
+    ComputeConfig,
+    LoraConfig,
+    NewTokensConfig,
+    QwenVL,
+    QwenVLConfig,
+    from_hf,
+    to_hf,
+)
 from spacedrive_jax.vlm.conversion import canonical_name, hub_name, lora_rules, qwen_rules
 
 from .conftest import GOLDEN
@@ -166,6 +174,23 @@ def test_tables_cover_every_parameter_once(model):
     targets = [rule.target for rule in rules]
     assert len(targets) == len(set(targets))
     assert set(targets) == set(state)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (QwenVLConfig.qwen2_5_vl_7b(), 729, 8_292_166_656),
+        (QwenVLConfig.qwen2_5_vl_3b(), 824, 3_754_622_976),
+    ],
+    ids=["7b", "3b"],
+)
+def test_presets_have_the_tensors_of_the_published_checkpoints(config, tensors, parameters):
+    rules = qwen_rules(config)
+    assert sum(len(rule.source_names()) for rule in rules) == tensors
+    assert sum(len(rule.source_names()) * math.prod(rule.source_shape) for rule in rules) == parameters
+    abstract = nnx.eval_shape(lambda: QwenVL(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
+    sizes = {path: math.prod(variable.shape) for path, variable in nnx.to_flat_state(nnx.state(abstract))}
+    assert sizes == {rule.target: len(rule.source_names()) * math.prod(rule.source_shape) for rule in rules}
 
 
 @pytest.mark.parametrize("rule_number", range(0, 33, 4))

@@ -14,7 +14,6 @@ from spacedrive_jax.vlm import (
     TRAINABLE,
     ComputeConfig,
     Decoder,
-    DecoderConfig,
     KVCache,
     LoraConfig,
     NewTokenParam,
@@ -314,9 +313,3 @@ def test_names_do_not_disturb_under_a_mesh():
 def test_impossible_decoders_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **change)
-
-
-def test_seven_billion_preset_has_the_published_size():
-    model = nnx.eval_shape(lambda: Decoder(DecoderConfig(), compute=COMPUTE, rngs=nnx.Rngs(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-    assert count == 7_615_616_512  # Qwen2.5-7B
