@@ -17,11 +17,9 @@ from flax import nnx
 from spacedrive_jax.console import UserError
 
 
-def open_manager(run_dir: Path, *, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
     """Opens `RUN/checkpoints`."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=not read_only
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
 
@@ -65,14 +63,10 @@ def restore(
 
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:
     """Reads only the trainables of a checkpoint, onto the shardings of an (abstract) state."""
-    with open_manager(run_dir, keep=1, read_only=True) as manager:
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable)))
-            ),
-        )
-    nnx.replace_by_pure_dict(trainable, restored["trainable"])
+    folder = (run_dir / "checkpoints" / str(step) / "trainable").resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
+    nnx.replace_by_pure_dict(trainable, restored)
     return trainable
 
 
