@@ -43,8 +43,9 @@ def write_report(
     predictions: Path | None = None,
     split: str | None = None,
     highlights: Sequence[str] = (),
+    out: Path | None = None,
 ) -> WrittenReport:
-    """Writes `run_dir/report.html`.
+    """Writes a run's page.
 
     Args:
         run_dir: a run directory; its `run.json` names what the other arguments leave open.
@@ -52,12 +53,16 @@ def write_report(
         predictions: prediction file.
         split: split to show.
         highlights: tokens of keyframes to show besides the best, median and worst.
+        out: the page; `run_dir/report.html` by default.
 
     Raises:
         UserError: the directory is no run, a file in it is damaged, or something named by an argument does
             not exist.
     """
-    files = read_run(run_dir)
+    files = read_run(run_dir, predictions)
+    out = out or run_dir / "report.html"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
     notices = list(files.missing)
     opened = _open_records(files, records, split or str(files.facts.get("split", DEFAULT_SPLIT)), notices)
     planned = _open_predictions(files, predictions, notices)
@@ -68,8 +73,7 @@ def write_report(
     elif highlights:
         raise UserError("--highlight needs records: give --records DIR")
     page = _make_page(files, opened, planned, measured, highlights, notices)
-    out = run_dir / "report.html"
-    temporary = out.with_name(".report.html.partial")
+    temporary = out.with_name(f".{out.name}.partial")
     temporary.write_text(render_page(page), encoding="utf-8")
     os.replace(temporary, out)
     return WrittenReport(out, tuple(notices))
@@ -153,7 +157,7 @@ def _make_page(
         ]
     predicted = measured is not None and "prediction" in measured.errors
     return Page(
-        title=files.directory.resolve().name,
+        title=str((files.config or {}).get("name") or files.directory.resolve().name),
         summary=_summary(files),
         notices=notices,
         evaluations=files.evaluations,

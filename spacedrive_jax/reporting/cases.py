@@ -32,12 +32,14 @@ class SplitErrors:
         errors: planner name to distances in metres, rows in the order of its keyframes; `prediction` only
             has rows for `tokens`.
         tokens: keyframes with a whole future and a usable prediction, in record order.
+        scenes: the scene of each of `tokens`.
         index_of: token to its index in the split, for all keyframes.
         images: where its camera images come from.
     """
 
     errors: Mapping[str, Float[np.ndarray, "S T"]]
     tokens: tuple[str, ...]
+    scenes: tuple[str, ...]
     index_of: Mapping[str, int]
     images: ImageOrigin
 
@@ -53,6 +55,7 @@ def measure_split(
     """
     rows: dict[str, list[np.ndarray]] = {"prediction": [], "constant_velocity": [], "standing_still": []}
     tokens: list[str] = []
+    scenes: list[str] = []
     index_of: dict[str, int] = {}
     images = ImageOrigin()
     for index in track(range(len(records))):
@@ -63,13 +66,14 @@ def measure_split(
         if not np.all(record["waypoint_mask"]) or (predictions is not None and plan is None):
             continue
         tokens.append(record["token"])
+        scenes.append(record["scene_name"])
         plans = {"constant_velocity": constant_velocity(record), "standing_still": standing_still()}
         if plan is not None:
             plans["prediction"] = plan
         for name, waypoints in plans.items():
             rows[name].append(np.linalg.norm(waypoints - record["waypoints"], axis=-1))
     errors = {name: np.stack(values) for name, values in rows.items() if values}
-    return SplitErrors(errors, tuple(tokens), index_of, images)
+    return SplitErrors(errors, tuple(tokens), tuple(scenes), index_of, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,9 @@ class Case:
 
 
 def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple[str, str]]:
-    """(title, token) of the best, median and worst keyframe by mean waypoint error, then the highlights.
+    """(title, token) of the best, median and worst keyframes by mean waypoint error, then the highlights.
+
+    The three worst are shown, of different scenes where there are as many: neighbours fail alike.
 
     Raises:
         UserError: a highlighted token is not in the split.
@@ -106,8 +112,12 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
     chosen: list[tuple[str, str]] = []
     if "prediction" in measured.errors:
         order = np.argsort(measured.errors["prediction"].mean(axis=1), kind="stable")
-        places = {"Best": order[0], "Median": order[len(order) // 2], "Worst": order[-1]}
-        chosen = [(title, measured.tokens[place]) for title, place in places.items()]
+        worst: dict[str, int] = {}
+        for place in order[::-1]:
+            worst.setdefault(measured.scenes[place], int(place))
+        places = [("Best", order[0]), ("Median", order[len(order) // 2])]
+        places += zip(("Worst", "Second worst scene", "Third worst scene"), worst.values(), strict=False)
+        chosen = [(title, measured.tokens[place]) for title, place in places]
     for token in highlights:
         if token not in measured.index_of:
             raise UserError(f"--highlight {token}: no such keyframe in the split")

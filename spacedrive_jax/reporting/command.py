@@ -14,7 +14,7 @@ from spacedrive_jax.console import Command
 
 @dataclasses.dataclass(frozen=True)
 class Report(Command):
-    """Write RUN_DIR/report.html: scores, keyframes, training curves, configuration and provenance of a run.
+    """Write one page about a run: scores, keyframes, training curves, configuration and provenance.
 
     The page is one file that needs no network. Records and predictions are found through RUN_DIR/run.json;
     what is missing is named on the page.
@@ -27,11 +27,13 @@ class Report(Command):
     records: Path | None = None
     """Records folder; `records` of run.json by default."""
     predictions: Path | None = None
-    """Prediction file; `predictions` of run.json by default."""
+    """Prediction file, its scores beside it; `predictions` of run.json by default."""
     split: str | None = None
     """Split to show; `split` of run.json by default, else val."""
     highlight: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN …")] = ()
     """Tokens of keyframes to show besides the best, median and worst."""
+    out: Path | None = None
+    """The page to write; RUN_DIR/report.html by default."""
 
     def run(self) -> Mapping[str, Any]:
         """Writes the page.
@@ -49,6 +51,7 @@ class Report(Command):
             predictions=self.predictions,
             split=self.split,
             highlights=self.highlight,
+            out=self.out,
         )
         print(f"report written to {result.file}")
         for notice in result.notices:

@@ -185,8 +185,8 @@ def _case(case: Case) -> str:
         f'<figure><img src="{case.birds_eye}" alt="Bird\'s-eye view of the keyframe"><figcaption>From above: '
         "drivable area pale grey, road users grey with their recorded paths, ego vehicle black</figcaption>"
         "</figure></div>"
-        f'<details><summary>Six views and depth</summary>{strip}<p class="note">{html.escape(case.depth)}</p>'
-        f"</details></article>"
+        f"<details open><summary>Six views and depth</summary>{strip}"
+        f'<p class="note">{html.escape(case.depth)}</p></details></article>'
     )
 
 

@@ -41,8 +41,12 @@ class RunFiles:
         return inside if not path.is_absolute() and inside.exists() else path
 
 
-def read_run(directory: Path) -> RunFiles:
+def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
     """Reads `run.json`, `config.json`, `metrics.jsonl` and the evaluation files of a run directory.
+
+    Args:
+        directory: the run directory.
+        predictions: predictions from elsewhere: their scores, beside them, are shown instead.
 
     Raises:
         UserError: there is no such directory, it holds none of these files, or one of them is damaged.
@@ -53,15 +57,16 @@ def read_run(directory: Path) -> RunFiles:
     facts = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
     config = _read_object(directory / "config.json", missing, "the configuration is not shown")
     steps = _read_steps(directory / "metrics.jsonl", missing)
-    evaluations = _read_evaluations(directory, facts or {})
+    evaluations = _read_evaluations(directory, facts or {}, predictions)
     if facts is None and config is None and not steps and not evaluations:
         raise UserError(
             f"{directory} does not look like a run: it has no run.json, config.json, metrics.jsonl or "
             f"evaluation file"
         )
     if not evaluations:
+        place = directory if predictions is None else predictions.parent
         missing.append(
-            "No evaluation file in the run directory: scores are not shown. Write one with "
+            f"No evaluation file in {place}: scores are not shown. Write one with "
             "`python -m spacedrive_jax evaluate`."
         )
     return RunFiles(directory, facts or {}, config, steps, evaluations, tuple(missing))
@@ -105,9 +110,15 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _read_evaluations(directory: Path, facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Every file in the directory that `evaluate` wrote, and the one `run.json` names."""
-    candidates = sorted(directory.glob("*.json"))
+def _read_evaluations(
+    directory: Path, facts: Mapping[str, Any], predictions: Path | None
+) -> tuple[Mapping[str, Any], ...]:
+    """What `evaluate` wrote in the run directory and what `run.json` names, or of `predictions` alone."""
+    if predictions is not None:
+        candidates = sorted(predictions.parent.glob(f"{predictions.stem}.*.json"))
+        facts = {}
+    else:
+        candidates = sorted(directory.glob("*.json"))
     named = facts.get("evaluation")
     if isinstance(named, str) and (directory / named).is_file():
         candidates.append(directory / named)

@@ -117,7 +117,7 @@ def test_whole_report(run_dir: Path) -> None:
         assert page.says(text), text
     # Best, median and worst, in this order.
     shown = re.findall(r"keyframe (token-\d)", re.sub(r"\s+", " ", "".join(page.text)))
-    assert shown == ["token-0", "token-2", "token-4"]
+    assert shown == ["token-0", "token-2", "token-4", "token-3"]  # the worst of the other scene last
 
 
 def test_page_stands_alone(run_dir: Path) -> None:
@@ -128,7 +128,7 @@ def test_page_stands_alone(run_dir: Path) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
     # The horizon, three cases of three pictures, two curves: the losses together and the odd number.
-    assert len(page.images) == 1 + 3 * 3 + 2
+    assert len(page.images) == 1 + 4 * 3 + 2
     for source in page.images:
         kind, data = source.split(";base64,")
         content = base64.b64decode(data, validate=True)
