@@ -22,7 +22,7 @@ from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.inference.generate import Generation, answer_text, generate
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
-from spacedrive_jax.training.state import abstract_state, draw_frozen
+from spacedrive_jax.training.state import abstract_state, frozen_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def predict(
     builder = SampleBuilder(config.data, config.model, answer=False)
     samples = Samples(records, builder, list(range(len(records))))
 
-    graph, trainable, frozen = abstract_state(config, mesh)
-    frozen = draw_frozen(config, frozen)
+    graph, trainable, _ = abstract_state(config, mesh)
+    frozen = frozen_state(config, mesh)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
 
     @jax.jit

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
@@ -52,23 +50,23 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """A sharding for every variable of an (abstract) nnx state, from its logical axis names."""
+def parameter_sharding(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where one parameter lives.
+
+    Args:
+        names: logical axis names; fewer than axes leave the rest whole.
+        shape: an axis that does not divide over its mesh axis stays whole, and the log says so.
+        mesh: from `make_mesh`.
+    """
     rules = dict(RULES)
-
-    def resolve(path: Any, names: PartitionSpec, variable: Any) -> NamedSharding:
-        axes: list[str | None] = []
-        for name, size in zip(tuple(names) + (None,) * len(variable.shape), variable.shape, strict=False):
-            axis = rules.get(name) if name is not None else None
-            if axis is not None and (size % mesh.shape[axis] or axis in axes):
-                log.info("%s: axis %s (%d) stays whole", jax.tree_util.keystr(path), name, size)
-                axis = None
-            axes.append(axis)
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree_util.tree_map_with_path(
-        resolve, nnx.get_partition_spec(state), state, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-    )
+    axes: list[str | None] = []
+    for name, size in zip(names, shape, strict=False):
+        axis = None if name is None else rules.get(name)
+        if axis is not None and (size % mesh.shape[axis] or axis in axes):
+            log.info("axis %s of %s %s stays whole on mesh %s", name, names, shape, dict(mesh.shape))
+            axis = None
+        axes.append(axis)
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,11 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.training.sharding import state_shardings
+from spacedrive_jax.training.sharding import parameter_sharding
+from spacedrive_jax.vlm.checkpoint import from_hf
+from spacedrive_jax.vlm.config import NewTokensConfig
 from spacedrive_jax.vlm.decoder import NewTokenParam
+from spacedrive_jax.vlm.initialization import axis_names, draw_parameters
 
 
 def is_trainable(use_lora: bool) -> Any:
@@ -28,10 +32,10 @@ def is_trainable(use_lora: bool) -> Any:
     return chosen
 
 
-def make_model(config: Config) -> SpaceDrive:
-    """A freshly drawn model; a pure function of the config (its seed included)."""
+def make_model(config: Config, rngs: nnx.Rngs) -> SpaceDrive:
+    """A freshly drawn model."""
     indicator = load_tokenizer(config.data.tokenizer).indicator
-    return SpaceDrive(config.model, indicator_id=indicator, rngs=nnx.Rngs(params=config.train.seed))
+    return SpaceDrive(config.model, indicator_id=indicator, rngs=rngs)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -40,41 +44,76 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State,
     Returns:
         graph definition, trainable state, frozen state; `nnx.merge` puts such three together.
     """
-    abstract = nnx.eval_shape(lambda: make_model(config))
+    abstract = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
     graph, trainable, frozen = nnx.split(abstract, is_trainable(config.model.use_lora), ...)
     return graph, _placed(trainable, mesh), _placed(frozen, mesh)
 
 
-def draw_frozen(config: Config, frozen: nnx.State) -> nnx.State:
-    """The frozen base straight into its shards; nothing is computed when nothing is frozen."""
-    return _draw(config, 1, frozen) if jax.tree.leaves(frozen) else frozen
+def start_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
+    """Trainable and frozen numbers at step 0, each straight into its shards.
+
+    The base comes from `config.model.weights` where that is set; everything else is drawn from the seed.
+    """
+    weights = config.model.weights
+    everything = _draw(config, mesh, ...) if weights is None else _load(config, mesh, weights)
+    trainable, frozen = nnx.split_state(everything, is_trainable(config.model.use_lora), ...)
+    return trainable, frozen
 
 
-def draw_trainable(config: Config, trainable: nnx.State) -> nnx.State:
-    """Freshly drawn trainables straight into their shards."""
-    return _draw(config, 0, trainable)
-
-
-def _draw(config: Config, part: int, abstract: nnx.State) -> nnx.State:
+def frozen_state(config: Config, mesh: Mesh) -> nnx.State:
+    """The frozen base alone: what a checkpoint's trainables are merged with."""
+    if not config.model.use_lora:
+        return nnx.State({})
     if config.model.weights is not None:
+        return start_state(config, mesh)[1]
+    return _draw(config, mesh, nnx.Not(is_trainable(use_lora=True)))
+
+
+def _draw(config: Config, mesh: Mesh, wanted: Any) -> nnx.State:
+    return draw_parameters(
+        functools.partial(make_model, config),
+        seed=config.train.seed,
+        wanted=wanted,
+        shardings=functools.partial(parameter_sharding, mesh=mesh),
+    )
+
+
+def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
+    """The base from released safetensors, what they do not hold drawn."""
+    model, indicator = config.model, load_tokenizer(config.data.tokenizer).indicator
+    vlm = from_hf(
+        weights,
+        compute=model.compute,
+        lora=model.lora if model.use_lora else None,
+        new_tokens=NewTokensConfig(first_id=indicator) if model.use_lora else None,
+        shardings=functools.partial(parameter_sharding, mesh=mesh),
+        seed=config.train.seed,
+    )
+    if vlm.config != model.vlm:
         raise UserError(
-            "model.weights: starting SpaceDrive from released safetensors is not wired up yet "
-            "(see `spacedrive_jax.vlm.from_hf` for the base model alone); leave it unset to start from random"
+            f"model.weights {weights} holds {vlm.config}, but model.vlm says {model.vlm}: choose the "
+            "preset of that size"
         )
-
-    def draw() -> nnx.State:
-        _, *states = nnx.split(make_model(config), is_trainable(config.model.use_lora), ...)
-        return states[part]
-
-    return jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    outside = _draw(config, mesh, lambda path, _: path[0] != "vlm")
+    inside = [(("vlm", *path), variable) for path, variable in nnx.to_flat_state(nnx.state(vlm))]
+    return nnx.from_flat_state([*nnx.to_flat_state(outside), *inside])
 
 
 def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(state, mesh),
-    )
+    placed = [
+        (
+            path,
+            variable.replace(
+                jax.ShapeDtypeStruct(
+                    variable.shape,
+                    variable.dtype,
+                    sharding=parameter_sharding(axis_names(variable), variable.shape, mesh),
+                )
+            ),
+        )
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(placed)
 
 
 def count(state: nnx.State) -> int:

@@ -31,7 +31,7 @@ from spacedrive_jax.training.sharding import (
     place_batch,
     replicated,
 )
-from spacedrive_jax.training.state import abstract_state, count, draw_frozen, draw_trainable
+from spacedrive_jax.training.state import abstract_state, count, start_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     run_dir = config.directory
     _claim(run_dir, config, resume=resume)
 
-    graph, abstract, frozen = abstract_state(config, mesh)
-    trainable, frozen = draw_trainable(config, abstract), draw_frozen(config, frozen)
+    graph, abstract, _ = abstract_state(config, mesh)
+    trainable, frozen = start_state(config, mesh)
     optimizer = make_optimizer(settings, trainable)
     # Stated shardings keep the first step's inputs and outputs alike: one compilation, not two.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
