@@ -27,7 +27,7 @@ $(VENV)/development: requirements-dev.txt requirements.txt
 	@touch $@ $(VENV)/runtime
 
 demo: $(VENV)/runtime
-	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 20 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
+	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 16 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
 	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS)
 	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records --run-dir $(DEMO)/run
 	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val

@@ -49,7 +49,7 @@ config = Config(
         read_threads=2,
     ),
     train=TrainConfig(
-        steps=600,
+        steps=500,
         batch_size=8,
         learning_rate=1e-3,
         vlm_rate=1.0,

@@ -160,7 +160,7 @@ def _camera_fields(
         views[camera.filename] if camera.filename in views else _read_view(unit, camera) for camera in cameras
     ]
     for view in ordered:
-        kind = "rendered" if view.rendered else "photographed" if view.image else "empty"
+        kind = "rendered" if view.rendered else "from_files" if view.image else "empty"
         counts[f"images_{kind}"] += 1
         counts["exact_depth_images"] += bool(view.depth)
     return {

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+
+# transformers announces at import that torch is absent; its processors do not need it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from spacedrive_jax.cameras import CAMERAS

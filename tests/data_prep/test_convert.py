@@ -122,7 +122,7 @@ def test_provenance_and_result_agree(dataroot, tmp_path):
     assert facts["fingerprint"] == provenance["fingerprint"] == open_records(tmp_path / "records").fingerprint
     assert provenance["splits"] == {"train": 2 * KEYFRAMES, "val": KEYFRAMES}
     assert provenance["split_rule"] == "hashed"
-    assert provenance["counts"]["images_photographed"] == 6 * SCENES * KEYFRAMES
+    assert provenance["counts"]["images_from_files"] == 6 * SCENES * KEYFRAMES
     assert provenance["counts"]["can_bus_absent"] == 2 * KEYFRAMES
     assert "Not an official" in provenance["licence"]
     assert str(dataroot) not in json.dumps(provenance)
