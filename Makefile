@@ -1,18 +1,20 @@
 # Everything runs in an environment of its own, made on first use. Needs Python 3.11 or newer with pip.
 PYTHON ?= python3
 VENV ?= .venv
+PARITY ?= .venv-parity
 RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test parity lint format clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
 	@echo "make test    run the tests"
+	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter"
-	@echo "make clean   remove $(DEMO)/ and the environment"
+	@echo "make clean   remove $(DEMO)/ and the environments"
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,16 +28,32 @@ $(VENV)/development: requirements-dev.txt requirements.txt
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@ $(VENV)/runtime
 
-demo: $(VENV)/runtime
-	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 16 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
-	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS)
-	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records --run-dir $(DEMO)/run
-	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val
+$(PARITY)/development: requirements-parity.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(PARITY)
+	@echo "installing into $(PARITY), a few minutes"
+	$(PARITY)/bin/python -m pip install --quiet --requirement requirements-parity.txt
+	@touch $@
+
+# Each step is skipped when its result is there, and a step that was interrupted goes on.
+demo: $(DEMO)/run/predictions.jsonl
 	$(RUN) -m spacedrive_jax evaluate --predictions $(DEMO)/run/predictions.jsonl --records $(DEMO)/records --split val
 	$(RUN) -m spacedrive_jax report $(DEMO)/run
 
+$(DEMO)/nuscenes/v1.0-synthetic/scene.json: | $(VENV)/runtime
+	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 16 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
+
+$(DEMO)/records/provenance.json: $(DEMO)/nuscenes/v1.0-synthetic/scene.json
+	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS) --resume
+
+$(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json
+	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records --run-dir $(DEMO)/run --resume
+	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val --overwrite
+
 test: $(VENV)/development
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4
+
+parity: $(PARITY)/development
+	$(PARITY)/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/parity
 
 lint: $(VENV)/development
 	$(RUN) -m ruff check .
@@ -47,4 +65,4 @@ format: $(VENV)/development
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(DEMO) $(VENV)
+	rm -rf $(DEMO) $(VENV) $(PARITY)
