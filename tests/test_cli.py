@@ -1,0 +1,63 @@
+"""Both command lines: help that teaches, one clear error line, JSON last."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import data_prep.cli
+import spacedrive_jax.cli
+from spacedrive_jax import console
+from spacedrive_jax.console import UserError
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("command", sorted(spacedrive_jax.cli.COMMANDS))
+def test_every_command_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spacedrive_jax.cli.main([command, "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert f"Example: python -m spacedrive_jax {command}" in " ".join(page.replace("│", " ").split())
+    assert "--json" in page
+
+
+@pytest.mark.parametrize("command", sorted(data_prep.cli.COMMANDS))
+def test_every_data_command_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data_prep.cli.run([command, "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert f"Example: python -m data_prep {command}" in " ".join(page.replace("│", " ").split())
+
+
+def test_train_lists_the_fields_of_a_config(capsys):
+    with pytest.raises(SystemExit):
+        spacedrive_jax.cli.main(["train", "demo", "--help"])
+    page = capsys.readouterr().out
+    assert "--train.learning-rate" in page
+    assert "--data.depth.sources" in page
+
+
+def test_errors_are_one_line_unless_debug(capsys):
+    def fail():
+        raise UserError("file X lacks field Y: add it")
+
+    assert console.finish(fail, as_json=True, debug=False) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: file X lacks field Y: add it\n"
+    assert captured.out == ""
+    assert console.finish(fail, as_json=False, debug=True) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_is_the_last_line(capsys):
+    assert console.finish(lambda: {"step": 3}, as_json=True, debug=False) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3}
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, spacedrive_jax.cli, data_prep.cli; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
