@@ -1,7 +1,8 @@
 """Which surface each pixel sees and how deep: exact visibility of quads and the ground plane.
 
 Every quad is tested at pixel centres with homogeneous edge functions (Olano and Greer, 1997), so nothing
-has to be clipped, and its inverse depth is an affine function of the pixel, so depth is exact.
+has to be clipped, and its inverse depth is an affine function of the pixel, so depth is exact. Rows of all
+quads are filled together (see `spans`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from data_prep.synthetic import spans
 from data_prep.synthetic.shapes import Quads
 
 NEAR = 0.25
 GROUND = -2
 SKY = -1
+_TOLERANCE = 1e-6
+"""Pixels by which a pixel centre may miss an edge; closes the seams between neighbours."""
+_BACKGROUND = 0xFFFFFFFF
+"""Low half of the depth key of a pixel that shows ground or sky."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,111 +59,107 @@ def cast(quads: Quads, camera: Camera) -> FrameBuffer:
     """Finds the nearest surface of every pixel.
 
     Args:
-        quads: everything that stands on the ground, global frame, grouped objects contiguous.
+        quads: everything that stands on the ground, global frame.
         camera: the view.
 
     Returns:
         The buffer; the ground is the plane z = 0 of the global frame.
     """
     height, width = camera.height, camera.width
-    rotation, position = camera.camera_to_global[:3, :3], camera.camera_to_global[:3, 3]
-    down = rotation[2] @ np.linalg.inv(camera.intrinsics)  # global z of a pixel's ray, affine in the pixel
-    u, v = np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64)
-    ground = -(down[0] * u[None] + (down[1] * v + down[2])[:, None]) / position[2]
-    inverse_depth = np.maximum(ground, 0.0).astype(np.float32)
-    surface = np.where(ground > 1e-4, GROUND, SKY).astype(np.int32)
-    inverse_depth[surface == SKY] = 0.0
-    covered: dict[int, int] = {}
+    ground = _ground(camera)
     prepared = _prepare(quads, camera)
-    scratch: _Scratch | None = None
-    for index, bounds, edges, plane in zip(*prepared, strict=True):
-        left, right, top, bottom = bounds
-        columns, rows = u[left:right].astype(np.float32), v[top:bottom].astype(np.float32)
-        inside = None
-        for edge in edges:
-            values = edge[0] * columns[None] + (edge[1] * rows + edge[2])[:, None] >= 0
-            inside = values if inside is None else inside & values
-        inverse = plane[0] * columns[None] + (plane[1] * rows + plane[2])[:, None]
-        inside = inside & (inverse < 1.0 / NEAR)
-        group = int(quads.groups[index])
-        if group >= 0:
-            if scratch is None or scratch.group != group:
-                _flush(scratch, covered)
-                scratch = _Scratch(group, np.zeros((height, width), dtype=bool), [height, 0, width, 0])
-            scratch.add(inside, left, right, top, bottom)
-        window = inverse_depth[top:bottom, left:right]
-        closer = inside & (inverse > window)
-        window[closer] = inverse[closer]
-        surface[top:bottom, left:right][closer] = index
-    _flush(scratch, covered)
-    return FrameBuffer(inverse_depth, surface, covered)
+    facet, row = spans.expand(prepared.top, prepared.bottom)  # scan lines: one row of one quad each
+    edges = prepared.edges[..., facet]
+    low, high = spans.intervals(edges[1] * row + edges[2], edges[0])
+    first = np.ceil(np.clip(low, 0.0, width) - _TOLERANCE).astype(np.int64)
+    last = np.floor(np.clip(high, -1.0, width - 1.0) + _TOLERANCE).astype(np.int64) + 1
+    line, column = spans.expand(first, last)
+    slope, down, start = prepared.planes[:, facet]
+    inverse = (slope[line] * column + (down * row + start)[line]).astype(np.float32)
+    pixel = row[line] * width + column
+    # Positive floats sort like their bits: the largest key is the nearest surface, then the first quad.
+    keys = (inverse.view(np.int32).astype(np.int64) << 32) | (_BACKGROUND - 1 - facet)[line]
+    nearest = (ground.view(np.int32).astype(np.int64) << 32) | _BACKGROUND
+    np.maximum.at(nearest, pixel, keys)
+    rank = _BACKGROUND - 1 - (nearest & _BACKGROUND)
+    background = np.where(ground > 0, GROUND, SKY)
+    surface = np.where(rank < 0, background, np.append(prepared.quads, SKY)[rank]).astype(np.int32)
+    inverse_depth = (nearest >> 32).astype(np.int32).view(np.float32)
+    return FrameBuffer(
+        inverse_depth.reshape(height, width),
+        surface.reshape(height, width),
+        _covered(quads.groups[prepared.quads][facet][line], pixel, height * width),
+    )
 
 
-@dataclasses.dataclass
-class _Scratch:
-    """Pixels one group covers, whatever hides it."""
-
-    group: int
-    mask: np.ndarray
-    bounds: list[int]
-
-    def add(self, inside: np.ndarray, left: int, right: int, top: int, bottom: int) -> None:
-        self.mask[top:bottom, left:right] |= inside
-        low_row, high_row, low_column, high_column = self.bounds
-        self.bounds = [
-            min(low_row, top), max(high_row, bottom), min(low_column, left), max(high_column, right)
-        ]  # fmt: skip
+def _ground(camera: Camera) -> Float[np.ndarray, "P"]:
+    """Inverse depth of the plane z = 0 at every pixel, 0 above the horizon."""
+    down = camera.camera_to_global[2, :3] @ np.linalg.inv(camera.intrinsics)
+    u, v = np.arange(camera.width), np.arange(camera.height)
+    ground = -(down[0] * u + (down[1] * v + down[2])[:, None]) / camera.camera_to_global[2, 3]
+    return np.where(ground > 1e-4, ground, 0.0).astype(np.float32).ravel()
 
 
-def _flush(scratch: _Scratch | None, covered: dict[int, int]) -> None:
-    if scratch is not None:
-        top, bottom, left, right = scratch.bounds
-        pixels = int(np.count_nonzero(scratch.mask[top:bottom, left:right]))
-        covered[scratch.group] = covered.get(scratch.group, 0) + pixels
+def _covered(groups: Int[np.ndarray, "K"], pixels: Int[np.ndarray, "K"], image_pixels: int) -> dict[int, int]:
+    """Different pixels of each group; `groups` is -1 where a pixel belongs to scenery."""
+    grouped = groups >= 0
+    pairs = np.unique(groups[grouped] * image_pixels + pixels[grouped])
+    names, counts = np.unique(pairs // image_pixels, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-def _prepare(quads: Quads, camera: Camera) -> tuple[list, list, list, list]:
-    """Index, pixel bounds, edge functions and inverse-depth plane of every quad that may be seen."""
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """Quads that may be seen, as homogeneous functions of the pixel (u, v, 1)."""
+
+    quads: Int[np.ndarray, "Q"]
+    """Index of each."""
+    top: Int[np.ndarray, "Q"]
+    bottom: Int[np.ndarray, "Q"]
+    """First row, and one past the last row, each may cover."""
+    edges: Float[np.ndarray, "3 5 Q"]
+    """Not negative inside: the four edges and the near plane."""
+    planes: Float[np.ndarray, "3 Q"]
+    """Inverse depth, 1/m."""
+
+
+def _prepare(quads: Quads, camera: Camera) -> _Prepared:
+    chosen = np.flatnonzero(_in_frustum(quads.vertices, camera))
     rotation, position = camera.camera_to_global[:3, :3], camera.camera_to_global[:3, 3]
-    points = (quads.vertices - position) @ rotation  # (Q, 4, 3), camera frame
+    points = quads.vertices[chosen] - position
     normals = np.cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
     distance = np.einsum("qc,qc->q", normals, points[:, 0])
-    depth = points[..., 2]
-    facing = (distance < -1e-9) & (depth.max(axis=1) > NEAR)
-    pixels = points @ camera.intrinsics.T
-    # Cheap frustum test first: all four corners on the outer side of one image border.
-    outside = (
-        (pixels[..., 0] < -0.5 * depth).all(1)
-        | (pixels[..., 0] > (camera.width - 0.5) * depth).all(1)
-        | (pixels[..., 1] < -0.5 * depth).all(1)
-        | (pixels[..., 1] > (camera.height - 0.5) * depth).all(1)
-    )
-    chosen = np.flatnonzero(facing & ~outside)
-    points, normals, distance, pixels = points[chosen], normals[chosen], distance[chosen], pixels[chosen]
+    facing = np.flatnonzero(distance < -1e-9)
+    chosen, normals, distance = chosen[facing], normals[facing], distance[facing]
+    points = points[facing] @ rotation  # (Q, 4, 3), camera frame
 
-    low, high = _projected_bounds(pixels)
-    left = np.clip(np.ceil(low[:, 0]), 0, camera.width).astype(int)
-    right = np.clip(np.floor(high[:, 0]) + 1, 0, camera.width).astype(int)
-    top = np.clip(np.ceil(low[:, 1]), 0, camera.height).astype(int)
-    bottom = np.clip(np.floor(high[:, 1]) + 1, 0, camera.height).astype(int)
-    filled = (right > left) & (bottom > top)
+    low, high = _projected_bounds(points @ camera.intrinsics.T)
+    last_pixel = np.array([camera.width, camera.height]) - 1.0
+    begin = np.ceil(np.maximum(low, 0.0) - _TOLERANCE).astype(np.int64)
+    end = np.floor(np.minimum(high, last_pixel) + _TOLERANCE).astype(np.int64) + 1
+    filled = np.flatnonzero((end > begin).all(axis=1))
+    chosen, points = chosen[filled], points[filled]
 
     inverse = np.linalg.inv(camera.intrinsics)
-    planes = (normals @ inverse) / distance[:, None]
+    planes = (normals[filled] @ (rotation @ inverse)) / distance[filled, None]
     edges = np.cross(points, np.roll(points, -1, axis=1))
-    centroid = points.mean(axis=1)
-    sign = np.sign(np.einsum("qkc,qc->qk", edges, centroid))
+    sign = np.sign(np.einsum("qkc,qc->qk", edges, points.mean(axis=1)))
     edges = (edges * sign[..., None]) @ inverse
-    edges /= np.abs(edges).max(axis=2, keepdims=True) + 1e-30
-    keep = np.flatnonzero(filled)
-    keep = keep[np.lexsort((depth[chosen][keep].min(axis=1), quads.groups[chosen[keep]]))]
-    bounds = np.stack([left, right, top, bottom], axis=1)[keep]
-    return (
-        chosen[keep].tolist(),
-        bounds.tolist(),
-        list(edges[keep].astype(np.float32)),
-        list(planes[keep].astype(np.float32)),
-    )
+    near = np.array([0.0, 0.0, 1.0 / NEAR]) - planes
+    halves = np.concatenate([edges, near[:, None]], axis=1)
+    coefficients = np.ascontiguousarray(halves.T), np.ascontiguousarray(planes.T)
+    return _Prepared(chosen, begin[filled, 1], end[filled, 1], *coefficients)
+
+
+def _in_frustum(vertices: Float[np.ndarray, "Q 4 3"], camera: Camera) -> Bool[np.ndarray, "Q"]:
+    """False where all four corners lie outside the same side of the view or nearer than `NEAR`."""
+    right, bottom = camera.width - 0.5, camera.height - 0.5
+    sides = np.array([[1, 0, 0.5], [-1, 0, right], [0, 1, 0.5], [0, -1, bottom], [0, 0, 1]])
+    to_sides = camera.camera_to_global[:3, :3] @ (sides @ camera.intrinsics).T
+    limits = camera.camera_to_global[:3, 3] @ to_sides + [0, 0, 0, 0, NEAR]
+    first, second, third, fourth = (vertices[:, corner] @ to_sides for corner in range(4))
+    furthest = np.maximum(np.maximum(first, second), np.maximum(third, fourth))
+    return (furthest > limits).all(axis=1)
 
 
 def _projected_bounds(
