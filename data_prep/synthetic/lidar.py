@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-from data_prep.synthetic import rig
+from data_prep.synthetic import rig, spans
 from data_prep.synthetic.shapes import Quads
 
 MIN_RANGE = 1.0
 NOISE = 0.008
 """Standard deviation of the measured range, metres."""
+_TOLERANCE = 1e-9
+"""By which a beam may miss an edge; closes the seams between neighbours."""
 
 _REFLECTIVITY = np.array([30.0, 25.0, 12.0, 90.0, 8.0, 110.0, 15.0])
+_GROUND_REFLECTIVITY = 14.0
+_HIGHEST_OBJECT = 0.19 * rig.LIDAR_RANGE
+"""Metres above the sensor that its highest beam stays below."""
 
 
 def sweep(
@@ -30,9 +35,7 @@ def sweep(
         float32 rows x, y, z (sensor frame, metres), intensity (0 to 255), ring (0 is the lowest beam), in
         firing order (clockwise columns, rings upwards), beams without an echo left out.
     """
-    columns = np.arange(rig.LIDAR_COLUMNS)
-    azimuth = np.pi - (columns + 0.5) * 2 * np.pi / rig.LIDAR_COLUMNS
-    elevation = np.radians(rig.LIDAR_ELEVATIONS)
+    azimuth, elevation = _azimuths(), np.radians(rig.LIDAR_ELEVATIONS)
     rays = np.stack(
         [
             np.cos(elevation)[None] * np.cos(azimuth)[:, None],
@@ -41,48 +44,81 @@ def sweep(
         ],
         axis=-1,
     )  # (columns, rings, 3), sensor frame
-    height = lidar_to_global[2, 3]
-    nearness = np.maximum(-rays[..., 2] / height, 1.0 / rig.LIDAR_RANGE)  # 1 / range
-    reflectivity = np.where(-rays[..., 2] / height > 1.0 / rig.LIDAR_RANGE, 14.0, 0.0)
-    points = (quads.vertices - lidar_to_global[:3, 3]) @ lidar_to_global[:3, :3]
-    normals = np.cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
-    distance = np.einsum("qc,qc->q", normals, points[:, 0])
-    flat = np.hypot(points[..., 0], points[..., 1])
-    vertical = np.arctan2(points[..., 2], np.maximum(flat.min(axis=1, keepdims=True), 0.05))
-    seen = (distance < -1e-9) & (flat.min(axis=1) < rig.LIDAR_RANGE)
-    seen &= (vertical.max(axis=1) > elevation[0]) & (points[..., 2].min(axis=1) < 0.19 * rig.LIDAR_RANGE)
-    chosen = np.flatnonzero(seen)
-    edges = np.cross(points, np.roll(points, -1, axis=1))
-    edges *= np.sign(np.einsum("qkc,qc->qk", edges, points.mean(axis=1)))[..., None]
-    angles = np.arctan2(points[..., 1], points[..., 0])
-    middle = np.arctan2(points[..., 1].mean(axis=1), points[..., 0].mean(axis=1))
-    spread = (angles - middle[:, None] + np.pi) % (2 * np.pi) - np.pi
-    step = 2 * np.pi / rig.LIDAR_COLUMNS
-    first = np.floor((np.pi - (middle + spread.max(axis=1))) / step - 0.5).astype(int)
-    last = np.ceil((np.pi - (middle + spread.min(axis=1))) / step - 0.5).astype(int) + 1
-    overhead = flat.min(axis=1) < 1.0  # may surround the axis: look everywhere
-    first, last = np.where(overhead, 0, first), np.where(overhead, rig.LIDAR_COLUMNS, last)
-    for index in chosen:
-        span = np.arange(first[index], last[index]) % rig.LIDAR_COLUMNS
-        local = rays[span]
-        inside = np.ones(local.shape[:2], dtype=bool)
-        for edge in edges[index]:
-            inside &= local @ edge >= 0
-        if not inside.any():
-            continue
-        inverse = (local @ normals[index]) / distance[index]
-        closer = inside & (inverse > nearness[span]) & (inverse < 1.0 / MIN_RANGE)
-        where = np.nonzero(closer)
-        nearness[span[where[0]], where[1]] = inverse[where]
-        material = int(quads.materials[index])
-        bright = 0.5 + float(quads.colours[index].mean())
-        reflectivity[span[where[0]], where[1]] = _REFLECTIVITY[material] * bright
+    ground = -rays[..., 2] / lidar_to_global[2, 3]
+    nearness = np.maximum(ground, 1.0 / rig.LIDAR_RANGE)  # 1 / range
+    reflectivity = np.where(ground > 1.0 / rig.LIDAR_RANGE, _GROUND_REFLECTIVITY, 0.0)
+    quad, column, ring, inverse = _hits(quads, lidar_to_global)
+    before = nearness[column, ring]
+    np.maximum.at(nearness, (column, ring), inverse)
+    nearest = np.flatnonzero((inverse > before) & (inverse == nearness[column, ring]))
+    brightness = _REFLECTIVITY[quads.materials] * (0.5 + quads.colours.mean(axis=1))
+    reflectivity[column[nearest], ring[nearest]] = brightness[quad[nearest]]
     echo = (reflectivity > 0) & (nearness > 1.0 / rig.LIDAR_RANGE) & (nearness < 1.0 / MIN_RANGE)
     reach = 1.0 / nearness + rng.normal(0.0, NOISE, nearness.shape)
     intensity = np.clip(reflectivity * rng.uniform(0.6, 1.4, nearness.shape), 1, 255).round()
     rings = np.broadcast_to(np.arange(32), nearness.shape)
     cloud = np.concatenate([rays * reach[..., None], intensity[..., None], rings[..., None]], axis=-1)
     return cloud[echo].astype(np.float32)
+
+
+def _azimuths() -> Float[np.ndarray, "K"]:
+    """Direction of each column in the sensor frame, radians, clockwise from behind."""
+    return np.pi - (np.arange(rig.LIDAR_COLUMNS) + 0.5) * 2 * np.pi / rig.LIDAR_COLUMNS
+
+
+def _hits(
+    quads: Quads, lidar_to_global: Float[np.ndarray, "4 4"]
+) -> tuple[Int[np.ndarray, "K"], Int[np.ndarray, "K"], Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
+    """Quad, column, ring and inverse range (1/m) of every meeting of a beam and a quad.
+
+    The rays of a column are (cos a, sin a, t) for the azimuth a and the tangent t of the elevation: along
+    a column the edges of a quad are affine in t (see `spans`).
+    """
+    points = quads.vertices - lidar_to_global[:3, 3]
+    near = (np.hypot(points[..., 0], points[..., 1]).min(axis=1) < rig.LIDAR_RANGE) & (
+        points[..., 2].min(axis=1) < _HIGHEST_OBJECT
+    )
+    chosen = np.flatnonzero(near)
+    points = points[chosen] @ lidar_to_global[:3, :3]
+    normals = np.cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
+    distance = np.einsum("qc,qc->q", normals, points[:, 0])
+    facing = np.flatnonzero(distance < -1e-9)
+    chosen, points = chosen[facing], points[facing]
+    planes = (normals[facing] / distance[facing, None]).T
+    first, last = _columns(points)
+    seen = np.flatnonzero(last > first)
+    chosen, points, planes = chosen[seen], points[seen], planes[:, seen]
+
+    edges = np.cross(points, np.roll(points, -1, axis=1))
+    edges *= np.sign(np.einsum("qkc,qc->qk", edges, points.mean(axis=1)))[..., None]
+    facet, turned = spans.expand(first[seen], last[seen])
+    column = turned % rig.LIDAR_COLUMNS
+    azimuth = _azimuths()
+    cos, sin = np.cos(azimuth)[column], np.sin(azimuth)[column]
+    along = np.ascontiguousarray(edges.T)[..., facet]
+    low, high = spans.intervals(along[0] * cos + along[1] * sin, along[2])
+    tangents = np.tan(np.radians(rig.LIDAR_ELEVATIONS))
+    lowest = np.searchsorted(tangents, low - _TOLERANCE)
+    line, ring = spans.expand(lowest, np.searchsorted(tangents, high + _TOLERANCE, side="right"))
+    plane = planes[:, facet]
+    level = plane[0] * cos + plane[1] * sin
+    cosines = np.cos(np.radians(rig.LIDAR_ELEVATIONS))
+    inverse = (level[line] + plane[2, line] * tangents[ring]) * cosines[ring]
+    valid = inverse < 1.0 / MIN_RANGE
+    line, ring = line[valid], ring[valid]
+    return chosen[facet[line]], column[line], ring, inverse[valid]
+
+
+def _columns(points: Float[np.ndarray, "Q 4 3"]) -> tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:
+    """First column that may see each quad and one past the last; they may run over the seam at the back."""
+    x, y = points[..., 0], points[..., 1]
+    middle = np.arctan2(y.mean(axis=1), x.mean(axis=1))
+    spread = (np.arctan2(y, x) - middle[:, None] + np.pi) % (2 * np.pi) - np.pi
+    step = 2 * np.pi / rig.LIDAR_COLUMNS
+    first = np.ceil((np.pi - (middle + spread.max(axis=1))) / step - 0.5 - _TOLERANCE).astype(int)
+    last = np.floor((np.pi - (middle + spread.min(axis=1))) / step - 0.5 + _TOLERANCE).astype(int) + 1
+    overhead = np.hypot(x, y).min(axis=1) < 1.0  # may surround the axis: look everywhere
+    return np.where(overhead, 0, first), np.where(overhead, rig.LIDAR_COLUMNS, last)
 
 
 def count_inside(
