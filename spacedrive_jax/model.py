@@ -21,7 +21,8 @@ from spacedrive_jax.data.ego_status import STATUS_SIZE
 from spacedrive_jax.geometry.unprojection import ego_to_image, patch_centres, unproject
 from spacedrive_jax.positional.coordinates import CoordinateDecoder, CoordinateEncoder, EgoStatusEncoder
 from spacedrive_jax.vlm.config import NewTokensConfig
-from spacedrive_jax.vlm.qwen2_5_vl import QwenVL, place_rows
+from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.vision_language import place_rows
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -21,7 +21,8 @@ from spacedrive_jax.geometry.patch_depth import pool_depth
 from spacedrive_jax.model import SpaceDrive
 from spacedrive_jax.vlm import LoraConfig, NewTokensConfig, read_hf_config
 from spacedrive_jax.vlm.checkpoint import fill
-from spacedrive_jax.vlm.conversion import lora_rules, new_token_rules, qwen_rules
+from spacedrive_jax.vlm.conversion import lora_rules, new_token_rules
+from spacedrive_jax.vlm.qwen_conversion import qwen_rules
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,25 +17,19 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.console import UserError, progress
-from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, QwenVLConfig
-from spacedrive_jax.vlm.conversion import (
-    ParameterPath,
-    Rule,
-    canonical_name,
-    check_names_and_shapes,
-    hub_name,
-    qwen_rules,
-)
+from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
+from spacedrive_jax.vlm.conversion import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.vlm.decoder import NewTokenParam
+from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.vlm.initialization import ShardingOf, axis_names, draw_parameters
-from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
 from spacedrive_jax.vlm.safetensors_folder import (
     PlannedTensor,
     SafetensorsFolder,
     plan_shards,
     write_folder,
 )
+from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 
 TRAINABLE = nnx.Any(nnx.LoRAParam, NewTokenParam)
 """Filter of the parameters that sit beside a frozen base: adapters and new-token rows."""
@@ -56,12 +50,12 @@ def from_hf(
     new_tokens: NewTokensConfig | None = None,
     shardings: ShardingOf | None = None,
     seed: int = 0,
-) -> QwenVL:
-    """Builds Qwen2.5-VL with the weights of a transformers checkpoint.
+) -> VisionLanguageModel:
+    """Builds Qwen2.5-VL or LLaVA-1.5 with the weights of a transformers checkpoint.
 
     Args:
-        path: Folder with config.json and safetensors files, sharded or single, in the hub's or transformers'
-            naming.
+        path: Folder with config.json (its `model_type` tells the family) and safetensors files, sharded or
+            single, in the hub's or transformers' naming.
         compute: Dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel.
         lora: Fresh adapters beside the base weights; None for none.
         new_tokens: Ids that get trainable rows, copied from the checkpoint's; None for none.
@@ -76,12 +70,13 @@ def from_hf(
     """
     compute = compute or ComputeConfig()
     config = read_hf_config(path)
-    folder = SafetensorsFolder(path, rename=canonical_name)
-    rules = qwen_rules(config)
+    family = family_of(config)
+    folder = SafetensorsFolder(path, rename=family.canonical_name)
+    rules = family.rules(config)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=_ignored(config, folder))
 
-    def build(rngs: nnx.Rngs) -> QwenVL:
-        return QwenVL(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+    def build(rngs: nnx.Rngs) -> VisionLanguageModel:
+        return family.model(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
 
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
     state = dict(nnx.to_flat_state(abstract))
@@ -112,7 +107,7 @@ def fill(
         UserError: If the model has no parameter that a rule asks for (adapters that were not built, say).
     """
     rules = tuple(rules)
-    absent = [".".join(rule.target) for rule in rules if rule.target not in state]
+    absent = [".".join(map(str, rule.target)) for rule in rules if rule.target not in state]
     if absent:
         raise UserError(f"the model has no parameters {absent}; build it with the checkpoint's adapters")
     for rule in progress(rules, desc="loading weights", unit="tensor"):
@@ -130,7 +125,7 @@ def fill(
 
 
 def to_hf(
-    model: QwenVL,
+    model: VisionLanguageModel,
     path: str | Path,
     *,
     naming: Literal["hub", "transformers"] = "hub",
@@ -149,8 +144,9 @@ def to_hf(
     Raises:
         UserError: If the folder exists or the architecture has no config.json.
     """
-    rename = hub_name if naming == "hub" else str
-    rules = qwen_rules(model.config)
+    family = family_of(model.config)
+    rename = family.hub_name if naming == "hub" else str
+    rules = family.rules(model.config)
     state = dict(nnx.to_flat_state(nnx.state(model)))
     planned = [
         PlannedTensor(rename(name), math.prod(rule.source_shape) * state[rule.target].dtype.itemsize)
@@ -187,9 +183,9 @@ def _read_part(
     return part
 
 
-def _ignored(config: QwenVLConfig, folder: SafetensorsFolder) -> list[str]:
-    """Tensors that may be there though they carry nothing: rotary tables, the head of a tied model."""
-    ignored = [name for name in folder.places if name.endswith("inv_freq")]
+def _ignored(config: VLConfig, folder: SafetensorsFolder) -> list[str]:
+    """Tensors that may be there though they carry nothing: fixed tables, the head of a tied model."""
+    ignored = [name for name in folder.places if name.endswith(("inv_freq", "position_ids"))]
     return [*ignored, "lm_head.weight"] if config.decoder.tied_head else ignored
 
 

@@ -151,6 +151,100 @@ class QwenVLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """The CLIP vision transformer (Radford et al. 2021), as LLaVA uses it; the defaults are ViT-L/14-336."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    depth: int = 24
+    num_heads: int = 16
+    image_size: int = 336
+    """Side of the square images in pixels; the position embedding is learnt for this size alone."""
+    patch_size: int = 14
+    in_channels: int = 3
+    feature_layer: int = -2
+    """Which hidden state is handed on, counted from the end: -1 is the last block's output."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"vision hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
+            )
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})"
+            )
+        if not -self.depth - 1 <= self.feature_layer <= -1:
+            raise UserError(f"feature_layer {self.feature_layer} must lie in -{self.depth + 1}..-1")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_channels(self) -> int:
+        """Length of one flattened patch, channels x rows x columns."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def merge_size(self) -> int:
+        """Every patch is a visual token of its own."""
+        return 1
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that run; those behind are kept for the checkpoint's sake only."""
+        return self.depth + 1 + self.feature_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """LLaVA-1.5 (Liu et al. 2024): CLIP, a two-layer projector and a LLaMA decoder.
+
+    The defaults are those of LLaVA-1.5-7B.
+    """
+
+    decoder: DecoderConfig = DecoderConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=10_000.0,
+        rope_sections=(64,),
+        norm_eps=1e-5,
+        qkv_bias=False,
+    )
+    vision: ClipVisionConfig = ClipVisionConfig()
+    image_token_id: int = 32000
+    projector_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.decoder.rope_sections) != 1 or self.decoder.qkv_bias:
+            raise UserError(
+                "LLaVA's decoder has one-dimensional rotary positions and no attention biases; got "
+                f"rope_sections {self.decoder.rope_sections}, qkv_bias {self.decoder.qkv_bias}"
+            )
+
+    @classmethod
+    def llava_1_5_7b(cls) -> LlavaConfig:
+        """Dimensions of LLaVA-1.5-7B."""
+        return cls()
+
+
+VLConfig = QwenVLConfig | LlavaConfig
+"""Any of the vision-language models here."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on the decoder's attention projections (Hu et al. 2021).
 
@@ -172,6 +266,11 @@ class LoraConfig:
     def scaling(self) -> float:
         """Factor on the adapter's output, alpha over rank."""
         return self.alpha / self.rank
+
+    @classmethod
+    def llava_1_5(cls, rank: int = 16) -> LoraConfig:
+        """SpaceDrive's adapters for LLaVA-1.5: k, v, o, always with scaling 1."""
+        return cls(rank=rank, alpha=float(rank), targets=("k", "v", "o"))
 
 
 @dataclasses.dataclass(frozen=True)

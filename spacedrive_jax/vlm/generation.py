@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.cache import KVCache
-from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 
 
 def generate(
-    model: QwenVL,
+    model: VisionLanguageModel,
     token_ids: Int[np.ndarray, "B S"],
     *,
     max_new_tokens: int,
@@ -33,7 +33,7 @@ def generate(
         model: The model.
         token_ids: Right-padded prompts on the host, one run of image tokens per image.
         max_new_tokens: T, tokens to generate per sample at most.
-        images: Flattened patches of each sample's N images; see `QwenVision`.
+        images: Flattened patches of each sample's N images; see `VisionLanguageModel.encode_images`.
         image_grid: Patch rows and columns of every image.
         lengths: Valid tokens per prompt; None when all are.
         stop_ids: Ids that end a sample (the id itself is kept).
@@ -96,7 +96,7 @@ def _generate(
     stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> Int[Array, "B T"]:
-    model: QwenVL = nnx.merge(graph, state)
+    model: VisionLanguageModel = nnx.merge(graph, state)
     decoder = model.decoder
     batch, prompt = token_ids.shape
     stops = jnp.asarray(stop_ids, jnp.int32)

@@ -1,8 +1,4 @@
-"""Reads and writes transformers' config.json of Qwen2.5-VL.
-
-Three layouts are in use: flat (the hub's checkpoints), with `text_config` (transformers 4.52) and with
-`rope_parameters` (transformers 5). Fields left out take transformers' defaults.
-"""
+"""Reads and writes transformers' config.json; the families' fields are in `*_hf_config.py`."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.vlm.config import VLConfig
+from spacedrive_jax.vlm.families import FAMILIES, family_of
 
 
-def read_hf_config(source: Mapping[str, Any] | str | Path) -> QwenVLConfig:
-    """Reads a Qwen2.5-VL configuration.
+def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
+    """Reads the configuration of a model of any family.
 
     Args:
         source: The parsed config, a config.json, or a folder that holds one.
@@ -28,135 +25,31 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> QwenVLConfig:
         UserError: If the file is unreadable, is of another model, lacks a size, or uses a feature that this
             implementation does not have (scaled rotary embeddings, sliding windows, other activations).
     """
-    values, origin = _load(source)
-    text = values.get("text_config") or values
-    vision = values.get("vision_config") or {}
-    return QwenVLConfig(
-        decoder=_decoder(text, values, origin),
-        vision=_vision(vision, origin),
-        image_token_id=values.get("image_token_id", 151655),
-        vision_start_token_id=values.get("vision_start_token_id", 151652),
-        vision_end_token_id=values.get("vision_end_token_id", 151653),
-    )
+    fields, origin = _load(source)
+    family = FAMILIES.get(fields.get("model_type", ""))
+    if family is None:
+        expected = " or ".join(repr(name) for name in FAMILIES)
+        raise UserError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
+    return family.read_config(fields, origin)
 
 
-def write_hf_config(config: QwenVLConfig) -> dict[str, Any]:
-    """The config.json of a model, in the layout with `text_config`, which transformers 4.52 and 5 read."""
-    decoder, vision = config.decoder, config.vision
-    if decoder.hidden_size != decoder.num_heads * decoder.head_dim or not decoder.qkv_bias:
-        raise UserError(
-            "transformers' Qwen2.5-VL needs hidden_size == num_heads * head_dim and qkv_bias; this decoder "
-            f"has hidden_size {decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}, "
-            f"qkv_bias {decoder.qkv_bias}"
-        )
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "image_token_id": config.image_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
-        "tie_word_embeddings": decoder.tied_head,
-        "text_config": {
-            "model_type": "qwen2_5_vl_text",
-            "vocab_size": decoder.vocab_size,
-            "hidden_size": decoder.hidden_size,
-            "intermediate_size": decoder.intermediate_size,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_heads,
-            "num_key_value_heads": decoder.num_kv_heads,
-            "hidden_act": "silu",
-            "rms_norm_eps": decoder.norm_eps,
-            "rope_theta": decoder.rope_theta,
-            "rope_scaling": {"rope_type": "default", "mrope_section": list(decoder.rope_sections)},
-            "tie_word_embeddings": decoder.tied_head,
-        },
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "window_size": vision.window_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "in_channels": vision.in_channels,
-            "spatial_merge_size": vision.merge_size,
-            "out_hidden_size": vision.out_hidden_size,
-            "hidden_act": "silu",
-        },
-    }
+def write_hf_config(config: VLConfig) -> dict[str, Any]:
+    """The config.json of a model, as transformers 4.52 and 5 read it.
+
+    Raises:
+        UserError: If transformers cannot express the architecture.
+    """
+    return family_of(config).write_config(config)
 
 
 def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, Mapping):
-        values, origin = source, "the given config"
-    else:
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        origin = str(path)
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path}: {error}; give a folder with transformers' config.json"
-            ) from error
-    if values.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{origin}: model_type is {values.get('model_type')!r}, expected 'qwen2_5_vl'")
-    return values, origin
-
-
-def _required(values: Mapping[str, Any], name: str, origin: str) -> Any:
-    if name not in values:
-        raise UserError(f"{origin}: field {name!r} is missing")
-    return values[name]
-
-
-def _decoder(text: Mapping[str, Any], whole: Mapping[str, Any], origin: str) -> DecoderConfig:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
+        return source, "the given config"
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text()), str(path)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{origin}: rotary embedding of type {rope_type!r} is not supported, only plain M-RoPE"
-        )
-    if text.get("use_sliding_window"):
-        raise UserError(f"{origin}: sliding-window attention is not supported (use_sliding_window)")
-    _check_activation(text, origin)
-    heads = _required(text, "num_attention_heads", origin)
-    hidden = _required(text, "hidden_size", origin)
-    return DecoderConfig(
-        vocab_size=_required(text, "vocab_size", origin),
-        hidden_size=hidden,
-        intermediate_size=_required(text, "intermediate_size", origin),
-        num_layers=_required(text, "num_hidden_layers", origin),
-        num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=hidden // heads,
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))),
-        rope_sections=tuple(_required(rope, "mrope_section", origin)),
-        norm_eps=text.get("rms_norm_eps", 1e-5),
-        qkv_bias=True,
-        tied_head=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-    )
-
-
-def _vision(vision: Mapping[str, Any], origin: str) -> QwenVisionConfig:
-    _check_activation(vision, origin)
-    return QwenVisionConfig(
-        hidden_size=vision.get("hidden_size", 3584),
-        intermediate_size=vision.get("intermediate_size", 3420),
-        depth=vision.get("depth", 32),
-        num_heads=vision.get("num_heads", 16),
-        full_attention_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        window_size=vision.get("window_size", 112),
-        patch_size=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-        merge_size=vision.get("spatial_merge_size", 2),
-        out_hidden_size=vision.get("out_hidden_size", 3584),
-    )
-
-
-def _check_activation(values: Mapping[str, Any], origin: str) -> None:
-    if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{origin}: hidden_act {values['hidden_act']!r} is not supported, only 'silu'")
+            f"cannot read {path}: {error}; give a folder with transformers' config.json"
+        ) from error

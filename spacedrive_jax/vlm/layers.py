@@ -1,4 +1,4 @@
-"""Building blocks shared by vision tower and decoder: RMSNorm, linear projection with optional LoRA, SwiGLU.
+"""Building blocks shared by vision towers and decoder: norms, linear projection with optional LoRA, SwiGLU.
 
 Every parameter carries the logical names of its axes (`nnx.get_partition_spec` reads them). They are
 plain metadata: nothing is placed on devices here; `training/sharding.py` maps the names to mesh axes.
@@ -68,6 +68,27 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with gain and bias (Ba et al. 2016), computed in float32."""
+
+    def __init__(
+        self, features: int, eps: float, *, name: str | None, compute: ComputeConfig, rngs: nnx.Rngs
+    ) -> None:
+        make = functools.partial(
+            parameter, nnx.Param, shape=(features,), names=(name,), dtype=compute.storage_dtype, rngs=rngs
+        )
+        self.scale = make(jax.nn.initializers.ones)
+        self.bias = make(jax.nn.initializers.zeros)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Brings each vector to mean 0 and variance 1, then applies gains and biases; keeps the dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,9 +12,10 @@ from flax import nnx
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.checkpoint import export_tensors, fill
 from spacedrive_jax.vlm.config import LoraConfig, LoraTarget
-from spacedrive_jax.vlm.conversion import canonical_name, check_names_and_shapes, lora_rules
-from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
+from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder, write_folder
+from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 
 CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
@@ -57,11 +58,11 @@ def read_peft_config(path: str | Path) -> LoraConfig:
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
         dropout=values.get("lora_dropout", 0.0),
-        targets=_targets(_open(path).places, Path(path)),
+        targets=_targets(_open(path, str).places, Path(path)),
     )
 
 
-def load_adapter(model: QwenVL, path: str | Path) -> None:
+def load_adapter(model: VisionLanguageModel, path: str | Path) -> None:
     """Puts the adapters of a PEFT folder into a model built for them.
 
     Args:
@@ -77,14 +78,14 @@ def load_adapter(model: QwenVL, path: str | Path) -> None:
             f"{path} holds {wanted} but the model was built with {built}; build it with the former"
         )
     rules = lora_rules(model.config.decoder, wanted)
-    folder = _open(path)
+    folder = _open(path, family_of(model.config).canonical_name)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path))
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
     fill(state, rules, folder)
     nnx.update(model, nnx.from_flat_state(state))
 
 
-def save_adapter(model: QwenVL, path: str | Path, *, base_model: str) -> None:
+def save_adapter(model: VisionLanguageModel, path: str | Path, *, base_model: str) -> None:
     """Writes a model's adapters as a PEFT folder.
 
     Args:
@@ -109,7 +110,8 @@ def save_adapter(model: QwenVL, path: str | Path, *, base_model: str) -> None:
         "lora_dropout": lora.dropout,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": [f"{target}_proj" for target in lora.targets],
+        # An expression, not a list: CLIP's projections have the same names.
+        "target_modules": rf".*language_model.*\.({'|'.join(lora.targets)})_proj",
     }
     shards = [[name for rule in rules for name in rule.source_names()]]
     write_folder(
@@ -130,7 +132,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
         raise UserError(f"cannot read {file}: {error}; give a folder that PEFT wrote") from error
 
 
-def _open(path: str | Path) -> SafetensorsFolder:
+def _open(path: str | Path, canonical_name: Callable[[str], str]) -> SafetensorsFolder:
     file = Path(path) / f"{STEM}.safetensors"
     if not file.is_file():
         raise UserError(f"{file} is not there; save the adapters as safetensors")
@@ -139,7 +141,7 @@ def _open(path: str | Path) -> SafetensorsFolder:
 
 
 def _targets(names: Iterable[str], path: Path) -> tuple[LoraTarget, ...]:
-    names = list(names)
+    names = [name for name in names if "vision" not in name]
     found = [target for target in get_args(LoraTarget) if any(f".{target}_proj." in name for name in names)]
     if not found:
         raise UserError(f"{path} adapts none of the decoder's q, k, v, o projections")

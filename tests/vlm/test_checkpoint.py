@@ -20,7 +20,8 @@ from spacedrive_jax.vlm import (
     from_hf,
     to_hf,
 )
-from spacedrive_jax.vlm.conversion import canonical_name, hub_name, lora_rules, qwen_rules
+from spacedrive_jax.vlm.conversion import lora_rules
+from spacedrive_jax.vlm.qwen_conversion import canonical_name, hub_name, qwen_rules
 
 from .conftest import GOLDEN
 

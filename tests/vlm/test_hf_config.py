@@ -91,7 +91,7 @@ def test_folder_of_the_golden_model():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "model_type is 'llava'"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, "'yarn'"),

@@ -1,0 +1,73 @@
+"""Logical axis names, the one ordered table that turns them into mesh axes, and its use on activations.
+
+Parameters carry names as metadata (`layers.parameter`); activations are pinned with `constrain`. Which
+devices there are is known only to the step that is traced: it opens `activations_on(mesh)` around the
+model. Outside of it `constrain` does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that samples are spread over."""
+
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # Parameters: width over fsdp (gathered layer by layer), the inner axis of a product over tensor.
+    ("vocab", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("embed", ("fsdp",)),
+    ("vision_mlp", ("tensor",)),
+    ("vision_heads", ("tensor",)),
+    ("vision_embed", ("fsdp",)),
+    # Activations: the residual stream is cut along the sequence too (sequence parallelism, Korthikanti et
+    # al. 2022); the cameras of the vision tower are spread over every device there is.
+    ("batch", BATCH_AXES),
+    ("sequence", ("tensor",)),
+    ("images", ("data", "fsdp", "tensor")),
+)
+"""Logical axis to mesh axes, in order of precedence within one array; a name not here is never sharded."""
+
+AxisNames = tuple[str | None, ...]
+
+
+def resolve(names: AxisNames, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Mesh axes of one array.
+
+    Args:
+        names: logical axis names; fewer than axes leave the rest whole.
+        shape: an axis takes the longest run of its mesh axes that divides it.
+        mesh: with the axes data, fsdp, tensor.
+
+    Returns:
+        The partition; a mesh axis is used once, by the first rule of the table that wants it.
+    """
+    order = [name for name, _ in RULES]
+    places = [place for place, name in enumerate(names[: len(shape)]) if name in order]
+    used: set[str] = set()
+    axes: list[tuple[str, ...] | None] = [None] * len(shape)
+    for place in sorted(places, key=lambda place: order.index(str(names[place]))):
+        wanted = [axis for axis in dict(RULES)[str(names[place])] if axis not in used]
+        while wanted and shape[place] % math.prod(mesh.shape[axis] for axis in wanted):
+            wanted.pop()
+        used.update(wanted)
+        axes[place] = tuple(wanted) or None
+    return PartitionSpec(*(axis[0] if axis is not None and len(axis) == 1 else axis for axis in axes))
+
+
+def activations_on(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
+    """Context in which `constrain` pins activations to a mesh; open it around the traced model."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation's sharding by the logical names of its axes; the identity without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolve(names, x.shape, mesh)))
