@@ -45,14 +45,13 @@ class Camera:
     height: int
     width: int
 
-    def rays(self) -> Float[np.ndarray, "H W 3"]:
+    def rays(self) -> Float[np.ndarray, "3 H W"]:
         """Global-frame ray of every pixel, scaled so that its camera-frame z is 1."""
-        inverse = np.linalg.inv(self.intrinsics)
-        to_global = (self.camera_to_global[:3, :3] @ inverse).astype(np.float32)
+        to_global = self.camera_to_global[:3, :3] @ np.linalg.inv(self.intrinsics)
+        per_column, per_row, start = to_global.astype(np.float32).T[..., None, None]
         u = np.arange(self.width, dtype=np.float32)
-        v = np.arange(self.height, dtype=np.float32)
-        rows = v[:, None, None] * to_global[:, 1] + to_global[:, 2]
-        return rows + u[None, :, None] * to_global[:, 0]
+        v = np.arange(self.height, dtype=np.float32)[:, None]
+        return per_row * v + start + per_column * u
 
 
 def cast(quads: Quads, camera: Camera) -> FrameBuffer:

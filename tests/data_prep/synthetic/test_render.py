@@ -47,7 +47,7 @@ def test_facing_box_has_the_depth_and_the_outline_of_its_front(camera: Camera) -
 def test_turned_box_matches_a_ray_and_slab_intersection(camera: Camera) -> None:
     yaw, size = 0.6, (4.0, 2.0, 1.6)
     buffer = cast(block(12.0, 1.5, size, yaw), camera)
-    rays = camera.rays().astype(np.float64)
+    rays = np.moveaxis(camera.rays(), 0, -1).astype(np.float64)
     cos, sin = np.cos(yaw), np.sin(yaw)
     to_box = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     origin = to_box @ (np.array([0, 0, LEVEL]) - np.array([12.0, 1.5, size[2] / 2]))
