@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.evaluation.protocols import protocol_named
 
@@ -32,8 +34,14 @@ class Evaluate(Command):
     """Records folder written by `python -m data_prep`."""
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to score on."""
-    protocol: Literal["omnidrive", "vad", "uniad"] = "omnidrive"
+    protocol: Literal["omnidrive", "vad", "uniad", "corrected"] = "omnidrive"
     """How steps are scored and combined; omnidrive is the paper's main table."""
+    pedestrians: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Count people as obstacles too (corrected protocol only)."""
+    compare: Path | None = None
+    """Another prediction file or folder, compared keyframe by keyframe."""
+    workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Processes that share the keyframes of a large split."""
     out: Path | None = None
     """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default."""
 
@@ -51,13 +59,21 @@ class Evaluate(Command):
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if not out.parent.is_dir():
             raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: give 1 or more")
+        protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
         predictions = read_predictions(self.predictions)
+        compare = None if self.compare is None else read_predictions(self.compare)
         records = open_records(self.records, self.split)
         evaluation = evaluate(
             records,
             predictions,
-            [protocol_named(self.protocol)],
-            track=lambda indices: progress(indices, desc=f"evaluate ({self.protocol})", unit="keyframe"),
+            [protocol],
+            compare=compare,
+            workers=self.workers,
+            track=lambda keyframes: progress(
+                keyframes, total=len(records), desc=f"evaluate ({self.protocol})", unit="keyframe"
+            ),
         )[self.protocol]
         facts = {
             **evaluation.to_json(),
@@ -80,7 +96,14 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 def format_table(facts: Mapping[str, Any]) -> str:
     """The scores against the baselines as text, with what was and was not counted below."""
-    rows = {"prediction": facts, **facts["baselines"]}
+    rows = {"prediction": facts}
+    comparison = facts["comparison"]
+    if comparison is not None:
+        common = {"samples": comparison["samples"]}
+        rows["both: here"] = common | comparison["here"]
+        rows["both: there"] = common | comparison["there"]
+        rows["here - there"] = common | comparison["difference"]
+    rows |= facts["baselines"]
     width = max(map(len, rows))
     group = 7 * len(COLUMNS)
     lines = [
@@ -93,9 +116,11 @@ def format_table(facts: Mapping[str, Any]) -> str:
     for name, scores in rows.items():
         cells = ("  " + "".join(_cell(scores[metric][column]) for column in COLUMNS) for metric in METRICS)
         lines.append(f"{name:{width}} {scores['samples']:>7}" + "".join(cells))
+    lines += ["", _interval_line("average", facts["confidence"])]
+    if comparison is not None:
+        lines.append(_interval_line("difference", comparison["confidence"]))
     coverage = facts["coverage"]
     lines += [
-        "",
         f"coverage: {coverage['counted']} of {coverage['eligible']} keyframes with a whole future "
         f"({100 * coverage['share']:.1f} %); the split has {coverage['records']}",
     ]
@@ -105,6 +130,18 @@ def format_table(facts: Mapping[str, Any]) -> str:
         if isinstance(item, dict) and item["count"]
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def _interval_line(what: str, confidence: Mapping[str, Any] | None) -> str:
+    if confidence is None:
+        return f"{what}: no interval, all keyframes are of one scene"
+    parts = [
+        f"{title} {interval[0]:.2f} to {interval[1]:.2f}"
+        for metric, title in METRICS.items()
+        if (interval := confidence[metric]["avg"]) is not None
+    ]
+    percent, scenes = 100 * confidence["level"], confidence["scenes"]
+    return f"{what}, {percent:.0f} % interval over {scenes} scenes: {', '.join(parts)}"
 
 
 def _cell(value: float | None) -> str:

@@ -20,7 +20,8 @@ class Coverage:
     Attributes:
         records: keyframes in the split.
         eligible: keyframes with a whole future.
-        counted: eligible keyframes with a usable prediction, the denominator of the scores.
+        counted: eligible keyframes the score is a mean over: those with a usable prediction, and those with
+            an unusable one under a protocol that counts them as failures.
         with_map: counted keyframes with a drivable area, the denominator of the intersection.
         missing: eligible keyframes the file does not mention.
         unparsed, short, non_finite: eligible keyframes whose prediction is unusable.

@@ -21,13 +21,15 @@ MIN_STEP_M = 0.3
 """Below these the tangent is unreliable: the first step then faces forward, later ones keep their heading."""
 
 
-def tangent_yaw(trajectories: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray, "M T"]:
-    """Heading along the path, held through steps shorter than 0.3 m (0 for a first step under 0.5 m)."""
+def tangent_yaw(
+    trajectories: Float[np.ndarray, "M T 2"], min_first_step: float = MIN_FIRST_STEP_M
+) -> Float[np.ndarray, "M T"]:
+    """Heading along the path, held through steps shorter than 0.3 m (0 for a too short first step)."""
     steps = np.diff(trajectories, axis=1, prepend=0.0)
     length = np.linalg.norm(steps, axis=-1)
     direction = np.arctan2(steps[..., 1], steps[..., 0])
     yaw = np.zeros_like(direction)
-    yaw[:, 0] = np.where(length[:, 0] < MIN_FIRST_STEP_M, 0.0, direction[:, 0])
+    yaw[:, 0] = np.where(length[:, 0] < min_first_step, 0.0, direction[:, 0])
     for step in range(1, yaw.shape[1]):
         yaw[:, step] = np.where(length[:, step] < MIN_STEP_M, yaw[:, step - 1], direction[:, step])
     return yaw
@@ -89,7 +91,7 @@ def drivable_rasters(record: Record, grids: Sequence[Grid]) -> dict[Grid, UInt8[
         return None
     polygons = shapely.from_wkb(list(record["drivable_polygons"]))
     drawn = {grid for grid in grids if len(polygons) and grid.cells != DRIVABLE_FINE_CELLS}
-    fine = None if drawn == set(grids) else np.ascontiguousarray(_decode_fine(record).T)
+    fine = None if drawn == set(grids) else np.ascontiguousarray(decode_fine(record).T)
     return {
         grid: _sample(fine, grid)
         if fine is not None and grid not in drawn
@@ -134,8 +136,12 @@ def _ring_cells(ring: shapely.LinearRing, scale: float) -> Int[np.ndarray, "V 2"
     return np.round((shapely.get_coordinates(ring) + GRID_EXTENT_M) * scale).astype(np.int32)
 
 
-def _decode_fine(record: Record) -> UInt8[np.ndarray, "1000 1000"]:
-    """The record's 0.1 m raster, row forward, column left, 0 or 1."""
+def decode_fine(record: Record) -> UInt8[np.ndarray, "1000 1000"]:
+    """The record's 0.1 m raster, row forward, column left, 0 or 1.
+
+    Raises:
+        UserError: it is missing or no such picture.
+    """
     encoded = record["drivable_fine"]
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE) if encoded else None
     if image is None or image.shape != (DRIVABLE_FINE_CELLS, DRIVABLE_FINE_CELLS):

@@ -7,31 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Record, Records, open_records, read_provenance
-from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory, standing_still
-from spacedrive_jax.evaluation.collision import VEHICLE_CATEGORIES, Obstacles
-from spacedrive_jax.evaluation.coverage import Coverage, cover, read_splits
-from spacedrive_jax.evaluation.drivable import drivable_rasters
-from spacedrive_jax.evaluation.metrics import (
-    HorizonScores,
-    StepScores,
-    horizon_scores,
-    score_steps,
-    stack_scores,
-    summarize,
-)
+from spacedrive_jax.data.records import Records, read_provenance
+from spacedrive_jax.evaluation.breakdown import KeyframeFacts, break_down
+from spacedrive_jax.evaluation.confidence import Comparison, confidence
+from spacedrive_jax.evaluation.coverage import Coverage, cover
+from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, stack_scores, summarize
+from spacedrive_jax.evaluation.planners import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
 from spacedrive_jax.evaluation.predictions import Predictions
-from spacedrive_jax.evaluation.protocols import Protocol, StepRule
-from spacedrive_jax.evaluation.rasters import Grid
-
-PREDICTION = "prediction"
-GROUND_TRUTH = "ground_truth"
-
-Planner = Callable[[Record], "Float[np.ndarray, 'T 2'] | None"]
-"""A record to its planned waypoints, or None where the planner has none."""
+from spacedrive_jax.evaluation.protocols import PolygonRule, Protocol
+from spacedrive_jax.evaluation.scoring import KeyframeScores, score_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +25,30 @@ class PlannerScores:
     """One planner's scores under one protocol.
 
     Attributes:
-        tokens: the keyframes counted, in record order.
+        facts: the keyframes counted, in record order.
         horizons: their scores, row for row.
+        failures: how many of them are unusable answers counted as failures.
+        with_map: how many of them have a drivable area.
     """
 
-    tokens: tuple[str, ...]
+    facts: tuple[KeyframeFacts, ...]
     horizons: HorizonScores
+    failures: int
+    with_map: int
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The keyframes counted."""
+        return tuple(fact.token for fact in self.facts)
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        """Their scenes."""
+        return tuple(fact.scene for fact in self.facts)
 
     def to_json(self) -> dict[str, Any]:
         """`samples`, `l2`, `collision`, `intersection`."""
-        return {"samples": len(self.tokens), **summarize(self.horizons)}
+        return {"samples": len(self.facts), **summarize(self.horizons)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Evaluation:
         prediction: the file's scores.
         baselines: scores of planners without a model on all eligible keyframes; `ground_truth` is the
             recorded drive against itself with no collision step excluded, so its collisions are those
-            of the rasters and annotations, and its L2 is 0.
+            of the boxes and annotations, and its L2 is 0.
+        comparison: the file against another one, where asked for.
         coverage: what was counted.
         notes: what a reader must know about these numbers, in sentences.
     """
@@ -68,37 +69,35 @@ class Evaluation:
     protocol: Protocol
     prediction: PlannerScores
     baselines: Mapping[str, PlannerScores]
+    comparison: Comparison | None
     coverage: Coverage
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The object the command prints and writes."""
+        steps = self.protocol.steps
         return {
             "protocol": self.protocol.name,
+            "pedestrians": isinstance(steps, PolygonRule) and steps.pedestrians,
             **self.prediction.to_json(),
+            "failures": self.prediction.failures,
+            "confidence": confidence(self.prediction.horizons, self.prediction.scenes),
             "coverage": self.coverage.to_json(),
             "baselines": {name: scores.to_json() for name, scores in self.baselines.items()},
+            "breakdown": break_down(self.prediction.horizons, self.prediction.facts),
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
             "notes": list(self.notes),
         }
-
-
-def obstacles_of(record: Record) -> Obstacles:
-    """The record's vehicles at the six future steps, ego frame."""
-    vehicle = np.array([category in VEHICLE_CATEGORIES for category in record["agent_category"]], bool)
-    boxes = record["agent_boxes"][vehicle]
-    return Obstacles(
-        centre=boxes[:, None, :2] + record["agent_future"][vehicle],
-        yaw=record["agent_future_yaw"][vehicle],
-        size=boxes[:, 3:5],
-        mask=np.asarray(record["agent_future_mask"], bool)[vehicle],
-    )
 
 
 def evaluate(
     records: Records,
     predictions: Predictions,
     protocols: Sequence[Protocol],
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+    *,
+    compare: Predictions | None = None,
+    workers: int = 1,
+    track: Callable[[Iterable[KeyframeScores]], Iterable[KeyframeScores]] = iter,
 ) -> dict[str, Evaluation]:
     """Scores predictions and baselines on every eligible keyframe of a split.
 
@@ -106,7 +105,9 @@ def evaluate(
         records: the split to score on.
         predictions: what a model planned.
         protocols: protocols to score under; those with the same step rule share the work.
-        track: wraps the loop over record indices (a progress bar).
+        compare: what another model planned.
+        workers: processes that share the keyframes; the result does not depend on it.
+        track: wraps the loop over keyframes (a progress bar).
 
     Returns:
         Protocol name to its evaluation.
@@ -114,84 +115,107 @@ def evaluate(
     Raises:
         UserError: no prediction can be counted.
     """
-    planners, notes = _planners(records, predictions)
+    files = {PREDICTION: predictions} | ({} if compare is None else {COMPARED: compare})
+    planners = gather_planners(records, files)
     rules = list(dict.fromkeys(protocol.steps for protocol in protocols))
-    step_scores: dict[tuple[str, StepRule], list[StepScores]] = {}
-    tokens: dict[str, list[str]] = {name: [] for name in planners}
-    seen: set[str] = set()
-    eligible: set[str] = set()
-    for index in track(range(len(records))):
-        record = records[index]
-        seen.add(record["token"])
-        if not np.all(record["waypoint_mask"]):
-            continue
-        eligible.add(record["token"])
-        plans = {name: plan for name, planner in planners.items() if (plan := planner(record)) is not None}
-        for name in plans:
-            tokens[name].append(record["token"])
-        for rule, scores in _score_record(record, np.stack(list(plans.values())), rules).items():
-            for row, name in enumerate(plans):
-                step_scores.setdefault((name, rule), []).append(scores.row(row))
-    if not tokens[PREDICTION]:
-        raise UserError(
-            f"none of the {len(predictions.tokens)} predictions in {predictions.path} can be scored on split "
-            f"{records.split!r} of {records.directory}, which has {len(eligible)} keyframes with a whole "
-            f"future ({len(predictions.tokens & seen)} predicted tokens are in the split); "
-            f"check --records and --split"
-        )
-    stacked = {key: stack_scores(rows) for key, rows in step_scores.items()}
-    with_map = int(stacked[PREDICTION, rules[0]].has_map.sum())
-    coverage = cover(records, predictions, seen, eligible, len(tokens[PREDICTION]), with_map)
-    notes += _map_notes(coverage)
-    result = {}
-    for protocol in protocols:
-        planned = {
-            name: PlannerScores(
-                tuple(tokens[name]),
-                horizon_scores(stacked[name, protocol.steps], protocol, exclude=name != GROUND_TRUTH),
+    keyframes = list(track(score_split(records, planners, rules, workers)))
+    return {
+        protocol.name: _evaluate_protocol(records, planners, keyframes, protocol) for protocol in protocols
+    }
+
+
+def _evaluate_protocol(
+    records: Records, planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol
+) -> Evaluation:
+    planned = _combine(planners, keyframes, protocol)
+    seen = {keyframe.facts.token for keyframe in keyframes}
+    eligible = {keyframe.facts.token for keyframe in keyframes if keyframe.eligible}
+    for name, file in planners.files.items():
+        if not planned[name].facts:
+            raise UserError(
+                f"none of the {len(file.tokens)} predictions in {file.path} can be scored on split "
+                f"{records.split!r} of {records.directory}, which has {len(eligible)} keyframes with a "
+                f"whole future ({len(file.tokens & seen)} predicted tokens are in the split); "
+                f"check --records and --split"
             )
-            for name in planners
-        }
-        prediction = planned.pop(PREDICTION)
-        result[protocol.name] = Evaluation(protocol, prediction, planned, coverage, tuple(notes))
+    prediction = planned.pop(PREDICTION)
+    other = planned.pop(COMPARED, None)
+    coverage = cover(
+        records,
+        planners.files[PREDICTION],
+        seen,
+        eligible,
+        counted=len(prediction.facts),
+        with_map=prediction.with_map,
+    )
+    notes = (*planners.notes, *_map_notes(coverage), *_failure_notes(prediction, coverage, protocol))
+    comparison = None
+    if other is not None:
+        comparison = compare_planners(prediction, other, str(planners.files[COMPARED].path))
+    return Evaluation(protocol, prediction, planned, comparison, coverage, notes)
+
+
+def _combine(
+    planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol
+) -> dict[str, PlannerScores]:
+    """Every planner's scores by the protocol's rules."""
+    eligible = [keyframe for keyframe in keyframes if keyframe.eligible]
+    if not eligible:
+        raise UserError("no keyframe of the split has a whole future (six more keyframes in its scene)")
+    steps = stack_scores([keyframe.steps[protocol.steps] for keyframe in eligible])
+    owner = np.array([name for keyframe in eligible for name in keyframe.planners])
+    failed = np.array([failure for keyframe in eligible for failure in keyframe.failed])
+    facts = [keyframe.facts for keyframe in eligible for _ in keyframe.planners]
+    usable = np.ones_like(failed) if protocol.failures == "counted" else ~failed
+    result = {}
+    for name in planners.names:
+        rows = (owner == name) & usable
+        mine = steps.rows(rows)
+        result[name] = PlannerScores(
+            facts=tuple(facts[row] for row in np.flatnonzero(rows)),
+            horizons=horizon_scores(mine, protocol, exclude=name != GROUND_TRUTH, failed=failed[rows]),
+            failures=int(failed[rows].sum()),
+            with_map=int(mine.has_map.sum()),
+        )
     return result
 
 
-def _score_record(
-    record: Record, plans: Float[np.ndarray, "M T 2"], rules: Sequence[StepRule]
-) -> dict[StepRule, StepScores]:
-    obstacles = obstacles_of(record)
-    grids = {rule: Grid(rule.resolution) for rule in rules}
-    drivable = drivable_rasters(record, list(grids.values()))
-    return {
-        rule: score_steps(plans, record["waypoints"], obstacles, drivable[grid] if drivable else None, rule)
-        for rule, grid in grids.items()
-    }
+def compare_planners(ours: PlannerScores, theirs: PlannerScores, file: str) -> Comparison:
+    """Pairs two planners' scores keyframe by keyframe.
+
+    Raises:
+        UserError: no keyframe counts for both.
+    """
+    place = {token: row for row, token in enumerate(theirs.tokens)}
+    pairs = [(row, place[token]) for row, token in enumerate(ours.tokens) if token in place]
+    if not pairs:
+        raise UserError(f"--compare {file}: it shares no scored keyframe with the predictions")
+    here, there = np.array(pairs).T
+    return Comparison(
+        file=file,
+        scenes=tuple(ours.scenes[row] for row in here),
+        ours=ours.horizons.rows(here),
+        theirs=theirs.horizons.rows(there),
+        only_ours=len(ours.facts) - len(pairs),
+        only_theirs=len(theirs.facts) - len(pairs),
+    )
 
 
-def _planners(records: Records, predictions: Predictions) -> tuple[dict[str, Planner], list[str]]:
-    """The prediction file and the baselines as planners, and notes about baselines that are missing."""
-    planners: dict[str, Planner] = {
-        PREDICTION: lambda record: predictions.waypoints.get(record["token"]),
-        "standing_still": lambda record: standing_still(),
-        "constant_velocity": constant_velocity,
-    }
+def _failure_notes(prediction: PlannerScores, coverage: Coverage, protocol: Protocol) -> list[str]:
+    if protocol.failures == "dropped":
+        return []
     notes = []
-    if "train" in read_splits(records):
-        train = open_records(records.directory, "train")
-        try:
-            mean = mean_trajectory(train[index] for index in range(len(train)))
-        except UserError as error:
-            notes.append(f"No mean trajectory baseline: {error}.")
-        else:
-            planners["mean_trajectory"] = lambda record: mean
-            notes.append(f"The mean trajectory is that of the {len(train)} keyframes of the train split.")
-            if records.split != "val":
-                notes.append("The mean trajectory was made from keyframes that are also scored here.")
-    else:
-        notes.append("No mean trajectory baseline: the records folder has no train split.")
-    planners[GROUND_TRUTH] = lambda record: record["waypoints"]
-    return planners, notes
+    if prediction.failures:
+        notes.append(
+            f"{prediction.failures} unusable answers count as colliding and off the road, with the L2 of "
+            f"standing still."
+        )
+    if coverage.missing:
+        notes.append(
+            f"{len(coverage.missing)} keyframes have no answer at all and are not counted: the score is of "
+            f"the others."
+        )
+    return notes
 
 
 def _map_notes(coverage: Coverage) -> list[str]:

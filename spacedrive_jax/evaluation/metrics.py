@@ -1,7 +1,7 @@
 """From scored steps to the numbers a table shows.
 
-Scores per step (arrays with one row a sample) come from `collision` and `drivable`; here they are combined
-per horizon by a protocol's rules and averaged over samples.
+Scores per step (arrays with one row a sample) come from `collision` and `drivable`, or from `polygons`; here
+they are combined per horizon by a protocol's rules and averaged over samples.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from spacedrive_jax.evaluation.collision import Obstacles, collides
 from spacedrive_jax.evaluation.drivable import off_road_cells
-from spacedrive_jax.evaluation.protocols import HORIZONS_S, STEPS_PER_SECOND, Protocol, StepRule
+from spacedrive_jax.evaluation.polygons import DrivableArea, leaves_road, overlaps
+from spacedrive_jax.evaluation.protocols import (
+    HORIZONS_S,
+    STEPS_PER_SECOND,
+    Combination,
+    PolygonRule,
+    Protocol,
+    StepRule,
+)
 
 Table = dict[str, float | None]
 """`{"1s": …, "2s": …, "3s": …, "avg": …}`; None where nothing could be measured."""
@@ -26,9 +34,9 @@ class StepScores:
 
     Attributes:
         l2: distance to the recorded waypoint, metres.
-        collision: the ego box meets another vehicle (before any exclusion).
+        collision: the ego box meets an obstacle (before any exclusion).
         reference_collision: the recorded drive's own box meets one at that step.
-        off_road: the ego box covers non-drivable cells, now (column 0) and at each waypoint.
+        off_road: the ego box leaves the drivable area, now (column 0) and at each waypoint.
         has_map: whether `off_road` was measured; False rows are meaningless there.
     """
 
@@ -38,40 +46,49 @@ class StepScores:
     off_road: Bool[np.ndarray, "S T+1"]
     has_map: Bool[np.ndarray, "S"]
 
-    def row(self, index: int) -> StepScores:
-        """One row, still with its leading axis."""
-        rows = {
-            field.name: getattr(self, field.name)[index : index + 1] for field in dataclasses.fields(self)
-        }
-        return StepScores(**rows)
+    def rows(self, chosen: Bool[np.ndarray, "S"] | slice) -> StepScores:
+        """The chosen rows."""
+        fields = {field.name: getattr(self, field.name)[chosen] for field in dataclasses.fields(self)}
+        return StepScores(**fields)
+
+
+Drivable = UInt8[np.ndarray, "n n"] | DrivableArea
+"""A raster on the rule's grid ([row = y][column = x]) for a `StepRule`, an area for a `PolygonRule`."""
 
 
 def score_steps(
     trajectories: Float[np.ndarray, "M T 2"],
     reference: Float[np.ndarray, "T 2"],
     obstacles: Obstacles,
-    drivable: UInt8[np.ndarray, "n n"] | None,
-    rule: StepRule,
+    drivable: Drivable | None,
+    rule: StepRule | PolygonRule,
 ) -> StepScores:
     """Scores M trajectories in one scene, step by step.
 
     Args:
         trajectories: planned waypoints, metres, ego frame.
         reference: recorded waypoints, all of them valid.
-        obstacles: the vehicles around.
-        drivable: drivable area on the rule's grid ([row = y][column = x]), None without a map.
-        rule: how a step is laid on the grid.
+        obstacles: the agents around.
+        drivable: the drivable area in the rule's form, None without a map.
+        rule: how a step is tested.
 
     Returns:
         One row a trajectory.
     """
     count, steps = trajectories.shape[:2]
     # The recorded drive is scored like one more trajectory: its collisions exclude steps.
-    hits = collides(np.concatenate([trajectories, reference[None]]), obstacles, rule)
-    if drivable is None:
-        off_road = np.zeros((count, steps + 1), bool)
+    everything = np.concatenate([trajectories, reference[None]])
+    off_road = np.zeros((count, steps + 1), bool)
+    if isinstance(rule, PolygonRule):
+        hits = overlaps(everything, obstacles, rule)
+        if drivable is not None:
+            assert not isinstance(drivable, np.ndarray)
+            off_road = leaves_road(trajectories, drivable, rule)
     else:
-        off_road = off_road_cells(trajectories, drivable, rule) > 0
+        hits = collides(everything, obstacles, rule)
+        if drivable is not None:
+            assert isinstance(drivable, np.ndarray)
+            off_road = off_road_cells(trajectories, drivable, rule) > 0
     return StepScores(
         l2=np.linalg.norm(trajectories - reference, axis=-1),
         collision=hits[:-1],
@@ -97,47 +114,64 @@ class HorizonScores:
 
     Attributes:
         l2: metres.
-        collision: 0 or 1, or the share of colliding steps.
-        intersection: 0 or 1, or the share of steps off the road; nan without a map.
+        collision: 0 or 1, or the share of colliding steps; nan where it cannot be judged.
+        intersection: 0 or 1, or the share of steps off the road; nan where it cannot be judged.
     """
 
     l2: Float[np.ndarray, "S 3"]
     collision: Float[np.ndarray, "S 3"]
     intersection: Float[np.ndarray, "S 3"]
 
+    def rows(self, chosen: Bool[np.ndarray, "S"] | Int[np.ndarray, "K"]) -> HorizonScores:
+        """The chosen rows."""
+        return HorizonScores(self.l2[chosen], self.collision[chosen], self.intersection[chosen])
 
-def horizon_scores(scores: StepScores, protocol: Protocol, exclude: bool = True) -> HorizonScores:
+
+def horizon_scores(
+    scores: StepScores,
+    protocol: Protocol,
+    exclude: bool = True,
+    failed: Bool[np.ndarray, "S"] | None = None,
+) -> HorizonScores:
     """Combines steps into horizons by the protocol's rules.
 
-    Steps at which the recorded drive itself collides are not scored for collision. A sample whose ego box
-    is off the road already now cannot count as an intersection but stays in the denominator.
+    Steps at which the recorded drive itself collides are not scored for collision, samples whose ego box is
+    off the road already now not for intersection; `Protocol.unscorable` says what that means.
 
     Args:
         scores: step scores.
         protocol: rules for combining.
         exclude: False scores collision at all steps (the recorded drive against itself, for example).
+        failed: rows of unusable answers, which collide and leave the road at every horizon.
     """
-    collision = scores.collision & ~scores.reference_collision if exclude else scores.collision
-    off_road = scores.off_road[:, 1:] & ~scores.off_road[:, :1]
+    nothing = np.nan if protocol.unscorable == "left_out" else 0.0
+    collision = scores.collision.astype(np.float64)
+    if exclude:
+        collision[scores.reference_collision] = nothing
+    off_road = scores.off_road[:, 1:].astype(np.float64)
+    off_road[scores.off_road[:, 0]] = nothing
+    if failed is not None:
+        collision[failed] = off_road[failed] = 1.0
+    off_road[~scores.has_map] = np.nan
     columns: dict[str, list[np.ndarray]] = {"l2": [], "collision": [], "intersection": []}
     for seconds in HORIZONS_S:
         steps = seconds * STEPS_PER_SECOND
-        error = scores.l2[:, :steps]
-        columns["l2"].append(error.mean(axis=1) if protocol.l2 == "mean" else error[:, -1])
+        columns["l2"].append(_combine(scores.l2[:, :steps], protocol.l2))
         columns["collision"].append(_combine(collision[:, :steps], protocol.collision))
-        intersection = _combine(off_road[:, :steps], protocol.intersection)
-        columns["intersection"].append(np.where(scores.has_map, intersection, np.nan))
+        columns["intersection"].append(_combine(off_road[:, :steps], protocol.intersection))
     return HorizonScores(**{name: np.stack(values, axis=1) for name, values in columns.items()})
 
 
-def _combine(steps: Bool[np.ndarray, "S n"], how: str) -> Float[np.ndarray, "S"]:
-    return np.asarray(steps.any(axis=1) if how == "any" else steps.mean(axis=1), np.float64)
+def _combine(steps: Float[np.ndarray, "S n"], how: Combination) -> Float[np.ndarray, "S"]:
+    if how == "endpoint":
+        return steps[:, -1]
+    return steps.max(axis=1) if how == "any" else steps.mean(axis=1)
 
 
 def summarize(horizons: HorizonScores) -> dict[str, Table]:
     """Means over samples: L2 in metres, collision and intersection in percent; avg is over 1, 2, 3 s.
 
-    Samples without a map are left out of the intersection mean; None when no sample counts.
+    What cannot be judged is left out of its mean; None where nothing can.
     """
     return {
         "l2": _table(horizons.l2),
@@ -147,11 +181,9 @@ def summarize(horizons: HorizonScores) -> dict[str, Table]:
 
 
 def _table(values: Float[np.ndarray, "S 3"]) -> Table:
-    counted = values[~np.isnan(values).any(axis=1)]
-    if not len(counted):
-        return {**{f"{seconds}s": None for seconds in HORIZONS_S}, "avg": None}
-    means = counted.mean(axis=0)
+    means = [float(column.mean()) if len(column := part[~np.isnan(part)]) else None for part in values.T]
+    known = [mean for mean in means if mean is not None]
     return {
-        **{f"{seconds}s": float(mean) for seconds, mean in zip(HORIZONS_S, means, strict=True)},
-        "avg": float(means.mean()),
+        **{f"{seconds}s": mean for seconds, mean in zip(HORIZONS_S, means, strict=True)},
+        "avg": sum(known) / len(known) if len(known) == len(means) else None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class Predictions:
     def tokens(self) -> frozenset[str]:
         """All tokens in the file, usable or not."""
         return frozenset(self.text)
+
+    @functools.cached_property
+    def unusable(self) -> frozenset[str]:
+        """Tokens with an answer that cannot be scored as a trajectory."""
+        return frozenset((*self.unparsed, *self.short, *self.non_finite))
 
 
 def sort_predictions(

@@ -1,9 +1,9 @@
 """The open-loop protocols: what each published nuScenes planning score measures, as data.
 
 All protocols score six waypoints at 2 Hz against the recorded drive, at 1, 2 and 3 s. They differ in the
-grid, in where the ego box sits on it and in how steps become one number per horizon. `StepRule` holds what
-decides the score of a single step, `Protocol` adds how steps are combined, so protocols that share a
-step rule share its rasters.
+grid (or in having none), in where the ego box sits and in how steps become one number per horizon.
+`StepRule` and `PolygonRule` hold what decides the score of a single step, `Protocol` adds how steps are
+combined, so protocols that share a step rule share its work.
 """
 
 from __future__ import annotations
@@ -38,24 +38,48 @@ class StepRule:
 
 
 @dataclasses.dataclass(frozen=True)
+class PolygonRule:
+    """How one predicted step is tested without a grid: boxes as polygons, overlaps as areas.
+
+    Attributes:
+        ego_offset: metres from the waypoint (the rear axle) forward along the heading to the centre of the
+            ego box, in both tests.
+        pedestrians: whether people count as obstacles beside vehicles.
+    """
+
+    ego_offset: float
+    pedestrians: bool = False
+
+
+Combination = Literal["any", "mean", "endpoint"]
+"""Any step up to the horizon, the mean over the steps up to it, or the step at it alone."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One published way to turn six scored steps into numbers at 1, 2 and 3 s.
+    """One way to turn six scored steps into numbers at 1, 2 and 3 s.
 
     Attributes:
         name: as given to `--protocol`.
         steps: how a single step is scored.
-        l2: `mean` of the errors up to the horizon, or the error at its `endpoint`.
-        collision: `any` step up to the horizon collides, or the `mean` share of colliding steps.
-        intersection: `any` step up to the horizon leaves the drivable area, or the `mean` share.
+        l2: how the errors of the steps become one number.
+        collision: the same for colliding steps.
+        intersection: the same for steps off the drivable area.
+        unscorable: what becomes of a step at which the recorded drive itself collides, and of a sample whose
+            ego box is off the road now: counted as `clean`, or `left_out` of the mean.
+        failures: what becomes of an answer without six finite waypoints: `dropped` from the mean, or
+            `counted` as colliding and off the road, with the L2 of standing still.
         description: one line for tables and reports.
     """
 
     name: str
-    steps: StepRule
+    steps: StepRule | PolygonRule
     l2: Literal["mean", "endpoint"]
-    collision: Literal["any", "mean"]
-    intersection: Literal["any", "mean"]
+    collision: Combination
+    intersection: Combination
     description: str
+    unscorable: Literal["clean", "left_out"] = "clean"
+    failures: Literal["dropped", "counted"] = "dropped"
 
 
 _COARSE_STEPS = StepRule(resolution=0.5, ego_offset=0.5, footprint_yaw="zero")
@@ -95,17 +119,45 @@ UNIAD = Protocol(
 """The supplement's "UniAD" protocol, Q2-Q4 and Q10 kept, and Q5: collisions accumulate up to the horizon,
 so the figure is an upper bound of UniAD's own per-step one."""
 
+EGO_CENTRE_M = 1.4
+"""From the rear axle, where nuScenes puts the ego pose, to the middle of the 4.084 m long Renault Zoe."""
+
+CORRECTED = Protocol(
+    name="corrected",
+    steps=PolygonRule(ego_offset=EGO_CENTRE_M),
+    l2="endpoint",
+    collision="endpoint",
+    intersection="endpoint",
+    unscorable="left_out",
+    failures="counted",
+    description="polygons instead of a grid, ego box 1.4 m forward, every horizon by its own step",
+)
+"""No published script's, but what they mean to measure: the ego box where the vehicle is (Q1), one box and
+one overlap test for both metrics, without cells (Q2), headings carried over through short steps (Q3), people
+as obstacles on request (Q4), steps judged by themselves (Q5), unusable answers as failures (Q7)."""
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
-    {protocol.name: protocol for protocol in (OMNIDRIVE, VAD, UNIAD)}
+    {protocol.name: protocol for protocol in (OMNIDRIVE, VAD, UNIAD, CORRECTED)}
 )
 
 
-def protocol_named(name: str) -> Protocol:
+def protocol_named(name: str, *, pedestrians: bool = False) -> Protocol:
     """The protocol called `name`.
 
+    Args:
+        name: a key of `PROTOCOLS`.
+        pedestrians: count people as obstacles too; `corrected` only.
+
     Raises:
-        UserError: there is no such protocol.
+        UserError: there is no such protocol, or it has no say about pedestrians.
     """
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name!r} is not one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    protocol = PROTOCOLS[name]
+    if not pedestrians:
+        return protocol
+    if not isinstance(protocol.steps, PolygonRule):
+        raise UserError(
+            f"--pedestrians: the {name} protocol counts vehicles only; use it with --protocol corrected"
+        )
+    return dataclasses.replace(protocol, steps=dataclasses.replace(protocol.steps, pedestrians=True))

@@ -12,10 +12,11 @@ from spacedrive_jax.data.records import Record, open_records
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.evaluation.drivable import drivable_rasters
-from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
+from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import PROTOCOLS, protocol_named
 from spacedrive_jax.evaluation.rasters import Grid
+from spacedrive_jax.evaluation.scoring import obstacles_of
 from tests.record_factory import make_record, straight_road, write_records
 
 NO_FUTURE = np.array([1, 1, 1, 1, 1, 0], bool)
@@ -276,3 +277,56 @@ def test_agent_driver_on_the_real_scenes(nuscenes_real: Path) -> None:
     for seconds in (1, 2, 3):
         assert mean[f"{seconds}s"] == pytest.approx(expected[f"avg_to_{seconds}s"], abs=1e-6)
         assert end[f"{seconds}s"] == pytest.approx(expected[f"at_{seconds}s"], abs=1e-6)
+
+
+def test_unusable_answers_are_failures_when_corrected(folder: Path, tmp_path: Path) -> None:
+    path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0), "car": ahead(1.0)[:4]})
+    with path.open("a") as lines:
+        lines.write('{"token": "person", "waypoints": [], "status": "unparsed"}\n')
+    facts = Evaluate(path, folder, protocol="corrected").run()
+    assert (facts["samples"], facts["failures"]) == (3, 2)
+    assert facts["coverage"]["counted"] == 3
+    for metric in ("collision", "intersection"):
+        assert facts[metric]["3s"] == pytest.approx(200 / 3)
+    assert facts["l2"]["avg"] == 0  # both recorded vehicles stand still, and so does a failure
+    assert any("2 unusable answers count as colliding" in note for note in facts["notes"])
+    facts = Evaluate(path, folder, protocol="omnidrive").run()
+    assert (facts["samples"], facts["failures"]) == (1, 0)
+
+
+def test_pedestrians_are_obstacles_on_request(folder: Path, tmp_path: Path) -> None:
+    path = predict(tmp_path / "p.jsonl", {"person": ahead(2.0)})
+    assert Evaluate(path, folder, protocol="corrected").run()["collision"]["2s"] == 0
+    facts = Evaluate(path, folder, protocol="corrected", pedestrians=True).run()
+    assert facts["collision"]["2s"] == 100
+    assert facts["pedestrians"] is True
+    with pytest.raises(UserError, match="use it with --protocol corrected"):
+        Evaluate(path, folder, pedestrians=True).run()
+
+
+def test_comparison_is_paired(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0), "car": ahead(2.0)})
+    other = predict(tmp_path / "q.jsonl", {"clear": ahead(1.0), "person": ahead(0.0)})
+    comparison = Evaluate(path, folder, compare=other).run()["comparison"]
+    assert (comparison["samples"], comparison["only_here"], comparison["only_there"]) == (1, 1, 1)
+    assert comparison["here"]["l2"]["1s"] == 0
+    assert comparison["there"]["l2"]["1s"] == pytest.approx(1.5)
+    assert comparison["difference"]["l2"]["1s"] == pytest.approx(-1.5)
+    assert comparison["nearer_share"] == {"1s": 1, "2s": 1, "3s": 1}
+    assert "here - there" in capsys.readouterr().out
+    apart = predict(tmp_path / "r.jsonl", {"person": ahead(0.0)})
+    with pytest.raises(UserError, match="shares no scored keyframe"):
+        Evaluate(path, folder, compare=apart).run()
+
+
+def test_processes_change_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spacedrive_jax.evaluation.scoring.CHUNK_KEYFRAMES", 2)
+    path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0, 1.0), "car": ahead(2.0)})
+    one, two = (
+        evaluate(
+            open_records(folder, "val"), read_predictions(path), list(PROTOCOLS.values()), workers=workers
+        )
+        for workers in (1, 2)
+    )
+    for name in PROTOCOLS:
+        assert one[name].to_json() == two[name].to_json()

@@ -11,7 +11,7 @@ import pytest
 from spacedrive_jax.evaluation.collision import Obstacles, collides
 from spacedrive_jax.evaluation.drivable import off_road_cells, tangent_yaw
 from spacedrive_jax.evaluation.metrics import horizon_scores, score_steps, stack_scores, summarize
-from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, Protocol
+from spacedrive_jax.evaluation.protocols import OMNIDRIVE, UNIAD, VAD, Protocol
 from spacedrive_jax.evaluation.rasters import Grid, box_corners, draw_polygon, to_cells
 
 PUBLISHED_NAMES = {"omnidrive": "ours", "vad": "vad", "uniad": "uniad"}
@@ -69,7 +69,7 @@ def case(golden: Path) -> Case:
     return Case(golden / "metrics")
 
 
-@pytest.fixture(params=PROTOCOLS.values(), ids=PROTOCOLS)
+@pytest.fixture(params=[OMNIDRIVE, VAD, UNIAD], ids=lambda protocol: protocol.name)
 def protocol(request: pytest.FixtureRequest) -> Protocol:
     return request.param
 

@@ -193,7 +193,7 @@ def test_devkit_polygons_refill_holes() -> None:
 
 
 def test_protocol_names() -> None:
-    assert list(PROTOCOLS) == ["omnidrive", "vad", "uniad"]
+    assert list(PROTOCOLS) == ["omnidrive", "vad", "uniad", "corrected"]
     assert protocol_named("vad") is VAD
-    with pytest.raises(UserError, match="omnidrive, vad, uniad"):
+    with pytest.raises(UserError, match="omnidrive, vad, uniad, corrected"):
         protocol_named("stp3")
