@@ -82,6 +82,10 @@ class Predict(Command):
     """Samples per step, over all devices."""
     max_new_tokens: int = 100
     """Longest answer, tokens."""
+    decoding: Literal["one-pass", "token-by-token"] = "one-pass"
+    """Run the whole framed answer at once and check it, or generate token by token; same answers."""
+    repetition_penalty: float = 1.0
+    """Penalty on ids already seen; released Qwen settings carry 1.05, SpaceDrive's results use none."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the file if it exists."""
 
@@ -100,6 +104,8 @@ class Predict(Command):
             out,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
+            decoding=self.decoding,
+            repetition_penalty=self.repetition_penalty,
             overwrite=self.overwrite,
         )
         if self.out is None:
@@ -110,6 +116,7 @@ class Predict(Command):
             "file": str(out),
             "samples": result.samples,
             "unparsed": result.unparsed,
+            "in_one_pass": result.in_one_pass,
             "samples_per_second": rate,
         }
 

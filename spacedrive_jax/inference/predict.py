@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,10 +19,16 @@ from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.pipeline import Samples, evaluation_batches
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
 from spacedrive_jax.data.samples import SampleBuilder
-from spacedrive_jax.inference.generate import Generation, answer_text, generate
+from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
 from spacedrive_jax.training.state import abstract_state, frozen_state
+
+Decoding = Literal["one-pass", "token-by-token"]
+"""How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
+frame, or one token after the other. Both give the same answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,8 @@ class PredictResult:
     samples: int
     unparsed: int
     """Answers without exactly six coordinates."""
+    in_one_pass: int
+    """Answers that needed no token-by-token step."""
     seconds: float
     """From the second batch on, so that compiling does not count; all of it if there is but one."""
 
@@ -45,6 +53,8 @@ def predict(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 100,
+    decoding: Decoding = "one-pass",
+    repetition_penalty: float = 1.0,
     overwrite: bool = False,
 ) -> PredictResult:
     """Predicts every keyframe of a split.
@@ -56,6 +66,8 @@ def predict(
         out: JSON Lines file: token, waypoints (6 x [x, y], metres, ego frame), text, status.
         batch_size: samples a step; the last batch is filled up.
         max_new_tokens: longest answer.
+        decoding: how; it changes the time, not the answers.
+        repetition_penalty: see `generate`; 1 for none.
         overwrite: replace `out`.
 
     Raises:
@@ -75,20 +87,30 @@ def predict(
     frozen = frozen_state(config, mesh)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
 
+    frame = planning_frame(builder.tokenizer) if decoding == "one-pass" else None
+
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
         model = nnx.merge(graph, trainable, frozen)
-        return generate(model, batch, builder.tokenizer, max_new_tokens)
+        return generate(
+            model,
+            batch,
+            builder.tokenizer,
+            max_new_tokens,
+            repetition_penalty=repetition_penalty,
+            frame=frame,
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    unparsed, started, timed = 0, time.monotonic(), 0
+    unparsed, in_one_pass, started, timed = 0, 0, time.monotonic(), 0
     with (
         partial.open("w", encoding="utf-8") as file,
         progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
     ):
         for number, (batch, count) in enumerate(evaluation_batches(samples, batch_size)):
             generated = jax.device_get(answer(trainable, frozen, place_batch(batch, mesh)))
+            in_one_pass += int(generated.in_one_pass[:count].sum())
             for row in range(count):
                 index = samples.indices[int(batch.index[row])]
                 line = prediction_line(builder, records[index]["token"], generated, row)
@@ -100,9 +122,8 @@ def predict(
             else:
                 timed += count
     os.replace(partial, out)
-    return PredictResult(
-        out, len(samples), unparsed, (time.monotonic() - started) * len(samples) / max(timed, 1)
-    )
+    seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
+    return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
 
 
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:

@@ -1,22 +1,178 @@
+"""Both ways of answering against the published implementation, and against each other."""
+
+import dataclasses
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
-from spacedrive_jax.inference.generate import answer_text, generate
-from tests.published_case import load_case
+from spacedrive_jax.batch import stack
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
+from spacedrive_jax.data.prompts import planning_question
+from spacedrive_jax.data.samples import token_fields
+from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.generate import generate
+from tests.published_case import GOLDEN, load_case
+
+FOLDER = GOLDEN / "spacedrive_generate"
+VARIANTS = {  # position input, repetition penalty, ego status, another head
+    "": (False, 1.0, "both", False),
+    "_enable_pe_input": (True, 1.0, "both", False),
+    "_rep_penalty_1.05": (False, 1.05, "both", False),
+    "_double_indicator": (False, 1.0, "both", True),
+    "_double_indicator_enable_pe_input": (True, 1.0, "both", True),
+    "_no_ego": (False, 1.0, "none", False),
+}
 
 
-def test_generation_equals_published():
-    case = load_case("spacedrive_generate")
-    published = case.outputs
-    length = int(case.batch.lengths[0])
-    np.testing.assert_array_equal(case.batch.token_ids[0, :length], published["prompt_ids_after_ego"][0])
-    limit = case.settings["max_new_tokens"]
-    generated = jax.jit(lambda batch: generate(case.model, batch, case.tokenizer, limit))(case.batch)
+@pytest.fixture(scope="module")
+def case():
+    return load_case("spacedrive_generate")
+
+
+@pytest.fixture(scope="module")
+def answer(case):
+    """Answers a batch with the case's weights, or with another head; compiled once per setting."""
+    graph, state = nnx.split(case.model)
+    config = case.model.config
+    frame = planning_frame(case.tokenizer)
+
+    @functools.partial(jax.jit, static_argnames=("position_input", "penalty", "one_pass", "limit"))
+    def run(state, batch, position_input, penalty, one_pass, limit):
+        model = nnx.merge(graph, state)
+        model.config = dataclasses.replace(config, position_input=position_input)
+        return generate(
+            model,
+            batch,
+            case.tokenizer,
+            limit,
+            repetition_penalty=penalty,
+            frame=frame if one_pass else None,
+        )
+
+    def answer(batch, *, head=None, position_input=False, penalty=1.0, one_pass=False, limit=100):
+        changed = state
+        if head is not None:
+            changed = jax.tree.map(lambda leaf: leaf, state)
+            changed["vlm"]["decoder"]["new_head"].set_value(head)
+        return jax.device_get(run(changed, batch, position_input, penalty, one_pass, limit))
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def double_head():
+    return jnp.asarray(load_file(FOLDER / "weights_double_indicator.safetensors")["new_lm_head.weight"])
+
+
+def prompt_fields(case, chat, ego_status):
+    rows, columns = case.settings["grid"]
+    grid = (rows // 2, columns // 2)
+    return token_fields(case.tokenizer, chat, grid, ego_status, sequence_length=300, max_targets=96)
+
+
+def published_prompt(case, ego_status):
+    ids = np.load(FOLDER / "inputs.npz")["f1/input_ids"][0].tolist()
+    starts = [index + 1 for index, token in enumerate(ids) if token == case.tokenizer.vision_start]
+    fields = prompt_fields(case, ChatTokens(ids, [IGNORE] * len(ids), starts), ego_status)
+    return dataclasses.replace(case.batch, **jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], fields))
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["token_by_token", "one_pass"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_equal_published(case, answer, double_head, variant, one_pass):
+    position_input, penalty, ego_status, other_head = VARIANTS[variant]
+    published = np.load(FOLDER / f"outputs{variant}.npz")
+    batch = published_prompt(case, ego_status)
+    length = int(batch.lengths[0])
+    np.testing.assert_array_equal(batch.token_ids[0, :length], published["prompt_ids_after_ego"][0])
+    generated = answer(
+        batch,
+        head=double_head if other_head else None,
+        position_input=position_input,
+        penalty=penalty,
+        one_pass=one_pass,
+    )
     count = int(generated.lengths[0])
-    np.testing.assert_array_equal(generated.token_ids[0, :count], published["generated_ids"])
-    decoded = np.asarray(generated.is_coordinate[0, :count])
+    ids, points = generated.token_ids[0, :count], generated.coordinates[0, :count]
+    np.testing.assert_array_equal(ids, published["generated_ids"])
+    decoded = generated.is_coordinate[0, :count]
     np.testing.assert_array_equal(np.flatnonzero(decoded), published["pos_embedding_index"])
-    points = np.asarray(generated.coordinates[0, :count])
     np.testing.assert_allclose(points[decoded], published["coords"], atol=2e-4)
-    text = answer_text(case.tokenizer, np.asarray(generated.token_ids[0, :count]), points, decoded)
-    assert text == case.settings["text"]
+    expected = case.settings["variant_texts"].get(variant[1:]) or case.settings["text"]
+    assert answer_text(case.tokenizer, ids, points, decoded) == expected
+    obeys_frame = not other_head and ego_status == "both"
+    assert bool(generated.in_one_pass[0]) == (one_pass and obeys_frame)
+
+
+def random_batch(case, rng, size):
+    """Prompts of several lengths, other pictures, distances and ego states."""
+    samples = []
+    for _ in range(size):
+        command = int(rng.integers(9))
+        question = planning_question(
+            str(rng.choice(["boston", "singapore"])), None if command == 8 else command
+        )
+        chat = chat_tokens(case.tokenizer, [Turn("user", question)], 15, generation_prompt=True)
+        fields = prompt_fields(case, chat, str(rng.choice(["both", "none", "feature"], p=[0.6, 0.2, 0.2])))
+        first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), case.batch)
+        pixels = first.pixel_values + rng.normal(0, rng.choice([0.3, 1, 2]), first.pixel_values.shape)
+        samples.append(
+            dataclasses.replace(
+                first,
+                **fields,
+                pixel_values=pixels.astype(np.float32),
+                patch_depth=(first.patch_depth * rng.uniform(0.5, 2)).astype(np.float32),
+                ego_status=(first.ego_status * rng.uniform(0, 2, 74)).astype(np.float32),
+                past_positions=rng.normal(0, 5, (2, 3)).astype(np.float32),
+            )
+        )
+    return jax.tree.map(jnp.asarray, stack(samples))
+
+
+def test_one_pass_equals_token_by_token_on_random_samples(case, answer, double_head):
+    rng = np.random.default_rng(0)
+    head = np.asarray(case.model.vlm.decoder.new_head[...])
+    agreed = []
+    for round_number in range(10):
+        batch = random_batch(case, rng, 20)
+        # From the fitted head, which keeps to the frame, towards one that repeats indicators.
+        blend = (0, 0.2, 0.4, 0.6, 0.8)[round_number % 5]
+        settings = {
+            "head": jnp.asarray(head + blend * (np.asarray(double_head) - head)),
+            "position_input": round_number >= 5,
+            "limit": 40,
+        }
+        slow, fast = answer(batch, **settings), answer(batch, one_pass=True, **settings)
+        np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
+        np.testing.assert_array_equal(fast.lengths, slow.lengths)
+        np.testing.assert_array_equal(fast.is_coordinate, slow.is_coordinate)
+        np.testing.assert_allclose(fast.coordinates, slow.coordinates, atol=2e-4)
+        assert not slow.in_one_pass.any()
+        agreed.append(fast.in_one_pass)
+    share = np.mean(agreed)
+    assert 0.2 < share < 0.8  # both kinds are well represented
+
+
+def test_limits(case, answer):
+    frame = planning_frame(case.tokenizer)
+    batch = published_prompt(case, "both")
+    for limit in (len(frame) - 1, 10):
+        slow, fast = answer(batch, limit=limit), answer(batch, one_pass=True, limit=limit)
+        np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
+        assert not fast.in_one_pass.any()
+    for limit, penalty in ((0, 1.0), (5, 0.0)):
+        with pytest.raises(UserError, match="must be"):
+            generate(case.model, batch, case.tokenizer, limit, repetition_penalty=penalty)
+
+
+def test_frame_is_the_published_answer(case):
+    frame = planning_frame(case.tokenizer)
+    published = np.load(FOLDER / "outputs.npz")["generated_ids"]
+    text = np.array(frame) != case.tokenizer.position
+    np.testing.assert_array_equal(np.array(frame)[text], published[text])

@@ -1,0 +1,56 @@
+"""Answers as text: the frame of the planning answer, and generated ids written out."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.chat import Turn, chat_tokens
+from spacedrive_jax.data.prompts import planning_answer
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
+
+
+def planning_frame(tokenizer: DrivingTokenizer) -> tuple[int, ...]:
+    """The ids of the planning answer as training lays it out, behind the assistant's header.
+
+    A position token stands behind every indicator, the end of the turn comes last (30 ids in Qwen2.5's
+    vocabulary, the newline behind the turn not counted).
+
+    Raises:
+        UserError: this tokenizer runs the header and the answer's first letters together, so that an answer
+            does not begin where the prompt ends.
+    """
+    question = Turn("user", "")
+    prompt = chat_tokens(tokenizer, [question], 1, generation_prompt=True).token_ids
+    whole = chat_tokens(tokenizer, [question, Turn("assistant", planning_answer())], 1).token_ids
+    if whole[: len(prompt)] != prompt:
+        raise UserError("the tokenizer merges the assistant's header with the answer: no frame can be made")
+    answer = whole[len(prompt) :]
+    return tuple(answer[: answer.index(tokenizer.turn_end) + 1])
+
+
+def answer_text(
+    tokenizer: DrivingTokenizer,
+    token_ids: Int[np.ndarray, " G"],
+    coordinates: Float[np.ndarray, "G 3"],
+    is_coordinate: Bool[np.ndarray, " G"],
+) -> str:
+    """One sample's answer as text, each coordinate printed as `(x, y)` with two decimals behind its
+    indicator, special tokens spelled out, as the published code writes it.
+
+    Args:
+        tokenizer: decodes the ids.
+        token_ids: the generated ids, cut to their length.
+        coordinates: metres.
+        is_coordinate: where they stand.
+    """
+    pieces: list[str] = []
+    run: list[int] = []
+    for token, point, decoded in zip(token_ids.tolist(), coordinates, is_coordinate, strict=True):
+        if decoded:
+            pieces += [tokenizer.decode(run), f"({point[0]:.2f}, {point[1]:.2f})"]
+            run = []
+        else:
+            run.append(token)
+    return "".join([*pieces, tokenizer.decode(run)])

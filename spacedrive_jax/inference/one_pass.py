@@ -1,0 +1,195 @@
+"""Planning in one pass: prompt and expected answer in a single forward, checked afterwards.
+
+A planning answer has a fixed frame around its coordinates, `Here is the planning trajectory [... ].`, so all
+of its tokens are known beforehand. They are run together with the prompt. Where the most likely id at every
+text place is the frame's own, greedy generation would have fed exactly these tokens, and the coordinates
+decoded at the indicators are the ones it would have decoded. (Speculative decoding, Leviathan et al. 2023,
+with the frame as the draft.) Where a sample says something else, its cache is cut back to that place and
+generation goes on from there token by token.
+
+With position input on, what stands at a position token depends on the coordinate before it: the frame is
+then cut behind every indicator, and the pieces are run one after the other over the cache, six short steps
+for six waypoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.inference.progress import (
+    Progress,
+    Seen,
+    mark_seen,
+    penalise,
+    position_embedding,
+    prefill,
+    prompt_ids_seen,
+)
+from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.vlm.cache import KVCache
+
+TIE_MARGIN = {"float32": 1e-3}
+TIE_MARGIN_HALF = 0.5
+"""Where the best two scores are closer than this, rounding could let one pass and token by token differ
+(they sum in another order), so the place counts as not explained by the frame."""
+
+
+def run_frame(
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    tokenizer: DrivingTokenizer,
+    frame: tuple[int, ...],
+    max_new_tokens: int,
+    repetition_penalty: float,
+) -> Progress:
+    """Runs prompts with the frame behind them and keeps what each sample agrees with.
+
+    Args:
+        model: the model.
+        batch: prompts.
+        tokenizer: gives the special ids.
+        frame: the answer's ids, a position token behind every indicator, the end of the turn last; no
+            longer than `max_new_tokens`.
+        max_new_tokens: longest answer.
+        repetition_penalty: as in `generate`.
+
+    Returns:
+        Finished samples with their whole answer, and unfinished ones cut back to the first place at which
+        they differ (to the prompt where that is a near tie, so that no rounding of this pass decides it).
+    """
+    hidden, cache = _hidden_states(model, batch, tokenizer, frame, max_new_tokens + 1)
+    length = len(frame)
+    expected = jnp.asarray(frame, jnp.int32)
+    discarded = np.asarray(frame) == tokenizer.position
+    scores = model.vlm.decoder.logits(hidden)
+    seen = prompt_ids_seen(model, batch, repetition_penalty)
+    chosen, margin = _choose(scores, seen, repetition_penalty)
+
+    is_tie = margin < TIE_MARGIN.get(model.config.compute.dtype, TIE_MARGIN_HALF)
+    differs = is_tie | ((chosen != expected) & ~discarded)
+    agrees = ~jnp.any(differs, axis=1)
+    place = jnp.argmax(differs, axis=1)
+    tied = jnp.take_along_axis(is_tie, place[:, None], axis=1)[:, 0]
+    count = jnp.where(agrees, length, jnp.where(tied, 0, place)).astype(jnp.int32)
+
+    kept = jnp.arange(length) < count[:, None]
+    is_coordinate = kept & discarded
+    coordinates = jnp.where(is_coordinate[..., None], model.decoder(hidden), 0.0)
+    token_ids = jnp.where(kept, chosen, tokenizer.padding)
+    rest = max_new_tokens + 1 - length
+    last = jnp.minimum(count, length - 1)
+    return Progress(
+        cache=dataclasses.replace(cache, lengths=batch.lengths + count),
+        hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
+        after_indicator=jnp.asarray(discarded)[last],
+        finished=agrees,
+        count=count,
+        token_ids=jnp.pad(token_ids, ((0, 0), (0, rest)), constant_values=tokenizer.padding),
+        coordinates=jnp.pad(coordinates, ((0, 0), (0, rest), (0, 0))),
+        is_coordinate=jnp.pad(is_coordinate, ((0, 0), (0, rest))),
+        seen=mark_seen(seen, token_ids, kept),
+    )
+
+
+def _choose(
+    scores: Float[Array, "B F vocabulary"], seen: Seen, penalty: float
+) -> tuple[Int[Array, "B F"], Float[Array, "B F"]]:
+    """The best id at every place and how far it leads; a penalty sees the ids chosen before."""
+
+    def best(scores: Float[Array, "... vocabulary"]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+        ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        others = jnp.where(jnp.arange(scores.shape[-1]) == ids[..., None], -jnp.inf, scores)
+        return ids, jnp.max(scores, axis=-1) - jnp.max(others, axis=-1)
+
+    if seen is None:
+        return best(scores)
+
+    def step(
+        seen: Bool[Array, "B vocabulary"], scores: Float[Array, "B vocabulary"]
+    ) -> tuple[Bool[Array, "B vocabulary"], tuple[Array, Array]]:
+        ids, margin = best(penalise(scores, seen, penalty))
+        return seen.at[jnp.arange(len(ids)), ids].set(True), (ids, margin)
+
+    _, (ids, margin) = jax.lax.scan(step, seen, jnp.swapaxes(scores, 0, 1))
+    return ids.T, margin.T
+
+
+def _hidden_states(
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    tokenizer: DrivingTokenizer,
+    frame: tuple[int, ...],
+    room: int,
+) -> tuple[Float[Array, "B F D"], KVCache]:
+    """The hidden state that predicts each of the frame's tokens, and the cache that holds all of them."""
+    fed = frame[:-1]  # nothing is predicted from the end of the turn
+    pieces = _cut_behind_indicators(fed, tokenizer.indicator) if model.config.position_input else [fed]
+    hidden, cache = _run_with_prompt(model, batch, pieces[0], room)
+    if len(pieces) == 1:
+        return hidden, cache
+
+    valid = np.array([len(piece) for piece in pieces[1:]], np.int32)
+    width = int(valid.max())
+    padded = np.array([list(piece) + [tokenizer.padding] * (width - len(piece)) for piece in pieces[1:]])
+
+    def run_piece(
+        carry: tuple[KVCache, Float[Array, "B D"]], piece: tuple[Int[Array, " W"], Int[Array, ""]]
+    ) -> tuple[tuple[KVCache, Float[Array, "B D"]], Float[Array, "B W D"]]:
+        cache, at_indicator = carry
+        ids, count = piece
+        embeddings = model.vlm.embed(jnp.broadcast_to(ids, (batch.size, width)))
+        encoded = position_embedding(model, model.decoder(at_indicator)).astype(embeddings.dtype)
+        positions = cache.lengths[:, None] + batch.position_offset[:, None] + jnp.arange(width)
+        hidden, grown = model.vlm.decode(
+            embeddings.at[:, 0].set(encoded),
+            jnp.broadcast_to(positions, (3, *positions.shape)),
+            lengths=jnp.full(batch.size, count),
+            cache=cache,
+        )
+        assert grown is not None
+        return (grown, jnp.take(hidden, count - 1, axis=1)), hidden
+
+    (cache, _), rest = jax.lax.scan(
+        run_piece, (cache, hidden[:, -1]), (jnp.asarray(padded, jnp.int32), jnp.asarray(valid))
+    )
+    parts = [rest[index, :, :count] for index, count in enumerate(valid)]
+    return jnp.concatenate([hidden, *parts], axis=1), cache
+
+
+def _cut_behind_indicators(ids: tuple[int, ...], indicator: int) -> list[tuple[int, ...]]:
+    ends = [index + 1 for index, token in enumerate(ids) if token == indicator]
+    bounds = [0, *ends, len(ids)]
+    return [ids[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _run_with_prompt(
+    model: SpaceDrive, batch: DrivingBatch, piece: tuple[int, ...], room: int
+) -> tuple[Float[Array, "B W+1 D"], KVCache]:
+    """One forward over prompts with a piece of text right behind each.
+
+    Returns:
+        Hidden states of each prompt's last token and of the piece; the cache, with room for `room` tokens
+        behind the longest prompt.
+    """
+    width = len(piece)
+    rows, behind = jnp.arange(batch.size)[:, None], batch.lengths[:, None] + jnp.arange(width)
+    text = model.vlm.embed(jnp.broadcast_to(jnp.asarray(piece, jnp.int32), (batch.size, width)))
+    embeddings = jnp.pad(model.embeddings(batch), ((0, 0), (0, width), (0, 0)))
+    positions = jnp.pad(batch.positions, ((0, 0), (0, 0), (0, width)))
+    counted = jnp.broadcast_to((behind + batch.position_offset[:, None])[:, None], (batch.size, 3, width))
+    longer = dataclasses.replace(
+        batch,
+        lengths=batch.lengths + width,
+        positions=jax.vmap(lambda row, at, new: row.at[:, at].set(new))(positions, behind, counted),
+    )
+    hidden, cache = prefill(model, longer, embeddings.at[rows, behind].set(text), room - width)
+    places = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
+    return jnp.take_along_axis(hidden, places[..., None], axis=1), cache
