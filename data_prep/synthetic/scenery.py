@@ -7,6 +7,7 @@ looks the same from every keyframe, in every scene, and for the synthetic town a
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float
@@ -176,10 +177,11 @@ def _lamp_post(x: float, y: float, towards: float) -> Quads:
     return place(concatenate(parts), np.array([x, y, 0.0]), towards)
 
 
+@functools.lru_cache(maxsize=2048)
 def traffic_light(
-    position: Float[np.ndarray, "2"], facing: float, lane_side: Float[np.ndarray, "2"], state: str
+    position: tuple[float, float], facing: float, lane_side: tuple[float, float], state: str
 ) -> Quads:
-    """A signal on a mast arm.
+    """A signal on a mast arm; what one was made of is kept, since a town has few and shows them often.
 
     Args:
         position: of the pole, global metres.
@@ -201,7 +203,8 @@ def traffic_light(
         along,
     )
     parts = [pole]
-    for spot, z in ((position + lane_side, 5.3), (position, 3.2)):
+    above_lane = (position[0] + lane_side[0], position[1] + lane_side[1])
+    for spot, z in ((above_lane, 5.3), (position, 3.2)):
         head = [box((0, 0, 0), (0.3, 0.42, 1.15), (0.07, 0.07, 0.07))]
         for offset, name, lit in (
             (0.36, "red", (1.0, 0.12, 0.08)),

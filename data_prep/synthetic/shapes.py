@@ -64,6 +64,24 @@ def place(quads: Quads, position: Float[np.ndarray, "3"], yaw: float, group: int
     return Quads(vertices, quads.colours, quads.materials, np.full(len(quads), group))
 
 
+def place_all(
+    objects: list[Quads], positions: Float[np.ndarray, "A 3"], yaws: Float[np.ndarray, "A"]
+) -> Quads:
+    """Many objects placed at once; the group of a quad is the position of its object in `objects`.
+
+    Args:
+        objects: quads in object frames.
+        positions: of the object frames, metres.
+        yaws: of the object frames, radians.
+    """
+    together = concatenate(objects)
+    groups = np.repeat(np.arange(len(objects)), [len(quads) for quads in objects])
+    cos, sin = np.cos(yaws)[groups, None], np.sin(yaws)[groups, None]
+    x, y, z = np.moveaxis(together.vertices, -1, 0)
+    turned = np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1)
+    return Quads(turned + positions[groups, None], together.colours, together.materials, groups)
+
+
 _FACES = np.array(
     [
         [[1, -1, -1], [1, 1, -1], [1, 1, 1], [1, -1, 1]],  # front, +x

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 
 from data_prep.synthetic import traffic
 from data_prep.synthetic.town import Town
-from data_prep.synthetic.traffic import TIME_STEP, Motion, Mover, Obstacle, Signals, Zebra
+from data_prep.synthetic.traffic import TIME_STEP, Gate, Motion, Mover, Obstacle, Signals, Zebra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,22 @@ class _Simulation:
         self.all_speeds = np.zeros(len(self.poses))
         self.tracks = _Tracks(self.movers)
         self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(still))
+        self.radii = np.hypot(self.half[:, 0], self.half[:, 1])
+        self.walkers: dict[int, list[int]] = {}
+        """Movers who walk over each crossing."""
+        self.arrivals: dict[int, list[tuple[int, Zebra]]] = {}
+        """Vehicles whose routes lead over each crossing, and where."""
+        self.entries: dict[int, list[tuple[int, Gate]]] = {}
+        """Vehicles whose routes lead over each signalised junction, and where."""
+        for i, mover in enumerate(self.movers):
+            if mover.crossing >= 0:
+                self.walkers.setdefault(mover.crossing, []).append(i)
+            for zebra in mover.route.zebras:
+                self.arrivals.setdefault(zebra.crossing, []).append((i, zebra))
+            for gate in mover.route.gates:
+                self.entries.setdefault(gate.junction, []).append((i, gate))
+        self.conflicts: dict[tuple[int, Zebra, int], float] = {}
+        """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
         self._refresh()
 
     def _refresh(self) -> None:
@@ -125,20 +141,22 @@ class _Simulation:
         """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
         mover = self.movers[i]
         reach = traffic.LOOKAHEAD if not mover.pedestrian else 4.0
-        distance = np.hypot(*(self.poses[:, :2] - self.poses[i, :2]).T)
-        near = np.flatnonzero(distance < reach + 8.0)
+        first = mover.route.lengths.searchsorted(front - self.half[i, 0])
+        last = mover.route.lengths.searchsorted(front + reach)
+        points = mover.route.points[first:last]
+        if not len(points):
+            return np.inf, 0.0
+        # Whoever is further than this from the box around the corridor cannot stand in it.
+        margins = (self.radii + mover.size[1] / 2 + 0.8)[:, None]
+        positions = self.poses[:, :2]
+        close = (positions > points.min(axis=0) - margins) & (positions < points.max(axis=0) + margins)
+        near = np.flatnonzero(close[:, 0] & close[:, 1])
         near = near[near != i]
         if mover.pedestrian:
             near = near[~self.on_foot[near]]
         if not len(near):
             return np.inf, 0.0
-        rear = front - 2 * self.half[i, 0]
-        first = np.searchsorted(mover.route.lengths, rear + self.half[i, 0])
-        last = np.searchsorted(mover.route.lengths, front + reach)
-        points = mover.route.points[first:last]
-        if not len(points):
-            return np.inf, 0.0
-        offsets = points[:, None] - self.poses[None, near, :2]
+        offsets = points[:, None] - positions[near]
         squared = (offsets**2).sum(axis=-1)
         closest = squared.argmin(axis=0)
         lateral = np.sqrt(squared[closest, np.arange(len(near))])
@@ -171,15 +189,12 @@ class _Simulation:
         return np.inf
 
     def _occupied(self, i: int, junction: int, arm: int) -> bool:
-        for j, other in enumerate(self.movers):
-            if j == i:
+        for j, gate in self.entries[junction]:
+            if j == i or gate.arm == arm:
                 continue
-            for gate in other.route.gates:
-                rear = self.s[j] + other.reference_to_centre - self.half[j, 0]
-                front = self.s[j] + other.reference_to_centre + self.half[j, 0]
-                inside = front > gate.stop + 2.5 and rear < gate.leave
-                if gate.junction == junction and inside and gate.arm != arm:
-                    return True
+            centre = self.s[j] + self.movers[j].reference_to_centre
+            if centre + self.half[j, 0] > gate.stop + 2.5 and centre - self.half[j, 0] < gate.leave:
+                return True
         return False
 
     def _zebra_stop(self, i: int, front: float, time: float) -> float:
@@ -197,20 +212,24 @@ class _Simulation:
 
     def _someone_walks(self, i: int, zebra: Zebra) -> bool:
         """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
-        path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
-        for j, walker in enumerate(self.movers):
-            if walker.crossing != zebra.crossing or self.s[j] == 0.0:
-                continue
-            conflict = walker.route.lengths[np.argmin(np.hypot(*(walker.route.points - path).T))]
-            if self.s[j] < conflict + self.half[i, 1] + 1.3:
-                return True
-        return False
+        return any(
+            self.s[j] != 0.0 and self.s[j] < self._conflict(i, zebra, j) + self.half[i, 1] + 1.3
+            for j in self.walkers.get(zebra.crossing, ())
+        )
+
+    def _conflict(self, i: int, zebra: Zebra, j: int) -> float:
+        """Arc length at which the walker's route passes the middle of the vehicle's way over the zebra."""
+        key = i, zebra, j
+        if key not in self.conflicts:
+            path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
+            walk = self.movers[j].route
+            self.conflicts[key] = float(walk.lengths[np.argmin(np.hypot(*(walk.points - path).T))])
+        return self.conflicts[key]
 
     def _someone_waits(self, crossing: int, time: float) -> bool:
         """Whether somebody at the kerb has the right to walk now."""
         return any(
-            walker.crossing == crossing and self.s[j] == 0.0 and self._has_way(walker, time)
-            for j, walker in enumerate(self.movers)
+            self.s[j] == 0.0 and self._has_way(self.movers[j], time) for j in self.walkers.get(crossing, ())
         )
 
     def _has_way(self, walker: Mover, time: float) -> bool:
@@ -227,18 +246,13 @@ class _Simulation:
         return not self._threatened(mover.crossing)
 
     def _threatened(self, crossing: int) -> bool:
-        for j, vehicle in enumerate(self.movers):
-            if vehicle.pedestrian:
-                continue
-            front = self.s[j] + vehicle.reference_to_centre + self.half[j, 0]
+        for j, zebra in self.arrivals.get(crossing, ()):
+            front = self.s[j] + self.movers[j].reference_to_centre + self.half[j, 0]
             rear = front - 2 * self.half[j, 0]
-            for zebra in vehicle.route.zebras:
-                if zebra.crossing != crossing:
-                    continue
-                distance = zebra.near - 1.5 - front
-                occupying = distance <= 0 and rear < zebra.far + 0.5
-                if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 3.6) + 0.3 * self.speed[j]:
-                    return True
+            distance = zebra.near - 1.5 - front
+            occupying = distance <= 0 and rear < zebra.far + 0.5
+            if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 3.6) + 0.3 * self.speed[j]:
+                return True
         return False
 
 

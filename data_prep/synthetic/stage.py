@@ -95,38 +95,36 @@ def _attribute(mover: Mover, speed: float) -> str:
 def signal_quads(scenario: Scenario, time: float) -> Quads:
     """All traffic lights with their state at a time."""
     town = scenario.town
+    roads = {node: road for road in town.roads for node in (road.start, road.end)}
     parts = []
     for junction in town.junctions:
         if not junction.signalised:
             continue
         green = scenario.cast.signals.green_arm(junction.index, time)
         soon_red = scenario.cast.signals.green_arm(junction.index, time + 1.0) != green
-        widths = {
-            node[1]: road
-            for road in town.roads
-            for node in (road.start, road.end)
-            if node[0] == junction.index
-        }
         for arm in junction.arms:
             arriving = junction.arm_heading(arm) + np.pi
             forward = np.array([np.cos(arriving), np.sin(arriving)])
             left = np.array([-forward[1], forward[0]])
-            kerb = widths[arm].half_width + 0.8
+            road = roads[junction.index, arm]
+            kerb = road.half_width + 0.8
             pole = junction.centre + forward * (junction.radius + 0.6) + left * town.side * kerb
-            overhead = -left * town.side * (kerb - LANE_WIDTH * (widths[arm].lanes - 0.5))
+            overhead = -left * town.side * (kerb - LANE_WIDTH * (road.lanes - 0.5))
             state = "red" if arm != green else ("amber" if soon_red else "green")
-            parts.append(scenery.traffic_light(pole, arriving + np.pi, overhead, state))
+            where, arm_reach = tuple(pole.tolist()), tuple(overhead.tolist())
+            parts.append(scenery.traffic_light(where, arriving + np.pi, arm_reach, state))
     return shapes.concatenate(parts)
 
 
 def frame_quads(backdrop: Backdrop, people: list[Participant], tokens: list[str], signals: Quads) -> Quads:
     """Scenery, signals and participants (group = position in `people`) as one collection."""
-    parts = [backdrop.quads, signals]
-    for group, (item, token) in enumerate(zip(people, tokens, strict=True)):
-        quads = shapes.object_quads(item.category, item.size, token, braking=item.braking)
-        centre = np.array([item.pose[0], item.pose[1], item.size[2] / 2])
-        parts.append(shapes.place(quads, centre, item.pose[2], group))
-    return shapes.concatenate(parts)
+    objects = [
+        shapes.object_quads(item.category, item.size, token, braking=item.braking)
+        for item, token in zip(people, tokens, strict=True)
+    ]
+    poses = np.array([item.pose for item in people]).reshape(-1, 3)
+    centres = np.array([[item.pose[0], item.pose[1], item.size[2] / 2] for item in people]).reshape(-1, 3)
+    return shapes.concatenate([backdrop.quads, signals, shapes.place_all(objects, centres, poses[:, 2])])
 
 
 def frame_shadows(backdrop: Backdrop, people: list[Participant], light: Light) -> UInt8[np.ndarray, "R C"]:
