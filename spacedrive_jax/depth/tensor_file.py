@@ -1,0 +1,84 @@
+"""Tensors of a released checkpoint by name: safetensors, or PyTorch's format where PyTorch is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.safetensors_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_FILE = "pytorch_model.bin"
+
+
+class TensorFile(Protocol):
+    """Tensors by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor."""
+        ...
+
+
+def weight_file(path: str | Path) -> Path:
+    """The file or folder that holds the tensors of a checkpoint named by its folder or by a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / SINGLE_FILE).is_file() and not (path / INDEX_FILE).is_file():
+        if (path / TORCH_FILE).is_file():
+            return path / TORCH_FILE
+        raise UserError(f"{path} holds none of {SINGLE_FILE}, {INDEX_FILE}, {TORCH_FILE}")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a checkpoint's folder or file")
+    return path
+
+
+def open_tensors(path: str | Path, rename: Callable[[str], str] = str) -> TensorFile:
+    """Opens a checkpoint.
+
+    Args:
+        path: Its folder, or the file of weights.
+        rename: Maps the names in the file to the names used here.
+
+    Raises:
+        UserError: The file is missing, damaged, or needs PyTorch, which is not installed.
+    """
+    file = weight_file(path)
+    if file.suffix in TORCH_SUFFIXES:
+        return _TorchFile(file, rename)
+    return SafetensorsFolder(file, rename)
+
+
+class _TorchFile:
+    """A pickled state dict, read with PyTorch's weights-only loader (it runs no code of the file)."""
+
+    def __init__(self, file: Path, rename: Callable[[str], str]) -> None:
+        try:
+            import torch  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise UserError(
+                f"{file} is in PyTorch's format and PyTorch is not installed: install torch, or use the "
+                "checkpoint's safetensors file"
+            ) from error
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise UserError(f"cannot read {file} as weights: {error}") from error
+        state = state.get("model", state)
+        self._tensors = {rename(name): tensor for name, tensor in state.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors[name].float().numpy()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
