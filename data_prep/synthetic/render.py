@@ -102,9 +102,10 @@ def _ground(camera: Camera) -> Float[np.ndarray, "P"]:
 def _covered(groups: Int[np.ndarray, "K"], pixels: Int[np.ndarray, "K"], image_pixels: int) -> dict[int, int]:
     """Different pixels of each group; `groups` is -1 where a pixel belongs to scenery."""
     grouped = groups >= 0
-    pairs = np.unique(groups[grouped] * image_pixels + pixels[grouped])
-    names, counts = np.unique(pairs // image_pixels, return_counts=True)
-    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+    pairs = np.sort(groups[grouped] * image_pixels + pixels[grouped])
+    different = pairs[np.diff(pairs, prepend=-1) > 0]
+    counts = np.bincount(different // image_pixels)
+    return {int(group): int(counts[group]) for group in np.flatnonzero(counts)}
 
 
 @dataclasses.dataclass(frozen=True)
