@@ -72,6 +72,8 @@ class TrainConfig:
     steps: int = 21096
     batch_size: int = 8
     """Samples per step, over all devices."""
+    accumulation: int = 1
+    """Work the batch out in this many pieces, one after the other: less memory, the same samples per step."""
     learning_rate: float = 5e-5
     """Base rate; the parameter groups multiply it."""
     vlm_rate: float = 0.1
@@ -89,6 +91,8 @@ class TrainConfig:
     beta2: float = 0.999
     clip_norm: float = 35.0
     """Global gradient norm over all trainables."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trainables with this decay; None keeps none."""
     language_weight: float = 1.0
     position_weight: float = 1.0
     huber_delta: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,38 @@ def make_optimizer(config: TrainConfig, trainable: Any) -> optax.GradientTransfo
             {"vlm": optax.scale(config.vlm_rate), "heads": optax.scale(config.head_rate)}, groups
         ),
         optax.scale_by_learning_rate(learning_rate(config)),
+        optax.identity() if config.ema_decay is None else moving_average(config.ema_decay),
     )
+
+
+class MovingAverageState(NamedTuple):
+    """The average of the trainables, float32, same tree."""
+
+    average: Any
+
+
+def moving_average(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the updated trainables; passes updates on unchanged.
+
+    It stands last in the chain, where updates are what will be added. It starts at the first trainables.
+
+    Args:
+        decay: share of the old average in the new one.
+    """
+
+    def start(trainable: Any) -> MovingAverageState:
+        return MovingAverageState(jax.tree.map(jnp.array, trainable))
+
+    def update(updates: Any, state: MovingAverageState, trainable: Any) -> tuple[Any, MovingAverageState]:
+        average = jax.tree.map(
+            lambda mean, old, change: decay * mean + (1.0 - decay) * (old + change),
+            state.average,
+            trainable,
+            updates,
+        )
+        return updates, MovingAverageState(average)
+
+    return optax.GradientTransformation(start, update)
 
 
 def _names(path: Any) -> list[str]:

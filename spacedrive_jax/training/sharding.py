@@ -1,44 +1,39 @@
-"""Where arrays live: logical axis names resolved to mesh axes by one table."""
+"""Where arrays live: meshes, and the placement of parameters and batches on them."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.logical_axes import BATCH_AXES, RULES, AxisNames, resolve
 
 log = logging.getLogger(__name__)
 
-BATCH_AXES = ("data", "fsdp")
-"""Samples are spread over both; parameters over `fsdp` and `tensor`."""
-
-RULES: tuple[tuple[str, str], ...] = (
-    ("vocab", "tensor"),
-    ("mlp", "tensor"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("embed", "fsdp"),
-    ("vision_mlp", "tensor"),
-    ("vision_heads", "tensor"),
-    ("vision_embed", "fsdp"),
-)
-"""Logical axis to mesh axis; a name that is not here is never sharded."""
+REPLICATED_LIMIT = 0.02
+"""Largest share of the parameters that may lie whole on every device of a sharded mesh."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices with axes data, fsdp, tensor.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor.
+
+    Args:
+        config: how many devices along each axis.
+        devices: all devices of the run when None; a described topology's when compiling ahead of time.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and known > 0:
         sizes[sizes.index(-1)] = count // known
@@ -47,10 +42,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {count} "
             "devices: the axes must multiply to that (one may be -1)"
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
-def parameter_sharding(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where one parameter lives.
 
     Args:
@@ -58,15 +55,38 @@ def parameter_sharding(names: tuple[str | None, ...], shape: tuple[int, ...], me
         shape: an axis that does not divide over its mesh axis stays whole, and the log says so.
         mesh: from `make_mesh`.
     """
-    rules = dict(RULES)
-    axes: list[str | None] = []
-    for name, size in zip(names, shape, strict=False):
-        axis = None if name is None else rules.get(name)
-        if axis is not None and (size % mesh.shape[axis] or axis in axes):
+    spec = resolve(names, shape, mesh)
+    for name, axis in zip(names, spec, strict=False):
+        if axis is None and any(mesh.shape[wanted] > 1 for wanted in dict(RULES).get(name or "", ())):
             log.info("axis %s of %s %s stays whole on mesh %s", name, names, shape, dict(mesh.shape))
-            axis = None
-        axes.append(axis)
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, spec)
+
+
+def check_replication(state: nnx.State, mesh: Mesh, *, limit: float = REPLICATED_LIMIT) -> None:
+    """Refuses a model too much of which would lie whole on every device.
+
+    Only where the mesh is meant to split the model (fsdp or tensor above 1).
+
+    Args:
+        state: abstract or real parameters with shardings.
+        mesh: from `make_mesh`.
+        limit: largest share of the numbers that may be whole everywhere.
+
+    Raises:
+        UserError: naming the largest such tensors.
+    """
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    leaves = [(".".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(state)]
+    whole = [(leaf.size, name) for name, leaf in leaves if leaf.sharding.is_fully_replicated]
+    total, kept = sum(leaf.size for _, leaf in leaves), sum(size for size, _ in whole)
+    if kept > limit * total:
+        largest = ", ".join(f"{name} ({size:,})" for size, name in sorted(whole, reverse=True)[:8])
+        raise UserError(
+            f"{kept:,} of {total:,} parameters ({kept / total:.1%}, limit {limit:.1%}) would lie whole on "
+            f"every device of mesh {dict(mesh.shape)}: {largest}. Choose mesh axes that divide the model's "
+            "widths, or name their axes in RULES of spacedrive_jax/vlm/logical_axes.py"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

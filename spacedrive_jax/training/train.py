@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import platform
 import time
@@ -12,26 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from tensorboardX import SummaryWriter
 
-from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.pipeline import training_iterator, training_samples
 from spacedrive_jax.training import checkpoints
-from spacedrive_jax.training.losses import losses
-from spacedrive_jax.training.optimizer import learning_rate, make_optimizer
 from spacedrive_jax.training.sharding import (
     check_batch_size,
+    check_replication,
     make_mesh,
     place_batch,
     replicated,
 )
-from spacedrive_jax.training.state import abstract_state, count, start_state
+from spacedrive_jax.training.state import count, start_state
+from spacedrive_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,46 +60,10 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     run_dir = config.directory
     _claim(run_dir, config, resume=resume)
 
-    graph, abstract, _ = abstract_state(config, mesh)
+    train_step = make_train_step(config, mesh)
+    check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
     trainable, frozen = start_state(config, mesh)
-    optimizer = make_optimizer(settings, trainable)
-    # Stated shardings keep the first step's inputs and outputs alike: one compilation, not two.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    optimizer_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
-    optimizer_state = jax.jit(optimizer.init, out_shardings=optimizer_shardings)(trainable)
-    dropout_key = jax.random.key(settings.seed) if config.model.use_lora else None
-
-    @functools.partial(
-        jax.jit,
-        donate_argnums=(0, 1),
-        out_shardings=(shardings, optimizer_shardings, replicated(mesh)),
-    )
-    def train_step(
-        trainable: nnx.State, optimizer_state: Any, frozen: nnx.State, batch: DrivingBatch, step: jax.Array
-    ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
-
-        def loss(trainable: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-            parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key)
-            named = {
-                "loss": parts.total,
-                "loss_language": parts.language,
-                "loss_position": parts.position,
-                "displacement_m": parts.displacement,
-            }
-            return parts.total, named
-
-        gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
-        metrics["grad_norm"] = optax.tree.norm(gradients)
-        metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)
-        return optax.apply_updates(trainable, updates), optimizer_state, metrics
+    optimizer_state = train_step.initialize_optimizer(trainable)
 
     manager = checkpoints.open_manager(run_dir, keep=settings.keep_checkpoints)
     start = manager.latest_step() or 0
@@ -121,7 +81,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
         batch = place_batch(next(iterator), mesh)
         step_array = jax.device_put(np.int32(step), replicated(mesh))
         with jax.transfer_guard("disallow"):
-            trainable, optimizer_state, metrics = train_step(
+            trainable, optimizer_state, metrics = train_step.run(
                 trainable, optimizer_state, frozen, batch, step_array
             )
         window_steps += 1

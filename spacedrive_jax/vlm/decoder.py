@@ -19,6 +19,7 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.cache import KVCache
 from spacedrive_jax.vlm.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.vlm.layers import INIT_STD, Projection, RMSNorm, SwiGLU, parameter
+from spacedrive_jax.vlm.logical_axes import constrain
 from spacedrive_jax.vlm.rotary import RotaryTables, decoder_rotary, rotate
 from spacedrive_jax.vlm.stack import scan_layers, stack_layers
 
@@ -64,6 +65,8 @@ class Attention(nnx.Module):
         q = rotate(self.q(x, dropout_key=q_key), rotary)
         k = rotate(self.k(x, dropout_key=k_key), rotary)
         v = self.v(x, dropout_key=v_key)
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
             attended = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, key_value_seq_lengths=lengths, implementation=self.implementation
@@ -102,8 +105,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Runs the block; the keyword arguments are those of `Attention`."""
         attended, cache = self.attention(self.attention_norm(x), rotary, **attention)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = constrain(x + attended, "batch", "sequence", None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), cache
 
 
 class Decoder(nnx.Module):
@@ -239,7 +242,7 @@ class Decoder(nnx.Module):
             return (hidden, cache), (hidden if keep_layers else None)
 
         per_layer = (jnp.arange(config.num_layers), layer_keys)
-        start = embeddings.astype(self.compute.activation_dtype)
+        start = constrain(embeddings.astype(self.compute.activation_dtype), "batch", "sequence", None)
         (hidden, cache), layers = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
         if cache is not None:
             cache = cache.grown(new_tokens if lengths is None else lengths)

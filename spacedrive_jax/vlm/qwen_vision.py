@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.config import ComputeConfig, QwenVisionConfig
 from spacedrive_jax.vlm.layers import Projection, RMSNorm, SwiGLU
+from spacedrive_jax.vlm.logical_axes import constrain
 from spacedrive_jax.vlm.rotary import RotaryTables, rotate, vision_rotary
 from spacedrive_jax.vlm.stack import scan_layers, stack_layers
 from spacedrive_jax.vlm.windows import WindowLayout, full_attention_flags, window_layout
@@ -89,8 +90,8 @@ class VisionBlock(nnx.Module):
         self, x: Float[Array, "I P D"], rotary: RotaryTables, layout: WindowLayout, full: Bool[Array, ""]
     ) -> Float[Array, "I P D"]:
         """Runs the block."""
-        x = x + self.attention(self.attention_norm(x), rotary, layout, full)
-        return x + self.mlp(self.mlp_norm(x))
+        x = constrain(x + self.attention(self.attention_norm(x), rotary, layout, full), "images", None, None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "images", None, None)
 
 
 class PatchMerger(nnx.Module):
@@ -165,6 +166,7 @@ class QwenVision(nnx.Module):
         def apply(block: VisionBlock, hidden: Any, full: Any) -> tuple[Any, None]:
             return block(hidden, rotary, layout, full), None
 
-        hidden = self.patch_embedding(pixel_values[:, layout.patch_order])
+        pixel_values = constrain(pixel_values, "images", None, None)
+        hidden = constrain(self.patch_embedding(pixel_values[:, layout.patch_order]), "images", None, None)
         hidden, _ = scan_layers(self.layers, apply, hidden, full, self.compute)
         return self.merger(hidden)[:, layout.token_inverse]

@@ -1,0 +1,151 @@
+"""One optimisation step as a function of arrays alone.
+
+`train` runs it; `aot` compiles the same function for a topology without any arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import Config
+from spacedrive_jax.training.losses import losses
+from spacedrive_jax.training.optimizer import learning_rate, make_optimizer
+from spacedrive_jax.training.sharding import replicated
+from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.vlm.logical_axes import activations_on, constrain
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The jitted step and the abstract arrays (shape, dtype, sharding) it takes."""
+
+    run: Callable[..., tuple[nnx.State, Any, Metrics]]
+    """(trainable, optimizer state, frozen, batch, step) -> (trainable, optimizer state, metrics).
+
+    The first two are donated. Metrics: loss, loss_language, loss_position, displacement_m, grad_norm,
+    learning_rate and finite (0 where loss or gradient is not: trainables and optimiser state are then what
+    they were)."""
+    initialize_optimizer: Callable[[nnx.State], Any]
+    """Trainables -> optimizer state, on its shardings."""
+    trainable: nnx.State
+    optimizer_state: Any
+    frozen: nnx.State
+
+
+def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    """Builds the step of a config on a mesh, real or described; nothing is computed or allocated."""
+    settings = config.train
+    graph, trainable, frozen = abstract_state(config, mesh)
+    optimizer = make_optimizer(settings, trainable)
+    # Stated shardings keep the first step's inputs and outputs alike: one compilation, not two.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    abstract_optimizer = jax.eval_shape(optimizer.init, trainable)
+    optimizer_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract_optimizer,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    uses_dropout = config.model.use_lora and config.model.lora.dropout > 0
+
+    def loss(
+        trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key)
+        return parts.total, {
+            "loss": parts.total,
+            "loss_language": parts.language,
+            "loss_position": parts.position,
+            "displacement_m": parts.displacement,
+        }
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=(0, 1),
+        out_shardings=(shardings, optimizer_shardings, replicated(mesh)),
+    )
+    def train_step(
+        trainable: nnx.State, optimizer_state: Any, frozen: nnx.State, batch: DrivingBatch, step: jax.Array
+    ) -> tuple[nnx.State, Any, Metrics]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout else None
+        with activations_on(mesh):
+            gradients, metrics = accumulate(
+                jax.grad(loss, has_aux=True), trainable, frozen, batch, key, settings.accumulation
+            )
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["finite"] = finite.astype(jnp.float32)
+        updates, stepped = optimizer.update(gradients, optimizer_state, trainable)
+        new = (optax.apply_updates(trainable, updates), stepped)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (trainable, optimizer_state))
+        return (*kept, metrics)
+
+    return TrainStep(
+        run=train_step,
+        initialize_optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings),
+        trainable=trainable,
+        optimizer_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_optimizer,
+            optimizer_shardings,
+        ),
+        frozen=frozen,
+    )
+
+
+def accumulate(
+    gradient: Callable[..., tuple[Any, Metrics]],
+    trainable: Any,
+    frozen: Any,
+    batch: Any,
+    key: jax.Array | None,
+    pieces: int,
+) -> tuple[Any, Metrics]:
+    """Gradient and metrics of a batch, worked out in equal pieces one after the other.
+
+    The result is the mean over pieces, each reduced on its own, as data-parallel training of the published
+    code averages its processes. It equals one pass where every piece has equally many valid waypoints.
+
+    Args:
+        gradient: (trainable, frozen, batch, key) -> (gradient, metrics).
+        trainable: what to differentiate by.
+        frozen: the rest of the model.
+        batch: leaves with a leading axis B that `pieces` divides.
+        key: dropout key, folded with the piece's number; None for none.
+        pieces: how many.
+    """
+    if pieces == 1:
+        return gradient(trainable, frozen, batch, key)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        # Neighbouring samples go to different pieces: every piece stays spread over all devices.
+        cut = jnp.moveaxis(leaf.reshape(-1, pieces, *leaf.shape[1:]), 1, 0)
+        return constrain(cut, None, "batch", *(None,) * (leaf.ndim - 1))
+
+    def add(total: Any, piece: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        samples, number = piece
+        piece_key = None if key is None else jax.random.fold_in(key, number)
+        return jax.tree.map(jnp.add, total, gradient(trainable, frozen, samples, piece_key)), None
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    shape = jax.eval_shape(gradient, trainable, frozen, first, key)
+    total, _ = jax.lax.scan(add, zeros(shape), (parts, jnp.arange(pieces)))
+    return jax.tree.map(lambda leaf: leaf / pieces, total)
