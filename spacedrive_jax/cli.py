@@ -14,6 +14,7 @@ import tyro
 
 from spacedrive_jax import console
 from spacedrive_jax.console import Command
+from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.reporting.command import Report
 
@@ -144,6 +145,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "predict": Predict,
     "evaluate": Evaluate,
+    "score-bench2drive": ScoreBench2Drive,
     "report": Report,
 }
 DESCRIPTION = (

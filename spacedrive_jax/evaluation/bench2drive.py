@@ -1,0 +1,245 @@
+"""Closed-loop scores of Bench2Drive from the result files its leaderboard evaluator writes.
+
+Driving score, success rate and efficiency follow the benchmark's own tools (Thinklab-SJTU/Bench2Drive, `tools/`);
+the number of routes in the set is the denominator of the first two, so a missing route counts as zero.
+Comfort and abilities, which need more than the result file, are in `bench2drive_comfort` and
+`bench2drive_abilities`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spacedrive_jax.console import UserError
+
+ROUTES_IN_SET = 220
+"""Routes of the standard set (`bench2drive220.xml`), the denominator when no other set is given."""
+
+PENALTIES: Mapping[str, float] = {
+    "collisions_pedestrian": 0.5,
+    "collisions_vehicle": 0.6,
+    "collisions_layout": 0.65,
+    "red_light": 0.7,
+    "stop_infraction": 0.8,
+    "scenario_timeouts": 0.7,
+    "yield_emergency_vehicle_infractions": 0.7,
+}
+"""Factor on the route's score for every entry of the kind."""
+SCORE_TOLERANCE = 0.02
+"""Percentages in messages have two decimals, so a recomputed score is no nearer than this."""
+
+MAX_SPEED_PERCENT = 1000.0
+"""Speed checks above this are ignored: the surrounding traffic stands still."""
+_PERCENT = re.compile(r"\b(\d+\.?\d*)%")
+_COMPLETED = frozenset({"Completed", "Perfect"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteResult:
+    """One route's record in a result file.
+
+    Attributes:
+        route: the route's number, from `RouteScenario_<number>_rep0`.
+        scenario: scenario type, such as `ParkingCutIn`.
+        save_name: folder of the route's own logs.
+        status: `Perfect`, `Completed` or `Failed - <reason>`.
+        completion: percentage of the route that was driven.
+        score: completion times penalties, 0..100.
+        infractions: kind to messages.
+    """
+
+    route: str
+    scenario: str
+    save_name: str
+    status: str
+    completion: float
+    score: float
+    infractions: Mapping[str, Sequence[str]]
+
+    @property
+    def success(self) -> bool:
+        """Driven to the end with no infraction but low speed."""
+        offences = (
+            messages for kind, messages in self.infractions.items() if kind != "min_speed_infractions"
+        )
+        return self.status in _COMPLETED and not any(offences)
+
+    def speed_percentages(self) -> list[float]:
+        """The ego vehicle's mean speed in percent of the traffic around it, one value a checkpoint.
+
+        Raises:
+            UserError: a message holds no percentage.
+        """
+        found = []
+        for message in self.infractions.get("min_speed_infractions", ()):
+            match = _PERCENT.search(message)
+            if match is None:
+                raise UserError(f"route {self.route}: no percentage in min_speed_infractions {message!r}")
+            found.append(float(match.group(1)))
+        return found
+
+    def recomputed_score(self) -> float:
+        """The score that follows from completion and infractions.
+
+        Raises:
+            UserError: an `outside_route_lanes` message holds no percentage.
+        """
+        factor = math.prod(
+            penalty ** len(self.infractions.get(kind, ())) for kind, penalty in PENALTIES.items()
+        )
+        for message in self.infractions.get("outside_route_lanes", ()):
+            match = _PERCENT.search(message)
+            if match is None:
+                raise UserError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
+            factor *= 1 - float(match.group(1)) / 100
+        return self.completion * factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench2DriveScores:
+    """Scores of a set of routes.
+
+    Attributes:
+        driving_score: mean score over the set, missing routes as 0.
+        success_rate: percent of the set.
+        efficiency: mean over routes of their mean speed percentage; None where no route has one.
+        routes: routes with a result.
+        route_set: routes in the set.
+        missing: routes of the set without a result.
+        missing_routes: which ones, where the set is known by number.
+        foreign_routes: results of routes that are not in the set; they do not count.
+        without_speed: routes without a usable speed check, left out of the efficiency.
+        inconsistent: routes whose stored score does not follow from their infractions.
+        statuses: how many routes ended how.
+    """
+
+    driving_score: float
+    success_rate: float
+    efficiency: float | None
+    routes: int
+    route_set: int
+    missing: int
+    missing_routes: tuple[str, ...]
+    foreign_routes: tuple[str, ...]
+    without_speed: tuple[str, ...]
+    inconsistent: tuple[str, ...]
+    statuses: Mapping[str, int]
+
+
+def read_results(paths: Sequence[Path]) -> list[RouteResult]:
+    """Reads one result file, or the shards of one run.
+
+    Raises:
+        UserError: a file is not a result file, a field is missing or wrong, or a route occurs twice.
+    """
+    results: dict[str, tuple[RouteResult, Path]] = {}
+    for path in paths:
+        for index, record in enumerate(_records(path)):
+            result = _parse(record, f"{path}, record {index}")
+            if result.route in results:
+                raise UserError(
+                    f"route {result.route} occurs twice, in {results[result.route][1]} and {path}: "
+                    f"give every route once"
+                )
+            results[result.route] = result, path
+    return [result for result, _ in results.values()]
+
+
+def _records(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    checkpoint = content.get("_checkpoint") if isinstance(content, dict) else None
+    records = checkpoint.get("records") if isinstance(checkpoint, dict) else None
+    if not isinstance(records, list):
+        raise UserError(f'{path} is no Bench2Drive result file: "_checkpoint"."records" is not a list')
+    return records
+
+
+def _parse(record: Any, where: str) -> RouteResult:
+    def field(owner: Any, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        value = owner.get(name) if isinstance(owner, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f'{where}: "{name}" must be {expected}, found {str(value)[:60]!r}')
+        return value
+
+    identity = field(record, "route_id", str, "a text")
+    parts = identity.split("_")
+    if len(parts) < 2 or parts[0] != "RouteScenario":
+        raise UserError(f'{where}: "route_id" must look like RouteScenario_<number>_rep0, found {identity!r}')
+    scores = field(record, "scores", dict, "an object")
+    numbers = {
+        name: float(field(scores, name, (int, float), "a number"))
+        for name in ("score_route", "score_composed")
+    }
+    for name, value in numbers.items():
+        if not 0 <= value <= 100:
+            raise UserError(f'{where}: "{name}" must be within 0 and 100, found {value}')
+    infractions = field(record, "infractions", dict, "an object")
+    for kind in infractions:
+        messages = field(infractions, kind, list, "a list of texts")
+        if not all(isinstance(message, str) for message in messages):
+            raise UserError(f'{where}: "{kind}" must be a list of texts, found {str(messages)[:60]}')
+    return RouteResult(
+        route=parts[1],
+        scenario=re.sub(r"_\d+$", "", field(record, "scenario_name", str, "a text")),
+        save_name=record.get("save_name") or identity,
+        status=field(record, "status", str, "a text"),
+        completion=numbers["score_route"],
+        score=numbers["score_composed"],
+        infractions=infractions,
+    )
+
+
+def score_routes(results: Sequence[RouteResult], route_set: Sequence[str] | None = None) -> Bench2DriveScores:
+    """Scores a run.
+
+    Args:
+        results: the routes' results.
+        route_set: numbers of the routes in the set; the standard 220 when None.
+
+    Raises:
+        UserError: more results than routes in the set, or none of the set.
+    """
+    size = ROUTES_IN_SET if route_set is None else len(route_set)
+    wanted = None if route_set is None else set(route_set)
+    counted = [result for result in results if wanted is None or result.route in wanted]
+    if len(counted) > size:
+        raise UserError(f"{len(counted)} results for a set of {size} routes: name the set with --routes FILE")
+    if not counted:
+        raise UserError("no result of a route in the set: check the result file and --routes")
+    speeds = {
+        result.route: [value for value in result.speed_percentages() if value <= MAX_SPEED_PERCENT]
+        for result in counted
+    }
+    means = [sum(values) / len(values) for values in speeds.values() if values]
+    statuses: dict[str, int] = {}
+    for result in counted:
+        statuses[result.status] = statuses.get(result.status, 0) + 1
+    have = {result.route for result in counted}
+    return Bench2DriveScores(
+        driving_score=sum(result.score for result in counted) / size,
+        success_rate=100 * sum(result.success for result in counted) / size,
+        efficiency=sum(means) / len(means) if means else None,
+        routes=len(counted),
+        route_set=size,
+        missing=size - len(counted),
+        missing_routes=tuple(route for route in route_set or () if route not in have),
+        foreign_routes=tuple(result.route for result in results if result.route not in have),
+        without_speed=tuple(route for route, values in speeds.items() if not values),
+        inconsistent=tuple(
+            result.route
+            for result in counted
+            if abs(result.recomputed_score() - result.score) > SCORE_TOLERANCE
+        ),
+        statuses=dict(sorted(statuses.items())),
+    )
