@@ -1,8 +1,8 @@
 """Closed-loop scores of Bench2Drive from the result files its leaderboard evaluator writes.
 
-Driving score, success rate and efficiency follow the benchmark's own tools (Thinklab-SJTU/Bench2Drive, `tools/`);
-the number of routes in the set is the denominator of the first two, so a missing route counts as zero.
-Comfort and abilities, which need more than the result file, are in `bench2drive_comfort` and
+Driving score, success rate and efficiency follow the benchmark's own tools (Thinklab-SJTU/Bench2Drive,
+`tools/`); the number of routes in the set is the denominator of the first two, so a missing route counts as
+zero. Comfort and abilities, which need more than the result file, are in `bench2drive_comfort` and
 `bench2drive_abilities`.
 """
 

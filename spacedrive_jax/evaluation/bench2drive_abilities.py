@@ -79,7 +79,7 @@ ABILITIES: Mapping[str, frozenset[str]] = {
         }
     ),
 }
-"""Scenario types by ability, Bench2Drive 0.0.4 (its 0.0.3 misspelt four of them and so never counted them)."""
+"""Scenario types by ability, Bench2Drive 0.0.4 (0.0.3 misspelt four of them and so never counted them)."""
 
 
 def ability_rates(
@@ -88,8 +88,8 @@ def ability_rates(
     """Success rate per ability, percent, and their plain mean.
 
     A failed traffic-sign route still counts when the ego vehicle drove past its first junction without
-    running a red light or a stop sign. Where that junction lies only CARLA's maps tell, so without `junctions`
-    `traffic_signs` and the mean are None. Routes without a result are in no group, as published.
+    running a red light or a stop sign. Only CARLA's maps tell where that junction is, so `traffic_signs` and
+    the mean are None without `junctions`. Routes without a result are in no group, as published.
 
     Args:
         results: results of the routes in the set.

@@ -27,7 +27,7 @@ class ScoreBench2Drive(Command):
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Result files; several are taken as shards of one run."""
     routes: Path | None = None
-    """Route set: the benchmark's .xml, a .json list or a text file of route numbers. 220 routes by default."""
+    """Route set: the benchmark's .xml, a .json list or a text file of route numbers; 220 routes if absent."""
     metric_info: Path | None = None
     """Folder with <save name>/metric_info.json for each route: adds the comfort score."""
     junctions: Path | None = None

@@ -13,8 +13,8 @@ def read_route_set(path: Path) -> list[str]:
     """Reads the route numbers of a set.
 
     Args:
-        path: a CARLA route file (`<routes><route id=…>`, ending in .xml), a JSON list of numbers (.json), or a
-            text file with one number a line.
+        path: a CARLA route file (`<routes><route id=…>`, ending in .xml), a JSON list of numbers (.json), or
+            a text file with one number a line.
 
     Raises:
         UserError: the file cannot be read, names no route, or names one twice.

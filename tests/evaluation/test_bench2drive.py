@@ -179,7 +179,7 @@ def test_abilities(tmp_path: Path) -> None:
     rates = ability_rates(results, {"2": 0.5, "3": 0.5, "4": 0.5})
     assert rates["traffic_signs"] == pytest.approx(100 / 3)
     assert rates["mean"] == pytest.approx((100 + 0 + 100 + 100 + 100 / 3) / 5)
-    with pytest.raises(UserError, match="route 2 .* is missing"):
+    with pytest.raises(UserError, match=r"route 2 .* is missing"):
         ability_rates(results, {})
     junctions = tmp_path / "junctions.json"
     junctions.write_text('{"2": 0.5, "3": 0.5, "4": 0.5}')
