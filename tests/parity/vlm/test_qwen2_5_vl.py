@@ -19,6 +19,7 @@ from spacedrive_jax.vlm import (
     save_adapter,
     to_hf,
 )
+from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -26,7 +27,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 IMAGE, VISION_START, VISION_END = 501, 502, 503
-RELATIVE_TOLERANCE = 2e-5
 
 
 class Case(NamedTuple):
@@ -136,15 +136,6 @@ def torch_inputs(inputs: Inputs, row: int) -> dict:
     return values
 
 
-def assert_close(ours, theirs, what: str) -> None:
-    theirs = theirs.detach().numpy()
-    ours = np.asarray(ours)
-    assert ours.shape == theirs.shape
-    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    print(f"{what}: relative error {error:.1e}")
-    assert error < RELATIVE_TOLERANCE
-
-
 def test_logits_and_hidden_states(pair):
     inputs = make_inputs(pair.case)
     ours = pair.ours.logits(
@@ -242,7 +233,7 @@ def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
     assert again.config.text_config.rope_parameters == pair.theirs.config.text_config.rope_parameters
 
 
-def test_adapters_come_from_peft_and_go_back(pair, tmp_path):
+def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(7)
 
@@ -274,6 +265,9 @@ def test_adapters_come_from_peft_and_go_back(pair, tmp_path):
         plain = pair.theirs(**torch_inputs(inputs, 0)).logits[0]
     assert (theirs - plain).abs().max() > 0.01
     assert_close(ours[0, : inputs.lengths[0]], theirs, "adapted logits")
+    sample = inputs.token_ids[:1, : inputs.lengths[0]]
+    pixels = None if inputs.pixels is None else inputs.pixels[:1]
+    assert_same_lora_gradients(model, adapted, torch_inputs(inputs, 0), sample, pixels, inputs.grid)
 
     save_adapter(model, tmp_path / "ours", base_model=str(pair.folder))
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()

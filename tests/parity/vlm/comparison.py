@@ -1,0 +1,63 @@
+"""What the parity tests of all families share: how close is close, and the adapters' gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.vlm import VisionLanguageModel
+from spacedrive_jax.vlm.conversion import lora_rules
+
+RELATIVE_TOLERANCE = 2e-5
+"""Largest difference over the largest magnitude of a tensor."""
+
+
+def assert_close(ours, theirs, what: str) -> None:
+    """Compares an array with a torch tensor."""
+    theirs = theirs.detach().numpy()
+    ours = np.asarray(ours)
+    assert ours.shape == theirs.shape
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"{what}: relative error {error:.1e}")
+    assert error < RELATIVE_TOLERANCE
+
+
+def next_token_loss(
+    model: VisionLanguageModel, token_ids: np.ndarray, images: np.ndarray | None, grid: tuple[int, int] | None
+) -> jax.Array:
+    """Mean cross-entropy of every next token, as transformers has it with labels = input_ids."""
+    count = 0 if images is None else images.shape[1]
+    positions, _ = model.positions(token_ids, count, grid)
+    features = None if images is None else model.encode_image_batch(jnp.asarray(images), grid)
+    hidden, _ = model.decode(model.embed(jnp.asarray(token_ids), features), jnp.asarray(positions))
+    scores = jax.nn.log_softmax(model.decoder.logits(hidden[:, :-1]))
+    return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
+
+
+def assert_same_lora_gradients(model, adapted, torch_inputs, token_ids, images, grid) -> None:
+    """Compares the loss and every adapter matrix's gradient of one sample with peft's."""
+    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def loss_and_gradient(lora, rest):
+        return jax.value_and_grad(
+            lambda lora: next_token_loss(nnx.merge(graph, lora, rest), token_ids, images, grid)
+        )(lora)
+
+    loss, gradient = loss_and_gradient(lora, rest)
+    adapted.zero_grad()
+    expected = adapted(**torch_inputs, labels=torch_inputs["input_ids"]).loss
+    expected.backward()
+    assert_close(loss, expected, "loss")
+    parameters = dict(adapted.named_parameters())
+    flat = dict(nnx.to_flat_state(gradient))
+    rules = lora_rules(model.config.decoder, model.decoder.lora)
+    assert {rule.target for rule in rules} == set(flat)
+    for rule in rules:
+        stacked = np.asarray(flat[rule.target][...])
+        for layer, name in enumerate(rule.source_names()):
+            theirs = parameters[name.replace(".weight", ".default.weight")].grad
+            assert theirs.abs().max() > 0
+            assert_close(rule.export(stacked[layer]), theirs, name)
