@@ -17,6 +17,7 @@ from spacedrive_jax.console import Command
 from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.reporting.command import Report
+from spacedrive_jax.verify.command import Verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "score-bench2drive": ScoreBench2Drive,
     "report": Report,
+    "verify": Verify,
 }
 DESCRIPTION = (
     "SpaceDrive in JAX. Prepare data with `python -m data_prep`; then train, predict, evaluate, report."

@@ -18,24 +18,41 @@ from spacedrive_jax.data.ego_status import EgoStatusInput
 from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.depth.sources import DepthConfig
 from spacedrive_jax.positional.coordinates import CoordinateEncoderConfig
-from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, QwenVLConfig
+from spacedrive_jax.positional.decoders import CoordinateDecoderConfig
+from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """SpaceDrive: a vision-language model, the universal coordinate encoder and the coordinate decoder."""
 
-    vlm: QwenVLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
+    vlm: VLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
     weights: str | None = None
     """Folder of released safetensors to start from; None draws random weights."""
     lora: LoraConfig = LoraConfig()
     use_lora: bool = True
     """Adapters on a frozen base; without them the base itself is trained."""
+    new_token_rows: bool = True
+    """Train embedding and head rows of their own for the two new tokens; without them (and with adapters)
+    the tokens keep their frozen rows."""
     encoder: CoordinateEncoderConfig = CoordinateEncoderConfig()
+    decoder: CoordinateDecoderConfig = CoordinateDecoderConfig()
+    visual_positions: Literal["add", "rotate", "none"] = "add"
+    """How visual tokens learn where they are: the scaled encoding is added (the paper's), they are rotated
+    by their points (table 4), or not at all (table 3)."""
+    coordinate_tokens: bool = True
+    """Coordinates are tokens of their own, read by the decoder. Without them the indicator is a token like
+    any other when an answer is generated."""
     ego_status: EgoStatusInput = "both"
     """`none` is SpaceDrive, `both` is SpaceDrive+."""
     position_input: bool = False
     """Feed the encoding of a coordinate at its position token (the published default does not)."""
+    position_input_training: Literal["encodings", "zeros"] = "encodings"
+    """What position input feeds in training. The published code feeds zeros there, by mistake, and
+    encodings at test time."""
+    semantic_position: bool = False
+    """Add the position token's own embedding to what position input feeds, and take it from the hidden
+    state before a coordinate is decoded in training (published; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
 
@@ -96,6 +113,17 @@ class TrainConfig:
     language_weight: float = 1.0
     position_weight: float = 1.0
     huber_delta: float = 1.0
+    """Metres."""
+    position_loss: Literal["huber", "l1", "l2", "cosine", "embedding_l2"] = "huber"
+    """In metres (table F: MAE is `l1`, MSE `l2`), or, for decoders that search a grid, between the hidden
+    state and the true coordinate's encoding."""
+    supervision: Literal["planning", "first", "all"] = "planning"
+    """Which coordinates have a position loss: the six waypoints; the first alone, held against all six
+    (published `single_coords_only`); or every coordinate of the answers."""
+    vae_weight: float = 1.0
+    """Of the divergence that the `vae` decoder adds."""
+    indicator_weight: float = 1.0
+    """Of the indicator token in the cross-entropy. The published code passes 3, which never acts."""
     seed: int = 888
     log_every: int = 10
     checkpoint_every: int = 500

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import ModelConfig
 from spacedrive_jax.data.ego_status import STATUS_SIZE
+from spacedrive_jax.data.records import NUM_WAYPOINTS
 from spacedrive_jax.geometry.unprojection import ego_to_image, patch_centres, unproject
-from spacedrive_jax.positional.coordinates import CoordinateDecoder, CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.positional.coordinates import CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.positional.decoders import GridDecoder, VaeDecoder, make_decoder
+from spacedrive_jax.positional.rotary_3d import rotate_features
 from spacedrive_jax.vlm.config import NewTokensConfig
-from spacedrive_jax.vlm.qwen2_5_vl import QwenVL
+from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.vision_language import place_rows
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -36,8 +39,10 @@ class Outputs:
 
     hidden: Float[Array, "B S D"]
     """Final-normed hidden states."""
-    waypoints: Float[Array, "B T 3"]
-    """Coordinates decoded at the answer's indicators, metres, ego frame."""
+    at_indicators: Float[Array, "B C D"]
+    """What the decoder reads: the hidden states of the coordinates asked for."""
+    coordinates: Float[Array, "B C 3"]
+    """Decoded there, metres, ego frame; the six waypoints unless other places were asked for."""
 
 
 class SpaceDrive(nnx.Module):
@@ -52,25 +57,37 @@ class SpaceDrive(nnx.Module):
             rngs: random streams (`params`).
         """
         self.config = config
-        self.vlm = QwenVL(
+        self.indicator_id, self.position_id = indicator_id, indicator_id + 1
+        self.vlm = family_of(config.vlm).model(
             config.vlm,
             compute=config.compute,
             rngs=rngs,
             lora=config.lora if config.use_lora else None,
-            new_tokens=NewTokensConfig(first_id=indicator_id) if config.use_lora else None,
+            new_tokens=new_token_rows(config, indicator_id),
         )
         width = config.vlm.decoder.hidden_size
-        self.encoder = CoordinateEncoder(config.encoder, width)
-        self.decoder = CoordinateDecoder(width, rngs=rngs)
+        self.encoder = CoordinateEncoder(config.encoder, width, rngs=rngs)
+        self.decoder = make_decoder(config.decoder, width, NUM_WAYPOINTS, rngs=rngs)
         has_feature = config.ego_status in ("feature", "both")
         self.ego_encoder = EgoStatusEncoder(STATUS_SIZE, width, rngs=rngs) if has_feature else None
 
-    def __call__(self, batch: DrivingBatch, *, dropout_key: jax.Array | None = None) -> Outputs:
+    def __call__(
+        self,
+        batch: DrivingBatch,
+        *,
+        dropout_key: jax.Array | None = None,
+        places: Int[Array, "B C"] | None = None,
+        truth: Float[Array, "B C 2"] | None = None,
+        noise: Float[Array, "B C Z"] | None = None,
+    ) -> Outputs:
         """Runs prompt and answer at once (teacher forcing).
 
         Args:
             batch: a batch with answers.
             dropout_key: key of the adapters' dropout; None switches it off.
+            places: indicators to decode at; None takes the six waypoints'.
+            truth: the true coordinates there, which the `vae` decoder sees in training.
+            noise: standard normal for the `vae` decoder; None decodes without.
         """
         hidden, _ = self.vlm.decode(
             self.embeddings(batch),
@@ -78,32 +95,78 @@ class SpaceDrive(nnx.Module):
             lengths=batch.lengths,
             dropout_key=dropout_key,
         )
-        at_indicators = jnp.take_along_axis(hidden, batch.waypoint_places[..., None], axis=1)
-        return Outputs(hidden, self.decoder(at_indicators))
+        places = batch.waypoint_places if places is None else places
+        at_indicators = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        if self.config.semantic_position:
+            # As published: the row of the frozen table, not the trained one.
+            at_indicators = at_indicators - self.vlm.decoder.embedding[...][self.position_id]
+        return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, truth, noise))
+
+    def decode_coordinates(
+        self,
+        at_indicators: Float[Array, "... D"],
+        truth: Float[Array, "... 2"] | None = None,
+        noise: Float[Array, "... Z"] | None = None,
+    ) -> Float[Array, "... 3"]:
+        """psi: hidden states at indicators to metres, ego frame.
+
+        With `decoder.whole_trajectory` only the first state of the second-last axis is read, and its T
+        points stand on that axis.
+
+        Args:
+            at_indicators: final-normed hidden states.
+            truth: see `VaeDecoder`.
+            noise: see `VaeDecoder`.
+        """
+        if isinstance(self.decoder, GridDecoder):
+            return self.decoder(at_indicators, self.encoder)
+        if isinstance(self.decoder, VaeDecoder):
+            return self.decoder(at_indicators, truth=truth, noise=noise)
+        if self.config.decoder.whole_trajectory:
+            return self.decoder(at_indicators[..., 0, :])
+        return self.decoder(at_indicators)
+
+    def embed_coordinates(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """What position input feeds at a coordinate's position token."""
+        encoded = self.encoder(points)
+        if not self.config.semantic_position:
+            return encoded
+        return encoded + self.vlm.embed(jnp.asarray([[self.position_id]]))[0, 0].astype(encoded.dtype)
 
     def embeddings(self, batch: DrivingBatch) -> Float[Array, "B S D"]:
         """Token embeddings with everything spatial in its place."""
+        config = self.config
         embeddings = self.vlm.embed(batch.token_ids)
         embeddings = place_rows(embeddings, self.visual_tokens(batch), batch.slots == Slot.IMAGE)
         if self.ego_encoder is not None:
             feature = self.ego_encoder(batch.ego_status)[:, None]
             embeddings = place_rows(embeddings, feature, batch.slots == Slot.EGO_FEATURE)
-        if self.config.ego_status in ("positions", "both"):
-            past = self.encoder(batch.past_positions)
+        if config.ego_status in ("positions", "both"):
+            past = self.encoder.past(batch.past_positions)
             embeddings = place_rows(embeddings, past, batch.slots == Slot.EGO_POSITION)
-        if self.config.position_input:
-            coordinates = self.encoder(batch.coordinates)
+        if config.position_input:
+            coordinates = self.embed_coordinates(batch.coordinates)
+            if config.position_input_training == "zeros":
+                coordinates = jnp.zeros_like(coordinates)
             embeddings = place_rows(embeddings, coordinates, batch.slots == Slot.COORDINATE)
         return embeddings
 
     def visual_tokens(self, batch: DrivingBatch) -> Float[Array, "B NV D"]:
-        """Visual tokens that know where they are: h + alpha * phi(point), order camera, row, column."""
+        """Visual tokens that know where they are: h + alpha * phi(point), order camera, row, column.
+
+        `visual_positions` names the alternatives.
+        """
         samples, cameras, rows, columns = batch.patch_depth.shape
         merge = self.config.vlm.vision.merge_size
         patches = normalise(batch.pixel_values).reshape(samples * cameras, *batch.pixel_values.shape[2:])
         features = self.vlm.encode_images(patches, (rows * merge, columns * merge))
         features = features.reshape(samples, cameras * rows * columns, -1)
-        return features + self.encoder(self.patch_points(batch)).astype(features.dtype)
+        if self.config.visual_positions == "none":
+            return features
+        points = self.patch_points(batch)
+        if self.config.visual_positions == "rotate":
+            return rotate_features(features, points)
+        return features + self.encoder(points).astype(features.dtype)
 
     def patch_points(self, batch: DrivingBatch) -> Float[Array, "B NV 3"]:
         """3D points of the visual tokens, ego frame, metres."""
@@ -112,6 +175,13 @@ class SpaceDrive(nnx.Module):
         centres = jnp.asarray(patch_centres((rows, columns), vision.patch_size * vision.merge_size))
         projection = ego_to_image(batch.intrinsics, batch.camera_to_ego)
         return unproject(batch.patch_depth, centres, projection).reshape(samples, -1, 3)
+
+
+def new_token_rows(config: ModelConfig, indicator_id: int) -> NewTokensConfig | None:
+    """The two new tokens' own rows, where the config trains any."""
+    if not (config.use_lora and config.new_token_rows):
+        return None
+    return NewTokensConfig(first_id=indicator_id)
 
 
 def normalise(patches: UInt8[Array, "... K"] | Float[Array, "... K"]) -> Float[Array, "... K"]:

@@ -51,7 +51,8 @@ class SampleBuilder:
         ask = has_future or not self.answer
         turns = [Turn("user", planning_question(record["location"], command, plan=ask))]
         if self.answer and has_future:
-            turns.append(Turn("assistant", planning_answer()))
+            coordinates = 1 if self.model.decoder.whole_trajectory else NUM_WAYPOINTS
+            turns.append(Turn("assistant", planning_answer(coordinates)))
         chat = chat_tokens(self.tokenizer, turns, grid[0] * grid[1], generation_prompt=not self.answer)
         try:
             fields = token_fields(
@@ -90,6 +91,7 @@ def token_fields(
     *,
     sequence_length: int,
     max_targets: int,
+    image_delimiters: bool = True,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
 
@@ -100,6 +102,8 @@ def token_fields(
         ego_input: which ego tokens to insert.
         sequence_length: S.
         max_targets: M.
+        image_delimiters: Qwen's layout, with rotary positions in time, row and column; False for LLaVA's,
+            bare image tokens and plain positions.
 
     Returns:
         The fields of `DrivingBatch` that follow from the tokens alone.
@@ -107,13 +111,13 @@ def token_fields(
     Raises:
         UserError: the conversation does not fit S or M.
     """
-    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input)
+    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input, image_delimiters=image_delimiters)
     length = len(chat.token_ids)
     if length > sequence_length:
         raise UserError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
     tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
     spans = [ImageSpan(start, *grid) for start in chat.image_starts]
-    positions, offset = mrope_positions(length, spans)
+    positions, offset = mrope_positions(length, spans if image_delimiters else [])
 
     slots = np.full(length, Slot.TEXT)
     for span in spans:

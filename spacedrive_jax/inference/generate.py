@@ -85,7 +85,7 @@ def _step(
     active, discarded = ~progress.finished, progress.after_indicator
     scores = penalise(model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty)
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    coordinate = model.decoder(progress.hidden)
+    coordinate = model.decode_coordinates(progress.hidden)
     # Out of range where finished: dropped.
     place = jnp.where(active, progress.count, progress.token_ids.shape[1])
     decoded = active & discarded

@@ -82,7 +82,7 @@ def run_frame(
 
     kept = jnp.arange(length) < count[:, None]
     is_coordinate = kept & discarded
-    coordinates = jnp.where(is_coordinate[..., None], model.decoder(hidden), 0.0)
+    coordinates = jnp.where(is_coordinate[..., None], model.decode_coordinates(hidden), 0.0)
     token_ids = jnp.where(kept, chosen, tokenizer.padding)
     rest = max_new_tokens + 1 - length
     last = jnp.minimum(count, length - 1)
@@ -146,7 +146,7 @@ def _hidden_states(
         cache, at_indicator = carry
         ids, count = piece
         embeddings = model.vlm.embed(jnp.broadcast_to(ids, (batch.size, width)))
-        encoded = position_embedding(model, model.decoder(at_indicator)).astype(embeddings.dtype)
+        encoded = position_embedding(model, model.decode_coordinates(at_indicator)).astype(embeddings.dtype)
         positions = cache.lengths[:, None] + batch.position_offset[:, None] + jnp.arange(width)
         hidden, grown = model.vlm.decode(
             embeddings.at[:, 0].set(encoded),

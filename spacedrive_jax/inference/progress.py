@@ -90,7 +90,7 @@ def prefill(
 
 def position_embedding(model: SpaceDrive, coordinate: Float[Array, "... 3"]) -> Float[Array, "... D"]:
     """What stands at the position token of a generated coordinate; z is fed as 0, as published."""
-    return model.encoder(coordinate * jnp.array([1.0, 1.0, 0.0]))
+    return model.embed_coordinates(coordinate * jnp.array([1.0, 1.0, 0.0]))
 
 
 def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: float) -> Seen:

@@ -34,18 +34,22 @@ def frequencies(width: int, base: float = 20000.0, scaling: float = 1.0) -> Floa
 
 
 def encode(
-    points: Float[Array, "... 3"], axis_frequencies: Float[Array, "F"], model_width: int
+    points: Float[Array, "... 3"], axis_frequencies: Float[Array, "*axes F"], model_width: int
 ) -> Float[Array, "... D"]:
     """Encodes points, unscaled (alpha is the caller's).
 
     Args:
         points: metres, ego frame.
-        axis_frequencies: radians per metre, from `frequencies`.
+        axis_frequencies: radians per metre, from `frequencies`; one table (F,) for all axes or one each
+            (3, F).
         model_width: D.
 
     Returns:
-        Layout x | y | z, each interleaved sin, cos, cut to D; float32 (angles lose meaning in bfloat16).
+        Layout x | y | z, each interleaved sin, cos, cut or zero-padded to D; float32 (angles lose meaning
+        in bfloat16).
     """
     angles = points.astype(jnp.float32)[..., None] * jnp.asarray(axis_frequencies, jnp.float32)
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # (..., 3, F, 2)
-    return waves.reshape(*points.shape[:-1], -1)[..., :model_width]
+    encoding = waves.reshape(*points.shape[:-1], -1)[..., :model_width]
+    missing = model_width - encoding.shape[-1]
+    return jnp.pad(encoding, [(0, 0)] * (encoding.ndim - 1) + [(0, missing)])

@@ -1,4 +1,4 @@
-"""The two losses: next-token cross-entropy and Huber on waypoints (paper section 3.4)."""
+"""The two losses: next-token cross-entropy and the position loss on coordinates (paper section 3.4)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.console import UserError
+from spacedrive_jax.model import Outputs, SpaceDrive
+from spacedrive_jax.positional.vae import VaeDecoder
+
+EMBEDDING_LOSSES = ("cosine", "embedding_l2")
 
 
 @jax.tree_util.register_dataclass
@@ -23,33 +27,164 @@ class Losses:
     language: Float[Array, ""]
     """Sum of the supervised tokens' cross-entropy over the batch size, as the published code reduces it."""
     position: Float[Array, ""]
-    """Mean Huber loss over the valid waypoints' x and y, metres; exactly 0 when there is none."""
+    """Mean position loss over the valid coordinates' x and y; exactly 0 when there is none."""
+    divergence: Float[Array, ""]
+    """What the `vae` decoder adds; 0 for the others."""
     displacement: Float[Array, ""]
-    """Mean distance between predicted and true waypoints, metres: to watch, not to train on."""
+    """Mean distance between predicted and true coordinates, metres: to watch, not to train on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """The coordinates that have a position loss."""
+
+    places: Int[Array, "B C"]
+    """Indicators to decode at."""
+    truth: Float[Array, "B R 2"]
+    """Metres. R = C, or R = T where one indicator is held against the whole trajectory."""
+    mask: Bool[Array, "B R"]
 
 
 def losses(
-    model: SpaceDrive, batch: DrivingBatch, config: TrainConfig, dropout_key: jax.Array | None
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    config: TrainConfig,
+    dropout_key: jax.Array | None,
+    *,
+    noise: Float[Array, "B C Z"] | None = None,
+    sees_truth: bool = True,
 ) -> Losses:
     """Runs the model on a batch with answers and scores it.
 
     Only the hidden states that predict a supervised token meet the vocabulary: with 152k ids the logits of
     the whole sequence would dwarf everything else.
-    """
-    outputs = model(batch, dropout_key=dropout_key)
-    predicting = jnp.take_along_axis(outputs.hidden, batch.target_places[..., None], axis=1)
-    logits = model.vlm.decoder.logits(predicting)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target_ids)
-    language = jnp.sum(cross_entropy * batch.target_mask) / batch.size
 
-    error = outputs.waypoints[..., :2] - batch.waypoints
-    mask = batch.waypoint_mask[..., None]
-    count = jnp.maximum(jnp.sum(mask), 1)
-    huber = optax.huber_loss(error, delta=config.huber_delta)
-    position = jnp.sum(huber * mask) / (2 * count)
-    displacement = jnp.sum(safe_norm(error) * batch.waypoint_mask) / count
-    total = config.language_weight * language + config.position_weight * position
-    return Losses(total, language, position, jax.lax.stop_gradient(displacement))
+    Args:
+        model: the model.
+        batch: a batch with answers.
+        config: which losses, and their weights.
+        dropout_key: key of the adapters' dropout and the `vae` decoder's noise; None for neither.
+        noise: the `vae` decoder's standard normal noise, instead of the key's.
+        sees_truth: the `vae` decodes its future distribution; False scores its inference.
+
+    Raises:
+        UserError: the config's decoder and losses do not fit each other.
+    """
+    check_choices(model, config)
+    supervised = select(model, batch, config)
+    vae = isinstance(model.decoder, VaeDecoder)
+    drawn_for = supervised.truth[:, : supervised.places.shape[1]] if vae else None
+    if vae and noise is None and dropout_key is not None:
+        shape = (*supervised.places.shape, model.config.decoder.latent_size)
+        noise = jax.random.normal(jax.random.fold_in(dropout_key, 0), shape)
+    outputs = model(
+        batch,
+        dropout_key=dropout_key,
+        places=supervised.places,
+        truth=drawn_for if sees_truth else None,
+        noise=noise,
+    )
+    language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
+    position = position_loss(model, outputs, supervised, config)
+    divergence = jnp.zeros(())
+    if isinstance(model.decoder, VaeDecoder) and drawn_for is not None:
+        per_coordinate = model.decoder.divergence(outputs.at_indicators, drawn_for)
+        divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]])
+    error = safe_norm(outputs.coordinates[..., :2] - supervised.truth)
+    displacement = jax.lax.stop_gradient(_mean(error, supervised.mask))
+    total = (
+        config.language_weight * language + config.position_weight * position + config.vae_weight * divergence
+    )
+    return Losses(total, language, position, divergence, displacement)
+
+
+def cross_entropy(
+    model: SpaceDrive, batch: DrivingBatch, hidden: Float[Array, "B S D"], indicator_weight: float
+) -> Float[Array, ""]:
+    """Next-token cross-entropy, summed over the supervised tokens, over the batch size."""
+    predicting = jnp.take_along_axis(hidden, batch.target_places[..., None], axis=1)
+    logits = model.vlm.decoder.logits(predicting)
+    per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target_ids)
+    if indicator_weight != 1.0:
+        per_token *= jnp.where(batch.target_ids == model.indicator_id, indicator_weight, 1.0)
+    return jnp.sum(per_token * batch.target_mask) / batch.size
+
+
+def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Supervised:
+    """Chooses the coordinates that `config.supervision` names."""
+    if config.supervision == "all":
+        # Every supervised indicator; its coordinate is that of the position token behind it.
+        places = batch.target_places + 1
+        mask = batch.target_mask & (batch.target_ids == model.indicator_id)
+        before = jnp.cumsum(batch.slots == Slot.COORDINATE, axis=1)
+        row = jnp.take_along_axis(before, places, axis=1)
+        row = jnp.clip(row, 0, batch.coordinates.shape[1] - 1)
+        truth = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]
+        return Supervised(places, truth, mask)
+    if config.supervision == "first" or model.config.decoder.whole_trajectory:
+        mask = jnp.broadcast_to(batch.waypoint_mask[:, :1], batch.waypoint_mask.shape)
+        return Supervised(batch.waypoint_places[:, :1], batch.waypoints, mask)
+    return Supervised(batch.waypoint_places, batch.waypoints, batch.waypoint_mask)
+
+
+def position_loss(
+    model: SpaceDrive, outputs: Outputs, supervised: Supervised, config: TrainConfig
+) -> Float[Array, ""]:
+    """Mean over the valid coordinates, in metres or between embeddings."""
+    if config.position_loss in EMBEDDING_LOSSES:
+        truth = jnp.pad(supervised.truth, ((0, 0), (0, 0), (0, 1)))
+        # As published, the true encodings are targets: alpha learns from the inputs alone.
+        target = jax.lax.stop_gradient(model.encoder(truth))
+        hidden = outputs.at_indicators.astype(jnp.float32)
+        if config.position_loss == "cosine":
+            return _mean(1 - _cosine(hidden, target), supervised.mask)
+        return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask)
+    error = outputs.coordinates[..., :2] - supervised.truth
+    if config.position_loss == "l1":
+        per_axis = jnp.abs(error)
+    elif config.position_loss == "l2":
+        per_axis = jnp.square(error)
+    else:
+        per_axis = optax.huber_loss(error, delta=config.huber_delta)
+    return _mean(jnp.mean(per_axis, axis=-1), supervised.mask)
+
+
+def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
+    """Refuses a decoder and losses that cannot train each other.
+
+    Raises:
+        UserError: naming the two fields.
+    """
+    decoder = model.config.decoder
+    in_embedding = config.position_loss in EMBEDDING_LOSSES
+    if decoder.is_grid and not in_embedding:
+        raise UserError(
+            f"model.decoder.kind {decoder.kind} searches a grid and has no gradient in metres (nor does the "
+            f"published code train it so): set train.position_loss to cosine or embedding_l2, not "
+            f"{config.position_loss}"
+        )
+    if in_embedding and not decoder.is_grid:
+        raise UserError(
+            f"train.position_loss {config.position_loss} would leave model.decoder.kind {decoder.kind} "
+            "untrained: choose huber, l1 or l2, or a grid_* decoder"
+        )
+    if decoder.whole_trajectory and (
+        config.supervision != "planning" or decoder.kind not in ("mlp", "linear")
+    ):
+        raise UserError(
+            "model.decoder.whole_trajectory needs model.decoder.kind mlp or linear and train.supervision "
+            f"planning, not {decoder.kind} and {config.supervision}"
+        )
+
+
+def _mean(values: Float[Array, "B C"], mask: Bool[Array, "B C"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Float[Array, "..."]:
+    lengths = safe_norm(a) * safe_norm(b)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, 1e-8)
 
 
 def safe_norm(vectors: Float[Array, "... C"]) -> Float[Array, "..."]:

@@ -1,0 +1,1 @@
+"""`python -m spacedrive_jax verify CASE_DIR`: this project's numbers against recorded ones."""
