@@ -155,11 +155,15 @@ def _in_frustum(vertices: Float[np.ndarray, "Q 4 3"], camera: Camera) -> Bool[np
     """False where all four corners lie outside the same side of the view or nearer than `NEAR`."""
     right, bottom = camera.width - 0.5, camera.height - 0.5
     sides = np.array([[1, 0, 0.5], [-1, 0, right], [0, 1, 0.5], [0, -1, bottom], [0, 0, 1]])
-    to_sides = camera.camera_to_global[:3, :3] @ (sides @ camera.intrinsics).T
-    limits = camera.camera_to_global[:3, 3] @ to_sides + [0, 0, 0, 0, NEAR]
-    first, second, third, fourth = (vertices[:, corner] @ to_sides for corner in range(4))
-    furthest = np.maximum(np.maximum(first, second), np.maximum(third, fourth))
-    return (furthest > limits).all(axis=1)
+    normals = sides @ camera.intrinsics @ camera.camera_to_global[:3, :3].T
+    limits = normals @ camera.camera_to_global[:3, 3] + [0, 0, 0, 0, NEAR]
+    inside = np.ones(len(vertices), dtype=bool)
+    x, y, z = np.moveaxis(vertices, -1, 0)
+    # Written out, since BLAS threads would fight with the other workers over a product of this shape.
+    for (a, b, c), limit in zip(normals, limits, strict=True):
+        first, second, third, fourth = (a * x + b * y + c * z > limit).T
+        inside &= first | second | third | fourth
+    return inside
 
 
 def _projected_bounds(

@@ -124,7 +124,7 @@ def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P
     cover = np.clip((cloud + weather.clouds - 0.45) * 2.0, 0, 1) * np.clip(up * 6, 0, 1) * 0.55
     white = _channels(weather.ambient) * 0.4 + horizon * 0.65
     colour = colour * (1 - cover) + white * cover
-    towards_sun = light.sun.astype(np.float32) @ unit
+    towards_sun = np.einsum("c,cp->p", light.sun.astype(np.float32), unit)
     near_sun = np.flatnonzero(towards_sun > 0.97)  # elsewhere the glow is too weak for 8 bits
     colour[:, near_sun] += towards_sun[near_sun] ** 350 * weather.sun * 1.4
     return colour
