@@ -16,6 +16,7 @@ from spacedrive_jax import console
 from spacedrive_jax.console import Command
 from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
+from spacedrive_jax.evaluation.counterfactual_command import ScoreCounterfactual
 from spacedrive_jax.reporting.command import Report
 from spacedrive_jax.verify.command import Verify
 
@@ -147,6 +148,7 @@ COMMANDS: dict[str, type[Command]] = {
     "predict": Predict,
     "evaluate": Evaluate,
     "score-bench2drive": ScoreBench2Drive,
+    "score-counterfactual": ScoreCounterfactual,
     "report": Report,
     "verify": Verify,
 }

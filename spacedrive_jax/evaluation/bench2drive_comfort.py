@@ -1,7 +1,8 @@
 """Comfort ("smoothness") of Bench2Drive: the share of two-second pieces within comfortable motion.
 
 Kept from the benchmark's tool, and questionable: a time step of 0.1 s although agents log at 20 Hz, the
-smoothed yaw rate in place of the yaw acceleration, and CARLA's degrees per second held against bounds in radians.
+smoothed yaw rate in place of the yaw acceleration, and CARLA's degrees per second held against bounds in
+radians.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class Evaluate(Command):
     """
 
     predictions: Path
-    """JSON Lines file written by `predict`, or a folder of the published code's (one file per token)."""
+    """JSON Lines file written by `predict`, a folder of the published code's (one file per token), or a
+    .json or .pkl dictionary of token to waypoints."""
     records: Path
     """Records folder written by `python -m data_prep`."""
     split: Literal["train", "val", "all"] = "val"
@@ -40,6 +41,8 @@ class Evaluate(Command):
     """Count people as obstacles too (corrected protocol only)."""
     compare: Path | None = None
     """Another prediction file or folder, compared keyframe by keyframe."""
+    axes: Literal["forward-left", "forward-right", "right-forward"] = "forward-left"
+    """What the two numbers of a waypoint mean; right-forward is the lidar frame of UniAD and VAD."""
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes that share the keyframes of a large split."""
     out: Path | None = None
@@ -62,8 +65,8 @@ class Evaluate(Command):
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: give 1 or more")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
-        predictions = read_predictions(self.predictions)
-        compare = None if self.compare is None else read_predictions(self.compare)
+        predictions = read_predictions(self.predictions, self.axes)
+        compare = None if self.compare is None else read_predictions(self.compare, self.axes)
         records = open_records(self.records, self.split)
         evaluation = evaluate(
             records,
@@ -78,6 +81,7 @@ class Evaluate(Command):
         facts = {
             **evaluation.to_json(),
             "predictions": str(self.predictions),
+            "axes": self.axes,
             "records": describe_source(records),
             "file": str(out),
         }

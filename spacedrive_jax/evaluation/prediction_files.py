@@ -2,7 +2,8 @@
 
 A prediction file is JSON Lines, one object a keyframe:
 `{"token": …, "waypoints": [[x, y], …6], "text": …, "status": "ok" | "unparsed"}`, metres in the ego frame.
-A folder is read as the published code's, one file per keyframe (`published_predictions`).
+A folder is read as the published code's, one file per keyframe (`published_predictions`); a pickle, or one
+JSON object of token to waypoints, as a trajectory dictionary (`trajectory_files`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.evaluation.axes import AxesName, to_ego_axes
 from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
 from spacedrive_jax.evaluation.published_predictions import read_published_folder
+from spacedrive_jax.evaluation.trajectory_files import (
+    PICKLE_SUFFIXES,
+    read_json_trajectories,
+    read_pickled_trajectories,
+)
 
 STATUSES = ("ok", "unparsed")
 
@@ -25,24 +32,48 @@ Entry = tuple[str, str, "Float[np.ndarray, 'n 2'] | None"]
 """Token, text and trajectory; None where the text holds no trajectory."""
 
 
-def read_predictions(path: Path | str) -> Predictions:
-    """Reads a prediction file, or a folder of the published code's.
+def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predictions:
+    """Reads predictions in any of the supported forms.
+
+    Args:
+        path: a JSON Lines file, a folder of the published code's, or a JSON (.json) or pickled (.pkl)
+            dictionary of token to waypoints.
+        axes: what the two numbers of a waypoint mean.
+
+    Returns:
+        The predictions, waypoints in ego axes.
 
     Raises:
-        UserError: the file does not exist or is empty, or a line is not a prediction (the message names the
-            line and what is wrong with it).
+        UserError: the file does not exist or is empty, or something in it is not a prediction (the message
+            names the line or token and what is wrong with it).
     """
-    path = Path(path)
+    return to_ego_axes(_read(Path(path)), axes)
+
+
+def _read(path: Path) -> Predictions:
     if path.is_dir():
         return read_published_folder(path)
     if not path.is_file():
         raise UserError(
             f"no prediction file {path}; write one with `python -m spacedrive_jax predict --out {path}`"
         )
+    if path.suffix in PICKLE_SUFFIXES:
+        return read_pickled_trajectories(path)
+    if path.suffix == ".json" and not _is_json_lines(text := path.read_text(encoding="utf-8")):
+        return read_json_trajectories(path, text)
     predictions = sort_predictions(path, _parse_lines(path))
     if not predictions.tokens:
         raise UserError(f"{path} holds no prediction")
     return predictions
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is a prediction by itself."""
+    try:
+        entry = json.loads(text.lstrip().partition("\n")[0])
+    except json.JSONDecodeError:
+        return False
+    return isinstance(entry, dict) and "token" in entry
 
 
 def _parse_lines(path: Path) -> Iterator[Entry]:

@@ -17,26 +17,33 @@ from jaxtyping import Float
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
 
-_NUMBERS = r"\((-?[\d.]+), (-?[\d.]+)\)"
-_POINT = re.compile(_NUMBERS)
-_TRAJECTORY = re.compile(rf"\[<POS_INDICATOR>{_NUMBERS}(?:(?:, )?(?:<POS_INDICATOR>)?{_NUMBERS})*")
+_PAIR = r"\(-?[\d.]+, -?[\d.]+\)"
+_PAIR_WITH_PLUS = r"\(\+?-?[\d.]+, \+?-?[\d.]+\)"
+_TRAJECTORIES = (
+    re.compile(rf"\[<POS_INDICATOR>{_PAIR}(?:(?:, )?(?:<POS_INDICATOR>)?{_PAIR})*"),
+    re.compile(rf"\[<tool_call>{_PAIR}(?:, <tool_call>{_PAIR})*"),
+    re.compile(rf"\[(?:PT, )?{_PAIR_WITH_PLUS}(?:, {_PAIR_WITH_PLUS})*"),
+)
+"""After position indicators, after the text model's stand-in for them, and as plain numbers (OmniDrive's
+begin with `PT`). The published script picks one by the words in the folder's path; here the text decides."""
+_POINT = re.compile(_PAIR_WITH_PLUS)
 _DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 def parse_answer(text: str) -> Float[np.ndarray, "n 2"] | None:
     """The trajectory in an answer such as `… [<POS_INDICATOR>(1.20, 0.05), <POS_INDICATOR>(2.41, -0.11)]`.
 
-    Only the first bracketed list counts, its first point must follow an indicator, and numbers need a
-    decimal point (without one the published script fails on the sample and drops it).
+    Only the first bracketed list of the first form that occurs counts, and numbers need a decimal point
+    (without one the published script fails on the sample and drops it).
 
     Returns:
         Waypoints in metres, or None when the answer holds no readable trajectory.
     """
-    found = _TRAJECTORY.search(text)
+    found = next((match for pattern in _TRAJECTORIES if (match := pattern.search(text))), None)
     if found is None:
         return None
-    points = _POINT.findall(found.group())
-    if not all(_DECIMAL.fullmatch(number) for point in points for number in point):
+    points = [_DECIMAL.findall(point) for point in _POINT.findall(found.group())]
+    if any(len(point) != 2 for point in points):
         return None
     return np.array(points, np.float64)
 
