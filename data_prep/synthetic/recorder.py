@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from data_prep.synthetic import can_bus, ground, lidar, rig, scenery, stage
 from data_prep.synthetic.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
+from data_prep.synthetic.shapes import Quads
 from data_prep.synthetic.stage import Participant
 from data_prep.synthetic.tables import Row, link, visibility_token
 from data_prep.synthetic.tokens import make_token
@@ -97,7 +98,10 @@ class _Recorder:
         self.light = Light(weather, float(jitter.uniform(0, 2 * np.pi)))
         low, high = stage.scene_area(self.scenario, self.end)
         surface_map = ground.surface_map_of_town(self.scenario.town, low, high)
-        self.backdrop = stage.build_backdrop(surface_map, self.light, scenery.LAND_SEED)
+        backdrop = stage.build_backdrop(surface_map, self.light, scenery.LAND_SEED)
+        self.standing = stage.standing_participants(self.scenario)
+        shadows = stage.frame_shadows(backdrop, self.standing, self.light)
+        self.backdrop = dataclasses.replace(backdrop, shadows=shadows)
         self.epoch_us = int(job.start.timestamp() * 1e6) + int(jitter.integers(1_000_000))
         self.logfile = f"synthetic{job.seed}-{job.start:%Y-%m-%d-%H-%M-%S}+0000"
         nominal = WARM_UP + KEYFRAME_PERIOD * np.arange(job.keyframes)
@@ -106,7 +110,7 @@ class _Recorder:
         jitters = jitter.uniform(-0.002, 0.002, (job.keyframes, len(leads)))
         self.camera_times = self.times[:, None] - leads + jitters
         self.lidar_rng = np.random.default_rng([job.seed, job.index, 4])
-        people = stage.participants(self.scenario, 0.0)
+        people = [*stage.moving_participants(self.scenario, 0.0), *self.standing]
         self.tokens = [self._token("instance", item.key) for item in people]
 
     def _token(self, *parts: object) -> str:
@@ -118,6 +122,10 @@ class _Recorder:
     def _ego_pose(self, time: float) -> Float[np.ndarray, "4 4"]:
         state = can_bus.ego_state(self.scenario, time)
         return rig.pose_matrix(state["x"], state["y"], state["yaw"])
+
+    def _quads(self, time: float, people: list[Participant]) -> Quads:
+        signals = stage.signal_quads(self.scenario, time)
+        return stage.frame_quads(self.backdrop, people, self.tokens, signals)
 
     def record(self) -> dict[str, list[Row]]:
         job = self.job
@@ -227,15 +235,15 @@ class _Recorder:
     ) -> tuple[Row, Row]:
         job, mount = self.job, rig.CAMERA_MOUNTS[number]
         time = float(self.camera_times[keyframe, number])
-        people = stage.participants(self.scenario, time)
-        quads = stage.frame_quads(self.backdrop, people, self.tokens, stage.signal_quads(self.scenario, time))
+        moving = stage.moving_participants(self.scenario, time)
+        quads = self._quads(time, [*moving, *self.standing])
         camera = stage.camera_of(
             mount.intrinsics(job.image_size), self._ego_pose(time) @ mount.to_ego(), job.image_size
         )
         picture = stage.take_picture(
             self.backdrop,
             quads,
-            stage.frame_shadows(self.backdrop, people, self.light),
+            stage.frame_shadows(self.backdrop, moving, self.light),
             camera,
             self.light,
             job.index * 1000 + keyframe * 6 + number,
@@ -258,8 +266,8 @@ class _Recorder:
         self, keyframe: int, sample: str, visible: dict[int, int], covered: dict[int, int]
     ) -> tuple[Row, Row, dict[int, _Sighting]]:
         time = float(self.times[keyframe])
-        people = stage.participants(self.scenario, time)
-        quads = stage.frame_quads(self.backdrop, people, self.tokens, stage.signal_quads(self.scenario, time))
+        people = [*stage.moving_participants(self.scenario, time), *self.standing]
+        quads = self._quads(time, people)
         ego = self._ego_pose(time)
         sensor = ego @ rig.lidar_to_ego()
         cloud = lidar.sweep(quads, sensor, self.lidar_rng)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from data_prep.synthetic import surroundings, traffic
-from data_prep.synthetic.simulate import Cast, first_collisions, simulate
+from data_prep.synthetic.simulate import Cast, Tracks, first_collisions, simulate
 from data_prep.synthetic.town import STOP_SETBACK, Lane, Town, next_lane
 from data_prep.synthetic.traffic import Motion, Mover, Obstacle, Signals
 
@@ -61,6 +62,11 @@ class Scenario:
     def ego(self) -> Mover:
         """The ego vehicle."""
         return self.cast.movers[0]
+
+    @functools.cached_property
+    def tracks(self) -> Tracks:
+        """Where every mover's box is, given the arc lengths."""
+        return Tracks(self.cast.movers)
 
 
 @dataclasses.dataclass(frozen=True)

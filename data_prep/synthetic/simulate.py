@@ -36,8 +36,8 @@ def simulate(town: Town, cast: Cast, duration: float) -> list[Motion]:
     return _Simulation(town, cast).run(int(np.ceil(duration / TIME_STEP)) + 2)
 
 
-class _Tracks:
-    """Box centre poses of all movers at once; routes are evenly spaced, so a pose is two table rows."""
+class Tracks:
+    """Box centre poses of many movers at once; routes are evenly spaced, so a pose is two table rows."""
 
     def __init__(self, movers: tuple[Mover, ...]) -> None:
         routes = [mover.route for mover in movers]
@@ -73,7 +73,7 @@ class _Simulation:
         still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
         self.poses = np.concatenate([np.zeros((len(self.movers), 3)), still])
         self.all_speeds = np.zeros(len(self.poses))
-        self.tracks = _Tracks(self.movers)
+        self.tracks = Tracks(self.movers)
         self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(still))
         self.radii = np.hypot(self.half[:, 0], self.half[:, 1])
         self.walkers: dict[int, list[int]] = {}
@@ -308,7 +308,7 @@ def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearan
     fixed = np.array([item.pose for item in still]).reshape(-1, 3)
     rank = np.arange(len(keys))  # later in the cast gives way
     removed: set[str] = set()
-    tracks = _Tracks(moving)
+    tracks = Tracks(moving)
     for step in range(int(duration / TIME_STEP)):
         moved = tracks.poses(np.array([motion.s[step] for motion in motions]))
         hits = overlapping_pairs(np.concatenate([moved, fixed]), half)

@@ -66,22 +66,32 @@ def scene_area(scenario: Scenario, duration: float) -> tuple[np.ndarray, np.ndar
     return low, np.ceil((way.max(axis=0) + VIEW_MARGIN) / 10) * 10
 
 
-def participants(scenario: Scenario, time: float) -> list[Participant]:
-    """Everybody but the ego vehicle at a time in seconds, in the cast's order."""
-    result = []
-    for mover, motion in zip(scenario.cast.movers[1:], scenario.motions[1:], strict=True):
-        s, speed, acceleration = motion.at(time)
-        pose = tuple(float(value) for value in mover.route.pose(s))
-        attribute = _attribute(mover, speed)
-        braking = acceleration < -0.6 or speed < 0.1
-        result.append(
-            Participant(mover.key, mover.category, mover.size, pose, speed, braking, attribute)  # type: ignore[arg-type]
+def moving_participants(scenario: Scenario, time: float) -> list[Participant]:
+    """Every mover but the ego vehicle at a time in seconds, in the cast's order."""
+    states = [motion.at(time) for motion in scenario.motions]
+    poses = scenario.tracks.poses(np.array([s for s, _, _ in states])).tolist()
+    return [
+        Participant(
+            mover.key,
+            mover.category,
+            mover.size,
+            (x, y, yaw),
+            speed,
+            acceleration < -0.6 or speed < 0.1,
+            _attribute(mover, speed),
         )
-    for item in scenario.cast.obstacles:
-        result.append(  # noqa: PERF401
-            Participant(item.key, item.category, item.size, item.pose, 0.0, False, item.attribute)
-        )
-    return result
+        for mover, (_, speed, acceleration), (x, y, yaw) in list(
+            zip(scenario.cast.movers, states, poses, strict=True)
+        )[1:]
+    ]
+
+
+def standing_participants(scenario: Scenario) -> list[Participant]:
+    """Everything annotated that stands still, in the cast's order."""
+    return [
+        Participant(item.key, item.category, item.size, item.pose, 0.0, False, item.attribute)
+        for item in scenario.cast.obstacles
+    ]
 
 
 def _attribute(mover: Mover, speed: float) -> str:

@@ -8,6 +8,7 @@ reservation (nobody enters while a vehicle from another arm is inside); everybod
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -245,8 +246,8 @@ def follow_acceleration(speed: float, wanted: float, gap: float, closing_speed: 
     ratio = speed / max(wanted, 0.1)
     free = mover.acceleration * (1 - ratio**4) if ratio < 1 else -min(1.2 * (speed - wanted), 2.5)
     dynamic = speed * mover.headway + speed * closing_speed / (
-        2 * np.sqrt(mover.acceleration * COMFORT_BRAKING)
+        2 * math.sqrt(mover.acceleration * COMFORT_BRAKING)
     )
     desired_gap = mover.standstill_gap + max(dynamic, 0.0)
-    interaction = mover.acceleration * (desired_gap / max(gap, 0.3)) ** 2 if np.isfinite(gap) else 0.0
-    return float(np.clip(free - interaction, -HARDEST_BRAKING, mover.acceleration))
+    interaction = mover.acceleration * (desired_gap / max(gap, 0.3)) ** 2 if math.isfinite(gap) else 0.0
+    return min(max(free - interaction, -HARDEST_BRAKING), mover.acceleration)
