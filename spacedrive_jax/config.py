@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.ego_status import EgoStatusInput
 from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.depth.sources import DepthConfig
@@ -74,6 +75,9 @@ class DataConfig:
     """S; a longer conversation is an error, not a cut."""
     max_targets: int = 64
     """M; supervised tokens per sample."""
+    max_coordinates: int = 6
+    """C; coordinates per conversation, the six waypoints and those of the questions."""
+    conversation: ConversationConfig = ConversationConfig()
     drop_without_future: bool = False
     """Leave keyframes without all six future poses out of training (they have no loss)."""
     cache_in_memory: bool = False

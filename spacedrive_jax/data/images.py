@@ -11,23 +11,32 @@ from jaxtyping import Float, UInt8
 # transformers announces at import that torch is absent; its processors do not need it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Record
-from spacedrive_jax.vlm.config import QwenVisionConfig
+from spacedrive_jax.vlm.clip_vision import flatten_patches
+from spacedrive_jax.vlm.config import ClipVisionConfig, QwenVisionConfig
+
+MAX_PIXELS = 28 * 28 * 16384
+"""Larger images are scaled down (released Qwen2.5-VL settings)."""
 
 
 class ImageProcessor:
-    """Decodes, squashes and cuts the six views into patches.
+    """Decodes, squashes and cuts the six views into patches, as the model's own image processor does.
 
-    transformers' own processor does the resizing to whole patches and the patch layout; rescaling and
-    normalisation are left to the device, so that bytes, not floats, travel there.
+    Rescaling and normalisation are left to the device, so that bytes, not floats, travel there. Qwen:
+    transformers' processor resizes to whole patches. LLaVA: bicubic to the one size its tower knows.
     """
 
     def __init__(
-        self, vision: QwenVisionConfig, image_size: tuple[int, int], *, channel_order: str = "rgb"
+        self,
+        vision: QwenVisionConfig | ClipVisionConfig,
+        image_size: tuple[int, int],
+        *,
+        channel_order: str = "rgb",
     ) -> None:
         """Prepares a processor.
 
@@ -38,6 +47,12 @@ class ImageProcessor:
         """
         self.image_size = image_size
         self.channel_order = channel_order
+        self.vision = vision
+        if isinstance(vision, ClipVisionConfig):
+            side = vision.image_size
+            self.patch_grid = self.token_grid = (vision.grid_side, vision.grid_side)
+            self.intrinsics_size = (side, side)
+            return
         side = vision.patch_size * vision.merge_size
         self._processor = Qwen2VLImageProcessorPil(
             do_rescale=False,
@@ -46,7 +61,7 @@ class ImageProcessor:
             temporal_patch_size=vision.temporal_patch_size,
             merge_size=vision.merge_size,
             min_pixels=min(56 * 56, side * side),
-            max_pixels=28 * 28 * 1280,
+            max_pixels=MAX_PIXELS,
         )
         height, width = image_size
         example = np.zeros((height, width, 3), np.uint8)
@@ -55,6 +70,9 @@ class ImageProcessor:
         """Patches per view, rows and columns."""
         self.token_grid = (self.patch_grid[0] // vision.merge_size, self.patch_grid[1] // vision.merge_size)
         """Visual tokens per view, rows and columns."""
+        self.intrinsics_size = image_size
+        """(height, width) in whose pixels the published code counts intrinsics: the squashed view's, even
+        where the processor changes it once more (Qwen: 640 to 644)."""
 
     def __call__(self, record: Record) -> UInt8[np.ndarray, "N P K"]:
         """Patches of the record's views, 0..255.
@@ -75,6 +93,18 @@ class ImageProcessor:
             height, width = self.image_size
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
             images.append(image[..., ::-1] if self.channel_order == "rgb" else image)
+        return self.patches(images)
+
+    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+        """Patches of images that were squashed to `image_size` already, 0..255."""
+        if isinstance(self.vision, ClipVisionConfig):
+            resized = [
+                np.asarray(Image.fromarray(image).resize(self.intrinsics_size, Image.Resampling.BICUBIC))
+                for image in images
+            ]
+            return np.asarray(
+                flatten_patches(np.stack(resized).transpose(0, 3, 1, 2), self.vision.patch_size)
+            )
         patches = self._processor(images=images, return_tensors="np")["pixel_values"]
         return patches.astype(np.uint8).reshape(len(images), -1, patches.shape[-1])
 

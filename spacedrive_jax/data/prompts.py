@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float
+
 from spacedrive_jax.cameras import CAMERAS
-from spacedrive_jax.data.tokenizer import INDICATOR, POSITION
+from spacedrive_jax.data.coordinates_in_text import format_coordinates
+from spacedrive_jax.data.tokenizer import COORDINATE
 
 CommandSource = Literal["released", "navigation", "none"]
 """Where the command sentence comes from.
@@ -29,27 +33,60 @@ COMMAND_WORDS: tuple[str, ...] = (
 
 SYSTEM = "You are a helpful assistant."
 PLANNING_QUESTION = "Please provide the planning trajectory for the ego car without reasons."
-COORDINATE = INDICATOR + POSITION
+
+
+def context(location: str) -> str:
+    """What begins a conversation: the images, then where the vehicle drives.
+
+    Args:
+        location: nuScenes log location, e.g. `singapore-onenorth`; its first part is named.
+    """
+    images = "<image>\n" * len(CAMERAS)
+    return f"{images}You are driving in {location.split('-')[0]}. "
+
+
+def command_sentence(command: int) -> str:
+    """The command as a sentence, a space behind it; `command` is an index into `COMMAND_WORDS`."""
+    return f"The ego vehicle is {COMMAND_WORDS[command]}. "
 
 
 def planning_question(location: str, command: int | None, *, plan: bool = True) -> str:
     """The user turn of the planning task (published prompt).
 
     Args:
-        location: nuScenes log location, e.g. `singapore-onenorth`; its first part is named.
+        location: nuScenes log location.
         command: index into `COMMAND_WORDS`, or None for no command sentence.
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
     """
-    images = "<image>\n" * len(CAMERAS)
-    city = location.split("-")[0]
-    text = f"{images}You are driving in {city}. "
     if not plan:
-        return text
-    if command is not None:
-        text += f"The ego vehicle is {COMMAND_WORDS[command]}. "
-    return text + PLANNING_QUESTION
+        return context(location)
+    return context(location) + (command_sentence(command) if command is not None else "") + PLANNING_QUESTION
 
 
-def planning_answer(num_waypoints: int = 6) -> str:
-    """The assistant turn: the fixed frame around the coordinates."""
-    return f"Here is the planning trajectory [{', '.join([COORDINATE] * num_waypoints)}]."
+def planning_answer(num_coordinates: int = 6, *, command: int | None = None) -> str:
+    """The assistant turn: the fixed frame around the coordinates.
+
+    Args:
+        num_coordinates: 6, or 1 where one token stands for the whole trajectory (published
+            `single_token_output`, which ends without a full stop).
+        command: repeats the command before the trajectory (published `load_high_level_command`).
+    """
+    stop = "" if num_coordinates == 1 else "."
+    said = "" if command is None else command_sentence(command)
+    return f"{said}Here is the planning trajectory [{', '.join([COORDINATE] * num_coordinates)}]{stop}"
+
+
+def planning_answer_in_digits(waypoints: Float[np.ndarray, "T 2"], *, command: int | None = None) -> str:
+    """The assistant turn with coordinates as digits, two decimals: the baseline without coordinate tokens."""
+    said = "" if command is None else command_sentence(command)
+    return f"{said}Here is the planning trajectory [{format_coordinates(waypoints)}]."
+
+
+def counterfactual_question(location: str, trajectory: str) -> str:
+    """The user turn that asks what would come of another trajectory (OmniDrive's counterfactual test).
+
+    Args:
+        location: nuScenes log location.
+        trajectory: its text, from the language data; coordinates are replaced by the test rule.
+    """
+    return f"{context(location)}If you follow the trajectory {trajectory}, what would happen?"

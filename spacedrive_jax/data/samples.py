@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import DataConfig, ModelConfig
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
+from spacedrive_jax.data.chat import IGNORE, ChatTokens
+from spacedrive_jax.data.chat_layouts import CHAT_LAYOUTS
+from spacedrive_jax.data.conversation import Conversation, question_turn, training_conversation
 from spacedrive_jax.data.ego_status import EgoStatusInput, ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
-from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS, Record
-from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
+from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.depth.sources import record_patch_depth
+from spacedrive_jax.vlm.config import LlavaConfig
 from spacedrive_jax.vlm.positions import ImageSpan, mrope_positions
 
 
@@ -33,7 +36,7 @@ class SampleBuilder:
         self.data = data
         self.model = model
         self.answer = answer
-        self.tokenizer: DrivingTokenizer = load_tokenizer(data.tokenizer)
+        self.tokenizer: DrivingTokenizer = load_tokenizer(data.tokenizer, chat_layout(model))
         self.images = ImageProcessor(model.vlm.vision, data.image_size, channel_order=data.channel_order)
         check_vocabulary(self.tokenizer, model)
 
@@ -46,14 +49,14 @@ class SampleBuilder:
         """
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
-        has_future = bool(record["waypoint_mask"].all())
-        command = None if data.command == "none" else int(record[f"command_{data.command}"])
-        ask = has_future or not self.answer
-        turns = [Turn("user", planning_question(record["location"], command, plan=ask))]
-        if self.answer and has_future:
-            coordinates = 1 if self.model.decoder.whole_trajectory else NUM_WAYPOINTS
-            turns.append(Turn("assistant", planning_answer(coordinates)))
-        chat = chat_tokens(self.tokenizer, turns, grid[0] * grid[1], generation_prompt=not self.answer)
+        if self.answer:
+            talk = training_conversation(
+                record, data.conversation, data.command, coordinate_tokens=self._coordinate_tokens()
+            )
+        else:
+            talk = Conversation([question_turn(record, data.command)], np.zeros((0, 2), np.float32))
+        lay_out = CHAT_LAYOUTS[self.tokenizer.layout]
+        chat = lay_out(self.tokenizer, talk.turns, grid[0] * grid[1], generation_prompt=not self.answer)
         try:
             fields = token_fields(
                 self.tokenizer,
@@ -62,18 +65,21 @@ class SampleBuilder:
                 self.model.ego_status,
                 sequence_length=data.sequence_length,
                 max_targets=data.max_targets,
+                image_delimiters=self.tokenizer.layout == "qwen",
             )
+            coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
         except UserError as error:
             raise UserError(f"keyframe {record['token']}: {error}") from error
-        waypoints = np.where(has_future, record["waypoints"], 0).astype(np.float32)
-        coordinates = np.zeros((NUM_WAYPOINTS, 3), np.float32)
-        coordinates[:, :2] = waypoints * self.answer
+        # Without a planning turn the answers' first coordinates, if any, are not waypoints.
+        planned = bool(record["waypoint_mask"].all()) and data.conversation.tasks != "counterfactual"
+        fields["waypoint_mask"] &= planned
+        waypoints = np.where(planned, record["waypoints"], 0).astype(np.float32)
         depth, _ = record_patch_depth(record, grid, data.depth)
         return DrivingBatch(
             **fields,
             pixel_values=self.images(record),
             patch_depth=depth,
-            intrinsics=scaled_intrinsics(record, data.image_size).astype(np.float32),
+            intrinsics=scaled_intrinsics(record, self.images.intrinsics_size).astype(np.float32),
             camera_to_ego=record["camera_to_ego"].astype(np.float32),
             ego_status=status.status,
             past_positions=status.past_positions,
@@ -81,6 +87,27 @@ class SampleBuilder:
             waypoints=waypoints,
             index=np.int32(index),
         )
+
+    def _coordinate_tokens(self) -> int | None:
+        """Tokens that stand for the planned trajectory; None where it is written in digits."""
+        if not self.model.coordinate_tokens:
+            return None
+        return 1 if self.model.decoder.whole_trajectory else NUM_WAYPOINTS
+
+
+def padded_coordinates(
+    points: Float[np.ndarray, "C 2"], max_coordinates: int
+) -> Float[np.ndarray, "max_coordinates 3"]:
+    """BEV points as 3D points at z = 0, float32, zeros behind the last.
+
+    Raises:
+        UserError: more points than fit.
+    """
+    if len(points) > max_coordinates:
+        raise UserError(
+            f"{len(points)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
+        )
+    return np.pad(points, ((0, max_coordinates - len(points)), (0, 1))).astype(np.float32)
 
 
 def token_fields(
@@ -159,6 +186,11 @@ EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
     "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,
 }
 """What the inserted ego tokens stand for, in order."""
+
+
+def chat_layout(model: ModelConfig) -> ChatLayout:
+    """The chat layout of a model's family."""
+    return "llava" if isinstance(model.vlm, LlavaConfig) else "qwen"
 
 
 def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -13,23 +14,34 @@ INDICATOR = "<POS_INDICATOR>"
 """Indicator token: a coordinate follows; the next hidden state is regressed."""
 POSITION = "<POS_EMBEDDING>"
 """Position token: the slot where a coordinate's encoding stands."""
+COORDINATE = INDICATOR + POSITION
+
+ChatLayout = Literal["qwen", "llava"]
+"""How a conversation is written, and so which special tokens a tokenizer must have."""
+
+NO_TOKEN = -1
+"""Stands for an id that a chat layout does not have."""
 
 DEMO_TOKENIZER = Path(__file__).parent / "tokenizers" / "demo.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class DrivingTokenizer:
-    """A byte-level BPE tokenizer in the Qwen chat vocabulary plus the two coordinate tokens."""
+    """A tokenizer with a chat vocabulary plus the two coordinate tokens."""
 
     tokenizer: Tokenizer
-    turn_start: int
     turn_end: int
-    vision_start: int
-    vision_end: int
     image: int
     padding: int
     indicator: int
     position: int
+    turn_start: int = NO_TOKEN
+    vision_start: int = NO_TOKEN
+    """Qwen: stands before an image's tokens."""
+    vision_end: int = NO_TOKEN
+    begin: int = NO_TOKEN
+    """LLaVA: stands before the first turn."""
+    layout: ChatLayout = "qwen"
 
     @property
     def vocabulary_size(self) -> int:
@@ -45,16 +57,17 @@ class DrivingTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
 
-def load_tokenizer(path: Path | str | None = None) -> DrivingTokenizer:
+def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") -> DrivingTokenizer:
     """Loads a `tokenizer.json` (or the folder that holds it) and adds the coordinate tokens it lacks.
 
     On the released Qwen2.5 vocabulary the two new tokens get the ids 151665 and 151666.
 
     Args:
-        path: file or folder; the project's own small tokenizer when None.
+        path: file or folder; the project's own small Qwen-style tokenizer when None.
+        layout: which chat the tokenizer is for.
 
     Raises:
-        UserError: no such file, or a special token of the Qwen chat layout is missing from it.
+        UserError: no such file, or a special token of the chat layout is missing from it.
     """
     file = DEMO_TOKENIZER if path is None else Path(path)
     if file.is_dir():
@@ -71,16 +84,32 @@ def load_tokenizer(path: Path | str | None = None) -> DrivingTokenizer:
             found = tokenizer.token_to_id(name)
             if found is not None:
                 return found
-        raise UserError(f"{file} lacks the special token {names[0]}: it is not a Qwen chat tokenizer")
+        raise UserError(
+            f"{file} lacks the special token {names[0]} of the {layout} chat: give the model's own tokenizer "
+            "in data.tokenizer"
+        )
 
+    indicator, position = special(INDICATOR), special(POSITION)
+    if layout == "llava":
+        return DrivingTokenizer(
+            tokenizer=tokenizer,
+            turn_end=special("</s>"),
+            image=special("<image>"),
+            padding=special("<pad>", "<unk>"),
+            indicator=indicator,
+            position=position,
+            begin=special("<s>"),
+            layout=layout,
+        )
     return DrivingTokenizer(
         tokenizer=tokenizer,
         turn_start=special("<|im_start|>"),
         turn_end=special("<|im_end|>"),
-        vision_start=special("<|vision_start|>"),
-        vision_end=special("<|vision_end|>"),
         image=special("<|image_pad|>"),
         padding=special("<|endoftext|>", "<|pad|>"),
-        indicator=special(INDICATOR),
-        position=special(POSITION),
+        indicator=indicator,
+        position=position,
+        vision_start=special("<|vision_start|>"),
+        vision_end=special("<|vision_end|>"),
+        layout=layout,
     )

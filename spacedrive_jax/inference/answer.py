@@ -6,24 +6,31 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.chat import Turn, chat_tokens
-from spacedrive_jax.data.prompts import planning_answer
+from spacedrive_jax.data.chat import Turn
+from spacedrive_jax.data.chat_layouts import CHAT_LAYOUTS
+from spacedrive_jax.data.prompts import context, planning_answer
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 
 
-def planning_frame(tokenizer: DrivingTokenizer) -> tuple[int, ...]:
+def planning_frame(tokenizer: DrivingTokenizer, num_coordinates: int = 6) -> tuple[int, ...]:
     """The ids of the planning answer as training lays it out, behind the assistant's header.
 
     A position token stands behind every indicator, the end of the turn comes last (30 ids in Qwen2.5's
     vocabulary, the newline behind the turn not counted).
 
+    Args:
+        tokenizer: gives the ids and the chat layout.
+        num_coordinates: see `planning_answer`.
+
     Raises:
         UserError: this tokenizer runs the header and the answer's first letters together, so that an answer
             does not begin where the prompt ends.
     """
-    question = Turn("user", "")
-    prompt = chat_tokens(tokenizer, [question], 1, generation_prompt=True).token_ids
-    whole = chat_tokens(tokenizer, [question, Turn("assistant", planning_answer())], 1).token_ids
+    question = Turn("user", context("boston"))
+    answer_turn = Turn("assistant", planning_answer(num_coordinates))
+    lay_out = CHAT_LAYOUTS[tokenizer.layout]
+    prompt = lay_out(tokenizer, [question], 1, generation_prompt=True).token_ids
+    whole = lay_out(tokenizer, [question, answer_turn], 1).token_ids
     if whole[: len(prompt)] != prompt:
         raise UserError("the tokenizer merges the assistant's header with the answer: no frame can be made")
     answer = whole[len(prompt) :]

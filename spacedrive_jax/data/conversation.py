@@ -1,0 +1,130 @@
+"""What is said about a keyframe: the planning turn first, then questions, coordinates as tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.data.chat import Turn
+from spacedrive_jax.data.coordinates_in_text import replace_coordinates
+from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer
+from spacedrive_jax.data.prompts import (
+    CommandSource,
+    context,
+    planning_answer,
+    planning_answer_in_digits,
+    planning_question,
+)
+from spacedrive_jax.data.pseudo_tasks import pseudo_coordinate_questions
+from spacedrive_jax.data.records import Record
+
+Tasks = Literal["planning", "planning_and_questions", "counterfactual"]
+"""What a conversation consists of: the planning turn; that and all of OmniDrive's questions; or its two
+counterfactual questions alone, where only the coordinates asked about become tokens (published
+`planning_only`, neither, `counter_only`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationConfig:
+    """What to talk about."""
+
+    tasks: Tasks = "planning"
+    language_data: str | None = None
+    """Folder of OmniDrive's language data, for tasks beyond planning."""
+    pseudo_coordinates: bool = False
+    """Add four questions of arithmetic on random coordinates."""
+    command_in_answer: bool = False
+    """Let the answer repeat the command before the trajectory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns, and the coordinates that their position tokens stand for."""
+
+    turns: list[Turn]
+    coordinates: Float[np.ndarray, "C 2"]
+    """Metres, ego frame, in the order of the tokens, float32."""
+
+
+def question_turn(record: Record, command_source: CommandSource, *, plan: bool = True) -> Turn:
+    """The user turn that asks for the trajectory, with the command sentence that the source gives."""
+    return Turn("user", planning_question(record["location"], _command(record, command_source), plan=plan))
+
+
+def training_conversation(
+    record: Record,
+    config: ConversationConfig,
+    command_source: CommandSource,
+    *,
+    coordinate_tokens: int | None,
+) -> Conversation:
+    """The conversation of a keyframe with all answers.
+
+    Where the future is incomplete there is no planning turn; if there are no questions either, nothing is
+    asked and nothing answered (published). Questions come in an order of their own for each keyframe, the
+    same in every epoch: it is drawn, like the wording of the description's question and the pseudo tasks,
+    from the keyframe's token.
+
+    Args:
+        record: the keyframe.
+        config: what to talk about.
+        command_source: which command the planning question names.
+        coordinate_tokens: tokens that stand for the planned trajectory: 6, or 1 for all of it; None writes
+            all coordinates as digits.
+
+    Raises:
+        UserError: a file of the language data is not laid out as it should be.
+    """
+    rng = _keyframe_rng(record["token"])
+    planned = bool(record["waypoint_mask"].all()) and config.tasks != "counterfactual"
+    questions = _questions(record["token"], config, rng)
+    turns: list[Turn] = []
+    coordinates: list[np.ndarray] = []
+    if planned:
+        turns.append(question_turn(record, command_source))
+        command = _command(record, command_source) if config.command_in_answer else None
+        waypoints = np.asarray(record["waypoints"], np.float32)
+        if coordinate_tokens is None:
+            answer = planning_answer_in_digits(waypoints, command=command)
+        else:
+            answer = planning_answer(coordinate_tokens, command=command)
+            coordinates.append(waypoints[:coordinate_tokens])
+        turns.append(Turn("assistant", answer))
+    for index, pair in enumerate(questions):
+        opening = "" if turns or index else context(record["location"])
+        for turn in (Turn("user", opening + pair.question), Turn("assistant", pair.answer)):
+            asked_only = config.tasks == "counterfactual" and turn.role == "assistant"
+            if coordinate_tokens is not None and not asked_only:
+                text, found = replace_coordinates(turn.text, keep_velocities=True)
+                turn = Turn(turn.role, text)
+                coordinates.append(found)
+            turns.append(turn)
+    if not turns:
+        turns.append(question_turn(record, command_source, plan=False))
+    return Conversation(turns, np.concatenate([np.zeros((0, 2), np.float32), *coordinates]))
+
+
+def _questions(token: str, config: ConversationConfig, rng: np.random.Generator) -> Sequence[QuestionAnswer]:
+    questions: list[QuestionAnswer] = []
+    if config.language_data is not None and config.tasks != "planning":
+        data = LanguageData(Path(config.language_data))
+        if config.tasks == "counterfactual":
+            questions = data.counterfactual_questions(token)
+        else:
+            questions = data.questions(token, rng)
+        questions = [questions[index] for index in rng.permutation(len(questions))]
+    return [*questions, *(pseudo_coordinate_questions(rng) if config.pseudo_coordinates else [])]
+
+
+def _command(record: Record, source: CommandSource) -> int | None:
+    return None if source == "none" else int(record[f"command_{source}"])
+
+
+def _keyframe_rng(token: str) -> np.random.Generator:
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(token.encode()).digest(), np.uint32))

@@ -1,0 +1,142 @@
+"""OmniDrive's language data: questions and answers about a keyframe, one file per token.
+
+Folders `vqa`, `conv`, `desc`, `keywords` (each with `train` and `val`) and `eval_cf`; any file may be absent
+(`nuscenes_fields`, last section).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.plain_pickle import read_plain_pickle
+
+ACTION_QUESTION = "Please shortly describe your driving action."
+DESCRIPTION_QUESTIONS: tuple[str, ...] = (
+    "What can you tell about the current driving conditions from the images?",
+    "What can be observed in the panoramic images provided?",
+    "Can you provide a summary of the current driving scenario based on the input images?",
+    "What can you observe from the provided images regarding the driving conditions?",
+    "Please describe the current driving conditions based on the images provided.",
+    "Can you describe the current weather conditions and the general environment depicted in the images?",
+    "Please describe the current driving conditions based on the input images.",
+    "Could you summarize the current driving conditions based on the input images?",
+    "Please provide an overview of the current driving conditions based on the images.",
+    "Can you summarize what the panoramic images show?",
+    "Can you describe the overall conditions and environment based on the images?",
+    "Could you describe the overall environment and objects captured in the images provided?",
+)
+"""One is drawn for each description (protocol constants of OmniDrive)."""
+COUNTERFACTUAL_PAIRS = slice(2, 4)
+"""Of a `vqa` file: attention, action, then two counterfactual pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAnswer:
+    """A question about a keyframe and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterfactual:
+    """A trajectory, as text, and the risks of following it."""
+
+    trajectory: str
+    risks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageData:
+    """The folder that holds the language data."""
+
+    root: Path
+
+    def questions(self, token: str, rng: np.random.Generator) -> list[QuestionAnswer]:
+        """Action, description, `vqa` and `conv` pairs of a keyframe, in this order; those there are.
+
+        Args:
+            token: of the keyframe.
+            rng: draws the question to which the description is the answer.
+
+        Raises:
+            UserError: a file is not laid out as it should be.
+        """
+        pairs = []
+        path, action = self._read("keywords", token)
+        if action is not None:
+            pairs.append(QuestionAnswer(ACTION_QUESTION, _text(action, path, "the file")))
+        path, description = self._read("desc", token)
+        if description is not None:
+            question = DESCRIPTION_QUESTIONS[int(rng.integers(len(DESCRIPTION_QUESTIONS)))]
+            pairs.append(QuestionAnswer(question, _field(description, "description", path)))
+        return pairs + self._pairs("vqa", token) + self._pairs("conv", token)
+
+    def counterfactual_questions(self, token: str) -> list[QuestionAnswer]:
+        """The two counterfactual pairs of a keyframe (published `counter_only`).
+
+        Raises:
+            UserError: the file is not laid out as it should be.
+        """
+        return self._pairs("vqa", token)[COUNTERFACTUAL_PAIRS]
+
+    def counterfactual_test(self, token: str) -> list[Counterfactual]:
+        """The counterfactual test of a keyframe; empty where there is none.
+
+        Raises:
+            UserError: the file holds anything but plain values, or is not laid out as it should be.
+        """
+        path = self.root / "eval_cf" / f"{token}.pkl"
+        if not path.is_file():
+            return []
+        items = []
+        for item in _list(read_plain_pickle(path), path):
+            risks = item.get("status") if isinstance(item, dict) else None
+            if not isinstance(risks, list | tuple):
+                raise UserError(f"{path}: every item needs `traj`, a text, and `status`, a list of risks")
+            items.append(Counterfactual(_field(item, "traj", path), tuple(map(str, risks))))
+        return items
+
+    def _pairs(self, kind: str, token: str) -> list[QuestionAnswer]:
+        path, content = self._read(kind, token)
+        if content is None:
+            return []
+        return [
+            QuestionAnswer(_field(pair, "question", path), _field(pair, "answer", path))
+            for pair in _list(content, path)
+        ]
+
+    def _read(self, kind: str, token: str) -> tuple[Path, Any]:
+        """The file of a kind and what it holds; None where there is none."""
+        for split in ("train", "val"):
+            path = self.root / kind / split / f"{token}.json"
+            if path.is_file():
+                try:
+                    return path, json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise UserError(f"{path} is not JSON: {error}") from error
+        return path, None
+
+
+def _list(content: Any, path: Path) -> list[Any]:
+    if not isinstance(content, list):
+        raise UserError(f"{path} must hold a list, not {type(content).__name__}")
+    return content
+
+
+def _field(item: Any, name: str, path: Path) -> str:
+    if not isinstance(item, dict) or name not in item:
+        raise UserError(f"{path}: {str(item)[:60]!r} lacks the field `{name}`")
+    return _text(item[name], path, f"`{name}`")
+
+
+def _text(value: Any, path: Path, name: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{path}: {name} must be a text, not {type(value).__name__}")
+    return value

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.chat import IGNORE, Turn
+from spacedrive_jax.data.ego_status import insert_ego_tokens
+from spacedrive_jax.data.llava_chat import llava_chat_tokens, llava_labels
+from spacedrive_jax.data.prompts import planning_answer, planning_question
+from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.inference.answer import planning_frame
+from tests.conftest import ROOT
+
+RULES = json.loads((ROOT / "tests" / "golden" / "prompts" / "config.json").read_text())["llava_label_rule"]
+
+
+@pytest.fixture(scope="module")
+def llava(golden, tmp_path_factory):
+    tokenizer = Tokenizer.from_file(str(golden / "prompts" / "tokenizer.json"))
+    names = ["<s>", "</s>", "<unk>", "<image>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    path = tmp_path_factory.mktemp("llava") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return load_tokenizer(path, "llava")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_labels_equal_published(name):
+    labels = llava_labels(
+        RULES[name]["input_ids"],
+        user_header=[3148, 1001, 29901],
+        assistant_header=[319, 1799, 9047, 13566, 29901],
+        image=32000,
+    )
+    assert labels == RULES[name]["labels"]
+
+
+def test_layout(llava):
+    turns = [
+        Turn("user", planning_question("boston-seaport", None)),
+        Turn("assistant", planning_answer()),
+        Turn("user", "And then?"),
+        Turn("assistant", "Stop."),
+    ]
+    chat = llava_chat_tokens(llava, turns, 3)
+    text = llava.decode(chat.token_ids)
+    assert text.startswith("<s>USER: " + "<image>" * 18 + "\nYou are driving in boston. ")
+    assert text.endswith("].</s>USER: And then? ASSISTANT: Stop.</s>")
+    assert chat.image_starts == list(range(chat.image_starts[0], chat.image_starts[0] + 18, 3))
+    supervised = [token for token in chat.labels if token != IGNORE]
+    assert supervised[0] == llava.begin  # published, as is the colon behind ASSISTANT
+    said = llava.decode(supervised[1:])
+    frame = planning_answer().replace("<POS_EMBEDDING>", "")
+    assert said == f": {frame}</s>: Stop.</s>"
+    assert chat.labels.count(llava.position) == 0
+
+
+def test_prompt_ends_where_the_answer_begins(llava):
+    turns = [Turn("user", planning_question("boston", None)), Turn("assistant", planning_answer())]
+    prompt = llava_chat_tokens(llava, turns[:1], 2, generation_prompt=True)
+    assert llava.decode(prompt.token_ids).endswith(" ASSISTANT:")
+    whole = llava_chat_tokens(llava, turns, 2)
+    frame = planning_frame(llava)
+    assert tuple(whole.token_ids[len(prompt.token_ids) :]) == frame
+    assert frame[-1] == llava.turn_end
+
+
+def test_ego_tokens_follow_the_last_image(llava):
+    chat = llava_chat_tokens(llava, [Turn("user", planning_question("boston", None))], 2)
+    longer, slots = insert_ego_tokens(llava, chat, "both", image_delimiters=False)
+    start = chat.image_starts[-1] + 2
+    image, indicator = llava.image, llava.indicator
+    assert longer.token_ids[start : start + 5] == [image, indicator, image, indicator, image]
+    np.testing.assert_array_equal(slots, [start, start + 2, start + 4])
+
+
+def test_a_qwen_tokenizer_is_refused(golden):
+    with pytest.raises(UserError, match=r"lacks the special token .* of the llava chat"):
+        load_tokenizer(golden / "prompts" / "tokenizer.json", "llava")
