@@ -23,7 +23,8 @@ def intervals(
     low = np.where(slopes > 0, crossing, -np.inf).max(axis=0)
     high = np.where(slopes < 0, crossing, np.inf).min(axis=0)
     never = ((slopes == 0) & (offsets < 0)).any(axis=0)
-    return np.where(never, np.inf, low), high
+    low[never], high[never] = np.inf, -np.inf
+    return low, high
 
 
 def expand(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.synthetic import lidar, rig
-from data_prep.synthetic.render import GROUND, SKY, Camera, cast, depth_image
-from data_prep.synthetic.shapes import Quads, box, concatenate, object_quads, place
+from data_prep.synthetic.render import GROUND, NEAR, SKY, Camera, cast, depth_image
+from data_prep.synthetic.shapes import Quads, box, concatenate, object_quads, place, place_all
 
 FOCAL, WIDTH, HEIGHT, LEVEL = 100.0, 160, 90, 1.5
 FORWARD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
@@ -77,6 +77,69 @@ def test_hidden_objects_cover_pixels_but_are_not_seen(camera: Camera) -> None:
     assert buffer.covered[1] > 40
     assert (groups == 1).sum() == 0
     assert (groups == 0).sum() == buffer.covered[0]
+
+
+def crowd(seed: int) -> Quads:
+    """Boxes everywhere, some around the near plane, some behind the camera, some behind others."""
+    rng = np.random.default_rng(seed)
+    objects = [box((0, 0, 0.8), tuple(rng.uniform(0.3, 3.0, 3)), (0.5, 0.5, 0.5)) for _ in range(60)]
+    spots = np.column_stack([rng.uniform(-8, 40, 60), rng.uniform(-15, 15, 60), rng.uniform(-1, 2, 60)])
+    return place_all(objects, spots, rng.uniform(-4, 4, 60))
+
+
+def meetings(quads: Quads, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
+    """(Q, R) inverse ray parameter at which each ray meets the front of each quad; 0 where it does not."""
+    corners = quads.vertices - origin
+    normals = np.cross(corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1])
+    distance = (normals * corners[:, 0]).sum(axis=1, keepdims=True)
+    inverse = normals @ rays.T / distance
+    edges = np.cross(corners, np.roll(corners, -1, axis=1))
+    sides = np.einsum("qkc,rc->kqr", edges, rays) / np.abs(edges).sum(axis=-1).T[..., None]
+    inside = (sides <= 1e-12).all(axis=0) | (sides >= -1e-12).all(axis=0)
+    return np.where(inside & (distance < 0) & (inverse > 0), inverse, 0.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cast_agrees_with_one_ray_per_pixel(camera: Camera, seed: int) -> None:
+    quads = crowd(seed)
+    buffer = cast(quads, camera)
+    rays = camera.rays().reshape(3, -1).T.astype(np.float64)
+    position = camera.camera_to_global[:3, 3]
+    inverse = meetings(quads, position, rays)
+    inverse[inverse >= 1 / NEAR] = 0.0
+    ground = np.maximum(-rays[:, 2] / position[2], 0)
+    expected = np.maximum(inverse.max(axis=0), ground)
+    agrees = np.isclose(buffer.inverse_depth.ravel(), expected, rtol=1e-4, atol=2e-4)
+    assert agrees.mean() > 0.9995  # a pixel centre may lie on an edge
+    covered = [int((inverse[quads.groups == group] > 0).any(axis=0).sum()) for group in range(60)]
+    assert np.allclose([buffer.covered.get(group, 0) for group in range(60)], covered, atol=2)
+    assert sum(count > 20 for count in covered) > 10
+
+
+def test_lidar_agrees_with_one_ray_per_beam() -> None:
+    quads = crowd(2)
+    sensor = np.eye(4)
+    sensor[:3, 3] = 1.0, -2.0, 1.84
+    cloud = lidar.sweep(quads, sensor, np.random.default_rng(0)).astype(np.float64)
+    reach = np.linalg.norm(cloud[:, :3], axis=1)
+    rays = cloud[:, :3] / reach[:, None]
+    inverse = meetings(quads, sensor[:3, 3], rays)
+    inverse[inverse >= 1 / lidar.MIN_RANGE] = 0.0
+    expected = np.maximum(inverse.max(axis=0), -rays[:, 2] / 1.84)
+    agrees = np.abs(1 / expected - reach) < 6 * lidar.NOISE
+    assert agrees.mean() > 0.999
+    assert (expected > 1.2 * np.maximum(-rays[:, 2] / 1.84, 0)).sum() > 2000  # many beams end on boxes
+
+
+def test_objects_are_placed_together_as_one_by_one() -> None:
+    objects = [object_quads("vehicle.car", (4.5, 1.8, 1.6), "a"), box((0, 0, 0), (1, 2, 3), (1, 0, 0))]
+    positions, yaws = np.array([[1.0, 2.0, 0.8], [-5.0, 3.0, 1.5]]), np.array([0.4, -2.0])
+    together = place_all(objects, positions, yaws)
+    single = concatenate([place(*each) for each in zip(objects, positions, yaws, (0, 1), strict=True)])
+    assert np.allclose(together.vertices, single.vertices)
+    assert np.array_equal(together.groups, single.groups)
+    assert np.array_equal(together.colours, single.colours)
+    assert len(place_all([], np.zeros((0, 3)), np.zeros(0))) == 0
 
 
 def test_lidar_hits_the_box_at_its_face_and_counts_inside() -> None:
