@@ -7,12 +7,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.evaluation.protocols import protocol_named
+
+if TYPE_CHECKING:
+    from spacedrive_jax.evaluation.predictions import Predictions
 
 METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
 COLUMNS = ("1s", "2s", "3s", "avg")
@@ -43,6 +46,8 @@ class Evaluate(Command):
     """Another prediction file or folder, compared keyframe by keyframe."""
     axes: Literal["forward-left", "forward-right", "right-forward"] = "forward-left"
     """What the two numbers of a waypoint mean; right-forward is the lidar frame of UniAD and VAD."""
+    discrete_coords: float | None = None
+    """Floor predicted coordinates to a grid of this pitch in metres, as the published script can."""
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes that share the keyframes of a large split."""
     out: Path | None = None
@@ -57,16 +62,17 @@ class Evaluate(Command):
         # Here, not above: the record reader takes a second to import, which --help need not wait for.
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
-        from spacedrive_jax.evaluation.prediction_files import read_predictions
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if not out.parent.is_dir():
             raise UserError(f"--out {out}: the folder {out.parent} does not exist")
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: give 1 or more")
+        if self.discrete_coords is not None and self.discrete_coords <= 0:
+            raise UserError(f"--discrete-coords {self.discrete_coords}: give a pitch above 0 m")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
-        predictions = read_predictions(self.predictions, self.axes)
-        compare = None if self.compare is None else read_predictions(self.compare, self.axes)
+        predictions = self._read(self.predictions)
+        compare = None if self.compare is None else self._read(self.compare)
         records = open_records(self.records, self.split)
         evaluation = evaluate(
             records,
@@ -82,6 +88,7 @@ class Evaluate(Command):
             **evaluation.to_json(),
             "predictions": str(self.predictions),
             "axes": self.axes,
+            "discrete_coords": self.discrete_coords,
             "records": describe_source(records),
             "file": str(out),
         }
@@ -89,6 +96,15 @@ class Evaluate(Command):
         print(format_table(facts))
         print(f"written to {out}")
         return facts
+
+    def _read(self, path: Path) -> Predictions:
+        from spacedrive_jax.evaluation.prediction_files import read_predictions
+        from spacedrive_jax.evaluation.predictions import discretize
+
+        predictions = read_predictions(path, self.axes)
+        if self.discrete_coords is None:
+            return predictions
+        return discretize(predictions, self.discrete_coords)
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

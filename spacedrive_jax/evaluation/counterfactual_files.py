@@ -38,8 +38,8 @@ def read_items(predictions: Path, annotations: Path) -> CounterfactualItems:
     Args:
         predictions: token to `[{"Q": question, "C" or "A": answer}, …]`, of which the first counts.
         annotations: token to `[{"traj": "PT, [(…)…]", "status": […]}, …]`.
-            Each is a folder with a file per token (JSON with or without .json, or .pkl), or one such file with
-            an object of token to content.
+            Each is a folder with a file per token (JSON with or without .json, or .pkl), or one such file
+            with an object of token to content.
 
     Raises:
         UserError: something cannot be read, or no keyframe has both.

@@ -35,6 +35,18 @@ def tangent_yaw(
     return yaw
 
 
+def footprints(trajectories: Float[np.ndarray, "M T 2"], rule: StepRule) -> Int[np.ndarray, "M T+1 4 2"]:
+    """Vertices (column x, row y) of the ego box now and at every waypoint, on the rule's grid."""
+    count, steps = trajectories.shape[:2]
+    centre = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
+    yaw = np.zeros((count, steps + 1))
+    if rule.footprint_yaw == "tangent":
+        yaw[:, 1:] = tangent_yaw(trajectories)
+    corners = box_corners(centre, yaw, np.array(FOOTPRINT_SIZE_M))
+    # A box far outside covers no cell; clipping it there keeps its vertices inside int32.
+    return to_cells(np.clip(corners, -10 * GRID_EXTENT_M, 10 * GRID_EXTENT_M), Grid(rule.resolution))
+
+
 def off_road_cells(
     trajectories: Float[np.ndarray, "M T 2"], drivable: UInt8[np.ndarray, "n n"], rule: StepRule
 ) -> Int[np.ndarray, "M T+1"]:
@@ -53,13 +65,7 @@ def off_road_cells(
             f"drivable raster is {drivable.shape}, the {rule.resolution} m grid needs {grid.cells}²"
         )
     count, steps = trajectories.shape[:2]
-    centre = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
-    yaw = np.zeros((count, steps + 1))
-    if rule.footprint_yaw == "tangent":
-        yaw[:, 1:] = tangent_yaw(trajectories)
-    corners = box_corners(centre, yaw, np.array(FOOTPRINT_SIZE_M))
-    # A box far outside covers no cell; clipping it there keeps its vertices inside int32.
-    polygons = to_cells(np.clip(corners, -10 * GRID_EXTENT_M, 10 * GRID_EXTENT_M), grid)
+    polygons = footprints(trajectories, rule)
     low = np.clip(polygons.min(axis=2), 0, grid.cells)
     high = np.clip(polygons.max(axis=2) + 1, 0, grid.cells)
     cells = np.zeros((count, steps + 1), np.int64)

@@ -48,6 +48,12 @@ class Predictions:
         return frozenset((*self.unparsed, *self.short, *self.non_finite))
 
 
+def discretize(predictions: Predictions, pitch: float) -> Predictions:
+    """The predictions with coordinates floored to multiples of `pitch` metres (published `--discrete_coords`)."""
+    waypoints = {token: np.floor(points / pitch) * pitch for token, points in predictions.waypoints.items()}
+    return dataclasses.replace(predictions, waypoints=waypoints)
+
+
 def sort_predictions(
     path: Path, entries: Iterable[tuple[str, str, Float[np.ndarray, "n 2"] | None]]
 ) -> Predictions:

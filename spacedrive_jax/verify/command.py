@@ -15,9 +15,15 @@ from spacedrive_jax.console import Command, UserError
 from spacedrive_jax.verify.check import Verifier
 
 VERIFIERS: dict[str, str] = {
+    "coordinate_encoding": "spacedrive_jax.verify.coordinate_encoding:verify_coordinate_encoding",
+    "geometry": "spacedrive_jax.verify.geometry:verify_geometry",
+    "ego_memory": "spacedrive_jax.verify.ego_memory:verify_ego_memory",
+    "prompts": "spacedrive_jax.verify.prompts:verify_prompts",
+    "generate": "spacedrive_jax.verify.generate:verify_generate",
     "train": "spacedrive_jax.verify.train:verify_train",
     "variants": "spacedrive_jax.verify.train:verify_variants",
     "unidepth": "spacedrive_jax.verify.depth:verify_unidepth",
+    "metrics": "spacedrive_jax.verify.metrics:verify_metrics",
 }
 """`kind` of a case's config.json to `module:function`, a `Verifier`; imported when needed."""
 
