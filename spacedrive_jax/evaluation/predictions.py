@@ -49,7 +49,7 @@ class Predictions:
 
 
 def discretize(predictions: Predictions, pitch: float) -> Predictions:
-    """The predictions with coordinates floored to multiples of `pitch` metres (published `--discrete_coords`)."""
+    """The predictions with coordinates floored to multiples of `pitch` metres, a published option."""
     waypoints = {token: np.floor(points / pitch) * pitch for token, points in predictions.waypoints.items()}
     return dataclasses.replace(predictions, waypoints=waypoints)
 
