@@ -18,6 +18,7 @@ from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.evaluation.counterfactual_command import ScoreCounterfactual
 from spacedrive_jax.reporting.command import Report
+from spacedrive_jax.scaling.command import Aot
 from spacedrive_jax.verify.command import Verify
 
 
@@ -151,6 +152,7 @@ COMMANDS: dict[str, type[Command]] = {
     "score-counterfactual": ScoreCounterfactual,
     "report": Report,
     "verify": Verify,
+    "aot": Aot,
 }
 DESCRIPTION = (
     "SpaceDrive in JAX. Prepare data with `python -m data_prep`; then train, predict, evaluate, report."

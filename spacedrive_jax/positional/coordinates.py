@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from spacedrive_jax.positional import sincos
 from spacedrive_jax.positional.frequencies import fone_frequencies, nerf_frequencies
+from spacedrive_jax.vlm.logical_axes import FROM_WIDTH
 
 EncoderKind = Literal["sincos", "nerf", "fone", "mlp"]
 
@@ -70,7 +71,7 @@ class CoordinateEncoder(nnx.Module):
         if config.kind == "mlp":
             assert rngs is not None, "a learned encoder needs rngs"
             self.hidden = nnx.Linear(3, model_width, rngs=rngs)
-            self.output = nnx.Linear(model_width, model_width, rngs=rngs)
+            self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
         elif config.learnable_frequencies:
             self.frequencies = nnx.Param(jnp.tile(frequency_table(config, model_width), (3, 1)))
 
@@ -108,7 +109,7 @@ class EgoStatusEncoder(nnx.Module):
 
     def __init__(self, status_size: int, model_width: int, *, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(status_size, model_width, rngs=rngs)
-        self.output = nnx.Linear(model_width, model_width, rngs=rngs)
+        self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 
     def __call__(self, status: Float[Array, "... E"]) -> Float[Array, "... D"]:
         """(..., 74) ego status -> (..., D) float32."""

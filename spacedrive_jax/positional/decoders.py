@@ -14,6 +14,7 @@ from spacedrive_jax.positional import grid as grids
 from spacedrive_jax.positional.coordinates import CoordinateEncoder
 from spacedrive_jax.positional.grid import GridConfig
 from spacedrive_jax.positional.vae import VaeDecoder
+from spacedrive_jax.vlm.logical_axes import FROM_WIDTH
 
 DecoderKind = Literal["mlp", "linear", "vae", "grid_cosine", "grid_l2", "grid_full"]
 
@@ -56,7 +57,11 @@ class MlpDecoder(nnx.Module):
             rngs: random streams (`params`).
         """
         self.points = points
-        self.hidden = nnx.Linear(model_width, model_width, rngs=rngs) if layers == 2 else None
+        self.hidden = (
+            nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+            if layers == 2
+            else None
+        )
         self.output = nnx.Linear(model_width, 3 * points, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"] | Float[Array, "... T 3"]:

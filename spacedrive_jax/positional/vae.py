@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from spacedrive_jax.vlm.logical_axes import FROM_WIDTH
+
 LOG_SIGMA_RANGE = (-5.0, 5.0)
 COORDINATES = 2
 """x and y: the VAE knows no height."""
@@ -43,9 +45,9 @@ class Distribution(nnx.Module):
     """Four linear layers from an embedding to a `Gaussian` (the published ones are width-1 convolutions)."""
 
     def __init__(self, width: int, latent_size: int, *, rngs: nnx.Rngs) -> None:
-        self.layer1 = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.layer2 = nnx.Linear(2 * width, 2 * width, rngs=rngs)
-        self.layer3 = nnx.Linear(2 * width, width // 2, rngs=rngs)
+        self.layer1 = nnx.Linear(width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer2 = nnx.Linear(2 * width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer3 = nnx.Linear(2 * width, width // 2, kernel_metadata=FROM_WIDTH, rngs=rngs)
         self.output = nnx.Linear(width // 2, 2 * latent_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... W"]) -> Gaussian:

@@ -18,7 +18,7 @@ from spacedrive_jax.vlm.logical_axes import BATCH_AXES, RULES, AxisNames, resolv
 
 log = logging.getLogger(__name__)
 
-REPLICATED_LIMIT = 0.02
+REPLICATED_LIMIT = 0.05
 """Largest share of the parameters that may lie whole on every device of a sharded mesh."""
 
 
@@ -77,7 +77,7 @@ def check_replication(state: nnx.State, mesh: Mesh, *, limit: float = REPLICATED
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
-    leaves = [(".".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(state)]
+    leaves = [(".".join(map(str, path)), variable.get_value()) for path, variable in nnx.to_flat_state(state)]
     whole = [(leaf.size, name) for name, leaf in leaves if leaf.sharding.is_fully_replicated]
     total, kept = sum(leaf.size for _, leaf in leaves), sum(size for size, _ in whole)
     if kept > limit * total:

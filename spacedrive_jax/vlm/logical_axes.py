@@ -8,6 +8,9 @@ model. Outside of it `constrain` does nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -34,6 +37,9 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Logical axis to mesh axes, in order of precedence within one array; a name not here is never sharded."""
 
 AxisNames = tuple[str | None, ...]
+
+FROM_WIDTH: Mapping[str, Any] = MappingProxyType({"out_sharding": ("embed", None), "eager_sharding": False})
+"""`kernel_metadata` of an `nnx.Linear` whose inputs have the model's width."""
 
 
 def resolve(names: AxisNames, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
