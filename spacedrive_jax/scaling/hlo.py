@@ -129,7 +129,7 @@ def array_bytes(type_: str, *, device_memory_only: bool = False) -> int:
         if device_memory_only and re.search(r"S\([1-9]", layout):
             continue
         bits = re.search(r"\d+", kind)
-        width = _TYPE_BYTES.get(kind) or max(int(bits[0]) // 8, 1) if bits or kind in _TYPE_BYTES else 1
+        width = _TYPE_BYTES.get(kind) or (max(int(bits[0]) // 8, 1) if bits else 1)
         total += width * math.prod(int(size) for size in dimensions.split(",") if size)
     return total
 

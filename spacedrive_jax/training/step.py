@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 class TrainStep:
     """The jitted step and the abstract arrays (shape, dtype, sharding) it takes."""
 
-    run: Callable[..., tuple[nnx.State, Any, Metrics]]
+    run: jax.stages.Wrapped
     """(trainable, optimizer state, frozen, batch, step) -> (trainable, optimizer state, metrics).
 
     The first two are donated. Metrics: loss, loss_language, loss_position, displacement_m, grad_norm,
