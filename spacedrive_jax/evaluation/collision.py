@@ -125,9 +125,17 @@ def collides(
         (polygons.max(axis=2) >= ego.min(axis=(0, 2))) & (polygons.min(axis=2) <= ego.max(axis=(0, 2))),
         axis=-1,
     )
+    raster = grid.empty()
     for step in np.flatnonzero(near.any(axis=0)):
-        raster = grid.empty()
-        for vertices in polygons[near[:, step], step]:
+        drawn = polygons[near[:, step], step]
+        for vertices in drawn:
             draw_polygon(raster, vertices)
         hits[:, step] = raster[ego[:, step, :, 1], ego[:, step, :, 0]].any(axis=-1)
+        for (left, bottom), (right, top) in _windows(drawn, grid):
+            raster[bottom:top, left:right] = 0
     return hits
+
+
+def _windows(polygons: Int[np.ndarray, "K 4 2"], grid: Grid) -> Int[np.ndarray, "K 2 2"]:
+    """First and last-plus-one (column, row) of the cells a polygon can set."""
+    return np.clip(np.stack([polygons.min(axis=1), polygons.max(axis=1) + 1], axis=1), 0, grid.cells)

@@ -69,6 +69,7 @@ def off_road_cells(
     low = np.clip(polygons.min(axis=2), 0, grid.cells)
     high = np.clip(polygons.max(axis=2) + 1, 0, grid.cells)
     cells = np.zeros((count, steps + 1), np.int64)
+    raster = grid.empty()
     for trajectory, step in np.ndindex(cells.shape):
         if step == 0 and trajectory > 0:
             cells[trajectory, 0] = cells[0, 0]
@@ -76,10 +77,10 @@ def off_road_cells(
         (left, bottom), (right, top) = low[trajectory, step], high[trajectory, step]
         if left >= right or bottom >= top:
             continue
-        raster = grid.empty()
         draw_polygon(raster, polygons[trajectory, step])
         window = np.s_[bottom:top, left:right]
         cells[trajectory, step] = np.count_nonzero(raster[window] & (drivable[window] == 0))
+        raster[window] = 0
     return cells
 
 
@@ -97,7 +98,7 @@ def drivable_rasters(record: Record, grids: Sequence[Grid]) -> dict[Grid, UInt8[
         return None
     polygons = shapely.from_wkb(list(record["drivable_polygons"]))
     drawn = {grid for grid in grids if len(polygons) and grid.cells != DRIVABLE_FINE_CELLS}
-    fine = None if drawn == set(grids) else np.ascontiguousarray(decode_fine(record).T)
+    fine = None if drawn == set(grids) else decode_fine(record).T
     return {
         grid: _sample(fine, grid)
         if fine is not None and grid not in drawn
