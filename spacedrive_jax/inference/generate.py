@@ -18,6 +18,7 @@ from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.inference.progress import (
     Generation,
     Progress,
+    decode_coordinate,
     mark_seen,
     penalise,
     position_embedding,
@@ -49,7 +50,8 @@ def generate(
             answer (discarded ids included) already has (Keskar et al. 2019); 1 for none.
         frame: the expected answer's ids (`answer_frame`): run in one pass, and whatever a sample says
             differently is generated token by token. None goes token by token throughout. The result is the
-            same; so is a frame longer than `max_new_tokens`, which cannot end and is not tried.
+            same. Not tried: a frame longer than `max_new_tokens`, which cannot end, and any frame where
+            coordinates are written as digits.
 
     Raises:
         UserError: a limit or penalty that makes no sense.
@@ -59,7 +61,7 @@ def generate(
             f"max_new_tokens must be at least 1 and repetition_penalty positive, got {max_new_tokens} and "
             f"{repetition_penalty}"
         )
-    if frame is not None and len(frame) <= max_new_tokens:
+    if frame is not None and len(frame) <= max_new_tokens and model.config.coordinate_tokens:
         progress = run_frame(model, batch, tokenizer, frame, max_new_tokens, repetition_penalty)
     else:
         progress = start(model, batch, tokenizer, max_new_tokens, repetition_penalty)
@@ -69,7 +71,9 @@ def generate(
         return _step(model, batch, tokenizer, max_new_tokens, repetition_penalty, progress)
 
     end = jax.lax.while_loop(lambda progress: ~jnp.all(progress.finished), proceed, progress)
-    return Generation(end.token_ids, end.count, end.coordinates, end.is_coordinate, in_frame)
+    whole = model.config.decoder.whole_trajectory
+    trajectory = model.decode_coordinates(end.first_indicator[:, None]) if whole else None
+    return Generation(end.token_ids, end.count, end.coordinates, end.is_coordinate, in_frame, trajectory)
 
 
 def _step(
@@ -85,17 +89,18 @@ def _step(
     active, discarded = ~progress.finished, progress.after_indicator
     scores = penalise(model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty)
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    coordinate = model.decode_coordinates(progress.hidden)
+    coordinate = decode_coordinate(model, progress.hidden)
     # Out of range where finished: dropped.
     place = jnp.where(active, progress.count, progress.token_ids.shape[1])
     decoded = active & discarded
+    is_first = decoded & ~progress.is_coordinate.any(axis=1)
     count = progress.count + active
     ended = (chosen == tokenizer.turn_end) | (count >= max_new_tokens)
     finished = progress.finished | (active & ~discarded & ended)
 
     embedding = model.vlm.embed(jnp.where(discarded, tokenizer.position, chosen)[:, None])
     if model.config.position_input:
-        encoded = position_embedding(model, coordinate)[:, None]
+        encoded = position_embedding(model, progress.hidden)[:, None]
         embedding = jnp.where(discarded[:, None, None], encoded.astype(embedding.dtype), embedding)
     positions = (progress.cache.lengths + batch.position_offset)[None, :, None]
     hidden, cache = model.vlm.decode(
@@ -116,5 +121,6 @@ def _step(
             jnp.where(decoded[:, None], coordinate, 0.0), mode="drop"
         ),
         is_coordinate=progress.is_coordinate.at[rows, place].set(decoded, mode="drop"),
+        first_indicator=jnp.where(is_first[:, None], progress.hidden, progress.first_indicator),
         seen=mark_seen(progress.seen, chosen[:, None], active[:, None]),
     )

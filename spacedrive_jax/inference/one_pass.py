@@ -27,6 +27,7 @@ from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.progress import (
     Progress,
     Seen,
+    decode_coordinate,
     mark_seen,
     penalise,
     position_embedding,
@@ -82,7 +83,8 @@ def run_frame(
 
     kept = jnp.arange(length) < count[:, None]
     is_coordinate = kept & discarded
-    coordinates = jnp.where(is_coordinate[..., None], model.decode_coordinates(hidden), 0.0)
+    coordinates = jnp.where(is_coordinate[..., None], decode_coordinate(model, hidden), 0.0)
+    first = int(np.argmax(discarded))
     token_ids = jnp.where(kept, chosen, tokenizer.padding)
     rest = max_new_tokens + 1 - length
     last = jnp.minimum(count, length - 1)
@@ -95,6 +97,7 @@ def run_frame(
         token_ids=jnp.pad(token_ids, ((0, 0), (0, rest)), constant_values=tokenizer.padding),
         coordinates=jnp.pad(coordinates, ((0, 0), (0, rest), (0, 0))),
         is_coordinate=jnp.pad(is_coordinate, ((0, 0), (0, rest))),
+        first_indicator=jnp.where(is_coordinate[:, first, None], hidden[:, first], 0),
         seen=mark_seen(seen, token_ids, kept),
     )
 
@@ -146,7 +149,7 @@ def _hidden_states(
         cache, at_indicator = carry
         ids, count = piece
         embeddings = model.vlm.embed(jnp.broadcast_to(ids, (batch.size, width)))
-        encoded = position_embedding(model, model.decode_coordinates(at_indicator)).astype(embeddings.dtype)
+        encoded = position_embedding(model, at_indicator).astype(embeddings.dtype)
         positions = cache.lengths[:, None] + batch.position_offset[:, None] + jnp.arange(width)
         hidden, grown = model.vlm.decode(
             embeddings.at[:, 0].set(encoded),

@@ -14,11 +14,13 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.config import from_json
+from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.data.coordinates_in_text import parse_coordinates
 from spacedrive_jax.data.pipeline import Samples, evaluation_batches
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
 from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.answer import answer_text, planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation
@@ -38,7 +40,7 @@ class PredictResult:
     file: Path
     samples: int
     unparsed: int
-    """Answers without exactly six coordinates."""
+    """Answers without exactly six waypoints."""
     in_one_pass: int
     """Answers that needed no token-by-token step."""
     seconds: float
@@ -87,7 +89,7 @@ def predict(
     frozen = frozen_state(config, mesh)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
 
-    frame = planning_frame(builder.tokenizer) if decoding == "one-pass" else None
+    frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
@@ -126,18 +128,33 @@ def predict(
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
 
 
+def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ...] | None:
+    """The ids of every answer that a model of this config was taught; None where they differ from keyframe
+    to keyframe (digits, a repeated command).
+    """
+    if not config.model.coordinate_tokens or config.data.conversation.command_in_answer:
+        return None
+    return planning_frame(tokenizer, 1 if config.model.decoder.whole_trajectory else NUM_WAYPOINTS)
+
+
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
-    """One line of the prediction file; an answer without exactly six coordinates is `unparsed`."""
+    """One line of the prediction file; an answer without exactly six waypoints is `unparsed`."""
     length = int(generated.lengths[row])
     ids, points, decoded = (
         np.asarray(values[row, :length])
         for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
     )
-    waypoints = points[decoded][:, :2]
+    text = answer_text(builder.tokenizer, ids, points, decoded)
+    if not builder.model.coordinate_tokens:
+        waypoints = parse_coordinates(text)
+    elif generated.trajectory is not None:
+        waypoints = np.asarray(generated.trajectory[row])[: NUM_WAYPOINTS * bool(decoded.any()), :2]
+    else:
+        waypoints = points[decoded][:, :2]
     parsed = len(waypoints) == NUM_WAYPOINTS and bool(np.isfinite(waypoints).all())
     return {
         "token": token,
         "waypoints": [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else [],
-        "text": answer_text(builder.tokenizer, ids, points, decoded),
+        "text": text,
         "status": "ok" if parsed else "unparsed",
     }

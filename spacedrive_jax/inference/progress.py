@@ -30,6 +30,9 @@ class Generation:
     is_coordinate: Bool[Array, "B G"]
     in_one_pass: Bool[Array, " B"]
     """Answered by the frame alone, without a token-by-token step."""
+    trajectory: Float[Array, "B T 3"] | None = None
+    """Where one token stands for the whole trajectory: decoded at the first coordinate, if there is one;
+    metres, ego frame."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +51,8 @@ class Progress:
     token_ids: Int[Array, "B G"]
     coordinates: Float[Array, "B G 3"]
     is_coordinate: Bool[Array, "B G"]
+    first_indicator: Float[Array, "B D"]
+    """The hidden state that the first coordinate was decoded from; zeros before."""
     seen: Seen
 
 
@@ -70,6 +75,7 @@ def start(
         token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
         coordinates=jnp.zeros((size, total, 3), jnp.float32),
         is_coordinate=jnp.zeros((size, total), bool),
+        first_indicator=jnp.zeros((size, hidden.shape[-1]), hidden.dtype),
         seen=prompt_ids_seen(model, batch, repetition_penalty),
     )
 
@@ -88,9 +94,26 @@ def prefill(
     return hidden, cache
 
 
-def position_embedding(model: SpaceDrive, coordinate: Float[Array, "... 3"]) -> Float[Array, "... D"]:
-    """What stands at the position token of a generated coordinate; z is fed as 0, as published."""
-    return model.embed_coordinates(coordinate * jnp.array([1.0, 1.0, 0.0]))
+def decode_coordinate(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"]:
+    """The coordinate that an indicator's hidden state stands for, metres, ego frame; the first waypoint
+    where it stands for the whole trajectory.
+    """
+    if model.config.decoder.whole_trajectory:
+        return model.decode_coordinates(hidden[..., None, :])[..., 0, :]
+    return model.decode_coordinates(hidden)
+
+
+def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """What position input feeds behind a generated indicator, from its hidden state.
+
+    As published: the decoded coordinate's encoding with z = 0. A hidden state that a grid would be searched
+    for is an encoding already and is fed as it is. With the semantic embedding, the coordinate fed is
+    decoded without it, unlike the one that is answered.
+    """
+    if model.config.decoder.is_grid:
+        return at_indicator
+    point = decode_coordinate(model, model.without_semantics(at_indicator))
+    return model.embed_coordinates(point * jnp.array([1.0, 1.0, 0.0]))
 
 
 def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: float) -> Seen:

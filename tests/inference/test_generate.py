@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.samples import token_fields
 from spacedrive_jax.inference.answer import answer_text, planning_frame
 from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.predict import prediction_line
+from spacedrive_jax.inference.progress import Generation
+from spacedrive_jax.positional.decoders import make_decoder
 from tests.published_case import GOLDEN, load_case
 
 FOLDER = GOLDEN / "spacedrive_generate"
@@ -169,6 +173,48 @@ def test_limits(case, answer):
     for limit, penalty in ((0, 1.0), (5, 0.0)):
         with pytest.raises(UserError, match="must be"):
             generate(case.model, batch, case.tokenizer, limit, repetition_penalty=penalty)
+
+
+def test_one_token_for_the_whole_trajectory(case):
+    config = case.model.config
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, whole_trajectory=True))
+    graph, state = nnx.split(case.model)
+    batch, frame = published_prompt(case, "both"), planning_frame(case.tokenizer, 1)
+
+    @functools.partial(jax.jit, static_argnames="one_pass")
+    def run(state, batch, one_pass):
+        model = nnx.merge(graph, state)
+        model.config = config
+        model.decoder = make_decoder(config.decoder, 96, 6, rngs=nnx.Rngs(3))
+        return generate(model, batch, case.tokenizer, 20, frame=frame if one_pass else None)
+
+    slow, fast = (jax.device_get(run(state, batch, one_pass)) for one_pass in (False, True))
+    assert slow.trajectory.shape == (1, 6, 3)
+    np.testing.assert_allclose(fast.trajectory, slow.trajectory, atol=2e-4)
+    first = int(np.flatnonzero(slow.is_coordinate[0])[0])
+    np.testing.assert_allclose(slow.trajectory[0, 0], slow.coordinates[0, first], atol=1e-6)
+    assert np.ptp(slow.trajectory[0, :, 0]) > 0
+    np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
+
+
+def test_digits_are_read_from_the_text(case):
+    tokenizer = case.tokenizer
+    ids = tokenizer.encode("Here it is [(+1.00, -2.00), (+3.50, 0.0)" + ", (+5.0, +1.0)" * 4 + "].")
+    nothing = np.zeros((1, len(ids)))
+    generated = Generation(
+        token_ids=np.array([ids]),
+        lengths=np.array([len(ids)]),
+        coordinates=np.zeros((1, len(ids), 3)),
+        is_coordinate=nothing.astype(bool),
+        in_one_pass=np.array([False]),
+    )
+    digits = dataclasses.replace(case.model.config, coordinate_tokens=False)
+    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits)
+    line = prediction_line(builder, "t", generated, 0)
+    assert line["status"] == "ok"
+    assert line["waypoints"][:2] == [[1.0, -2.0], [3.5, 0.0]]
+    builder.model = case.model.config
+    assert prediction_line(builder, "t", generated, 0)["status"] == "unparsed"
 
 
 def test_frame_is_the_published_answer(case):
