@@ -14,12 +14,14 @@ from jaxtyping import Bool, Float, Int
 from skimage.draw import polygon
 
 from spacedrive_jax.evaluation.protocols import StepRule
-from spacedrive_jax.evaluation.rasters import Grid, box_corners, draw_polygon, to_cells
+from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, Grid, box_corners, draw_polygon, to_cells
 
 COLLISION_LENGTH_M = 4.084
 COLLISION_WIDTH_M = 1.85
 MIN_TURNING_STEP_M = 1.0
 """Quirk Q3: a step shorter than this is tested with heading 0, not with the previous heading."""
+ROUNDING_CELLS = 6
+"""More than rounding, truncation and inclusive borders move the cells of two boxes towards each other."""
 
 VEHICLE_CATEGORIES = frozenset(
     {
@@ -78,27 +80,29 @@ def step_headings(trajectories: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray,
     return np.where(np.linalg.norm(steps, axis=-1) >= MIN_TURNING_STEP_M, headings, 0.0)
 
 
-def swept_cells(trajectories: Float[np.ndarray, "M T 2"], rule: StepRule) -> Int[np.ndarray, "M T K 2"]:
-    """Cells (column x, row y) under the collision box at every step.
+def box_cells(
+    points: Float[np.ndarray, "P 2"], headings: Float[np.ndarray, "P"], rule: StepRule
+) -> Int[np.ndarray, "P K 2"]:
+    """Cells (column x, row y) under the collision box at each point.
 
-    Cells are rotated about the ego origin, rounded, moved by the waypoint and truncated toward zero;
-    what leaves the grid is clipped to its border (so it is tested there, as published).
+    Cells are rotated about the ego origin, rounded, moved by the point and truncated toward zero; what leaves
+    the grid is clipped to its border (so it is tested there, as published).
 
     Args:
-        trajectories: M trajectories of waypoints, metres, ego frame.
+        points: waypoints, metres, ego frame.
+        headings: of the box there, radians.
         rule: grid and ego offset.
     """
     grid = Grid(rule.resolution)
     origin = np.float64(grid.first_centre / grid.cell_size)
-    cells = ego_cells(rule) + origin
-    headings = step_headings(trajectories)[..., None]
+    x, y = (ego_cells(rule) + origin).T
     # The published rotation matrix is float32, everything around it float64.
-    cosine, sine = np.cos(headings).astype(np.float32), np.sin(headings).astype(np.float32)
-    rotated = np.stack(
-        [cosine * cells[:, 0] - sine * cells[:, 1], sine * cells[:, 0] + cosine * cells[:, 1]], axis=-1
+    cosine, sine = (
+        function(headings)[:, None].astype(np.float32).astype(np.float64) for function in (np.cos, np.sin)
     )
+    rotated = np.stack([cosine * x - sine * y, sine * x + cosine * y], axis=-1)
     # Wide finite predictions must not wrap around when they become integers.
-    moved = np.round(rotated - origin) + (trajectories / grid.cell_size)[:, :, None]
+    moved = np.round(rotated - origin) + (points / grid.cell_size)[:, None]
     return np.clip(np.trunc(moved), 0, grid.cells - 1).astype(np.int32)
 
 
@@ -107,7 +111,7 @@ def collides(
 ) -> Bool[np.ndarray, "M T"]:
     """Whether the ego box of each step covers a cell that an obstacle covers at that step.
 
-    Only obstacles whose cells can meet an ego box are drawn; the result is that of drawing them all.
+    Only boxes that come near each other are laid on the grid; the result is that of drawing them all.
 
     Args:
         trajectories: M trajectories over the same scene, metres, ego frame.
@@ -115,25 +119,41 @@ def collides(
         rule: grid and ego offset.
     """
     hits = np.zeros(trajectories.shape[:2], bool)
-    if not obstacles.mask.any():
+    near = _near(trajectories, obstacles, rule)
+    trajectory, step = np.nonzero(near.any(axis=1))
+    if not len(trajectory):
         return hits
     grid = Grid(rule.resolution)
-    ego = swept_cells(trajectories, rule)
-    corners = box_corners(obstacles.centre, obstacles.yaw, obstacles.size[:, None])
-    polygons = to_cells(corners, grid)
-    near = obstacles.mask & np.all(
-        (polygons.max(axis=2) >= ego.min(axis=(0, 2))) & (polygons.min(axis=2) <= ego.max(axis=(0, 2))),
-        axis=-1,
+    ego = box_cells(trajectories[trajectory, step], step_headings(trajectories)[trajectory, step], rule)
+    agent, agent_step = np.nonzero(near.any(axis=0))
+    polygons = to_cells(
+        box_corners(
+            obstacles.centre[agent, agent_step], obstacles.yaw[agent, agent_step], obstacles.size[agent]
+        ),
+        grid,
     )
     raster = grid.empty()
-    for step in np.flatnonzero(near.any(axis=0)):
-        drawn = polygons[near[:, step], step]
+    for now in np.unique(step):
+        drawn = polygons[agent_step == now]
         for vertices in drawn:
             draw_polygon(raster, vertices)
-        hits[:, step] = raster[ego[:, step, :, 1], ego[:, step, :, 0]].any(axis=-1)
+        rows = step == now
+        hits[trajectory[rows], now] = raster[ego[rows, :, 1], ego[rows, :, 0]].any(axis=-1)
         for (left, bottom), (right, top) in _windows(drawn, grid):
             raster[bottom:top, left:right] = 0
     return hits
+
+
+def _near(
+    trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
+) -> Bool[np.ndarray, "M A T"]:
+    """Which agents' cells may meet the ego box's at a step: circles around both, with room for rounding."""
+    ego_radius = np.hypot(COLLISION_LENGTH_M / 2 + abs(rule.ego_offset), COLLISION_WIDTH_M / 2)
+    reach = ego_radius + np.linalg.norm(obstacles.size, axis=-1) / 2 + ROUNDING_CELLS * rule.resolution
+    # A box beyond the grid is tested at its border, no farther from there than from its own centre.
+    points = np.clip(trajectories, -GRID_EXTENT_M, GRID_EXTENT_M)
+    squared = np.sum((points[:, None] - obstacles.centre) ** 2, axis=-1)
+    return obstacles.mask & (squared <= reach[:, None] ** 2)
 
 
 def _windows(polygons: Int[np.ndarray, "K 4 2"], grid: Grid) -> Int[np.ndarray, "K 2 2"]:

@@ -77,8 +77,10 @@ def off_road_cells(
         (left, bottom), (right, top) = low[trajectory, step], high[trajectory, step]
         if left >= right or bottom >= top:
             continue
-        draw_polygon(raster, polygons[trajectory, step])
         window = np.s_[bottom:top, left:right]
+        if drivable[window].all():
+            continue
+        draw_polygon(raster, polygons[trajectory, step])
         cells[trajectory, step] = np.count_nonzero(raster[window] & (drivable[window] == 0))
         raster[window] = 0
     return cells

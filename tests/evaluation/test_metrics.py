@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.collision import Obstacles, collides, ego_cells, swept_cells
+from spacedrive_jax.evaluation.collision import Obstacles, box_cells, collides, ego_cells, step_headings
 from spacedrive_jax.evaluation.drivable import off_road_cells, rasterize_polygons
 from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, summarize
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, StepRule, protocol_named
@@ -94,7 +94,8 @@ def test_overlapping_agents_do_not_cancel() -> None:
 def test_short_steps_are_tested_unrotated() -> None:
     """Quirk Q3: 0.9 m sideways keeps heading 0, 1.1 m sideways turns the box."""
     for rule in RULES:
-        reach = [np.ptp(swept_cells(np.full((1, 1, 2), [0.0, y]), rule)[0, 0], axis=0) for y in (0.9, 1.1)]
+        headings = [step_headings(np.full((1, 1, 2), [0.0, y]))[0] for y in (0.9, 1.1)]
+        reach = [np.ptp(box_cells(np.zeros((1, 2)), heading, rule)[0], axis=0) for heading in headings]
         assert reach[0][0] > reach[0][1]
         assert reach[1][0] < reach[1][1]
 
@@ -114,7 +115,7 @@ def test_culling_agents_changes_nothing(trajectory, x, y, yaw) -> None:
         corners = box_corners(obstacles.centre, obstacles.yaw, obstacles.size[:, None])
         raster = grid.empty()
         draw_polygon(raster, to_cells(corners, grid)[0, 0])
-        cells = swept_cells(trajectory, rule)[0]
+        cells = box_cells(trajectory[0], step_headings(trajectory)[0], rule)
         expected = [raster[step[:, 1], step[:, 0]].any() for step in cells]
         assert collides(trajectory, obstacles, rule)[0].tolist() == expected
 
