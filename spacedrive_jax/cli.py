@@ -20,6 +20,7 @@ from spacedrive_jax.evaluation.counterfactual_command import ScoreCounterfactual
 from spacedrive_jax.reporting.command import Report
 from spacedrive_jax.scaling.command import Aot
 from spacedrive_jax.verify.command import Verify
+from spacedrive_jax.weights.command import ExportWeights, ImportWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,8 @@ COMMANDS: dict[str, type[Command]] = {
     "score-bench2drive": ScoreBench2Drive,
     "score-counterfactual": ScoreCounterfactual,
     "report": Report,
+    "import-weights": ImportWeights,
+    "export-weights": ExportWeights,
     "verify": Verify,
     "aot": Aot,
 }

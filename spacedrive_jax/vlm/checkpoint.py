@@ -7,7 +7,7 @@ stacked parameter at a time, straight into their sharding. On many hosts each re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,9 @@ from spacedrive_jax.vlm.decoder import NewTokenParam
 from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.vlm.initialization import ShardingOf, axis_names, draw_parameters
+from spacedrive_jax.vlm.merging import MergedParameters
 from spacedrive_jax.vlm.safetensors_folder import (
+    Complete,
     PlannedTensor,
     SafetensorsFolder,
     plan_shards,
@@ -56,7 +58,8 @@ def from_hf(
     Args:
         path: Folder with config.json (its `model_type` tells the family) and safetensors files, sharded or
             single, in the hub's or transformers' naming.
-        compute: Dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel.
+        compute: Dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel. None
+            computes in float32 and keeps the type that the weights are stored in.
         lora: Fresh adapters beside the base weights; None for none.
         new_tokens: Ids that get trainable rows, copied from the checkpoint's; None for none.
         shardings: Placement of each parameter; None puts them on the default device.
@@ -68,12 +71,12 @@ def from_hf(
     Raises:
         UserError: If files are missing or damaged, or tensors are missing, unknown or misshapen (all named).
     """
-    compute = compute or ComputeConfig()
     config = read_hf_config(path)
     family = family_of(config)
     folder = SafetensorsFolder(path, rename=family.canonical_name)
+    compute = compute or ComputeConfig(param_dtype=folder.float_type())
     rules = family.rules(config)
-    check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=_ignored(config, folder))
+    check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=without_content(config, folder))
 
     def build(rngs: nnx.Rngs) -> VisionLanguageModel:
         return family.model(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
@@ -129,37 +132,52 @@ def to_hf(
     path: str | Path,
     *,
     naming: Literal["hub", "transformers"] = "hub",
+    merged: bool = False,
     max_shard_bytes: int = 5 * 1000**3,
-) -> None:
-    """Writes the base weights as a transformers checkpoint; the inverse of `from_hf`, bit for bit.
+    complete: Complete | None = None,
+) -> VLConfig:
+    """Writes the weights as a transformers checkpoint.
 
-    Adapters and new-token rows are no part of it.
+    Without `merged` it is the inverse of `from_hf`, bit for bit: adapters and new-token rows are left out.
 
     Args:
         model: The model.
         path: Folder to create.
         naming: Tensor names as in the hub's checkpoints or as in transformers' state dict.
+        merged: Fold adapters and new-token rows into the base weights (`MergedParameters`).
         max_shard_bytes: Largest size of one file.
+        complete: Adds what else belongs into the folder, a tokenizer for instance.
+
+    Returns:
+        The architecture written (a tied head may have been untied by merging).
 
     Raises:
         UserError: If the folder exists or the architecture has no config.json.
     """
-    family = family_of(model.config)
-    rename = family.hub_name if naming == "hub" else str
-    rules = family.rules(model.config)
     state = dict(nnx.to_flat_state(nnx.state(model)))
+    values = MergedParameters(model) if merged else None
+    config = model.config if values is None else values.config
+    family = family_of(config)
+    rename = family.hub_name if naming == "hub" else str
+    rules = family.rules(config)
+
+    def item_bytes(path: ParameterPath) -> int:
+        return (state[path].dtype if values is None else values.dtype(path)).itemsize
+
     planned = [
-        PlannedTensor(rename(name), math.prod(rule.source_shape) * state[rule.target].dtype.itemsize)
+        PlannedTensor(rename(name), math.prod(rule.source_shape) * item_bytes(rule.target))
         for rule in rules
         for name in rule.source_names()
     ]
+    exported = export_tensors(state if values is None else values, rules)
+    tensors = ((rename(name), tensor) for name, tensor in exported)
     shards = plan_shards(planned, max_shard_bytes)
-    tensors = ((rename(name), tensor) for name, tensor in export_tensors(state, rules))
-    write_folder(path, tensors, shards, config=write_hf_config(model.config))
+    write_folder(path, tensors, shards, config=write_hf_config(config), complete=complete)
+    return config
 
 
 def export_tensors(
-    state: dict[ParameterPath, Any], rules: Iterable[Rule]
+    state: Mapping[ParameterPath, Any], rules: Iterable[Rule]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a table backwards: checkpoint names and tensors, one stacked parameter on the host at a time."""
     for rule in rules:
@@ -183,7 +201,7 @@ def _read_part(
     return part
 
 
-def _ignored(config: VLConfig, folder: SafetensorsFolder) -> list[str]:
+def without_content(config: VLConfig, folder: SafetensorsFolder) -> list[str]:
     """Tensors that may be there though they carry nothing: fixed tables, the head of a tied model."""
     ignored = [name for name in folder.places if name.endswith(("inv_freq", "position_ids"))]
     return [*ignored, "lm_head.weight"] if config.decoder.tied_head else ignored

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from flax import nnx
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.checkpoint import export_tensors, fill
-from spacedrive_jax.vlm.config import LoraConfig, LoraTarget
-from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
+from spacedrive_jax.vlm.config import LoraConfig, LoraTarget, VLConfig
+from spacedrive_jax.vlm.conversion import Rule, check_names_and_shapes, lora_rules
 from spacedrive_jax.vlm.families import family_of
-from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder, write_folder
+from spacedrive_jax.vlm.safetensors_folder import Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 
 CONFIG_FILE = "adapter_config.json"
@@ -77,21 +78,44 @@ def load_adapter(model: VisionLanguageModel, path: str | Path) -> None:
         raise UserError(
             f"{path} holds {wanted} but the model was built with {built}; build it with the former"
         )
-    rules = lora_rules(model.config.decoder, wanted)
-    folder = _open(path, family_of(model.config).canonical_name)
-    check_names_and_shapes(rules, folder.shapes(), origin=str(path))
+    rules, folder = open_adapter(path, model.config, wanted)
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
     fill(state, rules, folder)
     nnx.update(model, nnx.from_flat_state(state))
 
 
-def save_adapter(model: VisionLanguageModel, path: str | Path, *, base_model: str) -> None:
+def open_adapter(
+    path: str | Path, config: VLConfig, lora: LoraConfig
+) -> tuple[tuple[Rule, ...], SafetensorsFolder]:
+    """Opens the adapters of a PEFT folder and checks them against the model they are for.
+
+    Args:
+        path: The PEFT folder.
+        config: The model.
+        lora: What `read_peft_config(path)` says.
+
+    Returns:
+        The conversion table and the tensors under its names.
+
+    Raises:
+        UserError: If tensors are missing, unknown or misshapen.
+    """
+    rules = lora_rules(config.decoder, lora)
+    folder = _open(path, family_of(config).canonical_name)
+    check_names_and_shapes(rules, folder.shapes(), origin=str(path))
+    return rules, folder
+
+
+def save_adapter(
+    model: VisionLanguageModel, path: str | Path, *, base_model: str, complete: Complete | None = None
+) -> None:
     """Writes a model's adapters as a PEFT folder.
 
     Args:
         model: The model.
         path: Folder to create.
         base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
+        complete: Adds what else belongs into the folder.
 
     Raises:
         UserError: If the model has no adapters or the folder exists.
@@ -101,6 +125,31 @@ def save_adapter(model: VisionLanguageModel, path: str | Path, *, base_model: st
         raise UserError("the model has no adapters to save; it was built with lora=None")
     rules = lora_rules(model.config.decoder, lora)
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
+    write_adapter(path, export_tensors(state, rules), lora, rules, base_model=base_model, complete=complete)
+
+
+def write_adapter(
+    path: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    lora: LoraConfig,
+    rules: Iterable[Rule],
+    *,
+    base_model: str,
+    complete: Complete | None = None,
+) -> None:
+    """Writes adapters as a PEFT folder.
+
+    Args:
+        path: Folder to create.
+        tensors: Names and values in the order of `rules`.
+        lora: What the adapters are.
+        rules: `lora_rules` of the model they belong to.
+        base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
+        complete: Adds what else belongs into the folder.
+
+    Raises:
+        UserError: If the folder exists.
+    """
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -114,9 +163,7 @@ def save_adapter(model: VisionLanguageModel, path: str | Path, *, base_model: st
         "target_modules": rf".*language_model.*\.({'|'.join(lora.targets)})_proj",
     }
     shards = [[name for rule in rules for name in rule.source_names()]]
-    write_folder(
-        path, export_tensors(state, rules), shards, config=config, stem=STEM, config_file=CONFIG_FILE
-    )
+    write_folder(path, tensors, shards, config=config, stem=STEM, config_file=CONFIG_FILE, complete=complete)
 
 
 def _kind(lora: LoraConfig) -> tuple[int, float, frozenset[str]]:

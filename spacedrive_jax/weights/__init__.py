@@ -1,0 +1,1 @@
+"""Weights from and to other frameworks: the commands `import-weights` and `export-weights`."""

@@ -1,0 +1,77 @@
+"""`python -m spacedrive_jax import-weights` and `export-weights`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from spacedrive_jax.console import Command
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportWeights(Command):
+    """Check released weights, add the two coordinate tokens, and bring all into one weights folder.
+
+    The folder holds the base model and its tokenizer as transformers has them (in their own types), adapters
+    as PEFT has them, and weights.json with a fingerprint. `model.weights` and `data.tokenizer` of a config
+    take it; transformers and PEFT load it too. Missing, unknown or misshapen tensors are named, all at once.
+
+    Example: python -m spacedrive_jax import-weights --from hf Qwen2.5-VL-7B-Instruct --out weights/qwen-7b
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Folder of the weights: a transformers checkpoint (hf) or an adapter (peft)."""
+    format: Annotated[Literal["hf", "peft"], tyro.conf.arg(name="from")]
+    """What the weights are."""
+    out: Path
+    """Folder to create; one that exists is never touched."""
+    base: Path | None = None
+    """For adapters: their base checkpoint, where their config does not name a folder."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, where the checkpoint has none."""
+    add_tokens: bool = True
+    """Add the coordinate tokens, their rows in embedding and head being the mean of all others."""
+    max_shard_gigabytes: float = 2.0
+    """Largest tensor file; about twice this is held in memory."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Imports; see `spacedrive_jax.weights.importing`."""
+        from spacedrive_jax.weights.importing import READERS, ImportOptions
+
+        options = ImportOptions(
+            self.base, self.tokenizer, self.add_tokens, int(self.max_shard_gigabytes * 1000**3)
+        )
+        facts = READERS[self.format](self.source, self.out, options)
+        print(f"imported {facts['tensors']} tensors, {facts['parameters']:,} parameters: {self.out}")
+        return {"out": str(self.out), **facts}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportWeights(Command):
+    """Write weights for transformers (adapters folded in) or PEFT (adapters alone).
+
+    From a weights folder, a transformers checkpoint, or a training run. Of a run only the vision-language
+    model can be expressed; the modules that stay behind are named.
+
+    Example: python -m spacedrive_jax export-weights --to hf runs/demo --out exported
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
+    format: Annotated[Literal["hf", "peft"], tyro.conf.arg(name="to")]
+    """Whom the weights are for."""
+    out: Path
+    """Folder to create; one that exists is never touched."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Exports; see `spacedrive_jax.weights.exporting`."""
+        from spacedrive_jax.weights.exporting import WRITERS
+
+        facts = WRITERS[self.format](self.source, self.out)
+        left_out = facts.get("left_out")
+        print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
+        return facts

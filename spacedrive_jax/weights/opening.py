@@ -1,0 +1,81 @@
+"""Opens the vision-language model of whatever folder holds one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from flax import nnx
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm import VisionLanguageModel, from_hf
+from spacedrive_jax.weights.folder import FACTS_FILE, WeightsFacts, load
+from spacedrive_jax.weights.tokens import copy_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model and what belongs to it."""
+
+    model: VisionLanguageModel
+    base_name: str
+    """What the base checkpoint is called."""
+    write_tokenizer: Callable[[Path], None]
+    """Puts the tokenizer's files into a folder."""
+    left_out: tuple[str, ...] = ()
+    """Modules of a trained model that are no part of the vision-language model."""
+
+
+def open_model(source: Path) -> OpenedModel:
+    """Loads a vision-language model in the types it is stored in.
+
+    Args:
+        source: A weights folder, a transformers checkpoint, a training run (its newest checkpoint) or
+            `RUN/checkpoints/STEP`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: If the folder is none of these, or damaged.
+    """
+    source = Path(source)
+    tokenizer = functools.partial(copy_tokenizer, source)
+    if (source / FACTS_FILE).is_file():
+        return OpenedModel(
+            load(source), WeightsFacts.read(source).source, functools.partial(copy_tokenizer, source)
+        )
+    if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
+        return _open_run(source)
+    if (source / "config.json").is_file():
+        return OpenedModel(from_hf(source), str(source), tokenizer)
+    raise UserError(
+        f"{source} is neither a weights folder (import-weights), nor a transformers checkpoint, nor a run"
+    )
+
+
+def _open_run(source: Path) -> OpenedModel:
+    # Imported late: the weights package serves training, and only this looks back at it.
+    from spacedrive_jax.config import MeshConfig, from_json
+    from spacedrive_jax.data.tokenizer import load_tokenizer
+    from spacedrive_jax.training import checkpoints
+    from spacedrive_jax.training.sharding import make_mesh
+    from spacedrive_jax.training.state import abstract_state, frozen_state
+
+    run_dir, step = checkpoints.locate(source)
+    config = from_json((run_dir / "config.json").read_text())
+    mesh = make_mesh(MeshConfig())
+    graph, trainable, _ = abstract_state(config, mesh)
+    frozen = frozen_state(config, mesh)
+    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+    model = nnx.merge(graph, trainable, frozen)
+    modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
+    tokenizer = load_tokenizer(config.data.tokenizer).tokenizer
+
+    def write_tokenizer(folder: Path) -> None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    base = config.model.weights or f"random weights of {run_dir}"
+    return OpenedModel(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
