@@ -40,7 +40,7 @@ demo: $(DEMO)/run/predictions.jsonl
 	$(RUN) -m spacedrive_jax report $(DEMO)/run
 
 $(DEMO)/nuscenes/v1.0-synthetic/scene.json: | $(VENV)/runtime
-	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 16 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
+	$(RUN) -m data_prep synthesize --out $(DEMO)/nuscenes --scenes 20 --keyframes 20 --image-size 352x198 --workers $(WORKERS)
 
 $(DEMO)/records/provenance.json: $(DEMO)/nuscenes/v1.0-synthetic/scene.json
 	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS) --resume
