@@ -37,6 +37,18 @@ class Train(Command):
     """A preset in configs/ by name, or a .py file that defines `config`."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
+    accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Resume although config or records differ from the run's."""
+    skip_nonfinite: int = 0
+    """Leave out up to this many steps whose loss or gradient is nan or infinite."""
+    profile: tuple[int, int] | None = None
+    """First step and number of steps to trace with jax's profiler, into RUN/profile."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
+    host_count: int | None = None
+    """Hosts of the run, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> Mapping[str, Any]:
@@ -52,16 +64,27 @@ class Train(Command):
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
         use_compilation_cache()
-        from spacedrive_jax.training.train import train
+        from spacedrive_jax.training.hosts import connect
+        from spacedrive_jax.training.train import ProfileWindow, train
 
-        result = train(config, resume=self.resume)
-        print(f"trained {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+        connect(self.coordinator, self.host_count, self.host_index)
+        result = train(
+            config,
+            resume=self.resume,
+            accept_changes=self.accept_changes,
+            skip_nonfinite=self.skip_nonfinite,
+            profile=None if self.profile is None else ProfileWindow(*self.profile),
+        )
+        how = "trained" if result.finished else "stopped by SIGTERM and saved; --resume goes on:"
+        print(f"{how} {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
         return {
             "run_dir": str(result.run_dir),
             "checkpoint": str(result.run_dir / "checkpoints" / str(result.step)),
             "step": result.step,
             "loss": result.loss,
             "seconds": result.seconds,
+            "finished": result.finished,
+            "skipped": result.skipped,
         }
 
 
@@ -168,13 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     program = "python -m spacedrive_jax"
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         # The config's fields are flags too, but which there are is known only once it is loaded.
-        known = [argument for argument in argv[2:] if argument in ("--resume", "--json", "--debug")]
-        command = Train(
-            argv[1],
-            resume="--resume" in known,
-            json="--json" in known,
-            debug="--debug" in known,
-            overrides=tuple(argument for argument in argv[2:] if argument not in known),
-        )
+        help_flags = [argument for argument in argv[2:] if argument in ("-h", "--help")]
+        arguments = [argument for argument in argv[1:] if argument not in help_flags]
+        command, rest = tyro.cli(Train, prog=f"{program} train", args=arguments, return_unknown_args=True)
+        command = dataclasses.replace(command, overrides=(*rest, *help_flags))
         return console.finish(command.run, as_json=command.json, debug=command.debug)
     return console.main(program, DESCRIPTION, COMMANDS, argv)

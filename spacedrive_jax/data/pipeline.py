@@ -59,11 +59,31 @@ def training_samples(config: Config, split: str = "train") -> Samples:
     return Samples(records, SampleBuilder(config.data, config.model), indices, config.data.cache_in_memory)
 
 
+class HostShare(grain.MapDataset):
+    """One host's consecutive part of every global batch.
+
+    Which samples a global batch holds, and their order, do not depend on the number of hosts, so that a run
+    can go on with another.
+    """
+
+    def __init__(self, samples: grain.MapDataset, batch_size: int, share: int, host: int) -> None:
+        """Args: the endless sample order, global batch size, this host's part of it, this host's index."""
+        super().__init__(samples)
+        self._batch_size, self._share, self._host = batch_size, share, host
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._share
+
+    def __getitem__(self, index: int) -> DrivingBatch:
+        batch, place = divmod(index, self._share)
+        return self._parent[batch * self._batch_size + self._host * self._share + place]
+
+
 def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator:
     """An endless, checkpointable iterator of this host's share of every global batch.
 
-    The order depends on the seed alone; every epoch is shuffled anew. The iterator's state is saved with
-    the checkpoint.
+    The order depends on the seed alone, not on the number of hosts; every epoch is shuffled anew. See
+    `position` and `seek` for its state.
 
     Raises:
         UserError: the global batch does not divide over the hosts.
@@ -71,14 +91,9 @@ def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator
     hosts, host = jax.process_count(), jax.process_index()
     if config.train.batch_size % hosts:
         raise UserError(f"train.batch_size {config.train.batch_size} does not divide over {hosts} hosts")
-    dataset = (
-        grain.MapDataset.source(samples)
-        .seed(config.train.seed)
-        .shuffle()
-        .repeat()
-        .slice(slice(host, None, hosts))
-        .batch(config.train.batch_size // hosts, batch_fn=stack)
-    )
+    endless = grain.MapDataset.source(samples).seed(config.train.seed).shuffle().repeat()
+    share = config.train.batch_size // hosts
+    dataset = HostShare(endless, config.train.batch_size, share, host).batch(share, batch_fn=stack)
     options = grain.ReadOptions(
         num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_batches
     )
@@ -95,3 +110,13 @@ def evaluation_batches(samples: Samples, batch_size: int) -> Iterator[tuple[Driv
         chosen = [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
         count = len(chosen)
         yield stack(chosen + [chosen[-1]] * (batch_size - count)), count
+
+
+def position(iterator: grain.DatasetIterator, config: Config) -> dict[str, int]:
+    """Where a training iterator stands, as counted over all hosts: what a checkpoint keeps of it."""
+    return {"samples": iterator.get_state()["next_index"] * config.train.batch_size}
+
+
+def seek(iterator: grain.DatasetIterator, where: dict[str, int], config: Config) -> None:
+    """Sets a training iterator to a `position`, whatever the host count or batch size it was saved under."""
+    iterator.set_state({"next_index": where["samples"] // config.train.batch_size})

@@ -27,7 +27,7 @@ from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.vlm.logical_axes import activations_on
 
 StepKind = Literal["train", "plan"]
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 """Gather weights whole instead of in steps interleaved with their product, which compiles twice as long. The
 launch scripts set the same in LIBTPU_INIT_ARGS."""
 
@@ -108,7 +108,7 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
     seconds = time.monotonic() - started
 
     memory = None if compiled is None else compiled.memory_analysis()
-    moved = None if compiled is None else traffic(compiled.as_text(), mesh.size)
+    moved = None if compiled is None else traffic(compiled.as_text() or "", mesh.size)
     states = _bytes_per_chip((parts.trainable, parts.frozen))  # float32 trainables, frozen base
     peak = _stated_need(reason) or states
     if memory is not None:

@@ -6,10 +6,11 @@ being written when the process died has no final name and is never picked up.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -28,37 +29,77 @@ def save(
     step: int,
     trainable: nnx.State,
     optimizer: Any,
-    iterator: grain.DatasetIterator,
+    position: dict[str, int],
+    facts: dict[str, Any],
 ) -> None:
-    """Starts writing a checkpoint; training goes on while it is written."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            trainable=ocp.args.StandardSave(nnx.to_pure_dict(trainable)),
-            optimizer=ocp.args.StandardSave(optimizer),
-            iterator=grain.checkpoint.CheckpointSave(iterator),
-        ),
-    )
+    """Starts writing a checkpoint; training goes on while it is written.
+
+    Args:
+        manager: from `open_manager`.
+        step: optimisation steps done.
+        trainable: what training changes.
+        optimizer: the optimiser's state.
+        position: of the data iterator (`pipeline.position`).
+        facts: config and fingerprints of data and base weights.
+
+    Raises:
+        UserError: the folder cannot be written; the newest whole checkpoint is named.
+    """
+    with naming_the_newest(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(nnx.to_pure_dict(trainable)),
+                optimizer=ocp.args.StandardSave(optimizer),
+                position=ocp.args.JsonSave(position),
+                facts=ocp.args.JsonSave(facts),
+            ),
+        )
+
+
+@contextlib.contextmanager
+def naming_the_newest(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns a failed write into an error that says what is safe."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"a checkpoint could not be written to {manager.directory} ({error}); the newest whole one is "
+            f"step {manager.latest_step()}. Make room or mend the folder, then --resume"
+        ) from error
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what is being written is whole.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    with naming_the_newest(manager):
+        manager.wait_until_finished()
 
 
 def restore(
-    manager: ocp.CheckpointManager,
-    step: int,
-    trainable: nnx.State,
-    optimizer: Any,
-    iterator: grain.DatasetIterator,
-) -> tuple[nnx.State, Any]:
-    """Reads a checkpoint back onto the shardings of the given trees; the iterator is set in place."""
+    manager: ocp.CheckpointManager, step: int, trainable: nnx.State, optimizer: Any
+) -> tuple[nnx.State, Any, dict[str, int], dict[str, Any]]:
+    """Reads a checkpoint back onto the shardings of the given trees, whatever mesh it was written from.
+
+    Returns:
+        trainables, optimiser state, position of the data iterator, facts.
+    """
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
             trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
             optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
-            iterator=grain.checkpoint.CheckpointRestore(iterator),
+            position=ocp.args.JsonRestore(),
+            facts=ocp.args.JsonRestore(),
         ),
     )
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
-    return trainable, restored["optimizer"]
+    return trainable, restored["optimizer"], restored["position"], restored["facts"]
 
 
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:

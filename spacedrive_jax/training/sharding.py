@@ -107,14 +107,16 @@ def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
     )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch that does not divide over the devices.
+def check_batch_size(batch_size: int, mesh: Mesh, *, pieces: int = 1) -> None:
+    """Refuses a batch that does not divide over the devices, in every piece of it.
 
     Raises:
-        UserError: naming both numbers.
+        UserError: naming the numbers.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
+    if batch_size % (ways * pieces):
+        accumulated = f" in {pieces} pieces (train.accumulation)" if pieces > 1 else ""
         raise UserError(
             f"batch size {batch_size} does not divide over {ways} devices (mesh axes data x fsdp)"
+            f"{accumulated}"
         )

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from tensorboardX import SummaryWriter
 
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import UserError, progress
-from spacedrive_jax.data.pipeline import training_iterator, training_samples
-from spacedrive_jax.training import checkpoints
+from spacedrive_jax.data.pipeline import position, seek, training_iterator, training_samples
+from spacedrive_jax.training import checkpoints, run_folder
+from spacedrive_jax.training.nonfinite import NonfiniteGuard
+from spacedrive_jax.training.preemption import PreemptionWatch
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
@@ -28,145 +26,159 @@ from spacedrive_jax.training.sharding import (
 )
 from spacedrive_jax.training.state import count, start_state
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.throughput import Throughput
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Where a finished run stands."""
+    """Where a run stands when `train` returns."""
 
     run_dir: Path
     step: int
     loss: float
+    """The last one logged."""
     seconds: float
+    finished: bool
+    """False where SIGTERM stopped the run early; `--resume` goes on."""
+    skipped: int
+    """Steps left out because loss or gradient was not finite."""
 
 
-def train(config: Config, *, resume: bool = False) -> TrainResult:
+@dataclasses.dataclass(frozen=True)
+class ProfileWindow:
+    """Steps to trace with the profiler, into RUN/profile."""
+
+    start: int
+    steps: int
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    skip_nonfinite: int = 0,
+    profile: ProfileWindow | None = None,
+) -> TrainResult:
     """Trains to `config.train.steps`, writing checkpoints, metrics and provenance to the run folder.
+
+    SIGTERM saves a checkpoint and returns early.
 
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint of the run folder.
+        accept_changes: resume although the config or the records differ from the run's.
+        skip_nonfinite: how many steps whose loss or gradient is not finite to leave out before giving up.
+        profile: steps to trace; None for none.
 
     Raises:
-        UserError: the run folder is taken, the config of a resumed run differs, or the data is not there.
-        FloatingPointError: the loss became nan or infinite.
+        UserError: the run folder is taken or cannot be written, the config of a resumed run differs, the disk
+            is full, or the data is not there.
+        FloatingPointError: the loss or gradient became nan or infinite too often.
     """
     started = time.monotonic()
     settings = config.train
     mesh = make_mesh(config.mesh)
-    check_batch_size(settings.batch_size, mesh)
+    check_batch_size(settings.batch_size, mesh, pieces=settings.accumulation)
     samples = training_samples(config)
     iterator = training_iterator(samples, config)
     run_dir = config.directory
-    _claim(run_dir, config, resume=resume)
+    changes = run_folder.claim(run_dir, config, resume=resume, accept_changes=accept_changes)
 
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
+    checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
+    missing = run_folder.lack_of_room(run_dir, checkpoint_bytes)
+    if missing:
+        raise UserError(missing)
     trainable, frozen = start_state(config, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
 
+    facts = {
+        "config": to_json(config),
+        "records": str(Path(config.data.records).resolve()),
+        "records_fingerprint": samples.records.fingerprint,
+        "weights": config.model.weights,
+        "trainable_parameters": count(trainable),
+        "frozen_parameters": count(frozen),
+    }
     manager = checkpoints.open_manager(run_dir, keep=settings.keep_checkpoints)
     start = manager.latest_step() or 0
     if start:
-        trainable, optimizer_state = checkpoints.restore(manager, start, trainable, optimizer_state, iterator)
-    _write_provenance(run_dir, config, samples.records.fingerprint, trainable, frozen)
-    is_host = jax.process_index() == 0
-    metrics_file = _open_metrics(run_dir / "metrics.jsonl", start) if is_host else None
-    board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start) if is_host else None
+        trainable, optimizer_state, where, saved = checkpoints.restore(
+            manager, start, trainable, optimizer_state
+        )
+        _check_data(saved, facts, accept_changes=accept_changes)
+        seek(iterator, where, config)
+    if run_folder.is_main_host():
+        shown = {name: value for name, value in facts.items() if name != "config"}
+        run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
+    metrics_log = run_folder.MetricsLog(run_dir, start)
 
-    loss_value = float("nan")
-    window_start, window_steps = time.monotonic(), 0
-    bar = progress(range(start, settings.steps), initial=start, total=settings.steps, unit="step")
-    for step in bar:
-        batch = place_batch(next(iterator), mesh)
-        step_array = jax.device_put(np.int32(step), replicated(mesh))
-        with jax.transfer_guard("disallow"):
-            trainable, optimizer_state, metrics = train_step.run(
-                trainable, optimizer_state, frozen, batch, step_array
-            )
-        window_steps += 1
-        done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            loss_value = values["loss"]
-            if not np.isfinite(loss_value):
-                manager.wait_until_finished()
-                raise FloatingPointError(
-                    f"the loss is {loss_value} at step {done}; the newest checkpoint is step "
-                    f"{manager.latest_step()}. Lower train.learning_rate or look at the data"
+    done, loss, stopped = start, float("nan"), False
+    guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
+    throughput = Throughput(config, started)
+    bar = progress(total=settings.steps, initial=start, unit="step")
+    with PreemptionWatch() as watch:
+        while done < settings.steps and not stopped:
+            if profile is not None and done == profile.start:
+                jax.profiler.start_trace(str(run_dir / "profile"))
+            waiting = time.monotonic()
+            host_batch = next(iterator)
+            throughput.waited(time.monotonic() - waiting)
+            batch = place_batch(host_batch, mesh)
+            step_number = jax.device_put(np.int32(done), replicated(mesh))
+            with jax.transfer_guard("disallow"):
+                trainable, optimizer_state, metrics = train_step.run(
+                    trainable, optimizer_state, frozen, batch, step_number
                 )
-            seconds = (time.monotonic() - window_start) / window_steps
-            values |= {"step_seconds": seconds, "samples_per_second": settings.batch_size / seconds}
-            bar.set_postfix(loss=f"{loss_value:.3f}", metres=f"{values['displacement_m']:.2f}")
-            if metrics_file is not None and board is not None:
-                metrics_file.write(json.dumps({"step": done, **values}) + "\n")
-                metrics_file.flush()
-                for name, value in values.items():
-                    board.add_scalar(name, value, done)
-            window_start, window_steps = time.monotonic(), 0
-        if done % settings.checkpoint_every == 0 or done == settings.steps:
-            checkpoints.save(manager, done, trainable, optimizer_state, iterator)
-    manager.wait_until_finished()
+            done += 1
+            throughput.stepped()
+            bar.update()
+            guard.watch(done, host_batch, metrics)
+            stopped = watch.stop_at(done, manager)
+            finished = done == settings.steps
+            short_of_room = None
+            if done % settings.log_every == 0 or finished:
+                guard.settle()
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                values |= throughput.window()
+                if values.pop("finite"):
+                    loss = values["loss"]
+                    metrics_log.write(done, values)
+                    bar.set_postfix(loss=f"{loss:.3f}", metres=f"{values['displacement_m']:.2f}")
+                short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
+            if profile is not None and done == profile.start + profile.steps:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room:
+                # What has been done is saved while there still is room for it.
+                guard.settle()
+                checkpoints.save(manager, done, trainable, optimizer_state, position(iterator, config), facts)
+            if short_of_room and not finished:
+                checkpoints.finish(manager)
+                raise UserError(f"stopped and saved at step {done}: {short_of_room}")
+    bar.close()
+    checkpoints.finish(manager)
     manager.close()
-    if metrics_file is not None and board is not None:
-        metrics_file.close()
-        board.close()
-    return TrainResult(run_dir, settings.steps, loss_value, time.monotonic() - started)
+    metrics_log.close()
+    seconds = time.monotonic() - started
+    return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
 
 
-def _claim(run_dir: Path, config: Config, *, resume: bool) -> None:
-    """Writes the config into a new run folder, or checks it against the one being resumed."""
-    file = run_dir / "config.json"
-    if file.exists() and not resume:
-        raise UserError(f"{run_dir} holds a run already: --resume continues it, --run-dir starts elsewhere")
-    if file.exists():
-        changes = config_changes(json.loads(file.read_text()), json.loads(to_json(config)))
-        if changes:
-            raise UserError(
-                f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same "
-                "one, or start elsewhere with --run-dir"
-            )
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_json(config))
+def _check_data(saved: dict[str, Any], now: dict[str, Any], *, accept_changes: bool) -> None:
+    """Refuses to go on with other records or another base than the checkpoint was trained on."""
+    changed = [
+        f"{name}: {saved.get(name)} -> {now[name]}"
+        for name in ("records_fingerprint", "weights")
+        if saved.get(name) != now[name]
+    ]
+    if changed and not accept_changes:
+        raise UserError(
+            f"the checkpoint was trained on something else: {'; '.join(changed)}. Give the same records and "
+            "weights, or say --accept-changes"
+        )
 
 
-def config_changes(old: Any, new: Any, place: str = "") -> list[str]:
-    """Lists the fields in which two configs (as JSON values) differ, as `field: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(set(old) | set(new))
-        parts = (config_changes(old.get(name), new.get(name), f"{place}.{name}") for name in names)
-        return [change for part in parts for change in part]
-    return [] if old == new else [f"{place.lstrip('.')}: {old} -> {new}"]
-
-
-def _write_provenance(
-    run_dir: Path, config: Config, fingerprint: str, trainable: nnx.State, frozen: nnx.State
-) -> None:
-    if jax.process_index():
-        return
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-    facts = {
-        "records": str(Path(config.data.records).resolve()),
-        "records_fingerprint": fingerprint,
-        "trainable_parameters": count(trainable),
-        "frozen_parameters": count(frozen),
-        "devices": [device.device_kind for device in jax.devices()],
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in packages},
-    }
-    (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def _open_metrics(path: Path, start: int) -> Any:
-    """Opens the metrics log behind step `start`: lines of steps that will be run again are dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line)
-        except json.JSONDecodeError:  # the line that was being written when the process died
-            break
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

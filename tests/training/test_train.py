@@ -16,9 +16,10 @@ from spacedrive_jax.cli import main
 from spacedrive_jax.config import from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
 from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.run_folder import config_changes
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state
-from spacedrive_jax.training.train import config_changes, train
+from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record, write_records
 
@@ -107,11 +108,11 @@ def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capf
 
 
 def test_an_interrupted_metrics_line_does_not_stop_a_resume(tmp_path):
-    from spacedrive_jax.training.train import _open_metrics
+    from spacedrive_jax.training.run_folder import MetricsLog
 
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    _open_metrics(file, 1).close()
+    MetricsLog(tmp_path, 1).close()
     assert file.read_text() == '{"step": 1, "loss": 3.0}\n'
 
 

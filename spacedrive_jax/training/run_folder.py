@@ -1,0 +1,157 @@
+"""What a run leaves on disk beside its checkpoints: config, provenance, metrics, offending batches."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from tensorboardX import SummaryWriter
+
+from spacedrive_jax.config import Config, to_json
+from spacedrive_jax.console import UserError
+
+FREE_TO_CHANGE = (
+    "run_dir",
+    "mesh.",
+    "data.read_threads",
+    "data.prefetch_batches",
+    "data.cache_in_memory",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+"""Fields that a resumed run may change without saying so: they do not change what is learnt."""
+MARGIN = 64 << 20
+"""Bytes that metrics and logs may need beside a checkpoint."""
+
+
+def is_main_host() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool = False) -> list[str]:
+    """Writes the config into a new run folder, or checks it against that of the run being resumed.
+
+    Returns:
+        The changes that were accepted.
+
+    Raises:
+        UserError: the folder holds a run already, cannot be written, or its config differs.
+    """
+    file = run_dir / "config.json"
+    changes: list[str] = []
+    if file.exists():
+        if not resume:
+            raise UserError(
+                f"{run_dir} holds a run already: --resume continues it, --run-dir starts elsewhere"
+            )
+        found = config_changes(json.loads(file.read_text()), json.loads(to_json(config)))
+        changes = [change for change in found if not change.startswith(FREE_TO_CHANGE)]
+        if changes and not accept_changes:
+            raise UserError(
+                f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same "
+                "one, say --accept-changes, or start elsewhere with --run-dir"
+            )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every host has read the run folder")
+    if is_main_host():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            partial = run_dir / ".config.json.partial"
+            partial.write_text(to_json(config))
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"the run folder {run_dir} cannot be written: {error}") from error
+    return changes
+
+
+def config_changes(old: Any, new: Any, place: str = "") -> list[str]:
+    """Lists the fields in which two configs (as JSON values) differ, as `field: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(set(old) | set(new))
+        parts = (config_changes(old.get(name), new.get(name), f"{place}.{name}") for name in names)
+        return [change for part in parts for change in part]
+    return [] if old == new else [f"{place.lstrip('.')}: {old} -> {new}"]
+
+
+def lack_of_room(run_dir: Path, checkpoint_bytes: int, *, checkpoints: int = 1) -> str | None:
+    """Says what is missing where the disk has no room for the next checkpoints; None where it has.
+
+    Args:
+        run_dir: any folder on that disk.
+        checkpoint_bytes: size of one.
+        checkpoints: how many must fit beside the next.
+    """
+    free, needed = shutil.disk_usage(run_dir).free, (1 + checkpoints) * checkpoint_bytes + MARGIN
+    if free >= needed:
+        return None
+    return (
+        f"{run_dir} has {free / 1e9:.2f} GB free, and checkpoints of {checkpoint_bytes / 1e9:.2f} GB need "
+        f"{needed / 1e9:.2f} GB: make room, then --resume"
+    )
+
+
+def write_provenance(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Writes run.json: the given facts, devices and versions."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+    facts = facts | {
+        "devices": [device.device_kind for device in jax.devices()],
+        "hosts": jax.process_count(),
+        "versions": {"python": platform.python_version()}
+        | {package: metadata.version(package) for package in packages},
+    }
+    (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[str, float]) -> Path:
+    """Writes down which keyframes a step was made of, so that it can be played again; one file a host."""
+    file = run_dir / "nonfinite" / f"step_{step}.host_{jax.process_index()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"step": step, "tokens": tokens, "metrics": values}, indent=2) + "\n")
+    return file
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events; on hosts other than the first it writes nothing."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        """Opens the log behind step `start`: lines of steps that will be run again are dropped."""
+        self._file = self._board = None
+        if is_main_host():
+            self._file = _open_behind(run_dir / "metrics.jsonl", start)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one line."""
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _open_behind(path: Path, start: int) -> Any:
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except json.JSONDecodeError:  # the line that was being written when the process died
+            break
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
