@@ -97,9 +97,7 @@ class SpaceDrive(nnx.Module):
         )
         places = batch.waypoint_places if places is None else places
         at_indicators = jnp.take_along_axis(hidden, places[..., None], axis=1)
-        if self.config.semantic_position:
-            # As published: the row of the frozen table, not the trained one.
-            at_indicators = at_indicators - self.vlm.decoder.embedding[...][self.position_id]
+        at_indicators = self.without_semantics(at_indicators)
         return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, truth, noise))
 
     def decode_coordinates(
@@ -125,6 +123,13 @@ class SpaceDrive(nnx.Module):
         if self.config.decoder.whole_trajectory:
             return self.decoder(at_indicators[..., 0, :])
         return self.decoder(at_indicators)
+
+    def without_semantics(self, at_indicators: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Takes the position token's embedding from hidden states, where `semantic_position` is on."""
+        if not self.config.semantic_position:
+            return at_indicators
+        # As published: the row of the frozen table, not the trained one.
+        return at_indicators - self.vlm.decoder.embedding[...][self.position_id]
 
     def embed_coordinates(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
         """What position input feeds at a coordinate's position token."""

@@ -66,14 +66,12 @@ class CoordinateEncoder(nnx.Module):
         self.config = config
         self.model_width = model_width
         self.alpha = nnx.Param(jnp.asarray(config.alpha, jnp.float32)) if config.learnable_alpha else None
-        self.frequencies = None
-        self.hidden = self.output = None
-        if config.kind == "mlp":
-            assert rngs is not None, "a learned encoder needs rngs"
-            self.hidden = nnx.Linear(3, model_width, rngs=rngs)
-            self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
-        elif config.learnable_frequencies:
-            self.frequencies = nnx.Param(jnp.tile(frequency_table(config, model_width), (3, 1)))
+        learned = config.kind == "mlp"
+        table = frequency_table(config, model_width)
+        self.frequencies = nnx.Param(jnp.tile(table, (3, 1))) if config.learnable_frequencies else None
+        streams = rngs if rngs is not None else nnx.Rngs(0)
+        self.hidden = nnx.Linear(3, model_width, rngs=streams) if learned else None
+        self.output = nnx.Linear(model_width, model_width, rngs=streams) if learned else None
 
     def __call__(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
         """Encodes and scales by alpha: (..., 3) metres in the ego frame -> (..., D) float32."""

@@ -19,9 +19,10 @@ def nerf_frequencies(width: int, octaves: float = 10.0) -> Float[np.ndarray, "F"
         width: channels of one axis (even).
         octaves: doublings from the lowest to (almost) the highest frequency.
     """
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    powers = 2.0 ** (np.float32(octaves) * exponents).astype(np.float64)
-    return (np.pi * powers.astype(np.float32)).astype(np.float32)
+    # At thousands of radians the published rounding matters: float32 products, in this order.
+    exponents = np.float32(octaves) * np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    powers = 2.0 ** exponents.astype(np.float64)
+    return np.float32(np.pi) * powers.astype(np.float32)
 
 
 def fone_frequencies(encoding_width: int, base: float = 10.0, scaling: float = 1.0) -> Float[np.ndarray, "F"]:

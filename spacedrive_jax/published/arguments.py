@@ -88,7 +88,6 @@ def model_config(
             with_current=bool(arguments.get("with_cur", False)),
         ),
         visual_positions=visual if arguments.get("vis_3d_pos", True) else "none",
-        coordinate_tokens=bool(arguments.get("io_3d_pos", True)),
         ego_status=EGO_STATUS[ego],
         # LLaVA feeds the semantic embedding plus zeros, which is no position input.
         position_input=position_input and not (is_llava and semantic),

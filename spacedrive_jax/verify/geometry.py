@@ -1,0 +1,105 @@
+"""Depth pooling, patch centres and unprojection against recorded numbers: kind `geometry`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth, windows
+from spacedrive_jax.geometry.unprojection import ego_to_image, patch_centres, unproject
+from spacedrive_jax.positional.coordinates import CoordinateEncoder
+from spacedrive_jax.published.arguments import encoder_config
+from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.spacedrive_case import Arrays, Case, read_arrays
+
+POOLINGS: dict[str, Pooling] = {"min": "min", "median": "median", "avg": "mean"}
+EQUAL = {"atol": 0.0, "rtol": 0.0}
+METRES = {"atol": 2e-4, "rtol": 1e-5}
+NATIVE_SIZE = (900, 1600)
+"""Height and width of a nuScenes view, which `resize` scales."""
+
+
+def verify_geometry(folder: Path) -> list[Check]:
+    """Checks whatever of these a folder records."""
+    case, expected = Case.open(folder), read_arrays(folder / "outputs.npz")
+    checks = [*_pooling(case.inputs, expected), *_window_edges(expected)]
+    for name, scene in case.settings.get("cases", {}).items():
+        checks += _scene(name, scene, case.inputs, expected)
+    return checks + _resize(case.inputs, expected)
+
+
+def _pooling(inputs: Arrays, expected: Arrays) -> list[Check]:
+    checks = []
+    for name, theirs in expected.items():
+        kind, _, rest = name.partition("/")
+        if kind == "pool":
+            case, pooling = rest.split("/")
+            depth = jnp.asarray(inputs[f"pool/{case}/depth"])
+            ours = pool_depth(depth, theirs.shape[-2:], POOLINGS[pooling])
+            checks.append(compare(name, ours, theirs, rtol=1e-6 if pooling == "avg" else 0.0))
+    return checks
+
+
+def _window_edges(expected: Arrays) -> list[Check]:
+    checks = []
+    for name, theirs in expected.items():
+        if name.startswith("pool_bounds/"):
+            size, cells = map(int, name.split("/")[1].split("to"))
+            indices, valid = windows(size, cells)
+            ours = np.stack([indices[:, 0], indices[:, 0] + valid.sum(-1)], axis=1)
+            checks.append(compare(name, ours, theirs, **EQUAL))
+    return checks
+
+
+def _scene(name: str, scene: Mapping[str, Any], inputs: Arrays, expected: Arrays) -> list[Check]:
+    """Six cameras: pooled depth, centres, projection, points, encodings."""
+    merge, stride = scene["merge"], scene["stride"]
+    grid = (scene["grid"][0] // merge, scene["grid"][1] // merge)
+    centres = patch_centres(grid, stride * merge)
+    image = np.array([scene["grid"][1], scene["grid"][0]]) * stride
+    depth = pool_depth(jnp.asarray(inputs[f"{name}/depth_u16_div16"].astype(np.float32) / 16), grid)
+    intrinsics = jnp.asarray(inputs[f"{name}/intrinsics"][..., :3, :3])
+    # The recorded extrinsics take the ego (LiDAR) frame to the camera's.
+    projection = ego_to_image(intrinsics, jnp.linalg.inv(jnp.asarray(inputs[f"{name}/extrinsics"])))
+    points = unproject(depth, jnp.asarray(centres), jnp.asarray(inputs[f"{name}/lidar2img"]))
+    points = points.reshape(scene["B"], -1, 3)
+    config = encoder_config({"pe_freq_coeff": scene["freq_coeff"], "pe_scaling": scene["pe_scaling"]})
+    encoder = CoordinateEncoder(config, scene["hidden"])
+    results = {
+        "location": (patch_centres(tuple(scene["grid"]), stride) / image, {"atol": 1e-6}),
+        "location_merged": (centres / image, {"atol": 1e-6}),
+        "pixel_uv": (centres, {"atol": 1e-4}),
+        "depth_min_pooled": (np.asarray(depth).reshape(-1, 1, *grid), EQUAL),
+        "img2lidar": (jnp.linalg.inv(jnp.asarray(inputs[f"{name}/lidar2img"])), METRES),
+        "coords3d": (points, METRES),
+        "pe": (encoder(points), {"atol": 5e-5}),
+    }
+    if f"{name}/pe_first64_tokens_per_cam" in expected:
+        first = points.reshape(scene["B"], -1, grid[0] * grid[1], 3)[:, :, :64]
+        results["pe_first64_tokens_per_cam"] = (encoder(first), {"atol": 5e-5})
+    checks = [compare(f"{name}/lidar2img", projection, inputs[f"{name}/lidar2img"], **METRES)]
+    return checks + [
+        compare(f"{name}/{key}", ours, expected[f"{name}/{key}"], **tolerance)
+        for key, (ours, tolerance) in results.items()
+        if f"{name}/{key}" in expected
+    ]
+
+
+def _resize(inputs: Arrays, expected: Arrays) -> list[Check]:
+    """Intrinsics of squashed views, and the projection that follows."""
+    if "resize/intrinsics_640" not in expected:
+        return []
+    native = inputs["resize/intrinsics_1600x900"]
+    views = {"image_size": np.tile(NATIVE_SIZE, (len(native), 1)), "camera_intrinsics": native[:, :3, :3]}
+    intrinsics = native.copy()
+    intrinsics[:, :3, :3] = scaled_intrinsics(views, (640, 640))
+    projection = intrinsics @ inputs["resize/extrinsics"].astype(np.float64)
+    return [
+        compare("resize/intrinsics_640", intrinsics, expected["resize/intrinsics_640"], rtol=1e-6),
+        compare("resize/lidar2img_640", projection, expected["resize/lidar2img_640"], rtol=1e-6),
+    ]
