@@ -12,11 +12,13 @@ DESCRIPTION = """Offline data preparation: nuScenes folders, real or synthetic, 
 Example:
   python -m data_prep synthesize --out world
   python -m data_prep convert --dataroot world --version v1.0-synthetic --out records
+  python -m data_prep add-depth --records records --model unidepth-v2-vitl14
   python -m data_prep inspect records --image view.png"""
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "synthesize": ("data_prep.synthetic.command", "Synthesize"),
     "convert": ("data_prep.convert", "Convert"),
+    "add-depth": ("data_prep.add_depth", "AddDepth"),
     "inspect": ("data_prep.inspect_record", "Inspect"),
 }
 """Command to the module and class that hold it."""

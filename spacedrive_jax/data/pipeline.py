@@ -13,6 +13,7 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.depth.sources import with_network_depth
 
 
 @dataclasses.dataclass
@@ -47,7 +48,7 @@ def training_samples(config: Config, split: str = "train") -> Samples:
     Raises:
         UserError: the records are missing, or nothing is left to train on.
     """
-    records = open_records(config.data.records, split)
+    records = with_network_depth(open_records(config.data.records, split), config.data.depth)
     indices = list(range(len(records)))
     if config.data.drop_without_future:
         indices = [index for index in indices if records[index]["waypoint_mask"].all()]

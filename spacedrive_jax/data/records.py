@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ class Records(Sequence[Record]):
     source: Any
     fingerprint: str
     """Content fingerprint of the whole folder, as written by the converter."""
+    extra: Callable[[str], Mapping[str, Any]] | None = None
+    """From a keyframe's token to entries that its record gets besides (cached depth)."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -142,6 +144,8 @@ class Records(Sequence[Record]):
             record[name] = record[name].decode()
         for name in _TEXT_LIST_FEATURES:
             record[name] = [item.decode() for item in record[name]]
+        if self.extra is not None:
+            record |= self.extra(record["token"])
         return record
 
 

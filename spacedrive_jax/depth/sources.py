@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-import cv2
 import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import DEPTH_SCALE, NUM_CAMERAS, Record
-from spacedrive_jax.depth import lidar
+from spacedrive_jax.data.records import NUM_CAMERAS, Record, Records
+from spacedrive_jax.depth import fusion, lidar
+from spacedrive_jax.depth.cache import CachedDepth, DepthCache, decode_depth, find_cache
 from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth
 
-DepthSource = Literal["exact", "lidar"]
-"""`exact`: the renderer's own depth (drawn images only). `lidar`: the sweep, densified on the patch grid."""
+DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
+"""`exact`: the renderer's own depth (drawn images only). `lidar`: the sweep, densified on the patch grid.
+`unidepth`, `depth_anything`: a network's, from the sidecar that `add-depth` writes. `fused`: the same, scaled
+and shifted to fit the sweep; a camera with too few returns has none."""
+
+NETWORKS = ("unidepth", "depth_anything")
+CACHED = "cached_depth"
+"""Entry of a record that `with_network_depth` adds: a `CachedDepth`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,25 @@ class DepthConfig:
     """The paper min-pools, so that a patch takes its nearest surface (section 3.1)."""
     far: float = 200.0
     """Depth of sky and of surfaces beyond it, metres."""
+    cache: str | None = None
+    """Name (in RECORDS/depth) or folder of the sidecar with the network's depth; None takes the only one."""
+
+
+def with_network_depth(records: Records, config: DepthConfig) -> Records:
+    """Records that carry the network's depth, where a configured source needs it; else unchanged.
+
+    Raises:
+        UserError: there is no such sidecar, or it belongs to other records.
+    """
+    asked: set[str] = {source for source in config.sources if source in NETWORKS}
+    if not asked and "fused" not in config.sources:
+        return records
+    folder = find_cache(records.directory, asked or set(NETWORKS), config.cache)
+    cache = DepthCache(folder, records.fingerprint)
+    kind = cache.provenance["kind"]
+    if asked and kind not in asked:
+        raise UserError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
 
 
 def record_patch_depth(
@@ -36,11 +61,17 @@ def record_patch_depth(
 ) -> tuple[Float[np.ndarray, "N h w"], list[DepthSource]]:
     """Pooled depth of every camera on the grid of visual tokens.
 
+    Args:
+        record: for a network's depth, one of `with_network_depth`.
+        grid: rows and columns of visual tokens.
+        config: sources, pooling, farthest depth.
+
     Returns:
         Depth, metres, float32, and which source each camera's came from.
 
     Raises:
-        UserError: a camera has no depth from any of the configured sources.
+        UserError: a camera has no depth from any of the configured sources, or the cached depth is for
+            another grid or pooling.
     """
     depth = np.empty((NUM_CAMERAS, *grid), np.float32)
     used: list[DepthSource] = []
@@ -49,8 +80,10 @@ def record_patch_depth(
         for source in config.sources:
             if source == "exact":
                 found = _exact(record, camera, grid, config)
-            else:
+            elif source == "lidar":
                 found = _lidar(record, camera, grid, in_cameras)
+            else:
+                found = _network(record, camera, grid, config, source)
             if found is not None:
                 depth[camera] = np.minimum(found, config.far)
                 used.append(source)
@@ -66,8 +99,7 @@ def record_patch_depth(
 
 def decode_exact_depth(png: bytes) -> Float[np.ndarray, "H W"]:
     """Decodes a record's `exact_depth` image: metres, 0 where nothing was hit (sky)."""
-    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
-    return image.astype(np.float32) / DEPTH_SCALE
+    return decode_depth(png)
 
 
 def _exact(
@@ -89,3 +121,36 @@ def _lidar(
         in_cameras[camera], record["camera_intrinsics"][camera], (height, width), grid
     )
     return lidar.densify(sparse)
+
+
+def _network(
+    record: Record, camera: int, grid: tuple[int, int], config: DepthConfig, source: DepthSource
+) -> Float[np.ndarray, "h w"] | None:
+    cached: Any = record.get(CACHED)
+    if cached is None:
+        raise ValueError(f"source {source!r} needs records of `with_network_depth`")
+    if not _has_image(record, camera):
+        return None
+    pooled = _pooled(cached, camera, grid, config)
+    if source != "fused":
+        return pooled if cached.kind == source else None
+    alignment = cached.alignments[camera]
+    return fusion.apply(pooled, alignment) if alignment.points else None
+
+
+def _has_image(record: Record, camera: int) -> bool:
+    return bool(record["images"][camera])
+
+
+def _pooled(
+    cached: CachedDepth, camera: int, grid: tuple[int, int], config: DepthConfig
+) -> Float[np.ndarray, "h w"]:
+    if cached.full:
+        return pool_depth(decode_depth(cached.full[camera]), grid, config.pooling)
+    held = cached.patch_depth.shape[1:]
+    if held != grid or cached.pooling != config.pooling:
+        raise UserError(
+            f"the depth cache holds {cached.pooling}-pooled depth of {held[0]}x{held[1]} tokens, the run "
+            f"needs {config.pooling} of {grid[0]}x{grid[1]}: run add-depth with --run CONFIG, or with --full"
+        )
+    return cached.patch_depth[camera]

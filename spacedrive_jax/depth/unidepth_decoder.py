@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from spacedrive_jax.depth.convolutions import PatchUpsample, convolution
 from spacedrive_jax.depth.dinov2 import layer_norm, linear
 from spacedrive_jax.depth.resize import bilinear
 from spacedrive_jax.vlm.config import ComputeConfig
@@ -23,27 +24,6 @@ FOCAL_PRIOR = 0.7
 LOG_BOUND = 8.0
 LOG_RADIUS_OFFSET = 2.0
 """radius = exp(clip(output) + 2): a zero output means 7.4 m."""
-
-
-def convolution(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    *,
-    compute: ComputeConfig,
-    rngs: nnx.Rngs,
-    padding: str = "SAME",
-) -> nnx.Conv:
-    """A stride-1 convolution over (B, H, W, C) in the compute dtype."""
-    return nnx.Conv(
-        in_channels,
-        out_channels,
-        (kernel, kernel),
-        padding=padding,
-        dtype=compute.activation_dtype,
-        param_dtype=compute.storage_dtype,
-        rngs=rngs,
-    )
 
 
 class NormMlp(nnx.Module):
@@ -135,27 +115,6 @@ def camera_parameters(raw: Float[Array, "B 4"], size: tuple[int, int]) -> Float[
     focal = FOCAL_PRIOR * diagonal * jnp.exp(raw[:, :2])
     centre = jax.nn.sigmoid(raw[:, 2:]) * jnp.array([width, height], jnp.float32)
     return jnp.concatenate([focal, centre], axis=-1)
-
-
-class PatchUpsample(nnx.Module):
-    """A transposed convolution whose kernel equals its stride: every pixel becomes a k x k block."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, factor: int, *, compute: ComputeConfig, rngs: nnx.Rngs
-    ) -> None:
-        draw = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=-1)
-        shape = (in_channels, factor, factor, out_channels)
-        self.kernel = nnx.Param(draw(rngs.params(), shape, compute.storage_dtype))
-        self.bias = nnx.Param(jnp.zeros(out_channels, compute.storage_dtype))
-        self.dtype = compute.activation_dtype
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
-        """Upsamples by the kernel's size."""
-        kernel = self.kernel[...].astype(self.dtype)
-        blocks = jnp.einsum("bhwc,cije->bhiwje", x.astype(self.dtype), kernel)
-        batch, rows, factor, columns, _, channels = blocks.shape
-        spread = blocks.reshape(batch, rows * factor, columns * factor, channels)
-        return spread + self.bias[...].astype(self.dtype)
 
 
 class ResidualUnit(nnx.Module):

@@ -21,6 +21,7 @@ from spacedrive_jax.data.pipeline import Samples, evaluation_batches
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.depth.sources import with_network_depth
 from spacedrive_jax.inference.answer import answer_text, planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation
@@ -81,7 +82,7 @@ def predict(
     config = from_json((run_dir / "config.json").read_text())
     mesh = make_mesh(config.mesh)
     check_batch_size(batch_size, mesh)
-    records = open_records(records_dir, split)
+    records = with_network_depth(open_records(records_dir, split), config.data.depth)
     builder = SampleBuilder(config.data, config.model, answer=False)
     samples = Samples(records, builder, list(range(len(records))))
 

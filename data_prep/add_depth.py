@@ -1,0 +1,219 @@
+"""`python -m data_prep add-depth`: a depth network's patch depth for every keyframe, beside the records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from jax.experimental import multihost_utils
+from jaxtyping import Float
+from safetensors.numpy import save_file
+
+from data_prep.conversion_state import write_json
+from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
+from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.records import Record, Records, open_records
+from spacedrive_jax.depth import lidar
+from spacedrive_jax.depth.cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
+from spacedrive_jax.depth.fusion import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
+
+CHUNK = 32
+"""Keyframes per file: what a killed run loses at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AddDepth(Command):
+    """Run a depth network over all keyframes and keep its depth beside the records.
+
+    Training and prediction then read it (`--data.depth.sources unidepth`, or `fused` for the same fitted to
+    LiDAR) and need no depth network. Starting it again goes on where it was stopped.
+
+    Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14 --run spacedrive
+    """
+
+    records: Path
+    """Records folder written by `python -m data_prep convert`."""
+    model: Path
+    """Checkpoint (folder or file) of UniDepthV2 or Depth Anything V2 metric, or a JSON file with `weights`
+    and other fields of `data_prep.depth_network.DepthNetworkConfig`."""
+    run_config: Annotated[str | None, tyro.conf.arg(name="run")] = None
+    """Run preset (or .py file) whose image size, channel order, pooling and token grid to use."""
+    full: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also keep the depth of every pixel as 16-bit PNGs (some 3 MB a keyframe), for any grid and pooling."""
+    keyframes_per_step: int = 1
+    """Keyframes (six images each) that go through the network together."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Writes the sidecar; returns its folder, fingerprint and counts."""
+        started = time.monotonic()
+        records = open_records(self.records)
+        result = add_depth(
+            records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
+        )
+        print(
+            f"{result.keyframes} keyframes ({result.reused} from an earlier run), {result.aligned} of "
+            f"{result.cameras} cameras aligned to LiDAR: {result.folder}"
+        )
+        return {
+            **dataclasses.asdict(result),
+            "fingerprint": result.fingerprint,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _network(self) -> DepthNetworkConfig:
+        if self.model.suffix == ".json":
+            network = DepthNetworkConfig.from_file(self.model)
+        else:
+            network = DepthNetworkConfig(weights=str(self.model))
+        if self.run_config is None:
+            return network
+        from spacedrive_jax.config import load_preset
+        from spacedrive_jax.data.samples import SampleBuilder
+
+        run = load_preset(self.run_config)
+        return dataclasses.replace(
+            network,
+            image_size=run.data.image_size,
+            channel_order=run.data.channel_order,
+            pooling=run.data.depth.pooling,
+            grid=SampleBuilder(run.data, run.model).images.token_grid,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedDepth:
+    """What was written."""
+
+    folder: str
+    fingerprint: str
+    keyframes: int
+    reused: int
+    """Keyframes that an earlier, stopped run had done."""
+    cameras: int
+    """Camera images, keyframes times six."""
+    aligned: int
+    """Of those, aligned to LiDAR."""
+
+
+def add_depth(
+    records: Records, network: DepthNetworkConfig, *, full: bool = False, keyframes_per_step: int = 1
+) -> AddedDepth:
+    """Writes the sidecar of one depth network; each process of a multi-host run does its share of the chunks.
+
+    Args:
+        records: all keyframes of a folder.
+        network: weights and settings.
+        full: keep the depth of every pixel too.
+        keyframes_per_step: keyframes that go through the network together.
+
+    Raises:
+        UserError: the weights cannot be read, or the folder holds a sidecar of other records.
+    """
+    facts = dict(provenance(network, records.fingerprint)) | {"full": full}
+    name = f"{facts['kind']}-{facts['fingerprint'][:12]}" + ("-full" if full else "")
+    folder = records.directory / FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROVENANCE).unlink(missing_ok=True)
+    chunks = [range(start, min(start + CHUNK, len(records))) for start in range(0, len(records), CHUNK)]
+    files = [folder / f"chunk-{number:05d}.safetensors" for number in range(len(chunks))]
+    mine = range(jax.process_index(), len(chunks), jax.process_count())
+    missing = [number for number in mine if not _is_done(files[number], facts)]
+    reused = sum(len(chunks[number]) for number in mine) - sum(len(chunks[number]) for number in missing)
+    if missing:
+        runner = KeyframeDepth(network)
+        with progress(total=sum(len(chunks[number]) for number in missing), unit="keyframe") as bar:
+            for number in missing:
+                tensors: dict[str, list[Any]] = {}
+                for step in _steps(records, chunks[number], keyframes_per_step):
+                    for row, keyframe in zip(sidecar_rows(runner, step, full=full), step, strict=True):
+                        for key, value in row.items():
+                            tensors.setdefault(key, []).append(value)
+                        tensors.setdefault("token", []).append(keyframe["token"])
+                        bar.update()
+                _write_chunk(files[number], tensors, facts)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("add-depth")
+    aligned = 0
+    for file in files:
+        aligned += int(chunk_metadata(file)["aligned"])
+    if jax.process_index() == 0:
+        write_json(folder / PROVENANCE, facts | {"chunks": [file.name for file in files], "aligned": aligned})
+    return AddedDepth(str(folder), facts["fingerprint"], len(records), reused, len(records) * 6, aligned)
+
+
+def sidecar_rows(runner: KeyframeDepth, records: Sequence[Record], *, full: bool) -> Iterator[dict[str, Any]]:
+    """Sidecar rows of some keyframes."""
+    depth, pooled = runner(list(records))
+    for record, views, patches in zip(records, depth, pooled, strict=True):
+        alignments = camera_alignments(record, views)
+        row: dict[str, Any] = {
+            "patch_depth": patches,
+            "alignment": np.asarray([tuple(each) for each in alignments], np.float64),
+        }
+        if full:
+            row["full"] = [encode_depth(view) for view in views]
+        yield row
+
+
+def camera_alignments(
+    record: Record, views: Float[np.ndarray, "N H W"], config: FusionConfig | None = None
+) -> list[Alignment]:
+    """Fits every view of a keyframe to its LiDAR sweep; unaligned where there is none or too little."""
+    if not record["lidar"]:
+        return [UNALIGNED] * len(views)
+    size = (views.shape[1], views.shape[2])
+    intrinsics = scaled_intrinsics(record, size)
+    return [
+        align(*depth_pairs(view, points, camera), config)
+        for view, points, camera in zip(views, lidar.points_in_cameras(record), intrinsics, strict=True)
+    ]
+
+
+def _steps(records: Records, chunk: range, size: int) -> Iterator[list[Record]]:
+    for start in range(chunk.start, chunk.stop, size):
+        yield [records[index] for index in range(start, min(start + size, chunk.stop))]
+
+
+def _is_done(file: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether an earlier run finished the chunk.
+
+    Raises:
+        UserError: the chunk belongs to other records.
+    """
+    if not file.is_file():
+        return False
+    metadata = chunk_metadata(file)
+    if metadata.get("records_fingerprint") != facts["records_fingerprint"]:
+        raise UserError(
+            f"{file.parent} was begun for other records (these were converted again since): remove it first"
+        )
+    return metadata.get("fingerprint") == facts["fingerprint"]
+
+
+def _write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, Any]) -> None:
+    """Writes one chunk; it appears under its name only when whole."""
+    tensors = {name: np.stack(rows[name]) for name in ("patch_depth", "alignment")}
+    if "full" in rows:
+        lengths = np.array([[len(png) for png in views] for views in rows["full"]], np.int64)
+        ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
+        tensors["full_offsets"] = np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1)
+        joined = b"".join(png for views in rows["full"] for png in views)
+        tensors["full"] = np.frombuffer(joined, np.uint8)
+    metadata = {
+        "fingerprint": str(facts["fingerprint"]),
+        "records_fingerprint": str(facts["records_fingerprint"]),
+        "tokens": json.dumps(rows["token"]),
+        "aligned": str(int(np.sum(tensors["alignment"][..., 2] > 0))),
+    }
+    partial = file.with_name(file.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    os.replace(partial, file)

@@ -1,0 +1,168 @@
+"""A depth network with everything that decides its output, and its run over the images of keyframes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from spacedrive_jax.cameras import CAMERAS
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.records import Record
+from spacedrive_jax.depth.cache import NetworkKind
+from spacedrive_jax.depth.depth_anything_weights import MODEL_TYPE, load_depth_anything
+from spacedrive_jax.depth.tensor_file import weight_file
+from spacedrive_jax.depth.unidepth_weights import load_unidepth
+from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth
+from spacedrive_jax.vlm.config import ComputeConfig
+
+RELEVANT_FILES = ("*.safetensors", "*.bin", "*.pth", "config.json", "preprocessor_config.json")
+REVISION = 1
+"""Raised when the numbers that the same weights and settings give change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthNetworkConfig:
+    """Weights, and how images reach them."""
+
+    weights: str
+    """Checkpoint folder or file: UniDepthV2, or Depth Anything V2 metric in transformers' format."""
+    image_size: tuple[int, int] = (640, 640)
+    """Height and width that every view is squashed to first, as for the language model."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """Order the network gets; the published pipeline seems to hand it BGR."""
+    camera: Literal["predicted", "given"] = "predicted"
+    """Whether UniDepth is told each camera's intrinsics (the published pipeline lets it predict them)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pooling: Pooling = "min"
+    grid: tuple[int, int] = (23, 23)
+    """Rows and columns of visual tokens: 23x23 for Qwen2.5-VL at 640x640."""
+
+    @classmethod
+    def from_file(cls, file: Path) -> DepthNetworkConfig:
+        """Reads a JSON file with fields of this class.
+
+        Raises:
+            UserError: it is damaged, has an unknown field or lacks `weights`.
+        """
+        try:
+            fields = json.loads(file.read_text())
+            pairs = {name: tuple(fields[name]) for name in ("image_size", "grid") if name in fields}
+            return cls(**(fields | pairs))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} does not describe a depth network: {error}") from error
+
+    def kind(self) -> NetworkKind:
+        """Which network the weights are of."""
+        file = Path(self.weights) / "config.json"
+        if file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE:
+            return "depth_anything"
+        return "unidepth"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings and the contents of the weights.
+
+        Raises:
+            UserError: there are no weights.
+        """
+        located = weight_file(self.weights)
+        folder = located if located.is_dir() else located.parent
+        named = {path for pattern in RELEVANT_FILES for path in folder.glob(pattern)}
+        files = named if located.is_dir() else {located, folder / "config.json"} & (named | {located})
+        digest = hashlib.sha256()
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "weights"}
+        digest.update(json.dumps({"revision": REVISION, **settings}, sort_keys=True).encode())
+        for file in sorted(files):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+class KeyframeDepth:
+    """Runs the network over the views of keyframes, on all devices of this process."""
+
+    def __init__(self, config: DepthNetworkConfig) -> None:
+        """Loads the weights onto every device."""
+        self.config = config
+        compute = ComputeConfig(dtype=config.dtype, param_dtype=config.dtype)
+        model: nnx.Module
+        if config.kind() == "unidepth":
+            model = load_unidepth(config.weights, compute=compute)
+        else:
+            # Pooling absorbs the network's own size, as in SpaceDrive.
+            model = load_depth_anything(config.weights, image_sized_output=False, compute=compute)
+        mesh = Mesh(np.asarray(jax.local_devices()), ("images",))
+        self._images = NamedSharding(mesh, PartitionSpec("images"))
+        graph, state = nnx.split(model)
+        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+        @jax.jit
+        def run(state: nnx.State, images: Array, intrinsics: Array | None) -> tuple[Array, Array]:
+            depth = nnx.merge(graph, state)(images, intrinsics).depth
+            return depth, pool_depth(depth, config.grid, config.pooling)
+
+        self._run: Callable[..., tuple[Array, Array]] = run
+
+    def __call__(
+        self, records: list[Record]
+    ) -> tuple[Float[np.ndarray, "R N H W"], Float[np.ndarray, "R N h w"]]:
+        """Depth of every view of some keyframes, full and pooled, metres.
+
+        An absent image counts as black; readers leave its depth out.
+        """
+        images = np.concatenate([self._views(record) for record in records])
+        intrinsics = None
+        if self.config.camera == "given":
+            cameras = [scaled_intrinsics(record, self.config.image_size) for record in records]
+            intrinsics = np.concatenate(cameras).astype(np.float32)
+        count = len(images)
+        padding = -count % self._images.mesh.size
+        placed = jax.device_put(
+            jax.tree.map(
+                lambda array: np.concatenate([array, np.repeat(array[-1:], padding, axis=0)]),
+                (images, intrinsics),
+            ),
+            self._images,
+        )
+        full, pooled = jax.device_get(self._run(self._state, *placed))
+        shape = (len(records), len(CAMERAS))
+        return (
+            full[:count].astype(np.float32).reshape(*shape, *full.shape[1:]),
+            pooled[:count].astype(np.float32).reshape(*shape, *pooled.shape[1:]),
+        )
+
+    def _views(self, record: Record) -> UInt8[np.ndarray, "N H W 3"]:
+        height, width = self.config.image_size
+        views = np.zeros((len(CAMERAS), height, width, 3), np.uint8)
+        for camera, encoded in enumerate(record["images"]):
+            if not encoded:
+                continue
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+            if image is None:
+                raise UserError(f"keyframe {record['token']}: the {CAMERAS[camera]} image cannot be decoded")
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            views[camera] = image[..., ::-1] if self.config.channel_order == "rgb" else image
+        return views
+
+
+def provenance(config: DepthNetworkConfig, records_fingerprint: str) -> Mapping[str, Any]:
+    """What a sidecar says of how it was made."""
+    return {
+        "kind": config.kind(),
+        "fingerprint": config.fingerprint(),
+        "records_fingerprint": records_fingerprint,
+        "pooling": config.pooling,
+        "grid": config.grid,
+        "network": dataclasses.asdict(config),
+    }
