@@ -71,14 +71,19 @@ def naming_the_newest(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what is being written is whole.
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """On leaving, however it comes about, waits until what is being written is whole.
 
     Raises:
         UserError: it could not be written.
     """
-    with naming_the_newest(manager):
-        manager.wait_until_finished()
+    try:
+        yield
+    finally:
+        with naming_the_newest(manager):
+            manager.wait_until_finished()
+        manager.close()
 
 
 def restore(

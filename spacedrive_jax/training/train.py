@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -118,8 +119,12 @@ def train(
     done, loss, stopped = start, float("nan"), False
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
     throughput = Throughput(config, started)
-    bar = progress(total=settings.steps, initial=start, unit="step")
-    with PreemptionWatch() as watch:
+    with (
+        PreemptionWatch() as watch,
+        checkpoints.closing(manager),
+        contextlib.closing(metrics_log),
+        progress(total=settings.steps, initial=start, unit="step") as bar,
+    ):
         while done < settings.steps and not stopped:
             if profile is not None and done == profile.start:
                 jax.profiler.start_trace(str(run_dir / "profile"))
@@ -156,12 +161,7 @@ def train(
                 guard.settle()
                 checkpoints.save(manager, done, trainable, optimizer_state, position(iterator, config), facts)
             if short_of_room and not finished:
-                checkpoints.finish(manager)
                 raise UserError(f"stopped and saved at step {done}: {short_of_room}")
-    bar.close()
-    checkpoints.finish(manager)
-    manager.close()
-    metrics_log.close()
     seconds = time.monotonic() - started
     return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
 

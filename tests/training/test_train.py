@@ -10,57 +10,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from spacedrive_jax.cli import main
 from spacedrive_jax.config import from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
-from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.run_folder import config_changes
-from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
-from tests.record_factory import encode_png, make_record, write_records
+from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
 
-TINY = ROOT / "tests" / "tiny_config.py"
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    rng = np.random.default_rng(0)
-
-    def record():
-        depth = rng.uniform(3, 60, (45, 80)) * 256
-        return make_record(rng, exact_depth=[encode_png(depth.astype(np.uint16))] * 6)
-
-    folder = tmp_path_factory.mktemp("data") / "records"
-    return write_records(
-        folder, {"train": [record() for _ in range(10)], "val": [record() for _ in range(3)]}
-    )
-
-
-def tiny(records: Path, run_dir: Path, **train_fields):
-    config = load_preset(str(TINY))
-    return dataclasses.replace(
-        config,
-        run_dir=str(run_dir),
-        data=dataclasses.replace(config.data, records=str(records)),
-        train=dataclasses.replace(config.train, **train_fields),
-    )
-
-
-def trained_values(run_dir: Path) -> dict:
-    config = from_json((run_dir / "config.json").read_text())
-    _, trainable, _ = abstract_state(config, make_mesh(config.mesh))
-    _, step = checkpoints.locate(run_dir)
-    return nnx.to_pure_dict(checkpoints.restore_trainable(run_dir, step, trainable))
-
-
-def losses_of(run_dir: Path) -> list[tuple[int, float]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+    return make_records(tmp_path_factory.mktemp("data") / "records")
 
 
 def test_killed_run_resumes_to_the_same_bits(records, tmp_path):

@@ -1,0 +1,51 @@
+"""Small runs for tests: records, a tiny config on them, and what a run left behind."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.config import Config, from_json, load_preset
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state
+from tests.conftest import ROOT
+from tests.record_factory import encode_png, make_record, write_records
+
+TINY = ROOT / "tests" / "tiny_config.py"
+
+
+def make_records(folder: Path, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+
+    def record():
+        depth = rng.uniform(3, 60, (45, 80)) * 256
+        return make_record(rng, exact_depth=[encode_png(depth.astype(np.uint16))] * 6)
+
+    return write_records(
+        folder, {"train": [record() for _ in range(10)], "val": [record() for _ in range(3)]}
+    )
+
+
+def tiny(records: Path, run_dir: Path, **train_fields) -> Config:
+    config = load_preset(str(TINY))
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        data=dataclasses.replace(config.data, records=str(records)),
+        train=dataclasses.replace(config.train, **train_fields),
+    )
+
+
+def trained_values(run_dir: Path) -> dict:
+    config = from_json((run_dir / "config.json").read_text())
+    _, trainable, _ = abstract_state(config, make_mesh(config.mesh))
+    _, step = checkpoints.locate(run_dir)
+    return nnx.to_pure_dict(checkpoints.restore_trainable(run_dir, step, trainable))
+
+
+def losses_of(run_dir: Path) -> list[tuple[int, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]

@@ -1,0 +1,138 @@
+"""What a run survives: preemption, nan, full disks, changed configs, half-written checkpoints."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+
+import jax
+import numpy as np
+import pytest
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.training import checkpoints, run_folder
+from spacedrive_jax.training import train as loop
+from spacedrive_jax.training.train import train
+from tests.training.runs import losses_of, make_records, tiny, trained_values
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return make_records(tmp_path_factory.mktemp("data") / "records")
+
+
+@pytest.fixture(scope="module")
+def whole(records, tmp_path_factory):
+    """A run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny(records, run_dir, steps=STEPS))
+    return run_dir
+
+
+def on_batch(monkeypatch, number, action):
+    """Has `action` take place when a run places its batch of that number."""
+    place, seen = loop.place_batch, [0]
+
+    def placing(batch, mesh):
+        seen[0] += 1
+        return action(place(batch, mesh)) if seen[0] == number else place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", placing)
+
+
+def poison(batch):
+    return dataclasses.replace(batch, ego_status=batch.ego_status * np.float32("nan"))
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same(records, whole, tmp_path, monkeypatch):
+    def preempt(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    config = tiny(records, tmp_path / "run", steps=STEPS)
+    with monkeypatch.context() as patch:
+        on_batch(patch, 3, preempt)
+        stopped = train(config)
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert checkpoints.locate(tmp_path / "run")[1] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(config, resume=True).finished
+    assert losses_of(tmp_path / "run") == losses_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, trained_values(tmp_path / "run"), trained_values(whole))
+
+
+def test_nan_stops_with_the_batch_written_down_or_is_left_out(records, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        on_batch(patch, 4, poison)
+        with pytest.raises(FloatingPointError, match=r"step 4 has loss nan.*--skip-nonfinite"):
+            train(tiny(records, run_dir, steps=STEPS))
+    saved = json.loads((run_dir / "nonfinite" / "step_4.host_0.json").read_text())
+    assert saved["step"] == 4
+    assert len(saved["tokens"]) == 4
+    assert checkpoints.locate(run_dir)[1] == 2
+    with monkeypatch.context() as patch:
+        on_batch(patch, 2, poison)
+        result = train(tiny(records, run_dir, steps=STEPS), resume=True, skip_nonfinite=1)
+    assert (result.step, result.skipped) == (STEPS, 1)
+    assert [step for step, _ in losses_of(run_dir)] == [1, 2, 3, 5, 6]
+    assert all(np.isfinite(loss) for _, loss in losses_of(run_dir))
+
+
+def test_a_filling_disk_stops_the_run_with_its_work_saved(records, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    run_dir = tmp_path / "run"
+    config = tiny(records, run_dir, steps=STEPS, checkpoint_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1 << 20))
+        with pytest.raises(UserError, match="make room"):
+            train(config)
+        free = iter([1 << 40, 1 << 40, 1 << 40, 1 << 20])
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, next(free)))
+        with pytest.raises(UserError, match="stopped and saved at step 3"):
+            train(config, resume=True)
+    assert checkpoints.locate(run_dir)[1] == 3
+
+
+def test_an_unwritable_folder_is_refused_before_training(records, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train(tiny(records, tmp_path / "file" / "run"))
+
+
+def test_a_half_written_checkpoint_is_not_picked_up(records, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    newest = run_dir / "checkpoints" / str(STEPS)
+    newest.rename(newest.with_name(f"{STEPS}.orbax-checkpoint-tmp-0"))
+    assert checkpoints.locate(run_dir)[1] == STEPS - 2
+    assert train(tiny(records, run_dir, steps=STEPS), resume=True).step == STEPS
+    assert losses_of(run_dir) == losses_of(whole)
+
+
+def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    changed = tiny(records, run_dir, steps=STEPS + 1, log_every=2)
+    with pytest.raises(UserError, match=r"another config: train\.steps: 6 -> 7\. .*--accept-changes"):
+        train(changed, resume=True)
+    assert train(changed, resume=True, accept_changes=True).step == STEPS + 1
+    assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == ["train.steps: 6 -> 7"]
+
+    others = make_records(tmp_path / "others", seed=1)
+    elsewhere = dataclasses.replace(changed, data=dataclasses.replace(changed.data, records=str(others)))
+    elsewhere = dataclasses.replace(elsewhere, train=dataclasses.replace(elsewhere.train, steps=STEPS + 2))
+    run_folder.claim(run_dir, elsewhere, resume=True, accept_changes=True)
+    with pytest.raises(UserError, match="records_fingerprint"):
+        train(elsewhere, resume=True)
+
+
+def test_accumulated_gradients_average_and_an_average_is_kept(records, whole, tmp_path):
+    config = tiny(records, tmp_path / "run", steps=STEPS, accumulation=2, ema_decay=0.5)
+    train(config)
+    pairs = zip(losses_of(tmp_path / "run"), losses_of(whole), strict=True)
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4)
