@@ -132,14 +132,15 @@ def collides(
         ),
         grid,
     )
+    windows = _windows(polygons, grid)
     raster = grid.empty()
     for now in np.unique(step):
-        drawn = polygons[agent_step == now]
-        for vertices in drawn:
+        drawn = agent_step == now
+        for vertices in polygons[drawn]:
             draw_polygon(raster, vertices)
         rows = step == now
         hits[trajectory[rows], now] = raster[ego[rows, :, 1], ego[rows, :, 0]].any(axis=-1)
-        for (left, bottom), (right, top) in _windows(drawn, grid):
+        for (left, bottom), (right, top) in windows[drawn]:
             raster[bottom:top, left:right] = 0
     return hits
 

@@ -330,3 +330,17 @@ def test_processes_change_nothing(folder: Path, tmp_path: Path, monkeypatch: pyt
     )
     for name in PROTOCOLS:
         assert one[name].to_json() == two[name].to_json()
+
+
+def test_mean_trajectory_of_a_large_split_is_of_evenly_spaced_keyframes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spacedrive_jax.evaluation.planners.MEAN_KEYFRAMES", 2)
+    rng = np.random.default_rng(0)
+    train = [make_record(rng, token=f"t{index}", waypoints=ahead(float(index))) for index in range(3)]
+    val = [make_record(rng, token="v", waypoints=ahead(1.0), **no_agents())]
+    records = write_records(tmp_path / "large", {"train": train, "val": val})
+    path = predict(tmp_path / "p.jsonl", {"v": ahead(1.0)})
+    facts = Evaluate(path, records).run()
+    assert facts["baselines"]["mean_trajectory"]["l2"]["avg"] == 0  # of the first and the third: 1 m a step
+    assert any("2 evenly spaced of the 3 keyframes" in note for note in facts["notes"])
