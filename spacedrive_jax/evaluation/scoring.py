@@ -25,7 +25,7 @@ from spacedrive_jax.evaluation.rasters import Grid
 Rule = StepRule | PolygonRule
 
 CHUNK_KEYFRAMES = 400
-"""Keyframes a process scores at a time; fewer in all are not worth a second process."""
+"""Keyframes a process scores at a time; less than two such chunks are not worth a second process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def score_split(
         rules: how to test a step.
         workers: processes to share the keyframes; the result does not depend on it.
     """
-    if workers <= 1 or len(records) <= CHUNK_KEYFRAMES:
+    if workers <= 1 or len(records) < 2 * CHUNK_KEYFRAMES:
         for index in range(len(records)):
             yield score_keyframe(records[index], planners, rules)
         return

@@ -14,7 +14,8 @@ from spacedrive_jax.evaluation.metrics import horizon_scores
 from spacedrive_jax.evaluation.protocols import VAD
 from spacedrive_jax.verify.check import Check
 from spacedrive_jax.verify.command import Verify
-from spacedrive_jax.verify.metrics import PROTOCOLS, read_case, verify_metrics
+from spacedrive_jax.verify.metrics import PROTOCOLS, verify_metrics
+from spacedrive_jax.verify.planning_scenes import read_case
 
 
 @pytest.fixture(scope="module")
