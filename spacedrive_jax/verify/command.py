@@ -22,6 +22,7 @@ VERIFIERS: dict[str, str] = {
     "generate": "spacedrive_jax.verify.generate:verify_generate",
     "train": "spacedrive_jax.verify.train:verify_train",
     "variants": "spacedrive_jax.verify.train:verify_variants",
+    "checkpoint": "spacedrive_jax.verify.checkpoint:verify_checkpoint",
     "unidepth": "spacedrive_jax.verify.depth:verify_unidepth",
     "metrics": "spacedrive_jax.verify.metrics:verify_metrics",
 }

@@ -146,7 +146,7 @@ def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: 
     ego = (slots == Slot.EGO_FEATURE) | (slots == Slot.EGO_POSITION)
     results: dict[str, tuple[Any, dict[str, float]]] = {
         "prompt_ids_after_ego": (batch.token_ids, EQUAL),
-        "position_ids_prefill": (np.swapaxes(np.asarray(batch.positions), 0, 1), EQUAL),
+        "position_ids_prefill": (_axes_first(np.asarray(batch.positions), expected), EQUAL),
         "inputs_embeds_prefill": (facts["prompt"], LOGITS),
         "pos_emb": (facts["patch_encodings"], LOGITS),
         "ego_feature": (facts["prompt"][ego][None], {"atol": 2e-4, "rtol": 1e-4}),
@@ -156,6 +156,12 @@ def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: 
         for name, (ours, tolerance) in results.items()
         if expected.get(name, np.zeros(0)).size
     ]
+
+
+def _axes_first(positions: np.ndarray, expected: Arrays) -> np.ndarray:
+    """Positions as recorded: (3, B, S), or (B, S) where a decoder has but one axis."""
+    axes = np.swapaxes(positions, 0, 1)
+    return axes if expected["position_ids_prefill"].ndim == 3 else axes[0]
 
 
 def _answer_checks(
@@ -216,6 +222,6 @@ def _steps(
         results["inputs_embeds_steps"] = (facts["fed"][:, : fed.shape[1]], LOGITS, fed)
     places = expected.get("position_ids_steps", np.zeros(0))
     if places.size:
-        ours = np.swapaxes(facts["positions"], 0, 1)[..., : places.shape[-1]]
+        ours = _axes_first(facts["positions"], expected)[..., : places.shape[-1]]
         results["position_ids_steps"] = (ours, EQUAL, places)
     return results

@@ -29,7 +29,8 @@ def verify_geometry(folder: Path) -> list[Check]:
     case, expected = Case.open(folder), read_arrays(folder / "outputs.npz")
     checks = [*_pooling(case.inputs, expected), *_window_edges(expected)]
     for name, scene in case.settings.get("cases", {}).items():
-        checks += _scene(name, scene, case.inputs, expected)
+        if f"{name}/depth_u16_div16" in case.inputs:  # a folder may hold some of the scenes
+            checks += _scene(name, scene, case.inputs, expected)
     return checks + _resize(case.inputs, expected)
 
 

@@ -24,13 +24,14 @@ class ImportWeights(Command):
     """
 
     source: tyro.conf.Positional[Path]
-    """Folder of the weights: a transformers checkpoint (hf) or an adapter (peft)."""
-    format: Annotated[Literal["hf", "peft"], tyro.conf.arg(name="from")]
+    """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive)."""
+    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="from")]
     """What the weights are."""
     out: Path
     """Folder to create; one that exists is never touched."""
     base: Path | None = None
-    """For adapters: their base checkpoint, where their config does not name a folder."""
+    """For adapters: their base checkpoint, where their config does not name a folder. For spacedrive: a
+    folder with the config.json and the tokenizer of its base, which the file has not."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where the checkpoint has none."""
     add_tokens: bool = True
@@ -41,18 +42,22 @@ class ImportWeights(Command):
     def run(self) -> Mapping[str, Any]:
         """Imports; see `spacedrive_jax.weights.importing`."""
         from spacedrive_jax.weights.importing import READERS, ImportOptions
+        from spacedrive_jax.weights.spacedrive import import_spacedrive
 
         options = ImportOptions(
             self.base, self.tokenizer, self.add_tokens, int(self.max_shard_gigabytes * 1000**3)
         )
-        facts = READERS[self.format](self.source, self.out, options)
+        readers = {**READERS, "spacedrive": import_spacedrive}
+        facts = readers[self.format](self.source, self.out, options)
         print(f"imported {facts['tensors']} tensors, {facts['parameters']:,} parameters: {self.out}")
         return {"out": str(self.out), **facts}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportWeights(Command):
-    """Write weights for transformers (adapters folded in) or PEFT (adapters alone).
+    """Write weights for transformers (adapters folded in), PEFT (adapters alone) or the published code.
+
+    The last takes back what --from spacedrive brought in, bit for bit.
 
     From a weights folder, a transformers checkpoint, or a training run. Of a run only the vision-language
     model can be expressed; the modules that stay behind are named.
@@ -62,16 +67,18 @@ class ExportWeights(Command):
 
     source: tyro.conf.Positional[Path]
     """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
-    format: Annotated[Literal["hf", "peft"], tyro.conf.arg(name="to")]
+    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="to")]
     """Whom the weights are for."""
     out: Path
-    """Folder to create; one that exists is never touched."""
+    """Folder (for spacedrive: file) to create; one that exists is never touched."""
 
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.weights.exporting`."""
         from spacedrive_jax.weights.exporting import WRITERS
+        from spacedrive_jax.weights.spacedrive import export_spacedrive
 
-        facts = WRITERS[self.format](self.source, self.out)
+        writers = {**WRITERS, "spacedrive": export_spacedrive}
+        facts = writers[self.format](self.source, self.out)
         left_out = facts.get("left_out")
         print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
         return facts

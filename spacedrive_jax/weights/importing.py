@@ -113,7 +113,7 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
         return place.nbytes * rows // place.shape[0] if name in TABLES else place.nbytes
 
     planned = [PlannedTensor(family.hub_name(name), size(name)) for name in names]
-    (folder / "config.json").write_text(json.dumps(_with_vocabulary(source, rows), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(with_vocabulary(source, rows), indent=2) + "\n")
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
     return WeightsFacts(
@@ -127,7 +127,7 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
     )
 
 
-def _with_vocabulary(source: Path, rows: int) -> dict[str, Any]:
+def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:
     """The source's own config.json for tables of `rows` rows."""
     fields = json.loads((source / "config.json").read_text())
     for part in (fields, fields.get("text_config")):

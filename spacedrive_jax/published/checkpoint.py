@@ -1,0 +1,103 @@
+"""The published training checkpoint: its names, its parts, and the way back.
+
+Under `state_dict` the vision-language model's names start with `lm_head.base_model.model.`, the base weights
+of adapted layers have `.base_layer.`, adapters have `.default.`; the modules of SpaceDrive stand beside it,
+the depth network under `depth_model.`. Buffers and two more copies of the scale follow from the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from spacedrive_jax.console import UserError
+
+VLM = "lm_head.base_model.model."
+SCALE = "pe_scaling"
+SCALE_COPIES = (f"position_encoder.{SCALE}", f"{VLM}position_encoder.{SCALE}")
+NEW_ROWS = {
+    f"{VLM}model.language_model.new_embed_tokens.weight": "new_embed_tokens.weight",
+    f"{VLM}new_lm_head.weight": "new_lm_head.weight",
+}
+BUFFERS = (".freq", ".inv_freq", ".step")
+DEPTH = "depth_model."
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A checkpoint taken apart; names are those of `spacedrive_jax.published.tensors`."""
+
+    base: Tensors
+    """The vision-language model, under transformers' names."""
+    adapters: Tensors
+    """Under PEFT's names."""
+    heads: Tensors
+    """New-token rows, coordinate head, ego MLP, scale."""
+    depth: Tensors
+    """The depth network under its own names."""
+    buffers: Tensors
+    """What follows from the rest, under the published names."""
+    order: tuple[str, ...]
+    """All published names, in their order."""
+    meta: Mapping[str, Any]
+    """What the training run noted (epoch, iteration)."""
+
+
+def split_checkpoint(content: Mapping[str, Any], origin: str) -> Parts:
+    """Takes a checkpoint apart.
+
+    Args:
+        content: what `read_torch_file` gives.
+        origin: what to call it in messages.
+
+    Raises:
+        UserError: there is no `state_dict` of tensors, or the copies of the scale disagree.
+    """
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, np.ndarray) for value in state.values()):
+        raise UserError(f"{origin} has no `state_dict` of tensors: it is not a published checkpoint")
+    parts: dict[str, Tensors] = {name: {} for name in ("base", "adapters", "heads", "depth", "buffers")}
+    for name, value in state.items():
+        part, short = place(name)
+        parts[part][short] = value
+    for copy in SCALE_COPIES:
+        if copy in state and not (SCALE in state and np.array_equal(state[copy], state[SCALE])):
+            raise UserError(f"{origin}: {copy} is {state[copy]}, but {SCALE} is {state.get(SCALE)}")
+    return Parts(**parts, order=tuple(state), meta=dict(content.get("meta") or {}))
+
+
+def place(name: str) -> tuple[str, str]:
+    """The part that a published tensor belongs to, and its name there."""
+    if name in SCALE_COPIES or name.endswith(BUFFERS):
+        return "buffers", name
+    if name.startswith(DEPTH):
+        return "depth", name.removeprefix(DEPTH)
+    if name in NEW_ROWS:
+        return "heads", NEW_ROWS[name]
+    if not name.startswith(VLM):
+        return "heads", name
+    inner = name.removeprefix(VLM)
+    if ".lora_" in inner:
+        return "adapters", f"base_model.model.{inner.replace('.default.', '.')}"
+    return "base", inner.replace(".base_layer.", ".")
+
+
+def join_checkpoint(parts: Parts) -> dict[str, Any]:
+    """The published layout again: the same names in the same order, the same bits."""
+    by_part = {
+        "base": parts.base,
+        "adapters": parts.adapters,
+        "heads": parts.heads,
+        "depth": parts.depth,
+        "buffers": parts.buffers,
+    }
+    state = {}
+    for name in parts.order:
+        part, short = place(name)
+        state[name] = by_part[part][short]
+    return {"meta": dict(parts.meta), "state_dict": state}

@@ -1,0 +1,138 @@
+"""The published SpaceDrive checkpoint into a weights folder and back, bit for bit.
+
+Beside what every weights folder has, `spacedrive.safetensors` holds the new-token rows, the coordinate head,
+the ego MLP, the scale, the depth network and the buffers; `checkpoint.json` the order of the published names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.published.checkpoint import Parts, join_checkpoint, split_checkpoint
+from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
+from spacedrive_jax.vlm.config import LlavaConfig, LoraConfig
+from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
+from spacedrive_jax.vlm.families import FAMILIES, family_of
+from spacedrive_jax.vlm.hf_config import read_hf_config
+from spacedrive_jax.vlm.peft import write_adapter
+from spacedrive_jax.vlm.safetensors_folder import (
+    PlannedTensor,
+    SafetensorsFolder,
+    new_folder,
+    plan_shards,
+    write_tensors,
+)
+from spacedrive_jax.weights.folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
+from spacedrive_jax.weights.importing import ImportOptions, with_vocabulary
+from spacedrive_jax.weights.tokens import extend_tokenizer
+
+EXTRAS_FILE = "spacedrive.safetensors"
+LAYOUT_FILE = "checkpoint.json"
+EXTRAS = ("heads", "depth", "buffers")
+
+
+def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
+    """Imports a published training checkpoint (`iter_N.pth`) into a weights folder.
+
+    Args:
+        source: the file.
+        out: folder to create.
+        options: `base` is needed: the architecture and the tokenizer are not in the checkpoint.
+
+    Raises:
+        UserError: no base is given, `out` exists, the file is damaged or holds anything but tensors and
+            plain containers, or its tensors do not fit the base's config.
+    """
+    if options.base is None:
+        raise UserError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
+    parts = split_checkpoint(read_torch_file(source), str(source))
+    family = family_of(read_hf_config(options.base))
+    base = {family.canonical_name(name): value for name, value in parts.base.items()}
+    table = base.get("model.language_model.embed_tokens.weight")
+    if table is None:
+        raise UserError(f"{source} has no token embeddings under the published names")
+    fields = with_vocabulary(options.base, len(table))
+    config = read_hf_config(fields)
+    rules, lora = family.rules(config), _lora(parts, isinstance(config, LlavaConfig))
+    adapter = lora_rules(config.decoder, lora)
+    shapes = {name: value.shape for name, value in (base | parts.adapters).items()}
+    check_names_and_shapes((*rules, *adapter), shapes, origin=str(source))
+    names = [name for rule in rules for name in rule.source_names()]
+    planned = [PlannedTensor(family.hub_name(name), base[name].nbytes) for name in names]
+    fingerprint = Fingerprint()
+    with new_folder(out) as folder:
+        tokens = extend_tokenizer(options.tokenizer or options.base, folder, add=options.add_tokens)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
+        write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
+        adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
+        write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, base_model=str(options.base))
+        extras = {
+            f"{part}/{name}": np.ascontiguousarray(value)
+            for part in EXTRAS
+            for name, value in getattr(parts, part).items()
+        }
+        save_file(extras, folder / EXTRAS_FILE)
+        layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
+        (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
+        facts = WeightsFacts(
+            family=next(name for name, each in FAMILIES.items() if each is family),
+            source=str(source),
+            tensors=fingerprint.tensors,
+            parameters=fingerprint.parameters,
+            dtypes=tuple(sorted(fingerprint.dtypes)),
+            fingerprint=fingerprint.value,
+            new_tokens=tokens.indicator,
+            adapter_rank=lora.rank,
+        )
+        facts.write(folder)
+    return dataclasses.asdict(facts)
+
+
+def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
+    """Writes an imported checkpoint in the published layout again.
+
+    Args:
+        source: a weights folder that `import_spacedrive` wrote.
+        out: file to create.
+
+    Raises:
+        UserError: the folder was imported from something else, or `out` exists.
+    """
+    if not (source / LAYOUT_FILE).is_file() or not (source / EXTRAS_FILE).is_file():
+        raise UserError(f"{source} was not imported with --from spacedrive: it lacks {LAYOUT_FILE}")
+    layout = json.loads((source / LAYOUT_FILE).read_text())
+    family = family_of(read_hf_config(source))
+    base = SafetensorsFolder(source, rename=family.canonical_name)
+    adapters = SafetensorsFolder(source / ADAPTER_FOLDER / "adapter_model.safetensors")
+    extras = SafetensorsFolder(source / EXTRAS_FILE)
+    separate: dict[str, dict[str, np.ndarray]] = {part: {} for part in EXTRAS}
+    for name in extras.places:
+        part, _, short = name.partition("/")
+        separate[part][short] = extras.read(name)
+    parts = Parts(
+        base={name: base.read(family.canonical_name(name)) for name in layout["base"]},
+        adapters={name: adapters.read(name) for name in adapters.places},
+        **separate,
+        order=tuple(layout["order"]),
+        meta=layout["meta"],
+    )
+    write_torch_file(out, join_checkpoint(parts))
+    return {"out": str(out), "tensors": len(parts.order)}
+
+
+def _lora(parts: Parts, is_llava: bool) -> LoraConfig:
+    """The adapters' rank is a shape; the scaling is that of the published training."""
+    ranks = {value.shape[0] for name, value in parts.adapters.items() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise UserError(f"the checkpoint's adapters have the ranks {sorted(ranks)}, expected one")
+    rank = ranks.pop()
+    return LoraConfig.llava_1_5(rank) if is_llava else LoraConfig(rank=rank)
