@@ -14,9 +14,9 @@ import tyro
 
 from spacedrive_jax import console
 from spacedrive_jax.console import Command
-from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
+from spacedrive_jax.evaluation.bench2drive.command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
-from spacedrive_jax.evaluation.counterfactual_command import ScoreCounterfactual
+from spacedrive_jax.evaluation.counterfactual.command import ScoreCounterfactual
 from spacedrive_jax.reporting.command import Report
 from spacedrive_jax.scaling.command import Aot
 from spacedrive_jax.verify.command import Verify

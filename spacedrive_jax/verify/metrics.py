@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spacedrive_jax.evaluation.counterfactual import Item, count_risks, parse_candidates
+from spacedrive_jax.evaluation.counterfactual.risks import Item, count_risks, parse_candidates
 from spacedrive_jax.evaluation.metrics import StepScores
 from spacedrive_jax.evaluation.predictions import discretize, sort_predictions
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, UNIAD, VAD, Protocol, StepRule

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.bench2drive import read_results, score_routes
-from spacedrive_jax.evaluation.bench2drive_abilities import ABILITIES, ability_rates
-from spacedrive_jax.evaluation.bench2drive_comfort import comfort
-from spacedrive_jax.evaluation.bench2drive_command import ScoreBench2Drive
-from spacedrive_jax.evaluation.bench2drive_routes import read_route_set
+from spacedrive_jax.evaluation.bench2drive.abilities import ABILITIES, ability_rates
+from spacedrive_jax.evaluation.bench2drive.comfort import comfort
+from spacedrive_jax.evaluation.bench2drive.command import ScoreBench2Drive
+from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
+from spacedrive_jax.evaluation.bench2drive.routes import read_route_set
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = "Average speed is {}% of the surrounding traffic's one"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.counterfactual import (
+from spacedrive_jax.evaluation.counterfactual.command import ScoreCounterfactual
+from spacedrive_jax.evaluation.counterfactual.risks import (
     RULES,
     Candidate,
     Item,
@@ -16,7 +17,6 @@ from spacedrive_jax.evaluation.counterfactual import (
     parse_candidates,
     published_risks,
 )
-from spacedrive_jax.evaluation.counterfactual_command import ScoreCounterfactual
 
 
 def read_golden(folder: Path) -> list[Item]:

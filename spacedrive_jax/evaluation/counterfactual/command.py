@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.console import Command
-from spacedrive_jax.evaluation.counterfactual import RULES, count_risks
-from spacedrive_jax.evaluation.counterfactual_files import read_items
+from spacedrive_jax.evaluation.counterfactual.files import read_items
+from spacedrive_jax.evaluation.counterfactual.risks import RULES, count_risks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import tyro
 
 from spacedrive_jax.console import Command, UserError
-from spacedrive_jax.evaluation.bench2drive import RouteResult, read_results, score_routes
-from spacedrive_jax.evaluation.bench2drive_abilities import ability_rates, read_junctions
-from spacedrive_jax.evaluation.bench2drive_routes import read_route_set
+from spacedrive_jax.evaluation.bench2drive.abilities import ability_rates, read_junctions
+from spacedrive_jax.evaluation.bench2drive.results import RouteResult, read_results, score_routes
+from spacedrive_jax.evaluation.bench2drive.routes import read_route_set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ScoreBench2Drive(Command):
 
 def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None, list[str]]:
     """Mean comfort in percent over the routes that have a log, and the routes that have none."""
-    from spacedrive_jax.evaluation.bench2drive_comfort import comfort, read_motion
+    from spacedrive_jax.evaluation.bench2drive.comfort import comfort, read_motion
 
     if not folder.is_dir():
         raise UserError(f"--metric-info {folder}: no such folder")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.counterfactual import Item, parse_candidates
+from spacedrive_jax.evaluation.counterfactual.risks import Item, parse_candidates
 from spacedrive_jax.evaluation.safe_pickle import load_plain
 from spacedrive_jax.evaluation.trajectory_files import PICKLE_SUFFIXES
 

@@ -2,8 +2,8 @@
 
 Driving score, success rate and efficiency follow the benchmark's own tools (Thinklab-SJTU/Bench2Drive,
 `tools/`); the number of routes in the set is the denominator of the first two, so a missing route counts as
-zero. Comfort and abilities, which need more than the result file, are in `bench2drive_comfort` and
-`bench2drive_abilities`.
+zero. Comfort and abilities, which need more than the result file, are in `comfort` and
+`abilities`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.bench2drive import RouteResult
+from spacedrive_jax.evaluation.bench2drive.results import RouteResult
 
 _JUNCTION_CONFLICTS = (
     "BlockedIntersection",

@@ -1,0 +1,1 @@
+"""Closed-loop scores of Bench2Drive result files."""

@@ -1,0 +1,1 @@
+"""Counterfactual answers: the risks they name against the true ones."""
