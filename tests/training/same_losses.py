@@ -1,0 +1,38 @@
+"""Trains on meshes of this process's eight fake devices and prints each one's losses; for test_devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from spacedrive_jax.config import MeshConfig
+from spacedrive_jax.data.pipeline import training_iterator, training_samples
+from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
+from spacedrive_jax.training.state import start_state
+from spacedrive_jax.training.step import make_train_step
+from tests.training.runs import tiny
+
+MESHES = (MeshConfig(1, 1, 1), MeshConfig(2, 1, 1), MeshConfig(1, 2, 2), MeshConfig(2, 2, 2))
+
+
+def losses_on(config, layout: MeshConfig, steps: int) -> tuple[list[float], int]:
+    devices = jax.devices()[: layout.data * layout.fsdp * layout.tensor]
+    mesh = make_mesh(layout, devices)
+    step = make_train_step(config, mesh)
+    trainable, frozen = start_state(config, mesh)
+    optimizer = step.initialize_optimizer(trainable)
+    iterator, losses = training_iterator(training_samples(config), config), []
+    for number in range(steps):
+        place = jax.device_put(np.int32(number), replicated(mesh))
+        trainable, optimizer, metrics = step.run(
+            trainable, optimizer, frozen, place_batch(next(iterator), mesh), place
+        )
+        losses.append(float(metrics["loss"]))
+    return losses, step.run._cache_size()
+
+
+if __name__ == "__main__":
+    run = tiny(Path(sys.argv[1]), Path("unused"), steps=20, batch_size=8)
+    print(json.dumps([losses_on(run, layout, 20) for layout in MESHES]))

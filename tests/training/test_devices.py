@@ -1,0 +1,116 @@
+"""The same run on any number of devices and hosts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from spacedrive_jax.cli import main
+from spacedrive_jax.console import UserError
+from spacedrive_jax.training.sharding import check_replication
+from spacedrive_jax.training.train import train
+from spacedrive_jax.vlm.logical_axes import resolve
+from tests.conftest import ROOT
+from tests.training.runs import TINY, losses_of, make_records, tiny
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return make_records(tmp_path_factory.mktemp("data") / "records")
+
+
+def environment(devices):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def test_any_number_of_devices_has_the_same_losses_and_one_compilation(records):
+    script = ROOT / "tests" / "training" / "same_losses.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(records)],
+        cwd=ROOT,
+        env=environment(8),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (one, compiled), *others = json.loads(done.stdout.splitlines()[-1])
+    assert len(one) == 20
+    assert compiled == 1
+    for losses, programs in others:
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
+        assert programs == 1
+
+
+def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    run_dir, alone = tmp_path / "run", tmp_path / "alone"
+    command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(run_dir)]
+    command += ["--data.records", str(records), "--train.steps", str(STEPS), "--mesh.data", "2"]
+    command += ["--mesh.fsdp", "2", "--coordinator", f"localhost:{port}", "--host-count", "2"]
+    hosts = [
+        subprocess.Popen(
+            [*command, "--host-index", str(index)],
+            cwd=ROOT,
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for host in hosts:
+        _, error = host.communicate(timeout=400)
+        assert host.returncode == 0, error
+    assert json.loads((run_dir / "run.json").read_text())["hosts"] == 2
+
+    train(tiny(records, alone, steps=STEPS))
+    np.testing.assert_allclose(losses_of(run_dir), losses_of(alone), rtol=1e-5)
+    # One host goes on where two stopped, with the same samples in the same order.
+    longer = {"steps": STEPS + 2}
+    for folder in (run_dir, alone):
+        train(tiny(records, folder, **longer), resume=True, accept_changes=True)
+    np.testing.assert_allclose(losses_of(run_dir), losses_of(alone), rtol=1e-5)
+    assert len(losses_of(run_dir)) == STEPS + 2
+
+
+def test_hosts_need_each_other(capsys):
+    assert main(["train", str(TINY), "--host-count", "2"]) == 1
+    assert "--coordinator HOST:PORT" in capsys.readouterr().err
+    assert main(["train", str(TINY), "--coordinator", "here:1", "--host-count", "2"]) == 1
+    assert "--host-index 0..N-1" in capsys.readouterr().err
+
+
+def test_logical_axes_become_mesh_axes_in_the_order_of_the_table():
+    mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    assert resolve(("vocab", "embed"), (512, 64), mesh) == PartitionSpec("tensor", "fsdp")
+    assert resolve(("batch", "sequence", None), (8, 6, 3), mesh) == PartitionSpec(("data", "fsdp"), "tensor", None)
+    # What does not divide stays whole, or takes fewer axes.
+    assert resolve(("embed",), (6,), mesh) == PartitionSpec(None)
+    assert resolve(("images",), (8,), mesh) == PartitionSpec(("data", "fsdp"))
+    # An axis of the mesh is used once.
+    assert resolve(("mlp", "vocab"), (4, 4), mesh) == PartitionSpec(None, "tensor")
+
+
+def test_a_replicated_model_is_refused_by_name():
+    devices = AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+
+    def state(spec):
+        leaf = jax.ShapeDtypeStruct((64, 8), np.float32, sharding=jax.sharding.NamedSharding(devices, spec))
+        return nnx.State({"table": nnx.Param(leaf)})
+
+    check_replication(state(PartitionSpec("fsdp")), devices)
+    with pytest.raises(UserError, match=r"512 of 512 parameters .* table \(512\)"):
+        check_replication(state(PartitionSpec()), devices)
