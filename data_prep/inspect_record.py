@@ -31,6 +31,10 @@ class Inspect(Command):
     """Keyframe to show; default: the middle one of the first scene."""
     image: Path | None = None
     """PNG to write: the six cameras with boxes and waypoints, and a bird's-eye view."""
+    points: Path | None = None
+    """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
+    depth_cache: str | None = None
+    """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
 
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""
@@ -50,7 +54,26 @@ class Inspect(Command):
             draw_record(record, self.image)
             print(f"drew {self.image}")
             facts["image"] = str(self.image)
+        if self.points is not None:
+            facts["points"] = self._write_points(self.points, record, provenance["fingerprint"])
         return facts
+
+    def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
+        # These import jax, which the text and the picture can do without.
+        from data_prep.point_cloud import keyframe_points, write_ply
+        from spacedrive_jax.depth.cache import DepthCache, find_cache
+        from spacedrive_jax.depth.sources import NETWORKS
+
+        full = None
+        if self.depth_cache is not None:
+            folder = find_cache(self.directory, set(NETWORKS), self.depth_cache)
+            full = DepthCache(folder, fingerprint).read(record["token"]).full
+            if not full:
+                raise UserError(f"{folder} keeps patch depth only; run add-depth with --full")
+        points, colours = keyframe_points(record, full)
+        write_ply(file, points, colours)
+        print(f"wrote {len(points)} points to {file}")
+        return str(file)
 
 
 def find_record(directory: Path, token: str | None) -> Record:
