@@ -51,7 +51,8 @@ class Evaluate(Command):
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes that share the keyframes of a large split."""
     out: Path | None = None
-    """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default."""
+    """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default, if that
+    folder can be written to."""
 
     def run(self) -> Mapping[str, Any]:
         """Scores the file, writes the JSON and prints the table.
@@ -64,8 +65,11 @@ class Evaluate(Command):
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
-        if not out.parent.is_dir():
+        if self.out is not None and not out.parent.is_dir():
             raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        writable = os.access(out.parent, os.W_OK)
+        if self.out is not None and not writable:
+            raise UserError(f"--out {out}: the folder {out.parent} cannot be written to")
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: give 1 or more")
         if self.discrete_coords is not None and self.discrete_coords <= 0:
@@ -90,11 +94,12 @@ class Evaluate(Command):
             "axes": self.axes,
             "discrete_coords": self.discrete_coords,
             "records": describe_source(records),
-            "file": str(out),
+            "file": str(out) if writable else None,
         }
-        write_json(out, facts)
+        if writable:
+            write_json(out, facts)
         print(format_table(facts))
-        print(f"written to {out}")
+        print(f"written to {out}" if writable else f"not written: {out.parent} is read-only, give --out FILE")
         return facts
 
     def _read(self, path: Path) -> Predictions:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +345,17 @@ def test_mean_trajectory_of_a_large_split_is_of_evenly_spaced_keyframes(
     facts = Evaluate(path, records).run()
     assert facts["baselines"]["mean_trajectory"]["l2"]["avg"] == 0  # of the first and the third: 1 m a step
     assert any("2 evenly spaced of the 3 keyframes" in note for note in facts["notes"])
+
+
+def test_read_only_predictions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores are shown all the same; a file that was asked for is an error, before any work."""
+    path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0)})
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    facts = Evaluate(path, folder).run()
+    assert facts["file"] is None
+    assert "not written" in capsys.readouterr().out
+    assert not list(tmp_path.glob("p.omnidrive.json"))
+    with pytest.raises(UserError, match="cannot be written to"):
+        Evaluate(path, folder, out=tmp_path / "x.json").run()
