@@ -11,7 +11,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.conversation import ConversationConfig
@@ -179,6 +179,38 @@ def load_preset(name: str) -> Config:
     return config
 
 
+def _family_template(current: Any, values: dict[str, Any]) -> Any:
+    """The vision-language config of the family whose fields the values have; others keep their type."""
+    if not isinstance(current, get_args(VLConfig)):
+        return current
+    kinds = [kind for kind in get_args(VLConfig) if {f.name for f in dataclasses.fields(kind)} == set(values)]
+    return kinds[0]() if kinds else current
+
+
+def change(config: Config, name: str, fields: dict[str, Any]) -> Config:
+    """A config that differs from another in a few fields.
+
+    Args:
+        config: the other.
+        name: of the new one.
+        fields: dotted names to values, e.g. `{"model.encoder.alpha": 1.0}`.
+
+    Raises:
+        UserError: there is no such field.
+    """
+    for path, value in fields.items():
+        config = _with_field(config, path.split("."), value, path)
+    return dataclasses.replace(config, name=name)
+
+
+def _with_field(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    first, *rest = path
+    if not dataclasses.is_dataclass(node) or first not in {field.name for field in dataclasses.fields(node)}:
+        raise UserError(f"a config has no field {whole}")
+    inner = _with_field(getattr(node, first), rest, value, whole) if rest else value
+    return dataclasses.replace(node, **{first: inner})  # type: ignore[type-var]
+
+
 def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
     assert spec is not None
@@ -211,7 +243,7 @@ def _build(template: Any, values: dict[str, Any], place: str) -> Any:
     for name, value in values.items():
         current = getattr(template, name)
         if dataclasses.is_dataclass(current):
-            changes[name] = _build(current, value, f"{place}.{name}")
+            changes[name] = _build(_family_template(current, value), value, f"{place}.{name}")
         else:
             changes[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(template, **changes)

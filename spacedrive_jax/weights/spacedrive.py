@@ -76,7 +76,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
         write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, base_model=str(options.base))
         extras = {
-            f"{part}/{name}": np.ascontiguousarray(value)
+            f"{part}/{name}": np.array(value, order="C")  # a copy: files must not share memory
             for part in EXTRAS
             for name, value in getattr(parts, part).items()
         }

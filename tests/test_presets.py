@@ -1,0 +1,55 @@
+"""Every preset loads, comes back from JSON, and its model can be built without its numbers."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, to_json
+from spacedrive_jax.console import UserError
+from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.training.losses import check_choices
+from spacedrive_jax.training.state import is_trainable
+
+PRESETS = sorted(file.stem for file in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+
+
+def abstract_model(config):
+    indicator = config.model.vlm.decoder.vocab_size - 2
+    return nnx.eval_shape(lambda: SpaceDrive(config.model, indicator_id=indicator, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_whole(name):
+    config = load_preset(name)
+    assert config.name == name
+    assert from_json(to_json(config)) == config
+    check_choices(abstract_model(config), config.train)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("spacedrive_qwen_7b", 10.09), ("table_d_rank_64", 40.37)])
+def test_trainable_adapters_are_the_papers(name, millions):
+    """Table D prints the number of LoRA parameters."""
+    adapters = nnx.state(abstract_model(load_preset(name)), nnx.LoRAParam)
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert round(count / 1e6, 2) == millions
+
+
+def test_frozen_scale_is_no_trainable():
+    model = abstract_model(load_preset("table5_alpha_fixed_1"))
+    trainable = nnx.to_flat_state(nnx.state(model, is_trainable(True)))
+    assert not any(path[0] == "encoder" for path, _ in trainable)
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(UserError, match=r"model\.encoder\.alfa"):
+        change(load_preset("demo"), "x", {"model.encoder.alfa": 1.0})
+
+
+def test_default_losses_are_the_published():
+    assert (TrainConfig().position_loss, TrainConfig().huber_delta, TrainConfig().supervision) == (
+        "huber",
+        1.0,
+        "planning",
+    )
