@@ -18,8 +18,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from spacedrive_jax.config import load_preset
-from spacedrive_jax.scaling.command import describe_plan, parse_mesh
 from spacedrive_jax.scaling.plan import make_plan
+from spacedrive_jax.scaling.search import parse_mesh
+from spacedrive_jax.scaling.text import describe_plan
 from spacedrive_jax.scaling.topology import describe
 
 MACHINES = {
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     done = json.loads(options.out.read_text()) if options.out.exists() else {"plans": {}}
     done["config"] = options.config
-    done["versions"] = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
     for name, mesh in MACHINES.items():
         if name in done["plans"]:
             continue
@@ -47,7 +48,7 @@ def main() -> None:
         train = dataclasses.replace(config.train, batch_size=len(topology.devices))
         plan = make_plan(dataclasses.replace(config, mesh=parse_mesh(mesh), train=train), topology)
         print(describe_plan(plan), flush=True)
-        done["plans"][name] = dataclasses.asdict(plan)
+        done["plans"][name] = dataclasses.asdict(plan) | {"versions": versions}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         partial = options.out.with_suffix(".partial")
         partial.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")

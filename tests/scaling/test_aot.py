@@ -9,7 +9,7 @@ import pytest
 from spacedrive_jax.cli import main
 from spacedrive_jax.config import MeshConfig, load_preset
 from spacedrive_jax.console import UserError
-from spacedrive_jax.scaling.command import parse_mesh, search_space
+from spacedrive_jax.scaling.search import parse_mesh, search_space
 from spacedrive_jax.scaling.topology import describe
 from tests.conftest import ROOT
 

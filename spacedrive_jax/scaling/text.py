@@ -1,0 +1,48 @@
+"""Plans as text."""
+
+from __future__ import annotations
+
+from spacedrive_jax.scaling.plan import Plan
+
+
+def one_line(plan: Plan) -> str:
+    """A plan as one row of a table."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mfu = "" if plan.mfu_bound is None else f"  MFU<= {plan.mfu_bound:.0%}"
+    time = "" if plan.step_seconds is None else f"  step>= {plan.step_seconds:.3f} s"
+    fits = "fits" if plan.fits else "too large"
+    return (
+        f"{mesh}  batch {plan.batch_size}  remat {plan.remat}  peak {plan.peak_bytes / 1e9:.2f} GB  {fits}"
+        f"{time}{mfu}"
+    )
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan as a page of text."""
+
+    def size(count: int) -> str:
+        return f"{count / 1e9:10.3f} GB"
+
+    rows = [
+        f"{plan.topology}, {plan.chips} chips; {plan.step} step, batch {plan.batch_size}, "
+        f"mesh {plan.mesh}, remat {plan.remat}",
+        "per chip:",
+        f"  parameters          {size(plan.parameter_bytes)}",
+        f"  optimizer           {size(plan.optimizer_bytes)}",
+        f"  batch               {size(plan.batch_bytes)}",
+        f"  temporaries         {size(plan.temporary_bytes)}",
+        f"    of them kept residual stream {size(plan.activation_bytes)}",
+        f"  peak                {size(plan.peak_bytes)}"
+        + ("" if plan.hbm_bytes is None else f" of {plan.hbm_bytes / 1e9:.3f} GB"),
+        f"  moved in memory     {size(plan.moved_bytes)} a step",
+    ]
+    rows += [f"  {each.kind:<19} {size(each.bytes)} a step in {each.count} runs" for each in plan.collectives]
+    if plan.flops_per_chip is not None and plan.hardware_flops_per_chip is not None:
+        rows.append(
+            f"  model FLOPs         {plan.flops_per_chip:10.3e}    a step; with recomputation "
+            f"{plan.hardware_flops_per_chip:.3e}"
+        )
+    if plan.step_seconds is not None:
+        rows.append(f"step time at least {plan.step_seconds:.3f} s, MFU at most {plan.mfu_bound:.1%}")
+    rows.append(f"compiled in {plan.compile_seconds:.0f} s; {'fits' if plan.fits else 'does not fit'}")
+    return "\n".join(rows)
