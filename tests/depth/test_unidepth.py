@@ -20,6 +20,7 @@ from spacedrive_jax.depth.unidepth_weights import (
     unidepth_rules,
 )
 from spacedrive_jax.verify.depth import verify_unidepth
+from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.initialization import initialize
 
 TINY = UniDepthConfig(
@@ -116,3 +117,14 @@ def test_older_architectures_and_missing_tensors_are_named(tiny, tmp_path):
         dataclasses.replace(TINY, resolution_level=11).inference_size((640, 640))
     with pytest.raises(UserError, match=r"missing pixel_decoder.depth_layer.ups.0.convs.1.conv1.weight"):
         load_unidepth(tmp_path / "saved", config=dataclasses.replace(TINY, units=(2, 1, 1)))
+
+
+@pytest.mark.parametrize("name", ["vits14", "vitl14"])
+def test_half_precision_keeps_depth_and_cameras_in_float32(name):
+    compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
+    model = nnx.eval_shape(lambda: UniDepthV2(UniDepthConfig.named(name), compute=compute, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((6, 640, 640, 3), np.uint8)
+    depth, confidence, intrinsics = jax.eval_shape(lambda s, i: nnx.merge(graph, s)(i), state, images)
+    assert (depth.shape, confidence.shape, intrinsics.shape) == ((6, 640, 640), (6, 640, 640), (6, 3, 3))
+    assert {depth.dtype, confidence.dtype, intrinsics.dtype} == {np.dtype("float32")}
