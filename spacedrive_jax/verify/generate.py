@@ -19,6 +19,7 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation, position_embedding
 from spacedrive_jax.model import SpaceDrive
 from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.one_pass import one_pass_checks
 from spacedrive_jax.verify.spacedrive_case import (
     Arrays,
     Case,
@@ -98,6 +99,7 @@ def check_variant(case: Case, variant: Variant) -> list[Check]:
     return [
         *_prompt_checks(batch, facts, expected),
         *_answer_checks(case, variant, tokenizer, answer, facts, expected, is_grid=config.decoder.is_grid),
+        *one_pass_checks(model, batch, tokenizer, limit, variant.repetition_penalty, answer),
     ]
 
 
