@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.model import SpaceDrive, new_token_rows
 from spacedrive_jax.training.sharding import parameter_sharding
 from spacedrive_jax.vlm.checkpoint import from_hf
-from spacedrive_jax.vlm.config import NewTokensConfig
 from spacedrive_jax.vlm.decoder import NewTokenParam
 from spacedrive_jax.vlm.initialization import axis_names, draw_parameters
 
@@ -85,7 +84,7 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
         weights,
         compute=model.compute,
         lora=model.lora if model.use_lora else None,
-        new_tokens=NewTokensConfig(first_id=indicator) if model.use_lora else None,
+        new_tokens=new_token_rows(model, indicator),
         shardings=functools.partial(parameter_sharding, mesh=mesh),
         seed=config.train.seed,
     )
