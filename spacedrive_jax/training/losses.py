@@ -14,6 +14,7 @@ from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import UserError
 from spacedrive_jax.model import Outputs, SpaceDrive
 from spacedrive_jax.positional.vae import VaeDecoder
+from spacedrive_jax.training.cross_entropy import label_cross_entropy
 
 EMBEDDING_LOSSES = ("cosine", "embedding_l2")
 
@@ -104,8 +105,7 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Next-token cross-entropy, summed over the supervised tokens, over the batch size."""
     predicting = jnp.take_along_axis(hidden, batch.target_places[..., None], axis=1)
-    logits = model.vlm.decoder.logits(predicting)
-    per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target_ids)
+    per_token = label_cross_entropy(model.vlm.decoder.logits, predicting, batch.target_ids)
     if indicator_weight != 1.0:
         per_token *= jnp.where(batch.target_ids == model.indicator_id, indicator_weight, 1.0)
     return jnp.sum(per_token * batch.target_mask) / batch.size

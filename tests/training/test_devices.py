@@ -96,7 +96,8 @@ def test_hosts_need_each_other(capsys):
 def test_logical_axes_become_mesh_axes_in_the_order_of_the_table():
     mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
     assert resolve(("vocab", "embed"), (512, 64), mesh) == PartitionSpec("tensor", "fsdp")
-    assert resolve(("batch", "sequence", None), (8, 6, 3), mesh) == PartitionSpec(("data", "fsdp"), "tensor", None)
+    residual = resolve(("batch", "sequence", None), (8, 6, 3), mesh)
+    assert residual == PartitionSpec(("data", "fsdp"), "tensor", None)
     # What does not divide stays whole, or takes fewer axes.
     assert resolve(("embed",), (6,), mesh) == PartitionSpec(None)
     assert resolve(("images",), (8,), mesh) == PartitionSpec(("data", "fsdp"))
