@@ -26,7 +26,7 @@ from spacedrive_jax.scaling.topology import describe
 MACHINES = {
     "v5e:4x4": "data=1,fsdp=16",
     "v5p:4x4x4": "data=4,fsdp=16",
-    "v6e:8x8": "data=4,fsdp=16",
+    "v6e:8x8": "data=8,fsdp=8",
     "v5e:16x16": "data=16,fsdp=16",
 }
 """One sample per chip everywhere: weak scaling."""

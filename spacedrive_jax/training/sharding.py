@@ -30,7 +30,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         devices: all devices of the run when None; a described topology's when compiling ahead of time.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or do not follow their links.
     """
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count() if devices is None else len(devices)
@@ -42,9 +42,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {count} "
             "devices: the axes must multiply to that (one may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+        )
+    except NotImplementedError as error:
+        raise UserError(
+            f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not lie along the machine's "
+            f"links: {error}"
+        ) from error
 
 
 def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
