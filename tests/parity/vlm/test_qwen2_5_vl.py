@@ -275,3 +275,11 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
     with torch.no_grad():
         assert torch.equal(again(**torch_inputs(inputs, 0)).logits[0], theirs)
+
+    to_hf(model, tmp_path / "merged", merged=True)
+    merged = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
+    with torch.no_grad():
+        folded = merged.eval()(**torch_inputs(inputs, 0)).logits[0]
+    assert_close(ours[0, : inputs.lengths[0]], folded, "logits of the merged export")
