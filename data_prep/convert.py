@@ -181,7 +181,7 @@ def _summary(facts: Mapping[str, Any]) -> str:
         found = {
             name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)
         }
-        return ", ".join(f"{count} {name}" for name, count in found.items())
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.items())
 
     notes = []
     if counts.get("drivable_none"):
