@@ -4,7 +4,7 @@ Writes the checkpoint (bfloat16, in shards of 4 GB as released), then runs `impo
 in processes of their own and watches what they own (anonymous memory: pages of mapped files are the kernel's
 to drop, and not counted).
 
-    python benchmarks/import_memory.py --work /tmp/shape7b --layers 28 --load-layers 4
+    python benchmarks/import_memory.py --work shape7b --layers 28 --load-layers 4
 """
 
 from __future__ import annotations
