@@ -25,7 +25,7 @@ class Inspect(Command):
     Example: python -m data_prep inspect records --token ca9a282c9e77460f8360f564131a8af5 --image view.png
     """
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECORDS")]
     """Records folder written by `python -m data_prep convert`."""
     token: str | None = None
     """Keyframe to show; default: the middle one of the first scene."""

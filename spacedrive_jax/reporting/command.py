@@ -22,7 +22,7 @@ class Report(Command):
     Example: python -m spacedrive_jax report runs/base
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder that `train` wrote."""
     records: Path | None = None
     """Records folder; `records` of run.json by default."""

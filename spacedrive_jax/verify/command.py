@@ -7,7 +7,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -39,7 +39,7 @@ class Verify(Command):
     Example: python -m spacedrive_jax verify tests/golden/spacedrive_train
     """
 
-    case: tyro.conf.Positional[Path]
+    case: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE")]
     """Folder of the case."""
 
     def run(self) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ class ImportWeights(Command):
     Example: python -m spacedrive_jax import-weights --from hf Qwen2.5-VL-7B-Instruct --out weights/qwen-7b
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive)."""
     format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="from")]
     """What the weights are."""
@@ -65,7 +65,7 @@ class ExportWeights(Command):
     Example: python -m spacedrive_jax export-weights --to hf runs/demo --out exported
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
     format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="to")]
     """Whom the weights are for."""

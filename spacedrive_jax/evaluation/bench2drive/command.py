@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +24,7 @@ class ScoreBench2Drive(Command):
     Example: python -m spacedrive_jax score-bench2drive eval/merged.json --routes bench2drive220.xml
     """
 
-    results: tyro.conf.Positional[tuple[Path, ...]]
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS")]
     """Result files; several are taken as shards of one run."""
     routes: Path | None = None
     """Route set: the benchmark's .xml, a .json list or a text file of route numbers; 220 routes if absent."""
