@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.plain_pickle import read_plain_pickle
+from spacedrive_jax.restricted_pickle import read_pickle
 
 ACTION_QUESTION = "Please shortly describe your driving action."
 DESCRIPTION_QUESTIONS: tuple[str, ...] = (
@@ -96,7 +96,7 @@ class LanguageData:
         if not path.is_file():
             return []
         items = []
-        for item in _list(read_plain_pickle(path), path):
+        for item in _list(read_pickle(path), path):
             risks = item.get("status") if isinstance(item, dict) else None
             if not isinstance(risks, list | tuple):
                 raise UserError(f"{path}: every item needs `traj`, a text, and `status`, a list of risks")

@@ -12,9 +12,18 @@ from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
-from spacedrive_jax.evaluation.safe_pickle import load_plain
+from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
+
+
+def read_pickled(path: Path) -> Any:
+    """Reads a pickle of numbers, texts, containers and numpy arrays.
+
+    Raises:
+        UserError: the file cannot be read, is no pickle, or holds anything else.
+    """
+    return read_pickle(path, numpy_allowed(), contents="plain containers and numpy arrays")
 
 
 def read_pickled_trajectories(path: Path) -> Predictions:
@@ -23,7 +32,7 @@ def read_pickled_trajectories(path: Path) -> Predictions:
     Raises:
         UserError: the file is not such a dictionary (plain containers and numpy arrays only).
     """
-    content = load_plain(path)
+    content = read_pickled(path)
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: expected a dictionary of token to waypoints, found {type(content).__name__}"

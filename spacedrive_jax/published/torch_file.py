@@ -8,10 +8,9 @@ that a file which asks for anything more is refused before it gets it.
 from __future__ import annotations
 
 import collections
-import io
+import functools
 import math
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.restricted_pickle import Allowed, Refused, RestrictedUnpickler
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -56,46 +56,43 @@ def read_torch_file(path: str | Path) -> Any:
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
         raise UserError(f"{path} is not a zip file that torch.save wrote ({error})") from error
     try:
-        return _TensorUnpickler(program, path, root, members).load()
+        storage = functools.partial(_storage, path, root, members)
+        return RestrictedUnpickler(program, _allowed(), storage).load()
     except UserError:
         raise
+    except Refused as error:
+        raise UserError(
+            f"{path}: {error}, but only tensors and plain containers are read, nothing that would have to be "
+            "run"
+        ) from error
     except Exception as error:  # a damaged pickle fails in any way
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """A pickle machine whose only functions are those below."""
+def _allowed() -> Allowed:
+    """Storages, the function that makes tensors of them, and a container."""
+    return {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    }
 
-    def __init__(self, program: bytes, path: Path, root: str, members: Mapping[str, zipfile.ZipInfo]) -> None:
-        super().__init__(io.BytesIO(program), encoding="utf-8")
-        self.path, self.root, self.members = path, root, members
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        raise UserError(
-            f"{self.path} asks for {module}.{name}: only tensors and plain containers are read, nothing that "
-            "would have to be run"
-        )
-
-    def persistent_load(self, identity: Any) -> np.ndarray:
-        kind, dtype, key, _, count = identity
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise UserError(f"{self.path} refers to {kind!r}, which is no storage of tensors")
-        member = self.members[f"{self.root}data/{key}"]
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != count * dtype.itemsize:
-            raise UserError(f"{self.path}: {member.filename} does not hold {count} numbers of type {dtype}")
-        if count == 0:
-            return np.zeros(0, dtype)
-        with self.path.open("rb") as file:
-            file.seek(member.header_offset)
-            *_, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-        offset = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        return np.memmap(self.path, dtype, "r", offset, (count,))
+def _storage(path: Path, root: str, members: Mapping[str, zipfile.ZipInfo], identity: Any) -> np.ndarray:
+    """The numbers that a pickle's reference names, mapped into memory."""
+    kind, dtype, key, _, count = identity
+    if kind != "storage" or not isinstance(dtype, np.dtype):
+        raise UserError(f"{path} refers to {kind!r}, which is no storage of tensors")
+    member = members[f"{root}data/{key}"]
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != count * dtype.itemsize:
+        raise UserError(f"{path}: {member.filename} does not hold {count} numbers of type {dtype}")
+    if count == 0:
+        return np.zeros(0, dtype)
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        *_, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    offset = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    return np.memmap(path, dtype, "r", offset, (count,))
 
 
 def _tensor(

@@ -10,8 +10,7 @@ from typing import Any
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.counterfactual.risks import Item, parse_candidates
-from spacedrive_jax.evaluation.safe_pickle import load_plain
-from spacedrive_jax.evaluation.trajectory_files import PICKLE_SUFFIXES
+from spacedrive_jax.evaluation.trajectory_files import PICKLE_SUFFIXES, read_pickled
 
 ANSWER_KEYS = ("C", "A")
 """The published script reads "C", which the published model does not write; it writes "A"."""
@@ -78,7 +77,7 @@ def _read_by_token(path: Path) -> Mapping[str, Any]:
 
 def _load(path: Path) -> Any:
     if path.suffix in PICKLE_SUFFIXES:
-        return load_plain(path)
+        return read_pickled(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
