@@ -67,14 +67,35 @@ def _unit(vectors: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 def best_cell(scores: Float[Array, "... G"], grid: GridConfig) -> Float[Array, "... 3"]:
     """The cell of highest score, metres."""
-    index = jnp.argmax(scores, axis=-1)
-    cell = jnp.stack([index // grid.cells, index % grid.cells], axis=-1)
-    plane = _cell_position(cell, grid)
-    return jnp.concatenate([plane, jnp.full_like(plane[..., :1], grid.height)], axis=-1)
+    x, y = _best_indices(scores, grid)
+    axis = jnp.asarray(neighbour_positions(grid)[:, 1])
+    return jnp.stack([axis[x], axis[y], jnp.full(x.shape, grid.height)], axis=-1)
 
 
-def _cell_position(cell: Int[Array, "... 2"], grid: GridConfig) -> Float[Array, "... 2"]:
-    return cell.astype(jnp.float32) * jnp.float32(grid.cell) + jnp.float32(grid.minimum)
+def _best_indices(
+    scores: Float[Array, "... G"], grid: GridConfig
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    best = jnp.argmax(scores, axis=-1)
+    return best // grid.cells, best % grid.cells
+
+
+def neighbour_positions(grid: GridConfig) -> Float[np.ndarray, "X 3"]:
+    """Along one axis: where the previous cell, a cell itself and the next one lie, metres."""
+    cell = np.float32(grid.cell)
+    centre = np.arange(grid.cells, dtype=np.float32) * cell + np.float32(grid.minimum)
+    return centre[:, None] + cell * np.array([-1, 0, 1], np.float32)
+
+
+def neighbour_indices(grid: GridConfig) -> Int[np.ndarray, "X 3"]:
+    """Along one axis: whose score the published look-up reads for those three; it may be outside the grid.
+
+    It recovers an index from metres by a truncated float32 division, which is one too small for some cells
+    and so reads a wrong neighbour (71 of the 256 previous cells, 16 cells themselves, 18 next ones). The
+    answer depends on it by up to half a cell. The operations, their order and their rounding are the
+    published ones, and are done here, on the host: a compiler that fuses or contracts them rounds otherwise.
+    """
+    distance = neighbour_positions(grid) - np.float32(grid.minimum)
+    return np.trunc(distance / np.float32(grid.cell)).astype(np.int32)
 
 
 def neighbourhood_average(
@@ -82,22 +103,21 @@ def neighbourhood_average(
 ) -> Float[Array, "... 3"]:
     """Softmax average of the 3x3 cells around the best one; cells outside the grid do not count.
 
-    The published code recovers a neighbour's index from its position in metres by a truncated float32
-    division, which is one too small for some cells and so reads the score of a wrong neighbour. Its
-    operations and their order are kept: the answer depends on them by up to half a cell.
+    Whose scores are averaged: see `neighbour_indices`.
     """
-    best = best_cell(scores, grid)[..., :2]
-    offsets = jnp.asarray([(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)], jnp.float32)
-    positions = best[..., None, :] + jnp.float32(grid.cell) * offsets
-    # A division by a constant becomes a product with its reciprocal under jit, which rounds differently.
-    cell = jax.lax.optimization_barrier(jnp.full(positions.shape, grid.cell, jnp.float32))
-    index = jnp.trunc((positions - jnp.float32(grid.minimum)) / cell).astype(jnp.int32)
-    inside: Bool[Array, "... 9"] = jnp.all((index >= 0) & (index < grid.cells), axis=-1)
-    flat = jnp.clip(index[..., 0] * grid.cells + index[..., 1], 0, scores.shape[-1] - 1)
-    near = jnp.where(inside, jnp.take_along_axis(scores, flat, axis=-1), -jnp.inf)
-    weights = jax.nn.softmax(near / temperature, axis=-1)
-    plane = jnp.sum(weights[..., None] * positions, axis=-2)
-    return jnp.concatenate([plane, jnp.full_like(plane[..., :1], grid.height)], axis=-1)
+    x, y = _best_indices(scores, grid)
+    positions, indices = jnp.asarray(neighbour_positions(grid)), jnp.asarray(neighbour_indices(grid))
+    near_x, near_y = indices[x][..., :, None], indices[y][..., None, :]
+    inside: Bool[Array, "... 3 3"] = (near_x >= 0) & (near_x < grid.cells)
+    inside &= (near_y >= 0) & (near_y < grid.cells)
+    flat = jnp.clip(near_x * grid.cells + near_y, 0, scores.shape[-1] - 1)
+    near = jnp.take_along_axis(scores, flat.reshape(*x.shape, 9), axis=-1).reshape(flat.shape)
+    weights = jax.nn.softmax(jnp.where(inside, near, -jnp.inf) / temperature, axis=(-2, -1))
+    plane = [
+        jnp.sum(weights.sum(axis=-1) * positions[x], axis=-1),
+        jnp.sum(weights.sum(axis=-2) * positions[y], axis=-1),
+    ]
+    return jnp.stack([*plane, jnp.full(x.shape, grid.height)], axis=-1)
 
 
 def full_average(

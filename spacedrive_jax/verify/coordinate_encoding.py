@@ -45,6 +45,9 @@ def verify_coordinate_encoding(folder: Path) -> list[Check]:
     for name, arguments in settings.items():
         if name.startswith("grid/"):
             checks += _grid(name.split("/")[1], arguments, inputs, expected)
+    first_grid = next((name for name in settings if name.startswith("grid/")), None)
+    if first_grid is not None:
+        checks += _axis(_grid_config(settings[first_grid]), expected)
     if "gumbel" in settings:
         checks += _gumbel(settings["gumbel"], inputs, expected)
     weights = folder / "weights.safetensors"
@@ -119,8 +122,6 @@ def _grid(name: str, arguments: Mapping[str, Any], inputs: Arrays, expected: Arr
         ),
         compare(f"grid/{name}/shape", np.asarray(square.shape), expected[f"grid/{name}/shape"], rtol=0.0),
     ]
-    if "grid/x_axis" in expected and len(expected["grid/x_axis"]) == grid.cells:
-        checks.append(compare("grid/x_axis", points[:, 0, 0], expected["grid/x_axis"], atol=1e-5, rtol=0.0))
     query = inputs.get(f"dec/{name}/query")
     if query is None:
         return checks
@@ -128,9 +129,10 @@ def _grid(name: str, arguments: Mapping[str, Any], inputs: Arrays, expected: Arr
         scores = grids.similarities(jnp.asarray(query[..., :width]), table, similarity)
         # Cosines are divided by 0.001: the last bit of one moves an average by a millimetre.
         loose = 2e-3 if similarity == "cosine" else 1e-3
+        near = 2e-3 if similarity == "cosine" else 1e-4
         results = {
             f"{similarity}/decoded": (grids.best_cell(scores, grid), 0.0),
-            f"{similarity}/final": (grids.neighbourhood_average(scores, grid, temperature), loose),
+            f"{similarity}/final": (grids.neighbourhood_average(scores, grid, temperature), near),
             f"full_{similarity}": (grids.full_average(scores, grid, temperature), loose),
         }
         if similarity == "cosine":
@@ -142,6 +144,20 @@ def _grid(name: str, arguments: Mapping[str, Any], inputs: Arrays, expected: Arr
             if f"dec/{name}/{key}" in expected:
                 theirs = expected[f"dec/{name}/{key}"]
                 checks.append(compare(f"dec/{name}/{key}", ours, theirs, atol=bound, rtol=0.0))
+    return checks
+
+
+def _axis(grid: grids.GridConfig, expected: Arrays) -> list[Check]:
+    """Where the cells lie along an axis, and whose scores the published look-up reads there."""
+    checks = []
+    if len(expected.get("grid/x_axis", ())) == grid.cells:
+        axis = grids.grid_points(grid)[:, 0, 0]
+        checks.append(compare("grid/x_axis", axis, expected["grid/x_axis"], atol=1e-5, rtol=0.0))
+    for column, which in enumerate(("_minus", "", "_plus")):
+        name = f"dec/trunc_index_x{which}"
+        if len(expected.get(name, ())) == grid.cells:
+            ours = grids.neighbour_indices(grid)[:, column]
+            checks.append(compare(name, ours, expected[name], rtol=0.0))
     return checks
 
 
@@ -184,8 +200,24 @@ def _vae(
         "train/loss_vae_gen": divergence,
         "eval_gt/loss_vae_gen": divergence,
     }
-    return [
+    checks = [
         compare(f"{name}/{key}", ours, expected[f"{name}/{key}"], atol=1e-6)
         for key, ours in results.items()
         if f"{name}/{key}" in expected
     ]
+
+    def total(decoder: VaeDecoder) -> jax.Array:
+        coordinates = decoder(hidden, truth=truth, noise=noise)[..., :2]
+        return jnp.sum(coordinates) + jnp.mean(decoder.divergence(hidden, truth))
+
+    gradients = dict(nnx.to_flat_state(nnx.grad(total)(decoder)))
+    recorded = {
+        "decoder.0.weight": f"{name}/train/grad_decoder0",
+        "present_distribution.encoder.conv1.weight": f"{name}/train/grad_present_conv1",
+    }
+    for rule in rules:
+        theirs = expected.get(recorded.get(rule.source.partition(".")[2], ""))
+        if theirs is not None:
+            key = recorded[rule.source.partition(".")[2]]
+            checks.append(compare(key, rule.export(np.asarray(gradients[rule.target][...])), theirs))
+    return checks
