@@ -225,6 +225,15 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
+def config_changes(old: Any, new: Any, place: str = "") -> list[str]:
+    """Lists the fields in which two configs (as JSON values) differ, as `field: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(set(old) | set(new))
+        parts = (config_changes(old.get(name), new.get(name), f"{place}.{name}") for name in names)
+        return [change for part in parts for change in part]
+    return [] if old == new else [f"{place.lstrip('.')}: {old} -> {new}"]
+
+
 def from_json(text: str) -> Config:
     """Rebuilds a config from `to_json`.
 

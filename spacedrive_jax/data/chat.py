@@ -41,17 +41,19 @@ def chat_tokens(
     tokens_per_image: int,
     *,
     generation_prompt: bool = False,
+    supervise_positions: bool = False,
 ) -> ChatTokens:
     """Lays out a conversation (system turn first) as the published code does.
 
     Everything but assistant turns is ignored by the loss, and of those the three header ids and every
-    position token. `<|im_end|>` and the newline after it are supervised.
+    position token (unless asked for). `<|im_end|>` and the newline after it are supervised.
 
     Args:
         tokenizer: gives the ids.
         turns: user and assistant turns; the system turn is added.
         tokens_per_image: V, visual tokens that each image occupies.
         generation_prompt: end with the header of an assistant turn, to be continued.
+        supervise_positions: keep the labels at position tokens.
     """
     image = f"<|vision_start|>{'<|image_pad|>' * tokens_per_image}<|vision_end|>"
     token_ids: list[int] = []
@@ -61,8 +63,9 @@ def chat_tokens(
         ids = tokenizer.encode(f"<|im_start|>{turn.role}\n{text}<|im_end|>\n")
         token_ids += ids
         if turn.role == "assistant":
-            supervised = [IGNORE if token == tokenizer.position else token for token in ids[HEADER_TOKENS:]]
-            labels += [IGNORE] * HEADER_TOKENS + supervised
+            ignored = None if supervise_positions else tokenizer.position
+            labels += [IGNORE] * HEADER_TOKENS
+            labels += [IGNORE if token == ignored else token for token in ids[HEADER_TOKENS:]]
         else:
             labels += [IGNORE] * len(ids)
     if generation_prompt:

@@ -20,6 +20,7 @@ class LayOut(Protocol):
         tokens_per_image: int,
         *,
         generation_prompt: bool = False,
+        supervise_positions: bool = False,
     ) -> ChatTokens:
         """Lays a conversation out."""
 

@@ -41,6 +41,8 @@ class ConversationConfig:
     """Add four questions of arithmetic on random coordinates."""
     command_in_answer: bool = False
     """Let the answer repeat the command before the trajectory."""
+    supervise_position_tokens: bool = False
+    """Let the cross-entropy see the position tokens' ids too (published `supervise_semantic_posemb`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ def llava_chat_tokens(
     tokens_per_image: int,
     *,
     generation_prompt: bool = False,
+    supervise_positions: bool = False,
 ) -> ChatTokens:
     """`<s>USER: question ASSISTANT: answer</s>USER: ...`; all images stand together before the question.
 
@@ -45,7 +46,8 @@ def llava_chat_tokens(
         assistant_header=tokenizer.encode(ASSISTANT_HEADER.lstrip()),
         image=tokenizer.image,
     )
-    labels = [IGNORE if label == tokenizer.position else label for label in labels]
+    if not supervise_positions:
+        labels = [IGNORE if label == tokenizer.position else label for label in labels]
     first = [index for index, token in enumerate(token_ids) if token == tokenizer.image]
     return ChatTokens(token_ids, labels, first[::tokens_per_image])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -14,6 +16,26 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.depth.sources import with_network_depth
+
+
+class SampleClock:
+    """How long read threads took to make samples."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds, self._count = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        """Counts one sample."""
+        with self._lock:
+            self._seconds, self._count = self._seconds + seconds, self._count + 1
+
+    def take(self) -> tuple[float, int]:
+        """Seconds, summed over threads, and samples since the last call."""
+        with self._lock:
+            taken = self._seconds, self._count
+            self._seconds, self._count = 0.0, 0
+        return taken
 
 
 @dataclasses.dataclass
@@ -28,6 +50,7 @@ class Samples(Sequence[DrivingBatch]):
 
     def __post_init__(self) -> None:
         self._kept: dict[int, DrivingBatch] = {}
+        self.clock = SampleClock()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -36,7 +59,9 @@ class Samples(Sequence[DrivingBatch]):
         index = self.indices[position]
         if index in self._kept:
             return self._kept[index]
+        started = time.monotonic()
         sample = self.builder(self.records[index], index)
+        self.clock.add(time.monotonic() - started)
         if self.keep:
             self._kept[index] = sample
         return sample

@@ -56,7 +56,13 @@ class SampleBuilder:
         else:
             talk = Conversation([question_turn(record, data.command)], np.zeros((0, 2), np.float32))
         lay_out = CHAT_LAYOUTS[self.tokenizer.layout]
-        chat = lay_out(self.tokenizer, talk.turns, grid[0] * grid[1], generation_prompt=not self.answer)
+        chat = lay_out(
+            self.tokenizer,
+            talk.turns,
+            grid[0] * grid[1],
+            generation_prompt=not self.answer,
+            supervise_positions=data.conversation.supervise_position_tokens,
+        )
         try:
             fields = token_fields(
                 self.tokenizer,

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from spacedrive_jax.config import ModelConfig, TrainConfig
+from spacedrive_jax.config import DataConfig, ModelConfig, TrainConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.ego_status import EgoStatusInput
+from spacedrive_jax.data.records import NUM_PAST
+from spacedrive_jax.depth.sources import DepthSource
 from spacedrive_jax.positional.coordinates import CoordinateEncoderConfig, EncoderKind
 from spacedrive_jax.positional.decoders import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.vlm.config import ComputeConfig, LlavaConfig, LoraConfig, VLConfig
@@ -29,6 +32,29 @@ EGO_STATUS: dict[str, EgoStatusInput] = {
 }
 NEW_TOKEN_SUFFIX = "with-new-special-tokens"
 """A checkpoint name that ends so makes the published Qwen code add rows for the new tokens."""
+DEPTH: dict[str, DepthSource] = {"unidepth": "unidepth", "depth_anything": "depth_anything"}
+DEFAULTS: dict[str, Any] = {
+    "vis_3d_pos": False,
+    "pe_decode_method": "cosine",
+    "pe_scaling": 1.0,
+    "learnable_pe_scaling": False,
+    "loss_pos_lambda": 0.5,
+    "planning_only": False,
+    "depth_model_type": "depth_anything",
+}
+"""What the published constructor takes where an argument is absent (and this project's configs do not)."""
+READ = {
+    *DEFAULTS,
+    *("pe_type", "pe_freq_coeff", "pe_freq_scaling", "fone_dim", "input_pe_mlp", "use_rope", "lm_head"),
+    *("io_3d_pos", "use_vae_to_replace_mlp", "with_cur", "single_token_output", "enable_pe_input"),
+    *("include_semantic_posemb", "supervise_semantic_posemb", "single_coords_only"),
+    *("loss_pos_type", "huber_delta", "ego_status", "ego_status_len", "llm_lora_rank", "use_lora", "frozen"),
+}
+WITHOUT_EFFECT = {
+    *("type", "save_path", "tokenizer", "processor", "train_cfg", "test_cfg", "init_cfg", "pretrained"),
+    *("stride", "precomputed_depth_root"),
+}
+"""Paths, and what follows from the vision-language model."""
 DEFAULT_BASE = {"transformer": 10000.0, "nerf": 10.0, "fone": 10.0}
 """Ratio of the frequencies where the arguments name none."""
 
@@ -54,25 +80,66 @@ def encoder_config(arguments: Mapping[str, Any]) -> CoordinateEncoderConfig:
     )
 
 
+def check_arguments(arguments: Mapping[str, Any], lora: LoraConfig) -> None:
+    """Refuses arguments that this project does not know, or that the published code cannot run.
+
+    Args:
+        arguments: of the published constructor, defaults filled in.
+        lora: the adapters there are.
+
+    Raises:
+        UserError: naming all of them.
+    """
+    method, ego = arguments["pe_decode_method"], arguments.get("ego_status") or ""
+    learned, vae = arguments.get("input_pe_mlp"), arguments.get("use_vae_to_replace_mlp")
+    whole = arguments.get("single_token_output")
+    two_layers = method == "l2_coords_mlp_2layer"
+    problems = [
+        f"{name} is no argument of the published model that this version knows"
+        for name in sorted(set(arguments) - READ - WITHOUT_EFFECT)
+    ]
+    if method not in DECODERS:
+        problems.append(
+            f"pe_decode_method {method!r} is none of {', '.join(DECODERS)} (the published code cannot run it)"
+        )
+    if ego not in EGO_STATUS:
+        problems.append(f"ego_status {ego!r} is none of {', '.join(map(repr, EGO_STATUS))}")
+    if int(arguments.get("ego_status_len", NUM_PAST)) != NUM_PAST:
+        problems.append(f"ego_status_len {arguments['ego_status_len']}: records hold {NUM_PAST} past frames")
+    if int(arguments.get("llm_lora_rank", lora.rank)) != lora.rank:
+        problems.append(
+            f"llm_lora_rank {arguments['llm_lora_rank']}, but the adapters have rank {lora.rank} (model.lora)"
+        )
+    if learned and not two_layers:
+        problems.append(f"input_pe_mlp has two layers only with l2_coords_mlp_2layer, not with {method}")
+    if (vae or whole) and not two_layers:
+        switch = "use_vae_to_replace_mlp" if vae else "single_token_output"
+        problems.append(f"{switch} acts only with pe_decode_method l2_coords_mlp_2layer, not with {method}")
+    if vae and whole:
+        problems.append("use_vae_to_replace_mlp does not act beside single_token_output")
+    if arguments["depth_model_type"] not in DEPTH:
+        problems.append(f"depth_model_type {arguments['depth_model_type']!r} is none of {', '.join(DEPTH)}")
+    if arguments.get("frozen") or not arguments.get("use_lora", True):
+        problems.append("frozen True or use_lora False: there are no adapters to read (use model.use_lora)")
+    if problems:
+        raise UserError(f"published arguments: {'; '.join(problems)}")
+
+
 def model_config(
     arguments: Mapping[str, Any], vlm: VLConfig, lora: LoraConfig, compute: ComputeConfig
 ) -> ModelConfig:
-    """The model of the published constructor's arguments.
+    """The model of the published constructor's arguments; absent ones take its defaults.
 
-    What LLaVA's published class ignores (`use_rope`, the semantic embedding) is ignored here too.
+    What LLaVA's published class ignores (`use_rope`, the semantic embedding) is ignored here too. `io_3d_pos`
+    changes nothing: without it the published code cannot train, and still answers an indicator as with it.
 
     Raises:
         UserError: an argument or a combination that this project does not know, or that the published code
             itself cannot run.
     """
+    arguments = DEFAULTS | dict(arguments)
+    check_arguments(arguments, lora)
     is_llava = isinstance(vlm, LlavaConfig)
-    method, ego = arguments["pe_decode_method"], arguments.get("ego_status") or ""
-    if method not in DECODERS:
-        raise UserError(
-            f"pe_decode_method {method!r} is none of {', '.join(DECODERS)} (the published code cannot run it)"
-        )
-    if ego not in EGO_STATUS:
-        raise UserError(f"ego_status {ego!r} is none of {', '.join(map(repr, EGO_STATUS))}")
     semantic = bool(arguments.get("include_semantic_posemb", False))
     position_input = bool(arguments.get("enable_pe_input", False))
     rotary = bool(arguments.get("use_rope", False)) and not is_llava
@@ -83,12 +150,14 @@ def model_config(
         new_token_rows=is_llava or NEW_TOKEN_SUFFIX in str(arguments.get("lm_head", NEW_TOKEN_SUFFIX)),
         encoder=encoder_config(arguments),
         decoder=CoordinateDecoderConfig(
-            kind="vae" if arguments.get("use_vae_to_replace_mlp") else DECODERS[method],
+            kind="vae"
+            if arguments.get("use_vae_to_replace_mlp")
+            else DECODERS[arguments["pe_decode_method"]],
             whole_trajectory=bool(arguments.get("single_token_output", False)),
             with_current=bool(arguments.get("with_cur", False)),
         ),
-        visual_positions=visual if arguments.get("vis_3d_pos", True) else "none",
-        ego_status=EGO_STATUS[ego],
+        visual_positions=visual if arguments["vis_3d_pos"] else "none",
+        ego_status=EGO_STATUS[arguments.get("ego_status") or ""],
         # LLaVA feeds the semantic embedding plus zeros, which is no position input.
         position_input=position_input and not (is_llava and semantic),
         position_input_training="zeros",
@@ -97,18 +166,51 @@ def model_config(
     )
 
 
+def data_config(arguments: Mapping[str, Any], loader: Mapping[str, Any], default: DataConfig) -> DataConfig:
+    """The published data pipeline: BGR images, its depth network, its command sentence and questions.
+
+    Args:
+        arguments: of the model's constructor.
+        loader: of the training loader (`LoadAnnoatationVQA`); where it is empty, command and questions are
+            the default's.
+        default: everything else.
+    """
+    arguments = DEFAULTS | dict(arguments)
+    talk = dataclasses.replace(
+        default.conversation, supervise_position_tokens=bool(arguments.get("supervise_semantic_posemb"))
+    )
+    command = default.command
+    if loader:
+        tasks: Tasks = "planning" if loader.get("planning_only") else "planning_and_questions"
+        talk = dataclasses.replace(
+            talk,
+            tasks="counterfactual" if loader.get("counter_only") else tasks,
+            pseudo_coordinates=bool(loader.get("pseudo_coords")),
+            command_in_answer=bool(loader.get("load_high_level_command")),
+        )
+        command = "released" if loader.get("load_ego_command_in_question") else "none"
+    return dataclasses.replace(
+        default,
+        channel_order="bgr",
+        command=command,
+        depth=dataclasses.replace(default.depth, sources=(DEPTH[arguments["depth_model_type"]],)),
+        conversation=talk,
+    )
+
+
 def train_config(arguments: Mapping[str, Any]) -> TrainConfig:
     """The losses of the published constructor's arguments; everything else keeps its default."""
+    arguments = DEFAULTS | dict(arguments)
     method, kind = arguments["pe_decode_method"], arguments.get("loss_pos_type", "huber")
     in_embedding = {"cosine": "cosine", "l2": "embedding_l2"}
     supervision: Literal["planning", "first", "all"]
-    supervision = "planning" if arguments.get("planning_only", True) else "all"
+    supervision = "planning" if arguments["planning_only"] else "all"
     if arguments.get("single_coords_only"):
         supervision = "first"
     return dataclasses.replace(
         TrainConfig(),
         position_loss=in_embedding.get(method, kind),
         huber_delta=float(arguments.get("huber_delta", 1.0)),
-        position_weight=float(arguments.get("loss_pos_lambda", 1.0)),
+        position_weight=float(arguments["loss_pos_lambda"]),
         supervision=supervision,
     )

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-from spacedrive_jax.config import Config, to_json
+from spacedrive_jax.config import Config, config_changes, to_json
 from spacedrive_jax.console import UserError
 
 FREE_TO_CHANGE = (
@@ -70,15 +70,6 @@ def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool =
         except OSError as error:
             raise UserError(f"the run folder {run_dir} cannot be written: {error}") from error
     return changes
-
-
-def config_changes(old: Any, new: Any, place: str = "") -> list[str]:
-    """Lists the fields in which two configs (as JSON values) differ, as `field: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(set(old) | set(new))
-        parts = (config_changes(old.get(name), new.get(name), f"{place}.{name}") for name in names)
-        return [change for part in parts for change in part]
-    return [] if old == new else [f"{place.lstrip('.')}: {old} -> {new}"]
 
 
 def lack_of_room(run_dir: Path, checkpoint_bytes: int, *, checkpoints: int = 1) -> str | None:

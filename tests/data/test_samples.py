@@ -47,6 +47,17 @@ def test_sample_is_laid_out_for_the_model(record):
     assert tokenizer.decode(targets.tolist()).startswith("Here is the planning trajectory [")
 
 
+def test_position_tokens_can_be_supervised(record):
+    talk = dataclasses.replace(CONFIG.data.conversation, supervise_position_tokens=True)
+    data = dataclasses.replace(CONFIG.data, conversation=talk, max_targets=40)
+    builder = SampleBuilder(data, CONFIG.model)
+    plain, supervised = SampleBuilder(CONFIG.data, CONFIG.model)(record, 0), builder(record, 0)
+    added = supervised.target_ids[supervised.target_mask] == builder.tokenizer.position
+    assert added.sum() == 6
+    assert supervised.target_mask.sum() == plain.target_mask.sum() + 6
+    np.testing.assert_array_equal(supervised.waypoint_places, plain.waypoint_places)
+
+
 def test_missing_future_gives_no_supervision(record):
     mask = np.array([True] * 5 + [False])
     sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "waypoint_mask": mask}, 0)

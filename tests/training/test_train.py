@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.cli import main
-from spacedrive_jax.config import from_json, load_preset, to_json
+from spacedrive_jax.config import config_changes, from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
-from spacedrive_jax.training.run_folder import config_changes
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
