@@ -63,7 +63,8 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
     On the released Qwen2.5 vocabulary the two new tokens get the ids 151665 and 151666.
 
     Args:
-        path: file or folder; the project's own small Qwen-style tokenizer when None.
+        path: file or folder; when None the project's own small tokenizer, which has Qwen's special tokens
+            and is given LLaVA's for its layout.
         layout: which chat the tokenizer is for.
 
     Raises:
@@ -75,9 +76,10 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
     tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (INDICATOR, POSITION)]
-    )
+    added = [INDICATOR, POSITION]
+    if path is None and layout == "llava":
+        added += ["<s>", "</s>", "<pad>", "<image>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
 
     def special(*names: str) -> int:
         for name in names:

@@ -8,24 +8,16 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.ego_status import STATUS_SIZE
 from spacedrive_jax.data.images import ImageProcessor
 from spacedrive_jax.data.records import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.training.sharding import batch_sharding
-from spacedrive_jax.vlm.config import QwenVisionConfig
 
 
 def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
-    """A batch without its numbers: what `place_batch` returns for `batch_size` samples of the config.
-
-    Raises:
-        UserError: the vision tower is not Qwen2.5-VL's.
-    """
+    """A batch without its numbers: what `place_batch` returns for `batch_size` samples of the config."""
     sharding = batch_sharding(mesh)
     data, vision = config.data, config.model.vlm.vision
-    if not isinstance(vision, QwenVisionConfig):
-        raise UserError(f"batches are described for Qwen2.5-VL's vision tower, not {type(vision).__name__}")
     images = ImageProcessor(vision, data.image_size)
     length, targets = data.sequence_length, data.max_targets
 
@@ -45,7 +37,7 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
         camera_to_ego=array(np.float32, NUM_CAMERAS, 4, 4),
         ego_status=array(np.float32, STATUS_SIZE),
         past_positions=array(np.float32, NUM_PAST, 3),
-        coordinates=array(np.float32, NUM_WAYPOINTS, 3),
+        coordinates=array(np.float32, data.max_coordinates, 3),
         target_places=array(np.int32, targets),
         target_ids=array(np.int32, targets),
         target_mask=array(np.bool_, targets),

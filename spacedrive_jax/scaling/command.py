@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.console import Command, UserError
 
 if TYPE_CHECKING:
     from spacedrive_jax.config import Config
+    from spacedrive_jax.scaling.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Aot(Command):
     """Compile the real step of a config for a machine that is not there, and print its plan per chip.
 
-    Needs libtpu (pip install -r requirements-aot.txt), no TPU. With --search, tries meshes, batch sizes and
-    remat policies and ranks those that fit by the step time bound per sample.
+    Needs libtpu (pip install -r requirements-aot.txt), no TPU. With --search, tries meshes, batch sizes
+    (unless --batch-size names one) and remat policies and ranks those that fit by the step time bound per
+    sample.
 
     Example: python -m spacedrive_jax aot spacedrive_plus_qwen_7b --topology v5e:4x4 --mesh data=1,fsdp=16
     --batch-size 16
@@ -41,39 +43,54 @@ class Aot(Command):
     search: tyro.conf.FlagCreatePairsOff[bool] = False
     """Try meshes, batch sizes and remat policies."""
     limit: int = 12
-    """Most programs that --search compiles."""
+    """Most programs that --search compiles; each takes minutes at 7B."""
+    results: Path | None = None
+    """JSON file that keeps what --search has compiled, so that a search can be interrupted or widened."""
 
     def run(self) -> Mapping[str, Any]:
         """Compiles; see `spacedrive_jax.scaling.plan.make_plan`."""
         from spacedrive_jax.config import load_preset
         from spacedrive_jax.scaling.plan import make_plan
-        from spacedrive_jax.scaling.search import cost, search_space
-        from spacedrive_jax.scaling.text import describe_plan, one_line
+        from spacedrive_jax.scaling.text import describe_plan
         from spacedrive_jax.scaling.topology import describe
 
+        if self.search and self.mesh is not None:
+            raise UserError("--search chooses the mesh: leave --mesh out")
+        if self.search and self.remat is not None:
+            raise UserError("--search chooses the remat policy: leave --remat out")
         config = self._chosen(load_preset(self.config))
         topology = describe(self.topology)
-        if not self.search:
-            plan = make_plan(config, topology, step=self.step)
-            print(describe_plan(plan))
-            if not plan.fits:
-                raise UserError(f"{self.config} does not fit {self.topology}: {plan.reason}")
-            return dataclasses.asdict(plan)
-        plans, refused = [], []
-        candidates = list(itertools.islice(search_space(config, len(topology.devices)), self.limit))
-        for candidate in progress(candidates, desc="compile", unit="program"):
-            try:
-                plans.append(make_plan(candidate, topology, step=self.step))
-            except UserError as error:
-                refused.append(f"{candidate.mesh} batch {candidate.train.batch_size}: {error}")
-        ranked = sorted(plans, key=lambda plan: (not plan.fits, cost(plan)))
+        if self.search:
+            return self._search(config, topology)
+        plan = make_plan(config, topology, step=self.step)
+        print(describe_plan(plan))
+        if not plan.fits:
+            raise UserError(f"{self.config} does not fit {self.topology}: {plan.reason}")
+        return dataclasses.asdict(plan)
+
+    def _search(self, config: Config, topology: Topology) -> Mapping[str, Any]:
+        from spacedrive_jax.scaling.search import cost, search, search_space
+        from spacedrive_jax.scaling.text import one_line, trial_line
+
+        devices = len(topology.devices)
+        candidates = list(search_space(config, devices, step=self.step, batch_size=self.batch_size))
+        trials = []
+        for trial in search(candidates, topology, step=self.step, limit=self.limit, results=self.results):
+            trials.append(trial)
+            print(f"[{len(trials)}/{len(candidates)}] {trial_line(trial)}", flush=True)
+        compiled = [trial.plan for trial in trials if trial.plan is not None and trial.plan.compile_seconds]
+        ranked = sorted((plan for plan in compiled if plan.fits), key=cost)
+        untried = len(candidates) - len(trials)
+        print(f"{len(ranked)} of {len(compiled)} compiled fit, best first ({untried} not tried):")
         for plan in ranked:
-            print(one_line(plan))
-        for reason in refused:
-            print("refused:", reason)
-        if not ranked or not ranked[0].fits:
-            raise UserError(f"nothing tried fits {self.topology}: use more chips or a smaller batch")
-        return dataclasses.asdict(ranked[0]) | {"tried": len(plans), "ranked": list(map(one_line, ranked))}
+            print(" ", one_line(plan))
+        if not ranked:
+            raise UserError(
+                f"nothing tried fits {self.topology}: use more chips, a smaller batch"
+                + (f" or a --limit above {self.limit}" if untried else "")
+            )
+        facts = {"tried": len(compiled), "refused": len(trials) - len(compiled), "untried": untried}
+        return dataclasses.asdict(ranked[0]) | facts | {"ranked": list(map(one_line, ranked))}
 
     def _chosen(self, config: Config) -> Config:
         from spacedrive_jax.scaling.search import parse_mesh

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the config.
+"""Floating-point operations of a training or planning step, counted from the config.
 
 Only matrix products count, a multiply-add as two. Attention of the decoder counts its causal half; padding
 counts as the device computes it. What is recomputed to save memory is kept apart: it is work for the
@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 
 from spacedrive_jax.config import Config, ModelConfig
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.images import ImageProcessor
 from spacedrive_jax.data.records import NUM_CAMERAS
-from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig
+from spacedrive_jax.vlm.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
 from spacedrive_jax.vlm.windows import window_layout
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one optimisation step over the whole batch."""
+    """Of one step over the whole batch."""
 
     vision_forward: int
     decoder_forward: int
@@ -46,9 +45,6 @@ def train_step_flops(config: Config) -> StepFlops:
 
     With adapters the base needs gradients of its activations only (one more forward's worth in the decoder,
     none in the vision tower, before which nothing trains); without, of its weights too.
-
-    Raises:
-        UserError: the vision tower is not one whose operations are known here.
     """
     model, data, batch = config.model, config.data, config.train.batch_size
     decoder, length = model.vlm.decoder, data.sequence_length
@@ -65,6 +61,21 @@ def train_step_flops(config: Config) -> StepFlops:
         repeated = forward + vision
     recomputed = repeated if model.compute.remat == "full" else 0
     return StepFlops(vision, forward, adapters, head, backward, recomputed)
+
+
+def plan_step_flops(config: Config, answer_length: int) -> StepFlops:
+    """Counts answering one batch of planning questions in one pass.
+
+    Args:
+        config: `train.batch_size` prompts of `data.sequence_length` tokens.
+        answer_length: tokens of the answer's frame, run behind the prompt and scored.
+    """
+    model, data, batch = config.model, config.data, config.train.batch_size
+    decoder, length = model.vlm.decoder, data.sequence_length + answer_length
+    vision = NUM_CAMERAS * batch * vision_flops(model, data.image_size)
+    adapters = batch * adapter_flops(model, length) if model.use_lora else 0
+    head = 2 * batch * answer_length * decoder.hidden_size * decoder.vocab_size
+    return StepFlops(vision, batch * sum(decoder_flops(decoder, length)), adapters, head, 0, 0)
 
 
 def decoder_flops(config: DecoderConfig, length: int) -> tuple[int, int]:
@@ -86,16 +97,24 @@ def adapter_flops(model: ModelConfig, length: int) -> int:
 
 
 def vision_flops(model: ModelConfig, image_size: tuple[int, int]) -> int:
-    """One forward pass of the vision tower over one image.
+    """One forward pass of the vision tower over one image, up to the decoder's width."""
+    vlm = model.vlm
+    if isinstance(vlm, LlavaConfig):
+        return _clip_flops(vlm.vision, vlm.decoder.hidden_size)
+    return _qwen_vision_flops(vlm.vision, image_size)
 
-    Raises:
-        UserError: the tower is not Qwen2.5-VL's.
-    """
-    vision = model.vlm.vision
-    if not isinstance(vision, QwenVisionConfig):
-        raise UserError(
-            f"operations are counted for the Qwen2.5-VL vision tower, not {type(vision).__name__}"
-        )
+
+def _clip_flops(vision: ClipVisionConfig, decoder_width: int) -> int:
+    patches, width = vision.grid_side**2, vision.hidden_size
+    tokens = patches + 1  # the class token
+    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
+    scores = 4 * tokens**2 * width
+    projector = 2 * patches * decoder_width * (width + decoder_width)
+    embedding = 2 * patches * vision.patch_channels * width
+    return vision.used_blocks * (block + scores) + projector + embedding
+
+
+def _qwen_vision_flops(vision: QwenVisionConfig, image_size: tuple[int, int]) -> int:
     grid = ImageProcessor(vision, image_size).patch_grid
     patches, width = grid[0] * grid[1], vision.hidden_size
     layout = window_layout(grid, vision.merge_size, vision.window_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any, Literal
@@ -15,18 +14,24 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.samples import chat_layout
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.generate import Generation, generate
+from spacedrive_jax.inference.predict import expected_frame
 from spacedrive_jax.scaling.abstract_batch import abstract_batch
-from spacedrive_jax.scaling.flops import train_step_flops
-from spacedrive_jax.scaling.hlo import Collective, traffic
-from spacedrive_jax.scaling.topology import Topology
+from spacedrive_jax.scaling.flops import StepFlops, plan_step_flops, train_step_flops
+from spacedrive_jax.scaling.hlo import Collective, Traffic, traffic
+from spacedrive_jax.scaling.memory import bytes_per_chip, cache_bytes, product_bytes, residual_bytes
+from spacedrive_jax.scaling.topology import Chip, Topology
 from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.vlm.logical_axes import activations_on
 
 StepKind = Literal["train", "plan"]
+LONGEST_ANSWER = 100
+"""Tokens an answer of the planning step may have, as `predict` has it."""
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 """Gather weights whole instead of in steps interleaved with their product, which compiles twice as long. The
 launch scripts set the same in LIBTPU_INIT_ARGS."""
@@ -34,13 +39,14 @@ launch scripts set the same in LIBTPU_INIT_ARGS."""
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One compiled step; byte counts are of one chip."""
+    """One step on one machine; byte counts are of one chip."""
 
     topology: str
     chips: int
     mesh: dict[str, int]
     batch_size: int
     remat: str
+    attention: str
     step: StepKind
     fits: bool
     reason: str
@@ -49,13 +55,15 @@ class Plan:
     optimizer_bytes: int
     batch_bytes: int
     activation_bytes: int
-    """Residual stream kept between the blocks for the backward pass: a part of `temporary_bytes`."""
+    """At least kept for the backward pass, or for the answers' keys and values: a part of
+    `temporary_bytes`."""
     temporary_bytes: int
-    """Everything the step allocates and frees."""
+    """Everything the step allocates and frees; 0 where nothing was compiled."""
     peak_bytes: int
+    """By the compiler; where nothing was compiled, what is needed at least."""
     hbm_bytes: int | None
     flops_per_chip: float | None
-    """Model FLOPs of a step (analytic); None for the planning step."""
+    """Model FLOPs of a step (analytic); None for a planning step token by token."""
     hardware_flops_per_chip: float | None
     """The same with what is recomputed."""
     moved_bytes: int
@@ -66,16 +74,44 @@ class Plan:
     mfu_bound: float | None
     """Model FLOPs over what the chip could do in `step_seconds`."""
     compile_seconds: float
+    """0 where it could not fit, by shapes alone, and was not compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A step that can be lowered, and the arrays it takes."""
+
+    run: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    parameters: Any
+    optimizer: Any
+    batch: DrivingBatch
+    kept_bytes: int
+    flops: StepFlops | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What compiling a program showed, or why it was not compiled."""
+
+    reason: str
+    peak_bytes: int
+    temporary_bytes: int = 0
+    traffic: Traffic | None = None
+    seconds: float = 0.0
 
 
 def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -> Plan:
     """Compiles one step of a config for a described machine.
 
+    What cannot fit by its shapes alone is not compiled.
+
     Args:
         config: the whole run; `mesh` lays out the machine's devices. Weights and the tokenizer file are not
             read: only their shapes matter.
         topology: from `describe`.
-        step: the training step, or the answer to one batch of prompts (`train.batch_size` of them).
+        step: the training step, or the answer to one batch of prompts (`train.batch_size` of them), in one
+            pass where the config's answers have a frame.
 
     Raises:
         UserError: mesh, batch or model do not go together.
@@ -86,44 +122,15 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
         model=dataclasses.replace(config.model, weights=None),
     )
     mesh = make_mesh(config.mesh, topology.devices)
-    check_batch_size(config.train.batch_size, mesh)
-    parts = make_train_step(config, mesh)
-    check_replication(nnx.merge_state(parts.trainable, parts.frozen), mesh)
-    batch = abstract_batch(config, config.train.batch_size, mesh)
-    number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
-    started = time.monotonic()
-    if step == "train":
-        lowered = parts.run.lower(parts.trainable, parts.optimizer_state, parts.frozen, batch, number)
-        optimizer: Any = parts.optimizer_state
-    else:
-        lowered = _planning_step(config, mesh).lower(parts.trainable, parts.frozen, batch)
-        optimizer = ()
-    reason, compiled = "", None
-    try:
-        compiled = lowered.compile(compiler_options=TPU_OPTIONS if topology.chip is not None else None)
-    except Exception as error:
-        reason = _out_of_memory(str(error))
-        if not reason:
-            raise
-    seconds = time.monotonic() - started
-
-    memory = None if compiled is None else compiled.memory_analysis()
-    moved = None if compiled is None else traffic(compiled.as_text() or "", mesh.size)
-    states = _bytes_per_chip((parts.trainable, parts.frozen))  # float32 trainables, frozen base
-    peak = _stated_need(reason) or states
-    if memory is not None:
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        )
+    pieces = config.train.accumulation if step == "train" else 1
+    check_batch_size(config.train.batch_size, mesh, pieces=pieces)
+    program = _training(config, mesh) if step == "train" else _planning(config, mesh)
+    check_replication(nnx.merge_state(*program.parameters), mesh)
+    parameters, optimizer, batch = map(bytes_per_chip, (program.parameters, program.optimizer, program.batch))
+    least = parameters + optimizer + batch + program.kept_bytes
     chip = topology.chip
-    if chip is not None and not reason and peak > chip.hbm_bytes:
-        reason = f"needs {peak / 1e9:.2f} GB of {chip.hbm_bytes / 1e9:.2f} GB"
-    flops = train_step_flops(config) if step == "train" else None
-    bound = None
+    measured = _measure(program, topology, least, mesh.size)
+    flops, moved, bound = program.flops, measured.traffic, None
     if flops is not None and chip is not None and moved is not None:
         bound = max(
             flops.hardware / mesh.size / chip.peak_flops,
@@ -136,15 +143,16 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
         mesh=dict(mesh.shape),
         batch_size=config.train.batch_size,
         remat=config.model.compute.remat,
+        attention=config.model.compute.attention,
         step=step,
-        fits=not reason,
-        reason=reason,
-        parameter_bytes=states,
-        optimizer_bytes=_bytes_per_chip(optimizer),
-        batch_bytes=_bytes_per_chip(batch),
-        activation_bytes=_residual_bytes(config, mesh) if step == "train" else 0,
-        temporary_bytes=0 if memory is None else memory.temp_size_in_bytes,
-        peak_bytes=peak,
+        fits=not measured.reason,
+        reason=measured.reason,
+        parameter_bytes=parameters,
+        optimizer_bytes=optimizer,
+        batch_bytes=batch,
+        activation_bytes=program.kept_bytes,
+        temporary_bytes=measured.temporary_bytes,
+        peak_bytes=measured.peak_bytes,
         hbm_bytes=None if chip is None else chip.hbm_bytes,
         flops_per_chip=None if flops is None else flops.model / mesh.size,
         hardware_flops_per_chip=None if flops is None else flops.hardware / mesh.size,
@@ -154,46 +162,96 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
         mfu_bound=None
         if bound is None or flops is None or chip is None
         else flops.model / mesh.size / chip.peak_flops / bound,
-        compile_seconds=seconds,
+        compile_seconds=measured.seconds,
     )
 
 
-def _planning_step(config: Config, mesh: Mesh) -> Any:
-    graph, _, _ = abstract_state(config, mesh)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+def _training(config: Config, mesh: Mesh) -> _Program:
+    parts = make_train_step(config, mesh)
+    batch = abstract_batch(config, config.train.batch_size, mesh)
+    number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+    return _Program(
+        parts.run,
+        (parts.trainable, parts.optimizer_state, parts.frozen, batch, number),
+        (parts.trainable, parts.frozen),
+        parts.optimizer_state,
+        batch,
+        residual_bytes(config, mesh) + product_bytes(config, mesh),
+        train_step_flops(config),
+    )
+
+
+def _planning(config: Config, mesh: Mesh) -> _Program:
+    graph, trainable, frozen = abstract_state(config, mesh)
+    tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model))
+    frame = expected_frame(config, tokenizer)
+    batch = abstract_batch(config, config.train.batch_size, mesh)
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
         with activations_on(mesh):
-            return generate(nnx.merge(graph, trainable, frozen), batch, tokenizer, 100)
+            model = nnx.merge(graph, trainable, frozen)
+            return generate(model, batch, tokenizer, LONGEST_ANSWER, frame=frame)
 
-    return answer
-
-
-def _bytes_per_chip(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf, "sharding")
+    return _Program(
+        answer,
+        (trainable, frozen, batch),
+        (trainable, frozen),
+        (),
+        batch,
+        cache_bytes(config, mesh),
+        None if frame is None else plan_step_flops(config, len(frame)),
     )
 
 
-def _residual_bytes(config: Config, mesh: Mesh) -> int:
-    compute, decoder = config.model.compute, config.model.vlm.decoder
-    samples = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulation)
-    length = config.data.sequence_length
-    if length % mesh.shape["tensor"] == 0:
-        length //= mesh.shape["tensor"]
-    width = decoder.hidden_size * compute.activation_dtype.itemsize
-    return decoder.num_layers * max(samples, 1) * length * width
+def _measure(program: _Program, topology: Topology, least: int, devices: int) -> _Measured:
+    """Compiles a program that needs `least` bytes a chip at least, unless that is too much already."""
+    chip = topology.chip
+    if chip is not None and least > chip.hbm_bytes:
+        return _Measured(f"needs at least {_of_hbm(least, chip)} by its shapes; not compiled", least)
+    started = time.monotonic()
+    lowered = program.run.lower(*program.arguments)
+    try:
+        compiled = lowered.compile(compiler_options=TPU_OPTIONS if chip is not None else None)
+    except jax.errors.JaxRuntimeError as error:
+        reason = _out_of_memory(str(error))
+        if not reason:
+            raise
+        return _Measured(reason, max(_stated_need(reason), least), seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    assert memory is not None  # TPU and CPU compilers both report it
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    reason = f"needs {_of_hbm(peak, chip)}" if chip is not None and peak > chip.hbm_bytes else ""
+    return _Measured(reason, peak, memory.temp_size_in_bytes, _traffic(compiled, devices), seconds)
+
+
+def _traffic(compiled: jax.stages.Compiled, devices: int) -> Traffic:
+    try:
+        return traffic(compiled.as_text() or "", devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            "the compiled program cannot be read back: this libtpu and jaxlib do not go together, install "
+            f"the one in requirements-aot.txt ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def _of_hbm(count: int, chip: Chip) -> str:
+    return f"{count / 1e9:.1f} GB of a {chip.name}'s {chip.hbm_bytes / 1e9:.1f} GB"
 
 
 def _out_of_memory(message: str) -> str:
     """The compiler's own words where it ran out of memory, else nothing."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return ""
-    said = re.search(r"Ran out of memory[^\n]*|Used [^\n]* hbm[^\n]*", message)
-    return said[0][:300] if said else message.splitlines()[0][:300]
+    said = re.search(r"Used [^\n]*? hbm[^\n]*", message) or re.search(r"Ran out of memory[^\n]*", message)
+    return f"out of memory when compiled: {said[0] if said else message.splitlines()[0]}"[:300]
 
 
 def _stated_need(reason: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spacedrive_jax.scaling.plan import Plan
+from spacedrive_jax.scaling.search import Trial
 
 
 def one_line(plan: Plan) -> str:
@@ -15,6 +16,19 @@ def one_line(plan: Plan) -> str:
         f"{mesh}  batch {plan.batch_size}  remat {plan.remat}  peak {plan.peak_bytes / 1e9:.2f} GB  {fits}"
         f"{time}{mfu}"
     )
+
+
+def trial_line(trial: Trial) -> str:
+    """What became of one candidate of a search."""
+    if trial.plan is None:
+        mesh, train = trial.config.mesh, trial.config.train
+        sizes = f"data={mesh.data},fsdp={mesh.fsdp},tensor={mesh.tensor}"
+        remat = trial.config.model.compute.remat
+        return f"{sizes}  batch {train.batch_size}  remat {remat}  left out: {trial.refusal}"
+    if not trial.plan.fits:
+        return f"{one_line(trial.plan)}: {trial.plan.reason}"
+    source = "known" if trial.known else f"compiled in {trial.plan.compile_seconds:.0f} s"
+    return f"{one_line(trial.plan)}  {source}"
 
 
 def describe_plan(plan: Plan) -> str:
@@ -31,7 +45,7 @@ def describe_plan(plan: Plan) -> str:
         f"  optimizer           {size(plan.optimizer_bytes)}",
         f"  batch               {size(plan.batch_bytes)}",
         f"  temporaries         {size(plan.temporary_bytes)}",
-        f"    of them kept residual stream {size(plan.activation_bytes)}",
+        f"    kept at least     {size(plan.activation_bytes)}",
         f"  peak                {size(plan.peak_bytes)}"
         + ("" if plan.hbm_bytes is None else f" of {plan.hbm_bytes / 1e9:.3f} GB"),
         f"  moved in memory     {size(plan.moved_bytes)} a step",
@@ -44,5 +58,8 @@ def describe_plan(plan: Plan) -> str:
         )
     if plan.step_seconds is not None:
         rows.append(f"step time at least {plan.step_seconds:.3f} s, MFU at most {plan.mfu_bound:.1%}")
-    rows.append(f"compiled in {plan.compile_seconds:.0f} s; {'fits' if plan.fits else 'does not fit'}")
+    rows.append(
+        f"compiled in {plan.compile_seconds:.0f} s; "
+        + ("fits" if plan.fits else f"does not fit: {plan.reason}")
+    )
     return "\n".join(rows)

@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from spacedrive_jax.cli import main
-from spacedrive_jax.config import MeshConfig, load_preset
 from spacedrive_jax.console import UserError
-from spacedrive_jax.scaling.search import parse_mesh, search_space
+from spacedrive_jax.scaling.search import parse_mesh
 from spacedrive_jax.scaling.topology import describe
 from tests.conftest import ROOT
 
@@ -61,10 +60,37 @@ def test_without_libtpu_the_way_to_get_it_is_named():
         describe("v5e:2x2")
 
 
-def test_search_space_holds_only_what_can_run():
-    candidates = list(search_space(load_preset(TINY), 4))
-    assert candidates[0].mesh == MeshConfig(1, 4, 1)
-    for each in candidates:
-        assert each.mesh.data * each.mesh.fsdp * each.mesh.tensor == 4
-        assert each.train.batch_size % (each.mesh.data * each.mesh.fsdp) == 0
-    assert len(set(candidates)) == len(candidates)
+def test_the_planning_step_compiles_too():
+    done = aot(
+        "--topology", "cpu:4", "--step", "plan", "--mesh", "fsdp=2,tensor=2", "--batch-size", "2", devices=4
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["optimizer_bytes"] == 0
+    assert facts["hardware_flops_per_chip"] == facts["flops_per_chip"] > 0
+
+
+def test_search_ranks_what_it_compiled_and_remembers_it(tmp_path, capsys):
+    results = tmp_path / "plans.json"
+    command = ["aot", TINY, "--topology", "cpu:1", "--search", "--batch-size", "4", "--results", str(results)]
+
+    def search(*more):
+        status, (out, err) = main([*command, "--json", *more]), capsys.readouterr()
+        return status, out, err
+
+    status, out, _ = search("--limit", "2")
+    facts = json.loads(out.splitlines()[-1])
+    assert (status, facts["tried"], len(facts["ranked"]), facts["untried"]) == (0, 2, 2, 2)
+    status, again, _ = search("--limit", "0")
+    assert json.loads(again.splitlines()[-1])["ranked"] == facts["ranked"]
+    assert again.count("  known") == 2
+    results.write_text("[]")
+    status, _, err = search()
+    assert status == 1
+    assert "does not hold plans of a search" in err
+
+
+def test_search_chooses_mesh_and_remat(capsys):
+    for flag in (("--mesh", "fsdp=2"), ("--remat", "full")):
+        assert main(["aot", TINY, "--topology", "cpu:1", "--search", *flag]) == 1
+        assert f"leave {flag[0]} out" in capsys.readouterr().err

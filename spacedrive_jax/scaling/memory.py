@@ -1,0 +1,59 @@
+"""What a step takes at least in each chip's memory, from shapes alone: no compilation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spacedrive_jax.config import Config
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of one chip's shards of all arrays in a tree, abstract or real."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "sharding")
+    )
+
+
+def residual_bytes(config: Config, mesh: Mesh) -> int:
+    """The residual stream that the decoder's scan keeps between its blocks for the backward pass."""
+    decoder, length = config.model.vlm.decoder, config.data.sequence_length
+    if length % mesh.shape["tensor"] == 0:
+        length //= mesh.shape["tensor"]
+    width = decoder.hidden_size * config.model.compute.activation_dtype.itemsize
+    return decoder.num_layers * _samples_per_chip(config, mesh) * length * width
+
+
+def product_bytes(config: Config, mesh: Mesh) -> int:
+    """What the decoder's blocks keep for the backward pass besides the residual stream.
+
+    A lower bound: the products with the base's weights that their backward pass needs (query, key, value,
+    attention's output, gate, up), and the attention scores where they are written out; adapters, norms and
+    the vision tower's blocks come on top. Nothing with remat `full`.
+    """
+    compute, decoder, length = config.model.compute, config.model.vlm.decoder, config.data.sequence_length
+    if compute.remat == "full":
+        return 0
+    heads = decoder.num_heads + 2 * decoder.num_kv_heads
+    width = heads * decoder.head_dim + decoder.hidden_size + 2 * decoder.intermediate_size
+    kept = length * width * compute.activation_dtype.itemsize
+    if compute.remat != "dots_no_batch" and compute.attention == "xla":
+        kept += decoder.num_heads * length * length * compute.activation_dtype.itemsize
+    return decoder.num_layers * _samples_per_chip(config, mesh) * kept // mesh.shape["tensor"]
+
+
+def cache_bytes(config: Config, mesh: Mesh) -> int:
+    """Keys and values of the prompts in the planning step."""
+    decoder, samples = config.model.vlm.decoder, _samples_per_chip(config, mesh)
+    token = 2 * decoder.num_kv_heads * decoder.head_dim * config.model.compute.activation_dtype.itemsize
+    return decoder.num_layers * samples * config.data.sequence_length * token // mesh.shape["tensor"]
+
+
+def _samples_per_chip(config: Config, mesh: Mesh) -> int:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulation
+    return max(config.train.batch_size // ways, 1)
