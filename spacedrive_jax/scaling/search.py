@@ -140,9 +140,9 @@ def search(
 def estimate(config: Config, topology: Topology) -> float:
     """A guess, without compiling, at the seconds of a training step per sample: what to try first.
 
-    Arithmetic at the chip's peak and, one after the other, the bytes that the decoder sends: its weights twice (for
-    the forward and the backward pass, recomputed or not) around `fsdp`, the residual stream four times a
-    block and pass around `tensor`. Where the machine's rates are not known, those of a v5e.
+    Arithmetic at the chip's peak and, one after the other, the bytes that the decoder sends: its weights
+    twice (for the forward and the backward pass, recomputed or not) around `fsdp`, the residual stream four
+    times a block and pass around `tensor`. Where the machine's rates are not known, those of a v5e.
     """
     chip = topology.chip or CHIPS["v5e"]
     decoder, compute, mesh = config.model.vlm.decoder, config.model.compute, config.mesh
