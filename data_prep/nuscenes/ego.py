@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from data_prep.nuscenes.commands import navigation_command, released_command
 from data_prep.nuscenes.poses import heading, inverse, transforms
 from data_prep.nuscenes.scenes import Scene
+from spacedrive_jax.data.commands import navigation_command, released_command
 from spacedrive_jax.data.records import CAN_BUS_SIZE, NUM_PAST, NUM_WAYPOINTS, Record
 
 _PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78, 1.0])

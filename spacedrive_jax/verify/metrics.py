@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spacedrive_jax.data.commands import released_command
 from spacedrive_jax.evaluation.counterfactual.risks import Item, count_risks, parse_candidates
 from spacedrive_jax.evaluation.metrics import StepScores
 from spacedrive_jax.evaluation.predictions import discretize, sort_predictions
@@ -165,9 +166,6 @@ def _flat(trajectories: list[np.ndarray | None]) -> np.ndarray:
 
 def _commands(case: Case) -> Iterator[Check]:
     if "command/command" in case.outputs:
-        # The command rule is data preparation's; nothing but this comparison looks that way.
-        from data_prep.nuscenes.commands import released_command
-
         ends = case.inputs["command/gt_planning"][:, -1]
         ours = [released_command(end) for end in ends]
         yield compare("command/command", ours, case.outputs["command/command"], rtol=0.0)

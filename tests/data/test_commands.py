@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep.nuscenes.commands import angle_class, navigation_command, released_command
+from spacedrive_jax.data.commands import angle_class, navigation_command, released_command
 
 
 def test_released_command_equals_golden(golden):
