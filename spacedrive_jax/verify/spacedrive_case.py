@@ -30,7 +30,7 @@ from spacedrive_jax.published.tensors import adapter_rules, base_rules, head_rul
 from spacedrive_jax.vlm import LlavaConfig, LoraConfig, flatten_patches, read_hf_config
 from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.config import ComputeConfig
-from spacedrive_jax.vlm.conversion import Rule
+from spacedrive_jax.vlm.conversion import Rule, check_names_and_shapes
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 
 Arrays = Mapping[str, np.ndarray]
@@ -130,12 +130,29 @@ class Weights:
                 return file.read(name)
         raise UserError(f"{self.files[0].path} lacks {name}: the case is incomplete")
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor."""
+        return {name: shape for file in self.files for name, shape in file.shapes().items()}
+
 
 def build_model(config: ModelConfig, indicator_id: int, weights: Weights) -> SpaceDrive:
-    """The model with recorded weights."""
-    model = nnx.jit(lambda: SpaceDrive(config, indicator_id=indicator_id, rngs=nnx.Rngs(0)))()
-    state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    fill(state, model_rules(config, indicator_id), weights)
+    """The model with recorded weights.
+
+    Raises:
+        UserError: naming every tensor that is missing or has another shape than the settings ask for.
+    """
+
+    def build() -> SpaceDrive:
+        return SpaceDrive(config, indicator_id=indicator_id, rngs=nnx.Rngs(0))
+
+    # Abstract: every parameter is recorded, and drawing them would cost more than all that is compared.
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    state = dict(nnx.to_flat_state(abstract))
+    rules = model_rules(config, indicator_id)
+    names = {name for rule in rules for name in rule.source_names()}
+    shapes = {name: shape for name, shape in weights.shapes().items() if name in names}
+    check_names_and_shapes(rules, shapes, origin=str(weights.files[-1].path))
+    fill(state, rules, weights)
     new_tokens = new_token_rows(config, indicator_id)
     if new_tokens is not None and isinstance(config.vlm, LlavaConfig):
         # The published LLaVA trains rows of its full tables; ours are kept beside them.
@@ -143,8 +160,7 @@ def build_model(config: ModelConfig, indicator_id: int, weights: Weights) -> Spa
         for new, table in (("new_embedding", "embedding"), ("new_head", "head")):
             variable = state["vlm", "decoder", new]
             state["vlm", "decoder", new] = variable.replace(state["vlm", "decoder", table][...][rows])
-    nnx.update(model, nnx.from_flat_state(state))
-    return model
+    return nnx.merge(graph, nnx.from_flat_state(state))
 
 
 def model_rules(config: ModelConfig, indicator_id: int) -> tuple[Rule, ...]:
