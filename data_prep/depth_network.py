@@ -121,7 +121,8 @@ class KeyframeDepth:
 
         An absent image counts as black; readers leave its depth out.
         """
-        images = np.concatenate([self._views(record) for record in records])
+        size, order = self.config.image_size, self.config.channel_order
+        images = np.concatenate([keyframe_views(record, size, order) for record in records])
         intrinsics = None
         if self.config.camera == "given":
             cameras = [scaled_intrinsics(record, self.config.image_size) for record in records]
@@ -142,18 +143,28 @@ class KeyframeDepth:
             pooled[:count].astype(np.float32).reshape(*shape, *pooled.shape[1:]),
         )
 
-    def _views(self, record: Record) -> UInt8[np.ndarray, "N H W 3"]:
-        height, width = self.config.image_size
-        views = np.zeros((len(CAMERAS), height, width, 3), np.uint8)
-        for camera, encoded in enumerate(record["images"]):
-            if not encoded:
-                continue
-            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-            if image is None:
-                raise UserError(f"keyframe {record['token']}: the {CAMERAS[camera]} image cannot be decoded")
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            views[camera] = image[..., ::-1] if self.config.channel_order == "rgb" else image
-        return views
+
+def keyframe_views(
+    record: Record, image_size: tuple[int, int], channel_order: Literal["rgb", "bgr"] = "rgb"
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """The views of a keyframe as a depth network gets them: decoded, and squashed to one size.
+
+    An absent image is black.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+    height, width = image_size
+    views = np.zeros((len(CAMERAS), height, width, 3), np.uint8)
+    for camera, encoded in enumerate(record["images"]):
+        if not encoded:
+            continue
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
+            raise UserError(f"keyframe {record['token']}: the {CAMERAS[camera]} image cannot be decoded")
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        views[camera] = image[..., ::-1] if channel_order == "rgb" else image
+    return views
 
 
 def provenance(config: DepthNetworkConfig, records_fingerprint: str) -> Mapping[str, Any]:

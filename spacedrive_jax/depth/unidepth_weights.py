@@ -97,8 +97,10 @@ def config_from_json(settings: Mapping[str, Any]) -> UniDepthConfig:
     if "model" in settings:
         return _released_config(settings)
     encoder, decoder, infer = settings["encoder"], settings["decoder"], settings["infer"]
+    default = UniDepthConfig()
     return UniDepthConfig(
         encoder=Dinov2Config(
+            patch_size=encoder.get("patch_size", default.encoder.patch_size),
             width=encoder["embed_dim"],
             depth=encoder["depth"],
             heads=encoder["heads"],
@@ -112,8 +114,10 @@ def config_from_json(settings: Mapping[str, Any]) -> UniDepthConfig:
         heads=decoder["num_heads"],
         expansion=decoder["expansion"],
         units=tuple(decoder["depths"]),
+        head_hidden=decoder.get("head_hidden", default.head_hidden),
         ratio_bounds=tuple(infer["ratio_bounds"]),
         pixel_bounds=(infer["pixels_min"], infer["pixels_max"]),
+        resolution_level=infer.get("resolution_level"),
     )
 
 
@@ -123,6 +127,7 @@ def config_to_json(config: UniDepthConfig) -> dict[str, Any]:
     return {
         "kind": KIND,
         "encoder": {
+            "patch_size": encoder.patch_size,
             "embed_dim": encoder.width,
             "depth": encoder.depth,
             "heads": encoder.heads,
@@ -137,11 +142,13 @@ def config_to_json(config: UniDepthConfig) -> dict[str, Any]:
             "num_heads": config.heads,
             "expansion": config.expansion,
             "depths": config.units,
+            "head_hidden": config.head_hidden,
         },
         "infer": {
             "ratio_bounds": config.ratio_bounds,
             "pixels_min": config.pixel_bounds[0],
             "pixels_max": config.pixel_bounds[1],
+            "resolution_level": config.resolution_level,
         },
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from spacedrive_jax.vlm.config import ComputeConfig
@@ -41,6 +42,8 @@ def scan_layers(
     carry: Carry,
     per_layer: Any,
     compute: ComputeConfig,
+    *,
+    unroll: bool = False,
 ) -> tuple[Carry, Any]:
     """Applies stacked layers one after the other.
 
@@ -50,6 +53,8 @@ def scan_layers(
         carry: What flows from layer to layer.
         per_layer: Pytree of arrays with a leading layer axis, sliced for each step.
         compute: Names the rematerialisation policy.
+        unroll: Writes the layers out instead of looping: for few small ones. XLA's CPU backend runs
+            convolutions inside a loop's backward pass some ten times slower than outside.
 
     Returns:
         The last carry and the outputs, stacked over layers.
@@ -63,4 +68,11 @@ def scan_layers(
     if compute.remat != "none":
         # Inside a scan nothing can be merged across the checkpoint's boundary, so CSE need not be barred.
         step = jax.checkpoint(step, policy=compute.remat_policy(), prevent_cse=False)
-    return jax.lax.scan(step, carry, (state, per_layer))
+    if not unroll:
+        return jax.lax.scan(step, carry, (state, per_layer))
+    # `jax.lax.scan(unroll=True)` would keep a loop of one turn.
+    outputs = []
+    for layer in range(jax.tree.leaves(state)[0].shape[0]):
+        carry, output = step(carry, jax.tree.map(lambda array: array[layer], (state, per_layer)))  # noqa: B023
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)

@@ -14,7 +14,6 @@ from spacedrive_jax.depth.unidepth_camera import inference_size
 from spacedrive_jax.depth.unidepth_weights import (
     UNUSED,
     config_from_json,
-    config_to_json,
     load_unidepth,
     save_unidepth,
     unidepth_rules,
@@ -99,12 +98,43 @@ def test_table_is_the_released_state_dict(golden, name):
     assert parameters == sum(np.prod(shape) for shape in expected.values())
 
 
-def test_round_trip_keeps_every_bit_and_the_config(tiny, tmp_path):
-    save_unidepth(tiny, tmp_path / "saved")
+OTHER = UniDepthConfig(
+    encoder=Dinov2Config(
+        width=32,
+        depth=5,
+        heads=4,
+        taps=(1, 3, 4, 5),
+        patch_size=7,
+        position_grid=(3, 5),
+        mlp_ratio=3,
+        block_norm_eps=1e-4,
+        final_norm_eps=1e-3,
+    ),
+    width=16,
+    heads=2,
+    expansion=2,
+    units=(1, 2, 1),
+    head_hidden=12,
+    ratio_bounds=(0.25, 3.0),
+    pixel_bounds=(1000, 3000),
+    resolution_level=4,
+)
+"""No field has its default."""
+
+
+@pytest.mark.parametrize("config", [TINY, OTHER])
+def test_round_trip_keeps_every_bit_and_the_config(config, tmp_path):
+    model = initialize(lambda rngs: UniDepthV2(config, rngs=rngs), seed=0)
+    save_unidepth(model, tmp_path / "saved")
     loaded = load_unidepth(tmp_path / "saved")
-    assert loaded.config == TINY
-    assert config_from_json(json.loads(json.dumps(config_to_json(TINY)))) == TINY
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(tiny), nnx.state(loaded))
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(loaded))
+
+
+def test_the_other_config_differs_in_every_field():
+    for changed, default in ((OTHER, UniDepthConfig()), (OTHER.encoder, UniDepthConfig().encoder)):
+        for field in dataclasses.fields(changed):
+            assert getattr(changed, field.name) != getattr(default, field.name), field.name
 
 
 def test_older_architectures_and_missing_tensors_are_named(tiny, tmp_path):
