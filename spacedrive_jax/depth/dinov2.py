@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.depth.resize import bicubic
+from spacedrive_jax.vlm.attention import IMAGE_AXES, attend
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.stack import scan_layers, stack_layers
 
@@ -106,14 +107,13 @@ class Dinov2Block(nnx.Module):
         self.mlp_out = make(config.mlp_ratio * width, width)
         self.mlp_scale = nnx.Param(jnp.ones(width, compute.storage_dtype))
         self.heads = config.heads
-        self.implementation = compute.attention
+        self.attention_choice = compute.attention
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Runs the block."""
         qkv = self.qkv(self.attention_norm(x)).reshape(*x.shape[:2], 3, self.heads, -1)
-        attended = jax.nn.dot_product_attention(
-            *(qkv[:, :, index] for index in range(3)), implementation=self.implementation
-        )
+        q, k, v = (qkv[:, :, index] for index in range(3))
+        attended = attend(q, k, v, choice=self.attention_choice, axes=IMAGE_AXES)
         x = x + self.attention_scale[...].astype(x.dtype) * self.attention_out(attended.reshape(x.shape))
         hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=False)
         return x + self.mlp_scale[...].astype(x.dtype) * self.mlp_out(hidden)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from spacedrive_jax.depth.convolutions import PatchUpsample, convolution
 from spacedrive_jax.depth.dinov2 import layer_norm, linear
 from spacedrive_jax.depth.resize import bilinear
+from spacedrive_jax.vlm.attention import IMAGE_AXES, attend
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.stack import scan_layers, stack_layers
 
@@ -61,7 +62,7 @@ class CrossAttentionBlock(nnx.Module):
         self.attention_scale = nnx.Param(ones()) if layer_scale else None
         self.mlp_scale = nnx.Param(ones()) if layer_scale else None
         self.heads = heads
-        self.implementation = compute.attention
+        self.attention_choice = compute.attention
 
     def __call__(
         self,
@@ -75,7 +76,7 @@ class CrossAttentionBlock(nnx.Module):
             q = q + query_position.astype(q.dtype)
         k, v = jnp.split(self.kv(self.context_norm(context)), 2, axis=-1)
         q, k, v = (each.reshape(*each.shape[:2], self.heads, -1) for each in (q, k, v))
-        attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        attended = attend(q, k, v, choice=self.attention_choice, axes=IMAGE_AXES)
         x = x + self._scaled(self.out(attended.reshape(x.shape)), self.attention_scale)
         return x + self._scaled(self.mlp(x), self.mlp_scale)
 
@@ -150,7 +151,7 @@ class UpStage(nnx.Module):
         def apply(unit: ResidualUnit, carry: Any, _: Any) -> tuple[Any, None]:
             return unit(carry), None
 
-        x, _ = scan_layers(self.units, apply, x, None, self.compute)
+        x, _ = scan_layers(self.units, apply, x, None, self.compute, unroll=True)
         x = self.out(x)
         return bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.attention import IMAGE_AXES, attend
 from spacedrive_jax.vlm.config import ClipVisionConfig, ComputeConfig
 from spacedrive_jax.vlm.layers import INIT_STD, LayerNorm, Projection, parameter
 from spacedrive_jax.vlm.logical_axes import constrain
@@ -33,13 +34,11 @@ class ClipAttention(nnx.Module):
         self.k = make(model, heads, outer, names)
         self.v = make(model, heads, outer, names)
         self.o = make(heads, model, names, outer)
-        self.implementation = compute.attention
+        self.attention_choice = compute.attention
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         """Attends over the whole image."""
-        return self.o(
-            jax.nn.dot_product_attention(self.q(x), self.k(x), self.v(x), implementation=self.implementation)
-        )
+        return self.o(attend(self.q(x), self.k(x), self.v(x), choice=self.attention_choice, axes=IMAGE_AXES))
 
 
 class ClipBlock(nnx.Module):

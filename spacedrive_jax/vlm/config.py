@@ -18,6 +18,7 @@ from spacedrive_jax.console import UserError
 
 LoraTarget = Literal["q", "k", "v", "o"]
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
 
 _REMAT_POLICIES = {
     "full": "nothing_saveable",
@@ -291,8 +292,9 @@ class ComputeConfig:
     """Storage of the base weights. Adapters and new-token rows are float32 always."""
     remat: RematPolicy = "none"
     """What a block keeps for the backward pass: everything, nothing, or its matrix products."""
-    attention: Literal["xla", "cudnn"] = "xla"
-    """Kernel that `jax.nn.dot_product_attention` uses where it can (cudnn: GPU, half precision)."""
+    attention: AttentionChoice = "auto"
+    """Kernel of attention over whole sequences: plain `xla`, the fused `cudnn` (NVIDIA GPUs, half precision)
+    or `splash` (TPUs). `auto` takes the fused one where there is one (`attention.choose_kernel`)."""
 
     @property
     def activation_dtype(self) -> jnp.dtype:

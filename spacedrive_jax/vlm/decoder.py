@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.attention import attend
 from spacedrive_jax.vlm.cache import KVCache
 from spacedrive_jax.vlm.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.vlm.layers import INIT_STD, Projection, RMSNorm, SwiGLU, parameter
@@ -47,7 +48,7 @@ class Attention(nnx.Module):
         self.k = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("k"))
         self.v = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("v"))
         self.o = make(query, model, query_names, outer, bias=False, lora=adapter("o"))
-        self.implementation = compute.attention
+        self.attention_choice = compute.attention
 
     def __call__(
         self,
@@ -68,9 +69,7 @@ class Attention(nnx.Module):
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
-            attended = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, key_value_seq_lengths=lengths, implementation=self.implementation
-            )
+            attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
         else:
             cache = cache.write(layer, k, v)
             attended = jax.nn.dot_product_attention(

@@ -71,9 +71,15 @@ def activations_on(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that the traced step opened; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) else mesh
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's sharding by the logical names of its axes; the identity without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+    mesh = current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolve(names, x.shape, mesh)))

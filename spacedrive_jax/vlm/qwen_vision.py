@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.attention import IMAGE_AXES, attend
 from spacedrive_jax.vlm.config import ComputeConfig, QwenVisionConfig
 from spacedrive_jax.vlm.layers import Projection, RMSNorm, SwiGLU
 from spacedrive_jax.vlm.logical_axes import constrain
@@ -35,7 +36,7 @@ class VisionAttention(nnx.Module):
         make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
         self.qkv = make(model, (3, *heads), ("vision_embed",), (None, *names))
         self.o = make(heads, model, names, ("vision_embed",))
-        self.implementation = compute.attention
+        self.attention_choice = compute.attention
 
     def __call__(
         self, x: Float[Array, "I P D"], rotary: RotaryTables, layout: WindowLayout, full: Bool[Array, ""]
@@ -50,7 +51,7 @@ class VisionAttention(nnx.Module):
         return self.o(attended)
 
     def _whole_image(self, q: Heads, k: Heads, v: Heads) -> Heads:
-        return jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        return attend(q, k, v, choice=self.attention_choice, axes=IMAGE_AXES)
 
     def _windowed(self, q: Heads, k: Heads, v: Heads, *, layout: WindowLayout) -> Heads:
         images, _, heads, channels = q.shape
@@ -60,9 +61,7 @@ class VisionAttention(nnx.Module):
             q, k, v = (each[:, layout.slots.reshape(-1)] for each in (q, k, v))
         q, k, v = (each.reshape(images * windows, capacity, heads, channels) for each in (q, k, v))
         lengths = jnp.tile(jnp.asarray(layout.window_lengths, jnp.int32), images) if layout.ragged else None
-        attended = jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=lengths, implementation=self.implementation
-        )
+        attended = attend(q, k, v, choice=self.attention_choice, lengths=lengths, axes=IMAGE_AXES)
         attended = attended.reshape(images, windows * capacity, heads, channels)
         return attended[:, layout.places] if layout.ragged else attended
 
