@@ -99,13 +99,14 @@ class Predict(Command):
     """
 
     checkpoint: Path
-    """Run folder (its newest checkpoint) or RUN/checkpoints/STEP."""
+    """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or a folder of import-weights --from
+    spacedrive."""
     records: Path
     """Records folder written by `python -m data_prep convert`."""
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to predict."""
     out: Path | None = None
-    """File to write; predictions.jsonl in the run folder by default."""
+    """File to write; predictions.jsonl in the run folder by default (an imported checkpoint needs a name)."""
     batch_size: int = 8
     """Samples per step, over all devices."""
     max_new_tokens: int = 100
@@ -122,9 +123,11 @@ class Predict(Command):
         use_compilation_cache()
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.training.checkpoints import locate
+        from spacedrive_jax.weights.trained_parts import is_imported
 
-        run_dir, _ = locate(self.checkpoint)
-        out = self.out or run_dir / "predictions.jsonl"
+        if self.out is None and is_imported(self.checkpoint):
+            raise console.UserError(f"{self.checkpoint} is no run folder to write to: give --out FILE")
+        out = self.out or locate(self.checkpoint)[0] / "predictions.jsonl"
         result = predict(
             self.checkpoint,
             self.records,
@@ -137,7 +140,7 @@ class Predict(Command):
             overwrite=self.overwrite,
         )
         if self.out is None:
-            _note_predictions(run_dir, self.records, self.split, out)
+            _note_predictions(out.parent, self.records, self.split, out)
         rate = result.samples / max(result.seconds, 1e-9)
         print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
         return {

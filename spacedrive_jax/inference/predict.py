@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.config import Config, from_json
+from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.coordinates_in_text import parse_coordinates
 from spacedrive_jax.data.pipeline import Samples, evaluation_batches
@@ -23,11 +23,10 @@ from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.depth.sources import with_network_depth
 from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation
-from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
-from spacedrive_jax.training.state import abstract_state, frozen_state
 
 Decoding = Literal["one-pass", "token-by-token"]
 """How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
@@ -63,7 +62,7 @@ def predict(
     """Predicts every keyframe of a split.
 
     Args:
-        checkpoint: run folder or `RUN/checkpoints/STEP`.
+        checkpoint: see `open_trained_model`.
         records_dir: records folder.
         split: `train`, `val` or `all`.
         out: JSON Lines file: token, waypoints (6 x [x, y], metres, ego frame), text, status.
@@ -78,23 +77,17 @@ def predict(
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another --out, or --overwrite")
-    run_dir, step = checkpoints.locate(checkpoint)
-    config = from_json((run_dir / "config.json").read_text())
-    mesh = make_mesh(config.mesh)
-    check_batch_size(batch_size, mesh)
+    config = open_config(checkpoint)
+    check_batch_size(batch_size, make_mesh(config.mesh))
     records = with_network_depth(open_records(records_dir, split), config.data.depth)
     builder = SampleBuilder(config.data, config.model, answer=False)
     samples = Samples(records, builder, list(range(len(records))))
-
-    graph, trainable, _ = abstract_state(config, mesh)
-    frozen = frozen_state(config, mesh)
-    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
-
+    trained = open_trained_model(checkpoint)
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        model = nnx.merge(graph, trainable, frozen)
+        model = nnx.merge(trained.graph, trainable, frozen)
         return generate(
             model,
             batch,
@@ -112,7 +105,8 @@ def predict(
         progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
     ):
         for number, (batch, count) in enumerate(evaluation_batches(samples, batch_size)):
-            generated = jax.device_get(answer(trainable, frozen, place_batch(batch, mesh)))
+            placed = place_batch(batch, trained.mesh)
+            generated = jax.device_get(answer(trained.trainable, trained.frozen, placed))
             in_one_pass += int(generated.in_one_pass[:count].sum())
             for row in range(count):
                 index = samples.indices[int(batch.index[row])]

@@ -8,7 +8,7 @@ the depth network under `depth_model.`. Buffers and two more copies of the scale
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ NEW_ROWS = {
 }
 BUFFERS = (".freq", ".inv_freq", ".step")
 DEPTH = "depth_model."
+TOWER = "model.vision_tower."
+"""transformers 5 dropped the `vision_model` behind it, which the published LLaVA has."""
 
 Tensors = dict[str, np.ndarray]
 
@@ -85,6 +87,29 @@ def place(name: str) -> tuple[str, str]:
     if ".lora_" in inner:
         return "adapters", f"base_model.model.{inner.replace('.default.', '.')}"
     return "base", inner.replace(".base_layer.", ".")
+
+
+def published_name(part: str, name: str, adapted: Collection[str] = ()) -> str:
+    """The inverse of `place`.
+
+    Args:
+        part: a field of `Parts` that holds tensors.
+        name: the tensor's name there; for the base as in transformers 5's state dict.
+        adapted: modules of the base that have adapters, under the same names.
+    """
+    if part == "depth":
+        return DEPTH + name
+    if part == "heads":
+        return next((published for published, short in NEW_ROWS.items() if short == name), name)
+    if part == "adapters":
+        inner = name.removeprefix("base_model.model.")
+        return f"{VLM}{inner.replace('.lora_A.', '.lora_A.default.').replace('.lora_B.', '.lora_B.default.')}"
+    if part == "buffers":
+        return name
+    module, _, leaf = name.rpartition(".")
+    if name.startswith(TOWER):
+        return f"{VLM}{TOWER}vision_model.{name.removeprefix(TOWER)}"
+    return f"{VLM}{module}.base_layer.{leaf}" if module in adapted else VLM + name
 
 
 def join_checkpoint(parts: Parts) -> dict[str, Any]:

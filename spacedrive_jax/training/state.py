@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +12,14 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.samples import chat_layout
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.model import SpaceDrive, new_token_rows
 from spacedrive_jax.training.sharding import parameter_sharding
 from spacedrive_jax.vlm.checkpoint import from_hf
 from spacedrive_jax.vlm.decoder import NewTokenParam
 from spacedrive_jax.vlm.initialization import axis_names, draw_parameters
+from spacedrive_jax.weights.trained_parts import check_trained_parts, fill_trained_parts
 
 
 def is_trainable(use_lora: bool) -> Any:
@@ -33,7 +36,7 @@ def is_trainable(use_lora: bool) -> Any:
 
 def make_model(config: Config, rngs: nnx.Rngs) -> SpaceDrive:
     """A freshly drawn model."""
-    indicator = load_tokenizer(config.data.tokenizer).indicator
+    indicator = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).indicator
     return SpaceDrive(config.model, indicator_id=indicator, rngs=rngs)
 
 
@@ -48,10 +51,22 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State,
     return graph, _placed(trainable, mesh), _placed(frozen, mesh)
 
 
+def check_start(config: Config) -> None:
+    """Refuses weights that a run of this config could not start from; reads no tensors.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    if config.model.weights is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model))
+        check_trained_parts(Path(config.model.weights), config.model, tokenizer.indicator)
+
+
 def start_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
     """Trainable and frozen numbers at step 0, each straight into its shards.
 
-    The base comes from `config.model.weights` where that is set; everything else is drawn from the seed.
+    The base comes from `config.model.weights` where that is set, with the adapters and heads of an imported
+    adapter or SpaceDrive checkpoint; everything else is drawn from the seed.
     """
     weights = config.model.weights
     everything = _draw(config, mesh, ...) if weights is None else _load(config, mesh, weights)
@@ -78,14 +93,16 @@ def _draw(config: Config, mesh: Mesh, wanted: Any) -> nnx.State:
 
 
 def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
-    """The base from released safetensors, what they do not hold drawn."""
-    model, indicator = config.model, load_tokenizer(config.data.tokenizer).indicator
+    """The base from released safetensors, adapters and heads where the folder has them, the rest drawn."""
+    model = config.model
+    indicator = load_tokenizer(config.data.tokenizer, chat_layout(model)).indicator
+    shardings = functools.partial(parameter_sharding, mesh=mesh)
     vlm = from_hf(
         weights,
         compute=model.compute,
         lora=model.lora if model.use_lora else None,
         new_tokens=new_token_rows(model, indicator),
-        shardings=functools.partial(parameter_sharding, mesh=mesh),
+        shardings=shardings,
         seed=config.train.seed,
     )
     if vlm.config != model.vlm:
@@ -95,7 +112,9 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
         )
     outside = _draw(config, mesh, lambda path, _: path[0] != "vlm")
     inside = [(("vlm", *path), variable) for path, variable in nnx.to_flat_state(nnx.state(vlm))]
-    return nnx.from_flat_state([*nnx.to_flat_state(outside), *inside])
+    state = dict([*nnx.to_flat_state(outside), *inside])
+    fill_trained_parts(state, Path(weights), model, indicator, shardings)
+    return nnx.from_flat_state(state)
 
 
 def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:

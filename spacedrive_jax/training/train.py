@@ -25,7 +25,7 @@ from spacedrive_jax.training.sharding import (
     place_batch,
     replicated,
 )
-from spacedrive_jax.training.state import count, start_state
+from spacedrive_jax.training.state import check_start, count, start_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import Throughput
 
@@ -81,6 +81,7 @@ def train(
     settings = config.train
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.accumulation)
+    check_start(config)
     samples = training_samples(config)
     iterator = training_iterator(samples, config)
     run_dir = config.directory

@@ -19,6 +19,8 @@ class ImportWeights(Command):
     The folder holds the base model and its tokenizer as transformers has them (in their own types), adapters
     as PEFT has them, and weights.json with a fingerprint. `model.weights` and `data.tokenizer` of a config
     take it; transformers and PEFT load it too. Missing, unknown or misshapen tensors are named, all at once.
+    A published SpaceDrive checkpoint brings its trained heads too: `predict --checkpoint` takes the folder,
+    and a training run starts from them.
 
     Example: python -m spacedrive_jax import-weights --from hf Qwen2.5-VL-7B-Instruct --out weights/qwen-7b
     """
@@ -34,6 +36,12 @@ class ImportWeights(Command):
     folder with the config.json and the tokenizer of its base, which the file has not."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where the checkpoint has none."""
+    published_config: Path | None = None
+    """For spacedrive: the published config (.py, or JSON of the model's arguments) it was trained with, where
+    the checkpoint does not carry it. Without one, --config says what leaves no trace in the tensors."""
+    config: str | None = None
+    """For spacedrive: a preset, or a .py file that defines `config`, whose data and training settings the
+    checkpoint is to be used with; the published ones by default."""
     add_tokens: bool = True
     """Add the coordinate tokens, their rows in embedding and head being the mean of all others."""
     max_shard_gigabytes: float = 2.0
@@ -45,11 +53,18 @@ class ImportWeights(Command):
         from spacedrive_jax.weights.spacedrive import import_spacedrive
 
         options = ImportOptions(
-            self.base, self.tokenizer, self.add_tokens, int(self.max_shard_gigabytes * 1000**3)
+            self.base,
+            self.tokenizer,
+            self.add_tokens,
+            int(self.max_shard_gigabytes * 1000**3),
+            self.published_config,
+            self.config,
         )
         readers = {**READERS, "spacedrive": import_spacedrive}
         facts = readers[self.format](self.source, self.out, options)
         print(f"imported {facts['tensors']} tensors, {facts['parameters']:,} parameters: {self.out}")
+        for note in facts.get("notes", ()):
+            print(f"note: {note}")
         return {"out": str(self.out), **facts}
 
 
@@ -75,7 +90,7 @@ class ExportWeights(Command):
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.weights.exporting`."""
         from spacedrive_jax.weights.exporting import WRITERS
-        from spacedrive_jax.weights.spacedrive import export_spacedrive
+        from spacedrive_jax.weights.spacedrive_export import export_spacedrive
 
         writers = {**WRITERS, "spacedrive": export_spacedrive}
         facts = writers[self.format](self.source, self.out)

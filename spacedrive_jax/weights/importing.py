@@ -41,6 +41,10 @@ class ImportOptions:
     add_tokens: bool = True
     """Add the two coordinate tokens."""
     max_shard_bytes: int = 2 * 1000**3
+    published_config: Path | None = None
+    """The published config that a SpaceDrive checkpoint was trained with."""
+    preset: str | None = None
+    """The run that a SpaceDrive checkpoint is to serve; None takes the published one of its family."""
 
 
 Reader = Callable[[Path, Path, ImportOptions], Mapping[str, Any]]

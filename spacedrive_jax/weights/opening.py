@@ -11,8 +11,10 @@ from flax import nnx
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm import VisionLanguageModel, from_hf
+from spacedrive_jax.vlm.decoder import NewTokenParam
 from spacedrive_jax.weights.folder import FACTS_FILE, WeightsFacts, load
 from spacedrive_jax.weights.tokens import copy_tokenizer
+from spacedrive_jax.weights.trained_parts import fill_new_rows, imported_config, is_imported, trained_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,10 @@ def open_model(source: Path) -> OpenedModel:
     """
     source = Path(source)
     tokenizer = functools.partial(copy_tokenizer, source)
+    if is_imported(source):
+        return _open_imported(source)
     if (source / FACTS_FILE).is_file():
-        return OpenedModel(
-            load(source), WeightsFacts.read(source).source, functools.partial(copy_tokenizer, source)
-        )
+        return OpenedModel(load(source), WeightsFacts.read(source).source, tokenizer)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         return _open_run(source)
     if (source / "config.json").is_file():
@@ -56,9 +58,23 @@ def open_model(source: Path) -> OpenedModel:
     )
 
 
+def _open_imported(source: Path) -> OpenedModel:
+    """A published SpaceDrive's vision-language model with the rows it trained for the new tokens."""
+    facts, config = WeightsFacts.read(source), imported_config(source).model
+    assert facts.new_tokens is not None
+    model = load(source, trainable_tokens=config.new_token_rows)
+    state = {("vlm", *path): value for path, value in nnx.to_flat_state(nnx.state(model, NewTokenParam))}
+    fill_new_rows(state, source, config, facts.new_tokens)
+    nnx.update(model, nnx.from_flat_state([(path[1:], value) for path, value in state.items()]))
+    heads = {str(rule.target[0]) for rule in trained_rules(config, facts.new_tokens)} - {"vlm"}
+    tokenizer = functools.partial(copy_tokenizer, source)
+    return OpenedModel(model, facts.source, tokenizer, tuple(sorted(heads)))
+
+
 def _open_run(source: Path) -> OpenedModel:
     # Imported late: the weights package serves training, and only this looks back at it.
     from spacedrive_jax.config import MeshConfig, from_json
+    from spacedrive_jax.data.samples import chat_layout
     from spacedrive_jax.data.tokenizer import load_tokenizer
     from spacedrive_jax.training import checkpoints
     from spacedrive_jax.training.sharding import make_mesh
@@ -72,7 +88,7 @@ def _open_run(source: Path) -> OpenedModel:
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     model = nnx.merge(graph, trainable, frozen)
     modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
-    tokenizer = load_tokenizer(config.data.tokenizer).tokenizer
+    tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).tokenizer
 
     def write_tokenizer(folder: Path) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,7 +1,6 @@
-"""The published SpaceDrive checkpoint into a weights folder and back, bit for bit.
+"""The published SpaceDrive checkpoint into a weights folder, bit for bit.
 
-Beside what every weights folder has, `spacedrive.safetensors` holds the new-token rows, the coordinate head,
-the ego MLP, the scale, the depth network and the buffers; `checkpoint.json` the order of the published names.
+What the folder has beside what every weights folder has: `spacedrive_jax.weights.trained_parts`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from spacedrive_jax.config import to_json
 from spacedrive_jax.console import UserError
-from spacedrive_jax.published.checkpoint import Parts, join_checkpoint, split_checkpoint
-from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
+from spacedrive_jax.published.checkpoint import Parts, split_checkpoint
+from spacedrive_jax.published.torch_file import read_torch_file
 from spacedrive_jax.vlm.config import LlavaConfig, LoraConfig
 from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
 from spacedrive_jax.vlm.families import FAMILIES, family_of
@@ -25,18 +25,15 @@ from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.peft import write_adapter
 from spacedrive_jax.vlm.safetensors_folder import (
     PlannedTensor,
-    SafetensorsFolder,
     new_folder,
     plan_shards,
     write_tensors,
 )
 from spacedrive_jax.weights.folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
 from spacedrive_jax.weights.importing import ImportOptions, with_vocabulary
+from spacedrive_jax.weights.published_run import published_run
 from spacedrive_jax.weights.tokens import extend_tokenizer
-
-EXTRAS_FILE = "spacedrive.safetensors"
-LAYOUT_FILE = "checkpoint.json"
-EXTRAS = ("heads", "depth", "buffers")
+from spacedrive_jax.weights.trained_parts import EXTRAS, EXTRAS_FILE, LAYOUT_FILE, RUN_FILE, check_heads
 
 
 def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
@@ -47,9 +44,12 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         out: folder to create.
         options: `base` is needed: the architecture and the tokenizer are not in the checkpoint.
 
+    Returns:
+        The facts of the folder, and notes on what had to be assumed.
+
     Raises:
         UserError: no base is given, `out` exists, the file is damaged or holds anything but tensors and
-            plain containers, or its tensors do not fit the base's config.
+            plain containers, or its tensors do not fit the base's config or the run it means.
     """
     if options.base is None:
         raise UserError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
@@ -65,11 +65,19 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
     adapter = lora_rules(config.decoder, lora)
     shapes = {name: value.shape for name, value in (base | parts.adapters).items()}
     check_names_and_shapes((*rules, *adapter), shapes, origin=str(source))
+    run, notes = published_run(parts, config, lora, options, str(source))
     names = [name for rule in rules for name in rule.source_names()]
     planned = [PlannedTensor(family.hub_name(name), base[name].nbytes) for name in names]
     fingerprint = Fingerprint()
     with new_folder(out) as folder:
-        tokens = extend_tokenizer(options.tokenizer or options.base, folder, add=options.add_tokens)
+        tokens = extend_tokenizer(options.tokenizer or options.base, folder)
+        if tokens.indicator is None or tokens.indicator + 2 > len(table):
+            raise UserError(
+                f"{options.tokenizer or options.base} gives the coordinate tokens the ids {tokens.indicator} "
+                f"and the next, but the checkpoint's table has {len(table)} rows: give its --tokenizer"
+            )
+        check_heads(run.model, parts.heads, tokens.indicator, str(source))
+        (folder / RUN_FILE).write_text(to_json(run))
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
         write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
@@ -94,39 +102,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
             adapter_rank=lora.rank,
         )
         facts.write(folder)
-    return dataclasses.asdict(facts)
-
-
-def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
-    """Writes an imported checkpoint in the published layout again.
-
-    Args:
-        source: a weights folder that `import_spacedrive` wrote.
-        out: file to create.
-
-    Raises:
-        UserError: the folder was imported from something else, or `out` exists.
-    """
-    if not (source / LAYOUT_FILE).is_file() or not (source / EXTRAS_FILE).is_file():
-        raise UserError(f"{source} was not imported with --from spacedrive: it lacks {LAYOUT_FILE}")
-    layout = json.loads((source / LAYOUT_FILE).read_text())
-    family = family_of(read_hf_config(source))
-    base = SafetensorsFolder(source, rename=family.canonical_name)
-    adapters = SafetensorsFolder(source / ADAPTER_FOLDER / "adapter_model.safetensors")
-    extras = SafetensorsFolder(source / EXTRAS_FILE)
-    separate: dict[str, dict[str, np.ndarray]] = {part: {} for part in EXTRAS}
-    for name in extras.places:
-        part, _, short = name.partition("/")
-        separate[part][short] = extras.read(name)
-    parts = Parts(
-        base={name: base.read(family.canonical_name(name)) for name in layout["base"]},
-        adapters={name: adapters.read(name) for name in adapters.places},
-        **separate,
-        order=tuple(layout["order"]),
-        meta=layout["meta"],
-    )
-    write_torch_file(out, join_checkpoint(parts))
-    return {"out": str(out), "tensors": len(parts.order)}
+    return {**dataclasses.asdict(facts), "notes": notes}
 
 
 def _lora(parts: Parts, is_llava: bool) -> LoraConfig:
