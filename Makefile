@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= .venv-parity
+BEAM ?= .venv-beam
 RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo test parity lint format clean
+.PHONY: help demo test parity beam lint format clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
 	@echo "make test    run the tests"
 	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
+	@echo "make beam    test the converter on Apache Beam (installed beside, in $(BEAM))"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter"
 	@echo "make clean   remove $(DEMO)/ and the environments"
@@ -32,6 +34,14 @@ $(PARITY)/development: requirements-parity.txt requirements-dev.txt requirements
 	$(PYTHON) -m venv $(PARITY)
 	@echo "installing into $(PARITY), a few minutes"
 	$(PARITY)/bin/python -m pip install --quiet --requirement requirements-parity.txt
+	@touch $@
+
+# Behind the other requirements, not with them: Beam wants an older Pillow.
+$(BEAM)/development: requirements-beam.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(BEAM)
+	@echo "installing into $(BEAM), a few minutes"
+	$(BEAM)/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BEAM)/bin/python -m pip install --quiet --requirement requirements-beam.txt
 	@touch $@
 
 # Each step is skipped when its result is there, and a step that was interrupted goes on.
@@ -55,6 +65,9 @@ test: $(VENV)/development
 parity: $(PARITY)/development
 	$(PARITY)/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/parity
 
+beam: $(BEAM)/development
+	$(BEAM)/bin/python -m pytest tests/data_prep/test_beam.py
+
 lint: $(VENV)/development
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -65,4 +78,4 @@ format: $(VENV)/development
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(DEMO) $(VENV) $(PARITY)
+	rm -rf $(DEMO) $(VENV) $(PARITY) $(BEAM)

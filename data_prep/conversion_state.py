@@ -2,6 +2,7 @@
 
     OUT/conversion/plan.json      source digests, options, the list of shards
     OUT/conversion/<shard>.json   facts of a finished shard
+    OUT/conversion/units          what waits for a worker of a cluster, while one converts
     OUT/provenance.json           written last: the folder is finished
 
 A shard counts as done when both the shard and its facts are there and the size agrees.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from spacedrive_jax.console import UserError
 
 FOLDER = "conversion"
 PROVENANCE = "provenance.json"
+WAITING = "units"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,6 +76,13 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
+
+
+def remove_left_overs(out: Path) -> None:
+    """Removes what a conversion that was killed had not finished."""
+    for half in out.glob("*.partial"):
+        half.unlink()
+    shutil.rmtree(out / FOLDER / WAITING, ignore_errors=True)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

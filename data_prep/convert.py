@@ -32,6 +32,7 @@ from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
+Runner = Literal["local", "beam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Convert(Command):
     Example: python -m data_prep convert --dataroot /data/nuscenes --version v1.0-mini --out /data/records
 
     The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
-    number of workers and however often the conversion was interrupted.
+    number of workers, on any runner and however often the conversion was interrupted.
     """
 
     dataroot: Path
@@ -52,6 +53,11 @@ class Convert(Command):
     """Records folder to write; must be empty or not exist."""
     workers: int = 1
     """Processes that write shards."""
+    runner: Runner = "local"
+    """Processes of this command, or an Apache Beam pipeline (requirements-beam.txt)."""
+    beam_options: str = ""
+    """Beam's own options in one argument, such as --beam-options="--runner=FlinkRunner
+    --flink_master=HOST:8081"; without a runner there, Beam runs on this machine."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue an interrupted conversion in --out; a finished one is left as it is."""
     missing_images: MissingImages = "stop"
@@ -127,6 +133,8 @@ class Convert(Command):
         """Checks flags that need no data; returns the render size as (height, width)."""
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: must be at least 1")
+        if self.beam_options and self.runner != "beam":
+            raise UserError("--beam-options only goes with --runner beam")
         if self.render_size is None:
             return None
         if self.missing_images != "render":
@@ -142,6 +150,7 @@ class Convert(Command):
         """Writes the shards that are not done yet; returns the facts of all, in order."""
         finished = {one.shard: conversion_state.finished_scene(self.out, one.shard) for one in work}
         todo = [one for one in work if finished[one.shard] is None]
+        conversion_state.remove_left_overs(self.out)
         mask_folder = self.out / conversion_state.FOLDER / "masks"
         masks = masks_needed(self.dataroot, [one.scene for one in todo])
         if masks:
@@ -162,10 +171,18 @@ class Convert(Command):
             for one in todo
         )
         with progress(total=sum(len(one.keyframes) for one in todo), desc="convert", unit="keyframe") as bar:
-            for result in ordered_map(convert_scene, units, self.workers):
-                conversion_state.save_finished_scene(self.out, result)
-                finished[result.shard.file] = result
-                bar.update(result.shard.records)
+            if self.runner == "beam" and todo:
+                from data_prep.beam import convert_on_beam
+
+                results = convert_on_beam(
+                    units, self.out, workers=self.workers, options=self.beam_options, advance=bar.update
+                )
+                finished |= {result.shard.file: result for result in results}
+            else:
+                for result in ordered_map(convert_scene, units, self.workers):
+                    conversion_state.save_finished_scene(self.out, result)
+                    finished[result.shard.file] = result
+                    bar.update(result.shard.records)
         for mask in mask_folder.glob("*"):
             mask.unlink()
         if mask_folder.is_dir():

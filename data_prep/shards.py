@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def split_of(file: str) -> str:
 
 def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     """Writes one shard; the file appears under its name only when whole."""
-    partial = path.with_name(path.name + ".partial")
+    # A name of its own: a cluster may have two workers at the same shard.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     count = 0
     try:
