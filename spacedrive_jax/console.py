@@ -8,11 +8,12 @@ facts that `--json` prints.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -38,9 +39,51 @@ class Command:
         raise NotImplementedError
 
 
-def progress(iterable: Iterable[T] | None = None, **options: Any) -> tqdm:
-    """A tqdm progress bar that shows on a terminal only, on stderr, and leaves stdout to results."""
-    return tqdm(iterable, disable=None, dynamic_ncols=True, file=sys.stderr, **options)
+def progress(iterable: Iterable[T] | None = None, *, logged: bool = True, **options: Any) -> tqdm:
+    """A tqdm progress bar on stderr, which leaves stdout to results.
+
+    Where stderr is no terminal but a log, a whole line takes the bar's place every `LOG_SECONDS`, so that a
+    short task says nothing and a long one does not seem to hang.
+
+    Args:
+        iterable: what to go through; None where the caller updates the bar.
+        logged: False keeps the log free of these lines, where the caller says itself how far it is (`note`).
+        options: tqdm's.
+    """
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, file=sys.stderr, **options)
+    return tqdm(
+        iterable,
+        disable=not logged,
+        file=_LogLines(sys.stderr),
+        bar_format=_LOG_LINE,
+        miniters=1,
+        mininterval=LOG_SECONDS,
+        delay=LOG_SECONDS,
+        **options,
+    )
+
+
+def note(text: str) -> None:
+    """Writes a line to stderr, above a progress bar where there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+LOG_SECONDS = 30.0
+_LOG_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+
+
+class _LogLines(io.TextIOBase):
+    """What tqdm draws over and over on one line of a terminal, each drawing as a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            self._stream.write(text.strip() + "\n")
+            self._stream.flush()
+        return len(text)
 
 
 def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: bool) -> int:

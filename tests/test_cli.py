@@ -57,6 +57,34 @@ def test_json_is_the_last_line(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3}
 
 
+def test_a_log_gets_a_line_now_and_then_and_nothing_of_short_tasks(monkeypatch, capsys):
+    assert list(console.progress(range(3), desc="convert", unit="keyframe")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
+    with console.progress(total=4, desc="convert", unit="keyframe") as bar:
+        for _ in range(2):
+            bar.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" keyframes, ")[0] for line in lines[:3]] == [
+        "convert: 0/4",
+        "convert: 2/4",
+        "convert: 4/4",
+    ]
+    assert all(" gone, " in line for line in lines)
+
+    with console.progress(total=1, logged=False) as bar:
+        console.note("step 1/1")
+        bar.update()
+    assert capsys.readouterr().err == "step 1/1\n"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(console.progress(range(2), desc="convert"))
+    assert "100%|" in capsys.readouterr().err
+
+
 def test_help_does_not_wait_for_jax():
     code = "import sys, spacedrive_jax.cli, data_prep.cli; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, to_json
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.pipeline import position, seek, training_iterator, training_samples
 from spacedrive_jax.training import checkpoints, run_folder
+from spacedrive_jax.training.log_lines import interval_line, opening_line
 from spacedrive_jax.training.nonfinite import NonfiniteGuard
 from spacedrive_jax.training.preemption import PreemptionWatch
 from spacedrive_jax.training.sharding import (
@@ -115,16 +116,27 @@ def train(
     if run_folder.is_main_host():
         shown = {name: value for name, value in facts.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
+        note(
+            opening_line(
+                name=config.name,
+                trainable=count(trainable),
+                frozen=count(frozen),
+                keyframes=len(samples),
+                batch_size=settings.batch_size,
+                start=start,
+                steps=settings.steps,
+            )
+        )
     metrics_log = run_folder.MetricsLog(run_dir, start)
 
     done, loss, stopped = start, float("nan"), False
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
-    throughput = Throughput(config, started)
+    throughput = Throughput(config, started, samples.clock)
     with (
         PreemptionWatch() as watch,
         checkpoints.closing(manager),
         contextlib.closing(metrics_log),
-        progress(total=settings.steps, initial=start, unit="step") as bar,
+        progress(total=settings.steps, initial=start, unit="step", logged=False) as bar,
     ):
         while done < settings.steps and not stopped:
             if profile is not None and done == profile.start:
@@ -152,7 +164,8 @@ def train(
                 if values.pop("finite"):
                     loss = values["loss"]
                     metrics_log.write(done, values)
-                    bar.set_postfix(loss=f"{loss:.3f}", metres=f"{values['displacement_m']:.2f}")
+                    if run_folder.is_main_host():
+                        note(interval_line(done, settings.steps, values))
                 short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
             if profile is not None and done == profile.start + profile.steps:
                 jax.block_until_ready(metrics)

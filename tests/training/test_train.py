@@ -14,6 +14,7 @@ import pytest
 from spacedrive_jax.cli import main
 from spacedrive_jax.config import config_changes, from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.pipeline import SampleClock
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
@@ -47,16 +48,37 @@ def test_killed_run_resumes_to_the_same_bits(records, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trained_values(killed), trained_values(whole))
 
 
-def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path):
+def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path, capsys):
     run_dir = tmp_path / "run"
     result = train(tiny(records, run_dir, steps=30, learning_rate=5e-3))
     losses = losses_of(run_dir)
+    opening, *lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith(("tiny", "step"))
+    ]
+    assert "0 are frozen; 10 keyframes, 4 a step; from the start to 30" in opening
+    assert [line.split(" (")[0] for line in lines] == [
+        f"step {step}/30: loss {loss:.4f}" for step, loss in losses
+    ]
+    assert all(" samples/s, " in line and "waiting for data" in line for line in lines)
     assert result.step == 30
     assert losses[-1][1] < 0.5 * losses[0][1]
     with pytest.raises(UserError, match="holds a run already"):
         train(tiny(records, run_dir, steps=30))
     with pytest.raises(UserError, match=r"train.learning_rate: 0.005 -> 0.001"):
         train(tiny(records, run_dir, steps=30, learning_rate=1e-3), resume=True)
+
+
+def test_the_pipelines_headroom_is_measured_while_it_works(records, tmp_path):
+    config = tiny(records, tmp_path / "run", steps=6)  # two epochs and a bit
+    train(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    headroom = [json.loads(line).get("data_headroom") for line in lines]
+    assert headroom[0] > 0
+    clock = SampleClock()
+    clock.add(0.25)
+    clock.add(0.75)
+    assert clock.take() == (1.0, 2)
+    assert clock.take() == (0.0, 0)
 
 
 def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capfd):
