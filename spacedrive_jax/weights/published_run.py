@@ -24,14 +24,8 @@ FREQUENCIES = "position_encoder.freq"
 FREQUENCY_TOLERANCE = 1e-5
 """Relative; torch's vectorised power is off by two units in the last place."""
 LOSS_FIELDS = ("position_loss", "huber_delta", "position_weight", "supervision")
-UNTRACED = (
-    ("encoder", "base"),
-    ("encoder", "frequency_scaling"),
-    ("position_input",),
-    ("semantic_position",),
-    ("visual_positions",),
-)
-"""Fields of a model that leave no trace in a checkpoint's trained parts."""
+UNTRACED = ("visual_positions", "position_input", "semantic_position")
+"""Fields of a model that leave no trace in a checkpoint."""
 
 
 def published_run(
@@ -62,7 +56,7 @@ def published_run(
     notes = []
     if published is None:
         model = dataclasses.replace(preset.model, vlm=vlm, lora=lora, weights=None)
-        settings = ", ".join(f"model.{'.'.join(path)} {_field(model, path)}" for path in UNTRACED)
+        settings = ", ".join(f"model.{name} {getattr(model, name)}" for name in UNTRACED)
         notes.append(
             f"the checkpoint does not say how it was trained: {settings} are those of {preset.name} "
             "(--published-config FILE tells)"
@@ -100,13 +94,6 @@ def _preset_of(parts: Parts, vlm: VLConfig) -> str:
 
 def _with_losses(train: TrainConfig, losses: TrainConfig) -> TrainConfig:
     return dataclasses.replace(train, **{name: getattr(losses, name) for name in LOSS_FIELDS})
-
-
-def _field(model: ModelConfig, path: tuple[str, ...]) -> object:
-    value: object = model
-    for name in path:
-        value = getattr(value, name)
-    return value
 
 
 def check_frequencies(model: ModelConfig, buffers: Mapping[str, np.ndarray], origin: str) -> None:

@@ -229,7 +229,7 @@ def test_arguments_that_the_tensors_contradict(qwen, tmp_path, capsys, changes, 
 def test_what_is_not_known_is_said(qwen, tmp_path, capsys):
     folder, _ = qwen
     assert import_qwen(folder, tmp_path / "weights", "--json") == 0
-    assert "model.encoder.base 20000.0" in facts_of(capsys)["notes"][0]
+    assert "model.position_input False" in facts_of(capsys)["notes"][0]
 
 
 def test_a_file_that_would_be_run_is_refused(qwen, tmp_path, capsys):
