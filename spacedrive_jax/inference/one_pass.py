@@ -70,6 +70,7 @@ def run_frame(
     length = len(frame)
     expected = jnp.asarray(frame, jnp.int32)
     discarded = np.asarray(frame) == tokenizer.position
+    coordinate_places = np.flatnonzero(discarded)
     scores = model.vlm.decoder.logits(hidden)
     seen = prompt_ids_seen(model, batch, repetition_penalty)
     chosen, margin = _choose(scores, seen, repetition_penalty)
@@ -83,8 +84,10 @@ def run_frame(
 
     kept = jnp.arange(length) < count[:, None]
     is_coordinate = kept & discarded
-    coordinates = jnp.where(is_coordinate[..., None], decode_coordinate(model, hidden), 0.0)
-    first = int(np.argmax(discarded))
+    decoded = jnp.zeros((*hidden.shape[:2], 3), jnp.float32)
+    decoded = decoded.at[:, coordinate_places].set(decode_coordinate(model, hidden[:, coordinate_places]))
+    coordinates = jnp.where(is_coordinate[..., None], decoded, 0.0)
+    first = int(coordinate_places[0])
     token_ids = jnp.where(kept, chosen, tokenizer.padding)
     rest = max_new_tokens + 1 - length
     last = jnp.minimum(count, length - 1)

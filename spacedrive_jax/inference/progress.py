@@ -84,14 +84,8 @@ def prefill(
     model: SpaceDrive, batch: DrivingBatch, embeddings: Float[Array, "B S D"], room: int
 ) -> tuple[Float[Array, "B S D"], KVCache]:
     """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them."""
-    vlm, config = model.vlm, model.config
-    size, length = embeddings.shape[:2]
-    empty = KVCache.empty(config.vlm.decoder, config.compute, batch=size, capacity=length + room)
-    hidden, cache = vlm.decode(
-        embeddings, jnp.swapaxes(batch.positions, 0, 1), lengths=batch.lengths, cache=empty
-    )
-    assert cache is not None
-    return hidden, cache
+    positions = jnp.swapaxes(batch.positions, 0, 1)
+    return model.vlm.prefill(embeddings, positions, lengths=batch.lengths, room=room)
 
 
 def decode_coordinate(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"]:

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.vlm.config import ComputeConfig, DecoderConfig
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, allocated once.
+    """Keys and values of all layers, allocated once (`Decoder.prefill`).
 
     Sample b holds `lengths[b]` tokens at the front of its row; what lies behind is never attended to.
     The caller sees to it that no sample outgrows the capacity: writes past the end are dropped.
@@ -23,16 +21,6 @@ class KVCache:
     keys: Float[Array, "L B capacity K H"]
     values: Float[Array, "L B capacity K H"]
     lengths: Int[Array, " B"]
-
-    @classmethod
-    def empty(cls, config: DecoderConfig, compute: ComputeConfig, *, batch: int, capacity: int) -> KVCache:
-        """Allocates a cache without tokens for `batch` samples of at most `capacity` tokens."""
-        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        return cls(
-            keys=jnp.zeros(shape, compute.activation_dtype),
-            values=jnp.zeros(shape, compute.activation_dtype),
-            lengths=jnp.zeros((batch,), jnp.int32),
-        )
 
     @property
     def capacity(self) -> int:

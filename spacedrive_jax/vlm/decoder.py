@@ -8,6 +8,7 @@ embedding and head.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ from spacedrive_jax.vlm.stack import scan_layers, stack_layers
 
 class NewTokenParam(nnx.Param):
     """Embedding or head rows of newly added tokens: trainable, float32, beside the frozen table."""
+
+
+KeysValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
 
 class Attention(nnx.Module):
@@ -60,8 +64,12 @@ class Attention(nnx.Module):
         cache_mask: Bool[Array, "B 1 S capacity"] | None,
         layer: Int[Array, ""],
         dropout_keys: Key[Array, " 4"] | None,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Attends among the new tokens, or to the cache, which then holds the new ones too."""
+    ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
+        """Attends among the new tokens, or to the cache as well.
+
+        Returns:
+            What was attended to, and the cache with the new tokens; without one, their keys and values.
+        """
         q_key, k_key, v_key, o_key = (None,) * 4 if dropout_keys is None else dropout_keys
         q = rotate(self.q(x, dropout_key=q_key), rotary)
         k = rotate(self.k(x, dropout_key=k_key), rotary)
@@ -70,11 +78,11 @@ class Attention(nnx.Module):
         k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
             attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
-        else:
-            cache = cache.write(layer, k, v)
-            attended = jax.nn.dot_product_attention(
-                q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
-            )
+            return self.o(attended, dropout_key=o_key), (k, v)
+        cache = cache.write(layer, k, v)
+        attended = jax.nn.dot_product_attention(
+            q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
+        )
         return self.o(attended, dropout_key=o_key), cache
 
 
@@ -101,11 +109,11 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], rotary: RotaryTables, **attention: Any
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Runs the block; the keyword arguments are those of `Attention`."""
-        attended, cache = self.attention(self.attention_norm(x), rotary, **attention)
+    ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
+        """Runs the block; the keyword arguments and the second result are those of `Attention`."""
+        attended, memory = self.attention(self.attention_norm(x), rotary, **attention)
         x = constrain(x + attended, "batch", "sequence", None)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), cache
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), memory
 
 
 class Decoder(nnx.Module):
@@ -194,8 +202,37 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the final norm, and the grown cache (None without one).
         """
-        hidden, cache, _ = self._run(embeddings, positions, lengths, cache, dropout_key, keep_layers=False)
+        hidden, cache, _ = self._run(embeddings, positions, lengths, cache, dropout_key)
         return self.final_norm(hidden), cache
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        room: int,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """As a call without a cache, with the same attention, but keeps what it attended to.
+
+        Args:
+            embeddings: Input embeddings, right-padded.
+            positions: Position ids on the axes time, row, column.
+            lengths: Valid tokens per sample; None when all are.
+            room: Tokens that the cache can take behind the S given.
+
+        Returns:
+            Hidden states after the final norm, and a cache of the valid tokens.
+        """
+
+        def with_room(hidden: Any, memory: KeysValues) -> KeysValues:
+            keys, values = (jnp.pad(each, ((0, 0), (0, room), (0, 0), (0, 0))) for each in memory)
+            return keys, values
+
+        hidden, _, (keys, values) = self._run(embeddings, positions, lengths, None, None, keep=with_room)
+        batch, length = embeddings.shape[:2]
+        filled = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+        return self.final_norm(hidden), KVCache(keys, values, filled)
 
     def hidden_states(
         self,
@@ -205,9 +242,10 @@ class Decoder(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "L+1 B S D"]:
         """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
-        hidden, _, layers = self._run(embeddings, positions, lengths, None, None, keep_layers=True)
+        hidden, _, layers = self._run(
+            embeddings, positions, lengths, None, None, keep=lambda hidden, memory: hidden
+        )
         first = embeddings.astype(hidden.dtype)[None]
-        assert layers is not None
         return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
 
     def _run(
@@ -218,8 +256,9 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         dropout_key: jax.Array | None,
         *,
-        keep_layers: bool,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "L B S D"] | None]:
+        keep: Callable[[Any, Any], Any] = lambda hidden, memory: None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
+        """Runs all blocks; `keep` says what of each (output, second result) is stacked."""
         config, new_tokens = self.config, embeddings.shape[1]
         rotary = decoder_rotary(positions, config.rope_sections, config.rope_theta)
         cache_mask = None if cache is None else cache.attention_mask(new_tokens)
@@ -229,7 +268,7 @@ class Decoder(nnx.Module):
             # The cache travels in the carry, so that XLA updates it in place.
             hidden, cache = carry
             index, keys = inputs
-            hidden, cache = layer(
+            hidden, memory = layer(
                 hidden,
                 rotary,
                 lengths=lengths,
@@ -238,14 +277,14 @@ class Decoder(nnx.Module):
                 layer=index,
                 dropout_keys=keys,
             )
-            return (hidden, cache), (hidden if keep_layers else None)
+            return (hidden, None if cache is None else memory), keep(hidden, memory)
 
         per_layer = (jnp.arange(config.num_layers), layer_keys)
         start = constrain(embeddings.astype(self.compute.activation_dtype), "batch", "sequence", None)
-        (hidden, cache), layers = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
+        (hidden, cache), kept = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
         if cache is not None:
             cache = cache.grown(new_tokens if lengths is None else lengths)
-        return hidden, cache, layers
+        return hidden, cache, kept
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocabulary"]:
         """Scores every vocabulary id from final-normed hidden states, float32.

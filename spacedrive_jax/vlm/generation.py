@@ -98,7 +98,7 @@ def _generate(
 ) -> Int[Array, "B T"]:
     model: VisionLanguageModel = nnx.merge(graph, state)
     decoder = model.decoder
-    batch, prompt = token_ids.shape
+    batch = len(token_ids)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def choose(hidden: Float[Array, "B D"]) -> Int[Array, " B"]:
@@ -122,11 +122,8 @@ def _generate(
         return put(progress, choose(hidden[:, 0]), cache)
 
     features = None if images is None else model.encode_image_batch(images, image_grid)
-    cache = KVCache.empty(
-        model.config.decoder, decoder.compute, batch=batch, capacity=prompt + max_new_tokens
-    )
-    hidden, filled = model.decode(model.embed(token_ids, features), positions, lengths=lengths, cache=cache)
-    assert filled is not None
+    embeddings = model.embed(token_ids, features)
+    hidden, filled = model.prefill(embeddings, positions, lengths=lengths, room=max_new_tokens)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     nothing = _Progress(
         step=jnp.zeros((), jnp.int32),

@@ -99,6 +99,17 @@ class VisionLanguageModel(nnx.Module):
         """Final-normed hidden states and the grown cache; see `Decoder`."""
         return self.decoder(embeddings, positions, lengths=lengths, cache=cache, dropout_key=dropout_key)
 
+    def prefill(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        room: int,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Final-normed hidden states and a new cache with room for more; see `Decoder.prefill`."""
+        return self.decoder.prefill(embeddings, positions, lengths=lengths, room=room)
+
     def logits(
         self,
         token_ids: Int[np.ndarray, "B S"],

@@ -14,7 +14,6 @@ from spacedrive_jax.vlm import (
     TRAINABLE,
     ComputeConfig,
     Decoder,
-    KVCache,
     LoraConfig,
     NewTokenParam,
     NewTokensConfig,
@@ -63,6 +62,16 @@ def run(model: Decoder, token_ids, positions, **options):
     return _run(*nnx.split(model), token_ids, positions, options)
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "room"))
+def _prefill(graph, state, token_ids, positions, lengths, room):
+    model = nnx.merge(graph, state)
+    return model.prefill(model.embed(token_ids), positions, lengths=lengths, room=room)
+
+
+def prefill(model: Decoder, token_ids, positions, *, lengths=None, room):
+    return _prefill(*nnx.split(model), token_ids, positions, lengths, room)
+
+
 def test_later_tokens_and_padding_change_nothing(decoder):
     token_ids, positions = inputs()
     reference, cache = run(decoder, token_ids, positions)
@@ -90,12 +99,12 @@ def test_cached_steps_equal_the_whole_sequence_at_unequal_lengths(adapted):
     token_ids, positions = inputs(length=12)
     lengths = np.array([7, 4])
     whole, _ = run(adapted, token_ids, positions)
-    cache = KVCache.empty(CONFIG, COMPUTE, batch=2, capacity=12)
-    prefill, cache = run(
-        adapted, token_ids[:, :8], positions[:, :, :8], lengths=jnp.asarray(lengths), cache=cache
+    first, cache = prefill(
+        adapted, token_ids[:, :8], positions[:, :, :8], lengths=jnp.asarray(lengths), room=4
     )
+    assert cache.capacity == 12
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(prefill[row, :length], whole[row, :length], atol=2e-6)
+        np.testing.assert_allclose(first[row, :length], whole[row, :length], atol=2e-6)
     rows = np.arange(2)
     for _ in range(4):
         at = np.asarray(cache.lengths)
@@ -108,8 +117,9 @@ def test_cached_steps_equal_the_whole_sequence_at_unequal_lengths(adapted):
 def test_several_tokens_can_be_added_to_a_cache_at_once(decoder):
     token_ids, positions = inputs(length=10)
     whole, _ = run(decoder, token_ids, positions)
-    cache = KVCache.empty(CONFIG, COMPUTE, batch=2, capacity=11)
-    for start, stop in ((0, 3), (3, 8), (8, 10)):
+    hidden, cache = prefill(decoder, token_ids[:, :3], positions[:, :, :3], room=8)
+    np.testing.assert_allclose(hidden, whole[:, :3], atol=2e-6)
+    for start, stop in ((3, 8), (8, 10)):
         hidden, cache = run(decoder, token_ids[:, start:stop], positions[:, :, start:stop], cache=cache)
         np.testing.assert_allclose(hidden, whole[:, start:stop], atol=2e-6)
 
