@@ -73,7 +73,9 @@ def training_samples(config: Config, split: str = "train") -> Samples:
     Raises:
         UserError: the records are missing, or nothing is left to train on.
     """
-    records = with_network_depth(open_records(config.data.records, split), config.data.depth)
+    builder = SampleBuilder(config.data, config.model)
+    records = open_records(config.data.records, split)
+    records = with_network_depth(records, config.data.depth, builder.images.token_grid)
     indices = list(range(len(records)))
     if config.data.drop_without_future:
         indices = [index for index in indices if records[index]["waypoint_mask"].all()]
@@ -82,7 +84,7 @@ def training_samples(config: Config, split: str = "train") -> Samples:
             f"{config.data.records} has {len(indices)} training keyframes, fewer than train.batch_size "
             f"{config.train.batch_size}"
         )
-    return Samples(records, SampleBuilder(config.data, config.model), indices, config.data.cache_in_memory)
+    return Samples(records, builder, indices, config.data.cache_in_memory)
 
 
 class HostShare(grain.MapDataset):

@@ -39,11 +39,17 @@ class DepthConfig:
     """Name (in RECORDS/depth) or folder of the sidecar with the network's depth; None takes the only one."""
 
 
-def with_network_depth(records: Records, config: DepthConfig) -> Records:
+def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, int]) -> Records:
     """Records that carry the network's depth, where a configured source needs it; else unchanged.
 
+    Args:
+        records: a records folder.
+        config: sources, pooling, which sidecar.
+        grid: rows and columns of visual tokens that depth is wanted for.
+
     Raises:
-        UserError: there is no such sidecar, or it belongs to other records.
+        UserError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
+            grid or pooling.
     """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
@@ -53,6 +59,9 @@ def with_network_depth(records: Records, config: DepthConfig) -> Records:
     kind = cache.provenance["kind"]
     if asked and kind not in asked:
         raise UserError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+    if not cache.provenance["full"]:
+        held = tuple(cache.provenance["grid"])
+        _check_grid(held, cache.provenance["pooling"], grid, config)
     return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
 
 
@@ -147,10 +156,13 @@ def _pooled(
 ) -> Float[np.ndarray, "h w"]:
     if cached.full:
         return pool_depth(decode_depth(cached.full[camera]), grid, config.pooling)
-    held = cached.patch_depth.shape[1:]
-    if held != grid or cached.pooling != config.pooling:
+    _check_grid(cached.patch_depth.shape[1:], cached.pooling, grid, config)
+    return cached.patch_depth[camera]
+
+
+def _check_grid(held: tuple[int, ...], pooling: str, grid: tuple[int, int], config: DepthConfig) -> None:
+    if held != grid or pooling != config.pooling:
         raise UserError(
-            f"the depth cache holds {cached.pooling}-pooled depth of {held[0]}x{held[1]} tokens, the run "
+            f"the depth cache holds {pooling}-pooled depth of {held[0]}x{held[1]} tokens, the run "
             f"needs {config.pooling} of {grid[0]}x{grid[1]}: run add-depth with --run CONFIG, or with --full"
         )
-    return cached.patch_depth[camera]

@@ -79,8 +79,9 @@ def predict(
         raise UserError(f"{out} exists: give another --out, or --overwrite")
     config = open_config(checkpoint)
     check_batch_size(batch_size, make_mesh(config.mesh))
-    records = with_network_depth(open_records(records_dir, split), config.data.depth)
     builder = SampleBuilder(config.data, config.model, answer=False)
+    records = open_records(records_dir, split)
+    records = with_network_depth(records, config.data.depth, builder.images.token_grid)
     samples = Samples(records, builder, list(range(len(records))))
     trained = open_trained_model(checkpoint)
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None

@@ -8,13 +8,13 @@ from data_prep.add_depth import AddDepth, add_depth
 from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.depth import lidar
 from spacedrive_jax.depth.dinov2 import Dinov2Config
 from spacedrive_jax.depth.fusion import apply
 from spacedrive_jax.depth.sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
 from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.depth.unidepth_weights import save_unidepth
 from spacedrive_jax.vlm.initialization import initialize
+from tests.depth.sweeps import walls_around
 from tests.record_factory import make_record, write_records
 
 TINY = UniDepthConfig(
@@ -28,16 +28,6 @@ TINY = UniDepthConfig(
     pixel_bounds=(2000, 4000),
 )
 GRID = (2, 3)
-
-
-def around(distance: float) -> bytes:
-    """Returns on a ring of walls: every camera sees plenty."""
-    angle, up = np.meshgrid(np.linspace(0, 2 * np.pi, 400), np.linspace(-2, 4, 20))
-    rows = np.zeros((angle.size, lidar.POINT_FLOATS), np.float32)
-    radius = distance * (1 + 0.5 * np.sin(3 * angle))
-    rows[:, 0], rows[:, 1] = (radius * np.cos(angle)).ravel(), (radius * np.sin(angle)).ravel()
-    rows[:, 2] = up.ravel()
-    return rows.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def network(weights):
 @pytest.fixture
 def records(tmp_path):
     rng = np.random.default_rng(0)
-    made = [make_record(rng, lidar=around(12.0)), make_record(rng)]
+    made = [make_record(rng, lidar=walls_around(12.0)), make_record(rng)]
     return write_records(tmp_path / "records", {"train": made[:1], "val": made[1:]})
 
 
@@ -67,7 +57,7 @@ def test_cached_depth_is_the_networks_and_fusion_fits_it_to_lidar(records, netwo
     full, pooled = KeyframeDepth(network)([opened[0]])
 
     config = DepthConfig(sources=("unidepth",))
-    record = with_network_depth(opened, config)[0]
+    record = with_network_depth(opened, config, GRID)[0]
     depth, used = record_patch_depth(record, GRID, config)
     assert used == ["unidepth"] * 6
     np.testing.assert_allclose(depth, pooled[0], atol=1 / 256)
@@ -80,10 +70,10 @@ def test_cached_depth_is_the_networks_and_fusion_fits_it_to_lidar(records, netwo
         alignment = record[CACHED].alignments[camera]
         assert (source == "fused") == (alignment.points > 0)
         np.testing.assert_allclose(corrected[camera], apply(depth[camera], alignment), rtol=1e-6)
-    _, used = record_patch_depth(with_network_depth(opened, fused)[1], GRID, fused)
+    _, used = record_patch_depth(with_network_depth(opened, fused, GRID)[1], GRID, fused)
     assert used == ["unidepth"] * 6
     only = DepthConfig(sources=("fused",))
-    without_sweep = with_network_depth(opened, only)[1]
+    without_sweep = with_network_depth(opened, only, GRID)[1]
     with pytest.raises(UserError, match="no depth for CAM_FRONT from fused"):
         record_patch_depth(without_sweep, GRID, only)
 
@@ -108,10 +98,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same(records, network, monkeypatch)
         add_depth(broken, network)
     config = DepthConfig(sources=("unidepth",))
     with pytest.raises(UserError, match="no finished depth of unidepth"):
-        with_network_depth(opened, config)
+        with_network_depth(opened, config, GRID)
     added = add_depth(opened, network)
     assert added.reused == 1
-    records_with_depth = with_network_depth(opened, config)
+    records_with_depth = with_network_depth(opened, config, GRID)
     _, pooled = KeyframeDepth(network)([opened[0], opened[1]])
     for index in range(2):
         depth, _ = record_patch_depth(records_with_depth[index], GRID, config)
@@ -124,17 +114,19 @@ def test_foreign_and_unfit_caches_are_refused(records, network):
     config = DepthConfig(sources=("unidepth",))
     converted_again = dataclasses.replace(opened, fingerprint="0" * 16)
     with pytest.raises(UserError, match="made from other records"):
-        with_network_depth(converted_again, config)
+        with_network_depth(converted_again, config, GRID)
     with pytest.raises(UserError, match="begun for other records"):
         add_depth(converted_again, network)
     add_depth(opened, network)
     with pytest.raises(UserError, match="2x3 tokens, the run needs min of 4x4"):
-        record_patch_depth(with_network_depth(opened, config)[0], (4, 4), config)
+        with_network_depth(opened, config, (4, 4))
+    with pytest.raises(UserError, match="min-pooled depth of 2x3 tokens, the run needs mean of 2x3"):
+        with_network_depth(opened, dataclasses.replace(config, pooling="mean"), GRID)
     with pytest.raises(UserError, match="no finished depth of depth_anything"):
-        with_network_depth(opened, DepthConfig(sources=("depth_anything",)))
+        with_network_depth(opened, DepthConfig(sources=("depth_anything",)), GRID)
     add_depth(opened, dataclasses.replace(network, channel_order="bgr"))
     with pytest.raises(UserError, match="several depth caches"):
-        with_network_depth(opened, config)
+        with_network_depth(opened, config, GRID)
 
 
 def test_command(records, network, tmp_path):

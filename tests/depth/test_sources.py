@@ -4,13 +4,8 @@ import pytest
 from spacedrive_jax.console import UserError
 from spacedrive_jax.depth import lidar
 from spacedrive_jax.depth.sources import DepthConfig, record_patch_depth
+from tests.depth.sweeps import sweep
 from tests.record_factory import encode_png, make_record
-
-
-def sweep(points: np.ndarray) -> bytes:
-    rows = np.zeros((len(points), lidar.POINT_FLOATS), np.float32)
-    rows[:, :3] = points
-    return rows.tobytes()
 
 
 def wall_ahead(distance: float) -> np.ndarray:
