@@ -13,7 +13,7 @@ from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import UserError
 from spacedrive_jax.training.losses import losses
-from spacedrive_jax.verify.spacedrive_case import read_arrays
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.train import verify_train
 from tests.published_case import GOLDEN, load_case
 

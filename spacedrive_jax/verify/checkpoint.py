@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from spacedrive_jax.model import SpaceDrive, new_token_rows
 from spacedrive_jax.published.checkpoint import Parts, join_checkpoint, split_checkpoint
 from spacedrive_jax.published.tensors import adapter_rules, base_rules, head_rules, new_row_rules
 from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
+from spacedrive_jax.verify.case_files import read_settings
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.vlm import LlavaConfig, LoraConfig, read_hf_config
 from spacedrive_jax.vlm.checkpoint import export_tensors, fill
@@ -41,7 +41,7 @@ def verify_checkpoint(folder: Path) -> list[Check]:
     Raises:
         UserError: there is no checkpoint, or its tensors do not fit the model.
     """
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder)
     file = next(iter(sorted(folder.glob("*.pth"))), None)
     if file is None:
         raise UserError(f"{folder} holds no .pth file")

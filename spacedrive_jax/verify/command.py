@@ -21,7 +21,7 @@ VERIFIERS: dict[str, str] = {
     "prompts": "spacedrive_jax.verify.prompts:verify_prompts",
     "generate": "spacedrive_jax.verify.generate:verify_generate",
     "train": "spacedrive_jax.verify.train:verify_train",
-    "variants": "spacedrive_jax.verify.train:verify_variants",
+    "variants": "spacedrive_jax.verify.variants:verify_variants",
     "checkpoint": "spacedrive_jax.verify.checkpoint:verify_checkpoint",
     "unidepth": "spacedrive_jax.verify.depth:verify_unidepth",
     "metrics": "spacedrive_jax.verify.metrics:verify_metrics",

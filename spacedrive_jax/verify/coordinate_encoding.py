@@ -17,8 +17,9 @@ from spacedrive_jax.positional.rotary_3d import inverse_frequencies, rotate_feat
 from spacedrive_jax.positional.vae import VaeDecoder
 from spacedrive_jax.published.arguments import encoder_config as published_encoder
 from spacedrive_jax.published.tensors import vae_rules
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
-from spacedrive_jax.verify.spacedrive_case import Arrays, Case, read_arrays
+from spacedrive_jax.verify.spacedrive_case import Arrays, Case
 from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 

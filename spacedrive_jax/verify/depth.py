@@ -7,7 +7,6 @@ is recorded is compared.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from spacedrive_jax.depth.unidepth_camera import (
 from spacedrive_jax.depth.unidepth_decoder import camera_parameters
 from spacedrive_jax.depth.unidepth_weights import load_unidepth
 from spacedrive_jax.geometry.patch_depth import pool_depth
+from spacedrive_jax.verify.case_files import Recorded, read_arrays, read_settings
 from spacedrive_jax.verify.check import Check, compare
 
 Arrays = dict[str, Any]
@@ -55,7 +55,7 @@ def verify_unidepth(folder: Path) -> list[Check]:
     Raises:
         UserError: weights or inputs are missing.
     """
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder)
     inputs = _load(folder, "inputs")
     if not inputs:
         raise UserError(f"{folder} has no inputs*.npz")
@@ -238,11 +238,10 @@ def _check(name: str, actual: Any, expected: np.ndarray, tolerance: Tolerance) -
     return compare(name, actual, expected, atol=tolerance.feature, rtol=tolerance.feature)
 
 
-def _load(folder: Path, stem: str, *, exact: bool = False) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
+def _load(folder: Path, stem: str, *, exact: bool = False) -> Recorded:
+    arrays = Recorded(f"{folder}/{stem}*.npz")
     for file in sorted(folder.glob(f"{stem}.npz" if exact else f"{stem}*.npz")):
-        with np.load(file) as stored:
-            arrays.update(stored)
+        arrays.update(read_arrays(file))
     return arrays
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.data.chat import ChatTokens
-from spacedrive_jax.data.ego_status import STATUS_SIZE, EgoStatus, ego_status, insert_ego_tokens
+from spacedrive_jax.data.ego_status import STATUS_SIZE, ego_status, insert_ego_tokens
 from spacedrive_jax.data.records import NUM_PAST
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.geometry.patch_depth import pool_depth
@@ -18,13 +18,13 @@ from spacedrive_jax.geometry.unprojection import patch_centres, unproject
 from spacedrive_jax.positional.coordinates import CoordinateEncoder, EgoStatusEncoder
 from spacedrive_jax.published.arguments import EGO_STATUS, encoder_config
 from spacedrive_jax.published.tensors import linear_rules
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.ego_frames import memory_checks, record_of_frames
 from spacedrive_jax.verify.spacedrive_case import (
     Arrays,
     Case,
     case_tokenizer,
-    read_arrays,
-    record_of_frames,
 )
 from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
@@ -66,7 +66,7 @@ def _sequence(
         states = [
             ego_status(_record(case.inputs, name, frame, row), "released") for row in range(sequence["B"])
         ]
-        checks += _memory(at, states, expected)
+        checks += memory_checks(f"{at}/", np.stack([state.status for state in states]), expected)
         is_llava = sequence["lm"] == "llava"
         checks += _tokens(at, inputs, tokenizer, ego_input, expected, image_delimiters=not is_llava)
         features = []
@@ -95,42 +95,13 @@ def _sequence(
 
 
 def _record(inputs: Arrays, name: str, frame: int, row: int) -> dict[str, Any]:
-    """The record of a frame.
-
-    The published memory loses its first hand-over where timestamps are as large as real ones: its clock is
-    float32 on the first frame, on a grid of 128 s, so that the second frame sees a gap. Ours does not; the
-    recorded loss is replayed here by dating the first frame so.
-    """
-    frames = []
-    for index in range(frame, max(frame - NUM_PAST - 1, -1), -1):
-        keys = ("timestamp", "ego_pose", "command", "can_bus")
-        frames.append({key: inputs[f"{name}/f{index}/{key}"][row] for key in keys})
-    record = record_of_frames(frames)
-    if frame == 1:
-        first = float(np.float32(frames[1]["timestamp"]))
-        # The published gap counts in both directions.
-        if abs(float(frames[0]["timestamp"]) - first) >= 2:
-            record["past_mask"] = np.zeros(NUM_PAST, bool)
-    elif frame == 2:
-        first, second = (float(frames[2]["timestamp"]), float(frames[1]["timestamp"]))
-        if abs(second - float(np.float32(first))) >= 2:
-            record["past_mask"] = np.array([True, False])
-    return record
-
-
-def _memory(at: str, states: list[EgoStatus], expected: Arrays) -> list[Check]:
-    status = np.stack([state.status for state in states])
-    can_bus = status[:, : 14 * NUM_PAST].reshape(-1, NUM_PAST, 14)
-    poses = status[:, -16 * NUM_PAST :].reshape(-1, NUM_PAST, 4, 4)
-    results = {
-        "memory_egopose_at_forward": (poses, {"atol": 1e-3}),
-        "memory_canbus_at_forward": (can_bus, {"rtol": 1e-6}),
-    }
-    return [
-        compare(f"{at}/{key}", ours, expected[f"{at}/{key}"], **tolerance)
-        for key, (ours, tolerance) in results.items()
-        if f"{at}/{key}" in expected
+    """The record of a frame: itself and what came before it."""
+    first = max(frame - NUM_PAST, 0)
+    keys = ("timestamp", "ego_pose", "command", "can_bus")
+    frames = [
+        {key: inputs[f"{name}/f{index}/{key}"][row] for key in keys} for index in range(frame, first - 1, -1)
     ]
+    return record_of_frames(frames, from_start=first == 0)
 
 
 def _tokens(

@@ -18,6 +18,7 @@ from spacedrive_jax.inference.answer import answer_text
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation, position_embedding
 from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.verify.one_pass import one_pass_checks
 from spacedrive_jax.verify.spacedrive_case import (
@@ -26,7 +27,6 @@ from spacedrive_jax.verify.spacedrive_case import (
     Weights,
     build_batch,
     build_model,
-    read_arrays,
 )
 
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}

@@ -14,8 +14,9 @@ from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth, windows
 from spacedrive_jax.geometry.unprojection import ego_to_image, patch_centres, unproject
 from spacedrive_jax.positional.coordinates import CoordinateEncoder
 from spacedrive_jax.published.arguments import encoder_config
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
-from spacedrive_jax.verify.spacedrive_case import Arrays, Case, read_arrays
+from spacedrive_jax.verify.spacedrive_case import Arrays, Case
 
 POOLINGS: dict[str, Pooling] = {"min": "min", "median": "median", "avg": "mean"}
 EQUAL = {"atol": 0.0, "rtol": 0.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.collision import Obstacles, collides
 from spacedrive_jax.evaluation.drivable import footprints, off_road_cells, tangent_yaw
 from spacedrive_jax.evaluation.metrics import StepScores, score_steps
 from spacedrive_jax.evaluation.protocols import Protocol, StepRule
 from spacedrive_jax.evaluation.rasters import Grid, box_corners, draw_polygon, to_cells
+from spacedrive_jax.verify.case_files import read_arrays, read_settings
 
 VEHICLE_INDICES = np.arange(8, 18)
 """Positions of the ten vehicle categories in the nuScenes category table."""
@@ -103,11 +102,7 @@ def read_case(folder: Path) -> Case:
     outputs = folder / "outputs_opencv5.npz"
     if not (newer and outputs.is_file()):
         outputs = folder / "outputs.npz"
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Case(settings, dict(np.load(folder / "inputs.npz")), dict(np.load(outputs)))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot read {error.filename}") from None
+    return Case(read_settings(folder), read_arrays(folder / "inputs.npz"), read_arrays(outputs))
 
 
 class Scene:

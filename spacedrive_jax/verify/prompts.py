@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from spacedrive_jax.data.prompts import (
 from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
 from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.model import normalise
+from spacedrive_jax.verify.case_files import read_arrays, read_settings
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.vlm.config import QwenVisionConfig
 
@@ -41,12 +41,7 @@ def verify_prompts(folder: Path) -> list[Check]:
     Raises:
         UserError: a file of the case is missing or damaged.
     """
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        with np.load(folder / "outputs.npz") as file:
-            outputs = dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a case of kind prompts: {error}") from error
+    settings, outputs = read_settings(folder), read_arrays(folder / "outputs.npz")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     checks = _token_ids(settings.get("token_ids", {}), tokenizer)
     checks += _coordinates_in_text(settings.get("convert_coords", []))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from spacedrive_jax.geometry.patch_depth import pool_depth
 from spacedrive_jax.model import SpaceDrive, new_token_rows
 from spacedrive_jax.published.arguments import model_config, train_config
 from spacedrive_jax.published.tensors import adapter_rules, base_rules, head_rules, new_row_rules
+from spacedrive_jax.verify.case_files import Recorded, read_arrays, read_settings
+from spacedrive_jax.verify.ego_frames import record_of_frames
 from spacedrive_jax.vlm import LlavaConfig, LoraConfig, flatten_patches, read_hf_config
 from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.config import ComputeConfig
@@ -41,8 +43,8 @@ class Case:
     """A folder's settings and inputs."""
 
     folder: Path
-    settings: dict[str, Any]
-    inputs: dict[str, np.ndarray]
+    settings: Recorded
+    inputs: Recorded
 
     @classmethod
     def open(cls, folder: Path) -> Case:
@@ -51,11 +53,7 @@ class Case:
         Raises:
             UserError: a file is missing or damaged.
         """
-        try:
-            settings = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a case: {error}") from error
-        return cls(folder, settings, read_arrays(folder / "inputs.npz"))
+        return cls(folder, read_settings(folder), read_arrays(folder / "inputs.npz"))
 
     @property
     def is_llava(self) -> bool:
@@ -63,9 +61,22 @@ class Case:
         return self.settings["vlm_config"]["model_type"] == "llava"
 
     @property
+    def frames(self) -> list[int]:
+        """Numbers of the frames, in the order they were run.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = (re.match(r"f(\d+)/data/", name) for name in self.inputs)
+        numbers = sorted({int(match[1]) for match in found if match})
+        if not numbers:
+            raise UserError(f"{self.inputs.origin} has no frame (arrays f0/data/... and so on)")
+        return numbers
+
+    @property
     def frame(self) -> int:
         """The last frame: the outputs are its; those before fill the ego memory."""
-        return max(int(name[1:].split("/")[0]) for name in self.inputs if name[0] == "f" and "/data/" in name)
+        return self.frames[-1]
 
     def lora(self) -> LoraConfig:
         """The adapters."""
@@ -82,19 +93,6 @@ class Case:
         """The config that the published constructor's arguments stand for, in float32."""
         vlm = read_hf_config(self.settings["vlm_config"])
         return model_config(arguments, vlm, self.lora(), ComputeConfig()), train_config(arguments)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; the case is incomplete") from error
 
 
 def case_tokenizer(ids: Mapping[str, int], folder: Path) -> DrivingTokenizer:
@@ -286,39 +284,14 @@ def _cameras(inputs: Arrays, at: str, row: int) -> tuple[np.ndarray, np.ndarray]
 
 def record_of(case: Case, row: int) -> dict[str, Any]:
     """The fields of a record that the ego status reads, from the frames of a case."""
+    run = case.frames
+    window = run[-1 - NUM_PAST :]
     frames = [
         {
             name.split("/")[-1]: value[row]
             for name, value in case.inputs.items()
-            if name.startswith(f"f{t}/data/")
+            if name.startswith(f"f{index}/data/")
         }
-        for t in range(case.frame, max(case.frame - NUM_PAST - 1, -1), -1)
+        for index in reversed(window)
     ]
-    return record_of_frames(frames)
-
-
-def record_of_frames(frames: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of a record that the ego status reads.
-
-    Args:
-        frames: timestamp (s), ego_pose, command, can_bus of a keyframe and up to two before it, newest
-            first.
-    """
-    now, *before = frames
-    past = np.zeros((NUM_PAST, 4, 4))
-    can_bus, commands = np.zeros((NUM_PAST, 13)), np.zeros(NUM_PAST)
-    times = np.zeros(NUM_PAST, np.int64)
-    for index, frame in enumerate(before):
-        past[index] = np.linalg.inv(now["ego_pose"].astype(np.float64)) @ frame["ego_pose"]
-        can_bus[index], commands[index] = frame["can_bus"], frame["command"]
-        times[index] = round(float(frame["timestamp"]) * 1e6)
-    return {
-        "timestamp_us": round(float(now["timestamp"]) * 1e6),
-        "past_timestamp_us": times,
-        "past_mask": np.arange(NUM_PAST) < len(before),
-        "past_to_ego": past,
-        "can_bus": now["can_bus"],
-        "past_can_bus": can_bus,
-        "command_released": now["command"],
-        "past_command_released": commands,
-    }
+    return record_of_frames(frames, from_start=window[0] == run[0])

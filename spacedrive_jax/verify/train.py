@@ -1,32 +1,31 @@
-"""Losses, gradients and everything between, against recorded runs: kinds `train` and `variants`."""
+"""Losses, gradients and everything between, against a recorded step: kind `train`."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import ModelConfig, TrainConfig
 from spacedrive_jax.data.chat import IGNORE
 from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.published.tensors import head_rules
 from spacedrive_jax.training.losses import losses, select
 from spacedrive_jax.training.state import is_trainable
+from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.ego_frames import memory_checks
 from spacedrive_jax.verify.spacedrive_case import (
     Arrays,
     Case,
     Weights,
     build_batch,
     build_model,
-    read_arrays,
     trainable_rules,
 )
 
@@ -45,49 +44,6 @@ def verify_train(folder: Path) -> list[Check]:
     batch = build_batch(case, config)
     expected = read_arrays(folder / "outputs.npz")
     return check_step(case, config, training, weights, batch, expected)
-
-
-def verify_variants(folder: Path) -> list[Check]:
-    """One small model under many settings (kind `variants`).
-
-    Settings that the published code could not run recorded an error and nothing to compare.
-    """
-    whole = Case.open(folder)
-    checks: list[Check] = []
-    for name, variant in whole.settings["variants"].items():
-        if "spacedrive_args" not in variant:
-            continue
-        config, training = whole.choices(variant["spacedrive_args"])
-        extra = whole.settings["extra_weights_file_of_variant"].get(name)
-        files = [folder / "weights.safetensors", *([folder / extra] if extra else [])]
-        expected = read_arrays(folder / f"outputs_{name}.npz")
-        options = variant.get("opts", {})
-        case = whole
-        if options.get("plan_only_text"):
-            plan = {
-                key[5:]: value
-                for key, value in whole.inputs.items()
-                if key.startswith("plan/") and value.size
-            }
-            case = dataclasses.replace(whole, inputs=whole.inputs | plan)
-        batch = build_batch(
-            case,
-            config,
-            texts={key[3:]: value for key, value in expected.items() if key.startswith("in/")},
-            supervise_positions=bool(variant["spacedrive_args"].get("supervise_semantic_posemb")),
-            has_future=False if options.get("no_gt") else None,
-        )
-        if options.get("plan_only_text") and not whole.inputs[f"plan/f{whole.frame}/pixel_values"].size:
-            # Its frame was drawn anew and its images were not recorded: the head alone can be compared.
-            model = build_model(config, case.tokenizer().indicator, Weights(files))
-            found = _head_checks(model, training, expected)
-            checks += [dataclasses.replace(check, name=f"{name}/{check.name}") for check in found]
-            continue
-        found = check_step(
-            case, config, training, Weights(files), batch, expected, vae_trains="vae_train" in options
-        )
-        checks += [dataclasses.replace(check, name=f"{name}/{check.name}") for check in found]
-    return checks
 
 
 def check_step(
@@ -115,9 +71,11 @@ def check_step(
     model = build_model(config, case.tokenizer().indicator, weights)
     noise = expected.get("vae_noise")
     ours = run_step(model, batch, training, noise, sees_truth=vae_trains)
-    valid = np.arange(batch.token_ids.shape[1]) < np.asarray(batch.lengths)[:, None]
-    checks = [*_layout_checks(batch, expected, valid), *_loss_checks(ours, expected, training)]
-    checks += _tensor_checks(model, batch, ours, expected, valid, training)
+    checks = [*layout_checks(config, batch, expected), *_loss_checks(ours, expected, training)]
+    if "losses/pe_scaling" in expected:  # published code logs the scale among the losses
+        alpha = np.asarray(model.encoder.scale)
+        checks.append(compare("losses/pe_scaling", alpha, expected["losses/pe_scaling"], **LOSS))
+    checks += _tensor_checks(model, batch, ours, expected, valid_tokens(batch), training)
     for loss in LOSS_VARIANTS:
         if f"lossvar/{loss}" in expected:
             error = ours["coordinates"][..., :2] - np.asarray(batch.waypoints)
@@ -174,12 +132,21 @@ def run_step(
     return facts | {"gradients": dict(nnx.to_flat_state(jax.device_get(gradients)))}
 
 
-def _layout_checks(batch: DrivingBatch, expected: Arrays, valid: np.ndarray) -> list[Check]:
+def valid_tokens(batch: DrivingBatch) -> Bool[np.ndarray, "B S"]:
+    """Where no padding stands."""
+    return np.arange(batch.token_ids.shape[1]) < np.asarray(batch.lengths)[:, None]
+
+
+def layout_checks(config: ModelConfig, batch: DrivingBatch, expected: Arrays) -> list[Check]:
+    """What follows from texts and poses alone: ids, labels, positions, the ego vehicle's past."""
     checks = []
     equal = {"atol": 0.0, "rtol": 0.0}
+    valid = valid_tokens(batch)
     if "input_ids" in expected:
         theirs = np.where(valid, expected["input_ids"], 0)
         checks.append(compare("input_ids", np.where(valid, batch.token_ids, 0), theirs, **equal))
+    if "attention_mask" in expected:
+        checks.append(compare("attention_mask", valid, expected["attention_mask"], **equal))
     if "labels_for_ce" in expected:
         labels = np.full(batch.token_ids.shape, IGNORE)
         for row, (places, ids, mask) in enumerate(
@@ -191,6 +158,8 @@ def _layout_checks(batch: DrivingBatch, expected: Arrays, valid: np.ndarray) -> 
         ours = np.swapaxes(np.asarray(batch.positions), 0, 1)
         theirs = np.where(valid, expected["position_ids"], 0)
         checks.append(compare("position_ids", np.where(valid, ours, 0), theirs, **equal))
+    if config.ego_status != "none":
+        checks += memory_checks("", np.asarray(batch.ego_status), expected)
     return checks
 
 
@@ -208,32 +177,6 @@ def _loss_checks(ours: dict[str, Any], expected: Arrays, training: TrainConfig) 
         # The published loss is recorded with its weight.
         weighted = training.position_weight * parts.position
         checks.append(compare("losses/loss_pos", weighted, expected["losses/loss_pos"], **LOSS))
-    return checks
-
-
-def _head_checks(model: SpaceDrive, training: TrainConfig, expected: Arrays) -> list[Check]:
-    """Coordinates, position loss and the head's gradients from recorded hidden states (B = 1)."""
-    graph, head, rest = nnx.split(model, lambda path, _: path[0] == "decoder", ...)
-    hidden, truth = jnp.asarray(expected["output_pos"]), jnp.asarray(expected["gt_coords_xy"])
-
-    def loss(head: nnx.State) -> tuple[jax.Array, jax.Array]:
-        decoded = nnx.merge(graph, head, rest).decode_coordinates(hidden)
-        error = decoded[..., :2] - truth
-        huber = optax.huber_loss(error, delta=training.huber_delta)
-        return training.position_weight * jnp.mean(huber), decoded
-
-    (value, decoded), gradients = jax.value_and_grad(loss, has_aux=True)(head)
-    theirs = expected["decoded_coords"]
-    checks = [
-        compare("decoded_coords", np.asarray(decoded).reshape(theirs.shape), theirs, **COORDINATES),
-        compare("losses/loss_pos", value, expected["losses/loss_pos"], **LOSS),
-    ]
-    flat = dict(nnx.to_flat_state(gradients))
-    for rule in head_rules(model.config, alpha_shape=(1,)):
-        name = f"grad/{rule.source}"
-        if rule.target[0] == "decoder" and name in expected:
-            ours = rule.export(np.asarray(flat[rule.target][...]))
-            checks.append(compare(name, ours, expected[name], **GRADIENT))
     return checks
 
 
