@@ -67,7 +67,9 @@ def describe(name: str) -> Topology:
     kind, count = match[1], math.prod(int(side) for side in match[2].split("x"))
     if kind == "cpu":
         return Topology(name, None, _cpu_devices(count))
-    # libtpu would look for a TPU host's metadata, and talks on stderr.
+    # libtpu would look for a TPU host's metadata, lets one process at a time have the TPU, of which there is
+    # none here, and talks on stderr.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")

@@ -123,7 +123,11 @@ class LowRankAdapter(nnx.Module):
         """Returns the term to add to the base projection of `x`; `dropout_key` None keeps every input."""
         x = x.astype(jnp.float32)
         if dropout_key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
+            # The barrier keeps the random bits out of the products' own kernels, in which they would be drawn
+            # again for every tile and take the TPU compiler a minute each.
+            keep = jax.lax.optimization_barrier(
+                jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
+            )
             x = jnp.where(keep, x / (1.0 - self.dropout), 0.0)
         return contract(contract(x, self.a[...], self.in_axes), self.b[...], 1) * self.scaling
 
