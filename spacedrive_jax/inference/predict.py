@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,10 @@ from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
+from spacedrive_jax.vlm.logical_axes import activations_on
 
+LENGTH_STEP = 64
+"""Prompts are cut to a multiple of so many tokens."""
 Decoding = Literal["one-pass", "token-by-token"]
 """How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
 frame, or one token after the other. Both give the same answers."""
@@ -88,15 +92,27 @@ def predict(
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        model = nnx.merge(trained.graph, trainable, frozen)
-        return generate(
-            model,
-            batch,
-            builder.tokenizer,
-            max_new_tokens,
-            repetition_penalty=repetition_penalty,
-            frame=frame,
-        )
+        with activations_on(trained.mesh):
+            return generate(
+                nnx.merge(trained.graph, trainable, frozen),
+                batch,
+                builder.tokenizer,
+                max_new_tokens,
+                repetition_penalty=repetition_penalty,
+                frame=frame,
+            )
+
+    def answered() -> Iterator[tuple[DrivingBatch, int, Generation]]:
+        # One batch behind: while the devices are at work on it, the next one is prepared.
+        running, length = None, 0
+        for batch, count in evaluation_batches(samples, batch_size):
+            length = max(length, prompt_length(batch))
+            placed = place_batch(without_padding(batch, length), trained.mesh)
+            previous, running = running, (batch, count, answer(trained.trainable, trained.frozen, placed))
+            if previous is not None:
+                yield previous
+        if running is not None:
+            yield running
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -105,9 +121,8 @@ def predict(
         partial.open("w", encoding="utf-8") as file,
         progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
     ):
-        for number, (batch, count) in enumerate(evaluation_batches(samples, batch_size)):
-            placed = place_batch(batch, trained.mesh)
-            generated = jax.device_get(answer(trained.trainable, trained.frozen, placed))
+        for number, (batch, count, unread) in enumerate(answered()):
+            generated = jax.device_get(unread)
             in_one_pass += int(generated.in_one_pass[:count].sum())
             for row in range(count):
                 index = samples.indices[int(batch.index[row])]
@@ -122,6 +137,24 @@ def predict(
     os.replace(partial, out)
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
+
+
+def prompt_length(batch: DrivingBatch) -> int:
+    """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
+    compiled for.
+    """
+    whole = batch.token_ids.shape[1]
+    return min(-(-int(batch.lengths.max()) // LENGTH_STEP) * LENGTH_STEP, whole)
+
+
+def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
+    """Cuts the token axis: the room that training needs for answers is nothing but padding in a prompt."""
+    return dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids[:, :length],
+        positions=batch.positions[:, :, :length],
+        slots=batch.slots[:, :length],
+    )
 
 
 def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ...] | None:

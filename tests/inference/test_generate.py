@@ -18,7 +18,7 @@ from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.samples import token_fields
 from spacedrive_jax.inference.answer import answer_text, planning_frame
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.predict import prediction_line
+from spacedrive_jax.inference.predict import LENGTH_STEP, prediction_line, prompt_length, without_padding
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.positional.decoders import make_decoder
 from tests.published_case import GOLDEN, load_case
@@ -161,6 +161,19 @@ def test_one_pass_equals_token_by_token_on_random_samples(case, answer, double_h
         agreed.append(fast.in_one_pass)
     share = np.mean(agreed)
     assert 0.2 < share < 0.8  # both kinds are well represented
+
+
+def test_prompts_without_their_padding_are_answered_alike(case, answer):
+    batch = random_batch(case, np.random.default_rng(1), 3)
+    longest = int(batch.lengths.max())
+    length = prompt_length(batch)
+    assert longest <= length < longest + LENGTH_STEP
+    cut = without_padding(batch, length)
+    assert cut.token_ids.shape[1] == length < batch.token_ids.shape[1]
+    whole, short = answer(batch, one_pass=True), answer(cut, one_pass=True)
+    np.testing.assert_array_equal(short.token_ids, whole.token_ids)
+    np.testing.assert_allclose(short.coordinates, whole.coordinates, atol=2e-4)
+    assert prompt_length(dataclasses.replace(batch, lengths=np.array([300]))) == 300
 
 
 def test_limits(case, answer):
