@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +20,6 @@ class Check:
     tolerance: str
     """The bound, in words."""
     passed: bool
-
-
-Verifier = Callable[[Path], list[Check]]
-"""Checks one case folder; raises UserError for a folder it cannot read."""
 
 
 def compare(name: str, actual: Any, expected: Any, *, atol: float = 0.0, rtol: float = 1e-4) -> Check:

@@ -16,8 +16,9 @@ from spacedrive_jax.published.tensors import adapter_rules, base_rules, head_rul
 from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
 from spacedrive_jax.verify.case_files import read_settings
 from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.modules import read_module
 from spacedrive_jax.vlm import LlavaConfig, LoraConfig, read_hf_config
-from spacedrive_jax.vlm.checkpoint import export_tensors, fill
+from spacedrive_jax.vlm.checkpoint import export_tensors
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.conversion import Rule, check_names_and_shapes
 from spacedrive_jax.vlm.families import family_of
@@ -98,10 +99,10 @@ def through_model(parts: Parts, vlm_config: dict) -> Parts:
     )
     shapes = {name: value.shape for name, value in found.items()}
     check_names_and_shapes(rules, shapes, origin="the checkpoint")
-    model = SpaceDrive(config, indicator_id=indicator, rngs=nnx.Rngs(0))
-    state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    fill(state, rules, _Tensors(found))
-    out = dict(export_tensors(state, rules))
+    model = read_module(
+        lambda: SpaceDrive(config, indicator_id=indicator, rngs=nnx.Rngs(0)), rules, _Tensors(found)
+    )
+    out = dict(export_tensors(dict(nnx.to_flat_state(nnx.state(model, nnx.Param))), rules))
     return Parts(
         base={name: out[canonical].astype(parts.base[name].dtype) for canonical, name in names.items()},
         adapters={name: out[name] for name in parts.adapters},

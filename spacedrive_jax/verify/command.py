@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from spacedrive_jax.console import Command, UserError
-from spacedrive_jax.verify.check import Verifier
+from spacedrive_jax.verify.case_files import SETTINGS_FILE, read_settings
+from spacedrive_jax.verify.check import Check
 
 VERIFIERS: dict[str, str] = {
     "coordinate_encoding": "spacedrive_jax.verify.coordinate_encoding:verify_coordinate_encoding",
@@ -26,67 +28,153 @@ VERIFIERS: dict[str, str] = {
     "unidepth": "spacedrive_jax.verify.depth:verify_unidepth",
     "metrics": "spacedrive_jax.verify.metrics:verify_metrics",
 }
-"""`kind` of a case's config.json to `module:function`, a `Verifier`; imported when needed."""
+"""`kind` of a case's config.json to `module:function`, imported when needed: from a folder to its checks."""
+WITH_SETTINGS = ("generate", "variants")
+"""Kinds that record one model under many settings; their functions take the names of some (`only`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verify(Command):
-    """Compare this implementation with a recorded case, tensor by tensor.
+    """Compare this implementation with recorded cases, tensor by tensor.
 
     A case is a folder with config.json (its `kind` says what it holds), inputs, weights and outputs. Prints
-    each tensor's largest absolute and relative error; fails when one is above its tolerance.
+    each tensor's largest absolute and relative error; fails when one is above its tolerance. Of a folder of
+    cases, all are compared, and of each only the tensors that fail are named.
 
     Example: python -m spacedrive_jax verify tests/golden/spacedrive_train
     """
 
     case: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE")]
-    """Folder of the case."""
+    """Folder of a case, or a folder of such folders."""
+    only: tuple[str, ...] = ()
+    """Settings to compare, by name, of a case that records many (kinds `generate` and `variants`)."""
 
     def run(self) -> Mapping[str, Any]:
-        """Runs the case.
+        """Runs the case or cases.
 
         Raises:
-            UserError: the folder is not a case, or a tensor is out of tolerance.
+            UserError: a folder is not a case, or a tensor is out of tolerance.
         """
-        checks = find_verifier(self.case)(self.case)
-        width = max((len(check.name) for check in checks), default=0)
-        print(f"{'tensor':{width}}  {'max abs':>9}  {'max rel':>9}  tolerance")
-        for check in checks:
-            mark = "" if check.passed else "  FAILED"
-            print(
-                f"{check.name:{width}}  {check.absolute:9.2e}  {check.relative:9.2e}  {check.tolerance}{mark}"
-            )
-        failed = [check for check in checks if not check.passed]
-        worst = max(checks, key=lambda check: (not check.passed, check.relative), default=None)
-        print(f"{len(checks) - len(failed)} of {len(checks)} tensors within tolerance")
-        facts = {
-            "passed": not failed,
-            "tensors": len(checks),
-            "worst": None
-            if worst is None
-            else {"name": worst.name, "abs": worst.absolute, "rel": worst.relative},
-        }
-        if not checks:
-            raise UserError(f"{self.case} records nothing that could be compared")
-        if failed:
+        if (self.case / SETTINGS_FILE).is_file():
+            checks = verify_case(self.case, self.only)
+            print_table(checks)
+            facts: dict[str, Any] = summary(checks)
+            problem = _problem(checks)
+        else:
+            if self.only:
+                raise UserError(f"--only chooses among the settings of one case; {self.case} is none")
+            facts, problem = verify_all(find_cases(self.case))
+        if problem is not None:
             if self.json:
                 print(json.dumps(facts))
-            raise UserError(f"{self.case}: {len(failed)} tensors out of tolerance, first {failed[0].name}")
+            raise UserError(f"{self.case}: {problem}")
         return facts
 
 
-def find_verifier(case: Path) -> Verifier:
-    """The verifier of a case folder.
+def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
+    """Compares one case, or some of its settings.
 
     Raises:
-        UserError: no readable config.json, or a kind this version does not know.
+        UserError: no readable config.json, a kind this version does not know, one without named settings
+            where some are asked for, files that are missing, damaged or at odds, or nothing to compare.
     """
+    kind = kind_of(case)
+    module, function = VERIFIERS[kind].split(":")
+    verifier = getattr(importlib.import_module(module), function)
+    if only and kind not in WITH_SETTINGS:
+        raise UserError(f"{case}: a case of kind {kind} has no settings for --only to choose from")
     try:
-        settings = json.loads((case / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{case} is not a case: {error}") from error
-    kind = settings.get("kind")
+        checks = verifier(case, only) if only else verifier(case)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{case}: {type(error).__name__}: {error}. Its arrays and settings do not fit each other, or "
+            "this version does not know their layout (--debug shows where)"
+        ) from error
+    if not checks:
+        raise UserError(f"{case} records nothing that could be compared")
+    return checks
+
+
+def kind_of(case: Path) -> str:
+    """What a case's config.json says it holds.
+
+    Raises:
+        UserError: it cannot be read, or names no kind that this version knows.
+    """
+    kind = read_settings(case).get("kind")
     if kind not in VERIFIERS:
         raise UserError(f"{case}: kind {kind!r} is not one of {', '.join(sorted(VERIFIERS))}")
-    module, function = VERIFIERS[kind].split(":")
-    return getattr(importlib.import_module(module), function)
+    return kind
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """The cases directly inside a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    cases = sorted(file.parent for file in folder.glob(f"*/{SETTINGS_FILE}"))
+    if not cases:
+        raise UserError(f"{folder} is not a case and holds none: there is no {SETTINGS_FILE}")
+    return cases
+
+
+def verify_all(cases: Sequence[Path]) -> tuple[dict[str, Any], str | None]:
+    """Compares several cases, printing a line for each and its failing tensors.
+
+    Returns:
+        The facts for `--json`, and what is wrong in words; None where nothing is.
+    """
+    width = max(len(case.name) for case in cases)
+    entries, everything = [], []
+    for case in cases:
+        entry: dict[str, Any] = {"case": case.name}
+        try:
+            checks = verify_case(case)
+        except UserError as error:
+            print(f"{case.name:{width}}  FAILED  {error}", flush=True)
+            entries.append(entry | {"passed": False, "tensors": 0, "worst": None, "error": str(error)})
+            continue
+        failed = [check for check in checks if not check.passed]
+        mark = "FAILED" if failed else "passed"
+        within = f"{len(checks) - len(failed)} of {len(checks)} tensors within tolerance"
+        print(f"{case.name:{width}}  {mark}  {within}", flush=True)
+        if failed:
+            print_table(failed)
+        entries.append(entry | summary(checks))
+        everything += [dataclasses.replace(check, name=f"{case.name}/{check.name}") for check in checks]
+    bad = [entry["case"] for entry in entries if not entry["passed"]]
+    print(f"{len(cases) - len(bad)} of {len(cases)} cases passed")
+    facts = summary(everything) | {"passed": not bad, "cases": entries}
+    return facts, f"{len(bad)} cases failed: {', '.join(bad)}" if bad else None
+
+
+def print_table(checks: Sequence[Check]) -> None:
+    """Prints each tensor's errors, and how many are within tolerance."""
+    width = max((len(check.name) for check in checks), default=0)
+    print(f"{'tensor':{width}}  {'max abs':>9}  {'max rel':>9}  tolerance")
+    for check in checks:
+        mark = "" if check.passed else "  FAILED"
+        print(f"{check.name:{width}}  {check.absolute:9.2e}  {check.relative:9.2e}  {check.tolerance}{mark}")
+    passed = sum(check.passed for check in checks)
+    print(f"{passed} of {len(checks)} tensors within tolerance")
+
+
+def summary(checks: Sequence[Check]) -> dict[str, Any]:
+    """The `--json` fields of a case; an error that is not finite (another shape, nan) is null."""
+    worst = max(checks, key=lambda check: (not check.passed, check.relative), default=None)
+    return {
+        "passed": all(check.passed for check in checks),
+        "tensors": len(checks),
+        "worst": worst
+        and {"name": worst.name, "abs": _finite(worst.absolute), "rel": _finite(worst.relative)},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _problem(checks: Sequence[Check]) -> str | None:
+    failed = [check.name for check in checks if not check.passed]
+    return f"{len(failed)} tensors out of tolerance, first {failed[0]}" if failed else None

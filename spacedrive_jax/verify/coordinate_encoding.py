@@ -19,8 +19,8 @@ from spacedrive_jax.published.arguments import encoder_config as published_encod
 from spacedrive_jax.published.tensors import vae_rules
 from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
+from spacedrive_jax.verify.modules import read_module
 from spacedrive_jax.verify.spacedrive_case import Arrays, Case
-from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 
 ULP = 2.0**-23
@@ -126,8 +126,9 @@ def _grid(name: str, arguments: Mapping[str, Any], inputs: Arrays, expected: Arr
     query = inputs.get(f"dec/{name}/query")
     if query is None:
         return checks
+    compare_all = jax.jit(grids.similarities, static_argnames="similarity")
     for similarity, temperature in grids.TEMPERATURE.items():
-        scores = grids.similarities(jnp.asarray(query[..., :width]), table, similarity)
+        scores = compare_all(jnp.asarray(query[..., :width]), table, similarity=similarity)
         # Cosines are divided by 0.001: the last bit of one moves an average by a millimetre.
         loose = 2e-3 if similarity == "cosine" else 1e-3
         near = 2e-3 if similarity == "cosine" else 1e-4
@@ -183,35 +184,33 @@ def _vae(
 ) -> list[Check]:
     """The variational decoder: samples, divergence and gradients."""
     width, latent, with_current = (arguments[key] for key in ("llm_hidden_dim", "latent_dim", "with_cur"))
-    decoder = VaeDecoder(width, latent, with_current=with_current, rngs=nnx.Rngs(0))
     rules = vae_rules(name.replace("/", "_"), width, latent, with_current, target="")
-    state = dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
-    fill(state, rules, weights)
-    nnx.update(decoder, nnx.from_flat_state(state))
-    hidden, truth, noise = (
-        jnp.asarray(inputs[f"{name}/{key}"]) for key in ("pe_embedding", "gt_coords", "noise")
+    decoder = read_module(
+        lambda: VaeDecoder(width, latent, with_current=with_current, rngs=nnx.Rngs(0)), rules, weights
     )
-    future = decoder(hidden, truth=truth, noise=noise)[..., :2]
-    present = decoder(hidden, noise=noise)[..., :2]
-    divergence = jnp.mean(decoder.divergence(hidden, truth))
-    results: dict[str, Any] = {
-        "train/coords": future,
-        "eval/coords": present,
-        "eval_gt/coords": present,
-        "train/loss_vae_gen": divergence,
-        "eval_gt/loss_vae_gen": divergence,
-    }
+    arrays = {key: jnp.asarray(inputs[f"{name}/{key}"]) for key in ("pe_embedding", "gt_coords", "noise")}
+    hidden, truth, noise = arrays.values()
+
+    def total(decoder: VaeDecoder) -> tuple[jax.Array, dict[str, jax.Array]]:
+        future = decoder(hidden, truth=truth, noise=noise)[..., :2]
+        present = decoder(hidden, noise=noise)[..., :2]
+        divergence = jnp.mean(decoder.divergence(hidden, truth))
+        results = {
+            "train/coords": future,
+            "eval/coords": present,
+            "eval_gt/coords": present,
+            "train/loss_vae_gen": divergence,
+            "eval_gt/loss_vae_gen": divergence,
+        }
+        return jnp.sum(future) + divergence, results
+
+    (_, results), gradient = nnx.jit(nnx.value_and_grad(total, has_aux=True))(decoder)
     checks = [
         compare(f"{name}/{key}", ours, expected[f"{name}/{key}"], atol=1e-6)
         for key, ours in results.items()
         if f"{name}/{key}" in expected
     ]
-
-    def total(decoder: VaeDecoder) -> jax.Array:
-        coordinates = decoder(hidden, truth=truth, noise=noise)[..., :2]
-        return jnp.sum(coordinates) + jnp.mean(decoder.divergence(hidden, truth))
-
-    gradients = dict(nnx.to_flat_state(nnx.grad(total)(decoder)))
+    gradients = dict(nnx.to_flat_state(gradient))
     recorded = {
         "decoder.0.weight": f"{name}/train/grad_decoder0",
         "present_distribution.encoder.conv1.weight": f"{name}/train/grad_present_conv1",

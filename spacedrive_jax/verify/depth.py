@@ -50,7 +50,7 @@ class Tolerance:
 
 
 def verify_unidepth(folder: Path) -> list[Check]:
-    """A `Verifier`: every recorded output and intermediate of every case.
+    """Compares every recorded output and intermediate of every case.
 
     Raises:
         UserError: weights or inputs are missing.

@@ -21,12 +21,12 @@ from spacedrive_jax.published.tensors import linear_rules
 from spacedrive_jax.verify.case_files import read_arrays
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.verify.ego_frames import memory_checks, record_of_frames
+from spacedrive_jax.verify.modules import read_module
 from spacedrive_jax.verify.spacedrive_case import (
     Arrays,
     Case,
     case_tokenizer,
 )
-from spacedrive_jax.vlm.checkpoint import fill
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 
 EQUAL = {"atol": 0.0, "rtol": 0.0}
@@ -141,15 +141,11 @@ def _points(inputs: Arrays, sequence: dict[str, Any]) -> jnp.ndarray:
 
 
 def _ego_encoder(name: str, width: int, weights: SafetensorsFolder) -> EgoStatusEncoder:
-    encoder = EgoStatusEncoder(STATUS_SIZE, width, rngs=nnx.Rngs(0))
-    state = dict(nnx.to_flat_state(nnx.state(encoder, nnx.Param)))
     rules = [
         *linear_rules(f"{name}.ego_status_mlp.0", "hidden", STATUS_SIZE, width),
         *linear_rules(f"{name}.ego_status_mlp.2", "output", width, width),
     ]
-    fill(state, rules, weights)
-    nnx.update(encoder, nnx.from_flat_state(state))
-    return encoder
+    return read_module(lambda: EgoStatusEncoder(STATUS_SIZE, width, rngs=nnx.Rngs(0)), rules, weights)
 
 
 def _tokenizer(ids: dict[str, int], folder: Path) -> DrivingTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.answer import answer_text
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation, position_embedding
 from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.verify.case_files import read_arrays
+from spacedrive_jax.verify.case_files import choose, read_arrays
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.verify.one_pass import one_pass_checks
 from spacedrive_jax.verify.spacedrive_case import (
@@ -49,15 +51,19 @@ class Variant:
     repetition_penalty: float = 1.0
 
 
-def verify_generate(folder: Path) -> list[Check]:
-    """Every recorded run of a case."""
+def verify_generate(folder: Path, only: Collection[str] = ()) -> list[Check]:
+    """Every recorded run of a case, or those named in `only`.
+
+    Raises:
+        UserError: an unknown name, or an incomplete case.
+    """
     case = Case.open(folder)
-    checks: list[Check] = []
-    for variant in variants(case):
-        name = variant.name or "default"
-        found = check_variant(case, variant)
-        checks += [dataclasses.replace(check, name=f"{name}/{check.name}") for check in found]
-    return checks
+    runs = {variant.name or "default": variant for variant in variants(case)}
+    return [
+        dataclasses.replace(check, name=f"{name}/{check.name}")
+        for name in progress(choose(runs, only, folder), desc="comparing settings", unit="setting")
+        for check in check_variant(case, runs[name])
+    ]
 
 
 def variants(case: Case) -> list[Variant]:
@@ -200,8 +206,9 @@ def _answer_checks(
             results[name] = (ours[:sure], LOGITS, expected[name][:sure])
     for name, (at, tolerance) in at_coordinates.items():
         if name in expected and at is not None:
-            theirs = expected[name].reshape(-1, at.shape[-1])[:number]
-            results[name] = (at[:number], tolerance, theirs)
+            theirs = expected[name].reshape(-1, at.shape[-1])
+            # Where the ids were compared to their end, so are the coordinates.
+            results[name] = (at, tolerance, theirs) if whole else (at[:number], tolerance, theirs[:number])
     if whole:
         results |= _steps(facts, expected)
     checks = [compare(name, ours, theirs, **bound) for name, (ours, bound, theirs) in results.items()]

@@ -31,7 +31,7 @@ DISTANCE = 1e-6
 
 
 def verify_metrics(folder: Path) -> list[Check]:
-    """A `Verifier`: every recorded piece, sum, printed number and parsed text.
+    """Compares every recorded piece, sum, printed number and parsed text.
 
     Raises:
         UserError: a file of the case is missing.

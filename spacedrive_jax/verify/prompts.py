@@ -1,4 +1,4 @@
-"""Verifier of the text side: coordinates in text, chat layouts, labels, prompts, image processing."""
+"""Texts, chat layouts, labels, prompts and image processing against recorded ones: kind `prompts`."""
 
 from __future__ import annotations
 
