@@ -34,7 +34,7 @@ class DrivingBatch:
     """Fixed shapes, everything the jitted step needs; a sample is a batch without the leading axis B.
 
     Token layout, ego slots and labels are settled on the host. Lengths are in metres, in the ego frame of
-    the keyframe. M supervised tokens, C coordinates, T waypoints, E ego status numbers.
+    the keyframe. M supervised tokens, C coordinates, T waypoints, R path points, E ego status numbers.
     """
 
     token_ids: Int[Leaf, "*B S"]
@@ -76,6 +76,13 @@ class DrivingBatch:
 
     index: Int[Leaf, "*B"]
     """Row of the keyframe in its records split."""
+
+    path_places: Int[Leaf, "*B R"] | None = None
+    """Places of the path's indicators, behind the waypoints'; None (and the next two) without a path."""
+    path: Float[Leaf, "*B R 2"] | None = None
+    """Every metre of the future path."""
+    path_mask: Bool[Leaf, "*B R"] | None = None
+    """False where the recorded future ends earlier."""
 
     @property
     def size(self) -> int:

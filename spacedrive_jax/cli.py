@@ -92,7 +92,8 @@ class Train(Command):
 class Predict(Command):
     """Predict trajectories for a split of records and write them as JSON Lines.
 
-    A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}.
+    A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}, and
+    "path": [[x, y] x 20] where the model gives one.
 
     Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
     --out runs/demo/predictions.jsonl
@@ -109,8 +110,8 @@ class Predict(Command):
     """File to write; predictions.jsonl in the run folder by default (an imported checkpoint needs a name)."""
     batch_size: int = 8
     """Samples per step, over all devices."""
-    max_new_tokens: int = 100
-    """Longest answer, tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer, tokens; by default the published 100, more where the model gives a path."""
     decoding: Literal["one-pass", "token-by-token"] = "one-pass"
     """Run the whole framed answer at once and check it, or generate token by token; same answers."""
     repetition_penalty: float = 1.0

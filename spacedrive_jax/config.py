@@ -46,6 +46,9 @@ class ModelConfig:
     any other when an answer is generated."""
     ego_status: EgoStatusInput = "both"
     """`none` is SpaceDrive, `both` is SpaceDrive+."""
+    path_points: int = 0
+    """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
+    (waypoints give the speed, the path the direction), 0 for none."""
     position_input: bool = False
     """Feed the encoding of a coordinate at its position token (the published default does not)."""
     position_input_training: Literal["encodings", "zeros"] = "encodings"
@@ -55,6 +58,15 @@ class ModelConfig:
     """Add the position token's own embedding to what position input feeds, and take it from the hidden
     state before a coordinate is decoded in training (published; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        if self.path_points < 0:
+            raise UserError(f"model.path_points {self.path_points} must be 0 (no path) or more")
+        if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
+            raise UserError(
+                f"model.path_points {self.path_points} needs a token per point: "
+                "model.decoder.whole_trajectory False and model.coordinate_tokens True"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,7 @@ class DataConfig:
     max_targets: int = 64
     """M; supervised tokens per sample."""
     max_coordinates: int = 6
-    """C; coordinates per conversation, the six waypoints and those of the questions."""
+    """C; coordinates per conversation, the six waypoints, the path points and those of the questions."""
     conversation: ConversationConfig = ConversationConfig()
     drop_without_future: bool = False
     """Leave keyframes without all six future poses out of training (they have no loss)."""
@@ -114,6 +126,8 @@ class TrainConfig:
     """Global gradient norm over all trainables."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the trainables with this decay; None keeps none."""
+    path_weight: float = 1.0
+    """Of the position loss on the path points, where `model.path_points` asks for any."""
     language_weight: float = 1.0
     position_weight: float = 1.0
     huber_delta: float = 1.0

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from spacedrive_jax.data.chat import Turn
 from spacedrive_jax.data.coordinates_in_text import replace_coordinates
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer
+from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.prompts import (
     CommandSource,
     context,
@@ -65,6 +66,7 @@ def training_conversation(
     command_source: CommandSource,
     *,
     coordinate_tokens: int | None,
+    path_points: int = 0,
 ) -> Conversation:
     """The conversation of a keyframe with all answers.
 
@@ -79,6 +81,7 @@ def training_conversation(
         command_source: which command the planning question names.
         coordinate_tokens: tokens that stand for the planned trajectory: 6, or 1 for all of it; None writes
             all coordinates as digits.
+        path_points: points of the path that the planning answer gives behind the trajectory.
 
     Raises:
         UserError: a file of the language data is not laid out as it should be.
@@ -95,8 +98,11 @@ def training_conversation(
         if coordinate_tokens is None:
             answer = planning_answer_in_digits(waypoints, command=command)
         else:
-            answer = planning_answer(coordinate_tokens, command=command)
+            answer = planning_answer(coordinate_tokens, command=command, path_points=path_points)
             coordinates.append(waypoints[:coordinate_tokens])
+            if path_points:
+                path = future_path(record["waypoints"], record["waypoint_yaw"], path_points)
+                coordinates.append(path.points)
         turns.append(Turn("assistant", answer))
     for index, pair in enumerate(questions):
         opening = "" if turns or index else context(record["location"])

@@ -63,17 +63,20 @@ def planning_question(location: str, command: int | None, *, plan: bool = True) 
     return context(location) + (command_sentence(command) if command is not None else "") + PLANNING_QUESTION
 
 
-def planning_answer(num_coordinates: int = 6, *, command: int | None = None) -> str:
+def planning_answer(num_coordinates: int = 6, *, command: int | None = None, path_points: int = 0) -> str:
     """The assistant turn: the fixed frame around the coordinates.
 
     Args:
         num_coordinates: 6, or 1 where one token stands for the whole trajectory (published
             `single_token_output`, which ends without a full stop).
         command: repeats the command before the trajectory (published `load_high_level_command`).
+        path_points: coordinates of the path behind it, for closed-loop driving (the published prompts of
+            that task are not public; the sentence is this project's).
     """
     stop = "" if num_coordinates == 1 else "."
     said = "" if command is None else command_sentence(command)
-    return f"{said}Here is the planning trajectory [{', '.join([COORDINATE] * num_coordinates)}]{stop}"
+    path = f" Here is the path [{', '.join([COORDINATE] * path_points)}]." if path_points else ""
+    return f"{said}Here is the planning trajectory [{', '.join([COORDINATE] * num_coordinates)}]{stop}{path}"
 
 
 def planning_answer_in_digits(waypoints: Float[np.ndarray, "T 2"], *, command: int | None = None) -> str:

@@ -15,6 +15,7 @@ from spacedrive_jax.data.chat_layouts import CHAT_LAYOUTS
 from spacedrive_jax.data.conversation import Conversation, question_turn, training_conversation
 from spacedrive_jax.data.ego_status import EgoStatusInput, ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
+from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS, Record
 from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.depth.sources import record_patch_depth
@@ -51,7 +52,11 @@ class SampleBuilder:
         status = ego_status(record, data.command)
         if self.answer:
             talk = training_conversation(
-                record, data.conversation, data.command, coordinate_tokens=self._coordinate_tokens()
+                record,
+                data.conversation,
+                data.command,
+                coordinate_tokens=self._coordinate_tokens(),
+                path_points=self.model.path_points,
             )
         else:
             talk = Conversation([question_turn(record, data.command)], np.zeros((0, 2), np.float32))
@@ -72,6 +77,7 @@ class SampleBuilder:
                 sequence_length=data.sequence_length,
                 max_targets=data.max_targets,
                 image_delimiters=self.tokenizer.layout == "qwen",
+                path_points=self.model.path_points,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
         except UserError as error:
@@ -80,6 +86,10 @@ class SampleBuilder:
         planned = bool(record["waypoint_mask"].all()) and data.conversation.tasks != "counterfactual"
         fields["waypoint_mask"] &= planned
         waypoints = np.where(planned, record["waypoints"], 0).astype(np.float32)
+        if self.model.path_points:
+            path = future_path(waypoints, record["waypoint_yaw"], self.model.path_points)
+            fields["path"] = np.where(planned, path.points, 0).astype(np.float32)
+            fields["path_mask"] = path.mask & planned & fields["waypoint_mask"].all()
         depth, _ = record_patch_depth(record, grid, data.depth)
         return DrivingBatch(
             **fields,
@@ -125,6 +135,7 @@ def token_fields(
     sequence_length: int,
     max_targets: int,
     image_delimiters: bool = True,
+    path_points: int = 0,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
 
@@ -137,6 +148,7 @@ def token_fields(
         max_targets: M.
         image_delimiters: Qwen's layout, with rotary positions in time, row and column; False for LLaVA's,
             bare image tokens and plain positions.
+        path_points: R; indicators behind the waypoints' that belong to the path.
 
     Returns:
         The fields of `DrivingBatch` that follow from the tokens alone.
@@ -163,15 +175,18 @@ def token_fields(
         raise UserError(
             f"{len(supervised)} supervised tokens are more than data.max_targets {max_targets}: raise it"
         )
-    # The first six indicators of the answers are the planning turn's (published rule).
-    answered = (tokens == tokenizer.indicator) & (labels != IGNORE)
-    indicators = np.flatnonzero(answered)[:NUM_WAYPOINTS]
+    # The first six indicators of the answers are the planning turn's (published rule), then the path's.
+    answered = np.flatnonzero((tokens == tokenizer.indicator) & (labels != IGNORE))
+    indicators = answered[:NUM_WAYPOINTS]
+    on_path = answered[NUM_WAYPOINTS : NUM_WAYPOINTS + path_points]
 
     def padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
         width = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
         return np.pad(values, width, constant_values=fill).astype(np.int32)
 
+    path = {"path_places": padded(on_path, path_points)} if path_points else {}
     return {
+        **path,
         "token_ids": padded(tokens, sequence_length, tokenizer.padding),
         "lengths": np.int32(length),
         "positions": padded(positions, sequence_length),

@@ -12,7 +12,9 @@ from spacedrive_jax.data.prompts import context, planning_answer
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 
 
-def planning_frame(tokenizer: DrivingTokenizer, num_coordinates: int = 6) -> tuple[int, ...]:
+def planning_frame(
+    tokenizer: DrivingTokenizer, num_coordinates: int = 6, path_points: int = 0
+) -> tuple[int, ...]:
     """The ids of the planning answer as training lays it out, behind the assistant's header.
 
     A position token stands behind every indicator, the end of the turn comes last (30 ids in Qwen2.5's
@@ -21,13 +23,14 @@ def planning_frame(tokenizer: DrivingTokenizer, num_coordinates: int = 6) -> tup
     Args:
         tokenizer: gives the ids and the chat layout.
         num_coordinates: see `planning_answer`.
+        path_points: likewise.
 
     Raises:
         UserError: this tokenizer runs the header and the answer's first letters together, so that an answer
             does not begin where the prompt ends.
     """
     question = Turn("user", context("boston"))
-    answer_turn = Turn("assistant", planning_answer(num_coordinates))
+    answer_turn = Turn("assistant", planning_answer(num_coordinates, path_points=path_points))
     lay_out = CHAT_LAYOUTS[tokenizer.layout]
     prompt = lay_out(tokenizer, [question], 1, generation_prompt=True).token_ids
     whole = lay_out(tokenizer, [question, answer_turn], 1).token_ids

@@ -30,6 +30,8 @@ from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
 from spacedrive_jax.vlm.logical_axes import activations_on
 
+PUBLISHED_LIMIT = 100
+"""Tokens of an answer."""
 LENGTH_STEP = 64
 """Prompts are cut to a multiple of so many tokens."""
 Decoding = Literal["one-pass", "token-by-token"]
@@ -58,7 +60,7 @@ def predict(
     out: Path,
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     decoding: Decoding = "one-pass",
     repetition_penalty: float = 1.0,
     overwrite: bool = False,
@@ -69,9 +71,10 @@ def predict(
         checkpoint: see `open_trained_model`.
         records_dir: records folder.
         split: `train`, `val` or `all`.
-        out: JSON Lines file: token, waypoints (6 x [x, y], metres, ego frame), text, status.
+        out: JSON Lines file: token, waypoints (6 x [x, y], metres, ego frame), text, status, and path (R x
+            [x, y]) where the model gives one.
         batch_size: samples a step; the last batch is filled up.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; None for `answer_limit`.
         decoding: how; it changes the time, not the answers.
         repetition_penalty: see `generate`; 1 for none.
         overwrite: replace `out`.
@@ -88,6 +91,7 @@ def predict(
     records = with_network_depth(records, config.data.depth, builder.images.token_grid)
     samples = Samples(records, builder, list(range(len(records))))
     trained = open_trained_model(checkpoint)
+    limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
 
     @jax.jit
@@ -97,7 +101,7 @@ def predict(
                 nnx.merge(trained.graph, trainable, frozen),
                 batch,
                 builder.tokenizer,
-                max_new_tokens,
+                limit,
                 repetition_penalty=repetition_penalty,
                 frame=frame,
             )
@@ -139,6 +143,13 @@ def predict(
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
 
 
+def answer_limit(config: Config) -> int:
+    """Longest answer: the published 100 tokens, and four for every point of a path (indicator, position
+    token, comma, and one to spare).
+    """
+    return PUBLISHED_LIMIT + 4 * config.model.path_points
+
+
 def prompt_length(batch: DrivingBatch) -> int:
     """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
     compiled for.
@@ -163,11 +174,12 @@ def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ..
     """
     if not config.model.coordinate_tokens or config.data.conversation.command_in_answer:
         return None
-    return planning_frame(tokenizer, 1 if config.model.decoder.whole_trajectory else NUM_WAYPOINTS)
+    coordinates = 1 if config.model.decoder.whole_trajectory else NUM_WAYPOINTS
+    return planning_frame(tokenizer, coordinates, config.model.path_points)
 
 
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
-    """One line of the prediction file; an answer without exactly six waypoints is `unparsed`."""
+    """One line of the prediction file; an answer without exactly six waypoints and the path is `unparsed`."""
     length = int(generated.lengths[row])
     ids, points, decoded = (
         np.asarray(values[row, :length])
@@ -180,10 +192,13 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
         waypoints = np.asarray(generated.trajectory[row])[: NUM_WAYPOINTS * bool(decoded.any()), :2]
     else:
         waypoints = points[decoded][:, :2]
-    parsed = len(waypoints) == NUM_WAYPOINTS and bool(np.isfinite(waypoints).all())
-    return {
+    wanted = NUM_WAYPOINTS + builder.model.path_points
+    parsed = len(waypoints) == wanted and bool(np.isfinite(waypoints).all())
+    given = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
+    line = {
         "token": token,
-        "waypoints": [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else [],
+        "waypoints": given[:NUM_WAYPOINTS],
         "text": text,
         "status": "ok" if parsed else "unparsed",
     }
+    return line | ({"path": given[NUM_WAYPOINTS:]} if builder.model.path_points else {})

@@ -29,6 +29,8 @@ class Losses:
     """Sum of the supervised tokens' cross-entropy over the batch size, as the published code reduces it."""
     position: Float[Array, ""]
     """Mean position loss over the valid coordinates' x and y; exactly 0 when there is none."""
+    path: Float[Array, ""]
+    """The same over the path points, those beyond the recorded future left out; 0 without a path."""
     divergence: Float[Array, ""]
     """What the `vae` decoder adds; 0 for the others."""
     displacement: Float[Array, ""]
@@ -45,6 +47,10 @@ class Supervised:
     truth: Float[Array, "B R 2"]
     """Metres. R = C, or R = T where one indicator is held against the whole trajectory."""
     mask: Bool[Array, "B R"]
+
+    def followed_by(self, other: Supervised) -> Supervised:
+        """These coordinates and then the other's."""
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, other)
 
 
 def losses(
@@ -73,7 +79,8 @@ def losses(
         UserError: the config's decoder and losses do not fit each other.
     """
     check_choices(model, config)
-    supervised = select(model, batch, config)
+    waypoints, path = select(model, batch, config), select_path(batch)
+    supervised = waypoints if path is None else waypoints.followed_by(path)
     vae = isinstance(model.decoder, VaeDecoder)
     drawn_for = supervised.truth[:, : supervised.places.shape[1]] if vae else None
     if vae and noise is None and dropout_key is not None:
@@ -87,17 +94,33 @@ def losses(
         noise=noise,
     )
     language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
-    position = position_loss(model, outputs, supervised, config)
+    count = None if path is None else waypoints.places.shape[1]
+    position = position_loss(model, _part(outputs, slice(count)), waypoints, config)
+    along_path = jnp.zeros(())
+    if path is not None:
+        along_path = position_loss(model, _part(outputs, slice(count, None)), path, config)
     divergence = jnp.zeros(())
     if isinstance(model.decoder, VaeDecoder) and drawn_for is not None:
         per_coordinate = model.decoder.divergence(outputs.at_indicators, drawn_for)
         divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]])
-    error = safe_norm(outputs.coordinates[..., :2] - supervised.truth)
-    displacement = jax.lax.stop_gradient(_mean(error, supervised.mask))
+    error = safe_norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.truth)
+    displacement = jax.lax.stop_gradient(_mean(error, waypoints.mask))
     total = (
-        config.language_weight * language + config.position_weight * position + config.vae_weight * divergence
+        config.language_weight * language
+        + config.position_weight * position
+        + config.path_weight * along_path
+        + config.vae_weight * divergence
     )
-    return Losses(total, language, position, divergence, displacement)
+    return Losses(total, language, position, along_path, divergence, displacement)
+
+
+def _part(outputs: Outputs, coordinates: slice) -> Outputs:
+    """The outputs at some of the coordinates."""
+    return dataclasses.replace(
+        outputs,
+        at_indicators=outputs.at_indicators[:, coordinates],
+        coordinates=outputs.coordinates[:, coordinates],
+    )
 
 
 def cross_entropy(
@@ -126,6 +149,13 @@ def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Super
         mask = jnp.broadcast_to(batch.waypoint_mask[:, :1], batch.waypoint_mask.shape)
         return Supervised(batch.waypoint_places[:, :1], batch.waypoints, mask)
     return Supervised(batch.waypoint_places, batch.waypoints, batch.waypoint_mask)
+
+
+def select_path(batch: DrivingBatch) -> Supervised | None:
+    """The path points, where the batch has any."""
+    if batch.path_places is None or batch.path is None or batch.path_mask is None:
+        return None
+    return Supervised(batch.path_places, batch.path, batch.path_mask)
 
 
 def position_loss(
@@ -168,6 +198,11 @@ def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
         raise UserError(
             f"train.position_loss {config.position_loss} would leave model.decoder.kind {decoder.kind} "
             "untrained: choose huber, l1 or l2, or a grid_* decoder"
+        )
+    if model.config.path_points and config.supervision != "planning":
+        raise UserError(
+            f"model.path_points {model.config.path_points} needs train.supervision planning, not "
+            f"{config.supervision}"
         )
     if decoder.whole_trajectory and (
         config.supervision != "planning" or decoder.kind not in ("mlp", "linear")

@@ -34,9 +34,9 @@ class TrainStep:
     run: jax.stages.Wrapped
     """(trainable, optimizer state, frozen, batch, step) -> (trainable, optimizer state, metrics).
 
-    The first two are donated. Metrics: loss, loss_language, loss_position, displacement_m, grad_norm,
-    learning_rate and finite (0 where loss or gradient is not: trainables and optimiser state are then what
-    they were)."""
+    The first two are donated. Metrics: loss, loss_language, loss_position (loss_path), displacement_m,
+    grad_norm, learning_rate and finite (0 where loss or gradient is not: trainables and optimiser state are
+    then what they were)."""
     initialize_optimizer: Callable[[nnx.State], Any]
     """Trainables -> optimizer state, on its shardings."""
     trainable: nnx.State
@@ -65,12 +65,13 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key)
-        return parts.total, {
+        metrics = {
             "loss": parts.total,
             "loss_language": parts.language,
             "loss_position": parts.position,
             "displacement_m": parts.displacement,
         }
+        return parts.total, metrics | ({"loss_path": parts.path} if config.model.path_points else {})
 
     @functools.partial(
         jax.jit,
