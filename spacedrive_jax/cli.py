@@ -116,6 +116,8 @@ class Predict(Command):
     """Run the whole framed answer at once and check it, or generate token by token; same answers."""
     repetition_penalty: float = 1.0
     """Penalty on ids already seen; released Qwen settings carry 1.05, SpaceDrive's results use none."""
+    average: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Predict with the moving average of the weights that `--train.ema-decay` keeps."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the file if it exists."""
 
@@ -138,6 +140,7 @@ class Predict(Command):
             max_new_tokens=self.max_new_tokens,
             decoding=self.decoding,
             repetition_penalty=self.repetition_penalty,
+            average=self.average,
             overwrite=self.overwrite,
         )
         if self.out is None:

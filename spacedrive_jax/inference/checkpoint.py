@@ -9,9 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, from_json
+from spacedrive_jax.console import UserError
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
+from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.weights.trained_parts import imported_config, is_imported
 
 
@@ -39,21 +41,29 @@ def open_config(checkpoint: Path) -> Config:
     return from_json((run_dir / "config.json").read_text())
 
 
-def open_trained_model(checkpoint: Path) -> TrainedModel:
+def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedModel:
     """Loads a trained model.
 
     Args:
         checkpoint: a run folder (its newest checkpoint), `RUN/checkpoints/STEP`, or a weights folder that
             `import-weights --from spacedrive` wrote.
+        average: take the moving average of the trainables (`train.ema_decay`) instead of the last ones.
 
     Raises:
-        UserError: it is none of these, or damaged.
+        UserError: it is none of these, or damaged, or holds no average.
     """
     config = open_config(checkpoint)
     mesh = make_mesh(config.mesh)
     graph, trainable, _ = abstract_state(config, mesh)
     if is_imported(checkpoint):
+        if average:
+            raise UserError(f"{checkpoint} was imported and holds no moving average: leave --average out")
         return TrainedModel(config, mesh, graph, *start_state(config, mesh))
     frozen = frozen_state(config, mesh)
-    trainable = checkpoints.restore_trainable(*checkpoints.locate(checkpoint), trainable)
+    run_dir, step = checkpoints.locate(checkpoint)
+    if average:
+        optimizer = make_train_step(config, mesh).optimizer_state
+        trainable = checkpoints.restore_average(run_dir, step, optimizer)
+    else:
+        trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     return TrainedModel(config, mesh, graph, trainable, frozen)

@@ -63,6 +63,7 @@ def predict(
     max_new_tokens: int | None = None,
     decoding: Decoding = "one-pass",
     repetition_penalty: float = 1.0,
+    average: bool = False,
     overwrite: bool = False,
 ) -> PredictResult:
     """Predicts every keyframe of a split.
@@ -77,10 +78,11 @@ def predict(
         max_new_tokens: longest answer; None for `answer_limit`.
         decoding: how; it changes the time, not the answers.
         repetition_penalty: see `generate`; 1 for none.
+        average: predict with the moving average of the weights instead of the last ones.
         overwrite: replace `out`.
 
     Raises:
-        UserError: something is missing, or `out` exists.
+        UserError: something is missing, the run keeps no average, or `out` exists.
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another --out, or --overwrite")
@@ -90,7 +92,7 @@ def predict(
     records = open_records(records_dir, split)
     records = with_network_depth(records, config.data.depth, builder.images.token_grid)
     samples = Samples(records, builder, list(range(len(records))))
-    trained = open_trained_model(checkpoint)
+    trained = open_trained_model(checkpoint, average=average)
     limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
 

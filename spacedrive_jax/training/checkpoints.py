@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -114,6 +115,28 @@ def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.Sta
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
     nnx.replace_by_pure_dict(trainable, restored)
     return trainable
+
+
+def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
+    """Reads the moving average of the trainables (`train.ema_decay`) out of a checkpoint's optimiser state.
+
+    Args:
+        run_dir: run folder.
+        step: of the checkpoint.
+        optimizer: the (abstract) optimiser state of the run's config, on its shardings.
+
+    Raises:
+        UserError: the run keeps no average.
+    """
+    if optax.tree.get(optimizer, "average") is None:
+        raise UserError(
+            f"{run_dir} keeps no moving average of its weights: train with --train.ema-decay 0.999, say, or "
+            "take the last weights"
+        )
+    folder = (run_dir / "checkpoints" / str(step) / "optimizer").resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder, _abstract(optimizer))
+    return optax.tree.get(restored, "average")
 
 
 def locate(checkpoint: Path) -> tuple[Path, int]:

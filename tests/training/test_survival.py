@@ -10,8 +10,11 @@ from collections import namedtuple
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from spacedrive_jax.cli import main
 from spacedrive_jax.console import UserError
+from spacedrive_jax.inference.checkpoint import open_trained_model
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.train import train
@@ -131,8 +134,21 @@ def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path)
         train(elsewhere, resume=True)
 
 
-def test_accumulated_gradients_average_and_an_average_is_kept(records, whole, tmp_path):
-    config = tiny(records, tmp_path / "run", steps=STEPS, accumulation=2, ema_decay=0.5)
+def test_accumulated_gradients_average_and_an_average_is_kept(records, whole, tmp_path, capsys):
+    config = tiny(records, tmp_path / "run", steps=STEPS, accumulation=2, ema_decay=0.5, checkpoint_every=1)
     train(config)
     pairs = zip(losses_of(tmp_path / "run"), losses_of(whole), strict=True)
     np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4)
+
+    def average(step):
+        trained = open_trained_model(tmp_path / "run" / "checkpoints" / str(step), average=True)
+        return nnx.to_pure_dict(trained.trainable)
+
+    expected = jax.tree.map(
+        lambda mean, new: 0.5 * mean + 0.5 * new, average(STEPS - 1), trained_values(tmp_path / "run")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), average(STEPS), expected)
+    command = ["predict", "--records", str(records), "--batch-size", "2", "--average"]
+    assert main([*command, "--checkpoint", str(tmp_path / "run")]) == 0
+    assert main([*command, "--checkpoint", str(whole)]) == 1
+    assert "keeps no moving average" in capsys.readouterr().err
