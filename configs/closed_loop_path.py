@@ -1,4 +1,4 @@
-"""SpaceDrive+ for closed-loop driving: behind the six waypoints the answer gives 20 path points, 1 m apart."""
+"""SpaceDrive+ for closed-loop driving: behind the six waypoints the answer gives 20 path points 1 m apart."""
 
 from spacedrive_jax.config import change, load_preset
 

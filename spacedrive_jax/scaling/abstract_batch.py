@@ -20,6 +20,7 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
     data, vision = config.data, config.model.vlm.vision
     images = ImageProcessor(vision, data.image_size)
     length, targets = data.sequence_length, data.max_targets
+    points = config.model.path_points
 
     def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
@@ -45,4 +46,7 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
         waypoints=array(np.float32, NUM_WAYPOINTS, 2),
         waypoint_mask=array(np.bool_, NUM_WAYPOINTS),
         index=array(np.int32),
+        path_places=array(np.int32, points) if points else None,
+        path=array(np.float32, points, 2) if points else None,
+        path_mask=array(np.bool_, points) if points else None,
     )
