@@ -1,0 +1,79 @@
+"""Several hosts of one run: the notice that one of them is taken away reaches them all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.train import train
+from tests.conftest import ROOT
+from tests.training.runs import TINY, losses_of, make_records, tiny
+
+LIMIT = 400
+"""Seconds after which a host is given up."""
+
+
+def start_hosts(records, run_dir, *flags):
+    """Two hosts with a device each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "spacedrive_jax",
+        "train",
+        str(TINY),
+        "--run-dir",
+        str(run_dir),
+        "--json",
+    ]
+    command += ["--data.records", str(records), "--coordinator", f"localhost:{port}", "--host-count", "2"]
+    return [
+        subprocess.Popen(
+            [*command, *flags, "--host-index", str(index)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+def wait_for_steps(hosts, run_dir, steps):
+    deadline = time.monotonic() + LIMIT
+    log = run_dir / "metrics.jsonl"
+    while not log.is_file() or log.read_text().count("\n") < steps:
+        for host in hosts:
+            assert host.poll() is None, host.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
+    records = make_records(tmp_path / "records")
+    run_dir = tmp_path / "run"
+    hosts = start_hosts(records, run_dir, "--train.steps", "100000", "--train.checkpoint-every", "100000")
+    try:
+        wait_for_steps(hosts, run_dir, 3)
+        hosts[1].send_signal(signal.SIGTERM)
+        outputs = [host.communicate(timeout=LIMIT) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    facts = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert not facts[0]["finished"]
+    assert facts[0]["step"] == facts[1]["step"] >= 3
+    assert checkpoints.locate(run_dir)[1] == facts[0]["step"]
+
+    # What both wrote is whole: one host alone goes on from it, with no step lost and none done twice.
+    done = facts[0]["step"]
+    train(tiny(records, run_dir, steps=done + 1), resume=True, accept_changes=True)
+    assert [step for step, _ in losses_of(run_dir)] == list(range(1, done + 2))
