@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from safetensors.numpy import save_file
 
 from data_prep.conversion_state import write_json
 from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
+from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record, Records, open_records
 from spacedrive_jax.depth import lidar
 from spacedrive_jax.depth.cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
 from spacedrive_jax.depth.fusion import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
+from spacedrive_jax.training.hosts import connect
 
 CHUNK = 32
 """Keyframes per file: what a killed run loses at most."""
@@ -35,7 +38,8 @@ class AddDepth(Command):
     """Run a depth network over all keyframes and keep its depth beside the records.
 
     Training and prediction then read it (`--data.depth.sources unidepth`, or `fused` for the same fitted to
-    LiDAR) and need no depth network. Starting it again goes on where it was stopped.
+    LiDAR) and need no depth network. Images are spread over all devices; several hosts (on one file system)
+    share the keyframes. Starting it again goes on where it was stopped.
 
     Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14 --run spacedrive
     """
@@ -49,12 +53,20 @@ class AddDepth(Command):
     """Run preset (or .py file) whose image size, channel order, pooling and token grid to use."""
     full: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also keep the depth of every pixel as 16-bit PNGs (some 3 MB a keyframe), for any grid and pooling."""
-    keyframes_per_step: int = 1
-    """Keyframes (six images each) that go through the network together."""
+    keyframes_per_step: int | None = None
+    """Keyframes (six images each) that go through the network together; by default as few as give every
+    device the same number of images."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
+    host_count: int | None = None
+    """Hosts that share the work, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
 
     def run(self) -> Mapping[str, Any]:
         """Writes the sidecar; returns its folder, fingerprint and counts."""
         started = time.monotonic()
+        connect(self.coordinator, self.host_count, self.host_index)
         records = open_records(self.records)
         result = add_depth(
             records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
@@ -105,7 +117,11 @@ class AddedDepth:
 
 
 def add_depth(
-    records: Records, network: DepthNetworkConfig, *, full: bool = False, keyframes_per_step: int = 1
+    records: Records,
+    network: DepthNetworkConfig,
+    *,
+    full: bool = False,
+    keyframes_per_step: int | None = None,
 ) -> AddedDepth:
     """Writes the sidecar of one depth network; each process of a multi-host run does its share of the chunks.
 
@@ -113,11 +129,15 @@ def add_depth(
         records: all keyframes of a folder.
         network: weights and settings.
         full: keep the depth of every pixel too.
-        keyframes_per_step: keyframes that go through the network together.
+        keyframes_per_step: keyframes that go through the network together; None takes as few as give every
+            device of this process the same number of images.
 
     Raises:
         UserError: the weights cannot be read, or the folder holds a sidecar of other records.
     """
+    if keyframes_per_step is not None and keyframes_per_step < 1:
+        raise UserError(f"--keyframes-per-step {keyframes_per_step} must be 1 or more")
+    step_size = keyframes_per_step or math.lcm(len(CAMERAS), jax.local_device_count()) // len(CAMERAS)
     facts = dict(provenance(network, records.fingerprint)) | {"full": full}
     name = f"{facts['kind']}-{facts['fingerprint'][:12]}" + ("-full" if full else "")
     folder = records.directory / FOLDER / name
@@ -133,7 +153,7 @@ def add_depth(
         with progress(total=sum(len(chunks[number]) for number in missing), unit="keyframe") as bar:
             for number in missing:
                 tensors: dict[str, list[Any]] = {}
-                for step in _steps(records, chunks[number], keyframes_per_step):
+                for step in _steps(records, chunks[number], step_size):
                     for row, keyframe in zip(sidecar_rows(runner, step, full=full), step, strict=True):
                         for key, value in row.items():
                             tensors.setdefault(key, []).append(value)
@@ -147,7 +167,9 @@ def add_depth(
         aligned += int(chunk_metadata(file)["aligned"])
     if jax.process_index() == 0:
         write_json(folder / PROVENANCE, facts | {"chunks": [file.name for file in files], "aligned": aligned})
-    return AddedDepth(str(folder), facts["fingerprint"], len(records), reused, len(records) * 6, aligned)
+    return AddedDepth(
+        str(folder), facts["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
+    )
 
 
 def sidecar_rows(runner: KeyframeDepth, records: Sequence[Record], *, full: bool) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,17 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.cameras import CAMERAS
-from spacedrive_jax.console import UserError
+from spacedrive_jax.console import UserError, note
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.depth.cache import NetworkKind
 from spacedrive_jax.depth.depth_anything_weights import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.depth.tensor_file import weight_file
-from spacedrive_jax.depth.unidepth_weights import load_unidepth
+from spacedrive_jax.depth.unidepth_weights import is_released, load_unidepth
 from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth
 from spacedrive_jax.vlm.config import ComputeConfig
 
@@ -98,6 +99,8 @@ class KeyframeDepth:
         compute = ComputeConfig(dtype=config.dtype, param_dtype=config.dtype)
         model: nnx.Module
         if config.kind() == "unidepth":
+            if is_released(config.weights):
+                note("UniDepth's released weights are for non-commercial use only (CC BY-NC 4.0)")
             model = load_unidepth(config.weights, compute=compute)
         else:
             # Pooling absorbs the network's own size, as in SpaceDrive.
@@ -112,7 +115,17 @@ class KeyframeDepth:
             depth = nnx.merge(graph, state)(images, intrinsics).depth
             return depth, pool_depth(depth, config.grid, config.pooling)
 
-        self._run: Callable[..., tuple[Array, Array]] = run
+        self._run = run
+
+    def compiled(self, images: int) -> jax.stages.Compiled:
+        """The program for so many images (a multiple of the devices): its memory, its traffic."""
+        size = self.config.image_size
+
+        def placed(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=self._images)
+
+        given = placed(3, 3, dtype=np.float32) if self.config.camera == "given" else None
+        return self._run.lower(self._state, placed(*size, 3, dtype=np.uint8), given).compile()
 
     def __call__(
         self, records: list[Record]

@@ -72,6 +72,13 @@ def save_unidepth(model: UniDepthV2, path: str | Path) -> None:
     write_folder(path, tensors.items(), shards, config=config_to_json(model.config))
 
 
+def is_released(path: str | Path) -> bool:
+    """Whether a UniDepthV2 checkpoint is one of the released (or in their format), not one written here."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "config.json"
+    return not file.is_file() or json.loads(file.read_text()).get("kind") != KIND
+
+
 def read_config(path: Path, shapes: Mapping[str, Shape]) -> UniDepthConfig:
     """The architecture of a checkpoint: config.json beside it, else one of the released sizes.
 

@@ -8,32 +8,19 @@ from data_prep.add_depth import AddDepth, add_depth
 from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.depth.dinov2 import Dinov2Config
 from spacedrive_jax.depth.fusion import apply
 from spacedrive_jax.depth.sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
-from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
-from spacedrive_jax.depth.unidepth_weights import save_unidepth
-from spacedrive_jax.vlm.initialization import initialize
 from tests.depth.sweeps import walls_around
+from tests.depth.tiny_unidepth import save_tiny
 from tests.record_factory import make_record, write_records
 
-TINY = UniDepthConfig(
-    encoder=Dinov2Config(
-        width=16, depth=4, heads=2, taps=(1, 2, 3, 4), position_grid=(3, 3), final_norm_eps=1e-5
-    ),
-    width=16,
-    heads=2,
-    expansion=2,
-    units=(1, 1, 1),
-    pixel_bounds=(2000, 4000),
-)
 GRID = (2, 3)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("network") / "weights"
-    save_unidepth(initialize(lambda rngs: UniDepthV2(TINY, rngs=rngs), seed=0), folder)
+    save_tiny(folder)
     return folder
 
 

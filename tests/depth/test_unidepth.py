@@ -21,22 +21,12 @@ from spacedrive_jax.depth.unidepth_weights import (
 from spacedrive_jax.verify.depth import verify_unidepth
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.initialization import initialize
-
-TINY = UniDepthConfig(
-    encoder=Dinov2Config(
-        width=16, depth=4, heads=2, taps=(1, 2, 3, 4), position_grid=(3, 3), final_norm_eps=1e-5
-    ),
-    width=16,
-    heads=2,
-    expansion=2,
-    units=(1, 1, 1),
-    pixel_bounds=(2000, 4000),
-)
+from tests.depth.tiny_unidepth import TINY, make_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return initialize(lambda rngs: UniDepthV2(TINY, rngs=rngs), seed=0)
+    return make_tiny()
 
 
 def infer(model, images, intrinsics=None):
