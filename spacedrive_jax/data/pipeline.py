@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import grain
 import jax
+import numpy as np
 
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.complete_futures import complete_futures
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.depth.sources import with_network_depth
@@ -78,7 +80,7 @@ def training_samples(config: Config, split: str = "train") -> Samples:
     records = with_network_depth(records, config.data.depth, builder.images.token_grid)
     indices = list(range(len(records)))
     if config.data.drop_without_future:
-        indices = [index for index in indices if records[index]["waypoint_mask"].all()]
+        indices = np.flatnonzero(complete_futures(records)).tolist()
     if len(indices) < config.train.batch_size:
         raise UserError(
             f"{config.data.records} has {len(indices)} training keyframes, fewer than train.batch_size "

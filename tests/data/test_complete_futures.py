@@ -1,0 +1,63 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.data.complete_futures import complete_futures
+from spacedrive_jax.data.records import open_records
+from tests.record_factory import make_record, write_records
+
+
+class Unreadable:
+    """A source that must not be asked for a record."""
+
+    def __init__(self, length):
+        self.data_source, self.length = self, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        raise AssertionError("records were read again")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = np.ones((4, 6), bool)
+    masks[1, 4:] = masks[3, 5:] = False
+    records = [make_record(rng, waypoint_mask=mask) for mask in masks]
+    return write_records(tmp_path / "records", {"train": records, "val": records[:2]})
+
+
+def test_found_once_for_each_split(folder):
+    records = open_records(folder, "train")
+    assert complete_futures(records).tolist() == [True, False, True, False]
+    assert complete_futures(open_records(folder, "val")).tolist() == [True, False]
+
+
+def test_kept_beside_the_records(folder):
+    records = open_records(folder, "train")
+    first = complete_futures(records)
+    kept = dataclasses.replace(records, source=Unreadable(len(records)))
+    np.testing.assert_array_equal(complete_futures(kept), first)
+    others = dataclasses.replace(kept, fingerprint="of other records")
+    with pytest.raises(AssertionError, match="read again"):
+        complete_futures(others)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_damaged_note_or_a_read_only_folder_costs_time_only(folder, monkeypatch):
+    records = open_records(folder, "train")
+    expected = complete_futures(records)
+    (folder / "complete_futures-train.json").write_text("{")
+    np.testing.assert_array_equal(complete_futures(records), expected)
+    (folder / "complete_futures-train.json").unlink()
+
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr("os.replace", refuse)
+    np.testing.assert_array_equal(complete_futures(records), expected)
+    assert not list(folder.glob("complete_futures*"))
+    assert not list(folder.glob(".complete_futures*"))
