@@ -1,9 +1,11 @@
-"""Compiles the 7B training step for TPU machines and writes the tables of docs/scaling.md.
+"""Compiles the 7B steps for TPU machines and writes the tables of docs/scaling.md.
 
     pip install -r requirements-aot.txt
-    python benchmarks/aot_tables.py            # minutes per machine on a few CPU cores
+    python benchmarks/aot_tables.py            # minutes per row on a few CPU cores
+    python benchmarks/aot_tables.py --only v5e:4x4 --only v6e:8x8
 
-Every finished machine is added to benchmarks/results/aot_7b.json, so that an interrupted run goes on.
+Every finished row is added to benchmarks/results/aot_7b.json, so that an interrupted run goes on; the tables
+are written anew to aot_7b.md beside it. `--again` compiles the rows it has once more.
 """
 
 from __future__ import annotations
@@ -14,45 +16,107 @@ import json
 import os
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from spacedrive_jax.config import load_preset
-from spacedrive_jax.scaling.plan import make_plan
+from spacedrive_jax.config import change, load_preset
+from spacedrive_jax.scaling.plan import StepKind, make_plan
 from spacedrive_jax.scaling.search import parse_mesh
 from spacedrive_jax.scaling.text import describe_plan
 from spacedrive_jax.scaling.topology import describe
 
-MACHINES = {
-    "v5e:4x4": "data=1,fsdp=16",
-    "v5p:4x4x4": "data=4,fsdp=16",
-    "v6e:8x8": "data=8,fsdp=8",
-    "v5e:16x16": "data=16,fsdp=16",
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program to compile."""
+
+    machine: str
+    mesh: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step: StepKind = "train"
+
+
+ROWS = {
+    "v5e:4x4": Row("v5e:4x4", "data=1,fsdp=16"),
+    "v5e:16x16": Row("v5e:16x16", "data=16,fsdp=16"),
+    "v5p:4x4x4": Row("v5p:4x4x4", "data=4,fsdp=16"),
+    "v6e:8x8": Row("v6e:8x8", "data=8,fsdp=8"),
+    "v5e:4x4 scores written out": Row("v5e:4x4", "data=1,fsdp=16", {"model.compute.attention": "xla"}),
+    "v5e:4x4 planning": Row("v5e:4x4", "data=1,fsdp=16", step="plan"),
+    "v5e:8x8": Row("v5e:8x8", "data=8,fsdp=8"),
 }
 """One sample per chip everywhere: weak scaling."""
+WEAK_SCALING = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="spacedrive_plus_qwen_7b")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/aot_7b.json"))
+    parser.add_argument("--only", action="append", choices=[*ROWS], help="this row; may be given again")
+    parser.add_argument("--again", action="store_true", help="compile rows that are there already")
     options = parser.parse_args()
     done = json.loads(options.out.read_text()) if options.out.exists() else {"plans": {}}
     done["config"] = options.config
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
-    for name, mesh in MACHINES.items():
-        if name in done["plans"]:
+    for name in options.only or ROWS:
+        if name in done["plans"] and not options.again:
             continue
-        topology = describe(name)
-        config = load_preset(options.config)
-        train = dataclasses.replace(config.train, batch_size=len(topology.devices))
-        plan = make_plan(dataclasses.replace(config, mesh=parse_mesh(mesh), train=train), topology)
+        row, topology = ROWS[name], describe(ROWS[name].machine)
+        fields = {"mesh": parse_mesh(row.mesh), "train.batch_size": len(topology.devices)} | row.fields
+        plan = make_plan(change(load_preset(options.config), name, fields), topology, step=row.step)
         print(describe_plan(plan), flush=True)
         done["plans"][name] = dataclasses.asdict(plan) | {"versions": versions}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, options.out)
+        _write(options.out, json.dumps(done, indent=1, sort_keys=True) + "\n")
+        _write(options.out.with_suffix(".md"), tables(done["plans"]))
+
+
+def tables(plans: dict[str, dict[str, Any]]) -> str:
+    """The rows as Markdown, and what a chip sends as chips are added."""
+    head = (
+        "machine | mesh | batch | parameters + optimiser | temporaries | peak / HBM (GB) | model TFLOP | "
+        "moved (GB) | collectives (GB) | step at least | MFU at most | compile | libtpu"
+    )
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for name in [name for name in ROWS if name in plans]:
+        plan = plans[name]
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+        cells = [
+            name,
+            mesh,
+            plan["batch_size"],
+            f"{plan['parameter_bytes'] / 1e9:.2f} + {plan['optimizer_bytes'] / 1e9:.2f}",
+            f"{plan['temporary_bytes'] / 1e9:.2f}",
+            f"{plan['peak_bytes'] / 1e9:.2f} / {plan['hbm_bytes'] / 1e9:.1f}",
+            f"{plan['flops_per_chip'] / 1e12:.0f}",
+            f"{plan['moved_bytes'] / 1e9:.0f}",
+            f"{_sent(plan):.1f}",
+            f"{plan['step_seconds']:.2f} s",
+            f"{plan['mfu_bound']:.0%}",
+            f"{plan['compile_seconds']:.0f} s",
+            plan["versions"]["libtpu"],
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| v5e chips | " + " | ".join(KINDS) + " | together |", "|" + "---|" * (len(KINDS) + 2)]
+    for name in [name for name in WEAK_SCALING if name in plans]:
+        cells = [f"{_sent(plans[name], kind):.2f}" for kind in KINDS]
+        lines.append(f"| {plans[name]['chips']} | " + " | ".join(cells) + f" | {_sent(plans[name]):.2f} GB |")
+    return "\n".join(lines) + "\n"
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def _sent(plan: dict[str, Any], kind: str | None = None) -> float:
+    return sum(each["bytes"] for each in plan["collectives"] if kind in (None, each["kind"])) / 1e9
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -208,14 +208,15 @@ def _wire_bytes(kind: str, source: Instruction, devices: int) -> int:
 
 
 def _group(text: str, devices: int) -> int:
-    """Size of a collective's groups: `{{0,1},{2,3}}`, `[2,8]<=[16]` or `mesh['x'=16]`."""
+    """Size of a collective's groups: `{{0,1},{2,3}}`, `[2,8]<=[16]` or `mesh['x'=2,'y'=8] {'y'}`."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     if listed:
         return listed[1].count(",") + 1
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
     if iota:
         return int(iota[1])
-    mesh = re.search(r"replica_groups=(?:\w+)?mesh\[([^\]]*)\](?:\s*\{([^}]*)\})?", text)
+    order = r"(?:, device_ids=\(.*?\)(?= |,|$))?"  # in which the mesh counts its devices
+    mesh = re.search(rf"replica_groups=(?:\w+)?mesh\[([^\]]*)\]{order}(?:\s*\{{([^}}]*)\}})?", text)
     if mesh:
         sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1]))
         chosen = re.findall(r"'([\w.]+)'", mesh[2] or "") or list(sizes)

@@ -65,6 +65,26 @@ def test_a_collective_spread_over_fusions_counts_once():
     assert moved.collectives == (Collective("all-gather", 1, 64 * 4 * 7 // 8),)
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['x'=2,'y'=4], dimensions={0}", 8),
+        ("mesh['x'=2,'y'=4] {'y'}, dimensions={0}", 4),
+        ("mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'y'}, dimensions={0}", 2),
+        ("mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)), dimensions={0}", 8),
+    ],
+)
+def test_a_chip_sends_to_its_own_group_only(groups, size):
+    hlo = f"""ENTRY %main (x: f32[8]) -> f32[64] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %whole = f32[64]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true
+}}
+"""
+    assert traffic(hlo, 99).collectives[0].bytes == 64 * 4 * (size - 1) // size
+
+
 def test_a_slice_of_an_operand_is_what_is_read():
     hlo = """%slicing (p: f32[28,100], i: s32[]) -> f32[1,100] {
   %p = f32[28,100]{1,0} parameter(0)
