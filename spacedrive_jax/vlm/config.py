@@ -63,29 +63,52 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenVisionConfig:
+class VisionConfig:
+    """What every vision tower has."""
+
+    hidden_size: int
+    intermediate_size: int
+    depth: int
+    num_heads: int
+    norm_eps: float
+    patch_size: int = 14
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"vision hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVisionConfig(VisionConfig):
     """The Qwen2.5-VL vision tower: windowed attention in most blocks, full attention in a few."""
 
     hidden_size: int = 1280
     intermediate_size: int = 3420
     depth: int = 32
     num_heads: int = 16
+    norm_eps: float = 1e-6
     full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
     window_size: int = 112
     """Side of an attention window in pixels."""
-    patch_size: int = 14
     temporal_patch_size: int = 2
-    in_channels: int = 3
     merge_size: int = 2
     """merge_size x merge_size patches become one visual token."""
     out_hidden_size: int = 3584
-    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
+        super().__post_init__()
+        if self.head_dim % 4:
             raise UserError(
-                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a whole "
-                "head size that is a multiple of 4 (the rotary embedding has two axes)"
+                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
+                "multiple of 4: the rotary embedding has two axes"
             )
         if any(not 0 <= block < self.depth for block in self.full_attention_blocks):
             raise UserError(
@@ -95,11 +118,6 @@ class QwenVisionConfig:
             raise UserError(
                 f"window_size {self.window_size} holds no token of {self.patch_size * self.merge_size} pixels"
             )
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
 
     @property
     def patch_channels(self) -> int:
@@ -152,37 +170,27 @@ class QwenVLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipVisionConfig:
+class ClipVisionConfig(VisionConfig):
     """The CLIP vision transformer (Radford et al. 2021), as LLaVA uses it; the defaults are ViT-L/14-336."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
     depth: int = 24
     num_heads: int = 16
+    norm_eps: float = 1e-5
     image_size: int = 336
     """Side of the square images in pixels; the position embedding is learnt for this size alone."""
-    patch_size: int = 14
-    in_channels: int = 3
     feature_layer: int = -2
     """Which hidden state is handed on, counted from the end: -1 is the last block's output."""
-    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"vision hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
-            )
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})"
             )
         if not -self.depth - 1 <= self.feature_layer <= -1:
             raise UserError(f"feature_layer {self.feature_layer} must lie in -{self.depth + 1}..-1")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
 
     @property
     def patch_channels(self) -> int:

@@ -66,6 +66,42 @@ class Rule:
         return np.ascontiguousarray(parameter).reshape(self.source_shape)
 
 
+def linear_rules(
+    source: str,
+    path: ParameterPath,
+    sizes: tuple[int, int],
+    *,
+    bias: bool = True,
+    in_axes: int = 1,
+    layers: int | None = None,
+) -> tuple[Rule, ...]:
+    """The rules of a torch `nn.Linear`.
+
+    Args:
+        source: Name without `.weight` or `.bias`.
+        path: Path of the `Projection`.
+        sizes: Outputs, inputs.
+        bias: Whether it has one.
+        in_axes: See `Rule`.
+        layers: See `Rule`.
+    """
+    weight = Rule(f"{source}.weight", (*path, "kernel"), sizes, in_axes, layers)
+    return (weight, Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers)) if bias else (weight,)
+
+
+def with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """The name with the first of the (old, new) prefixes that fits replaced; as it is where none does."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def reversed_prefixes(prefixes: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The way back for `with_prefix`."""
+    return tuple((new, old) for old, new in prefixes)
+
+
 def decoder_rules(config: DecoderConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
     """The table of a Qwen2.5 or LLaMA decoder.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.config import DecoderConfig
 
 Fields = Mapping[str, Any]
 
@@ -37,6 +38,22 @@ def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: A
     found = fields.get(name, supported if default is None else default)
     if found != supported:
         raise UserError(f"{origin}: {name} {found!r} is not supported, only {supported!r}")
+
+
+def decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
+    """What both families write of the decoder."""
+    return {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "tie_word_embeddings": decoder.tied_head,
+    }
 
 
 def rotary_fields(text: Fields) -> Fields:

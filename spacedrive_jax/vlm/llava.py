@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.clip_vision import ClipVision
-from spacedrive_jax.vlm.config import ComputeConfig, LlavaConfig, LoraConfig, NewTokensConfig
-from spacedrive_jax.vlm.decoder import Decoder
+from spacedrive_jax.vlm.config import ComputeConfig, LlavaConfig
 from spacedrive_jax.vlm.layers import Projection
 from spacedrive_jax.vlm.positions import MropePositions
 from spacedrive_jax.vlm.vision_language import VisionLanguageModel
@@ -36,28 +35,12 @@ class Projector(nnx.Module):
 class Llava(VisionLanguageModel):
     """The vision-language model; every patch of an image is a visual token."""
 
-    def __init__(
-        self,
-        config: LlavaConfig,
-        *,
-        compute: ComputeConfig,
-        rngs: nnx.Rngs,
-        lora: LoraConfig | None = None,
-        new_tokens: NewTokensConfig | None = None,
-    ) -> None:
-        """Draws a fresh model; `from_hf` builds one with published weights.
+    config: LlavaConfig
 
-        Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
-            lora: Adapters on the decoder's attention projections; None for none.
-            new_tokens: Ids with trainable rows of their own; None for none.
-        """
-        self.config = config
-        self.vision = ClipVision(config.vision, compute=compute, rngs=rngs)
-        self.projector = Projector(config, compute=compute, rngs=rngs)
-        self.decoder = Decoder(config.decoder, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+    def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
+        """Draws tower and projector."""
+        self.vision = ClipVision(self.config.vision, compute=compute, rngs=rngs)
+        self.projector = Projector(self.config, compute=compute, rngs=rngs)
 
     def encode_images(
         self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]

@@ -10,7 +10,14 @@ those on the hub with `vision_model` too.
 from __future__ import annotations
 
 from spacedrive_jax.vlm.config import ClipVisionConfig, LlavaConfig
-from spacedrive_jax.vlm.conversion import ParameterPath, Rule, decoder_rules
+from spacedrive_jax.vlm.conversion import (
+    ParameterPath,
+    Rule,
+    decoder_rules,
+    linear_rules,
+    reversed_prefixes,
+    with_prefix,
+)
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 _HUB_PREFIXES = (
@@ -26,8 +33,8 @@ def llava_rules(config: LlavaConfig) -> tuple[Rule, ...]:
     narrow, wide, bias = config.vision.hidden_size, config.decoder.hidden_size, config.projector_bias
     return (
         *_vision_rules(config.vision),
-        *_linear(f"{_PROJECTOR}.linear_1", ("projector", "hidden"), (wide, narrow), bias=bias),
-        *_linear(f"{_PROJECTOR}.linear_2", ("projector", "out"), (wide, wide), bias=bias),
+        *linear_rules(f"{_PROJECTOR}.linear_1", ("projector", "hidden"), (wide, narrow), bias=bias),
+        *linear_rules(f"{_PROJECTOR}.linear_2", ("projector", "out"), (wide, wide), bias=bias),
         *decoder_rules(config.decoder),
     )
 
@@ -35,31 +42,12 @@ def llava_rules(config: LlavaConfig) -> tuple[Rule, ...]:
 def canonical_name(name: str) -> str:
     """Any of the names in use to the one the table has."""
     name = name.replace("vision_tower.vision_model.", "vision_tower.")
-    for hub, canonical in (*_HUB_PREFIXES, ("vision_tower.", f"{_TOWER}.")):
-        if name.startswith(hub):
-            return canonical + name.removeprefix(hub)
-    return name
+    return with_prefix(name, (*_HUB_PREFIXES, ("vision_tower.", f"{_TOWER}.")))
 
 
 def hub_name(name: str) -> str:
     """The name a tensor has in checkpoints on the hub (`canonical_name` undoes it)."""
-    for hub, canonical in _HUB_PREFIXES:
-        if name.startswith(canonical):
-            return hub + name.removeprefix(canonical)
-    return name
-
-
-def _linear(
-    source: str,
-    path: ParameterPath,
-    sizes: tuple[int, int],
-    *,
-    bias: bool = True,
-    in_axes: int = 1,
-    layers: int | None = None,
-) -> list[Rule]:
-    weight = Rule(f"{source}.weight", (*path, "kernel"), sizes, in_axes, layers)
-    return [weight, Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers)] if bias else [weight]
+    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))
 
 
 def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
@@ -86,11 +74,11 @@ def _vision_rules(config: ClipVisionConfig) -> tuple[Rule, ...]:
         *_norm(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
         *_norm(f"{block}.layer_norm1", (*blocks, "attention_norm"), width, layers=depth),
         *_norm(f"{block}.layer_norm2", (*blocks, "mlp_norm"), width, layers=depth),
-        *_linear(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
-        *_linear(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
+        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
+        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
     ]
     for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
-        rules += _linear(
+        rules += linear_rules(
             f"{block}.self_attn.{source}",
             (*blocks, "attention", target),
             (width, width),

@@ -10,7 +10,7 @@ from typing import Any
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.config import ClipVisionConfig, DecoderConfig, LlavaConfig
-from spacedrive_jax.vlm.hf_fields import Fields, expect, rotary_theta, rotary_type
+from spacedrive_jax.vlm.hf_fields import Fields, decoder_fields, expect, rotary_theta, rotary_type
 
 
 def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
@@ -44,17 +44,8 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
         "tie_word_embeddings": decoder.tied_head,
         "text_config": {
             "model_type": "llama",
-            "vocab_size": decoder.vocab_size,
-            "hidden_size": decoder.hidden_size,
-            "intermediate_size": decoder.intermediate_size,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_heads,
-            "num_key_value_heads": decoder.num_kv_heads,
             "head_dim": decoder.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": decoder.norm_eps,
-            "rope_theta": decoder.rope_theta,
-            "tie_word_embeddings": decoder.tied_head,
+            **decoder_fields(decoder),
         },
         "vision_config": {
             "model_type": "clip_vision_model",

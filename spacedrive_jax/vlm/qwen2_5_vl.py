@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, QwenVLConfig
-from spacedrive_jax.vlm.decoder import Decoder
+from spacedrive_jax.vlm.config import ComputeConfig, QwenVLConfig
 from spacedrive_jax.vlm.positions import MropePositions, find_image_spans, mrope_positions
 from spacedrive_jax.vlm.qwen_vision import QwenVision
 from spacedrive_jax.vlm.vision_language import VisionLanguageModel
@@ -18,27 +17,11 @@ from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 class QwenVL(VisionLanguageModel):
     """The vision-language model; its vision tower hands over tokens of the decoder's width."""
 
-    def __init__(
-        self,
-        config: QwenVLConfig,
-        *,
-        compute: ComputeConfig,
-        rngs: nnx.Rngs,
-        lora: LoraConfig | None = None,
-        new_tokens: NewTokensConfig | None = None,
-    ) -> None:
-        """Draws a fresh model; `from_hf` builds one with published weights.
+    config: QwenVLConfig
 
-        Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
-            lora: Adapters on the decoder's attention projections; None for none.
-            new_tokens: Ids with trainable rows of their own; None for none.
-        """
-        self.config = config
-        self.vision = QwenVision(config.vision, compute=compute, rngs=rngs)
-        self.decoder = Decoder(config.decoder, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+    def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
+        """Draws the tower."""
+        self.vision = QwenVision(self.config.vision, compute=compute, rngs=rngs)
 
     def encode_images(
         self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]

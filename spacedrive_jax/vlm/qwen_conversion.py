@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from spacedrive_jax.vlm.config import QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.vlm.conversion import Rule, decoder_rules
+from spacedrive_jax.vlm.conversion import Rule, decoder_rules, linear_rules, reversed_prefixes, with_prefix
 
 _HUB_PREFIXES = (("visual.", "model.visual."), ("model.", "model.language_model."))
 
@@ -26,14 +26,10 @@ def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
 
     def linear(
         source: str, target: str, sizes: tuple[int, int], *, block: bool, in_axes: int = 1
-    ) -> list[Rule]:
+    ) -> tuple[Rule, ...]:
         source = f"{prefix}.blocks.{{layer}}.{source}" if block else f"{prefix}.{source}"
         path = ("vision", *(("layers",) if block else ()), *target.split("."))
-        layers = config.depth if block else None
-        return [
-            Rule(f"{source}.weight", (*path, "kernel"), sizes, in_axes, layers),
-            Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers),
-        ]
+        return linear_rules(source, path, sizes, in_axes=in_axes, layers=config.depth if block else None)
 
     def norm(number: int, target: str) -> Rule:
         path = ("vision", "layers", target, "scale")
@@ -64,15 +60,9 @@ def canonical_name(name: str) -> str:
     """Hub or transformers name to the one the table uses."""
     if re.match(r"model\.(visual|language_model)\.|lm_head\.", name):
         return name
-    for hub, canonical in _HUB_PREFIXES:
-        if name.startswith(hub):
-            return canonical + name.removeprefix(hub)
-    return name
+    return with_prefix(name, _HUB_PREFIXES)
 
 
 def hub_name(name: str) -> str:
     """The name a tensor has in checkpoints on the hub (inverse of `canonical_name`)."""
-    for hub, canonical in _HUB_PREFIXES:
-        if name.startswith(canonical):
-            return hub + name.removeprefix(canonical)
-    return name
+    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))

@@ -10,7 +10,15 @@ from typing import Any
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.vlm.hf_fields import Fields, expect, required, rotary_fields, rotary_theta, rotary_type
+from spacedrive_jax.vlm.hf_fields import (
+    Fields,
+    decoder_fields,
+    expect,
+    required,
+    rotary_fields,
+    rotary_theta,
+    rotary_type,
+)
 
 
 def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
@@ -44,17 +52,8 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
         "tie_word_embeddings": decoder.tied_head,
         "text_config": {
             "model_type": "qwen2_5_vl_text",
-            "vocab_size": decoder.vocab_size,
-            "hidden_size": decoder.hidden_size,
-            "intermediate_size": decoder.intermediate_size,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_heads,
-            "num_key_value_heads": decoder.num_kv_heads,
-            "hidden_act": "silu",
-            "rms_norm_eps": decoder.norm_eps,
-            "rope_theta": decoder.rope_theta,
+            **decoder_fields(decoder),
             "rope_scaling": {"rope_type": "default", "mrope_section": list(decoder.rope_sections)},
-            "tie_word_embeddings": decoder.tied_head,
         },
         "vision_config": {
             "model_type": "qwen2_5_vl",

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm.cache import KVCache
-from spacedrive_jax.vlm.config import VLConfig
+from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
 from spacedrive_jax.vlm.decoder import Decoder
 from spacedrive_jax.vlm.logical_axes import constrain
 from spacedrive_jax.vlm.positions import MropePositions
@@ -29,6 +29,37 @@ class VisionLanguageModel(nnx.Module):
 
     config: VLConfig
     decoder: Decoder
+
+    def __init__(
+        self,
+        config: VLConfig,
+        *,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
+        new_tokens: NewTokensConfig | None = None,
+    ) -> None:
+        """Draws a fresh model; `from_hf` builds one with published weights.
+
+        Args:
+            config: Architecture.
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+            lora: Adapters on the decoder's attention projections; None for none.
+            new_tokens: Ids with trainable rows of their own; None for none.
+        """
+        self.config = config
+        self.draw_vision(compute=compute, rngs=rngs)
+        self.decoder = Decoder(config.decoder, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+
+    @abc.abstractmethod
+    def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
+        """Draws what stands before the decoder, on the way of construction.
+
+        Args:
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+        """
 
     @abc.abstractmethod
     def encode_images(
