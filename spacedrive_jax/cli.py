@@ -93,7 +93,9 @@ class Predict(Command):
     """Predict trajectories for a split of records and write them as JSON Lines.
 
     A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}, and
-    "path": [[x, y] x 20] where the model gives one.
+    "path": [[x, y] x 20] where the model gives one. With --task counterfactual the model is asked what would
+    happen on every candidate trajectory of OmniDrive's test instead: {"token", "Q", "A"} a line, which
+    score-counterfactual reads.
 
     Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
     --out runs/demo/predictions.jsonl
@@ -106,8 +108,13 @@ class Predict(Command):
     """Records folder written by `python -m data_prep convert`."""
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to predict."""
+    task: Literal["planning", "counterfactual"] = "planning"
+    """Plan, or answer the counterfactual test."""
+    language_data: Path | None = None
+    """For counterfactual: folder of OmniDrive's language data (its eval_cf); the run's by default."""
     out: Path | None = None
-    """File to write; predictions.jsonl in the run folder by default (an imported checkpoint needs a name)."""
+    """File to write; predictions.jsonl or counterfactual.jsonl in the run folder by default (an imported
+    checkpoint needs a name)."""
     batch_size: int = 8
     """Samples per step, over all devices."""
     max_new_tokens: int | None = None
@@ -122,7 +129,7 @@ class Predict(Command):
     """Replace the file if it exists."""
 
     def run(self) -> Mapping[str, Any]:
-        """Predicts; see `spacedrive_jax.inference.predict.predict`."""
+        """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
         use_compilation_cache()
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.training.checkpoints import locate
@@ -130,6 +137,8 @@ class Predict(Command):
 
         if self.out is None and is_imported(self.checkpoint):
             raise console.UserError(f"{self.checkpoint} is no run folder to write to: give --out FILE")
+        if self.task == "counterfactual":
+            return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
         out = self.out or locate(self.checkpoint)[0] / "predictions.jsonl"
         result = predict(
             self.checkpoint,
@@ -153,6 +162,33 @@ class Predict(Command):
             "unparsed": result.unparsed,
             "in_one_pass": result.in_one_pass,
             "samples_per_second": rate,
+        }
+
+    def _ask(self, out: Path) -> Mapping[str, Any]:
+        from spacedrive_jax.inference.questions import answer_counterfactual
+
+        result = answer_counterfactual(
+            self.checkpoint,
+            self.records,
+            self.split,
+            self.language_data,
+            out,
+            batch_size=self.batch_size,
+            max_new_tokens=100 if self.max_new_tokens is None else self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            average=self.average,
+            overwrite=self.overwrite,
+        )
+        print(
+            f"{result.questions} questions about {result.keyframes} keyframes, {result.without_candidates} "
+            f"keyframes without candidates: {out}"
+        )
+        return {
+            "file": str(out),
+            "samples": result.questions,
+            "keyframes": result.keyframes,
+            "without_candidates": result.without_candidates,
+            "samples_per_second": result.questions / max(result.seconds, 1e-9),
         }
 
 

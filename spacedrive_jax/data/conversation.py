@@ -18,6 +18,7 @@ from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.prompts import (
     CommandSource,
     context,
+    counterfactual_question,
     planning_answer,
     planning_answer_in_digits,
     planning_question,
@@ -58,6 +59,21 @@ class Conversation:
 def question_turn(record: Record, command_source: CommandSource, *, plan: bool = True) -> Turn:
     """The user turn that asks for the trajectory, with the command sentence that the source gives."""
     return Turn("user", planning_question(record["location"], _command(record, command_source), plan=plan))
+
+
+def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens: bool) -> Conversation:
+    """The question what would come of a trajectory, coordinates replaced by the test rule.
+
+    Args:
+        record: the keyframe.
+        trajectory: its text, from the language data.
+        coordinate_tokens: coordinates become tokens; False leaves them as digits.
+    """
+    question = counterfactual_question(record["location"], trajectory)
+    points = np.zeros((0, 2), np.float32)
+    if coordinate_tokens:
+        question, points = replace_coordinates(question, keep_velocities=False)
+    return Conversation([Turn("user", question)], points)
 
 
 def training_conversation(

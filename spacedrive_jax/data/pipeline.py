@@ -130,7 +130,9 @@ def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator
     return iter(dataset.to_iter_dataset(options))
 
 
-def evaluation_batches(samples: Samples, batch_size: int) -> Iterator[tuple[DrivingBatch, int]]:
+def evaluation_batches(
+    samples: Sequence[DrivingBatch], batch_size: int
+) -> Iterator[tuple[DrivingBatch, int]]:
     """All samples once, in order; the last batch is filled up by repeating its last sample.
 
     Yields:

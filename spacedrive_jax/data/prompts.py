@@ -92,4 +92,9 @@ def counterfactual_question(location: str, trajectory: str) -> str:
         location: nuScenes log location.
         trajectory: its text, from the language data; coordinates are replaced by the test rule.
     """
-    return f"{context(location)}If you follow the trajectory {trajectory}, what would happen?"
+    return context(location) + counterfactual_text(trajectory)
+
+
+def counterfactual_text(trajectory: str) -> str:
+    """The counterfactual question itself."""
+    return f"If you follow the trajectory {trajectory}, what would happen?"

@@ -48,18 +48,27 @@ class SampleBuilder:
             UserError: the record lacks an image or depth, or the conversation does not fit the config's
                 fixed shapes.
         """
+        data = self.data
+        if not self.answer:
+            nothing = np.zeros((0, 2), np.float32)
+            return self.sample(record, Conversation([question_turn(record, data.command)], nothing), index)
+        talk = training_conversation(
+            record,
+            data.conversation,
+            data.command,
+            coordinate_tokens=self._coordinate_tokens(),
+            path_points=self.model.path_points,
+        )
+        return self.sample(record, talk, index)
+
+    def sample(self, record: Record, talk: Conversation, index: int) -> DrivingBatch:
+        """One sample with a conversation of the caller's; `index` is the sample's.
+
+        Raises:
+            UserError: as when called.
+        """
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
-        if self.answer:
-            talk = training_conversation(
-                record,
-                data.conversation,
-                data.command,
-                coordinate_tokens=self._coordinate_tokens(),
-                path_points=self.model.path_points,
-            )
-        else:
-            talk = Conversation([question_turn(record, data.command)], np.zeros((0, 2), np.float32))
         lay_out = CHAT_LAYOUTS[self.tokenizer.layout]
         chat = lay_out(
             self.tokenizer,

@@ -6,34 +6,27 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from flax import nnx
 
-from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.coordinates_in_text import parse_coordinates
-from spacedrive_jax.data.pipeline import Samples, evaluation_batches
+from spacedrive_jax.data.pipeline import Samples
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.depth.sources import with_network_depth
 from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
-from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation
-from spacedrive_jax.training.sharding import check_batch_size, make_mesh, place_batch
-from spacedrive_jax.vlm.logical_axes import activations_on
+from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 
 PUBLISHED_LIMIT = 100
 """Tokens of an answer."""
-LENGTH_STEP = 64
-"""Prompts are cut to a multiple of so many tokens."""
 Decoding = Literal["one-pass", "token-by-token"]
 """How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
 frame, or one token after the other. Both give the same answers."""
@@ -95,30 +88,7 @@ def predict(
     trained = open_trained_model(checkpoint, average=average)
     limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
-
-    @jax.jit
-    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        with activations_on(trained.mesh):
-            return generate(
-                nnx.merge(trained.graph, trainable, frozen),
-                batch,
-                builder.tokenizer,
-                limit,
-                repetition_penalty=repetition_penalty,
-                frame=frame,
-            )
-
-    def answered() -> Iterator[tuple[DrivingBatch, int, Generation]]:
-        # One batch behind: while the devices are at work on it, the next one is prepared.
-        running, length = None, 0
-        for batch, count in evaluation_batches(samples, batch_size):
-            length = max(length, prompt_length(batch))
-            placed = place_batch(without_padding(batch, length), trained.mesh)
-            previous, running = running, (batch, count, answer(trained.trainable, trained.frozen, placed))
-            if previous is not None:
-                yield previous
-        if running is not None:
-            yield running
+    asking = Asking(batch_size, limit, repetition_penalty, frame)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -127,8 +97,8 @@ def predict(
         partial.open("w", encoding="utf-8") as file,
         progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
     ):
-        for number, (batch, count, unread) in enumerate(answered()):
-            generated = jax.device_get(unread)
+        answers = answered_batches(trained, samples, builder.tokenizer, asking)
+        for number, (batch, count, generated) in enumerate(answers):
             in_one_pass += int(generated.in_one_pass[:count].sum())
             for row in range(count):
                 index = samples.indices[int(batch.index[row])]
@@ -150,24 +120,6 @@ def answer_limit(config: Config) -> int:
     token, comma, and one to spare).
     """
     return PUBLISHED_LIMIT + 4 * config.model.path_points
-
-
-def prompt_length(batch: DrivingBatch) -> int:
-    """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
-    compiled for.
-    """
-    whole = batch.token_ids.shape[1]
-    return min(-(-int(batch.lengths.max()) // LENGTH_STEP) * LENGTH_STEP, whole)
-
-
-def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
-    """Cuts the token axis: the room that training needs for answers is nothing but padding in a prompt."""
-    return dataclasses.replace(
-        batch,
-        token_ids=batch.token_ids[:, :length],
-        positions=batch.positions[:, :, :length],
-        slots=batch.slots[:, :length],
-    )
 
 
 def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ...] | None:

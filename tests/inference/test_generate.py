@@ -17,8 +17,9 @@ from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.samples import token_fields
 from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.batches import LENGTH_STEP, prompt_length, without_padding
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.predict import LENGTH_STEP, prediction_line, prompt_length, without_padding
+from spacedrive_jax.inference.predict import prediction_line
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.positional.decoders import make_decoder
 from tests.published_case import GOLDEN, load_case

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from spacedrive_jax.console import Command
 from spacedrive_jax.evaluation.counterfactual.files import read_items
 from spacedrive_jax.evaluation.counterfactual.risks import RULES, count_risks
@@ -23,9 +25,13 @@ class ScoreCounterfactual(Command):
     """
 
     predictions: Path
-    """Folder with a JSON file per token, or one JSON object: [{"Q": question, "C" or "A": answer}]."""
+    """What `predict --task counterfactual` wrote; or a folder with a JSON file per token, or one JSON object:
+    [{"Q": question, "C" or "A": answer}]."""
     annotations: Path
     """Folder with a JSON or .pkl file per token, or one object: [{"traj": …, "status": […]}]."""
+
+    every_question: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Score all questions about a keyframe; the published script scores the first."""
 
     def run(self) -> Mapping[str, Any]:
         """Scores the answers and prints the tables.
@@ -33,7 +39,7 @@ class ScoreCounterfactual(Command):
         Raises:
             UserError: a file cannot be read, or no keyframe has an answer and annotations.
         """
-        read = read_items(self.predictions, self.annotations)
+        read = read_items(self.predictions, self.annotations, every_question=self.every_question)
         rules: dict[str, Any] = {}
         for rule in RULES:
             counts, unmatched = count_risks(read.items, rule)

@@ -31,14 +31,16 @@ class CounterfactualItems:
     unannotated: tuple[str, ...]
 
 
-def read_items(predictions: Path, annotations: Path) -> CounterfactualItems:
+def read_items(predictions: Path, annotations: Path, *, every_question: bool = False) -> CounterfactualItems:
     """Reads answers and annotations and pairs them by token.
 
     Args:
-        predictions: token to `[{"Q": question, "C" or "A": answer}, …]`, of which the first counts.
+        predictions: token to `[{"Q": question, "C" or "A": answer}, …]`, or JSON Lines of
+            `{"token", "Q", "A"}`.
         annotations: token to `[{"traj": "PT, [(…)…]", "status": […]}, …]`.
             Each is a folder with a file per token (JSON with or without .json, or .pkl), or one such file
             with an object of token to content.
+        every_question: take all questions about a keyframe; the published script takes the first.
 
     Raises:
         UserError: something cannot be read, or no keyframe has both.
@@ -46,11 +48,13 @@ def read_items(predictions: Path, annotations: Path) -> CounterfactualItems:
     answers, candidates = _read_by_token(predictions), _read_by_token(annotations)
     items = []
     for token in sorted(answers.keys() & candidates.keys()):
-        question, answer = _question(answers[token], f"{predictions}, {token}")
+        pairs = _pairs(answers[token], f"{predictions}, {token}")
         try:
-            items.append(Item(token, question, answer, parse_candidates(candidates[token])))
+            subjects = parse_candidates(candidates[token])
         except ValueError as error:
             raise UserError(f"{annotations}, {token}: {error}") from None
+        chosen = pairs if every_question else pairs[:1]
+        items += [Item(token, question, answer, subjects) for question, answer in chosen]
     if not items:
         raise UserError(f"{predictions} and {annotations} have no keyframe in common")
     return CounterfactualItems(
@@ -69,7 +73,7 @@ def _read_by_token(path: Path) -> Mapping[str, Any]:
         if len(content) < len(files):
             raise UserError(f"{path}: a token has more than one file")
         return content
-    content = _load(path)
+    content = _read_lines(path) if path.suffix == ".jsonl" else _load(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object of token to content, found {type(content).__name__}")
     return content
@@ -84,12 +88,32 @@ def _load(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
-def _question(content: Any, where: str) -> tuple[str, str]:
-    first = content[0] if isinstance(content, list) and content else None
-    question = first.get("Q") if isinstance(first, dict) else None
-    answer = (
-        next((first[key] for key in ANSWER_KEYS if key in first), None) if isinstance(first, dict) else None
-    )
+def _read_lines(path: Path) -> dict[str, list[Any]]:
+    """Token to the lines about it, in their order."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON Lines ({error})") from None
+    content: dict[str, list[Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        token = line.get("token") if isinstance(line, dict) else None
+        if not isinstance(token, str):
+            raise UserError(f'{path}, line {number}: expected {{"token", "Q", "A"}}, found {str(line)[:60]}')
+        content.setdefault(token, []).append(line)
+    return content
+
+
+def _pairs(content: Any, where: str) -> list[tuple[str, str]]:
+    """Questions and answers about a keyframe; at least one."""
+    if not isinstance(content, list) or not content:
+        raise UserError(f'{where}: expected [{{"Q": question, "C" or "A": answer}}, …]')
+    return [_pair(each, where) for each in content]
+
+
+def _pair(content: Any, where: str) -> tuple[str, str]:
+    known = content if isinstance(content, dict) else {}
+    question = known.get("Q")
+    answer = next((known[key] for key in ANSWER_KEYS if key in known), None)
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if not isinstance(question, str) or not isinstance(answer, str):

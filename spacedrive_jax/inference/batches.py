@@ -1,0 +1,84 @@
+"""Prompts of any number through a trained model, a batch at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+from flax import nnx
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.data.pipeline import evaluation_batches
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.inference.checkpoint import TrainedModel
+from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.progress import Generation
+from spacedrive_jax.training.sharding import place_batch
+from spacedrive_jax.vlm.logical_axes import activations_on
+
+LENGTH_STEP = 64
+"""Prompts are cut to a multiple of so many tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How prompts are answered; see `generate`."""
+
+    batch_size: int
+    max_new_tokens: int
+    repetition_penalty: float = 1.0
+    frame: tuple[int, ...] | None = None
+    """The expected answer, to be run in one pass."""
+
+
+def answered_batches(
+    trained: TrainedModel, samples: Sequence[DrivingBatch], tokenizer: DrivingTokenizer, asking: Asking
+) -> Iterator[tuple[DrivingBatch, int, Generation]]:
+    """Answers all samples in order.
+
+    One batch behind: while the devices are at work on it, the next one is prepared.
+
+    Yields:
+        A batch as it was made, how many of its samples count, and their answers on the host.
+    """
+
+    @jax.jit
+    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
+        with activations_on(trained.mesh):
+            return generate(
+                nnx.merge(trained.graph, trainable, frozen),
+                batch,
+                tokenizer,
+                asking.max_new_tokens,
+                repetition_penalty=asking.repetition_penalty,
+                frame=asking.frame,
+            )
+
+    running, length = None, 0
+    for batch, count in evaluation_batches(samples, asking.batch_size):
+        length = max(length, prompt_length(batch))
+        placed = place_batch(without_padding(batch, length), trained.mesh)
+        previous, running = running, (batch, count, answer(trained.trainable, trained.frozen, placed))
+        if previous is not None:
+            yield (*previous[:2], jax.device_get(previous[2]))
+    if running is not None:
+        yield (*running[:2], jax.device_get(running[2]))
+
+
+def prompt_length(batch: DrivingBatch) -> int:
+    """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
+    compiled for.
+    """
+    whole = batch.token_ids.shape[1]
+    return min(-(-int(batch.lengths.max()) // LENGTH_STEP) * LENGTH_STEP, whole)
+
+
+def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
+    """Cuts the token axis: the room that training needs for answers is nothing but padding in a prompt."""
+    return dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids[:, :length],
+        positions=batch.positions[:, :, :length],
+        slots=batch.slots[:, :length],
+    )

@@ -1,0 +1,183 @@
+"""The counterfactual test: what would happen on another trajectory, asked about every candidate.
+
+OmniDrive's language data has candidate trajectories for a keyframe (`eval_cf`), each with its risks;
+`score-counterfactual` compares those with the risks that the answers name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.config import Config
+from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.data.conversation import counterfactual_prompt
+from spacedrive_jax.data.language_data import LanguageData
+from spacedrive_jax.data.prompts import counterfactual_text
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.depth.sources import with_network_depth
+from spacedrive_jax.inference.answer import answer_text
+from spacedrive_jax.inference.batches import Asking, answered_batches
+from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
+from spacedrive_jax.inference.progress import Generation
+from spacedrive_jax.training.sharding import check_batch_size, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionsResult:
+    """What was written."""
+
+    file: Path
+    questions: int
+    keyframes: int
+    without_candidates: int
+    """Keyframes that the language data asks nothing about."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One candidate trajectory of one keyframe."""
+
+    index: int
+    """Row of the keyframe in its records split."""
+    token: str
+    trajectory: str
+
+
+@dataclasses.dataclass
+class Prompts(Sequence[DrivingBatch]):
+    """The prompts of questions; `index` of a sample counts questions."""
+
+    records: Records
+    builder: SampleBuilder
+    questions: list[Question]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, number: int) -> DrivingBatch:  # type: ignore[override]
+        question = self.questions[number]
+        record = self.records[question.index]
+        talk = counterfactual_prompt(
+            record, question.trajectory, coordinate_tokens=self.builder.model.coordinate_tokens
+        )
+        sample = self.builder.sample(record, talk, number)
+        model = self.builder.model
+        if model.position_input and model.position_input_training == "zeros":
+            # As published: what a coordinate feeds at test time is fed in answers, not in prompts.
+            slots = np.where(sample.slots == Slot.COORDINATE, Slot.TEXT, sample.slots).astype(np.int32)
+            return dataclasses.replace(sample, slots=slots)
+        return sample
+
+
+def answer_counterfactual(
+    checkpoint: Path,
+    records_dir: Path,
+    split: str,
+    language_data: Path | None,
+    out: Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 100,
+    repetition_penalty: float = 1.0,
+    average: bool = False,
+    overwrite: bool = False,
+) -> QuestionsResult:
+    """Asks about every candidate trajectory of a split's keyframes.
+
+    Args:
+        checkpoint: see `open_trained_model`.
+        records_dir: records folder.
+        split: `train`, `val` or `all`.
+        language_data: folder with `eval_cf`; None takes that of the checkpoint's config.
+        out: JSON Lines file, a question a line: token, Q, A.
+        batch_size: questions a step.
+        max_new_tokens: longest answer.
+        repetition_penalty: see `generate`.
+        average: answer with the moving average of the weights.
+        overwrite: replace `out`.
+
+    Raises:
+        UserError: something is missing, the language data asks nothing about this split, or `out` exists.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: give another --out, or --overwrite")
+    config = open_config(checkpoint)
+    check_batch_size(batch_size, make_mesh(config.mesh))
+    records = open_records(records_dir, split)
+    questions, without = _questions(records, _folder(language_data, config))
+    builder = SampleBuilder(config.data, config.model, answer=False)
+    prompts = Prompts(
+        with_network_depth(records, config.data.depth, builder.images.token_grid), builder, questions
+    )
+    asking = Asking(batch_size, max_new_tokens, repetition_penalty)
+    trained = open_trained_model(checkpoint, average=average)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    started = time.monotonic()
+    with (
+        partial.open("w", encoding="utf-8") as file,
+        progress(total=len(questions), desc=f"ask about {split}", unit="question") as bar,
+    ):
+        for batch, count, generated in answered_batches(trained, prompts, builder.tokenizer, asking):
+            for row in range(count):
+                question = questions[int(batch.index[row])]
+                line = {
+                    "token": question.token,
+                    "Q": counterfactual_text(question.trajectory),
+                    "A": _answer(builder, generated, row),
+                }
+                file.write(json.dumps(line) + "\n")
+            bar.update(count)
+    os.replace(partial, out)
+    keyframes = len({question.token for question in questions})
+    return QuestionsResult(out, len(questions), keyframes, without, time.monotonic() - started)
+
+
+def _folder(given: Path | None, config: Config) -> LanguageData:
+    named = config.data.conversation.language_data
+    if given is None and named is None:
+        raise UserError(
+            "the counterfactual test needs OmniDrive's language data: give --language-data FOLDER"
+        )
+    root = Path(named or "") if given is None else given
+    if not (root / "eval_cf").is_dir():
+        raise UserError(f"{root} has no folder eval_cf with the counterfactual test: give --language-data")
+    return LanguageData(root)
+
+
+def _questions(records: Records, data: LanguageData) -> tuple[list[Question], int]:
+    """All questions about a split, and the keyframes without any."""
+    questions, without = [], 0
+    for index in range(len(records)):
+        token = records[index]["token"]
+        candidates = data.counterfactual_test(token)
+        without += not candidates
+        questions += [Question(index, token, candidate.trajectory) for candidate in candidates]
+    if not questions:
+        raise UserError(
+            f"{data.root / 'eval_cf'} holds nothing about these {len(records)} keyframes: is it of another "
+            "split or data set?"
+        )
+    return questions, without
+
+
+def _answer(builder: SampleBuilder, generated: Generation, row: int) -> str:
+    """An answer as text, without the end of its turn."""
+    length = int(generated.lengths[row])
+    ids, points, decoded = (
+        np.asarray(values[row, :length])
+        for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
+    )
+    ended = length and ids[-1] == builder.tokenizer.turn_end and not decoded[-1]
+    said = slice(length - 1 if ended else length)
+    return answer_text(builder.tokenizer, ids[said], points[said], decoded[said])
