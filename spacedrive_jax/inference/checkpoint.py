@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.console import UserError
 from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.base_fingerprint import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
 from spacedrive_jax.training.step import make_train_step
@@ -50,7 +51,8 @@ def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedMod
         average: take the moving average of the trainables (`train.ema_decay`) instead of the last ones.
 
     Raises:
-        UserError: it is none of these, or damaged, or holds no average.
+        UserError: it is none of these, or damaged, holds no average, or its base is no longer the one it was
+            trained on.
     """
     config = open_config(checkpoint)
     mesh = make_mesh(config.mesh)
@@ -61,6 +63,8 @@ def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedMod
         return TrainedModel(config, mesh, graph, *start_state(config, mesh))
     frozen = frozen_state(config, mesh)
     run_dir, step = checkpoints.locate(checkpoint)
+    base = base_fingerprint(config, frozen, mesh)
+    checkpoints.check_facts(checkpoints.read_facts(run_dir, step), {"base_fingerprint": base})
     if average:
         optimizer = make_train_step(config, mesh).optimizer_state
         trainable = checkpoints.restore_average(run_dir, step, optimizer)

@@ -7,7 +7,7 @@ being written when the process died has no final name and is never picked up.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from spacedrive_jax.console import UserError
 
 
 def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
-    """Opens `RUN/checkpoints`."""
+    """Opens `RUN/checkpoints`, where the newest `keep` stay."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
@@ -106,6 +106,36 @@ def restore(
     )
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
     return trainable, restored["optimizer"], restored["position"], restored["facts"]
+
+
+def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
+    """Reads the facts that a checkpoint was saved with."""
+    # Not through a manager, which tidies the folder up: a run may be writing there.
+    folder = (run_dir / "checkpoints" / str(step) / "facts").resolve()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder)
+
+
+def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to use a checkpoint's trainables on other records or on another base.
+
+    Args:
+        saved: a checkpoint's facts.
+        now: `records_fingerprint` and `base_fingerprint`, or those of the two that matter.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    changed = [
+        f"{name}: {saved.get(name)} -> {now[name]}"
+        for name in ("records_fingerprint", "base_fingerprint")
+        if name in now and saved.get(name) != now[name]
+    ]
+    if changed:
+        raise UserError(
+            f"the checkpoint was trained on something else: {'; '.join(changed)}. Give the same records "
+            "(data.records) and weights (model.weights), or, to train on, say --accept-changes"
+        )
 
 
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:

@@ -19,6 +19,8 @@ from spacedrive_jax.console import UserError
 FREE_TO_CHANGE = (
     "run_dir",
     "mesh.",
+    "data.records:",
+    "model.weights:",
     "data.read_threads",
     "data.prefetch_batches",
     "data.cache_in_memory",
@@ -26,7 +28,8 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )
-"""Fields that a resumed run may change without saying so: they do not change what is learnt."""
+"""Fields that a resumed run may change without saying so: they do not change what is learnt.
+(What is in the folders of records and weights is held against the checkpoint's fingerprints.)"""
 MARGIN = 64 << 20
 """Bytes that metrics and logs may need beside a checkpoint."""
 

@@ -16,6 +16,7 @@ from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.pipeline import position, seek, training_iterator, training_samples
 from spacedrive_jax.training import checkpoints, run_folder
+from spacedrive_jax.training.base_fingerprint import base_fingerprint
 from spacedrive_jax.training.log_lines import interval_line, opening_line
 from spacedrive_jax.training.nonfinite import NonfiniteGuard
 from spacedrive_jax.training.preemption import PreemptionWatch
@@ -102,6 +103,7 @@ def train(
         "records": str(Path(config.data.records).resolve()),
         "records_fingerprint": samples.records.fingerprint,
         "weights": config.model.weights,
+        "base_fingerprint": base_fingerprint(config, frozen, mesh),
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(frozen),
     }
@@ -111,7 +113,8 @@ def train(
         trainable, optimizer_state, where, saved = checkpoints.restore(
             manager, start, trainable, optimizer_state
         )
-        _check_data(saved, facts, accept_changes=accept_changes)
+        if not accept_changes:
+            checkpoints.check_facts(saved, facts)
         seek(iterator, where, config)
     if run_folder.is_main_host():
         shown = {name: value for name, value in facts.items() if name != "config"}
@@ -178,20 +181,6 @@ def train(
                 raise UserError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started
     return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
-
-
-def _check_data(saved: dict[str, Any], now: dict[str, Any], *, accept_changes: bool) -> None:
-    """Refuses to go on with other records or another base than the checkpoint was trained on."""
-    changed = [
-        f"{name}: {saved.get(name)} -> {now[name]}"
-        for name in ("records_fingerprint", "weights")
-        if saved.get(name) != now[name]
-    ]
-    if changed and not accept_changes:
-        raise UserError(
-            f"the checkpoint was trained on something else: {'; '.join(changed)}. Give the same records and "
-            "weights, or say --accept-changes"
-        )
 
 
 def _bytes(tree: Any) -> int:
