@@ -1,7 +1,8 @@
 """Attention over a whole sequence, by the kernel that suits the machine.
 
-`xla` writes the scores of all pairs out; the fused kernels never do, neither forward nor backward. All give
-the same numbers but for the order of sums. Single tokens against a cache do not come here (`decoder`).
+`xla` writes the scores of all pairs out; the fused kernels never do, neither forward nor backward, nor do
+the blocks that CPUs take for long sequences. All give the same numbers but for the order of sums. Single
+tokens against a cache do not come here (`decoder`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm.blocked_attention import blocked_attention
 from spacedrive_jax.vlm.config import AttentionChoice
 from spacedrive_jax.vlm.logical_axes import current_mesh, resolve
 
@@ -33,6 +35,8 @@ DECODER_AXES: ShardAxes = ("batch", "heads", "kv_heads")
 IMAGE_AXES: ShardAxes = ("images", None, None)
 SHORTEST_FOR_SPLASH = 256
 """Tokens below which scores are small and the kernel's blocks mostly padding."""
+SHORTEST_FOR_BLOCKS = 1024
+"""Tokens below which a head's scores fit into a CPU's cache as they are."""
 SPLASH_BLOCKS = (512, 384, 256)
 LANES = 128
 """Block sizes are multiples of a TPU register's width."""
@@ -68,6 +72,9 @@ def attend(
     platform = target_platform()
     kernel = choose_kernel(choice, platform, q.dtype, length, head_dim)
     log.info("attention over %d tokens of %d channels on %s: %s", length, head_dim, platform, kernel)
+    everything_seen = not causal and lengths is None
+    if choice == "auto" and platform == "cpu" and everything_seen and length >= SHORTEST_FOR_BLOCKS:
+        return _on_shards(lambda q, k, v, _: blocked_attention(q, k, v), q, k, v, None, axes)
     if kernel == "xla":
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
