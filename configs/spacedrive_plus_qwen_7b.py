@@ -1,6 +1,8 @@
-"""SpaceDrive+ on Qwen2.5-VL-7B as published: six views of 640 x 640, adapters of rank 16, global batch 16.
+"""SpaceDrive+ on Qwen2.5-VL-7B to train anew: the published model, asked without its leaks.
 
-Give the released weights with `--model.weights DIR --data.tokenizer DIR`.
+Unlike the published run (`table1_spacedrive_plus`), the command comes from the past alone, depth from the
+LiDAR sweep, and a step takes 16 samples, one for each of 16 chips. Give the released weights with
+`--model.weights DIR --data.tokenizer DIR`.
 """
 
 from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig

@@ -1,5 +1,6 @@
 """Every preset loads, comes back from JSON, and its model can be built without its numbers."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -34,6 +35,13 @@ def test_trainable_adapters_are_the_papers(name, millions):
     adapters = nnx.state(abstract_model(load_preset(name)), nnx.LoRAParam)
     count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert round(count / 1e6, 2) == millions
+
+
+def test_every_preset_is_in_the_table_of_the_docs():
+    table = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+    assert [name for name in PRESETS if f"`{name}`" not in table] == []
+    named = set(re.findall(r"`((?:table|base_vlm|spacedrive_)[a-z0-9_]+)`", table))
+    assert sorted(named - set(PRESETS)) == []
 
 
 def test_frozen_scale_is_no_trainable():
