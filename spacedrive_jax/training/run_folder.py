@@ -19,6 +19,7 @@ from spacedrive_jax.console import UserError
 FREE_TO_CHANGE = (
     "run_dir",
     "mesh.",
+    "model.compute.attention",
     "data.records:",
     "model.weights:",
     "data.read_threads",
