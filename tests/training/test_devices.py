@@ -13,14 +13,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from spacedrive_jax.cli import main
+from spacedrive_jax.config import load_preset
 from spacedrive_jax.console import UserError
 from spacedrive_jax.training.sharding import check_replication
+from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.train import train
 from spacedrive_jax.vlm.logical_axes import resolve
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
 
-STEPS = 6
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
     run_dir, alone = tmp_path / "run", tmp_path / "alone"
     command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(run_dir)]
     command += ["--data.records", str(records), "--train.steps", str(STEPS), "--mesh.data", "2"]
-    command += ["--mesh.fsdp", "2", "--coordinator", f"localhost:{port}", "--host-count", "2"]
+    command += ["--mesh.fsdp", "2", "--train.checkpoint-every", str(STEPS)]
+    command += ["--coordinator", f"localhost:{port}", "--host-count", "2"]
     hosts = [
         subprocess.Popen(
             [*command, "--host-index", str(index)],
@@ -76,10 +79,10 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
         assert host.returncode == 0, error
     assert json.loads((run_dir / "run.json").read_text())["hosts"] == 2
 
-    train(tiny(records, alone, steps=STEPS))
+    train(tiny(records, alone, steps=STEPS, checkpoint_every=STEPS))
     np.testing.assert_allclose(losses_of(run_dir), losses_of(alone), rtol=1e-5)
     # One host goes on where two stopped, with the same samples in the same order.
-    longer = {"steps": STEPS + 2}
+    longer = {"steps": STEPS + 2, "checkpoint_every": STEPS}
     for folder in (run_dir, alone):
         train(tiny(records, folder, **longer), resume=True, accept_changes=True)
     np.testing.assert_allclose(losses_of(run_dir), losses_of(alone), rtol=1e-5)
@@ -115,3 +118,30 @@ def test_a_replicated_model_is_refused_by_name():
     check_replication(state(PartitionSpec("fsdp")), devices)
     with pytest.raises(UserError, match=r"512 of 512 parameters .* table \(512\)"):
         check_replication(state(PartitionSpec()), devices)
+
+
+def test_the_published_model_is_split_on_every_mesh_that_is_let_through():
+    config = load_preset("spacedrive_plus_qwen_7b")
+
+    def placed(*sizes):
+        mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
+        _, trainable, frozen = abstract_state(config, mesh)
+        return nnx.merge_state(trainable, frozen), mesh
+
+    for sizes in ((1, 16, 1), (1, 4, 4), (4, 1, 4)):
+        check_replication(*placed(*sizes))
+    # 28 heads, 4 of keys and values, do not go eight ways: the attention's weights would stay whole.
+    with pytest.raises(UserError, match=r"attention\.[qo]\.kernel .*attention\.[qo]\.kernel "):
+        check_replication(*placed(1, 1, 8))
+
+
+def test_heads_of_keys_stay_whole_where_they_are_fewer_than_the_ways():
+    """As many keys' heads as there are go around; the queries' heads are cut all the same."""
+    mesh = AbstractMesh((1, 2, 8), ("data", "fsdp", "tensor"))
+    assert resolve(("embed", "kv_heads", "head_dim"), (64, 4, 16), mesh) == PartitionSpec("fsdp", None, None)
+    assert resolve(("embed", "heads", "head_dim"), (64, 32, 16), mesh) == PartitionSpec(
+        "fsdp", "tensor", None
+    )
+    # Images go over every device that their number divides among.
+    assert resolve(("images", None), (96, 3), mesh) == PartitionSpec(("data", "fsdp", "tensor"), None)
+    assert resolve(("images", None), (6, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
