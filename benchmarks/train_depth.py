@@ -1,18 +1,20 @@
-"""Trains a small UniDepthV2 on the synthetic world and measures depth on held-out scenes.
+"""Trains a small UniDepthV2 on the synthetic world.
 
-    python benchmarks/train_depth.py --records records --out runs/depth_synthetic
+    python -m benchmarks.train_depth --records records --out runs/depth_synthetic
+    python -m benchmarks.depth_accuracy --records records --run runs/depth_synthetic
 
-Writes the weights (for `data_prep add-depth --model OUT/weights`) and benchmarks/results/depth_accuracy.md:
-the network, the same deliberately mis-scaled, both fused with LiDAR, and two baselines that use no network.
+It can be stopped (`--minutes`, or killed): the same command goes on, and ends with the same weights.
+OUT/weights is a checkpoint in the released layout, for `data_prep add-depth --model OUT/weights` too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import jax
@@ -22,40 +24,39 @@ import optax
 import tyro
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from data_prep.add_depth import camera_alignments
-from spacedrive_jax.console import progress
+from data_prep.depth_network import keyframe_views
+from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.depth import fusion, lidar
 from spacedrive_jax.depth.dinov2 import Dinov2Config
 from spacedrive_jax.depth.sources import decode_exact_depth
 from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.depth.unidepth_camera import to_network
+from spacedrive_jax.depth.unidepth_decoder import LOG_RADIUS_OFFSET
 from spacedrive_jax.depth.unidepth_weights import save_unidepth
 from spacedrive_jax.vlm.initialization import initialize
 
 IMAGE_SIZE = (84, 140)
-"""Height and width of the training images, pixels: 6 x 10 patches."""
+"""Height and width of the images, pixels: 6 x 10 patches; the demo's size."""
 FARTHEST = 80.0
-"""Depth beyond it is neither trained on nor measured, metres."""
+"""Depth beyond it is not measured; the network only learns that it is far, metres."""
 NETWORK = UniDepthConfig(
     encoder=Dinov2Config(
-        width=96, depth=6, heads=3, taps=(2, 3, 4, 6), position_grid=(6, 10), final_norm_eps=1e-5
+        width=128, depth=6, heads=4, taps=(2, 3, 5, 6), position_grid=(6, 10), final_norm_eps=1e-5
     ),
     width=64,
     heads=4,
     expansion=2,
     units=(1, 1, 1),
+    head_hidden=16,
     pixel_bounds=(IMAGE_SIZE[0] * IMAGE_SIZE[1],) * 2,
 )
-MIS_SCALE, MIS_SHIFT = 0.6, 1.5
-"""The deliberately wrong network's depth is 0.6 d + 1.5 m."""
-
-UNDERTRAINED = (
-    "So short a training leaves the network behind the typical depth in abs-rel: the rows with LiDAR say "
-    "what fusion does to a poor network, the row without says nothing of UniDepthV2."
-)
+SCALE_INVARIANT_WEIGHT, CONFIDENCE_WEIGHT, CAMERA_WEIGHT = 0.5, 0.1, 0.2
+STATE_FILE, FACTS_FILE, WEIGHTS = "state.safetensors", "training.json", "weights"
+REPORT_EVERY = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,184 +64,188 @@ class Options:
     """What to train on and how long."""
 
     records: Path
-    """Records folder with `exact_depth` and LiDAR."""
+    """Records folder with `exact_depth`; the split `train` is used."""
     out: Path
-    """Folder for the weights and the measurements."""
-    steps: int = 1500
-    batch_size: int = 6
+    """Folder for the state and, at the end, the weights."""
+    steps: int = 6000
+    batch_size: int = 8
     """Images a step."""
     learning_rate: float = 1e-3
     seed: int = 0
-    results: Path = Path("benchmarks/results/depth_accuracy.md")
+    minutes: float | None = None
+    """Stop after so long; the same command goes on."""
+    save_every: int = 200
+    """Steps between saved states."""
 
 
 class Views(NamedTuple):
-    """Camera images of a split with their depth; cameras of a keyframe next to each other."""
+    """Camera images with their depth; cameras of a keyframe next to each other."""
 
-    images: UInt8[np.ndarray, "M H W 3"]
-    depth: Float[np.ndarray, "M H W"]
-    """Exact, metres; 0 where unknown or farther than `FARTHEST`."""
-    intrinsics: Float[np.ndarray, "M 3 3"]
+    images: UInt8[Any, "M H W 3"]
+    depth: Float[Any, "M H W"]
+    """Exact, metres; `FARTHEST` for everything at least so far, sky included."""
+    intrinsics: Float[Any, "M 3 3"]
 
 
 def load_views(records: Records) -> Views:
+    """All views of a split."""
     parts = [record_views(records[index]) for index in progress(range(len(records)), desc="read")]
     return Views(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def record_views(record: Record) -> Views:
+    """The views of a keyframe at `IMAGE_SIZE`, read as `add-depth` reads them.
+
+    Raises:
+        UserError: the record has no exact depth.
+    """
+    if not all(record["exact_depth"]):
+        raise UserError(f"keyframe {record['token']} has no exact depth: synthesize the world with --depth")
     height, width = IMAGE_SIZE
-    images, depths = [], []
-    for jpeg, png in zip(record["images"], record["exact_depth"], strict=True):
-        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        images.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+    depths = []
+    for png in record["exact_depth"]:
         depth = cv2.resize(decode_exact_depth(png), (width, height), interpolation=cv2.INTER_NEAREST)
-        depths.append(np.where(depth < FARTHEST, depth, 0))
+        depths.append(np.where(depth > 0, np.minimum(depth, FARTHEST), np.float32(FARTHEST)))
     intrinsics = scaled_intrinsics(record, IMAGE_SIZE).astype(np.float32)
-    return Views(np.stack(images), np.stack(depths), intrinsics)
+    return Views(keyframe_views(record, IMAGE_SIZE), np.stack(depths), intrinsics)
+
+
+def augmented(views: Views, rng: np.random.Generator) -> Views:
+    """Half of the images mirrored, all with another brightness, contrast and colour."""
+    mirrored = rng.random(len(views.images)) < 0.5
+    images = np.where(mirrored[:, None, None, None], views.images[:, :, ::-1], views.images)
+    depth = np.where(mirrored[:, None, None], views.depth[:, :, ::-1], views.depth)
+    intrinsics = views.intrinsics.copy()
+    intrinsics[mirrored, 0, 2] = IMAGE_SIZE[1] - intrinsics[mirrored, 0, 2]
+    gain = np.exp(rng.normal(0, 0.15, (len(images), 1, 1, 1)) + rng.normal(0, 0.05, (len(images), 1, 1, 3)))
+    changed = images * gain + rng.normal(0, 8, (len(images), 1, 1, 1))
+    return Views(np.clip(changed, 0, 255).astype(np.uint8), depth, intrinsics)
 
 
 def loss(model: UniDepthV2, batch: Views) -> Float[Array, ""]:
-    """Error of log depth, of the predicted camera, and of the predicted error (as UniDepth's confidence)."""
+    """Error of log depth (mean, and scale-invariant), of the camera, and of the confidence."""
     size = model.config.inference_size(IMAGE_SIZE)
     output = model.network(model.prepare(batch.images, size))
-    valid = batch.depth > 0
-    predicted = jnp.log(output.radius * output.rays[..., 2])
-    error = jnp.abs(predicted - jnp.log(jnp.where(valid, batch.depth, 1.0)))
+    measured = batch.depth < FARTHEST
+    difference = jnp.log(output.radius * output.rays[..., 2]) - jnp.log(batch.depth)
+    # Where nothing is nearer than FARTHEST, any depth beyond it is right.
+    error = jnp.where(measured, jnp.abs(difference), jax.nn.relu(-difference))
     unsure = jnp.abs(output.confidence - jax.lax.stop_gradient(error))
-    depth_loss = jnp.sum((error + 0.1 * unsure) * valid) / jnp.sum(valid)
     camera = jnp.log(output.camera / to_network(batch.intrinsics, size))
-    return depth_loss + 0.2 * jnp.mean(jnp.abs(camera))
-
-
-def train(options: Options, views: Views) -> tuple[UniDepthV2, list[float]]:
-    model = initialize(lambda rngs: UniDepthV2(NETWORK, rngs=rngs), seed=options.seed)
-    graph, parameters = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, options.steps // 20 + 1, options.steps
+    return (
+        jnp.mean(error)
+        + SCALE_INVARIANT_WEIGHT * jnp.mean(deviation(difference, measured))
+        + CONFIDENCE_WEIGHT * jnp.mean(unsure)
+        + CAMERA_WEIGHT * jnp.mean(jnp.abs(camera))
     )
+
+
+def deviation(difference: Float[Array, "B H W"], measured: Any) -> Float[Array, "B"]:
+    """Standard deviation per image, over the measured pixels (Eigen et al. 2014, scale-invariant error)."""
+    count = jnp.maximum(jnp.sum(measured, axis=(1, 2)), 1)
+    mean = jnp.sum(difference * measured, axis=(1, 2)) / count
+    centred = (difference - mean[:, None, None]) * measured
+    return jnp.sqrt(jnp.sum(centred**2, axis=(1, 2)) / count + 1e-6)
+
+
+def fresh_network(views: Views, seed: int) -> UniDepthV2:
+    """A drawn network whose first guess is the views' typical depth everywhere."""
+    model = initialize(lambda rngs: UniDepthV2(NETWORK, rngs=rngs), seed=seed)
+    typical = np.mean(np.log(views.depth[:: max(1, len(views.depth) // 500)]))
+    bias = model.decoder.depth_head.out.bias
+    assert bias is not None
+    bias[...] = jnp.full_like(bias[...], typical - LOG_RADIUS_OFFSET)
+    return model
+
+
+class Progress(NamedTuple):
+    """Where training stands."""
+
+    step: int
+    seconds: float
+    """Spent on steps so far, those of earlier runs included."""
+    losses: list[float]
+    """Means over `REPORT_EVERY` steps."""
+
+
+def save_state(file: Path, state: Any, done: Progress) -> None:
+    """Writes the state; it appears under its name only when whole."""
+    leaves = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
+    partial = file.with_name(file.name + ".partial")
+    save_file(leaves, partial, metadata={"progress": json.dumps(done)})
+    os.replace(partial, file)
+
+
+def restore_state(file: Path, like: Any) -> tuple[Any, Progress]:
+    """Reads what `save_state` wrote, in the structure of `like`."""
+    with safe_open(file, framework="np") as tensors:
+        leaves = [jnp.asarray(tensors.get_tensor(name)) for name in sorted(tensors.keys())]
+        step, seconds, losses = json.loads(tensors.metadata()["progress"])
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), Progress(step, seconds, losses)
+
+
+def train(options: Options, views: Views, *, until: float) -> tuple[UniDepthV2, Progress]:
+    """Trains to the last step, or to the first saved state after `until` (monotonic clock, seconds).
+
+    It goes on from the state that an earlier run saved.
+    """
+    graph, parameters = nnx.split(fresh_network(views, options.seed))
+    warmup = options.steps // 20 + 1
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, options.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-2))
 
     @jax.jit
-    def step(parameters: nnx.State, state: optax.OptState, batch: Views) -> tuple:
+    def update(parameters: nnx.State, state: optax.OptState, batch: Views) -> tuple:
         value, gradient = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p), batch))(parameters)
         updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, value
 
-    rng = np.random.default_rng(options.seed)
-    state, losses = optimizer.init(parameters), []
-    with progress(range(options.steps), desc="train") as bar:
-        for _ in bar:
+    file = options.out / STATE_FILE
+    state, done = (parameters, optimizer.init(parameters)), Progress(0, 0.0, [])
+    if file.is_file():
+        state, done = restore_state(file, state)
+        note(f"goes on at step {done.step}")
+    recent: list[float] = []
+    started = time.monotonic()
+    with progress(total=options.steps, initial=done.step, desc="train", logged=False) as bar:
+        while done.step < options.steps:
+            # The step alone decides what it draws, so that stopping changes nothing.
+            rng = np.random.default_rng([options.seed, done.step])
             rows = rng.integers(0, len(views.images), options.batch_size)
-            parameters, state, value = step(parameters, state, Views(*(array[rows] for array in views)))
-            losses.append(float(value))
-            if len(losses) % 50 == 0:
-                print(f"step {len(losses)}: loss {np.mean(losses[-50:]):.4f}", flush=True)
-    return nnx.merge(graph, parameters), losses
-
-
-class Scores:
-    """Running depth errors over all measured pixels."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums = np.zeros(3)
-
-    def add(self, predicted: Float[np.ndarray, "..."], exact: Float[np.ndarray, "..."]) -> None:
-        """Counts predicted depth where the exact one is known, metres."""
-        valid = exact > 0
-        ours, true = np.maximum(predicted[valid], 0.1).astype(np.float64), exact[valid].astype(np.float64)
-        within = np.maximum(ours / true, true / ours) < 1.25
-        self.sums += [np.sum(np.abs(ours - true) / true), np.sum(within), np.sum((ours - true) ** 2)]
-        self.count += int(valid.sum())
-
-    def row(self) -> dict[str, float]:
-        """Mean relative error, fraction within a factor 1.25, root mean squared error in metres."""
-        absolute, within, squared = self.sums / self.count
-        return {"abs_rel": absolute, "delta_1.25": within, "rmse_m": float(np.sqrt(squared))}
-
-
-def measure(model: UniDepthV2, typical: Float[np.ndarray, "N H W"], records: Records) -> dict[str, dict]:
-    graph, parameters = nnx.split(model)
-    infer = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images).depth)
-    names = ("typical depth", "LiDAR, nearest return", "network", "network + LiDAR", "mis-scaled network")
-    scores = {name: Scores() for name in (*names, "mis-scaled network + LiDAR")}
-    aligned = 0
-    for index in progress(range(len(records)), desc="measure"):
-        record = records[index]
-        views = record_views(record)
-        network = np.asarray(infer(parameters, views.images))
-        wrong = MIS_SCALE * network + MIS_SHIFT
-        sparse = [
-            lidar.sparse_patch_depth(points, camera, IMAGE_SIZE, IMAGE_SIZE)
-            for points, camera in zip(lidar.points_in_cameras(record), views.intrinsics, strict=True)
-        ]
-        dense = [lidar.densify(each) for each in sparse]
-        scores["typical depth"].add(typical, views.depth)
-        for camera, filled in enumerate(dense):
-            if filled is not None:
-                scores["LiDAR, nearest return"].add(filled, views.depth[camera])
-        for name, depth in (("network", network), ("mis-scaled network", wrong)):
-            scores[name].add(depth, views.depth)
-            alignments = camera_alignments(record, depth)
-            aligned += sum(each.points > 0 for each in alignments)
-            fused = [fusion.apply(view, each) for view, each in zip(depth, alignments, strict=True)]
-            scores[f"{name} + LiDAR"].add(np.stack(fused), views.depth)
-    facts = {name: each.row() for name, each in scores.items()}
-    facts["aligned cameras"] = {"fraction": aligned / (2 * 6 * len(records))}
-    return facts
-
-
-def write_table(options: Options, facts: dict, counts: tuple[int, int], seconds: float) -> None:
-    parameters = UniDepthV2(NETWORK, rngs=nnx.Rngs(0))
-    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(parameters)))
-    lines = [
-        "# Depth on held-out synthetic scenes",
-        "",
-        "Written by `benchmarks/train_depth.py`; every pixel nearer than 80 m counts.",
-        f"A UniDepthV2 of {size:,} parameters, {options.steps} steps of {options.batch_size} images of "
-        f"{IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} from {counts[0]} keyframes, {seconds / 60:.0f} min on the CPU of a "
-        f"shared machine with two cores; measured on {counts[1]} keyframes of other scenes. The cameras' "
-        "intrinsics are predicted, not given.",
-        "",
-        "| depth | abs-rel | δ < 1.25 | RMSE, m |",
-        "|---|---|---|---|",
-    ]
-    for name, row in facts.items():
-        if "abs_rel" in row:
-            lines.append(
-                f"| {name} | {row['abs_rel']:.3f} | {100 * row['delta_1.25']:.1f} % | {row['rmse_m']:.2f} |"
-            )
-    lines += [
-        "",
-        "`typical depth` is each camera's per-pixel median over the training scenes. The mis-scaled "
-        f"network's depth is {MIS_SCALE} d + {MIS_SHIFT} m. `+ LiDAR` is the scale and shift per camera of "
-        f"`depth/fusion.py`; {100 * facts['aligned cameras']['fraction']:.1f} % of the cameras had returns "
-        "enough.",
-        "",
-    ]
-    if facts["network"]["abs_rel"] > facts["typical depth"]["abs_rel"]:
-        lines += [UNDERTRAINED, ""]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text("\n".join(lines))
+            batch = augmented(Views(*(array[rows] for array in views)), rng)
+            *state, value = update(*state, batch)
+            recent.append(float(value))
+            now = time.monotonic()
+            done = Progress(done.step + 1, done.seconds + now - started, done.losses)
+            started = now
+            bar.update()
+            if done.step % REPORT_EVERY == 0:
+                done.losses.append(round(float(np.mean(recent)), 4))
+                recent.clear()
+                note(f"step {done.step}: loss {done.losses[-1]:.4f}, {done.seconds:.0f} s")
+            if done.step % options.save_every == 0 or done.step == options.steps:
+                save_state(file, tuple(state), done)
+                if now > until:
+                    break
+    return nnx.merge(graph, state[0]), done
 
 
 def main(options: Options) -> None:
-    train_records, held_out = open_records(options.records, "train"), open_records(options.records, "val")
-    views = load_views(train_records)
-    started = time.monotonic()
-    model, losses = train(options, views)
-    seconds = time.monotonic() - started
-    known = np.where(views.depth > 0, views.depth, np.nan).reshape(-1, 6, *IMAGE_SIZE)
-    typical = np.nan_to_num(np.nanmedian(known, axis=0), nan=FARTHEST)
-    facts = measure(model, typical, held_out)
+    """Trains, and writes weights and facts when the last step is done."""
+    until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    records = open_records(options.records, "train")
     options.out.mkdir(parents=True, exist_ok=True)
-    save_unidepth(model, options.out / "weights")
-    settings = {name: str(value) for name, value in dataclasses.asdict(options).items()}
-    report = {"options": settings, "seconds": seconds, "loss": losses[-1], "scores": facts}
-    (options.out / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_table(options, facts, (len(train_records), len(held_out)), seconds)
-    print(json.dumps(facts, indent=1))
+    model, done = train(options, load_views(records), until=until)
+    if done.step < options.steps:
+        print(f"{done.step} of {options.steps} steps: run the same command again to go on")
+        return
+    facts: dict[str, Any] = {name: str(value) for name, value in dataclasses.asdict(options).items()}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    facts |= {"keyframes": len(records), "parameters": parameters}
+    facts |= {"seconds": done.seconds, "losses": done.losses}
+    save_unidepth(model, options.out / WEIGHTS)
+    (options.out / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"loss {done.losses[-1]}; {options.out / WEIGHTS}")
 
 
 if __name__ == "__main__":
