@@ -45,7 +45,7 @@ class ModelConfig:
     """Coordinates are tokens of their own, read by the decoder. Without them the indicator is a token like
     any other when an answer is generated."""
     ego_status: EgoStatusInput = "both"
-    """`none` is SpaceDrive, `both` is SpaceDrive+."""
+    """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
     path_points: int = 0
     """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
     (waypoints give the speed, the path the direction), 0 for none."""

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from spacedrive_jax.data.chat import Turn
 from spacedrive_jax.data.coordinates_in_text import replace_coordinates
+from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer
 from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.prompts import (
@@ -56,9 +57,20 @@ class Conversation:
     """Metres, ego frame, in the order of the tokens, float32."""
 
 
-def question_turn(record: Record, command_source: CommandSource, *, plan: bool = True) -> Turn:
-    """The user turn that asks for the trajectory, with the command sentence that the source gives."""
-    return Turn("user", planning_question(record["location"], _command(record, command_source), plan=plan))
+def question_turn(
+    record: Record, command_source: CommandSource, *, plan: bool = True, ego_in_words: bool = False
+) -> Turn:
+    """The user turn that asks for the trajectory, with the command sentence that the source gives.
+
+    Args:
+        record: the keyframe.
+        command_source: which command to name.
+        plan: whether to ask for the trajectory.
+        ego_in_words: say the ego status too.
+    """
+    said = ego_status_in_words(record) if ego_in_words else ""
+    command = _command(record, command_source)
+    return Turn("user", planning_question(record["location"], command, plan=plan, ego_status=said))
 
 
 def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens: bool) -> Conversation:
@@ -83,6 +95,7 @@ def training_conversation(
     *,
     coordinate_tokens: int | None,
     path_points: int = 0,
+    ego_in_words: bool = False,
 ) -> Conversation:
     """The conversation of a keyframe with all answers.
 
@@ -98,6 +111,7 @@ def training_conversation(
         coordinate_tokens: tokens that stand for the planned trajectory: 6, or 1 for all of it; None writes
             all coordinates as digits.
         path_points: points of the path that the planning answer gives behind the trajectory.
+        ego_in_words: the planning question says the ego status.
 
     Raises:
         UserError: a file of the language data is not laid out as it should be.
@@ -108,7 +122,7 @@ def training_conversation(
     turns: list[Turn] = []
     coordinates: list[np.ndarray] = []
     if planned:
-        turns.append(question_turn(record, command_source))
+        turns.append(question_turn(record, command_source, ego_in_words=ego_in_words))
         command = _command(record, command_source) if config.command_in_answer else None
         waypoints = np.asarray(record["waypoints"], np.float32)
         if coordinate_tokens is None:

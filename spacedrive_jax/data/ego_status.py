@@ -6,14 +6,16 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from spacedrive_jax.data.chat import IGNORE, ChatTokens
+from spacedrive_jax.data.coordinates_in_text import format_coordinates, format_number
 from spacedrive_jax.data.records import NUM_PAST, Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 
-EgoStatusInput = Literal["none", "feature", "positions", "both"]
-"""SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, or both (`feature+PE`)."""
+EgoStatusInput = Literal["none", "feature", "positions", "both", "language"]
+"""SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, both (`feature+PE`), or a
+sentence of the question instead of tokens."""
 
 STATUS_SIZE = 74
 """2 past x 14 (command, CAN), 14 now, 2 past relative poses x 16."""
@@ -37,11 +39,7 @@ def ego_status(record: Record, command_source: Literal["released", "navigation",
     missing history is zero matrices and zero CAN values. With no command sentence the command number is 0,
     so that nothing of the ground truth reaches the model.
     """
-    present = record["past_mask"].astype(bool).copy()
-    times = [int(record["timestamp_us"]), *(int(time) for time in record["past_timestamp_us"])]
-    for index in range(NUM_PAST):
-        recent = present[index] and times[index] - times[index + 1] < MEMORY_GAP_US
-        present[index] = recent and (index == 0 or present[index - 1])
+    present = remembered(record)
 
     def command(name: str) -> np.ndarray:
         if command_source == "none":
@@ -54,6 +52,39 @@ def ego_status(record: Record, command_source: Literal["released", "navigation",
     now = np.concatenate([command("command_")[None], record["can_bus"]])
     status = np.concatenate([past.ravel(), now, poses.ravel()]).astype(np.float32)
     return EgoStatus(status, poses[:, :3, 3].astype(np.float32))
+
+
+def remembered(record: Record) -> Bool[np.ndarray, "2"]:
+    """Which of the two past keyframes the memory still holds."""
+    present = record["past_mask"].astype(bool).copy()
+    times = [int(record["timestamp_us"]), *(int(time) for time in record["past_timestamp_us"])]
+    for index in range(NUM_PAST):
+        recent = present[index] and times[index] - times[index + 1] < MEMORY_GAP_US
+        present[index] = recent and (index == 0 or present[index - 1])
+    return present
+
+
+def ego_status_in_words(record: Record) -> str:
+    """The ego status as a sentence of the question, a space behind it (setting `language`).
+
+    Speed, acceleration along the vehicle and yaw rate from the CAN bus, and the past positions in the current
+    ego frame, coordinates as digits; what the record does not know is left out. The wording is this
+    project's.
+    """
+    sentences = []
+    if record["can_bus_valid"]:
+        _, acceleration, rotation_rate, velocity = np.split(np.asarray(record["can_bus"]), [4, 7, 10])
+        speed, along, turning = (
+            format_number(float(value), 2) for value in (velocity[0], acceleration[0], rotation_rate[2])
+        )
+        sentences.append(
+            f"The ego vehicle moves at {speed} m/s, accelerates at {along} m/s^2 and turns at {turning} "
+            "rad/s. "
+        )
+    past = record["past_to_ego"][remembered(record)][:, :2, 3]
+    if len(past):
+        sentences.append(f"Its past positions are {format_coordinates(past)}. ")
+    return "".join(sentences)
 
 
 def insert_ego_tokens(

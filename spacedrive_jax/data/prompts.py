@@ -50,17 +50,23 @@ def command_sentence(command: int) -> str:
     return f"The ego vehicle is {COMMAND_WORDS[command]}. "
 
 
-def planning_question(location: str, command: int | None, *, plan: bool = True) -> str:
+def planning_question(location: str, command: int | None, *, plan: bool = True, ego_status: str = "") -> str:
     """The user turn of the planning task (published prompt).
 
     Args:
         location: nuScenes log location.
         command: index into `COMMAND_WORDS`, or None for no command sentence.
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
+        ego_status: what is said of the ego vehicle before the command, a space behind it.
     """
     if not plan:
         return context(location)
-    return context(location) + (command_sentence(command) if command is not None else "") + PLANNING_QUESTION
+    return (
+        context(location)
+        + ego_status
+        + (command_sentence(command) if command is not None else "")
+        + PLANNING_QUESTION
+    )
 
 
 def planning_answer(num_coordinates: int = 6, *, command: int | None = None, path_points: int = 0) -> str:

@@ -48,16 +48,17 @@ class SampleBuilder:
             UserError: the record lacks an image or depth, or the conversation does not fit the config's
                 fixed shapes.
         """
-        data = self.data
+        data, in_words = self.data, self.model.ego_status == "language"
         if not self.answer:
-            nothing = np.zeros((0, 2), np.float32)
-            return self.sample(record, Conversation([question_turn(record, data.command)], nothing), index)
+            question = question_turn(record, data.command, ego_in_words=in_words)
+            return self.sample(record, Conversation([question], np.zeros((0, 2), np.float32)), index)
         talk = training_conversation(
             record,
             data.conversation,
             data.command,
             coordinate_tokens=self._coordinate_tokens(),
             path_points=self.model.path_points,
+            ego_in_words=in_words,
         )
         return self.sample(record, talk, index)
 
@@ -211,6 +212,7 @@ def token_fields(
 
 EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
     "none": [],
+    "language": [],
     "feature": [Slot.EGO_FEATURE],
     "positions": [Slot.EGO_POSITION] * NUM_PAST,
     "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,

@@ -1,8 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.ego_status import STATUS_SIZE, ego_status
-from tests.record_factory import make_record
+from spacedrive_jax.batch import Slot
+from spacedrive_jax.config import load_preset
+from spacedrive_jax.data.ego_status import STATUS_SIZE, ego_status, ego_status_in_words
+from spacedrive_jax.data.samples import SampleBuilder
+from tests.conftest import ROOT
+from tests.record_factory import encode_png, make_record
 
 
 @pytest.mark.parametrize(("case", "stream"), [("qwen_B1_smalltime", 0), ("qwen_B2", 0), ("qwen_B2", 1)])
@@ -46,3 +52,41 @@ def test_without_a_command_sentence_nothing_of_the_endpoint_is_told():
         ego_status(left, "navigation").status, ego_status(right, "navigation").status
     )
     assert not np.array_equal(ego_status(left, "released").status, ego_status(right, "released").status)
+
+
+def test_in_words():
+    rng = np.random.default_rng(0)
+    can_bus = np.zeros(13)
+    can_bus[[4, 9, 10]] = [0.3, -0.02, 7.5]
+    past = np.stack([np.eye(4)] * 2)
+    past[:, :2, 3] = [[-3.75, 0.0], [-7.5, 0.25]]
+    record = make_record(rng, can_bus=can_bus, past_to_ego=past)
+    said = (
+        "The ego vehicle moves at +7.50 m/s, accelerates at +0.30 m/s^2 and turns at -0.02 rad/s. "
+        "Its past positions are (-3.75, 0.0), (-7.50, +0.25). "
+    )
+    assert ego_status_in_words(record) == said
+    no_past = {**record, "past_mask": np.zeros(2, bool)}
+    assert ego_status_in_words(no_past) == said.split("Its past")[0]
+    assert ego_status_in_words({**no_past, "can_bus_valid": False}) == ""
+    gap = {**record, "past_timestamp_us": record["timestamp_us"] - np.array([500_000, 2_600_000])}
+    assert ego_status_in_words(gap).endswith("Its past positions are (-3.75, 0.0). ")
+
+
+def test_the_question_says_it_and_no_tokens_are_inserted():
+    config = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+    png = encode_png(np.full((45, 80), 12.5 * 256, np.uint16))
+    record = make_record(np.random.default_rng(0), exact_depth=[png] * 6)
+    data = dataclasses.replace(config.data, sequence_length=320)
+    said = ego_status_in_words(record)
+    assert said
+    for answer in (True, False):
+        texts = {}
+        for setting in ("none", "language"):
+            model = dataclasses.replace(config.model, ego_status=setting)
+            builder = SampleBuilder(data, model, answer=answer)
+            sample = builder(record, 0)
+            texts[setting] = builder.tokenizer.decode(sample.token_ids[: sample.lengths].tolist())
+            assert not np.isin(sample.slots, [Slot.EGO_FEATURE, Slot.EGO_POSITION]).any()
+        assert said in texts["language"]
+        assert texts["language"].replace(said, "") == texts["none"]
