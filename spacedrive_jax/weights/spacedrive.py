@@ -24,6 +24,7 @@ from spacedrive_jax.vlm.families import FAMILIES, family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.peft import write_adapter
 from spacedrive_jax.vlm.safetensors_folder import (
+    SINGLE_FILE,
     PlannedTensor,
     new_folder,
     plan_shards,
@@ -33,7 +34,14 @@ from spacedrive_jax.weights.folder import ADAPTER_FOLDER, Fingerprint, WeightsFa
 from spacedrive_jax.weights.importing import ImportOptions, with_vocabulary
 from spacedrive_jax.weights.published_run import published_run
 from spacedrive_jax.weights.tokens import extend_tokenizer
-from spacedrive_jax.weights.trained_parts import EXTRAS, EXTRAS_FILE, LAYOUT_FILE, RUN_FILE, check_heads
+from spacedrive_jax.weights.trained_parts import (
+    DEPTH_FOLDER,
+    EXTRAS,
+    EXTRAS_FILE,
+    LAYOUT_FILE,
+    RUN_FILE,
+    check_heads,
+)
 
 
 def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
@@ -89,6 +97,10 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
             for name, value in getattr(parts, part).items()
         }
         save_file(extras, folder / EXTRAS_FILE)
+        if parts.depth:
+            (folder / DEPTH_FOLDER).mkdir()
+            depth = {name: np.array(value, order="C") for name, value in parts.depth.items()}
+            save_file(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
         layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
         (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
         facts = WeightsFacts(

@@ -33,6 +33,7 @@ from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.weights.folder import ADAPTER_FOLDER
 from spacedrive_jax.weights.published_run import FREQUENCIES
 from spacedrive_jax.weights.trained_parts import (
+    DEPTH_FOLDER,
     EXTRAS,
     EXTRAS_FILE,
     LAYOUT_FILE,
@@ -69,10 +70,15 @@ def _imported(source: Path) -> dict[str, Any]:
     for name in extras.places:
         part, _, short = name.partition("/")
         separate[part][short] = extras.read(name)
+    depth: dict[str, np.ndarray] = {}
+    if (source / DEPTH_FOLDER).is_dir():
+        network = SafetensorsFolder(source / DEPTH_FOLDER)
+        depth = {name: network.read(name) for name in network.places}
     parts = Parts(
         base={name: base.read(family.canonical_name(name)) for name in layout["base"]},
         adapters={name: adapters.read(name) for name in adapters.places},
         **separate,
+        depth=depth,
         order=tuple(layout["order"]),
         meta=layout["meta"],
     )

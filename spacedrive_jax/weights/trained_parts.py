@@ -1,6 +1,7 @@
 """What an imported SpaceDrive checkpoint holds beside its base, and how a model takes it up.
 
-spacedrive.safetensors   new-token rows, coordinate head, ego MLP, scale, depth network, buffers
+spacedrive.safetensors   new-token rows, coordinate head, ego MLP, scale, buffers
+depth/model.safetensors  the depth network under its own names (only if there is one)
 checkpoint.json          the order of the published names
 spacedrive.json          the run it means: a `spacedrive_jax.config.Config`
 """
@@ -31,7 +32,8 @@ from spacedrive_jax.weights.folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFac
 EXTRAS_FILE = "spacedrive.safetensors"
 LAYOUT_FILE = "checkpoint.json"
 RUN_FILE = "spacedrive.json"
-EXTRAS = ("heads", "depth", "buffers")
+DEPTH_FOLDER = "depth"
+EXTRAS = ("heads", "buffers")
 """The parts of a checkpoint that stand in `EXTRAS_FILE`, each name behind its part's and a slash."""
 
 TABLE_ROWS: Mapping[str, ParameterPath] = MappingProxyType(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 import zipfile
 
 import jax
@@ -21,6 +22,7 @@ from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import load_preset, to_json
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.depth.unidepth_weights import load_unidepth
 from spacedrive_jax.inference.checkpoint import open_trained_model
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.model import SpaceDrive
@@ -28,6 +30,7 @@ from spacedrive_jax.published.torch_file import read_torch_file, write_torch_fil
 from spacedrive_jax.vlm import from_hf
 from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig
 from spacedrive_jax.vlm.hf_config import read_hf_config
+from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.weights.opening import open_model
 from spacedrive_jax.weights.spacedrive_export import published_state
 from tests.conftest import ROOT
@@ -172,13 +175,20 @@ def source_of(imported):
 
 def test_import_and_export_are_bit_exact(qwen, tmp_path):
     folder, model = qwen
-    state = half(published_state(model)) | {"depth_model.blocks.0.weight": np.arange(6.0).reshape(2, 3)}
+    unidepth = SafetensorsFolder(GOLDEN / "unidepth_tiny")
+    depth = {name: unidepth.read(name) for name in unidepth.places}
+    state = half(published_state(model)) | {f"depth_model.{name}": value for name, value in depth.items()}
     content = {"meta": {"epoch": 3, "config": f"model = dict({_keywords(ARGUMENTS)})"}, "state_dict": state}
     write_torch_file(folder / "iter_9.pth", content)
     assert import_qwen(folder, tmp_path / "weights", source="iter_9.pth") == 0
     assert (
         run("export-weights", "--to", "spacedrive", tmp_path / "weights", "--out", tmp_path / "back.pth") == 0
     )
+    # `add-depth --model` takes the depth network; a released one needs no config.json.
+    shutil.copy(GOLDEN / "unidepth_tiny" / "config.json", tmp_path / "weights" / "depth")
+    network = load_unidepth(tmp_path / "weights" / "depth")
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network))) <= sum(map(np.size, depth.values()))
+
     before, after = read_torch_file(folder / "iter_9.pth"), read_torch_file(tmp_path / "back.pth")
     assert before["meta"] == after["meta"]
     assert list(before["state_dict"]) == list(after["state_dict"])
