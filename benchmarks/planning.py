@@ -365,13 +365,21 @@ def main(arguments: Arguments) -> None:
     # Both libraries keep to these processors: XLA makes as many threads as it may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     torch.set_num_threads(arguments.threads)
-    lines = []
+    lines: list[str] = []
     for side in arguments.view_tokens:
         length, ways = compare_ways(arguments, side)
-        lines += table(length, 6 * side**2, ways)
+        figures = table(length, 6 * side**2, ways)
+        print("\n".join(figures), flush=True)
+        lines += figures
+        if arguments.out is not None:
+            arguments.out.write_text("\n".join([*header(arguments), *lines]) + "\n")
+
+
+def header(arguments: Arguments) -> list[str]:
+    """What was measured, on what."""
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    header = [
+    return [
         "# Planning in one pass, CPU",
         "",
         f"`python benchmarks/planning.py`, {versions}, {platform.machine()}, float32,",
@@ -379,10 +387,6 @@ def main(arguments: Arguments) -> None:
         f"averages at the end {load}. The fastest of {arguments.repeats} rounds counts. Batch 1 unless",
         "said. Answers of all ways were equal (31 ids; six waypoints to 1e-3 m).",
     ]
-    report = "\n".join([*header, *lines]) + "\n"
-    print(report)
-    if arguments.out is not None:
-        arguments.out.write_text(report)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.vlm import attention
 from spacedrive_jax.vlm.attention import attend, choose_kernel, splash_attention, splash_blocks
 
 
@@ -77,6 +78,31 @@ def test_splash_on_a_mesh_equals_plain():
         "rows and heads": [2, 2, 1],
         "heads that do not divide": [4, 4, 2],
     }
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "channels", "causal"),
+    [
+        pytest.param(3456, 28, 4, 128, True, id="decoder of Qwen2.5-VL-7B"),
+        pytest.param(2116, 16, 16, 80, False, id="its vision tower"),
+    ],
+)
+def test_published_sizes_lower_to_a_kernel_for_tpus(monkeypatch, length, heads, kv_heads, channels, causal):
+    monkeypatch.setattr(attention, "target_platform", lambda: "tpu")
+    q, k = (jax.ShapeDtypeStruct((1, length, count, channels), jnp.bfloat16) for count in (heads, kv_heads))
+
+    def gradients(q, k, v):
+        def total(q, k, v):
+            return jnp.sum(attend(q, k, v, choice="auto", causal=causal).astype(jnp.float32))
+
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    program = jax.jit(gradients).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("@tpu_custom_call") == 3  # forward, gradient of queries, of keys and values
+    block, padded = splash_blocks(length)
+    assert block < padded
+    assert f"{length}x{length}x" not in program
+    assert f"{padded}x{padded}x" not in program
 
 
 def test_auto_takes_the_machines_kernel():
