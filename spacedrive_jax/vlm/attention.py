@@ -25,7 +25,7 @@ from spacedrive_jax.vlm.logical_axes import current_mesh, resolve
 
 log = logging.getLogger(__name__)
 
-Kernel = Literal["xla", "cudnn", "splash"]
+Kernel = Literal["xla", "blocks", "cudnn", "splash"]
 Queries = Float[Array, "B S heads H"]
 KeysValues = Float[Array, "B K kv_heads H"]
 ShardAxes = tuple[str, str | None, str | None]
@@ -70,10 +70,10 @@ def attend(
     """
     length, head_dim = k.shape[1], k.shape[3]
     platform = target_platform()
-    kernel = choose_kernel(choice, platform, q.dtype, length, head_dim)
+    masked = causal or lengths is not None
+    kernel = choose_kernel(choice, platform, q.dtype, length, head_dim, masked=masked)
     log.info("attention over %d tokens of %d channels on %s: %s", length, head_dim, platform, kernel)
-    everything_seen = not causal and lengths is None
-    if choice == "auto" and platform == "cpu" and everything_seen and length >= SHORTEST_FOR_BLOCKS:
+    if kernel == "blocks":
         return _on_shards(lambda q, k, v, _: blocked_attention(q, k, v), q, k, v, None, axes)
     if kernel == "xla":
         return jax.nn.dot_product_attention(
@@ -96,7 +96,7 @@ def target_platform() -> str:
 
 
 def choose_kernel(
-    choice: AttentionChoice, platform: str, dtype: jnp.dtype, length: int, head_dim: int
+    choice: AttentionChoice, platform: str, dtype: jnp.dtype, length: int, head_dim: int, *, masked: bool
 ) -> Kernel:
     """The kernel for one attention.
 
@@ -108,13 +108,16 @@ def choose_kernel(
         dtype: Of queries, keys and values.
         length: K.
         head_dim: H.
+        masked: Whether some token does not see all others; the CPU's `blocks` know no mask.
 
     Raises:
         UserError: A fused kernel is asked for by name where it does not run.
     """
     half = dtype in (jnp.bfloat16, jnp.float16)
-    if choice == "xla" or (choice == "auto" and platform not in ("gpu", "tpu")):
+    if choice == "xla":
         return "xla"
+    if choice == "auto" and platform not in ("gpu", "tpu"):
+        return "blocks" if length >= SHORTEST_FOR_BLOCKS and not masked else "xla"
     if choice == "splash" and platform != "tpu":
         raise UserError(
             f"model.compute.attention is splash, a TPU kernel, but this runs on {platform}: take auto"

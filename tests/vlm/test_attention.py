@@ -106,9 +106,11 @@ def test_published_sizes_lower_to_a_kernel_for_tpus(monkeypatch, length, heads, 
 
 
 def test_auto_takes_the_machines_kernel():
-    choose = functools.partial(choose_kernel, "auto")
+    choose = functools.partial(choose_kernel, "auto", masked=True)
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
     assert choose("cpu", bfloat16, 3456, 128) == "xla"
+    assert choose("cpu", float32, 2117, 64, masked=False) == "blocks"
+    assert choose("cpu", float32, 256, 64, masked=False) == "xla"
     assert choose("tpu", bfloat16, 3456, 128) == "splash"
     assert choose("tpu", float32, 3456, 128) == "splash"
     assert choose("tpu", bfloat16, 64, 80) == "xla"
