@@ -49,6 +49,9 @@ class Train(Command):
     """Hosts of the run, with --coordinator HOST:PORT."""
     host_index: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> Mapping[str, Any]:
@@ -63,7 +66,7 @@ class Train(Command):
             args=list(self.overrides),
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
-        use_compilation_cache()
+        use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.training.hosts import connect
         from spacedrive_jax.training.train import ProfileWindow, train
 
@@ -127,10 +130,13 @@ class Predict(Command):
     """Predict with the moving average of the weights that `--train.ema-decay` keeps."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the file if it exists."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
 
     def run(self) -> Mapping[str, Any]:
         """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
-        use_compilation_cache()
+        use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.weights.trained_parts import is_imported
@@ -202,13 +208,19 @@ def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> No
     os.replace(partial, file)
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, where the user has not chosen a place for them already."""
+def use_compilation_cache(folder: Path | None = None) -> None:
+    """Keeps compiled programs between runs.
+
+    Args:
+        folder: where; by default what JAX_COMPILATION_CACHE_DIR says, else `spacedrive_jax/xla` in the user's
+            cache folder.
+    """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 
 
 COMMANDS: dict[str, type[Command]] = {

@@ -85,6 +85,20 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "100%|" in capsys.readouterr().err
 
 
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    chosen = {}
+    monkeypatch.setattr("jax.config.update", chosen.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    spacedrive_jax.cli.use_compilation_cache()
+    assert chosen == {}  # jax reads the variable itself
+    spacedrive_jax.cli.use_compilation_cache(tmp_path / "flag")
+    assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "flag")}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spacedrive_jax.cli.use_compilation_cache()
+    assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "spacedrive_jax" / "xla")}
+
+
 def test_help_does_not_wait_for_jax():
     code = "import sys, spacedrive_jax.cli, data_prep.cli; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
