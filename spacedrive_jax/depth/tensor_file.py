@@ -1,14 +1,15 @@
-"""Tensors of a released checkpoint by name: safetensors, or PyTorch's format where PyTorch is installed."""
+"""Tensors of a released checkpoint by name: safetensors, or PyTorch's own format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.published.torch_file import read_torch_file
 from spacedrive_jax.vlm.safetensors_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -51,7 +52,7 @@ def open_tensors(path: str | Path, rename: Callable[[str], str] = str) -> Tensor
         rename: Maps the names in the file to the names used here.
 
     Raises:
-        UserError: The file is missing, damaged, or needs PyTorch, which is not installed.
+        UserError: The file is missing, damaged, or holds anything but tensors.
     """
     file = weight_file(path)
     if file.suffix in TORCH_SUFFIXES:
@@ -60,25 +61,17 @@ def open_tensors(path: str | Path, rename: Callable[[str], str] = str) -> Tensor
 
 
 class _TorchFile:
-    """A pickled state dict, read with PyTorch's weights-only loader (it runs no code of the file)."""
+    """A pickled state dict, read without PyTorch and without running anything it names."""
 
     def __init__(self, file: Path, rename: Callable[[str], str]) -> None:
-        try:
-            import torch  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise UserError(
-                f"{file} is in PyTorch's format and PyTorch is not installed: install torch, or use the "
-                "checkpoint's safetensors file"
-            ) from error
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise UserError(f"cannot read {file} as weights: {error}") from error
-        state = state.get("model", state)
+        content = read_torch_file(file)
+        state = content.get("model", content) if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping) or not all(isinstance(each, np.ndarray) for each in state.values()):
+            raise UserError(f"{file} does not hold tensors by name, alone or under `model`")
         self._tensors = {rename(name): tensor for name, tensor in state.items()}
 
     def read(self, name: str) -> np.ndarray:
-        return self._tensors[name].float().numpy()
+        return np.asarray(self._tensors[name], np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}

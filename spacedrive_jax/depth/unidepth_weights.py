@@ -43,8 +43,7 @@ def load_unidepth(
     """Builds UniDepthV2 with the weights of a checkpoint.
 
     Args:
-        path: Folder with config.json and the weights, or the file of weights (safetensors; .pth and .bin
-            where PyTorch is installed).
+        path: Folder with config.json and the weights, or the file of weights (safetensors, .pth or .bin).
         config: Architecture; None reads it from config.json, or tells the released sizes apart by width.
         compute: Dtypes, rematerialisation, attention kernel.
 
