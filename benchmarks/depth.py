@@ -158,18 +158,21 @@ def table(options: Options, done: list[dict[str, Any]]) -> str:
         f"{flops / 1e9:.0f} GFLOP/s ({implementation}, {dtype})"
         for (implementation, dtype), flops in peaks.items()
     )
+    intro = (
+        f"Written by `benchmarks/depth.py`. {platform.machine()}, {threads} threads. UniDepthV2 with random "
+        f"weights; views of {IMAGE}x{IMAGE}, which the network takes at {NETWORK_IMAGE}x{NETWORK_IMAGE}. The "
+        "baseline is the encoder alone: transformers' Dinov2Model of the same width, depth and input, in "
+        "PyTorch with its default (scaled dot product) attention. Every case has a process of its own; peak "
+        "memory is all of that process. Compiling and a first call are not timed (a first call of more than "
+        f"{options.seconds:g} s is). `of matmul` is the arithmetic of the encoder's matrix products per "
+        "second, over what a plain 2048x2048 matrix product reaches in the same process: "
+        f"{matmuls}."
+    )
     return "\n".join(
         [
             "# Speed of the depth networks on a CPU",
             "",
-            f"Written by `benchmarks/depth.py`. {platform.machine()}, {threads} threads. UniDepthV2 with random "
-            f"weights; views of {IMAGE}x{IMAGE}, which the network takes at {NETWORK_IMAGE}x{NETWORK_IMAGE}. The "
-            "baseline is the encoder alone: transformers' Dinov2Model of the same width, depth and input, in "
-            "PyTorch with its default (scaled dot product) attention. Every case has a process of its own; peak "
-            "memory is all of that process. Compiling and a first call are not timed (a first call of more than "
-            f"{options.seconds:g} s is). `of matmul` is the arithmetic of the encoder's matrix products per "
-            "second, over what a plain 2048x2048 matrix product reaches in the same process: "
-            f"{matmuls}.",
+            intro,
             "",
             "| | type | images a call | images/s | of matmul | peak memory | compile |",
             "|---|---|---|---|---|---|---|",
