@@ -43,7 +43,7 @@ TABLE_ROWS: Mapping[str, ParameterPath] = MappingProxyType(
     }
 )
 """The tables whose rows the published LLaVA trains for the new tokens, and where ours keep them."""
-NOT_COMPARED = ("weights", "compute.", "vlm.", "lora.dropout", "position_input_training")
+NOT_COMPARED = ("weights", "compute.", "vlm.", "lora.dropout", "path_points", "position_input_training")
 """Fields of a model that may differ from what a checkpoint was trained with: they do not change what its
 tensors mean, or are checked against the base's config."""
 

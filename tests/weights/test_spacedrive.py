@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, models
 import spacedrive_jax.cli
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import load_preset, to_json
+from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.depth.unidepth_weights import load_unidepth
-from spacedrive_jax.inference.checkpoint import open_trained_model
+from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.model import SpaceDrive
 from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
@@ -33,6 +34,7 @@ from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.weights.opening import open_model
 from spacedrive_jax.weights.spacedrive_export import published_state
+from spacedrive_jax.weights.trained_parts import check_model
 from tests.conftest import ROOT
 from tests.published_case import load_case
 from tests.training.runs import TINY, make_records
@@ -171,6 +173,18 @@ def test_a_run_starts_from_the_imported_heads_and_goes_back(imported, records, t
 
 def source_of(imported):
     return json.loads((imported / "weights.json").read_text())["source"]
+
+
+def test_what_does_not_change_the_tensors_meaning_may_differ(imported):
+    model = open_config(imported).model
+    alike = {
+        "path_points": 20,
+        "compute": ComputeConfig(dtype="bfloat16"),
+        "position_input_training": "zeros",
+    }
+    check_model(imported, dataclasses.replace(model, **alike))
+    with pytest.raises(UserError, match="model.ego_status: both -> feature"):
+        check_model(imported, dataclasses.replace(model, ego_status="feature"))
 
 
 def test_import_and_export_are_bit_exact(qwen, tmp_path):
