@@ -8,6 +8,7 @@ twice, does no harm.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shlex
 import shutil
@@ -68,7 +69,9 @@ def convert_on_beam(
             pipeline.run().wait_until_finish()
         return _collect(out, files)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the Beam pipeline failed, --resume goes on where it stopped: {error}") from error
+        # A worker's error comes with its traceback, the message last.
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise UserError(f"the Beam pipeline failed ({reason}); --resume goes on where it stopped") from error
     finally:
         shutil.rmtree(waiting)
 
@@ -112,8 +115,15 @@ def _write_units(units: Iterable[SceneUnit], folder: Path) -> list[Path]:
     folder.mkdir(parents=True)
     files = []
     for unit in units:
-        files.append(folder / f"{unit.shard.name}.unit")
-        files[-1].write_bytes(pickle.dumps(unit))
+        # A worker's working directory may be another.
+        absolute = dataclasses.replace(
+            unit,
+            dataroot=unit.dataroot.resolve(),
+            shard=unit.shard.resolve(),
+            mask_folder=unit.mask_folder.resolve(),
+        )
+        files.append(folder.resolve() / f"{unit.shard.name}.unit")
+        files[-1].write_bytes(pickle.dumps(absolute))
     return files
 
 

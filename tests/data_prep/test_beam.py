@@ -15,6 +15,7 @@ from data_prep.beam import convert_unit_file, pipeline_arguments
 from data_prep.convert import Convert
 from data_prep.nuscenes.scene_records import SceneUnit
 from spacedrive_jax.console import UserError
+from tests.conftest import ROOT
 from tests.data_prep.tiny_nuscenes import VERSION, TinyNuScenes
 
 needs_beam = pytest.mark.skipif(
@@ -43,8 +44,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @needs_beam
 @pytest.mark.parametrize("workers", [1, 2])
-def test_beam_writes_the_same_bytes(source, converted, tmp_path, workers):
-    facts = convert_tiny(source, tmp_path / "beam", runner="beam", workers=workers)
+def test_beam_writes_the_same_bytes(source, converted, tmp_path, monkeypatch, workers):
+    monkeypatch.chdir(tmp_path)  # relative paths must do
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    facts = convert_tiny(source, Path("beam"), runner="beam", workers=workers)
     assert content(tmp_path / "beam") == content(converted)
     assert facts["records"] == 9
 
@@ -78,6 +81,14 @@ def test_what_a_user_must_mend_comes_back_from_the_workers(source, tmp_path):
         convert_tiny(dataroot, tmp_path / "out", runner="beam")
     assert not (tmp_path / "out" / "conversion" / "units").exists()
     assert len(list((tmp_path / "out" / "conversion").glob("*.array_record-*.json"))) == 2
+
+
+@needs_beam
+def test_a_runner_that_is_not_there_is_named_in_one_line(source, tmp_path):
+    with pytest.raises(UserError, match=r"pipeline failed \(.*NoSuchRunner.*\); --resume") as told:
+        convert_tiny(source, tmp_path / "out", runner="beam", beam_options="--runner=NoSuchRunner")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out" / "provenance.json").exists()
 
 
 def test_a_worker_notes_a_finished_unit_or_what_is_wrong_with_it(source, tmp_path, monkeypatch):
