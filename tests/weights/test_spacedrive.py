@@ -183,7 +183,7 @@ def test_what_does_not_change_the_tensors_meaning_may_differ(imported):
         "position_input_training": "zeros",
     }
     check_model(imported, dataclasses.replace(model, **alike))
-    with pytest.raises(UserError, match="model.ego_status: both -> feature"):
+    with pytest.raises(UserError, match=r"model\.ego_status: both -> feature"):
         check_model(imported, dataclasses.replace(model, ego_status="feature"))
 
 
