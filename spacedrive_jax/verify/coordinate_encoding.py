@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spacedrive_jax.console import UserError
 from spacedrive_jax.positional import grid as grids
 from spacedrive_jax.positional.coordinates import CoordinateEncoder, CoordinateEncoderConfig, frequency_table
 from spacedrive_jax.positional.rotary_3d import inverse_frequencies, rotate_features
@@ -99,8 +100,10 @@ def _scale(arguments: Mapping[str, Any], inputs: Arrays, expected: Arrays) -> li
 
 
 def _grid_config(arguments: Mapping[str, Any]) -> grids.GridConfig:
-    low, high = arguments["pc_range"][0], arguments["pc_range"][3]
-    cell = arguments["voxel_size"][0]
+    low, low_y, _, high, high_y, _ = arguments["pc_range"]
+    cell, cell_y, _ = arguments["voxel_size"]
+    if (low_y, high_y, cell_y) != (low, high, cell):
+        raise UserError(f"pc_range {arguments['pc_range']}: the grid must be the same in y as in x")
     return grids.GridConfig(
         minimum=low, cell=cell, cells=round((high - low) / cell), height=arguments["pc_range"][2]
     )

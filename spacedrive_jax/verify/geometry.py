@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def verify_geometry(folder: Path) -> list[Check]:
     case, expected = Case.open(folder), read_arrays(folder / "outputs.npz")
     checks = [*_pooling(case.inputs, expected), *_window_edges(expected)]
     for name, scene in case.settings.get("cases", {}).items():
-        if f"{name}/depth_u16_div16" in case.inputs:  # a folder may hold some of the scenes
+        if f"{name}/lidar2img" in case.inputs:  # a folder may hold some of the scenes
             checks += _scene(name, scene, case.inputs, expected)
     return checks + _resize(case.inputs, expected)
 
@@ -64,10 +65,7 @@ def _scene(name: str, scene: Mapping[str, Any], inputs: Arrays, expected: Arrays
     grid = (scene["grid"][0] // merge, scene["grid"][1] // merge)
     centres = patch_centres(grid, stride * merge)
     image = np.array([scene["grid"][1], scene["grid"][0]]) * stride
-    depth = pool_depth(jnp.asarray(inputs[f"{name}/depth_u16_div16"].astype(np.float32) / 16), grid)
-    intrinsics = jnp.asarray(inputs[f"{name}/intrinsics"][..., :3, :3])
-    # The recorded extrinsics take the ego (LiDAR) frame to the camera's.
-    projection = ego_to_image(intrinsics, jnp.linalg.inv(jnp.asarray(inputs[f"{name}/extrinsics"])))
+    depth = pool_depth(jnp.asarray(_depth(name, inputs)), grid)
     points = unproject(depth, jnp.asarray(centres), jnp.asarray(inputs[f"{name}/lidar2img"]))
     points = points.reshape(scene["B"], -1, 3)
     config = encoder_config({"pe_freq_coeff": scene["freq_coeff"], "pe_scaling": scene["pe_scaling"]})
@@ -84,7 +82,11 @@ def _scene(name: str, scene: Mapping[str, Any], inputs: Arrays, expected: Arrays
     if f"{name}/pe_first64_tokens_per_cam" in expected:
         first = points.reshape(scene["B"], -1, grid[0] * grid[1], 3)[:, :, :64]
         results["pe_first64_tokens_per_cam"] = (encoder(first), {"atol": 5e-5})
-    checks = [compare(f"{name}/lidar2img", projection, inputs[f"{name}/lidar2img"], **METRES)]
+    checks = []
+    if f"{name}/extrinsics" in inputs:  # they take the ego (LiDAR) frame to the camera's
+        intrinsics = jnp.asarray(inputs[f"{name}/intrinsics"][..., :3, :3])
+        projection = ego_to_image(intrinsics, jnp.linalg.inv(jnp.asarray(inputs[f"{name}/extrinsics"])))
+        checks.append(compare(f"{name}/lidar2img", projection, inputs[f"{name}/lidar2img"], **METRES))
     return checks + [
         compare(f"{name}/{key}", ours, expected[f"{name}/{key}"], **tolerance)
         for key, (ours, tolerance) in results.items()
@@ -92,16 +94,27 @@ def _scene(name: str, scene: Mapping[str, Any], inputs: Arrays, expected: Arrays
     ]
 
 
+def _depth(name: str, inputs: Arrays) -> np.ndarray:
+    """Metres; large scenes are stored in sixteenths."""
+    sixteenths = inputs.get(f"{name}/depth_u16_div16")
+    return inputs[f"{name}/depth"] if sixteenths is None else sixteenths.astype(np.float32) / 16
+
+
 def _resize(inputs: Arrays, expected: Arrays) -> list[Check]:
     """Intrinsics of squashed views, and the projection that follows."""
-    if "resize/intrinsics_640" not in expected:
-        return []
-    native = inputs["resize/intrinsics_1600x900"]
-    views = {"image_size": np.tile(NATIVE_SIZE, (len(native), 1)), "camera_intrinsics": native[:, :3, :3]}
-    intrinsics = native.copy()
-    intrinsics[:, :3, :3] = scaled_intrinsics(views, (640, 640))
-    projection = intrinsics @ inputs["resize/extrinsics"].astype(np.float64)
-    return [
-        compare("resize/intrinsics_640", intrinsics, expected["resize/intrinsics_640"], rtol=1e-6),
-        compare("resize/lidar2img_640", projection, expected["resize/lidar2img_640"], rtol=1e-6),
-    ]
+    checks = []
+    for name in expected:
+        found = re.fullmatch(r"resize/intrinsics_(\d+)", name)
+        if found is None:
+            continue
+        side = int(found[1])
+        native = inputs["resize/intrinsics_1600x900"]
+        views = {"image_size": np.tile(NATIVE_SIZE, (len(native), 1)), "camera_intrinsics": native[:, :3, :3]}
+        intrinsics = native.copy()
+        intrinsics[:, :3, :3] = scaled_intrinsics(views, (side, side))
+        checks.append(compare(name, intrinsics, expected[name], rtol=1e-6))
+        if f"resize/lidar2img_{side}" in expected:
+            projection = intrinsics @ inputs["resize/extrinsics"].astype(np.float64)
+            theirs = expected[f"resize/lidar2img_{side}"]
+            checks.append(compare(f"resize/lidar2img_{side}", projection, theirs, rtol=1e-6))
+    return checks

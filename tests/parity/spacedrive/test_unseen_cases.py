@@ -1,0 +1,75 @@
+"""Cases nobody recorded: other widths, batches, clocks, views, options; against torch with autograd."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch", reason="parity tests need torch")
+
+from spacedrive_jax.verify.command import verify_case
+from tests.parity.spacedrive.setting import Setting
+from tests.parity.spacedrive.torch_step import Step
+
+pytestmark = pytest.mark.parity
+
+CLOCK = 1531883561.449377
+"""A real timestamp: float32 holds it to 128 s."""
+SETTINGS = {
+    "width_80": Setting(),
+    "width_72_batch_3_one_without_future": Setting(width=72, kv_heads=1, batch=3, without_future=(1,)),
+    "real_clock_second_frame": Setting(times=(CLOCK, CLOCK + 0.5)),
+    "real_clock_third_frame": Setting(times=(CLOCK, CLOCK + 0.5, CLOCK + 1.0)),
+    "fourth_frame": Setting(times=(50.0, 50.5, 51.0, 51.5)),
+    "gap_before_the_last_but_one": Setting(times=(50.0, 52.5, 53.0)),
+    "one_frame": Setting(times=(50.0,)),
+    "three_views_other_vocabulary": Setting(views=3, vocabulary=640, rank=8),
+    "past_positions_only": Setting(grid=(6, 10), arguments={"ego_status": "PE"}),
+    "feature_only": Setting(grid=(10, 4), arguments={"ego_status": "feature"}),
+    "no_ego": Setting(batch=2, arguments={"ego_status": ""}),
+    "fone_linear_l1": Setting(
+        arguments={
+            "pe_type": "fone",
+            "pe_freq_coeff": 2,
+            "pe_freq_scaling": 0.02,
+            "fone_dim": 36,
+            "pe_decode_method": "l2_coords_mlp",
+            "loss_pos_type": "l1",
+        }
+    ),
+    "nerf_l2_fixed_scale": Setting(
+        arguments={
+            "pe_type": "nerf",
+            "pe_freq_coeff": 2,
+            "loss_pos_type": "l2",
+            "learnable_pe_scaling": False,
+            "pe_scaling": 0.03,
+        }
+    ),
+    "all_coordinates_batch_2": Setting(batch=2, arguments={"planning_only": False, "loss_pos_lambda": 0.5}),
+    "cosine": Setting(arguments={"pe_decode_method": "cosine"}),
+    "embedding_l2_no_visual_positions": Setting(arguments={"pe_decode_method": "l2", "vis_3d_pos": False}),
+    "llava": Setting("llava", width=96, kv_heads=4, grid=(3, 3)),
+    "llava_batch_2_width_72": Setting("llava", width=72, kv_heads=2, grid=(4, 4), batch=2, vocabulary=600),
+    "llava_real_clock_no_visual_positions": Setting(
+        "llava", kv_heads=4, grid=(3, 3), times=(CLOCK, CLOCK + 0.5), arguments={"vis_3d_pos": False}
+    ),
+    "llava_cosine_one_without_future": Setting(
+        "llava",
+        kv_heads=4,
+        grid=(3, 3),
+        batch=2,
+        without_future=(0,),
+        arguments={"pe_decode_method": "cosine", "pe_freq_coeff": 500, "huber_delta": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_step_equals_torch(name, tmp_path):
+    case = Step(SETTINGS[name], seed=len(name)).write(tmp_path / name)
+    checks = verify_case(case)
+    compared = {check.name for check in checks}
+    assert {"losses/total", "losses/loss_pos", "logits", "hidden_states/2", "labels_for_ce"} <= compared
+    assert sum(check.name.startswith("grad/") for check in checks) >= 14
+    failed = [(check.name, check.absolute, check.relative) for check in checks if not check.passed]
+    assert failed == []
