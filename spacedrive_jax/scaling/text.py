@@ -10,10 +10,10 @@ def one_line(plan: Plan) -> str:
     """A plan as one row of a table."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     mfu = "" if plan.mfu_bound is None else f"  MFU<= {plan.mfu_bound:.0%}"
-    time = "" if plan.step_seconds is None else f"  step>= {plan.step_seconds:.3f} s"
+    time = "" if plan.step_seconds is None else f"  step>= {_time(plan.step_seconds)}"
     fits = "fits" if plan.fits else "too large"
     return (
-        f"{mesh}  batch {plan.batch_size}  remat {plan.remat}  peak {plan.peak_bytes / 1e9:.2f} GB  {fits}"
+        f"{mesh}  batch {plan.batch_size}  remat {plan.remat}  peak {_bytes(plan.peak_bytes)}  {fits}"
         f"{time}{mfu}"
     )
 
@@ -35,7 +35,7 @@ def describe_plan(plan: Plan) -> str:
     """A plan as a page of text."""
 
     def size(count: int) -> str:
-        return f"{count / 1e9:10.3f} GB"
+        return f"{_bytes(count):>13}"
 
     rows = [
         f"{plan.topology}, {plan.chips} chips; {plan.step} step, batch {plan.batch_size}, "
@@ -47,19 +47,31 @@ def describe_plan(plan: Plan) -> str:
         f"  temporaries         {size(plan.temporary_bytes)}",
         f"    kept at least     {size(plan.activation_bytes)}",
         f"  peak                {size(plan.peak_bytes)}"
-        + ("" if plan.hbm_bytes is None else f" of {plan.hbm_bytes / 1e9:.3f} GB"),
+        + ("" if plan.hbm_bytes is None else f" of {_bytes(plan.hbm_bytes)}"),
         f"  moved in memory     {size(plan.moved_bytes)} a step",
     ]
     rows += [f"  {each.kind:<19} {size(each.bytes)} a step in {each.count} runs" for each in plan.collectives]
     if plan.flops_per_chip is not None and plan.hardware_flops_per_chip is not None:
+        recomputed = plan.hardware_flops_per_chip - plan.flops_per_chip
         rows.append(
-            f"  model FLOPs         {plan.flops_per_chip:10.3e}    a step; with recomputation "
-            f"{plan.hardware_flops_per_chip:.3e}"
+            f"  model FLOPs         {plan.flops_per_chip:13.3e} a step"
+            + (f", and {recomputed:.3e} of recomputation" if recomputed else "")
         )
     if plan.step_seconds is not None:
-        rows.append(f"step time at least {plan.step_seconds:.3f} s, MFU at most {plan.mfu_bound:.1%}")
+        rows.append(f"step time at least {_time(plan.step_seconds)}, MFU at most {plan.mfu_bound:.1%}")
     rows.append(
         f"compiled in {plan.compile_seconds:.0f} s; "
         + ("fits" if plan.fits else f"does not fit: {plan.reason}")
     )
     return "\n".join(rows)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3f} {unit}"
+    return f"{count / 1e3:.3f} kB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3f} ms"
