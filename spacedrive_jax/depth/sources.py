@@ -51,18 +51,30 @@ def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, i
         UserError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
             grid or pooling.
     """
+    cache = open_depth_cache(records, config)
+    if cache is None:
+        return records
+    if not cache.provenance["full"]:
+        held = tuple(cache.provenance["grid"])
+        _check_grid(held, cache.provenance["pooling"], grid, config)
+    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
+
+
+def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None:
+    """The sidecar that the configured sources need; None where none of them is a network's.
+
+    Raises:
+        UserError: there is no such sidecar, or it belongs to other records.
+    """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
-        return records
+        return None
     folder = find_cache(records.directory, asked or set(NETWORKS), config.cache)
     cache = DepthCache(folder, records.fingerprint)
     kind = cache.provenance["kind"]
     if asked and kind not in asked:
         raise UserError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
-    if not cache.provenance["full"]:
-        held = tuple(cache.provenance["grid"])
-        _check_grid(held, cache.provenance["pooling"], grid, config)
-    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
+    return cache
 
 
 def record_patch_depth(

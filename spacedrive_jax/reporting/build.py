@@ -19,6 +19,7 @@ from spacedrive_jax.reporting.cases import (
 )
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
 from spacedrive_jax.reporting.page import Page, flatten, render_page
+from spacedrive_jax.reporting.run_depth import with_run_depth
 from spacedrive_jax.reporting.run_files import RunFiles, read_run
 
 DEFAULT_SPLIT = "val"
@@ -68,6 +69,7 @@ def write_report(
     planned = _open_predictions(files, predictions, notices)
     measured = None
     if opened is not None:
+        opened = with_run_depth(opened, files.config, notices)
         measured = measure_split(opened, planned, lambda rows: progress(rows, desc="report", unit="keyframe"))
         notices += _check_match(opened, files, planned, measured)
     elif highlights:

@@ -16,6 +16,7 @@ from spacedrive_jax.reporting.projection import (
     lidar_points,
     project,
 )
+from spacedrive_jax.reporting.run_depth import run_depth
 from spacedrive_jax.reporting.style import PREDICTION, TRUTH, rgb
 
 FRONT = CAMERAS.index("CAM_FRONT")
@@ -87,7 +88,9 @@ def _to_fixed(points: Float[np.ndarray, "n 2"]) -> np.ndarray:
 
 
 def depth_source(record: Record) -> str:
-    """What `camera_strip` shows as depth: `exact`, `lidar` or `none`."""
+    """What `camera_strip` shows as depth: `run` (what the run saw), `exact`, `lidar` or `none`."""
+    if run_depth(record) is not None:
+        return "run"
     if any(record["exact_depth"]):
         return "exact"
     return "lidar" if record["lidar"] else "none"
@@ -96,11 +99,13 @@ def depth_source(record: Record) -> str:
 def camera_strip(record: Record) -> UInt8[np.ndarray, "H W 3"] | None:
     """The six views, front row above back row, each above its depth; None when there are no pixels at all.
 
-    Depth is colored from near (yellow) to far (violet) on a logarithmic scale of 2 to 60 m: the record's
-    exact depth image where it has one, otherwise the LiDAR points drawn over the darkened view.
+    Depth is colored from near (yellow) to far (violet) on a logarithmic scale of 2 to 60 m: a network's that
+    the run saw, laid over the views; else the record's exact depth image where it has one, otherwise the
+    LiDAR points drawn over the darkened view.
     """
     if not any(record["images"]):
         return None
+    seen, source = run_depth(record), depth_source(record)
     points = None if any(record["exact_depth"]) else lidar_points(record)
     rows = []
     for names in (STRIP_ORDER[:3], STRIP_ORDER[3:]):
@@ -109,7 +114,11 @@ def camera_strip(record: Record) -> UInt8[np.ndarray, "H W 3"] | None:
         rows.append(
             _row([_labelled(view, CAMERAS[camera]) for view, camera in zip(views, cameras, strict=True)])
         )
-        if depth_source(record) != "none":
+        if seen is not None:
+            depth, sources = seen
+            tiles = zip(cameras, views, strict=True)
+            rows.append(_row([_seen(depth[camera], view, sources[camera]) for camera, view in tiles]))
+        elif source != "none":
             rows.append(
                 _row(
                     [
@@ -142,6 +151,13 @@ def _labelled(view: UInt8[np.ndarray, "h w 3"], name: str) -> UInt8[np.ndarray, 
             view.copy(), text, (8, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, thickness, cv2.LINE_AA
         )
     return view
+
+
+def _seen(
+    depth: Float[np.ndarray, "rows columns"], view: UInt8[np.ndarray, "h w 3"], source: str
+) -> UInt8[np.ndarray, "h w 3"]:
+    colors = cv2.resize(_depth_colors(depth), TILE_SIZE, interpolation=cv2.INTER_NEAREST)
+    return _labelled(cv2.addWeighted(colors, 0.7, view, 0.3, 0), source)
 
 
 def _depth(

@@ -18,6 +18,7 @@ from spacedrive_jax.reporting.image_origin import ImageOrigin, image_origin
 from spacedrive_jax.reporting.style import to_jpeg
 
 DEPTH_TEXTS: Mapping[str, str] = {
+    "run": "Depth: what the run saw on its grid of visual tokens; each camera's source is written on it.",
     "exact": "Depth: exact depth images of the records.",
     "lidar": "Depth: LiDAR points of the keyframe's sweep over the darkened views.",
     "none": "No depth is shown: the record has neither depth images nor a LiDAR sweep.",

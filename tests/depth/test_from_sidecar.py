@@ -41,7 +41,7 @@ def first_loss(run_dir: Path) -> float:
     return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
-def test_training_and_prediction_need_no_depth_network(records, tmp_path):
+def test_training_prediction_and_report_need_no_depth_network(records, tmp_path):
     losses = {}
     for name, sources in SOURCES.items():
         assert train(records, tmp_path / name, *sources) == 0
@@ -50,6 +50,8 @@ def test_training_and_prediction_need_no_depth_network(records, tmp_path):
         predict = ["predict", "--checkpoint", str(tmp_path / name), "--records", str(records)]
         assert main([*predict, "--split", "val", "--out", str(predictions)]) == 0
         assert len(predictions.read_text().splitlines()) == 2
+        assert main(["report", str(tmp_path / name), "--records", str(records)]) == 0
+        assert "what the run saw" in (tmp_path / name / "report.html").read_text()
     assert losses["network"] != losses["fused"]  # the same seed and samples, another depth
 
 

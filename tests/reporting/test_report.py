@@ -14,7 +14,7 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.command import Evaluate
 from spacedrive_jax.reporting.command import Report
 from spacedrive_jax.reporting.image_origin import image_origin
-from tests.record_factory import encode_png, make_record, write_records
+from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
 
 VOID = {"meta", "img", "br"}
 
@@ -221,6 +221,33 @@ def test_lidar_colors_the_views(tmp_path: Path) -> None:
     assert depth_source(record) == "lidar"
     without = camera_strip({**record, "lidar": b""})
     assert camera_strip(record).shape[0] == 2 * without.shape[0]
+
+
+def test_the_depth_that_a_run_saw_is_laid_over_the_views() -> None:
+    from spacedrive_jax.depth.cache import CachedDepth
+    from spacedrive_jax.depth.fusion import UNALIGNED, Alignment
+    from spacedrive_jax.depth.sources import CACHED, DepthConfig
+    from spacedrive_jax.reporting.cameras import TILE_SIZE, camera_strip, depth_source
+    from spacedrive_jax.reporting.run_depth import CONFIG
+
+    grey = encode_jpeg(np.full((45, 80, 3), 128, np.uint8))
+    record = make_record(np.random.default_rng(1), images=[grey] * 6)
+    plain = camera_strip(record)
+    depth = np.tile(np.array([[2.0, 60.0]], np.float32), (6, 1, 1))
+    alignments = (Alignment(30.0, 0.0, 99), *[UNALIGNED] * 5)
+    cached = CachedDepth("unidepth", "min", depth, alignments, full=())
+    record |= {CACHED: cached, CONFIG: DepthConfig(sources=("fused", "unidepth"))}
+    assert depth_source(record) == "run"
+    strip = camera_strip(record)
+    assert strip.shape[0] == 2 * plain.shape[0]
+    width, height = TILE_SIZE
+    front_left, front = (
+        strip[plain.shape[0] // 2 :][height // 2, start : start + width].astype(int)
+        for start in (3, width + 9)
+    )
+    # Near is yellow, far is violet; the front camera's alignment moves all of its near half to the far end.
+    assert front_left[width // 4, 1] > front_left[3 * width // 4, 1] + 60
+    assert np.abs(front[width // 4] - front[3 * width // 4]).max() < 8
 
 
 def test_scores_of_other_records_are_flagged(run_dir: Path, tmp_path: Path) -> None:
