@@ -1,8 +1,9 @@
-"""What a step takes at least in each chip's memory, from shapes alone: no compilation."""
+"""What a step takes at least in each chip's memory, from shapes alone; what a compiler says it takes."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -52,6 +53,25 @@ def cache_bytes(config: Config, mesh: Mesh) -> int:
     decoder, samples = config.model.vlm.decoder, _samples_per_chip(config, mesh)
     token = 2 * decoder.num_kv_heads * decoder.head_dim * config.model.compute.activation_dtype.itemsize
     return decoder.num_layers * samples * config.data.sequence_length * token // mesh.shape["tensor"]
+
+
+def out_of_memory(message: str) -> tuple[int, str] | None:
+    """Reads a compiler's error.
+
+    Returns:
+        Bytes that it says it needed (0 where it names none) and its own words; None where the error is
+        another one.
+    """
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    said = re.search(r"Ran out of memory[^\n]*", message)
+    reason = (said[0] if said else message.splitlines()[0])[:300]
+    # "required for HLO temporaries (47.68G) exceeds available HBM (15.75G)", or "Used 20.4G of 15.75G hbm"
+    number = re.search(r"required[^()\n]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])", message)
+    if number is None:
+        return 0, reason
+    count, unit = [group for group in number.groups() if group]
+    return int(float(count) * 1024 ** " KMGT".index(unit)), reason
 
 
 def _samples_per_chip(config: Config, mesh: Mesh) -> int:

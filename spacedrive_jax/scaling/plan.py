@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from typing import Any, Literal
 
@@ -22,7 +21,13 @@ from spacedrive_jax.inference.predict import expected_frame
 from spacedrive_jax.scaling.abstract_batch import abstract_batch
 from spacedrive_jax.scaling.flops import StepFlops, plan_step_flops, train_step_flops
 from spacedrive_jax.scaling.hlo import Collective, Traffic, traffic
-from spacedrive_jax.scaling.memory import bytes_per_chip, cache_bytes, product_bytes, residual_bytes
+from spacedrive_jax.scaling.memory import (
+    bytes_per_chip,
+    cache_bytes,
+    out_of_memory,
+    product_bytes,
+    residual_bytes,
+)
 from spacedrive_jax.scaling.topology import Chip, Topology
 from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated
 from spacedrive_jax.training.state import abstract_state
@@ -214,10 +219,11 @@ def _measure(program: _Program, topology: Topology, least: int, devices: int) ->
     try:
         compiled = lowered.compile(compiler_options=TPU_OPTIONS if chip is not None else None)
     except jax.errors.JaxRuntimeError as error:
-        reason = _out_of_memory(str(error))
-        if not reason:
+        needed = out_of_memory(str(error))
+        if needed is None:
             raise
-        return _Measured(reason, max(_stated_need(reason), least), seconds=time.monotonic() - started)
+        need, reason = needed
+        return _Measured(reason, max(need, least), seconds=time.monotonic() - started)
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
     assert memory is not None  # TPU and CPU compilers both report it
@@ -244,16 +250,3 @@ def _traffic(compiled: jax.stages.Compiled, devices: int) -> Traffic:
 
 def _of_hbm(count: int, chip: Chip) -> str:
     return f"{count / 1e9:.1f} GB of a {chip.name}'s {chip.hbm_bytes / 1e9:.1f} GB"
-
-
-def _out_of_memory(message: str) -> str:
-    """The compiler's own words where it ran out of memory, else nothing."""
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return ""
-    said = re.search(r"Used [^\n]*? hbm[^\n]*", message) or re.search(r"Ran out of memory[^\n]*", message)
-    return f"out of memory when compiled: {said[0] if said else message.splitlines()[0]}"[:300]
-
-
-def _stated_need(reason: str) -> int:
-    used = re.search(r"Used ([\d.]+)([KMGT])", reason)
-    return int(float(used[1]) * 1024 ** (" KMGT".index(used[2]))) if used else 0

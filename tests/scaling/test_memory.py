@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from spacedrive_jax.config import load_preset
+from spacedrive_jax.scaling.memory import out_of_memory
 from spacedrive_jax.scaling.plan import make_plan
 from spacedrive_jax.scaling.topology import Chip, Topology
 from tests.conftest import ROOT
@@ -33,3 +34,24 @@ def test_what_cannot_fit_is_not_compiled():
     assert plan.compile_seconds == 0
     assert "of a small's 0.0 GB by its shapes; not compiled" in plan.reason
     assert plan.peak_bytes > small.hbm_bytes
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(47.5G) exceeds available HBM (15.75G).",
+            int(47.5 * (1 << 30)),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 512.0M of 15.75G hbm.\n\nTotal hbm usage",
+            512 << 20,
+        ),
+        ("RESOURCE_EXHAUSTED: no numbers", 0),
+    ],
+)
+def test_a_compilers_need_is_read_from_its_words(message, expected):
+    assert out_of_memory(message)[0] == expected
+    assert out_of_memory("INTERNAL: something else") is None
