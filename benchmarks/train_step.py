@@ -5,7 +5,7 @@ every block, clipping and AdamW, float32, dropout off. PyTorch forms the logits 
 published code does; here only supervised places meet the vocabulary. The losses of the first steps must
 agree before anything is timed. The two take turns on the same cores. Needs requirements-parity.txt.
 
-    python benchmarks/train_step.py --steps 5 --out benchmarks/results/train_step_cpu.md
+    PYTHONPATH=. python benchmarks/train_step.py --steps 5 --out benchmarks/results/train_step_cpu.md
 """
 
 from __future__ import annotations

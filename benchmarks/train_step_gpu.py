@@ -4,7 +4,7 @@ Six views of 640 x 640, adapters of rank 16, bfloat16: tokens a second, model FL
 is in docs/scaling.md) and peak memory. `--shortened` keeps two layers and small images, to try the script on
 any machine.
 
-    python benchmarks/train_step_gpu.py --batch-size 4 --out benchmarks/results/train_step_gpu.md
+    PYTHONPATH=. python benchmarks/train_step_gpu.py --batch-size 4 --out benchmarks/results/train_step_gpu.md
 """
 
 from __future__ import annotations
