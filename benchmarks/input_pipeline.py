@@ -4,7 +4,7 @@ Records' views are drawn up to nuScenes' 1600 x 900 and encoded anew; the pipeli
 squashes them to 640 x 640, cuts patches, moves the LiDAR sweep and lays out tokens, in batches, as in
 training. Compare with the samples a second that a host's devices take (docs/scaling.md).
 
-    PYTHONPATH=. python benchmarks/input_pipeline.py --records demo/records --out benchmarks/results/input_pipeline.md
+    PYTHONPATH=. python benchmarks/input_pipeline.py --records demo/records --out input_pipeline.md
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kills a training run at random moments until it is through, and checks it against one that was left alone.
 
-    PYTHONPATH=. python benchmarks/stress_resume.py --records demo/records --out benchmarks/results/stress_resume.md
+    PYTHONPATH=. python benchmarks/stress_resume.py --records demo/records --out stress_resume.md
 
 A run is killed with SIGKILL at a random moment and resumed, again and again: every other time anywhere in
 its life (mostly starting up and compiling), else while it trains and saves. The losses of every step and
