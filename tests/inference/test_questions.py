@@ -11,20 +11,22 @@ import pytest
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.cli import main
-from spacedrive_jax.config import change, load_preset
+from spacedrive_jax.config import change, load_preset, to_json
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.inference.questions import Prompts, Question
-from spacedrive_jax.training.train import train
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.base_fingerprint import base_fingerprint
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import start_state
 from tests.training.runs import TINY, make_records
 
 TRAJECTORIES = (
     "PT, [(+1.20, +0.10), (+2.40, +0.20)]",
     "PT, [(+3.00, 0.0), (+6.10, -0.40)]",
 )
-ANSWERS = ("It leads to Collision.", "It leads to Collision.")
 STATUS = (["Collision"], [])
 
 
@@ -44,16 +46,8 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language_data(records, tmp_path_factory):
-    """Two counterfactual pairs a training keyframe, two candidates a keyframe to test; one has none."""
+    """Two candidates a keyframe; one has none."""
     root = tmp_path_factory.mktemp("language")
-    pairs = [
-        {"question": f"If you follow the trajectory {trajectory}, what would happen?", "answer": answer}
-        for trajectory, answer in zip(TRAJECTORIES, ANSWERS, strict=True)
-    ]
-    other = [{"question": "What matters?", "answer": "Nothing."}] * 2
-    (root / "vqa" / "train").mkdir(parents=True)
-    for token in tokens_of(records, "train"):
-        (root / "vqa" / "train" / f"{token}.json").write_text(json.dumps(other + pairs))
     (root / "eval_cf").mkdir()
     candidates = [
         {"traj": trajectory, "status": status}
@@ -65,33 +59,29 @@ def language_data(records, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(records, language_data, tmp_path_factory):
-    """A run that learnt the answers by heart."""
+def config(tmp_path_factory):
+    """A run that has not learnt anything: it answers, but nobody knows what."""
+    folder = tmp_path_factory.mktemp("runs") / "questions"
     config = change(
-        load_preset(str(TINY)),
-        "questions",
-        {
-            "run_dir": str(tmp_path_factory.mktemp("runs") / "questions"),
-            "data.records": str(records),
-            "data.sequence_length": 256,
-            "data.max_targets": 64,
-            "data.conversation.tasks": "counterfactual",
-            "data.conversation.language_data": str(language_data),
-            "train.steps": 70,
-            "train.batch_size": 8,
-            "train.learning_rate": 1e-2,
-            "train.checkpoint_every": 70,
-        },
+        load_preset(str(TINY)), "questions", {"run_dir": str(folder), "data.sequence_length": 192}
     )
-    train(config)
-    return config
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    mesh = make_mesh(config.mesh)
+    trainable, frozen = start_state(config, mesh)
+    facts = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    manager = checkpoints.open_manager(folder, keep=1)
+    checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, facts)
+    with checkpoints.closing(manager):
+        return config
 
 
-def test_every_candidate_is_asked_about_and_scored(config, records, language_data, capsys):
-    out = config.directory / "counterfactual.jsonl"
+def test_every_candidate_is_asked_about_and_scored(config, records, language_data, tmp_path, capsys):
     command = ("predict", "--checkpoint", config.directory, "--records", records, "--task", "counterfactual")
-    assert run(*command, "--batch-size", 3, "--max-new-tokens", 30, "--json") == 0
+    command = (*command, "--language-data", language_data, "--max-new-tokens", 8)
+    assert run(*command, "--batch-size", 3, "--json") == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = config.directory / "counterfactual.jsonl"
     assert {name: facts[name] for name in ("file", "samples", "keyframes", "without_candidates")} == {
         "file": str(out),
         "samples": 4,
@@ -99,30 +89,28 @@ def test_every_candidate_is_asked_about_and_scored(config, records, language_dat
         "without_candidates": 1,
     }
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["Q"] for line in lines[:2]] == [
-        f"If you follow the trajectory {trajectory}, what would happen?" for trajectory in TRAJECTORIES
+    assert [line["Q"] for line in lines] == [
+        f"If you follow the trajectory {trajectory}, what would happen?" for trajectory in TRAJECTORIES * 2
     ]
-    assert {line["A"] for line in lines} == set(ANSWERS)
-    assert lines[0]["token"] == lines[1]["token"] != lines[2]["token"]
+    asked = tokens_of(records, "val")[:2]
+    assert [line["token"] for line in lines] == [asked[0]] * 2 + [asked[1]] * 2
+    assert all(line["A"] for line in lines)
+    assert run(*command, "--batch-size", 1, "--out", tmp_path / "again.jsonl") == 0
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == lines
+    assert run(*command) == 1
+    assert "--overwrite" in capsys.readouterr().err
 
-    score = (
-        "score-counterfactual",
-        "--predictions",
-        out,
-        "--annotations",
-        language_data / "eval_cf",
-        "--json",
-    )
-    assert run(*score) == 0
+    said = "".join(json.dumps(line | {"A": "It leads to Collision."}) + "\n" for line in lines)
+    (tmp_path / "said.jsonl").write_text(said)
+    score = ("score-counterfactual", "--predictions", tmp_path / "said.jsonl", "--json")
+    assert run(*score, "--annotations", language_data / "eval_cf") == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert first["samples"] == 2
-    assert first["rules"]["published"]["collision"]["recall"] == 1.0
-    assert run(*score, "--every-question") == 0
+    assert first["rules"]["published"]["collision"]["precision"] == 1.0
+    assert run(*score, "--annotations", language_data / "eval_cf", "--every-question") == 0
     every = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert every["samples"] == 4
     assert every["rules"]["published"]["collision"]["precision"] == 0.5
-    assert run(*command) == 1
-    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_one_line(config, records, tmp_path, capsys):
