@@ -8,6 +8,7 @@ pytest.importorskip("torch", reason="parity tests need torch")
 
 from spacedrive_jax.verify.command import verify_case
 from tests.parity.spacedrive.setting import Setting
+from tests.parity.spacedrive.torch_answer import write_answer
 from tests.parity.spacedrive.torch_step import Step
 
 pytestmark = pytest.mark.parity
@@ -71,5 +72,31 @@ def test_step_equals_torch(name, tmp_path):
     compared = {check.name for check in checks}
     assert {"losses/total", "losses/loss_pos", "logits", "hidden_states/2", "labels_for_ce"} <= compared
     assert sum(check.name.startswith("grad/") for check in checks) >= 14
+    failed = [(check.name, check.absolute, check.relative) for check in checks if not check.passed]
+    assert failed == []
+
+
+ANSWERS = {
+    "width_80": (Setting(), 1.0),
+    "width_72_three_views_real_clock": (
+        Setting(width=72, kv_heads=1, views=3, vocabulary=640, times=(CLOCK, CLOCK + 0.5, CLOCK + 1.0)),
+        1.0,
+    ),
+    "position_input": (Setting(arguments={"enable_pe_input": True, "ego_status": "PE"}), 1.0),
+    "penalty": (Setting(grid=(6, 10), arguments={"ego_status": ""}), 1.3),
+    "llava_position_input": (
+        Setting("llava", width=72, kv_heads=4, grid=(3, 3), arguments={"enable_pe_input": True}),
+        1.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answer_equals_torch(name, tmp_path):
+    setting, penalty = ANSWERS[name]
+    case = write_answer(setting, len(name), tmp_path / name, max_new_tokens=16, repetition_penalty=penalty)
+    checks = verify_case(case)
+    compared = {check.name for check in checks}
+    assert {"default/generated_ids", "default/coords", "default/step_logits"} <= compared
     failed = [(check.name, check.absolute, check.relative) for check in checks if not check.passed]
     assert failed == []

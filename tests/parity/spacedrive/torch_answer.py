@@ -1,0 +1,110 @@
+"""Greedy answering in plain torch, without a cache, written as a case of kind `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tests.parity.spacedrive.case_writer import write_case
+from tests.parity.spacedrive.setting import Setting, draw_inputs
+from tests.parity.spacedrive.torch_spacedrive import TorchSpaceDrive
+
+
+def write_answer(
+    setting: Setting, seed: int, folder: Path, *, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> Path:
+    """Answers one prompt and writes the case."""
+    model = TorchSpaceDrive(setting, seed)
+    inputs = draw_inputs(setting, model.random)
+    # The question alone: everything before the first supervised token.
+    count = int((inputs["labels"][0] >= 0).argmax())
+    for key in ("input_ids", "labels"):
+        inputs[key] = [inputs[key][0][:count]]
+    with torch.no_grad():
+        incline_to_indicators(model, inputs)
+        outputs = answer(model, inputs, max_new_tokens, repetition_penalty)
+    overrides = {} if repetition_penalty == 1.0 else {"rp": repetition_penalty}
+    facts = {
+        "kind": "generate",
+        "max_new_tokens": max_new_tokens,
+        "variants": {"default": {"overrides": overrides}},
+    }
+    return write_case(folder, model, inputs, outputs, facts)
+
+
+def incline_to_indicators(model: TorchSpaceDrive, inputs: dict[str, Any]) -> None:
+    """Turns the indicator's row of the head to the prompt's last state: random rows hardly ever win."""
+    frame = model.prepare(inputs)
+    state = model.language_model(frame.sequence, frame.positions, frame.mask).last_hidden_state[0, -1]
+    row = 8 * state / state.square().sum()
+    indicator = model.setting.ids["pos_indicator"]
+    if model.setting.family == "qwen":
+        model.heads["new_lm_head.weight"][0] = row
+    else:
+        model.base["lm_head.weight"][indicator] = model.head[indicator] = row
+
+
+def answer(
+    model: TorchSpaceDrive, inputs: dict[str, Any], max_new_tokens: int, penalty: float
+) -> dict[str, Any]:
+    """The published rule: after an indicator is fed, the next id is kept in the output and not fed.
+
+    The position token is fed in its place, or the encoding of the coordinate decoded at the indicator.
+    Neither limit nor end is tested on a discarded id.
+    """
+    ids = model.setting.ids
+    frame = model.prepare(inputs)
+    sequence, positions = frame.sequence, frame.positions
+    seen = set(frame.token_ids[0].tolist())
+    generated: list[int] = []
+    states, scores, margins, fed, at, points = [], [], [], [], [], []
+    after_indicator = False
+    while True:
+        mask = torch.ones(sequence.shape[:2], dtype=torch.long)
+        hidden = model.language_model(sequence, positions, mask).last_hidden_state[0, -1]
+        raw = model.logits(hidden)
+        penalised = raw.clone()
+        if penalty != 1.0:
+            known = torch.tensor(sorted(seen))
+            penalised[known] = torch.where(raw[known] > 0, raw[known] / penalty, raw[known] * penalty)
+        best = penalised.topk(2)
+        chosen = int(best.indices[0])
+        states.append(hidden)
+        scores.append(raw)
+        margins.append(float(best.values[0] - best.values[1]))
+        generated.append(chosen)
+        seen.add(chosen)
+        if after_indicator:
+            point = model.decode(hidden)
+            at.append(hidden)
+            points.append(point)
+            embedded = model.embed(torch.tensor(ids["pos_embedding"]))
+            if model.arguments.get("enable_pe_input"):
+                embedded = model.encode(functional.pad(point[:2], (0, 1)))
+            after_indicator = False
+        else:
+            if chosen == ids["im_end"] or len(generated) >= max_new_tokens:
+                break
+            embedded = model.embed(torch.tensor(chosen))
+            after_indicator = chosen == ids["pos_indicator"]
+        fed.append(embedded)
+        sequence = torch.cat([sequence, embedded[None, None]], dim=1)
+        following = positions.amax(dim=(0, 2))[None, :, None].expand(3, 1, 1) + 1
+        positions = torch.cat([positions, following], dim=2)
+    steps = positions[..., frame.positions.shape[2] :]
+    return {
+        "prompt_ids_after_ego": frame.token_ids,
+        "position_ids_prefill": frame.positions if model.setting.family == "qwen" else torch.zeros(0),
+        "inputs_embeds_prefill": frame.sequence,
+        "generated_ids": torch.tensor(generated),
+        "hidden_for_output": torch.stack(states),
+        "step_logits": torch.stack(scores),
+        "top1_top2_margin": torch.tensor(margins),
+        "inputs_embeds_steps": torch.stack(fed)[None],
+        "position_ids_steps": steps if model.setting.family == "qwen" else torch.zeros(0),
+        "hidden_at_pos": torch.stack(at),
+        "coords": torch.stack(points),
+    }
