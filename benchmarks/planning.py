@@ -385,7 +385,8 @@ def header(arguments: Arguments) -> list[str]:
         f"`python benchmarks/planning.py`, {versions}, {platform.machine()}, float32,",
         f"{arguments.threads} thread(s) for every way, {arguments.layers} decoder layers of width 768; load",
         f"averages at the end {load}. The fastest of {arguments.repeats} rounds counts. Batch 1 unless",
-        "said. Answers of all ways were equal (31 ids; six waypoints to 1e-3 m).",
+        "said. Answers of all ways were equal (ids; six waypoints to 1e-3 m). With a load above the threads",
+        "other work had a share of the processors: ratios then mean more than times.",
     ]
 
 
