@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import spacedrive_jax.cli
 from spacedrive_jax.batch import DrivingBatch, stack
@@ -94,15 +94,9 @@ def import_qwen(folder, out, *options, source="iter_7.pth"):
     return run("import-weights", *arguments, "--out", out, *options)
 
 
-def test_predict_answers_with_the_imported_heads(qwen, imported, records, tmp_path, capsys):
-    _, model = qwen
-    out = tmp_path / "predictions.jsonl"
-    command = ("predict", "--checkpoint", imported, "--records", records, "--batch-size", 3)
-    assert run(*command, "--out", out, "--json") == 0
-    assert facts_of(capsys)["samples"] == 3
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-
-    config = open_trained_model(imported).config
+def check_answers(model, imported, records, file, limit):
+    """Holds a prediction file against what the model itself answers; returns how many coordinates it has."""
+    config = open_config(imported)
     builder = SampleBuilder(config.data, config.model, answer=False)
     split = open_records(records, "val")
     batch = jax.tree.map(jax.numpy.asarray, stack([builder(split[index], index) for index in range(3)]))
@@ -110,22 +104,28 @@ def test_predict_answers_with_the_imported_heads(qwen, imported, records, tmp_pa
 
     @jax.jit
     def answer(state: nnx.State, batch: DrivingBatch):
-        return generate(nnx.merge(graph, state), batch, builder.tokenizer, 100)
+        return generate(nnx.merge(graph, state), batch, builder.tokenizer, limit)
 
     expected = jax.device_get(answer(state, batch))
-    assert expected.is_coordinate.sum() >= 6
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     for row, line in enumerate(lines):
         points = expected.coordinates[row][expected.is_coordinate[row]][:, :2]
-        said = np.array([[float(x) for x in pair.split(", ")] for pair in _pairs(line["text"])])
-        np.testing.assert_allclose(said, points, atol=0.0052)
+        said = np.array([pair.split(", ") for pair in re.findall(r"\(([^)]*)\)", line["text"])], float)
+        np.testing.assert_allclose(said.reshape(-1, 2), points, atol=0.0052)
         if line["status"] == "ok":
             np.testing.assert_allclose(line["waypoints"], points, atol=2e-4)
+    return int(expected.is_coordinate.sum())
+
+
+def test_predict_answers_with_the_imported_heads(qwen, imported, records, tmp_path, capsys):
+    _, model = qwen
+    out = tmp_path / "predictions.jsonl"
+    command = ("predict", "--checkpoint", imported, "--records", records, "--batch-size", 3)
+    assert run(*command, "--out", out, "--json") == 0
+    assert facts_of(capsys)["samples"] == 3
+    assert check_answers(model, imported, records, out, limit=100) >= 6
     assert run(*command) == 1
     assert "give --out FILE" in capsys.readouterr().err
-
-
-def _pairs(text):
-    return [piece.split(")")[0] for piece in text.split("(")[1:]]
 
 
 def test_every_parameter_is_the_checkpoints(qwen, imported):
@@ -280,10 +280,18 @@ def test_llava(records, tmp_path):
     model = dataclasses.replace(config.model, vlm=vlm, lora=lora, use_lora=True, compute=ComputeConfig())
     made = nnx.jit(lambda: SpaceDrive(model, indicator_id=INDICATOR, rngs=nnx.Rngs(5)))()
     generator = np.random.default_rng(0)
-    state = {
-        path: value.replace(jax.numpy.asarray(generator.normal(0, 0.1, value.shape), value.dtype))
-        for path, value in nnx.to_flat_state(nnx.state(made, nnx.Param))
-    }
+
+    def draw(variable):
+        """Values that bfloat16 holds, so that the base loses nothing in the file."""
+        drawn = generator.normal(0, 0.1, variable.shape).astype(ml_dtypes.bfloat16)
+        return variable.replace(jax.numpy.asarray(drawn, variable.dtype))
+
+    state = {path: draw(value) for path, value in nnx.to_flat_state(nnx.state(made, nnx.Param))}
+    # What every hidden state is answered with: an indicator, or word 7, by the side it lies on.
+    side = np.asarray(generator.normal(0, 1, (1, 96)).astype(ml_dtypes.bfloat16), np.float32)
+    head, rows = ("vlm", "decoder", "head"), ("vlm", "decoder", "new_head")
+    state[head] = state[head].replace(jax.numpy.zeros((512, 96)).at[7].set(-side[0]))
+    state[rows] = state[rows].replace(jax.numpy.asarray(np.concatenate([side + 1e-5, 0 * side])))
     nnx.update(made, nnx.from_flat_state(state.items()))
     tensors = half(published_state(made))
     tables = ("lm_head.base_model.model.lm_head.weight", "embed_tokens.weight")
@@ -296,7 +304,10 @@ def test_llava(records, tmp_path):
     for number, token in enumerate(("<s>", "</s>", "<unk>", "<image>")):
         del words[f"w{number}"]
         words[token] = number
-    Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(base / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>", "<image>"])
+    tokenizer.save(str(base / "tokenizer.json"))
     preset = tmp_path / "llava.py"
     (tmp_path / "llava.json").write_text(
         to_json(
@@ -316,6 +327,11 @@ def test_llava(records, tmp_path):
     for path, value in nnx.to_flat_state(trained.trainable):
         np.testing.assert_array_equal(value[...], state[path][...], err_msg=str(path))
     assert ("vlm", "decoder", "new_embedding") in dict(nnx.to_flat_state(trained.trainable))
+    predictions = tmp_path / "predictions.jsonl"
+    command = ("predict", "--checkpoint", out, "--records", records, "--batch-size", 3, "--out", predictions)
+    assert run(*command, "--max-new-tokens", 12, "--decoding", "token-by-token") == 0
+    assert check_answers(made, out, records, predictions, limit=12) > 0
+
     assert run("export-weights", "--to", "spacedrive", out, "--out", tmp_path / "back.pth") == 0
     after = read_torch_file(tmp_path / "back.pth")["state_dict"]
     assert all(value.tobytes() == after[name].tobytes() for name, value in tensors.items())
