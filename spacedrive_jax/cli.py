@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from spacedrive_jax import console
+from spacedrive_jax.compilation_cache import use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.evaluation.bench2drive.command import ScoreBench2Drive
 from spacedrive_jax.evaluation.command import Evaluate
@@ -206,21 +207,6 @@ def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> No
     partial = file.with_name(".run.json.partial")
     partial.write_text(json.dumps(facts, indent=2) + "\n")
     os.replace(partial, file)
-
-
-def use_compilation_cache(folder: Path | None = None) -> None:
-    """Keeps compiled programs between runs.
-
-    Args:
-        folder: where; by default what JAX_COMPILATION_CACHE_DIR says, else `spacedrive_jax/xla` in the user's
-            cache folder.
-    """
-    import jax
-
-    if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 
 
 COMMANDS: dict[str, type[Command]] = {

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from spacedrive_jax.compilation_cache import use_compilation_cache
 from spacedrive_jax.console import Command, UserError
 from spacedrive_jax.verify.case_files import SETTINGS_FILE, read_settings
 from spacedrive_jax.verify.check import Check
@@ -55,6 +56,7 @@ class Verify(Command):
         Raises:
             UserError: a folder is not a case, or a tensor is out of tolerance.
         """
+        use_compilation_cache()
         if (self.case / SETTINGS_FILE).is_file():
             checks = verify_case(self.case, self.only)
             print_table(checks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
@@ -30,14 +31,19 @@ def one_pass_checks(
     Args:
         model: the case's model.
         batch: the case's prompts.
-        tokenizer: with words; without them no frame can be made and nothing is checked.
+        tokenizer: with words; without them the frame is what was answered, if that ended its turn.
         max_new_tokens: as `answer` was made with.
         repetition_penalty: as `answer` was made with.
         answer: made token by token.
     """
-    if tokenizer.vocabulary_size == 0:
-        return []
-    frame = planning_frame(dataclasses.replace(tokenizer, layout=chat_layout(model.config)))
+    if tokenizer.vocabulary_size > 0:
+        frame = planning_frame(dataclasses.replace(tokenizer, layout=chat_layout(model.config)))
+    else:
+        count = int(answer.lengths[0])
+        fed = np.where(answer.is_coordinate, tokenizer.position, answer.token_ids)[0, :count]
+        frame = tuple(fed.tolist())
+        if frame[-1] != tokenizer.turn_end:
+            return []
     graph, state = nnx.split(model)
 
     @jax.jit
