@@ -35,7 +35,7 @@ class Train(Command):
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A preset in configs/ by name, or a .py file that defines `config`."""
+    """A preset in configs/ by name, a .py file that defines `config`, or a config.json of a run."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
     accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False

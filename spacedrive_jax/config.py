@@ -176,17 +176,22 @@ class Config:
 
 
 def load_preset(name: str) -> Config:
-    """Finds a preset by name (`demo`) or by file (`configs/demo.py`, `my_run.py`).
+    """Finds a preset by name (`demo`) or by file (`my_run.py`, or a config's JSON: `runs/demo/config.json`).
 
     Raises:
-        UserError: there is no such preset, or its file does not define `config`.
+        UserError: there is no such preset, or its file does not hold a config.
     """
     path = Path(name)
-    if path.suffix != ".py":
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return from_json(path.read_text())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} does not hold a config ({error})") from error
+    if path.suffix not in (".py", ".json"):
         path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
     if not path.is_file():
         presets = sorted(file.stem for file in path.parent.glob("[a-z]*.py"))
-        raise UserError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py file)")
+        raise UserError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py or .json file)")
     config = getattr(_load_module(path), "config", None)
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define `config`, a spacedrive_jax.config.Config")

@@ -44,6 +44,19 @@ def test_every_preset_is_in_the_table_of_the_docs():
     assert sorted(named - set(PRESETS)) == []
 
 
+def test_a_config_in_json_is_a_preset(tmp_path):
+    config = load_preset("table_e_base_1000")
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    assert load_preset(str(file)) == config
+    for content in ("{", "[]", '{"model": 3}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="does not hold a config"):
+            load_preset(str(file))
+    with pytest.raises(UserError, match=r"\.py or \.json file"):
+        load_preset(str(tmp_path / "absent.json"))
+
+
 def test_frozen_scale_is_no_trainable():
     model = abstract_model(load_preset("table5_alpha_fixed_1"))
     trainable = nnx.to_flat_state(nnx.state(model, is_trainable(True)))

@@ -41,6 +41,7 @@ from spacedrive_jax.weights.trained_parts import (
     LAYOUT_FILE,
     RUN_FILE,
     check_heads,
+    pointed_at,
 )
 
 
@@ -85,7 +86,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
                 f"and the next, but the checkpoint's table has {len(table)} rows: give its --tokenizer"
             )
         check_heads(run.model, parts.heads, tokens.indicator, str(source))
-        (folder / RUN_FILE).write_text(to_json(run))
+        (folder / RUN_FILE).write_text(to_json(pointed_at(run, out)))
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
         write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))

@@ -66,6 +66,11 @@ def imported_config(folder: Path) -> Config:
         config = from_json((folder / RUN_FILE).read_text())
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RUN_FILE} is not readable ({error}): import again") from error
+    return pointed_at(config, folder)
+
+
+def pointed_at(config: Config, folder: Path) -> Config:
+    """The same run with weights and tokenizer of a folder."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, weights=str(folder)),

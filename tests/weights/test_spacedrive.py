@@ -140,14 +140,15 @@ def test_every_parameter_is_the_checkpoints(qwen, imported):
 
 def test_a_run_starts_from_the_imported_heads_and_goes_back(imported, records, tmp_path, capsys):
     folder = tmp_path / "run"
-    preset = tmp_path / "fine_tune.py"
-    preset.write_text(
-        "import dataclasses\n"
-        "from pathlib import Path\n"
-        "from spacedrive_jax.weights.trained_parts import imported_config\n"
-        f"config = imported_config(Path({str(imported)!r}))\n"
-    )
-    command = ["train", preset, "--run-dir", folder, "--data.records", records, "--json"]
+    command = [
+        "train",
+        imported / "spacedrive.json",
+        "--run-dir",
+        folder,
+        "--data.records",
+        records,
+        "--json",
+    ]
     steps = ["--train.steps", 1, "--train.batch-size", 2, "--train.learning-rate", 0.0]
     assert run(*command, *steps) == 0
     assert facts_of(capsys)["step"] == 1
@@ -308,17 +309,13 @@ def test_llava(records, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>", "<image>"])
     tokenizer.save(str(base / "tokenizer.json"))
-    preset = tmp_path / "llava.py"
-    (tmp_path / "llava.json").write_text(
+    preset = tmp_path / "llava.json"
+    preset.write_text(
         to_json(
             dataclasses.replace(
                 config, model=dataclasses.replace(model, compute=ComputeConfig(param_dtype="bfloat16"))
             )
         )
-    )
-    preset.write_text(
-        "from pathlib import Path\nfrom spacedrive_jax.config import from_json\n"
-        f"config = from_json(Path({str(tmp_path / 'llava.json')!r}).read_text())\n"
     )
     out = tmp_path / "weights"
     source = ("--from", "spacedrive", tmp_path / "iter_3.pth", "--base", base, "--config", preset)
