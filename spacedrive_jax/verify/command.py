@@ -65,7 +65,7 @@ class Verify(Command):
         else:
             if self.only:
                 raise UserError(f"--only chooses among the settings of one case; {self.case} is none")
-            facts, problem = verify_all(find_cases(self.case))
+            facts, problem = verify_all(*find_cases(self.case))
         if problem is not None:
             if self.json:
                 print(json.dumps(facts))
@@ -109,20 +109,36 @@ def kind_of(case: Path) -> str:
     return kind
 
 
-def find_cases(folder: Path) -> list[Path]:
+def find_cases(folder: Path) -> tuple[list[Path], list[Path]]:
     """The cases directly inside a folder.
 
+    Returns:
+        The cases, and folders that are none: their config.json is whole and names no kind (a checkpoint's).
+
     Raises:
-        UserError: there is none.
+        UserError: there is no case.
     """
-    cases = sorted(file.parent for file in folder.glob(f"*/{SETTINGS_FILE}"))
+    folders = sorted(file.parent for file in folder.glob(f"*/{SETTINGS_FILE}"))
+    others = [each for each in folders if _is_something_else(each)]
+    cases = [each for each in folders if each not in others]
     if not cases:
-        raise UserError(f"{folder} is not a case and holds none: there is no {SETTINGS_FILE}")
-    return cases
+        raise UserError(f"{folder} is not a case and holds none: no {SETTINGS_FILE} with a kind")
+    return cases, others
 
 
-def verify_all(cases: Sequence[Path]) -> tuple[dict[str, Any], str | None]:
+def _is_something_else(folder: Path) -> bool:
+    try:
+        return "kind" not in read_settings(folder)
+    except UserError:
+        return False  # a damaged case: comparing it says what is wrong
+
+
+def verify_all(cases: Sequence[Path], others: Sequence[Path]) -> tuple[dict[str, Any], str | None]:
     """Compares several cases, printing a line for each and its failing tensors.
+
+    Args:
+        cases: folders to compare.
+        others: folders to name as left out.
 
     Returns:
         The facts for `--json`, and what is wrong in words; None where nothing is.
@@ -145,9 +161,12 @@ def verify_all(cases: Sequence[Path]) -> tuple[dict[str, Any], str | None]:
             print_table(failed)
         entries.append(entry | summary(checks))
         everything += [dataclasses.replace(check, name=f"{case.name}/{check.name}") for check in checks]
+    for folder in others:
+        print(f"{folder.name:{width}}  left out: its {SETTINGS_FILE} names no kind", flush=True)
     bad = [entry["case"] for entry in entries if not entry["passed"]]
     print(f"{len(cases) - len(bad)} of {len(cases)} cases passed")
-    facts = summary(everything) | {"passed": not bad, "cases": entries}
+    left_out = [folder.name for folder in others]
+    facts = summary(everything) | {"passed": not bad, "cases": entries, "left_out": left_out}
     return facts, f"{len(bad)} cases failed: {', '.join(bad)}" if bad else None
 
 

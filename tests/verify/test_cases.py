@@ -107,9 +107,12 @@ def test_arrays_that_do_not_fit_the_settings_are_an_error_not_a_pass(copy):
 def test_all_cases_of_a_folder(copy, capsys):
     folder = copy("geometry").parent
     copy("ego_memory")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "config.json").write_text('{"model_type": "llava"}')
     assert cli.main(["verify", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [entry["case"] for entry in facts["cases"]] == ["ego_memory", "geometry"]
+    assert facts["left_out"] == ["checkpoint"]
     assert facts["passed"]
     assert facts["tensors"] == sum(entry["tensors"] for entry in facts["cases"])
 
