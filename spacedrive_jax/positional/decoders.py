@@ -81,14 +81,21 @@ class GridDecoder(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "... D"], encoder: CoordinateEncoder) -> Float[Array, "... 3"]:
         """Metres; see `spacedrive_jax.positional.grid` for the rules and for z."""
-        grid = self.config.grid
-        table = encoder(jnp.asarray(grids.grid_points(grid).reshape(-1, 3)))
-        similarity: grids.Similarity = "l2" if self.config.kind == "grid_l2" else "cosine"
-        scores = grids.similarities(hidden, table, similarity)
-        temperature = grids.TEMPERATURE[similarity]
+        grid, temperature = self.config.grid, grids.TEMPERATURE[self.similarity]
+        scores = self.scores(hidden, encoder)
         if self.config.kind == "grid_full":
             return grids.full_average(scores, grid, temperature)
         return grids.neighbourhood_average(scores, grid, temperature)
+
+    @property
+    def similarity(self) -> grids.Similarity:
+        """What hidden states and encodings are compared by."""
+        return "l2" if self.config.kind == "grid_l2" else "cosine"
+
+    def scores(self, hidden: Float[Array, "... D"], encoder: CoordinateEncoder) -> Float[Array, "... G"]:
+        """How much hidden states resemble the encoding of every cell."""
+        table = encoder(jnp.asarray(grids.grid_points(self.config.grid).reshape(-1, 3)))
+        return grids.similarities(hidden, table, self.similarity)
 
 
 CoordinateDecoder = MlpDecoder | VaeDecoder | GridDecoder

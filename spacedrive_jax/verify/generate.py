@@ -20,6 +20,8 @@ from spacedrive_jax.inference.answer import answer_text
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation, position_embedding
 from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.positional.decoders import GridDecoder
+from spacedrive_jax.positional.grid import best_cell
 from spacedrive_jax.verify.case_files import choose, read_arrays
 from spacedrive_jax.verify.check import Check, compare
 from spacedrive_jax.verify.one_pass import one_pass_checks
@@ -139,7 +141,8 @@ def replay(
         fed = jax.lax.fori_loop(0, fed.shape[1], feed, fed)
     hidden = run(fed)
     read_from = hidden[:, length - 1 : -1]
-    return {
+    facts = {} if not isinstance(model.decoder, GridDecoder) else {"cells": _cells(model, read_from[0])}
+    return facts | {
         "prompt": prompt,
         "fed": fed,
         "hidden": read_from,
@@ -147,6 +150,15 @@ def replay(
         "patch_encodings": model.encoder(model.patch_points(batch)),
         "positions": later,
     }
+
+
+def _cells(model: SpaceDrive, hidden: Float[Array, "G D"]) -> Float[Array, "G 3"]:
+    """The best cell for each hidden state, metres; one after the other, for a grid has many cells."""
+
+    def cell(hidden: Float[Array, " D"]) -> Float[Array, " 3"]:
+        return best_cell(model.decoder.scores(hidden[None], model.encoder), model.decoder.config.grid)[0]
+
+    return jax.lax.map(cell, hidden)
 
 
 def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: Arrays) -> list[Check]:
@@ -196,6 +208,7 @@ def _answer_checks(
     at_coordinates = {
         "hidden_at_pos": (hidden[decoded], LOGITS),
         "coords": (points[decoded], COORDINATES),
+        "decoded_pos": (facts["cells"][:count][decoded] if is_grid else None, EQUAL),
         "interpolated_pos": (points[decoded] if is_grid else None, GRID_COORDINATES),
     }
     results: dict[str, tuple[np.ndarray, dict[str, float], np.ndarray]] = {
