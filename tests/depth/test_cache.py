@@ -125,3 +125,11 @@ def test_command(records, network, tmp_path):
     file.write_text('{"weight": "x"}')
     with pytest.raises(UserError, match="does not describe a depth network"):
         AddDepth(records, file).run()
+
+
+def test_flags_that_make_no_sense_are_refused(records, weights):
+    with pytest.raises(UserError, match="--keyframes-per-step 0 must be 1 or more"):
+        AddDepth(records, weights, keyframes_per_step=0).run()
+    with pytest.raises(UserError, match="need --coordinator HOST:PORT"):
+        AddDepth(records, weights, host_count=2).run()
+    assert not (records / "depth").exists()

@@ -14,6 +14,7 @@ from spacedrive_jax.depth.unidepth_camera import inference_size
 from spacedrive_jax.depth.unidepth_weights import (
     UNUSED,
     config_from_json,
+    is_released,
     load_unidepth,
     save_unidepth,
     unidepth_rules,
@@ -125,6 +126,17 @@ def test_the_other_config_differs_in_every_field():
     for changed, default in ((OTHER, UniDepthConfig()), (OTHER.encoder, UniDepthConfig().encoder)):
         for field in dataclasses.fields(changed):
             assert getattr(changed, field.name) != getattr(default, field.name), field.name
+
+
+def test_released_checkpoints_are_told_from_our_own(tiny, golden, tmp_path):
+    save_unidepth(tiny, tmp_path / "ours")
+    assert not is_released(tmp_path / "ours")
+    released = tmp_path / "released"
+    released.mkdir()
+    assert is_released(released / "model.safetensors")  # a file alone
+    described = json.loads((golden / "unidepth_tiny" / "state_dicts.json").read_text())["vits14"]["config"]
+    (released / "config.json").write_text(json.dumps(described))
+    assert is_released(released)
 
 
 def test_older_architectures_and_missing_tensors_are_named(tiny, tmp_path):
