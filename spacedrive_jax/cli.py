@@ -129,8 +129,10 @@ class Predict(Command):
     """Penalty on ids already seen; released Qwen settings carry 1.05, SpaceDrive's results use none."""
     average: tyro.conf.FlagCreatePairsOff[bool] = False
     """Predict with the moving average of the weights that `--train.ema-decay` keeps."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with an interrupted prediction of the same file (or start, when there is none)."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace the file if it exists."""
+    """Replace the file if it exists, or start an interrupted one anew."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
@@ -157,6 +159,7 @@ class Predict(Command):
             decoding=self.decoding,
             repetition_penalty=self.repetition_penalty,
             average=self.average,
+            resume=self.resume,
             overwrite=self.overwrite,
         )
         if self.out is None:
@@ -184,6 +187,7 @@ class Predict(Command):
             max_new_tokens=100 if self.max_new_tokens is None else self.max_new_tokens,
             repetition_penalty=self.repetition_penalty,
             average=self.average,
+            resume=self.resume,
             overwrite=self.overwrite,
         )
         print(

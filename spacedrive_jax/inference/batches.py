@@ -33,14 +33,27 @@ class Asking:
 
 
 def answered_batches(
-    trained: TrainedModel, samples: Sequence[DrivingBatch], tokenizer: DrivingTokenizer, asking: Asking
+    trained: TrainedModel,
+    samples: Sequence[DrivingBatch],
+    tokenizer: DrivingTokenizer,
+    asking: Asking,
+    *,
+    length: int = 0,
 ) -> Iterator[tuple[DrivingBatch, int, Generation]]:
     """Answers all samples in order.
 
     One batch behind: while the devices are at work on it, the next one is prepared.
 
+    Args:
+        trained: the model.
+        samples: prompts.
+        tokenizer: the model's.
+        asking: how they are answered.
+        length: tokens that prompts are cut to at least. It only grows from batch to batch, so that few
+            lengths are compiled for.
+
     Yields:
-        A batch as it was made, how many of its samples count, and their answers on the host.
+        A batch, its prompts cut, how many of its samples count, and their answers on the host.
     """
 
     @jax.jit
@@ -55,10 +68,11 @@ def answered_batches(
                 frame=asking.frame,
             )
 
-    running, length = None, 0
-    for batch, count in evaluation_batches(samples, asking.batch_size):
-        length = max(length, prompt_length(batch))
-        placed = place_batch(without_padding(batch, length), trained.mesh)
+    running = None
+    for whole, count in evaluation_batches(samples, asking.batch_size):
+        length = max(length, prompt_length(whole))
+        batch = without_padding(whole, length)
+        placed = place_batch(batch, trained.mesh)
         previous, running = running, (batch, count, answer(trained.trainable, trained.frozen, placed))
         if previous is not None:
             yield (*previous[:2], jax.device_get(previous[2]))

@@ -42,6 +42,18 @@ def open_config(checkpoint: Path) -> Config:
     return from_json((run_dir / "config.json").read_text())
 
 
+def name_checkpoint(checkpoint: Path) -> str:
+    """Which numbers `--checkpoint` stands for now: RUN/checkpoints/STEP, or the imported folder.
+
+    Raises:
+        UserError: see `open_config`.
+    """
+    if is_imported(checkpoint):
+        return str(checkpoint.resolve())
+    run_dir, step = checkpoints.locate(checkpoint)
+    return str(run_dir.resolve() / "checkpoints" / str(step))
+
+
 def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedModel:
     """Loads a trained model.
 

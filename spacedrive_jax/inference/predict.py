@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.coordinates_in_text import parse_coordinates
 from spacedrive_jax.data.pipeline import Samples
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
@@ -20,8 +18,9 @@ from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.depth.sources import with_network_depth
 from spacedrive_jax.inference.answer import answer_text, planning_frame
+from spacedrive_jax.inference.answer_file import answer_file
 from spacedrive_jax.inference.batches import Asking, answered_batches
-from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
+from spacedrive_jax.inference.checkpoint import name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 
@@ -38,6 +37,7 @@ class PredictResult:
 
     file: Path
     samples: int
+    """Answered by this call; a resumed one counts what was left."""
     unparsed: int
     """Answers without exactly six waypoints."""
     in_one_pass: int
@@ -57,6 +57,7 @@ def predict(
     decoding: Decoding = "one-pass",
     repetition_penalty: float = 1.0,
     average: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> PredictResult:
     """Predicts every keyframe of a split.
@@ -72,45 +73,47 @@ def predict(
         decoding: how; it changes the time, not the answers.
         repetition_penalty: see `generate`; 1 for none.
         average: predict with the moving average of the weights instead of the last ones.
+        resume: go on with an interrupted prediction, see `answer_file`.
         overwrite: replace `out`.
 
     Raises:
-        UserError: something is missing, the run keeps no average, or `out` exists.
+        UserError: something is missing, the run keeps no average, or `out` exists or was begun otherwise.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: give another --out, or --overwrite")
     config = open_config(checkpoint)
     check_batch_size(batch_size, make_mesh(config.mesh))
     builder = SampleBuilder(config.data, config.model, answer=False)
     records = open_records(records_dir, split)
     records = with_network_depth(records, config.data.depth, builder.images.token_grid)
-    samples = Samples(records, builder, list(range(len(records))))
-    trained = open_trained_model(checkpoint, average=average)
     limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
     asking = Asking(batch_size, limit, repetition_penalty, frame)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    unparsed, in_one_pass, started, timed = 0, 0, time.monotonic(), 0
-    with (
-        partial.open("w", encoding="utf-8") as file,
-        progress(total=len(samples), desc=f"predict {split}", unit="sample") as bar,
-    ):
-        answers = answered_batches(trained, samples, builder.tokenizer, asking)
-        for number, (batch, count, generated) in enumerate(answers):
-            in_one_pass += int(generated.in_one_pass[:count].sum())
-            for row in range(count):
-                index = samples.indices[int(batch.index[row])]
-                line = prediction_line(builder, records[index]["token"], generated, row)
-                unparsed += line["status"] != "ok"
-                file.write(json.dumps(line) + "\n")
-            bar.update(count)
-            if number == 0 and len(samples) > count:
-                started = time.monotonic()
-            else:
-                timed += count
-    os.replace(partial, out)
+    facts = {
+        "checkpoint": name_checkpoint(checkpoint),
+        "records": records.fingerprint,
+        "split": split,
+        "average": average,
+        "asking": dataclasses.asdict(asking),
+    }
+    unparsed, in_one_pass, timed = 0, 0, 0
+    with answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+        samples = Samples(records, builder, list(range(file.done, len(records))))
+        trained = open_trained_model(checkpoint, average=average)
+        started = time.monotonic()
+        with progress(total=len(records), initial=file.done, desc=f"predict {split}", unit="sample") as bar:
+            answers = answered_batches(trained, samples, builder.tokenizer, asking, length=file.length)
+            for number, (batch, count, generated) in enumerate(answers):
+                in_one_pass += int(generated.in_one_pass[:count].sum())
+                lines = [
+                    prediction_line(builder, records[int(batch.index[row])]["token"], generated, row)
+                    for row in range(count)
+                ]
+                unparsed += sum(line["status"] != "ok" for line in lines)
+                file.write(lines, batch.token_ids.shape[1])
+                bar.update(count)
+                if number == 0 and len(samples) > count:
+                    started = time.monotonic()
+                else:
+                    timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
 

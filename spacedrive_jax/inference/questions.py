@@ -7,8 +7,6 @@ OmniDrive's language data has candidate trajectories for a keyframe (`eval_cf`),
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +23,9 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.depth.sources import with_network_depth
 from spacedrive_jax.inference.answer import answer_text
+from spacedrive_jax.inference.answer_file import answer_file
 from spacedrive_jax.inference.batches import Asking, answered_batches
-from spacedrive_jax.inference.checkpoint import open_config, open_trained_model
+from spacedrive_jax.inference.checkpoint import name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 
@@ -37,6 +36,7 @@ class QuestionsResult:
 
     file: Path
     questions: int
+    """Asked by this call; a resumed one counts what was left."""
     keyframes: int
     without_candidates: int
     """Keyframes that the language data asks nothing about."""
@@ -90,6 +90,7 @@ def answer_counterfactual(
     max_new_tokens: int = 100,
     repetition_penalty: float = 1.0,
     average: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> QuestionsResult:
     """Asks about every candidate trajectory of a split's keyframes.
@@ -104,43 +105,50 @@ def answer_counterfactual(
         max_new_tokens: longest answer.
         repetition_penalty: see `generate`.
         average: answer with the moving average of the weights.
+        resume: go on with an interrupted call, see `answer_file`.
         overwrite: replace `out`.
 
     Raises:
-        UserError: something is missing, the language data asks nothing about this split, or `out` exists.
+        UserError: something is missing, the language data asks nothing about this split, or `out` exists or
+            was begun otherwise.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: give another --out, or --overwrite")
     config = open_config(checkpoint)
     check_batch_size(batch_size, make_mesh(config.mesh))
     records = open_records(records_dir, split)
     questions, without = _questions(records, _folder(language_data, config))
     builder = SampleBuilder(config.data, config.model, answer=False)
-    prompts = Prompts(
-        with_network_depth(records, config.data.depth, builder.images.token_grid), builder, questions
-    )
+    with_depth = with_network_depth(records, config.data.depth, builder.images.token_grid)
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
-    trained = open_trained_model(checkpoint, average=average)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    facts = {
+        "checkpoint": name_checkpoint(checkpoint),
+        "records": records.fingerprint,
+        "split": split,
+        "questions": len(questions),
+        "average": average,
+        "asking": dataclasses.asdict(asking),
+    }
     started = time.monotonic()
-    with (
-        partial.open("w", encoding="utf-8") as file,
-        progress(total=len(questions), desc=f"ask about {split}", unit="question") as bar,
-    ):
-        for batch, count, generated in answered_batches(trained, prompts, builder.tokenizer, asking):
-            for row in range(count):
-                question = questions[int(batch.index[row])]
-                line = {
-                    "token": question.token,
-                    "Q": counterfactual_text(question.trajectory),
-                    "A": _answer(builder, generated, row),
-                }
-                file.write(json.dumps(line) + "\n")
-            bar.update(count)
-    os.replace(partial, out)
+    with answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+        prompts = Prompts(with_depth, builder, questions[file.done :])
+        trained = open_trained_model(checkpoint, average=average)
+        with progress(
+            total=len(questions), initial=file.done, desc=f"ask about {split}", unit="question"
+        ) as bar:
+            answers = answered_batches(trained, prompts, builder.tokenizer, asking, length=file.length)
+            for batch, count, generated in answers:
+                asked = [prompts.questions[int(number)] for number in batch.index[:count]]
+                lines = [
+                    {
+                        "token": question.token,
+                        "Q": counterfactual_text(question.trajectory),
+                        "A": _answer(builder, generated, row),
+                    }
+                    for row, question in enumerate(asked)
+                ]
+                file.write(lines, batch.token_ids.shape[1])
+                bar.update(count)
     keyframes = len({question.token for question in questions})
-    return QuestionsResult(out, len(questions), keyframes, without, time.monotonic() - started)
+    return QuestionsResult(out, len(prompts), keyframes, without, time.monotonic() - started)
 
 
 def _folder(given: Path | None, config: Config) -> LanguageData:

@@ -11,17 +11,13 @@ import pytest
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.cli import main
-from spacedrive_jax.config import change, load_preset, to_json
+from spacedrive_jax.config import change, load_preset
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.inference.questions import Prompts, Question
-from spacedrive_jax.training import checkpoints
-from spacedrive_jax.training.base_fingerprint import base_fingerprint
-from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import start_state
-from tests.training.runs import TINY, make_records
+from tests.training.runs import TINY, make_records, save_untrained
 
 TRAJECTORIES = (
     "PT, [(+1.20, +0.10), (+2.40, +0.20)]",
@@ -60,20 +56,12 @@ def language_data(records, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run that has not learnt anything: it answers, but nobody knows what."""
     folder = tmp_path_factory.mktemp("runs") / "questions"
     config = change(
         load_preset(str(TINY)), "questions", {"run_dir": str(folder), "data.sequence_length": 192}
     )
-    folder.mkdir()
-    (folder / "config.json").write_text(to_json(config))
-    mesh = make_mesh(config.mesh)
-    trainable, frozen = start_state(config, mesh)
-    facts = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
-    manager = checkpoints.open_manager(folder, keep=1)
-    checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, facts)
-    with checkpoints.closing(manager):
-        return config
+    save_untrained(config)
+    return config
 
 
 def test_every_candidate_is_asked_about_and_scored(config, records, language_data, tmp_path, capsys):

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.config import Config, from_json, load_preset
+from spacedrive_jax.config import Config, from_json, load_preset, to_json
 from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.base_fingerprint import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.training.state import abstract_state, start_state
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record, write_records
 
@@ -37,6 +38,19 @@ def tiny(records: Path, run_dir: Path, **train_fields) -> Config:
         data=dataclasses.replace(config.data, records=str(records)),
         train=dataclasses.replace(config.train, **train_fields),
     )
+
+
+def save_untrained(config: Config) -> Path:
+    """A run folder whose one checkpoint has not learnt anything: it answers, but nobody knows what."""
+    config.directory.mkdir()
+    (config.directory / "config.json").write_text(to_json(config))
+    mesh = make_mesh(config.mesh)
+    trainable, frozen = start_state(config, mesh)
+    facts = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    manager = checkpoints.open_manager(config.directory, keep=1)
+    checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, facts)
+    with checkpoints.closing(manager):
+        return config.directory
 
 
 def trained_values(run_dir: Path) -> dict:

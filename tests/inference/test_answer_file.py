@@ -1,0 +1,96 @@
+"""Files of answers: whole or not there, and the same bytes after an interruption."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spacedrive_jax.cli import main
+from spacedrive_jax.console import UserError
+from spacedrive_jax.inference import predict as predict_module
+from spacedrive_jax.inference.answer_file import answer_file
+from tests.training.runs import make_records, save_untrained, tiny
+
+FACTS = {"checkpoint": "run/checkpoints/1", "asking": {"frame": (1, 2)}}
+
+
+def write(out, numbers, *, fail_after=None, resume=False, overwrite=False, facts=FACTS):
+    """Writes numbers in batches of two; answers how many were there already."""
+    with answer_file(out, facts, batch_size=2, resume=resume, overwrite=overwrite) as file:
+        for start in range(file.done, len(numbers), 2):
+            if start == fail_after:
+                raise KeyboardInterrupt
+            file.write([{"n": number} for number in numbers[start : start + 2]], 64 + start)
+        return file.done
+
+
+def contents(out):
+    return [json.loads(line)["n"] for line in out.read_text().splitlines()]
+
+
+def test_appears_when_whole(tmp_path):
+    out = tmp_path / "new" / "answers.jsonl"
+    assert write(out, [1, 2, 3]) == 0
+    assert contents(out) == [1, 2, 3]
+    assert list(out.parent.iterdir()) == [out]
+    with pytest.raises(UserError, match="exists: give another --out, or --overwrite"):
+        write(out, [4])
+    assert contents(out) == [1, 2, 3]
+    write(out, [4], overwrite=True)
+    assert contents(out) == [4]
+
+
+def test_an_interrupted_file_is_gone_on_with(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, [1, 2, 3, 4, 5], fail_after=4)
+    assert not out.exists()
+    with pytest.raises(UserError, match="--resume goes on, --overwrite starts anew"):
+        write(out, [1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match=r"asking\.frame"):
+        write(out, [1, 2, 3, 4, 5], resume=True, facts=FACTS | {"asking": {"frame": (1, 3)}})
+    assert write(out, [1, 2, 3, 4, 5], resume=True) == 4
+    assert contents(out) == [1, 2, 3, 4, 5]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_half_a_batch_is_made_again(tmp_path):
+    out, partial = tmp_path / "answers.jsonl", tmp_path / ".answers.jsonl.partial"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, [1, 2, 3, 4], fail_after=2)
+    with partial.open("a") as file:
+        file.write('{"n": 7}\n{"n": ')
+    with answer_file(out, FACTS, batch_size=2, resume=True, overwrite=False) as again:
+        assert (again.done, again.length) == (2, 64)
+    assert contents(out) == [1, 2]
+
+
+def test_resume_starts_where_nothing_is(tmp_path):
+    assert write(tmp_path / "answers.jsonl", [1, 2], resume=True) == 0
+    assert contents(tmp_path / "answers.jsonl") == [1, 2]
+
+
+def test_a_resumed_prediction_has_the_same_bytes(tmp_path, monkeypatch, capsys):
+    records = make_records(tmp_path / "records")
+    run = save_untrained(tiny(records, tmp_path / "run"))
+    command = ["predict", "--checkpoint", run, "--records", records, "--split", "val", "--batch-size", "1"]
+    command = [str(each) for each in command]
+    assert main([*command, "--out", str(tmp_path / "whole.jsonl")]) == 0
+
+    answered, line = [], predict_module.prediction_line
+
+    def interrupted(*arguments):
+        answered.append(arguments)
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        return line(*arguments)
+
+    monkeypatch.setattr(predict_module, "prediction_line", interrupted)
+    out = tmp_path / "resumed.jsonl"
+    assert main([*command, "--out", str(out)]) == 130
+    monkeypatch.setattr(predict_module, "prediction_line", line)
+    capsys.readouterr()
+    assert main([*command, "--out", str(out), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
