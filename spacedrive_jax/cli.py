@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,13 +73,14 @@ class Train(Command):
         from spacedrive_jax.training.train import ProfileWindow, train
 
         connect(self.coordinator, self.host_count, self.host_index)
-        result = train(
-            config,
-            resume=self.resume,
-            accept_changes=self.accept_changes,
-            skip_nonfinite=self.skip_nonfinite,
-            profile=None if self.profile is None else ProfileWindow(*self.profile),
-        )
+        with _advice_on_memory(_TRAIN_LESS):
+            result = train(
+                config,
+                resume=self.resume,
+                accept_changes=self.accept_changes,
+                skip_nonfinite=self.skip_nonfinite,
+                profile=None if self.profile is None else ProfileWindow(*self.profile),
+            )
         how = "trained" if result.finished else "stopped by SIGTERM and saved; --resume goes on:"
         print(f"{how} {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
         return {
@@ -149,19 +151,20 @@ class Predict(Command):
         if self.task == "counterfactual":
             return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
         out = self.out or locate(self.checkpoint)[0] / "predictions.jsonl"
-        result = predict(
-            self.checkpoint,
-            self.records,
-            self.split,
-            out,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            decoding=self.decoding,
-            repetition_penalty=self.repetition_penalty,
-            average=self.average,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        )
+        with _advice_on_memory("lower --batch-size"):
+            result = predict(
+                self.checkpoint,
+                self.records,
+                self.split,
+                out,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+                decoding=self.decoding,
+                repetition_penalty=self.repetition_penalty,
+                average=self.average,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
         if self.out is None:
             _note_predictions(out.parent, self.records, self.split, out)
         rate = result.samples / max(result.seconds, 1e-9)
@@ -177,19 +180,20 @@ class Predict(Command):
     def _ask(self, out: Path) -> Mapping[str, Any]:
         from spacedrive_jax.inference.questions import answer_counterfactual
 
-        result = answer_counterfactual(
-            self.checkpoint,
-            self.records,
-            self.split,
-            self.language_data,
-            out,
-            batch_size=self.batch_size,
-            max_new_tokens=100 if self.max_new_tokens is None else self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            average=self.average,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        )
+        with _advice_on_memory("lower --batch-size"):
+            result = answer_counterfactual(
+                self.checkpoint,
+                self.records,
+                self.split,
+                self.language_data,
+                out,
+                batch_size=self.batch_size,
+                max_new_tokens=100 if self.max_new_tokens is None else self.max_new_tokens,
+                repetition_penalty=self.repetition_penalty,
+                average=self.average,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
         print(
             f"{result.questions} questions about {result.keyframes} keyframes, {result.without_candidates} "
             f"keyframes without candidates: {out}"
@@ -201,6 +205,27 @@ class Predict(Command):
             "without_candidates": result.without_candidates,
             "samples_per_second": result.questions / max(result.seconds, 1e-9),
         }
+
+
+_TRAIN_LESS = (
+    "keep less for the backward pass (--model.compute.remat full), cut the batch into pieces "
+    "(--train.accumulation 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them without "
+    "the machine"
+)
+
+
+@contextlib.contextmanager
+def _advice_on_memory(advice: str) -> Iterator[None]:
+    """Says what to do where the devices have too little memory."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0][:300]
+        raise console.UserError(f"the devices ran out of memory ({said}): {advice}") from error
 
 
 def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:

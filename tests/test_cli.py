@@ -99,6 +99,24 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "spacedrive_jax" / "xla")}
 
 
+def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
+    import jax
+
+    import spacedrive_jax.training.train
+
+    def out_of_memory(*_arguments, **_options):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nBuffers: ..."
+        )
+
+    monkeypatch.setattr(spacedrive_jax.training.train, "train", out_of_memory)
+    assert spacedrive_jax.cli.main(["train", "demo", "--data.records", "records"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the devices ran out of memory (RESOURCE_EXHAUSTED: Out of memory alloc")
+    assert "--train.accumulation" in said
+    assert said.count("\n") == 1
+
+
 def test_help_does_not_wait_for_jax():
     code = "import sys, spacedrive_jax.cli, data_prep.cli; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
