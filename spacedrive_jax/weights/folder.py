@@ -21,6 +21,7 @@ import numpy as np
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm import ComputeConfig, ShardingOf, VisionLanguageModel, from_hf, load_adapter
 from spacedrive_jax.vlm.config import NewTokensConfig
+from spacedrive_jax.vlm.families import FAMILIES, Family
 from spacedrive_jax.vlm.peft import read_peft_config
 
 FACTS_FILE = "weights.json"
@@ -46,6 +47,28 @@ class WeightsFacts:
     """Id of the indicator token, the position token's being the next; None without the two."""
     adapter_rank: int | None = None
     format: int = FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        source: Path,
+        base: Fingerprint,
+        *,
+        new_tokens: int | None,
+        adapter_rank: int | None = None,
+    ) -> WeightsFacts:
+        """The facts of a folder whose base has passed through `base`."""
+        return cls(
+            family=next(name for name, each in FAMILIES.items() if each is family),
+            source=str(source),
+            tensors=base.tensors,
+            parameters=base.parameters,
+            dtypes=tuple(sorted(base.dtypes)),
+            fingerprint=base.value,
+            new_tokens=new_tokens,
+            adapter_rank=adapter_rank,
+        )
 
     def write(self, folder: Path) -> None:
         """Writes weights.json."""

@@ -13,7 +13,7 @@ import numpy as np
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.vlm.checkpoint import without_content
 from spacedrive_jax.vlm.conversion import check_names_and_shapes
-from spacedrive_jax.vlm.families import FAMILIES, family_of
+from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.peft import CONFIG_FILE, open_adapter, read_peft_config, write_adapter
 from spacedrive_jax.vlm.safetensors_folder import (
@@ -120,15 +120,7 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
     (folder / "config.json").write_text(json.dumps(with_vocabulary(source, rows), indent=2) + "\n")
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
-    return WeightsFacts(
-        family=next(name for name, each in FAMILIES.items() if each is family),
-        source=str(source),
-        tensors=fingerprint.tensors,
-        parameters=fingerprint.parameters,
-        dtypes=tuple(sorted(fingerprint.dtypes)),
-        fingerprint=fingerprint.value,
-        new_tokens=tokens.indicator,
-    )
+    return WeightsFacts.of(family, source, fingerprint, new_tokens=tokens.indicator)
 
 
 def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from spacedrive_jax.published.checkpoint import Parts, split_checkpoint
 from spacedrive_jax.published.torch_file import read_torch_file
 from spacedrive_jax.vlm.config import LlavaConfig, LoraConfig
 from spacedrive_jax.vlm.conversion import check_names_and_shapes, lora_rules
-from spacedrive_jax.vlm.families import FAMILIES, family_of
+from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config
 from spacedrive_jax.vlm.peft import write_adapter
 from spacedrive_jax.vlm.safetensors_folder import (
@@ -104,15 +104,8 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
             save_file(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
         layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
         (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
-        facts = WeightsFacts(
-            family=next(name for name, each in FAMILIES.items() if each is family),
-            source=str(source),
-            tensors=fingerprint.tensors,
-            parameters=fingerprint.parameters,
-            dtypes=tuple(sorted(fingerprint.dtypes)),
-            fingerprint=fingerprint.value,
-            new_tokens=tokens.indicator,
-            adapter_rank=lora.rank,
+        facts = WeightsFacts.of(
+            family, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
         )
         facts.write(folder)
     return {**dataclasses.asdict(facts), "notes": notes}
