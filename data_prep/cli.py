@@ -16,7 +16,7 @@ Example:
   python -m data_prep inspect records --image view.png"""
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "synthesize": ("data_prep.synthetic.command", "Synthesize"),
+    "synthesize": ("data_prep.synthesize.command", "Synthesize"),
     "convert": ("data_prep.convert", "Convert"),
     "add-depth": ("data_prep.add_depth", "AddDepth"),
     "inspect": ("data_prep.inspect_record", "Inspect"),

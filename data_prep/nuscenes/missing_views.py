@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from data_prep.nuscenes.agents import AgentTracks, global_boxes
 from data_prep.nuscenes.maps import DrivableMap
-from data_prep.synthetic.stage import Backdrop
-from data_prep.synthetic.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
+from spacedrive_jax.world.stage import Backdrop
+from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
 
 GROUND_EXTENT = 100.0
 """Half side, in metres, of the drivable raster handed to the renderer."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.synthetic.scenario import Scenario
+from spacedrive_jax.world.scenario import Scenario
 
 WHEEL_BASE = 2.588
 STEERING_RATIO = 15.0

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_prep.synthetic.views import DrawnBox, GroundRaster, draw_view, prepare_ground
 from spacedrive_jax.console import UserError
+from spacedrive_jax.world.views import DrawnBox, GroundRaster, draw_view, prepare_ground
 
 INTRINSICS = np.array([[200.0, 0, 160.0], [0, 200.0, 90.0], [0, 0, 1]])
 SIZE = (180, 320)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.synthetic import command
-from data_prep.synthetic.command import Synthesize, folder_fingerprint, parse_image_size
+from data_prep.synthesize import command
+from data_prep.synthesize.command import Synthesize, folder_fingerprint, parse_image_size
 from spacedrive_jax.console import UserError
-from tests.data_prep.synthetic.conftest import TINY
+from tests.world.conftest import TINY
 
 
 def test_two_workers_write_the_same_bytes_as_one(

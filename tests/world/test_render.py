@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_prep.synthetic import lidar, rig
-from data_prep.synthetic.render import GROUND, NEAR, SKY, Camera, cast, depth_image
-from data_prep.synthetic.shapes import Quads, box, concatenate, object_quads, place, place_all
+from spacedrive_jax.world import lidar, rig
+from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image
+from spacedrive_jax.world.shapes import Quads, box, concatenate, object_quads, place, place_all
 
 FOCAL, WIDTH, HEIGHT, LEVEL = 100.0, 160, 90, 1.5
 FORWARD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from data_prep.synthetic.ground import GroundColours, SurfaceMap
-from data_prep.synthetic.render import GROUND, SKY, Camera, FrameBuffer
-from data_prep.synthetic.shapes import Material, Quads
-from data_prep.synthetic.weather import Light, Weather
+from spacedrive_jax.world.ground import GroundColours, SurfaceMap
+from spacedrive_jax.world.render import GROUND, SKY, Camera, FrameBuffer
+from spacedrive_jax.world.shapes import Material, Quads
+from spacedrive_jax.world.weather import Light, Weather
 
 
 def _value_noise() -> Float[np.ndarray, "256 256"]:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import shapely
 
-from data_prep.synthetic import paths, traffic
-from data_prep.synthetic.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
-from data_prep.synthetic.simulate import overlapping_pairs
-from data_prep.synthetic.town import LOCATIONS, Town
-from data_prep.synthetic.traffic import Mover
+from spacedrive_jax.world import paths, traffic
+from spacedrive_jax.world.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
+from spacedrive_jax.world.simulate import overlapping_pairs
+from spacedrive_jax.world.town import LOCATIONS, Town
+from spacedrive_jax.world.traffic import Mover
 
 DURATION = 7.0
 

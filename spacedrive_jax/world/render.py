@@ -12,8 +12,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from data_prep.synthetic import spans
-from data_prep.synthetic.shapes import Quads
+from spacedrive_jax.world import spans
+from spacedrive_jax.world.shapes import Quads
 
 NEAR = 0.25
 GROUND = -2

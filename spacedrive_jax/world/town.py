@@ -14,7 +14,7 @@ import shapely
 from jaxtyping import Float
 from shapely.geometry import LineString, Polygon
 
-from data_prep.synthetic import paths
+from spacedrive_jax.world import paths
 
 LANE_WIDTH = 3.5
 PARKING_WIDTH = 2.4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.synthetic import paths, traffic
-from data_prep.synthetic.town import (
+from spacedrive_jax.world import paths, traffic
+from spacedrive_jax.world.town import (
     LANE_WIDTH,
     SIDEWALK_WIDTH,
     STOP_SETBACK,
@@ -16,7 +16,7 @@ from data_prep.synthetic.town import (
     merges,
     next_lane,
 )
-from data_prep.synthetic.traffic import Mover, Obstacle, Route, Signals
+from spacedrive_jax.world.traffic import Mover, Obstacle, Route, Signals
 
 RANGE = 85.0
 """Metres around the ego vehicle's way that are populated."""

@@ -11,11 +11,11 @@ import numpy as np
 import shapely
 from jaxtyping import Float
 
-from data_prep.synthetic import ground, paths
-from data_prep.synthetic.ground import SurfaceMap, polygons_of
-from data_prep.synthetic.tables import Row
-from data_prep.synthetic.tokens import make_token
-from data_prep.synthetic.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
+from data_prep.synthesize.tables import Row
+from data_prep.synthesize.tokens import make_token
+from spacedrive_jax.world import ground, paths
+from spacedrive_jax.world.ground import SurfaceMap, polygons_of
+from spacedrive_jax.world.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
 
 MASK_RESOLUTION = 0.1
 """Metres per pixel of the basic mask, as in nuScenes."""

@@ -12,10 +12,10 @@ import pytest
 import shapely
 from scipy.spatial.transform import Rotation
 
-from data_prep.synthetic import can_bus, lidar, rig
-from data_prep.synthetic.recorder import town_of
-from data_prep.synthetic.tables import CATEGORIES, Row, visibility_token
-from tests.data_prep.synthetic.conftest import TINY
+from data_prep.synthesize.recorder import town_of
+from data_prep.synthesize.tables import CATEGORIES, Row, visibility_token
+from spacedrive_jax.world import can_bus, lidar, rig
+from tests.world.conftest import TINY
 
 CHANNELS = {mount.channel for mount in rig.CAMERA_MOUNTS} | {"LIDAR_TOP"}
 

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-from data_prep.synthetic import traffic
-from data_prep.synthetic.town import Town
-from data_prep.synthetic.traffic import TIME_STEP, Gate, Motion, Mover, Obstacle, Signals, Zebra
+from spacedrive_jax.world import traffic
+from spacedrive_jax.world.town import Town
+from spacedrive_jax.world.traffic import TIME_STEP, Gate, Motion, Mover, Obstacle, Signals, Zebra
 
 
 @dataclasses.dataclass(frozen=True)

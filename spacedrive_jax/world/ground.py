@@ -15,8 +15,8 @@ import numpy as np
 import shapely
 from jaxtyping import Float, UInt8
 
-from data_prep.synthetic import paths
-from data_prep.synthetic.town import LANE_WIDTH, SIDEWALK_WIDTH, STOP_SETBACK, Town
+from spacedrive_jax.world import paths
+from spacedrive_jax.world.town import LANE_WIDTH, SIDEWALK_WIDTH, STOP_SETBACK, Town
 
 
 class Surface(enum.IntEnum):

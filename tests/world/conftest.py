@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.synthetic.command import Synthesize
-from data_prep.synthetic.tables import TABLES, VERSION, Row
-from data_prep.synthetic.town import LOCATIONS, Town, build_town
+from data_prep.synthesize.command import Synthesize
+from data_prep.synthesize.tables import TABLES, VERSION, Row
+from spacedrive_jax.world.town import LOCATIONS, Town, build_town
 
 TINY = {"scenes": 2, "keyframes": 3, "seed": 4, "image_size": "160x90"}
 

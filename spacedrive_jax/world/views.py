@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from data_prep.synthetic import ground, scenery, shapes, stage
-from data_prep.synthetic.stage import Backdrop, Participant
-from data_prep.synthetic.weather import WEATHERS, Light
 from spacedrive_jax.console import UserError
+from spacedrive_jax.world import ground, scenery, shapes, stage
+from spacedrive_jax.world.stage import Backdrop, Participant
+from spacedrive_jax.world.weather import WEATHERS, Light
 
 
 @dataclasses.dataclass(frozen=True)

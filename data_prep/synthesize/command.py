@@ -14,10 +14,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_prep.synthetic import maps
-from data_prep.synthetic.recorder import SceneJob, record_scene, town_of
-from data_prep.synthetic.tables import VERSION, Row, fixed_tables, write_tables
-from data_prep.synthetic.tokens import make_token
+from data_prep.synthesize import maps
+from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
+from data_prep.synthesize.tables import VERSION, Row, fixed_tables, write_tables
+from data_prep.synthesize.tokens import make_token
 from spacedrive_jax.console import Command, UserError, progress
 
 

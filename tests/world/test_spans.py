@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.synthetic import spans
+from spacedrive_jax.world import spans
 
 
 def test_interval_is_where_no_edge_is_negative() -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.synthetic import paths
-from data_prep.synthetic.town import STOP_SETBACK, Crossing, Town
+from spacedrive_jax.world import paths
+from spacedrive_jax.world.town import STOP_SETBACK, Crossing, Town
 
 TIME_STEP = 0.1
 LATERAL_ACCELERATION = 2.2

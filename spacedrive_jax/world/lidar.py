@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-from data_prep.synthetic import rig, spans
-from data_prep.synthetic.shapes import Quads
+from spacedrive_jax.world import rig, spans
+from spacedrive_jax.world.shapes import Quads
 
 MIN_RANGE = 1.0
 NOISE = 0.008

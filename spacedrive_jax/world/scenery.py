@@ -12,8 +12,8 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.synthetic.ground import SurfaceMap
-from data_prep.synthetic.shapes import Colour, Material, Quads, blob, box, concatenate, place
+from spacedrive_jax.world.ground import SurfaceMap
+from spacedrive_jax.world.shapes import Colour, Material, Quads, blob, box, concatenate, place
 
 _FACADES: tuple[Colour, ...] = (
     (0.62, 0.42, 0.33),

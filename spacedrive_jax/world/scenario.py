@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_prep.synthetic import surroundings, traffic
-from data_prep.synthetic.simulate import Cast, Tracks, first_collisions, simulate
-from data_prep.synthetic.town import STOP_SETBACK, Lane, Town, next_lane
-from data_prep.synthetic.traffic import Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world import surroundings, traffic
+from spacedrive_jax.world.simulate import Cast, Tracks, first_collisions, simulate
+from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
+from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Signals
 
 MANOEUVRES = (
     "turn_left",

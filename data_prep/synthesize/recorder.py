@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.synthetic import can_bus, ground, lidar, rig, scenery, stage
-from data_prep.synthetic.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
-from data_prep.synthetic.shapes import Quads
-from data_prep.synthetic.stage import Participant
-from data_prep.synthetic.tables import Row, link, visibility_token
-from data_prep.synthetic.tokens import make_token
-from data_prep.synthetic.town import LOCATIONS, Town, build_town
-from data_prep.synthetic.weather import WEATHERS, Light
+from data_prep.synthesize.tables import Row, link, visibility_token
+from data_prep.synthesize.tokens import make_token
+from spacedrive_jax.world import can_bus, ground, lidar, rig, scenery, stage
+from spacedrive_jax.world.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
+from spacedrive_jax.world.shapes import Quads
+from spacedrive_jax.world.stage import Participant
+from spacedrive_jax.world.town import LOCATIONS, Town, build_town
+from spacedrive_jax.world.weather import WEATHERS, Light
 
 KEYFRAME_PERIOD = 0.5
 ANNOTATION_RANGE = 75.0

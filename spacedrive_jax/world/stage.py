@@ -8,16 +8,16 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from data_prep.synthetic import ground, scenery, shapes
-from data_prep.synthetic.ground import GroundColours, SurfaceMap
-from data_prep.synthetic.render import Camera, FrameBuffer, cast, depth_image
-from data_prep.synthetic.scenario import Scenario
-from data_prep.synthetic.shading import shade
-from data_prep.synthetic.shapes import Quads
-from data_prep.synthetic.simulate import corners
-from data_prep.synthetic.town import LANE_WIDTH
-from data_prep.synthetic.traffic import Mover
-from data_prep.synthetic.weather import Light
+from spacedrive_jax.world import ground, scenery, shapes
+from spacedrive_jax.world.ground import GroundColours, SurfaceMap
+from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image
+from spacedrive_jax.world.scenario import Scenario
+from spacedrive_jax.world.shading import shade
+from spacedrive_jax.world.shapes import Quads
+from spacedrive_jax.world.simulate import corners
+from spacedrive_jax.world.town import LANE_WIDTH
+from spacedrive_jax.world.traffic import Mover
+from spacedrive_jax.world.weather import Light
 
 VIEW_MARGIN = 110.0
 """Metres of scenery around the ego vehicle's way."""

@@ -1,0 +1,1 @@
+"""`python -m data_prep synthesize`: the synthetic world recorded as a nuScenes v1.0 folder."""

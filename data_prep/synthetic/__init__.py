@@ -1,1 +1,0 @@
-"""A procedural driving world, simulated, rendered and written as a nuScenes v1.0 folder."""

@@ -1,0 +1,1 @@
+"""A procedural driving world: towns, traffic, signals, weather, and what its sensors see of it."""
