@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -18,11 +17,14 @@ from typing import Any, TextIO, TypeVar
 import tyro
 from tqdm import tqdm
 
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import to_json
+
 T = TypeVar("T")
 
 
-class UserError(Exception):
-    """Something the user can mend. The message names the file, field, shape or flag, and what to do."""
+UserError = SpaceDriveError
+"""The former name, until every room raises the kind that fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: boo
             print(f"error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
         return 1
     if as_json:
-        print(json.dumps(facts, default=str), flush=True)
+        print(to_json(facts, default=str), flush=True)
     return 0
 
 

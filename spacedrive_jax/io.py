@@ -1,0 +1,244 @@
+"""Files: read only what is a regular file and no larger than it may be; written whole or not at all.
+
+Everything that the project opens or writes by itself goes through here, so that the rules hold everywhere:
+a FIFO or device is refused before it is opened (it would hang), a size is checked before memory is taken,
+an error names the file, and what appears under a final name is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from spacedrive_jax.errors import DataError, SpaceDriveError
+
+MEBIBYTE = 1 << 20
+_SAY = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: check the owner and the mode of the file and its folder",
+    errno.EPERM: "permission denied: check the owner and the mode of the file and its folder",
+    errno.ENOENT: "there is no such file",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.ELOOP: "its links go in a circle",
+}
+
+
+def say(error: OSError) -> str:
+    """What an operating system's error means for the user, with the way out where there is one."""
+    return _SAY.get(error.errno or 0, error.strerror or type(error).__name__)
+
+
+def require_regular(path: str | os.PathLike[str], *, most: int | None = None) -> int:
+    """Size in bytes of a file that can be read without hanging.
+
+    Args:
+        path: the file; links are followed.
+        most: refuse more bytes than this.
+
+    Raises:
+        DataError: there is no such file, it is a folder, FIFO, socket or device, or it is too large.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: {say(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise DataError(f"{path} is {kind}, not a regular file")
+    if most is not None and status.st_size > most:
+        raise DataError(
+            f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have"
+        )
+    return status.st_size
+
+
+def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
+    """All bytes of a regular file.
+
+    Args:
+        path: the file.
+        most: refuse more bytes than this.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
+    size = require_regular(path, most=most)
+    try:
+        with open(path, "rb") as file:
+            # A file that grows while it is read, or lies about its size (/proc), is cut here.
+            return file.read(size if most is None else most)
+    except OSError as error:
+        raise DataError(f"{path}: {say(error)}") from error
+
+
+def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
+    """A regular file as UTF-8 text.
+
+    Raises:
+        DataError: it cannot be read, is too large, or is not UTF-8.
+    """
+    data = read_bytes(path, most=most)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): is it damaged?") from error
+
+
+def parse_json(text: str | bytes, path: object) -> Any:
+    """JSON by the standard: no NaN or Infinity, no key given twice, no nesting without end.
+
+    Args:
+        text: the JSON.
+        path: what to call it in an error.
+
+    Raises:
+        DataError: it is not that.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise DataError(f"{path} is nested too deeply to be a file of this project") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
+        raise DataError(f"{path} is not JSON ({error}): is it damaged?") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return values
+
+
+def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
+    """A JSON file (see `parse_json`).
+
+    Raises:
+        DataError: it cannot be read, is too large, or is not JSON.
+    """
+    return parse_json(read_text(path, most=most), path)
+
+
+def strict(value: Any) -> Any:
+    """The same value as strict JSON can say it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Strict JSON text; see `strict`. `options` are those of `json.dumps`."""
+    return json.dumps(strict(value), allow_nan=False, **options)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that appears under its name when it is complete, and not at all when anything fails.
+
+    It is written beside its place, flushed to the disk and renamed, with the mode that umask asks for.
+
+    Args:
+        path: the file; its folder is made. An older file of this name is replaced.
+
+    Raises:
+        SpaceDriveError: the operating system refuses; the message names the file and the way out.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a whole file (see `atomic_write`)."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a whole UTF-8 file with line feeds (see `atomic_write`)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any, **options: Any) -> None:
+    """Writes a whole file of strict JSON with a line feed at its end (see `to_json`, `atomic_write`)."""
+    write_text(path, to_json(value, **options) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears under its name when it is complete, and not at all when anything fails.
+
+    Args:
+        path: the folder, which must not exist.
+
+    Yields:
+        the folder beside it to write into.
+
+    Raises:
+        SpaceDriveError: it exists, or the operating system refuses.
+    """
+    final = Path(path)
+    if final.exists() or final.is_symlink():
+        raise SpaceDriveError(f"{final} exists: choose another folder, or remove it first")
+    unfinished = final.with_name(f".{final.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            unfinished.rename(final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def inside(root: str | os.PathLike[str], name: str, what: str) -> Path:
+    """The file that a name from somebody's file means below a folder.
+
+    Args:
+        root: the folder.
+        name: relative path, as the file has it.
+        what: what names it, for the error (`sample_data 3f…: filename`).
+
+    Raises:
+        DataError: the name is absolute, goes up, or is empty: it would leave the folder.
+    """
+    parts = Path(name).parts
+    if not name or "\0" in name or "\\" in name or Path(name).is_absolute() or ".." in parts:
+        raise DataError(f"{what} {name!r} does not stay inside {root}")
+    return Path(root) / name
