@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from spacedrive_jax.world.scenario import Scenario
+from spacedrive_jax.world.traffic import TIME_STEP
+from spacedrive_jax.world.vehicle import WHEEL_BASE, moved
 
-WHEEL_BASE = 2.588
 STEERING_RATIO = 15.0
 WHEEL_RADIUS = 0.32
 GRAVITY = 9.81
@@ -25,6 +26,8 @@ Message = dict[str, Any]
 
 def ego_state(scenario: Scenario, time: float) -> dict[str, float]:
     """Pose, speed, accelerations and yaw rate of the rear axle at a time in seconds."""
+    if scenario.driven:
+        return _driven_state(scenario, time)
     s, speed, acceleration = scenario.motions[0].at(time)
     x, y, yaw = scenario.ego.route.pose(s)
     curvature = float(scenario.ego.route.curvature(s))
@@ -36,6 +39,21 @@ def ego_state(scenario: Scenario, time: float) -> dict[str, float]:
         "acceleration": acceleration,
         "curvature": curvature,
         "yaw_rate": speed * curvature,
+    }
+
+
+def _driven_state(scenario: Scenario, time: float) -> dict[str, float]:
+    """`ego_state` of a vehicle that somebody steers."""
+    step = int(np.clip(time / TIME_STEP, 0, len(scenario.driven) - 1))
+    vehicle = moved(scenario.driven[step], time - step * TIME_STEP)
+    return {
+        "x": vehicle.x,
+        "y": vehicle.y,
+        "yaw": vehicle.yaw,
+        "speed": vehicle.speed,
+        "acceleration": vehicle.acceleration,
+        "curvature": vehicle.curvature,
+        "yaw_rate": vehicle.speed * vehicle.curvature,
     }
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import numpy as np
 
 from spacedrive_jax.world import surroundings, traffic
-from spacedrive_jax.world.simulate import Cast, Tracks, first_collisions, simulate
+from spacedrive_jax.world.simulate import first_collisions, simulate
+from spacedrive_jax.world.step import Cast, Tracks
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
 from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world.vehicle import VehicleState
 
 MANOEUVRES = (
     "turn_left",
@@ -57,6 +59,8 @@ class Scenario:
     description: str
     cast: Cast
     motions: tuple[Motion, ...]
+    driven: tuple[VehicleState, ...] = ()
+    """The ego vehicle at every time step where somebody steered it; none where it followed its script."""
 
     @property
     def ego(self) -> Mover:

@@ -25,6 +25,8 @@ SIGNAL_PERIOD = 9.0
 ALL_RED = 2.5
 LOOKAHEAD = 55.0
 ROUTE_SPACING = 0.5
+PROJECTION_WINDOW = (6.0, 20.0)
+"""Metres of a route behind and ahead of the last known place in which the next is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,77 @@ class Route:
         """Signed curvature at arc length `s`, 1/m."""
         return np.interp(s, self.lengths, self.curvatures)
 
+    def project(self, point: Float[np.ndarray, "2"], near: float) -> tuple[float, float]:
+        """The nearest place on the route's segments to a point.
+
+        Args:
+            point: global x, y in metres.
+            near: arc length around which to look (`PROJECTION_WINDOW`), so that a route that comes back to
+                the same spot is not cut short.
+
+        Returns:
+            Arc length, and how far to the left of the route the point lies, metres.
+        """
+        behind, ahead = PROJECTION_WINDOW
+        first = max(int(self.lengths.searchsorted(near - behind)) - 1, 0)
+        last = min(int(self.lengths.searchsorted(near + ahead)) + 1, len(self.points) - 1)
+        first = min(first, last - 1)
+        starts = self.points[first:last]
+        steps = self.points[first + 1 : last + 1] - starts
+        offsets = point - starts
+        squared = steps[:, 0] ** 2 + steps[:, 1] ** 2
+        along = (offsets[:, 0] * steps[:, 0] + offsets[:, 1] * steps[:, 1]) / squared
+        along = np.minimum(np.maximum(along, 0.0), 1.0)
+        missed = offsets - along[:, None] * steps
+        nearest = int(np.argmin(missed[:, 0] ** 2 + missed[:, 1] ** 2))
+        low, high = self.lengths[first + nearest], self.lengths[first + nearest + 1]
+        (step_x, step_y), (x, y) = steps[nearest], missed[nearest]
+        side = step_x * y - step_y * x
+        distance = float(np.sqrt(x * x + y * y))
+        return float(low + along[nearest] * (high - low)), distance if side >= 0 else -distance
+
+
+@dataclasses.dataclass(frozen=True)
+class Trigger:
+    """When a part begins: the ego vehicle comes near a place (srunner's two conditions), or at a time."""
+
+    place: tuple[float, float]
+    """Where the ego vehicle's way meets the actor's, global metres."""
+    seconds: float = 0.0
+    """Time in which the ego vehicle would reach the place at its present speed."""
+    metres: float = 0.0
+    """Distance to the place, whichever comes first."""
+    at: float = math.inf
+    """Seconds since the start at which the part begins in any case."""
+
+    def reached(self, ego: Float[np.ndarray, "2"], speed: float, time: float) -> bool:
+        """Whether the part begins now, with the ego vehicle's box centre at `ego` and its speed in m/s."""
+        x, y = float(ego[0]) - self.place[0], float(ego[1]) - self.place[1]
+        distance = math.sqrt(x * x + y * y)
+        return time >= self.at or distance <= self.metres or distance <= self.seconds * speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What an actor of a scenario does once it is triggered."""
+
+    trigger: Trigger
+    speeds: tuple[tuple[float, float], ...]
+    """(seconds since the trigger, wanted speed from then on in m/s), in time order."""
+    yields: bool = False
+    """Whether it still minds others; an adversary does not."""
+    acceleration: float = 4.0
+    braking: float = 8.0
+    """Hardest changes of speed of one who does not yield, m/s^2."""
+
+    def speed_at(self, elapsed: float) -> float:
+        """Wanted speed some seconds after the trigger, m/s."""
+        wanted = 0.0
+        for since, speed in self.speeds:
+            if elapsed >= since:
+                wanted = speed
+        return wanted
+
 
 @dataclasses.dataclass(frozen=True)
 class Mover:
@@ -96,6 +169,10 @@ class Mover:
     acceleration: float = 1.8
     headway: float = 1.3
     standstill_gap: float = 2.2
+    part: Part | None = None
+    """What it does when the ego vehicle comes near, in place of going on as before."""
+    alert: bool = False
+    """Foresees what triggered actors will do (the expert of scenarios with adversaries)."""
 
     @property
     def pedestrian(self) -> bool:

@@ -1,0 +1,471 @@
+"""One time step of the traffic: every mover decides from where everybody is, then everybody moves.
+
+The ego vehicle either follows its own route like all others (`EgoBody` None: recordings) or is a body that
+somebody else steers; the others then react to its true box, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.world import traffic
+from spacedrive_jax.world.town import Town
+from spacedrive_jax.world.traffic import TIME_STEP, Gate, Mover, Obstacle, Part, Signals, Zebra
+
+OFF_ROUTE = 6.0
+"""Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
+FORESIGHT = 5.0
+"""Seconds that an alert driver looks ahead, in steps of `FORESIGHT_STEP`."""
+FORESIGHT_STEP = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Who takes part in a scene. Movers come first in all arrays, the ego vehicle first of all."""
+
+    movers: tuple[Mover, ...]
+    obstacles: tuple[Obstacle, ...]
+    signals: Signals
+
+
+class Tracks:
+    """Box centre poses of many movers at once; routes are evenly spaced, so a pose is two table rows."""
+
+    def __init__(self, movers: tuple[Mover, ...]) -> None:
+        routes = [mover.route for mover in movers]
+        counts = np.array([len(route.points) for route in routes])
+        self.first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self.last = counts - 1.0
+        self.spacing = np.array([route.lengths[-1] for route in routes]) / self.last
+        self.table = np.concatenate([np.column_stack([r.points, r.headings]) for r in routes])
+        self.ahead = np.array([mover.reference_to_centre for mover in movers])
+
+    def poses(self, s: Float[np.ndarray, "A"]) -> Float[np.ndarray, "A 3"]:
+        """x, y, heading of every box centre at arc lengths `s`."""
+        position = np.clip(s / self.spacing, 0.0, self.last - 1e-6)
+        low = position.astype(int)
+        rows = self.first + low
+        result = self.table[rows] + (position - low)[:, None] * (self.table[rows + 1] - self.table[rows])
+        result[:, 0] += self.ahead * np.cos(result[:, 2])
+        result[:, 1] += self.ahead * np.sin(result[:, 2])
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class EgoBody:
+    """An ego vehicle that is steered from outside, as the others see it."""
+
+    pose: tuple[float, float, float]
+    """x, y, heading of its rear axle, global frame."""
+    speed: float
+    acceleration: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrafficState:
+    """Everybody at one instant. Plain numbers: it can be kept, copied, written to JSON and gone on from."""
+
+    step: int
+    """Time steps since the start."""
+    s: Float[np.ndarray, "A"]
+    """Arc length of every mover on its route; of a steered ego vehicle, that of the nearest point."""
+    speed: Float[np.ndarray, "A"]
+    acceleration: Float[np.ndarray, "A"]
+    """Decided now and held until the next step, m/s^2."""
+    since: Float[np.ndarray, "A"]
+    """When each mover's part was triggered, seconds; inf where it has none or waits."""
+
+    @property
+    def time(self) -> float:
+        """Seconds since the start."""
+        return self.step * TIME_STEP
+
+
+class Traffic:
+    """A cast on its routes: what does not change while it moves."""
+
+    def __init__(self, town: Town, cast: Cast) -> None:
+        self.town, self.cast = town, cast
+        self.movers = cast.movers
+        self.profiles = [traffic.speed_limit_profile(mover.route) for mover in self.movers]
+        sizes = [mover.size[:2] for mover in self.movers] + [item.size[:2] for item in cast.obstacles]
+        self.half = np.array(sizes).reshape(-1, 2) / 2
+        self.still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
+        self.tracks = Tracks(self.movers)
+        self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(self.still))
+        self.radii = np.hypot(self.half[:, 0], self.half[:, 1])
+        self.walkers: dict[int, list[int]] = {}
+        """Movers who walk over each crossing."""
+        self.arrivals: dict[int, list[tuple[int, Zebra]]] = {}
+        """Vehicles whose routes lead over each crossing, and where."""
+        self.entries: dict[int, list[tuple[int, Gate]]] = {}
+        """Vehicles whose routes lead over each signalised junction, and where."""
+        for i, mover in enumerate(self.movers):
+            if mover.crossing >= 0:
+                self.walkers.setdefault(mover.crossing, []).append(i)
+            for zebra in mover.route.zebras:
+                self.arrivals.setdefault(zebra.crossing, []).append((i, zebra))
+            for gate in mover.route.gates:
+                self.entries.setdefault(gate.junction, []).append((i, gate))
+        self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]
+        self.conflicts: dict[tuple[int, Zebra, int], float] = {}
+        """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
+
+    def start(self, ego: EgoBody | None = None) -> TrafficState:
+        """Everybody at time 0.
+
+        Args:
+            ego: where the steered ego vehicle stands; None lets it follow its own route.
+        """
+        s = np.array([mover.start for mover in self.movers])
+        speed = np.array([mover.speed for mover in self.movers])
+        since = np.full(len(self.movers), np.inf)
+        return self._decided(0, s, speed, since, ego)
+
+    def step(self, state: TrafficState, ego: EgoBody | None = None) -> TrafficState:
+        """Everybody one time step later.
+
+        Args:
+            state: everybody now.
+            ego: where the steered ego vehicle is then; None lets it follow its own route.
+        """
+        acceleration = state.acceleration
+        s = state.s + state.speed * TIME_STEP + 0.5 * acceleration * TIME_STEP**2
+        speed = np.maximum(state.speed + acceleration * TIME_STEP, 0.0)
+        if ego is not None:
+            s[0] = state.s[0]
+        return self._decided(state.step + 1, s, speed, state.since, ego)
+
+    def rejoin(self, state: TrafficState, acceleration: float) -> TrafficState:
+        """The same instant with the ego vehicle back on its route, to drive it by itself from here.
+
+        Args:
+            state: of a steered ego vehicle.
+            acceleration: kept for its first time step, m/s^2; its driver decides from the next on.
+        """
+        held = state.acceleration.copy()
+        held[0] = max(acceleration, -float(state.speed[0]) / TIME_STEP)
+        return dataclasses.replace(state, acceleration=held)
+
+    def poses(self, state: TrafficState, ego: EgoBody | None = None) -> Float[np.ndarray, "A+O 3"]:
+        """x, y, heading of every box centre: movers first, then obstacles."""
+        return self._poses(state.s, ego)
+
+    def _poses(self, s: Float[np.ndarray, "A"], ego: EgoBody | None) -> Float[np.ndarray, "A+O 3"]:
+        poses = np.concatenate([self.tracks.poses(s), self.still])
+        if ego is not None:
+            x, y, yaw = ego.pose
+            ahead = self.movers[0].reference_to_centre
+            poses[0] = x + ahead * math.cos(yaw), y + ahead * math.sin(yaw), yaw
+        return poses
+
+    def _decided(
+        self,
+        step: int,
+        s: Float[np.ndarray, "A"],
+        speed: Float[np.ndarray, "A"],
+        since: Float[np.ndarray, "A"],
+        ego: EgoBody | None,
+    ) -> TrafficState:
+        off_route = False
+        if ego is not None:
+            s[0], aside = self.movers[0].route.project(np.array(ego.pose[:2]), float(s[0]))
+            speed[0] = ego.speed
+            off_route = abs(aside) > OFF_ROUTE
+        poses = self._poses(s, ego)
+        if self.parts:
+            since = self._triggered(step * TIME_STEP, poses[0, :2], float(speed[0]), since)
+        moment = _Moment(self, step * TIME_STEP, s, speed, since, poses, off_route)
+        first = 0 if ego is None else 1
+        wanted = np.array([moment.decide(i) for i in range(first, len(self.movers))])
+        # Stop exactly at zero within the step, so that speed and distance stay consistent.
+        acceleration = np.maximum(wanted, -speed[first:] / TIME_STEP)
+        if ego is not None:
+            acceleration = np.concatenate([[ego.acceleration], acceleration])
+        return TrafficState(step, s, speed, acceleration, since)
+
+    def _triggered(
+        self, time: float, place: Float[np.ndarray, "2"], speed: float, since: Float[np.ndarray, "A"]
+    ) -> Float[np.ndarray, "A"]:
+        """`since` with the parts that begin now."""
+        since = since.copy()
+        for i in self.parts:
+            part = self.movers[i].part
+            assert part is not None
+            if np.isinf(since[i]) and part.trigger.reached(place, speed, time):
+                since[i] = time
+        return since
+
+
+class _Moment:
+    """What a mover can know when it decides: everybody at one instant."""
+
+    def __init__(
+        self,
+        whole: Traffic,
+        time: float,
+        s: Float[np.ndarray, "A"],
+        speed: Float[np.ndarray, "A"],
+        since: Float[np.ndarray, "A"],
+        poses: Float[np.ndarray, "A+O 3"],
+        off_route: bool,
+    ) -> None:
+        self.whole, self.time, self.s, self.speed, self.since, self.poses = (
+            whole,
+            time,
+            s,
+            speed,
+            since,
+            poses,
+        )
+        self.movers, self.half, self.radii, self.on_foot = (
+            whole.movers,
+            whole.half,
+            whole.radii,
+            whole.on_foot,
+        )
+        self.all_speeds = np.zeros(len(poses))
+        self.all_speeds[: len(s)] = speed
+        self.astray = 0 if off_route else -1
+        """The mover whose arc length says nothing (an ego vehicle far from its route), -1 for none."""
+
+    def decide(self, i: int) -> float:
+        """The acceleration that mover `i` wants, m/s^2."""
+        mover, time = self.movers[i], self.time
+        if mover.part is not None and time >= self.since[i] and not mover.part.yields:
+            return self._act(i, mover.part)
+        route, s, speed = mover.route, float(self.s[i]), float(self.speed[i])
+        front = s + mover.reference_to_centre + self.half[i, 0]
+        end = float(route.lengths[-1]) - 1.0
+        if mover.pedestrian:
+            return self._walk(i, front, front >= end)
+        limit = float(np.interp(s, route.lengths, self.whole.profiles[i]))
+        wanted = min(self._wish(i), limit)
+        options = [traffic.follow_acceleration(speed, wanted, max(end - front, 0.0), speed, mover)]
+        gap, leader_speed = self._leader(i, front)
+        options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
+        stop = min(self._gate_stop(i, front), self._zebra_stop(i, front))
+        if np.isfinite(stop):
+            gap = max(stop - front + mover.standstill_gap - 0.4, 0.0)
+            options.append(traffic.follow_acceleration(speed, wanted, gap, speed, mover))
+        if mover.alert:
+            for gap, leader_speed in self._foreseen(i, front):
+                options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
+        return min(options)
+
+    def _walk(self, i: int, front: float, arrived: bool) -> float:
+        """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
+        mover = self.movers[i]
+        if mover.crossing >= 0:
+            if self.s[i] < 0.6 and not self._may_walk(mover):
+                return -4.0
+            arrived = arrived or self._leader(i, front)[0] < 0.6
+        return -3.0 if arrived else (self._wish(i) - float(self.speed[i])) / 0.4
+
+    def _leader(self, i: int, front: float) -> tuple[float, float]:
+        """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
+        mover = self.movers[i]
+        reach = traffic.LOOKAHEAD if not mover.pedestrian else 4.0
+        first = mover.route.lengths.searchsorted(front - self.half[i, 0])
+        last = mover.route.lengths.searchsorted(front + reach)
+        points = mover.route.points[first:last]
+        if not len(points):
+            return np.inf, 0.0
+        # Whoever is further than this from the box around the corridor cannot stand in it.
+        margins = (self.radii + mover.size[1] / 2 + 0.8)[:, None]
+        positions = self.poses[:, :2]
+        close = (positions > points.min(axis=0) - margins) & (positions < points.max(axis=0) + margins)
+        near = np.flatnonzero(close[:, 0] & close[:, 1])
+        near = near[near != i]
+        if mover.pedestrian:
+            near = near[~self.on_foot[near]]
+        if not len(near):
+            return np.inf, 0.0
+        offsets = points[:, None] - positions[near]
+        squared = (offsets**2).sum(axis=-1)
+        closest = squared.argmin(axis=0)
+        lateral = np.sqrt(squared[closest, np.arange(len(near))])
+        relative = self.poses[near, 2] - mover.route.headings[first:last][closest]
+        cos, sin = np.abs(np.cos(relative)), np.abs(np.sin(relative))
+        half = self.half[near]
+        lateral_extent = half[:, 0] * sin + half[:, 1] * cos
+        along_extent = half[:, 0] * cos + half[:, 1] * sin
+        # People on the road need room; predicted half a second ahead they need more.
+        margin = np.where(self.on_foot[near], 0.8, 0.35)
+        clearance = mover.size[1] / 2 + lateral_extent + margin
+        in_corridor = (lateral < clearance) & (closest < len(points) - 1)
+        gaps = mover.route.lengths[first:last][closest] - front - along_extent
+        in_corridor &= gaps > -2 * self.half[i, 0]
+        if not in_corridor.any():
+            return np.inf, 0.0
+        pick = np.flatnonzero(in_corridor)[np.argmin(gaps[in_corridor])]
+        towards = self.all_speeds[near[pick]] * np.cos(relative[pick])
+        return float(gaps[pick]), float(max(towards, 0.0))
+
+    def _gate_stop(self, i: int, front: float) -> float:
+        """Arc length of the stop line at which the vehicle must hold, inf when it may go."""
+        for gate in self.movers[i].route.gates:
+            if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
+                continue  # already committed, or far away
+            green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
+            can_stop = gate.stop - front > self.speed[i] ** 2 / (2 * 4.5) - 1.0
+            if (not green or self._occupied(i, gate.junction, gate.arm)) and can_stop:
+                return gate.stop
+        return np.inf
+
+    def _occupied(self, i: int, junction: int, arm: int) -> bool:
+        for j, gate in self.whole.entries[junction]:
+            if j in (i, self.astray) or gate.arm == arm:
+                continue
+            centre = self.s[j] + self.movers[j].reference_to_centre
+            if centre + self.half[j, 0] > gate.stop + 2.5 and centre - self.half[j, 0] < gate.leave:
+                return True
+        return self.astray >= 0 and self._inside_junction(junction)
+
+    def _inside_junction(self, junction: int) -> bool:
+        """Whether an ego vehicle far from its route stands in a junction."""
+        area = self.whole.town.junctions[junction]
+        return bool(np.hypot(*(self.poses[0, :2] - area.centre)) < area.radius + self.half[0, 0])
+
+    def _zebra_stop(self, i: int, front: float) -> float:
+        for zebra in self.movers[i].route.zebras:
+            line = zebra.near - 1.5
+            if front > zebra.near or line - front > traffic.LOOKAHEAD:
+                continue
+            room = line - front
+            braking = self.speed[i] ** 2 / 2
+            if room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra):
+                return line
+            if room > braking / 3.0 and self._someone_waits(zebra.crossing):
+                return line
+        return np.inf
+
+    def _someone_walks(self, i: int, zebra: Zebra) -> bool:
+        """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
+        return any(
+            self.s[j] != 0.0 and self.s[j] < self._conflict(i, zebra, j) + self.half[i, 1] + 1.3
+            for j in self.whole.walkers.get(zebra.crossing, ())
+        )
+
+    def _conflict(self, i: int, zebra: Zebra, j: int) -> float:
+        """Arc length at which the walker's route passes the middle of the vehicle's way over the zebra."""
+        key = i, zebra, j
+        conflicts = self.whole.conflicts
+        if key not in conflicts:
+            path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
+            walk = self.movers[j].route
+            conflicts[key] = float(walk.lengths[np.argmin(np.hypot(*(walk.points - path).T))])
+        return conflicts[key]
+
+    def _someone_waits(self, crossing: int) -> bool:
+        """Whether somebody at the kerb has the right to walk now."""
+        return any(
+            self.s[j] == 0.0 and self._has_way(self.movers[j]) for j in self.whole.walkers.get(crossing, ())
+        )
+
+    def _has_way(self, walker: Mover) -> bool:
+        crossing, signals = self.whole.town.crossings[walker.crossing], self.whole.cast.signals
+        green = crossing.junction >= 0 and signals.green_arm(crossing.junction, self.time) == crossing.arm
+        return self.time >= walker.departure and not green
+
+    def _may_walk(self, mover: Mover) -> bool:
+        """A pedestrian steps out when the signal and the approaching vehicles allow it."""
+        if not self._has_way(mover):
+            return False
+        return not self._threatened(mover.crossing)
+
+    def _threatened(self, crossing: int) -> bool:
+        if self.astray >= 0 and self._bears_down(crossing):
+            return True
+        for j, zebra in self.whole.arrivals.get(crossing, ()):
+            if j == self.astray:
+                continue
+            front = self.s[j] + self.movers[j].reference_to_centre + self.half[j, 0]
+            rear = front - 2 * self.half[j, 0]
+            distance = zebra.near - 1.5 - front
+            occupying = distance <= 0 and rear < zebra.far + 0.5
+            if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 3.6) + 0.3 * self.speed[j]:
+                return True
+        return False
+
+    def _bears_down(self, crossing: int) -> bool:
+        """Whether an ego vehicle far from its route is on a crossing or about to be."""
+        x, y, yaw = self.poses[0]
+        polygon = self.whole.town.crossings[crossing].polygon - (x, y)
+        along = polygon @ np.array([np.cos(yaw), np.sin(yaw)])
+        aside = polygon @ np.array([-np.sin(yaw), np.cos(yaw)])
+        speed, front = float(self.speed[0]), float(self.half[0, 0])
+        reach = front + speed**2 / (2 * 3.6) + 0.3 * speed
+        beside = aside.min() > self.half[0, 1] or aside.max() < -self.half[0, 1]
+        return not beside and bool(along.max() > -front and along.min() < reach)
+
+    def _wish(self, i: int) -> float:
+        """Wanted speed: the mover's own, or what its part says once that has begun."""
+        mover = self.movers[i]
+        if mover.part is not None and self.time >= self.since[i]:
+            return mover.part.speed_at(self.time - float(self.since[i]))
+        return mover.desired_speed(self.time)
+
+    def _act(self, i: int, part: Part) -> float:
+        """Somebody who yields to nobody: only the wanted speed and the end of the route count."""
+        route, s, speed = self.movers[i].route, float(self.s[i]), float(self.speed[i])
+        wanted = 0.0 if s + self.half[i, 0] >= float(route.lengths[-1]) - 1.0 else self._wish(i)
+        return min(max((wanted - speed) / TIME_STEP, -part.braking), part.acceleration)
+
+    def _foreseen(self, i: int, front: float) -> list[tuple[float, float]]:
+        """Gaps to, and speeds along the way of, triggered actors that will come into mover `i`'s way."""
+        mover = self.movers[i]
+        first = mover.route.lengths.searchsorted(front - 2 * self.half[i, 0])
+        last = mover.route.lengths.searchsorted(front + traffic.LOOKAHEAD)
+        points = mover.route.points[first:last]
+        found: list[tuple[float, float]] = []
+        for j in self.whole.parts:
+            if np.isinf(self.since[j]) or not len(points):
+                continue
+            times, s, speeds = self._future(j)
+            poses = self.movers[j].route.pose(s)
+            offsets = points[:, None] - poses[:, :2]
+            squared = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
+            closest = squared.argmin(axis=0)
+            relative = poses[:, 2] - mover.route.headings[first:last][closest]
+            cos, sin = np.abs(np.cos(relative)), np.abs(np.sin(relative))
+            half = self.half[j]
+            aside = mover.size[1] / 2 + half[0] * sin + half[1] * cos + 0.5
+            along = half[0] * cos + half[1] * sin
+            lateral = np.sqrt(squared[closest, np.arange(len(s))])
+            inside = np.flatnonzero((lateral < aside) & (closest < len(points) - 1) & (closest > 0))
+            if not len(inside):
+                continue
+            enters = inside[0]
+            place = mover.route.lengths[first:last][closest]
+            towards = max(float(speeds[enters] * np.cos(relative[enters])), 0.0)
+            near = float(np.min(place[inside] - along[inside])) if towards < 1.0 else float(
+                place[enters] - towards * times[enters] - along[enters]
+            )  # fmt: skip
+            far = float(np.max(place[inside] + along[inside]))
+            speed = max(float(self.speed[i]), 0.1)
+            passed = (far + 2 * self.half[i, 0] - front) / speed < times[enters] - 1.0
+            gap = near - front
+            if gap > -1.0 and not passed:
+                found.append((max(gap, 0.0), towards))
+        return found
+
+    def _future(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times from now, arc lengths and speeds that actor `j`'s part leads to."""
+        part, s, speed = self.movers[j].part, float(self.s[j]), float(self.speed[j])
+        assert part is not None
+        elapsed = self.time - float(self.since[j])
+        rows = []
+        for k in range(round(FORESIGHT / FORESIGHT_STEP)):
+            rows.append((k * FORESIGHT_STEP, s, speed))
+            wanted = part.speed_at(elapsed + k * FORESIGHT_STEP)
+            change = min(
+                max(wanted - speed, -part.braking * FORESIGHT_STEP), part.acceleration * FORESIGHT_STEP
+            )
+            s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
+        times, lengths, speeds = np.array(rows).T
+        return times, lengths, speeds
