@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from spacedrive_jax.config import Config, change, load_preset
+from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.pipeline import Samples, training_iterator
 from spacedrive_jax.data.records import Record, Records, open_records
 from spacedrive_jax.data.samples import SampleBuilder
@@ -49,7 +50,7 @@ def enlarged(records: Records) -> Enlarged:
         height, width = NATIVE
         images = []
         for encoded in record["images"]:
-            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+            image = decode_photo(encoded, "a view")[..., ::-1]
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
             images.append(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
         scale = np.array(NATIVE)[None] / record["image_size"]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError, note
+from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.depth.cache import NetworkKind
@@ -176,11 +177,9 @@ def keyframe_views(
     for camera, encoded in enumerate(record["images"]):
         if not encoded:
             continue
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-        if image is None:
-            raise UserError(f"keyframe {record['token']}: the {CAMERAS[camera]} image cannot be decoded")
+        image = decode_photo(encoded, f"keyframe {record['token']}: the {CAMERAS[camera]} image")
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        views[camera] = image[..., ::-1] if channel_order == "rgb" else image
+        views[camera] = image if channel_order == "rgb" else image[..., ::-1]
     return views
 
 

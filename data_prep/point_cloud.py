@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.depth import lidar
-from spacedrive_jax.depth.cache import decode_depth
-from spacedrive_jax.depth.sources import decode_exact_depth
+from spacedrive_jax.io import write_bytes
 
 FARTHEST = 80.0
 """Points farther away are left out, metres."""
@@ -41,8 +41,9 @@ def keyframe_points(
     for camera, png in enumerate(encoded):
         if not png or not record["images"][camera]:
             continue
-        depth = decode_exact_depth(png) if full_depth is None else decode_depth(png)
-        image = cv2.imdecode(np.frombuffer(record["images"][camera], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        what = f"keyframe {record['token']}: the {CAMERAS[camera]}"
+        depth = decode_depth(png, f"{what} depth")
+        image = decode_photo(record["images"][camera], f"{what} image")
         image = cv2.resize(image, depth.shape[::-1], interpolation=cv2.INTER_AREA)
         native = record["image_size"][camera]
         scale = np.array([depth.shape[1] / native[1], depth.shape[0] / native[0], 1.0])
@@ -53,7 +54,7 @@ def keyframe_points(
         points.append(_camera_to_keyframe(record, camera, in_camera))
         colours.append(image[row, column])
     if record["lidar"]:
-        sweep = np.frombuffer(record["lidar"], np.float32).reshape(-1, lidar.POINT_FLOATS)[:, :3]
+        sweep = lidar.sweep_points(record)
         to_ego = record["lidar_to_ego"]
         points.append(sweep @ to_ego[:3, :3].T + to_ego[:3, 3])
         colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
@@ -77,9 +78,7 @@ def write_ply(file: Path, points: Float[np.ndarray, "P 3"], colours: UInt8[np.nd
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
     header += [f"property float {name}" for name in ("x", "y", "z")]
     header += [f"property uchar {name}" for name in ("red", "green", "blue")]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(("\n".join([*header, "end_header"]) + "\n").encode() + vertices.tobytes())
-    os.replace(partial, file)
+    write_bytes(file, ("\n".join([*header, "end_header"]) + "\n").encode() + vertices.tobytes())
 
 
 def _camera_to_keyframe(

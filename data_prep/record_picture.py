@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from spacedrive_jax.cameras import CAMERAS
+from spacedrive_jax.data.encoded_images import decode_grey, decode_photo
 from spacedrive_jax.data.records import DRIVABLE_EXTENT, Record
+from spacedrive_jax.depth.lidar import sweep_points
+from spacedrive_jax.io import atomic_write
 
 _CAMERA_GRID = (
     ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT"),
@@ -70,7 +71,8 @@ def draw_record(record: Record, path: Path) -> None:
     subtitle = "   |   ".join(record[name] for name in ("scene_description", "location", "token"))
     figure.text(0.008, 0.953, title, fontsize=15, fontweight="bold", color=_INK)
     figure.text(0.008, 0.918, subtitle, fontsize=9.5, color="#5a6470")
-    figure.savefig(path, format="png")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _group(category: str) -> str:
@@ -123,7 +125,8 @@ def _draw_camera(axes: Any, record: Record, camera: int) -> None:
     encoded = record["images"][camera]
     label = CAMERAS[camera].removeprefix("CAM_").replace("_", " ").lower()
     if encoded:
-        axes.imshow(Image.open(io.BytesIO(encoded)), interpolation="bilinear", aspect="equal")
+        image = decode_photo(encoded, f"keyframe {record['token']}: the {CAMERAS[camera]} image")
+        axes.imshow(image, interpolation="bilinear", aspect="equal")
         label += "  (rendered)" if record["image_rendered"][camera] else ""
     else:
         axes.add_patch(Rectangle((-0.5, -0.5), width, height, facecolor="#eef1f4", edgecolor="none"))
@@ -178,7 +181,8 @@ def _to_view(points: np.ndarray) -> np.ndarray:
 def _draw_birds_eye(axes: Any, record: Record) -> None:
     axes.set_facecolor("#f1f2ee")
     if record["drivable_source"] != "none":
-        fine = np.asarray(Image.open(io.BytesIO(record["drivable_fine"]))).astype(bool)
+        what = f"keyframe {record['token']}: drivable_fine"
+        fine = decode_grey(record["drivable_fine"], what) > 0
         colours = np.array([_GROUND_RGB, _DRIVABLE_RGB], np.uint8)[fine.astype(np.intp)]
         axes.imshow(
             colours[:, ::-1],  # columns grow left in the raster, right in the picture
@@ -187,7 +191,7 @@ def _draw_birds_eye(axes: Any, record: Record) -> None:
             interpolation="nearest",
         )
     if record["lidar"]:
-        sweep = np.frombuffer(record["lidar"], np.float32).reshape(-1, 5)[:, :3]
+        sweep = sweep_points(record)
         points = _transformed(record["lidar_to_ego"], sweep.astype(np.float64))
         axes.scatter(
             *_to_view(points[:, :2]).T,

@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.vlm.clip_vision import flatten_patches
 from spacedrive_jax.vlm.config import ClipVisionConfig, QwenVisionConfig
@@ -87,12 +88,10 @@ class ImageProcessor:
                     f"keyframe {record['token']} has no {camera} image: it was converted with "
                     "--missing-images empty; convert with `render`, or `skip` such keyframes"
                 )
-            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-            if image is None:
-                raise UserError(f"keyframe {record['token']}: the {camera} image cannot be decoded")
+            image = decode_photo(encoded, f"keyframe {record['token']}: the {camera} image")
             height, width = self.image_size
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            images.append(image[..., ::-1] if self.channel_order == "rgb" else image)
+            images.append(image if self.channel_order == "rgb" else image[..., ::-1])
         return self.patches(images)
 
     def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:

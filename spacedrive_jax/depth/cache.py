@@ -157,12 +157,6 @@ def chunk_metadata(file: Path) -> Mapping[str, str]:
         return tensors.metadata() or {}
 
 
-def decode_depth(png: bytes) -> Float[np.ndarray, "H W"]:
-    """A 16-bit PNG to metres, float32."""
-    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
-    return image.astype(np.float32) / np.float32(DEPTH_SCALE)
-
-
 def encode_depth(depth: Float[np.ndarray, "H W"]) -> bytes:
     """Metres to a 16-bit PNG; depth beyond its range (256 m) is cut there."""
     steps = np.clip(np.round(depth * DEPTH_SCALE), 0, np.iinfo(np.uint16).max).astype(np.uint16)

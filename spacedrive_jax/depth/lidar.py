@@ -7,6 +7,7 @@ from jaxtyping import Float
 from scipy import ndimage
 
 from spacedrive_jax.data.records import NUM_CAMERAS, Record
+from spacedrive_jax.errors import DataError
 
 MIN_DEPTH = 1.0
 """Nearer returns belong to the ego vehicle, metres."""
@@ -14,12 +15,27 @@ POINT_FLOATS = 5
 """A sweep file is float32 x, y, z, intensity, ring index per point."""
 
 
+def sweep_points(record: Record) -> Float[np.ndarray, "P 3"]:
+    """The sweep's points in the sensor's frame, metres.
+
+    Raises:
+        DataError: the bytes are not whole points, or a coordinate is not finite.
+    """
+    sweep = record["lidar"]
+    if len(sweep) % (4 * POINT_FLOATS):
+        raise DataError(f"keyframe {record['token']}: {len(sweep)} bytes of LiDAR are not whole points")
+    points = np.frombuffer(sweep, "<f4").reshape(-1, POINT_FLOATS)[:, :3].astype(np.float64)
+    if not np.isfinite(points).all():
+        raise DataError(f"keyframe {record['token']}: the LiDAR sweep has points that are not finite")
+    return points
+
+
 def points_in_cameras(record: Record) -> list[Float[np.ndarray, "P 3"]]:
     """The sweep in each camera's frame, metres, moved to that camera's own time by the ego poses.
 
     sensor -> ego at LiDAR time -> global -> ego at camera time -> camera (nuScenes devkit convention).
     """
-    points = np.frombuffer(record["lidar"], np.float32).reshape(-1, POINT_FLOATS)[:, :3].astype(np.float64)
+    points = sweep_points(record)
     homogeneous = np.concatenate([points, np.ones((len(points), 1))], axis=1)
     lidar_to_global = record["ego_to_global"] @ record["lidar_to_ego"]
     moved = []

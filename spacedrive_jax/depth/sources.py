@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.encoded_images import decode_depth
 from spacedrive_jax.data.records import NUM_CAMERAS, Record, Records
 from spacedrive_jax.depth import fusion, lidar
-from spacedrive_jax.depth.cache import CachedDepth, DepthCache, decode_depth, find_cache
+from spacedrive_jax.depth.cache import CachedDepth, DepthCache, find_cache
 from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth
 
 DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
@@ -118,17 +119,13 @@ def record_patch_depth(
     return depth, used
 
 
-def decode_exact_depth(png: bytes) -> Float[np.ndarray, "H W"]:
-    """Decodes a record's `exact_depth` image: metres, 0 where nothing was hit (sky)."""
-    return decode_depth(png)
-
-
 def _exact(
     record: Record, camera: int, grid: tuple[int, int], config: DepthConfig
 ) -> Float[np.ndarray, "h w"] | None:
     if not record["exact_depth"][camera]:
         return None
-    depth = decode_exact_depth(record["exact_depth"][camera])
+    what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
+    depth = decode_depth(record["exact_depth"][camera], what)
     return pool_depth(np.where(depth > 0, depth, np.float32(config.far)), grid, config.pooling)
 
 
@@ -167,7 +164,9 @@ def _pooled(
     cached: CachedDepth, camera: int, grid: tuple[int, int], config: DepthConfig
 ) -> Float[np.ndarray, "h w"]:
     if cached.full:
-        return pool_depth(decode_depth(cached.full[camera]), grid, config.pooling)
+        return pool_depth(
+            decode_depth(cached.full[camera], "a picture of the depth cache"), grid, config.pooling
+        )
     _check_grid(cached.patch_depth.shape[1:], cached.pooling, grid, config)
     return cached.patch_depth[camera]
 

@@ -9,8 +9,9 @@ import numpy as np
 import shapely
 from jaxtyping import Float, Int, UInt8
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.data.encoded_images import decode_grey
 from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.protocols import StepRule
 from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, Grid, box_corners, draw_polygon, to_cells
 
@@ -149,20 +150,10 @@ def decode_fine(record: Record) -> UInt8[np.ndarray, "1000 1000"]:
     """The record's 0.1 m raster, row forward, column left, 0 or 1.
 
     Raises:
-        UserError: it is missing or no such picture.
+        DataError: it is missing or no such picture.
     """
-    encoded = record["drivable_fine"]
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE) if encoded else None
-    if image is None or image.shape != (DRIVABLE_FINE_CELLS, DRIVABLE_FINE_CELLS):
-        found = (
-            "missing"
-            if not encoded
-            else "unreadable"
-            if image is None
-            else f"{image.shape[0]}x{image.shape[1]}"
-        )
-        raise UserError(
-            f"record {record['token']}: drivable_fine is {found}, expected a "
-            f"{DRIVABLE_FINE_CELLS}x{DRIVABLE_FINE_CELLS} PNG; convert the records again"
-        )
-    return (image > 0).astype(np.uint8)
+    what = f"keyframe {record['token']}: drivable_fine"
+    if not record["drivable_fine"]:
+        raise DataError(f"{what} is missing; convert the records again")
+    size = (DRIVABLE_FINE_CELLS, DRIVABLE_FINE_CELLS)
+    return (decode_grey(record["drivable_fine"], what, size) > 0).astype(np.uint8)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from spacedrive_jax.data.records import DEPTH_SCALE, Record
+from spacedrive_jax.cameras import CAMERAS
+from spacedrive_jax.data import encoded_images
+from spacedrive_jax.data.encoded_images import decode_photo
+from spacedrive_jax.data.records import Record
+from spacedrive_jax.depth.lidar import sweep_points
 
 MIN_DEPTH_M = 0.5
 
@@ -33,24 +36,27 @@ def project(
 
 
 def decode_image(record: Record, camera: int) -> UInt8[np.ndarray, "H W 3"] | None:
-    """The camera's RGB image, or None when the record has no (readable) pixels for it."""
+    """The camera's RGB image, or None when the record has no pixels for it.
+
+    Raises:
+        DataError: it is damaged.
+    """
     data = record["images"][camera]
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return decode_photo(data, f"keyframe {record['token']}: the {CAMERAS[camera]} image") if data else None
 
 
 def decode_depth(record: Record, camera: int) -> Float[np.ndarray, "H W"] | None:
     """The exact depth image in metres, 0 where unknown, or None when the record has none."""
     data = record["exact_depth"][camera]
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    return None if image is None else image.astype(np.float64) / DEPTH_SCALE
+    what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
+    return encoded_images.decode_depth(data, what).astype(np.float64) if data else None
 
 
 def lidar_points(record: Record) -> Float[np.ndarray, "n 3"] | None:
     """The sweep's points in the ego frame of the keyframe, metres, or None without a sweep."""
     if not record["lidar"]:
         return None
-    points = np.frombuffer(record["lidar"], np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+    points = sweep_points(record)
     return points @ record["lidar_to_ego"][:3, :3].T + record["lidar_to_ego"][:3, 3]
 
 

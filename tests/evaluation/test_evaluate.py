@@ -244,7 +244,7 @@ def test_damaged_drivable_raster_is_an_error(rng: np.random.Generator) -> None:
             if isinstance(damaged, np.ndarray)
             else damaged
         )
-        with pytest.raises(UserError, match="record bad: drivable_fine is"):
+        with pytest.raises(UserError, match="keyframe bad: drivable_fine"):
             drivable_rasters(record, [Grid(0.1)])
 
 
