@@ -18,7 +18,8 @@ from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import Scene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
-from data_prep.shards import ShardFacts, content_fingerprint, shard_file, split_of
+from data_prep.shards import ShardFacts, shard_file
+from spacedrive_jax.data.records_folder import content_fingerprint, split_of
 
 OFFICIAL_VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
 NUSCENES_LICENCE = (
@@ -130,7 +131,16 @@ def provenance_of(
     official = plan["source"]["version"] in OFFICIAL_VERSIONS
     return {
         **plan,
-        "fingerprint": content_fingerprint(result.shard for result in results),
+        "shards": {
+            result.shard.file: {
+                **plan["shards"][result.shard.file],
+                "bytes": result.shard.bytes,
+                "sha256": result.shard.sha256,
+                "ends_sha256": result.shard.ends_sha256,
+            }
+            for result in results
+        },
+        "fingerprint": content_fingerprint((one.shard.file, one.shard.sha256) for one in results),
         "records": records,
         "splits": {
             split: sum(shard.records for shard in shards)

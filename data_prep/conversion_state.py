@@ -5,14 +5,13 @@
     OUT/conversion/units          what waits for a worker of a cluster, while one converts
     OUT/provenance.json           written last: the folder is finished
 
-A shard counts as done when both the shard and its facts are there and the size agrees.
+A shard counts as done when both the shard and its facts are there and its bytes are those that were written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.nuscenes.scene_records import SceneResult
-from data_prep.shards import ShardFacts, split_of
-from spacedrive_jax.console import UserError
+from spacedrive_jax import io
+from spacedrive_jax.console import UserError, note
+from spacedrive_jax.data.records_folder import file_sha256, split_of
+from spacedrive_jax.errors import DataError
 
 FOLDER = "conversion"
 PROVENANCE = "provenance.json"
@@ -30,9 +31,7 @@ WAITING = "units"
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either absent, old, or whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    io.write_json(path, value, indent=1, sort_keys=True)
 
 
 def check_output_folder(out: Path, resume: bool) -> None:
@@ -64,7 +63,7 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
     """
     path = out / FOLDER / "plan.json"
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = io.read_json(path)
         differing = differences(before, json.loads(json.dumps(plan)))
         if differing:
             raise UserError(
@@ -106,10 +105,23 @@ def finished_scene(out: Path, shard: str) -> SceneResult | None:
     path = out / FOLDER / f"{shard}.json"
     if not path.is_file() or not (out / shard).is_file():
         return None
-    saved = json.loads(path.read_text())
-    facts = ShardFacts(**saved["shard"])
-    result = SceneResult(saved["scene"], facts, tuple(saved["tokens"]), saved["counts"])
+    try:
+        result = io.convert(io.read_json(path), SceneResult, path)
+    except DataError:  # damaged, or of an older version: then the shard is written again
+        return None
     return result if (out / shard).stat().st_size == result.shard.bytes else None
+
+
+def whole_scene(out: Path, shard: str) -> SceneResult | None:
+    """The facts of a shard finished by an earlier run whose bytes are still those that were written.
+
+    Reads the whole shard: a damaged one is found here and written again, not after hours of training.
+    """
+    result = finished_scene(out, shard)
+    if result is None or file_sha256(out / shard) == result.shard.sha256:
+        return result
+    note(f"{out / shard} is damaged: writing it again")
+    return None
 
 
 def save_finished_scene(out: Path, result: SceneResult) -> None:
@@ -124,9 +136,9 @@ def locate(directory: Path, token: str) -> tuple[str, int] | None:
     """
     before: Counter[str] = Counter()
     for path in sorted((directory / FOLDER).glob("*.array_record-*.json")):
-        saved = json.loads(path.read_text())
-        split = split_of(saved["shard"]["file"])
-        if token in saved["tokens"]:
-            return split, before[split] + saved["tokens"].index(token)
-        before[split] += saved["shard"]["records"]
+        saved = io.convert(io.read_json(path), SceneResult, path, "convert with --resume writes it again")
+        split = split_of(saved.shard.file)
+        if token in saved.tokens:
+            return split, before[split] + saved.tokens.index(token)
+        before[split] += saved.shard.records
     return None

@@ -30,6 +30,7 @@ from data_prep.parallel import ordered_map
 from data_prep.shards import write_dataset_info
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION
+from spacedrive_jax.data.records_folder import is_whole
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
 Runner = Literal["local", "beam"]
@@ -59,7 +60,8 @@ class Convert(Command):
     """Beam's own options in one argument, such as --beam-options="--runner=FlinkRunner
     --flink_master=HOST:8081"; without a runner there, Beam runs on this machine."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue an interrupted conversion in --out; a finished one is left as it is."""
+    """Continue an interrupted conversion in --out, or write damaged shards of a finished one again. Whole
+    shards are read, compared with their digests, and left as they are."""
     missing_images: MissingImages = "stop"
     """When camera images are absent or damaged: stop and list them, skip their keyframes, keep the keyframe
     with empty images, or render them from the annotations and the map (marked in image_rendered)."""
@@ -110,7 +112,7 @@ class Convert(Command):
         results = self._write_shards(work, render_size)
         total = sum(len(scene.keyframes) for scene in scenes)
         provenance = provenance_of(plan, results, splits, total)
-        if not provenance_path.is_file():
+        if not is_whole(self.out):
             write_dataset_info(
                 self.out, shards_by_split(results), f"Keyframes of {self.version} as self-contained records."
             )
@@ -148,7 +150,10 @@ class Convert(Command):
         self, work: Sequence[ShardWork], render_size: tuple[int, int] | None
     ) -> list[SceneResult]:
         """Writes the shards that are not done yet; returns the facts of all, in order."""
-        finished = {one.shard: conversion_state.finished_scene(self.out, one.shard) for one in work}
+        finished = {
+            one.shard: conversion_state.whole_scene(self.out, one.shard)
+            for one in progress(work, desc="check shards", unit="shard")
+        }
         todo = [one for one in work if finished[one.shard] is None]
         conversion_state.remove_left_overs(self.out)
         mask_folder = self.out / conversion_state.FOLDER / "masks"

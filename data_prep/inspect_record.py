@@ -13,6 +13,7 @@ import tyro
 from data_prep.conversion_state import locate
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records import Record, open_records, read_provenance, record_features
+from spacedrive_jax.data.records_folder import check_contents
 
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70
@@ -33,11 +34,17 @@ class Inspect(Command):
     """PNG to write: the six cameras with boxes and waypoints, and a bird's-eye view."""
     points: Path | None = None
     """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read every shard whole, compare it with its digest, and name those that are damaged."""
     depth_cache: str | None = None
     """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
 
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""
+        if self.check:
+            with progress(desc="check shards", unit="shard") as bar:
+                shards = check_contents(self.directory, lambda _: bar.update())
+            print(f"{self.directory}: {shards} shards are whole")
         provenance = read_provenance(self.directory)
         record = find_record(self.directory, self.token)
         print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming
 
 from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION, Record, record_features
+from spacedrive_jax.data.records_folder import ends_sha256, file_sha256
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, so that random access reads nothing else. Uncompressed, because most bytes are
@@ -28,6 +28,8 @@ class ShardFacts:
     records: int
     bytes: int
     sha256: str
+    ends_sha256: str
+    """Of its first and last bytes, see `records_folder.END_BYTES`."""
 
 
 class RecordSerializer:
@@ -54,11 +56,6 @@ def shard_file(split: str, index: int, count: int) -> str:
     return f"{DATASET_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def split_of(file: str) -> str:
-    """The split a shard file belongs to."""
-    return file.removeprefix(f"{DATASET_NAME}-").split(".")[0]
-
-
 def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     """Writes one shard; the file appears under its name only when whole."""
     # A name of its own: a cluster may have two workers at the same shard.
@@ -73,9 +70,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    with partial.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    facts = ShardFacts(path.name, count, partial.stat().st_size, digest)
+    facts = ShardFacts(path.name, count, partial.stat().st_size, file_sha256(partial), ends_sha256(partial))
     os.replace(partial, path)
     return facts
 
@@ -114,11 +109,3 @@ def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardFacts]],
     ]
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(str(folder))
-
-
-def content_fingerprint(shards: Iterable[ShardFacts]) -> str:
-    """SHA-256 over the names and contents of all shards."""
-    digest = hashlib.sha256()
-    for shard in sorted(shards, key=lambda facts: facts.file):
-        digest.update(f"{shard.file} {shard.sha256}\n".encode())
-    return digest.hexdigest()

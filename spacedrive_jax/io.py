@@ -16,7 +16,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
 
 from spacedrive_jax.errors import DataError, SpaceDriveError
 
@@ -242,3 +244,24 @@ def inside(root: str | os.PathLike[str], name: str, what: str) -> Path:
     if not name or "\0" in name or "\\" in name or Path(name).is_absolute() or ".." in parts:
         raise DataError(f"{what} {name!r} does not stay inside {root}")
     return Path(root) / name
+
+
+T = TypeVar("T")
+
+
+def convert(value: Any, kind: type[T], path: object, advice: str = "is it damaged?") -> T:
+    """A value that JSON gave, as the type that a file of this name has.
+
+    Args:
+        value: from `read_json`.
+        kind: a `msgspec.Struct`, a dataclass or any type msgspec knows; its limits are checked.
+        path: what to call it in an error.
+        advice: what to do, for the error.
+
+    Raises:
+        DataError: a field is missing, of another type, or out of its limits.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; {advice}") from error

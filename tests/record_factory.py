@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from spacedrive_jax.data.records import (
     Record,
     record_features,
 )
+from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
 
 CAMERA_YAWS = np.deg2rad([0.0, -55.0, 55.0, 180.0, 110.0, -110.0])
 """Facing of the six cameras of `CAMERAS`, counter-clockwise from forward."""
@@ -154,7 +154,7 @@ def write_records(
     directory.mkdir(parents=True, exist_ok=True)
     features = record_features()
     splits = []
-    digest = hashlib.sha256()
+    shards = {}
     for split, items in records.items():
         if not items:
             continue
@@ -169,9 +169,14 @@ def write_records(
         writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
         for record in items:
             data = features.serialize_example(record)
-            digest.update(data)
             writer.write(data)
         writer.close()
+        shards[shard.name] = {
+            "keyframes": len(items),
+            "bytes": shard.stat().st_size,
+            "sha256": file_sha256(shard),
+            "ends_sha256": ends_sha256(shard),
+        }
         splits.append(
             tfds.core.SplitInfo(
                 name=split,
@@ -194,8 +199,10 @@ def write_records(
     (directory / "provenance.json").write_text(
         json.dumps(
             {
-                "fingerprint": digest.hexdigest()[:16],
-                "keyframes": counts,
+                "fingerprint": content_fingerprint((name, one["sha256"]) for name, one in shards.items()),
+                "shards": shards,
+                "records": sum(counts.values()),
+                "splits": counts,
                 "source": {"version": version},
                 "licence": "made up",
             }

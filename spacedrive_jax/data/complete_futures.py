@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +11,14 @@ from jaxtyping import Bool
 
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records import Records, record_features
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _FEATURE = "waypoint_mask"
+MOST_BYTES = 256 * MEBIBYTE
+"""One byte a keyframe."""
 
 
 def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
@@ -35,9 +36,8 @@ def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
         return kept
     # Decoding that feature alone leaves the images where they are.
     features = tfds.features.FeaturesDict({_FEATURE: record_features()[_FEATURE]})
-    raw = records.source.data_source
     indices = progress(range(len(records)), desc="look for complete futures", unit="keyframe")
-    found = np.array([features.deserialize_example_np(raw[index])[_FEATURE].all() for index in indices], bool)
+    found = np.array([records.source.decode(index, features)[_FEATURE].all() for index in indices], bool)
     _write(file, records, found)
     return found
 
@@ -45,20 +45,17 @@ def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
 def _read(file: Path, records: Records) -> Bool[np.ndarray, " keyframes"] | None:
     """The kept answer; None where there is none, or one of other records."""
     try:
-        kept = json.loads(file.read_text())
+        kept = read_json(file, most=MOST_BYTES)
         complete = np.array([letter == "1" for letter in kept["complete"]], bool)
         same = kept["fingerprint"] == records.fingerprint and len(complete) == len(records)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # a DataError is a ValueError
         return None
     return complete if same else None
 
 
 def _write(file: Path, records: Records, complete: Bool[np.ndarray, " keyframes"]) -> None:
     letters = "".join("1" if each else "0" for each in complete)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")  # hosts may write at once
     try:
-        partial.write_text(json.dumps({"fingerprint": records.fingerprint, "complete": letters}) + "\n")
-        os.replace(partial, file)
-    except OSError as error:
+        write_json(file, {"fingerprint": records.fingerprint, "complete": letters})
+    except SpaceDriveError as error:
         log.info("the complete futures of %s are not kept: %s", records.directory, error)
-        partial.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """The record: one self-contained keyframe, as array records in the tensorflow-datasets layout.
 
-A records folder is read with `tfds.builder_from_directory(DIR).as_data_source(split)` or with
-`open_records`, which is the same thing plus clear errors and integer-keyed numpy dictionaries. A record
-holds all that its keyframe needs, its two past ego states too, so samples can come in any order.
+A records folder is read with `open_records`, or with `tfds.builder_from_directory(DIR).as_data_source(split)`
+where the folder is one's own. Both give the same; `open_records` adds clear errors, holds the folder against
+its provenance, and lets it name no code (see `records_folder`). A record holds all that its keyframe needs,
+its two past ego states too, so samples can come in any order.
 
 Frames and units: the ego frame (x forward, y left, z up, metres) at the keyframe's LIDAR_TOP time unless
 a name says otherwise; `a_to_b` matrices take points in frame a to frame b; angles in radians; times in
@@ -11,116 +12,147 @@ microseconds.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import json
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from spacedrive_jax.cameras import CAMERAS
-from spacedrive_jax.console import UserError
+from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, read_provenance, split_of
+from spacedrive_jax.data.schema import (
+    CAN_BUS_SIZE,
+    DATASET_NAME,
+    DATASET_VERSION,
+    DEPTH_SCALE,
+    DRIVABLE_CELLS,
+    DRIVABLE_EXTENT,
+    DRIVABLE_FINE_CELLS,
+    NUM_CAMERAS,
+    NUM_PAST,
+    NUM_WAYPOINTS,
+    Record,
+    record_features,
+)
+from spacedrive_jax.errors import DataError
 
-DATASET_NAME = "nuscenes_keyframes"
-DATASET_VERSION = "1.0.0"
+__all__ = [
+    "CAN_BUS_SIZE",
+    "DATASET_NAME",
+    "DATASET_VERSION",
+    "DEPTH_SCALE",
+    "DRIVABLE_CELLS",
+    "DRIVABLE_EXTENT",
+    "DRIVABLE_FINE_CELLS",
+    "NUM_CAMERAS",
+    "NUM_PAST",
+    "NUM_WAYPOINTS",
+    "SPLITS",
+    "Record",
+    "RecordSource",
+    "Records",
+    "open_records",
+    "read_provenance",
+    "record_features",
+]
+
 SPLITS = ("train", "val", "all")
-
-NUM_CAMERAS = len(CAMERAS)
-NUM_WAYPOINTS = 6
-"""Future ego positions and agent steps: 3 s at 2 Hz."""
-NUM_PAST = 2
-"""Past keyframes whose ego state the record carries."""
-CAN_BUS_SIZE = 13
-"""orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
-
-DRIVABLE_EXTENT = 50.0
-"""The drivable rasters span [-50, 50) m in x and y of the yaw-only ego frame."""
-DRIVABLE_CELLS = 200
-DRIVABLE_FINE_CELLS = 1000
-
-DEPTH_SCALE = 256.0
-"""`exact_depth` images are 16-bit PNGs of round(metres * 256), 0 where unknown (KITTI's convention)."""
+MAX_IMAGE_SIDE = 65_500
+"""Pixels; libjpeg's limit."""
+_MAY_BE_NAN = frozenset({"agent_velocity"})
 
 
-def record_features() -> tfds.features.FeaturesDict:
-    """The feature names, shapes and types of one record.
+class RecordSource(Sequence[Record]):
+    """The records of some shards, in order: read, decoded and checked one at a time."""
 
-    Returns:
-        The tfds features. N = 6 cameras in the order of `CAMERAS`; A agents in the order of the sample's
-        annotations; byte features are left exactly as written (encoded images are not decoded).
-    """
-    feature = tfds.features
+    def __init__(self, directory: Path, shards: Sequence[tuple[str, int]]) -> None:
+        """Args: the records folder; names of shards and how many records each holds."""
+        self._shards = [directory / name for name, _ in shards]
+        self._ends = list(itertools.accumulate(count for _, count in shards))
+        paths = [f"{directory / name}[0:{count}]" for name, count in shards]
+        self._bytes = ArrayRecordDataSource(paths)
+        self._features = record_features()
 
-    def tensor(*shape: int | None, dtype: Any) -> Any:
-        # Stored as raw bytes: the default encoding rounds float64 to float32, which in global coordinates
-        # is a tenth of a millimetre, and parses large integer arrays slowly.
-        encoding = tfds.features.Encoding.NONE if dtype is np.object_ else tfds.features.Encoding.BYTES
-        return feature.Tensor(shape=shape, dtype=dtype, encoding=encoding)
+    def __len__(self) -> int:
+        return self._ends[-1]
 
-    def blobs(length: int | None) -> Any:
-        return feature.Sequence(feature.Tensor(shape=(), dtype=np.object_), length=length)
+    def raw(self, index: int) -> bytes:
+        """The serialized record.
 
-    return feature.FeaturesDict(
-        {
-            # identity
-            "token": feature.Text(),
-            "scene_name": feature.Text(),
-            "scene_description": feature.Text(),
-            "location": feature.Text(),
-            "log": feature.Text(),
-            "frame_index": feature.Scalar(np.int32),  # position of the keyframe in its scene, from 0
-            "timestamp_us": feature.Scalar(np.int64),
-            # cameras
-            "images": blobs(NUM_CAMERAS),  # encoded JPEG, b"" where absent
-            "image_rendered": tensor(NUM_CAMERAS, dtype=np.bool_),  # drawn by the renderer, not photographed
-            "image_size": tensor(NUM_CAMERAS, 2, dtype=np.int32),  # native (height, width)
-            "exact_depth": blobs(NUM_CAMERAS),  # 16-bit PNG, see DEPTH_SCALE; b"" where unknown
-            "camera_intrinsics": tensor(NUM_CAMERAS, 3, 3, dtype=np.float64),  # pixels at image_size
-            "camera_to_ego": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # static calibration
-            "camera_timestamp_us": tensor(NUM_CAMERAS, dtype=np.int64),
-            "camera_ego_to_global": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # at each camera's time
-            # ego state
-            "ego_to_global": tensor(4, 4, dtype=np.float64),
-            "past_to_ego": tensor(NUM_PAST, 4, 4, dtype=np.float64),  # newest first, zeros where masked
-            "past_mask": tensor(NUM_PAST, dtype=np.bool_),
-            "past_timestamp_us": tensor(NUM_PAST, dtype=np.int64),
-            "can_bus": tensor(CAN_BUS_SIZE, dtype=np.float64),
-            "can_bus_valid": feature.Scalar(np.bool_),  # false: the scene has no CAN data, can_bus is zeros
-            "past_can_bus": tensor(NUM_PAST, CAN_BUS_SIZE, dtype=np.float64),
-            "command_released": feature.Scalar(np.int32),  # 0..7, from the ground-truth endpoint
-            "command_navigation": feature.Scalar(np.int32),  # 0..7, from the past only
-            "past_command_released": tensor(NUM_PAST, dtype=np.int32),
-            "past_command_navigation": tensor(NUM_PAST, dtype=np.int32),
-            # future of the ego vehicle
-            "waypoints": tensor(NUM_WAYPOINTS, 2, dtype=np.float64),
-            "waypoint_yaw": tensor(NUM_WAYPOINTS, dtype=np.float64),
-            "waypoint_mask": tensor(NUM_WAYPOINTS, dtype=np.bool_),
-            "waypoint_timestamp_us": tensor(NUM_WAYPOINTS, dtype=np.int64),
-            # agents
-            "agent_token": feature.Sequence(feature.Text()),  # instance token
-            "agent_category": feature.Sequence(feature.Text()),
-            "agent_boxes": tensor(None, 7, dtype=np.float64),  # x y z length width height yaw
-            "agent_velocity": tensor(None, 2, dtype=np.float64),  # nan where unknown
-            "agent_future": tensor(None, NUM_WAYPOINTS, 2, dtype=np.float64),  # displacement from now
-            "agent_future_yaw": tensor(None, NUM_WAYPOINTS, dtype=np.float64),  # heading
-            "agent_future_mask": tensor(None, NUM_WAYPOINTS, dtype=np.bool_),
-            "agent_lidar_points": tensor(None, dtype=np.int32),
-            # map
-            "drivable": tensor(DRIVABLE_CELLS, DRIVABLE_CELLS, dtype=np.uint8),  # row forward, column left
-            "drivable_fine": tensor(dtype=np.object_),  # the same at 0.1 m as a 1-bit PNG, b"" without a map
-            "drivable_polygons": blobs(None),  # WKB polygons, yaw-only ego frame; none from a mask-only map
-            "drivable_source": feature.Text(),  # "expansion", "mask" or "none"
-            # lidar
-            "lidar": tensor(dtype=np.object_),  # the sweep file (float32 x y z intensity ring), or b""
-            "lidar_to_ego": tensor(4, 4, dtype=np.float64),
-        }
-    )
+        Raises:
+            IndexError: there is no such record.
+            DataError: its shard is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return self._bytes[index]
+        except Exception as error:  # array_record raises what riegeli says, as errors of several kinds
+            raise self._damaged(index, error) from error
+
+    def decode(self, index: int, features: Any) -> Record:
+        """Some features of a record.
+
+        Args:
+            index: of the record.
+            features: a tfds `FeaturesDict` of those that are wanted.
+
+        Raises:
+            IndexError: there is no such record.
+            DataError: its shard is damaged.
+        """
+        data = self.raw(index)
+        try:
+            return dict(features.deserialize_example_np(data))
+        except Exception as error:  # protobuf and numpy raise many kinds on bytes that are no record
+            raise self._damaged(index, error) from error
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        record = self.decode(index, self._features)
+        try:
+            for name in _TEXT_FEATURES:
+                record[name] = record[name].decode()
+            for name in _TEXT_LIST_FEATURES:
+                record[name] = [item.decode() for item in record[name]]
+        except UnicodeDecodeError as error:
+            raise self._damaged(index, error) from error
+        wrong = _impossible(record)
+        if wrong:
+            raise DataError(f"{self._shard(index)}: keyframe {record['token']}, {wrong}; {REPAIR}")
+        return record
+
+    def _shard(self, index: int) -> Path:
+        return self._shards[bisect.bisect_right(self._ends, index)]
+
+    def _damaged(self, index: int, error: Exception) -> DataError:
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return DataError(
+            f"{self._shard(index)} is damaged ({said}): {REPAIR}; `python -m data_prep inspect "
+            f"{self._shard(index).parent} --check` looks at every shard"
+        )
 
 
-Record = dict[str, Any]
-"""One decoded record: feature name to numpy array, scalar, bytes, or list of bytes."""
+_TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
+_TEXT_LIST_FEATURES = ("agent_token", "agent_category")
+
+
+def _impossible(record: Record) -> str:
+    """Which feature has a value that no conversion writes; empty where none has."""
+    for name, value in record.items():
+        is_number = getattr(value, "dtype", None) == np.float64
+        if is_number and name not in _MAY_BE_NAN and not np.isfinite(value).all():
+            return f"{name} is not finite"
+    sizes = record["image_size"]
+    if not ((sizes > 0) & (sizes <= MAX_IMAGE_SIDE)).all():
+        return f"image_size {sizes.tolist()} is not that of images"
+    agents = len(record["agent_boxes"])
+    for name in record:
+        if name.startswith("agent_") and len(record[name]) != agents:
+            return f"{name} is of {len(record[name])} agents, agent_boxes of {agents}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +161,11 @@ class Records(Sequence[Record]):
 
     directory: Path
     split: str
-    source: Any
+    source: RecordSource
     fingerprint: str
     """Content fingerprint of the whole folder, as written by the converter."""
+    splits: frozenset[str] = frozenset()
+    """The splits of the folder that hold keyframes, without `all`."""
     extra: Callable[[str], Mapping[str, Any]] | None = None
     """From a keyframe's token to entries that its record gets besides (cached depth)."""
 
@@ -139,33 +173,10 @@ class Records(Sequence[Record]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
-        record = dict(self.source[index])
-        for name in _TEXT_FEATURES:
-            record[name] = record[name].decode()
-        for name in _TEXT_LIST_FEATURES:
-            record[name] = [item.decode() for item in record[name]]
+        record = self.source[index]
         if self.extra is not None:
             record |= self.extra(record["token"])
         return record
-
-
-_TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
-_TEXT_LIST_FEATURES = ("agent_token", "agent_category")
-
-
-def read_provenance(directory: Path | str) -> dict[str, Any]:
-    """Reads `provenance.json` of a records folder: fingerprint, source, counts, options.
-
-    Raises:
-        UserError: the folder is not a finished records folder.
-    """
-    path = Path(directory) / "provenance.json"
-    if not path.is_file():
-        raise UserError(
-            f"{directory} is not a finished records folder ({path.name} is missing): "
-            f"write one with `python -m data_prep convert`, or finish it with `--resume`"
-        )
-    return json.loads(path.read_text())
 
 
 def open_records(directory: Path | str, split: str = "all") -> Records:
@@ -176,13 +187,24 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
         split: `train`, `val` or `all`.
 
     Raises:
-        UserError: the folder or the split does not exist or holds no keyframe.
+        DataError: the folder or the split does not exist, holds no keyframe, or is damaged.
     """
     directory = Path(directory)
-    provenance = read_provenance(directory)
     if split not in SPLITS:
-        raise UserError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    builder = tfds.builder_from_directory(directory)
-    if split != "all" and split not in builder.info.splits:
-        raise UserError(f"{directory} has no keyframe in split {split!r}; try --split all")
-    return Records(directory, split, builder.as_data_source(split), provenance["fingerprint"])
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    facts = check_folder(directory)
+    splits = frozenset(split_of(name) for name in facts.shards)
+    if split != "all" and split not in splits:
+        raise DataError(f"{directory} has no keyframe in split {split!r}; try --split all")
+    return Records(directory, split, _source(directory, split, facts), facts.fingerprint, splits)
+
+
+def _source(directory: Path, split: str, facts: Provenance) -> RecordSource:
+    return RecordSource(
+        directory,
+        [
+            (name, facts.shards[name].keyframes)
+            for name in sorted(facts.shards)
+            if split in ("all", split_of(name))
+        ],
+    )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from spacedrive_jax.data.records import SPLITS, Records, open_records
+from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.evaluation.predictions import Predictions
 
 
@@ -54,7 +54,7 @@ class Coverage:
 
 def read_splits(records: Records) -> set[str]:
     """The splits of the folder that hold keyframes (without `all`)."""
-    return set(records.source.dataset_info.splits) & set(SPLITS)
+    return set(records.splits)
 
 
 def cover(

@@ -1,0 +1,251 @@
+"""What a records folder says of itself, and whether it is that: provenance, schema, shards.
+
+A folder may come from anybody. `features.json` can name a Python class that tensorflow-datasets would import,
+so it is held against our own schema and never handed over; shards are held against the sizes and digests in
+`provenance.json`, so that a damaged shard, or one of another folder, is named before it is taken for data.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from google.protobuf import json_format  # type: ignore[import-untyped]
+
+from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, record_features
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, convert, read_json, require_regular, say
+
+PROVENANCE = "provenance.json"
+DATASET_INFO = "dataset_info.json"
+FEATURES = "features.json"
+MOST_JSON = 64 * MEBIBYTE
+"""Bytes; provenance of the 850 scenes of nuScenes has a third of a megabyte."""
+END_BYTES = 4096
+"""At either end of a shard: its headers, which hold the digest of the first record, and its footer."""
+REPAIR = "write it again with `python -m data_prep convert ... --resume`"
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_SHARD = re.compile(rf"{DATASET_NAME}-(train|val)\.array_record-(\d{{5}})-of-(\d{{5}})")
+
+
+class ShardEntry(msgspec.Struct, frozen=True):
+    """What provenance says of one shard."""
+
+    keyframes: _Count
+    bytes: _Count
+    sha256: _Digest
+    ends_sha256: _Digest
+    """Of its first and last `END_BYTES`: what can be checked on every open."""
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """The part of `provenance.json` that readers rely on."""
+
+    fingerprint: str
+    records: _Count
+    splits: dict[Literal["train", "val"], int]
+    """Keyframes of each."""
+    shards: dict[str, ShardEntry]
+
+
+class _SplitInfo(msgspec.Struct, rename="camel"):
+    name: str
+    shard_lengths: list[str] = []
+
+
+class _DatasetInfo(msgspec.Struct, rename="camel"):
+    name: Literal["nuscenes_keyframes"]
+    version: str
+    file_format: Literal["array_record"]
+    splits: list[_SplitInfo]
+
+
+def read_provenance(directory: Path | str) -> dict[str, Any]:
+    """Reads `provenance.json` of a records folder: fingerprint, source, counts, options, shards.
+
+    Raises:
+        DataError: the folder is not a finished records folder, or the file is damaged.
+    """
+    return _provenance(Path(directory))[0]
+
+
+def _provenance(directory: Path) -> tuple[dict[str, Any], Provenance]:
+    path = directory / PROVENANCE
+    if not path.exists():
+        raise DataError(
+            f"{directory} is not a finished records folder ({path.name} is missing): "
+            f"write one with `python -m data_prep convert`, or finish it with `--resume`"
+        )
+    content = read_json(path, most=MOST_JSON)
+    return content, convert(content, Provenance, path, f"is it of an older version? {REPAIR}")
+
+
+def check_folder(directory: Path) -> Provenance:
+    """Holds a records folder against its provenance and our schema, reading 8 KiB of every shard at most.
+
+    Raises:
+        DataError: something is missing, damaged, or not what this project writes; the message names the file.
+    """
+    _, facts = _provenance(directory)
+    _check_features(directory)
+    lengths = _shard_lengths(directory, facts)
+    if content_fingerprint((name, entry.sha256) for name, entry in facts.shards.items()) != facts.fingerprint:
+        raise DataError(
+            f"{directory / PROVENANCE}: the fingerprint is not that of its shards; {REPAIR}, or fetch the "
+            "folder again"
+        )
+    counts = {split: sum(each) for split, each in lengths.items()}
+    if {split: count for split, count in facts.splits.items() if count} != counts:
+        raise DataError(f"{directory / PROVENANCE}: splits and shards disagree; {REPAIR}")
+    _check_dataset_info(directory, lengths)
+    for name, entry in facts.shards.items():
+        size = require_regular(directory / name)
+        if size != entry.bytes:
+            raise DataError(
+                f"{directory / name} has {size:,} bytes, {PROVENANCE} says {entry.bytes:,}: it is damaged or "
+                f"of another folder; {REPAIR}"
+            )
+        if ends_sha256(directory / name) != entry.ends_sha256:
+            raise DataError(
+                f"{directory / name} is not the shard that {PROVENANCE} names: it is damaged or was put in "
+                f"another's place; {REPAIR}"
+            )
+    return facts
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a folder is finished and passes `check_folder`."""
+    try:
+        check_folder(directory)
+    except DataError:
+        return False
+    return True
+
+
+def check_contents(directory: Path, report: Callable[[str], None] = lambda name: None) -> int:
+    """Reads every shard whole and compares its digest.
+
+    Args:
+        directory: the records folder.
+        report: told the name of each shard when it is done.
+
+    Returns:
+        How many shards there are, all of them whole.
+
+    Raises:
+        DataError: some are damaged; the message lists them.
+    """
+    facts = check_folder(directory)
+    damaged = []
+    for name, entry in facts.shards.items():
+        if file_sha256(directory / name) != entry.sha256:
+            damaged.append(name)
+        report(name)
+    if damaged:
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise DataError(
+            f"{directory}: {len(damaged)} of {len(facts.shards)} shards are damaged ({', '.join(damaged[:5])}"
+            f"{more}); write them again with `python -m data_prep convert ... --resume`"
+        )
+    return len(facts.shards)
+
+
+def content_fingerprint(shards: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over the names and contents (by their SHA-256) of all shards, in order of the names."""
+    digest = hashlib.sha256()
+    for name, sha256 in sorted(shards):
+        digest.update(f"{name} {sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {say(error)}") from error
+
+
+def ends_sha256(path: Path) -> str:
+    """SHA-256 of the first and last `END_BYTES` of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(END_BYTES))
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - END_BYTES))
+            digest.update(stream.read(END_BYTES))
+    except OSError as error:
+        raise DataError(f"{path}: {say(error)}") from error
+    return digest.hexdigest()
+
+
+def split_of(shard: str) -> str:
+    """The split a shard file belongs to."""
+    return shard.removeprefix(f"{DATASET_NAME}-").split(".")[0]
+
+
+@functools.cache
+def _schema() -> Mapping[str, Any]:
+    return json_format.MessageToDict(record_features().to_proto())
+
+
+def _check_features(directory: Path) -> None:
+    path = directory / FEATURES
+    found = read_json(path, most=MOST_JSON)
+    if found != _schema():
+        raise DataError(f"{path}: {_first_difference(found)}; {REPAIR}")
+
+
+def _first_difference(found: Any) -> str:
+    try:
+        theirs, ours = found["featuresDict"]["features"], _schema()["featuresDict"]["features"]
+        name = min(each for each in theirs.keys() | ours.keys() if theirs.get(each) != ours.get(each))
+        word = "lacks" if name not in theirs else "has another type for" if name in ours else "also has"
+        return f"it {word} the feature {name!r}, and is not read as records of {DATASET_VERSION}"
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return "it does not describe the features of a record"
+
+
+def _shard_lengths(directory: Path, facts: Provenance) -> dict[str, list[int]]:
+    """Keyframes of each split's shards, in order."""
+    lengths: dict[str, list[int]] = {}
+    totals: dict[str, int] = {}
+    for name in sorted(facts.shards):
+        match = _SHARD.fullmatch(name)
+        split, total = (match[1], int(match[3])) if match else ("", 0)
+        place = len(lengths.get(split, ()))
+        if match is None or int(match[2]) != place or totals.setdefault(split, total) != total:
+            raise DataError(f"{directory / PROVENANCE}: {name!r} is not the name of shard {place}")
+        lengths.setdefault(split, []).append(facts.shards[name].keyframes)
+    short = [split for split, total in totals.items() if total != len(lengths[split])]
+    if short or not lengths:
+        missing = " and ".join(short) or "train or val"
+        raise DataError(f"{directory / PROVENANCE}: it does not name all shards of {missing}")
+    return lengths
+
+
+def _check_dataset_info(directory: Path, lengths: Mapping[str, list[int]]) -> None:
+    path = directory / DATASET_INFO
+    info = convert(read_json(path, most=MOST_JSON), _DatasetInfo, path, REPAIR)
+    found = {split.name: split.shard_lengths for split in info.splits}
+    wanted = {split: [str(length) for length in each] for split, each in lengths.items()}
+    if info.version != DATASET_VERSION or found != wanted:
+        raise DataError(f"{path} does not describe the shards that {PROVENANCE} names; {REPAIR}")

@@ -1,0 +1,109 @@
+"""The record's schema: names, shapes and types of the features of one keyframe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from spacedrive_jax.cameras import CAMERAS
+
+DATASET_NAME = "nuscenes_keyframes"
+DATASET_VERSION = "1.0.0"
+SPLITS = ("train", "val", "all")
+
+NUM_CAMERAS = len(CAMERAS)
+NUM_WAYPOINTS = 6
+"""Future ego positions and agent steps: 3 s at 2 Hz."""
+NUM_PAST = 2
+"""Past keyframes whose ego state the record carries."""
+CAN_BUS_SIZE = 13
+"""orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
+
+DRIVABLE_EXTENT = 50.0
+"""The drivable rasters span [-50, 50) m in x and y of the yaw-only ego frame."""
+DRIVABLE_CELLS = 200
+DRIVABLE_FINE_CELLS = 1000
+
+DEPTH_SCALE = 256.0
+"""`exact_depth` images are 16-bit PNGs of round(metres * 256), 0 where unknown (KITTI's convention)."""
+
+
+def record_features() -> tfds.features.FeaturesDict:
+    """The feature names, shapes and types of one record.
+
+    Returns:
+        The tfds features. N = 6 cameras in the order of `CAMERAS`; A agents in the order of the sample's
+        annotations; byte features are left exactly as written (encoded images are not decoded).
+    """
+    feature = tfds.features
+
+    def tensor(*shape: int | None, dtype: Any) -> Any:
+        # Stored as raw bytes: the default encoding rounds float64 to float32, which in global coordinates
+        # is a tenth of a millimetre, and parses large integer arrays slowly.
+        encoding = tfds.features.Encoding.NONE if dtype is np.object_ else tfds.features.Encoding.BYTES
+        return feature.Tensor(shape=shape, dtype=dtype, encoding=encoding)
+
+    def blobs(length: int | None) -> Any:
+        return feature.Sequence(feature.Tensor(shape=(), dtype=np.object_), length=length)
+
+    return feature.FeaturesDict(
+        {
+            # identity
+            "token": feature.Text(),
+            "scene_name": feature.Text(),
+            "scene_description": feature.Text(),
+            "location": feature.Text(),
+            "log": feature.Text(),
+            "frame_index": feature.Scalar(np.int32),  # position of the keyframe in its scene, from 0
+            "timestamp_us": feature.Scalar(np.int64),
+            # cameras
+            "images": blobs(NUM_CAMERAS),  # encoded JPEG, b"" where absent
+            "image_rendered": tensor(NUM_CAMERAS, dtype=np.bool_),  # drawn by the renderer, not photographed
+            "image_size": tensor(NUM_CAMERAS, 2, dtype=np.int32),  # native (height, width)
+            "exact_depth": blobs(NUM_CAMERAS),  # 16-bit PNG, see DEPTH_SCALE; b"" where unknown
+            "camera_intrinsics": tensor(NUM_CAMERAS, 3, 3, dtype=np.float64),  # pixels at image_size
+            "camera_to_ego": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # static calibration
+            "camera_timestamp_us": tensor(NUM_CAMERAS, dtype=np.int64),
+            "camera_ego_to_global": tensor(NUM_CAMERAS, 4, 4, dtype=np.float64),  # at each camera's time
+            # ego state
+            "ego_to_global": tensor(4, 4, dtype=np.float64),
+            "past_to_ego": tensor(NUM_PAST, 4, 4, dtype=np.float64),  # newest first, zeros where masked
+            "past_mask": tensor(NUM_PAST, dtype=np.bool_),
+            "past_timestamp_us": tensor(NUM_PAST, dtype=np.int64),
+            "can_bus": tensor(CAN_BUS_SIZE, dtype=np.float64),
+            "can_bus_valid": feature.Scalar(np.bool_),  # false: the scene has no CAN data, can_bus is zeros
+            "past_can_bus": tensor(NUM_PAST, CAN_BUS_SIZE, dtype=np.float64),
+            "command_released": feature.Scalar(np.int32),  # 0..7, from the ground-truth endpoint
+            "command_navigation": feature.Scalar(np.int32),  # 0..7, from the past only
+            "past_command_released": tensor(NUM_PAST, dtype=np.int32),
+            "past_command_navigation": tensor(NUM_PAST, dtype=np.int32),
+            # future of the ego vehicle
+            "waypoints": tensor(NUM_WAYPOINTS, 2, dtype=np.float64),
+            "waypoint_yaw": tensor(NUM_WAYPOINTS, dtype=np.float64),
+            "waypoint_mask": tensor(NUM_WAYPOINTS, dtype=np.bool_),
+            "waypoint_timestamp_us": tensor(NUM_WAYPOINTS, dtype=np.int64),
+            # agents
+            "agent_token": feature.Sequence(feature.Text()),  # instance token
+            "agent_category": feature.Sequence(feature.Text()),
+            "agent_boxes": tensor(None, 7, dtype=np.float64),  # x y z length width height yaw
+            "agent_velocity": tensor(None, 2, dtype=np.float64),  # nan where unknown
+            "agent_future": tensor(None, NUM_WAYPOINTS, 2, dtype=np.float64),  # displacement from now
+            "agent_future_yaw": tensor(None, NUM_WAYPOINTS, dtype=np.float64),  # heading
+            "agent_future_mask": tensor(None, NUM_WAYPOINTS, dtype=np.bool_),
+            "agent_lidar_points": tensor(None, dtype=np.int32),
+            # map
+            "drivable": tensor(DRIVABLE_CELLS, DRIVABLE_CELLS, dtype=np.uint8),  # row forward, column left
+            "drivable_fine": tensor(dtype=np.object_),  # the same at 0.1 m as a 1-bit PNG, b"" without a map
+            "drivable_polygons": blobs(None),  # WKB polygons, yaw-only ego frame; none from a mask-only map
+            "drivable_source": feature.Text(),  # "expansion", "mask" or "none"
+            # lidar
+            "lidar": tensor(dtype=np.object_),  # the sweep file (float32 x y z intensity ring), or b""
+            "lidar_to_ego": tensor(4, 4, dtype=np.float64),
+        }
+    )
+
+
+Record = dict[str, Any]
+"""One decoded record: feature name to numpy array, scalar, bytes, or list of bytes."""
