@@ -328,7 +328,7 @@ def check_equal(ways: dict[str, Callable[[], Any]], tokenizer: DrivingTokenizer)
         ours = results[name]
         assert name == "slow" or bool(ours.in_one_pass.all()), "the solved head does not keep to the frame"
         length = int(ours.lengths[0])
-        said = np.where(np.asarray(ours.is_coordinate), tokenizer.position, np.asarray(ours.token_ids))
+        said = np.where(np.asarray(ours.is_position), tokenizer.position, np.asarray(ours.token_ids))
         np.testing.assert_array_equal(said[0, :length], ids[0])
         decoded = np.asarray(ours.coordinates)[0][np.asarray(ours.is_coordinate)[0]]
         np.testing.assert_allclose(decoded, points[0], atol=1e-3)

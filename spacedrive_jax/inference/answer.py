@@ -9,7 +9,7 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.data.chat import Turn
 from spacedrive_jax.data.chat_layouts import CHAT_LAYOUTS
 from spacedrive_jax.data.prompts import context, planning_answer
-from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 
 
 def planning_frame(
@@ -45,22 +45,28 @@ def answer_text(
     token_ids: Int[np.ndarray, " G"],
     coordinates: Float[np.ndarray, "G 3"],
     is_coordinate: Bool[np.ndarray, " G"],
+    trajectory: Float[np.ndarray, "T 3"] | None = None,
 ) -> str:
     """One sample's answer as text, each coordinate printed as `(x, y)` with two decimals behind its
     indicator, special tokens spelled out, as the published code writes it.
+
+    It puts position tokens where coordinates count, and the coordinates where the text has position tokens,
+    the first at the first: one that the model said itself takes a coordinate from its place. The ids that
+    stand in discarded places which do not count are printed as they are.
 
     Args:
         tokenizer: decodes the ids.
         token_ids: the generated ids, cut to their length.
         coordinates: metres.
         is_coordinate: where they stand.
+        trajectory: where one token stands for the whole trajectory: printed at the first, an indicator before
+            every point and nothing between them; what other tokens stand for is not printed.
     """
-    pieces: list[str] = []
-    run: list[int] = []
-    for token, point, decoded in zip(token_ids.tolist(), coordinates, is_coordinate, strict=True):
-        if decoded:
-            pieces += [tokenizer.decode(run), f"({point[0]:.2f}, {point[1]:.2f})"]
-            run = []
-        else:
-            run.append(token)
-    return "".join([*pieces, tokenizer.decode(run)])
+    text = tokenizer.decode(np.where(is_coordinate, tokenizer.position, token_ids).tolist())
+    if trajectory is not None:
+        whole = "".join(f"{INDICATOR}({x:.2f}, {y:.2f})" for x, y in trajectory[:, :2].tolist())
+        return text.replace(COORDINATE, whole, 1) if is_coordinate.any() else text
+    said, *rest = text.split(POSITION)
+    points = [f"({x:.2f}, {y:.2f})" for x, y in coordinates[is_coordinate][:, :2].tolist()]
+    filled = points + [POSITION] * (len(rest) - len(points))
+    return said + "".join(value + piece for value, piece in zip(filled, rest, strict=True))

@@ -1,7 +1,8 @@
 """Greedy generation in which an indicator is answered with a coordinate.
 
 After the indicator token is fed, its hidden state is decoded to metres; the id predicted there is kept in
-the raw output but not fed: the position token takes its place (`reference_behaviour`, Generation). An answer
+the raw output but not fed: the position token takes its place. Which of the coordinates count is read from
+the finished answer (`coordinate_places`), as the published code does. An answer
 whose frame is known can be run in one pass first (`one_pass`); what the frame does not explain is generated
 token by token, here.
 """
@@ -18,7 +19,8 @@ from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.inference.progress import (
     Generation,
     Progress,
-    decode_coordinate,
+    coordinate_places,
+    decode_points,
     mark_seen,
     penalise,
     position_embedding,
@@ -71,9 +73,18 @@ def generate(
         return _step(model, batch, tokenizer, max_new_tokens, repetition_penalty, progress)
 
     end = jax.lax.while_loop(lambda progress: ~jnp.all(progress.finished), proceed, progress)
+    counts = end.is_position & coordinate_places(end.token_ids, end.count, tokenizer.indicator)
+    points = jnp.where(counts[..., None, None], end.points, 0.0)
     whole = model.config.decoder.whole_trajectory
-    trajectory = model.decode_coordinates(end.first_indicator[:, None]) if whole else None
-    return Generation(end.token_ids, end.count, end.coordinates, end.is_coordinate, in_frame, trajectory)
+    return Generation(
+        token_ids=end.token_ids,
+        lengths=end.count,
+        coordinates=points[..., 0, :],
+        is_coordinate=counts,
+        is_position=end.is_position,
+        in_one_pass=in_frame,
+        trajectory=points[jnp.arange(batch.size), jnp.argmax(counts, axis=1)] if whole else None,
+    )
 
 
 def _step(
@@ -89,11 +100,10 @@ def _step(
     active, discarded = ~progress.finished, progress.after_indicator
     scores = penalise(model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty)
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    coordinate = decode_coordinate(model, progress.hidden)
+    points = decode_points(model, progress.hidden)
     # Out of range where finished: dropped.
     place = jnp.where(active, progress.count, progress.token_ids.shape[1])
     decoded = active & discarded
-    is_first = decoded & ~progress.is_coordinate.any(axis=1)
     count = progress.count + active
     ended = (chosen == tokenizer.turn_end) | (count >= max_new_tokens)
     finished = progress.finished | (active & ~discarded & ended)
@@ -117,10 +127,9 @@ def _step(
         finished=finished,
         count=count,
         token_ids=progress.token_ids.at[rows, place].set(chosen, mode="drop"),
-        coordinates=progress.coordinates.at[rows, place].set(
-            jnp.where(decoded[:, None], coordinate, 0.0), mode="drop"
+        points=progress.points.at[rows, place].set(
+            jnp.where(decoded[:, None, None], points, 0.0), mode="drop"
         ),
-        is_coordinate=progress.is_coordinate.at[rows, place].set(decoded, mode="drop"),
-        first_indicator=jnp.where(is_first[:, None], progress.hidden, progress.first_indicator),
+        is_position=progress.is_position.at[rows, place].set(decoded, mode="drop"),
         seen=mark_seen(progress.seen, chosen[:, None], active[:, None]),
     )

@@ -27,9 +27,10 @@ from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.progress import (
     Progress,
     Seen,
-    decode_coordinate,
+    decode_points,
     mark_seen,
     penalise,
+    points_of_token,
     position_embedding,
     prefill,
     prompt_ids_seen,
@@ -70,7 +71,7 @@ def run_frame(
     length = len(frame)
     expected = jnp.asarray(frame, jnp.int32)
     discarded = np.asarray(frame) == tokenizer.position
-    coordinate_places = np.flatnonzero(discarded)
+    position_places = np.flatnonzero(discarded)
     scores = model.vlm.decoder.logits(hidden)
     seen = prompt_ids_seen(model, batch, repetition_penalty)
     chosen, margin = _choose(scores, seen, repetition_penalty)
@@ -83,11 +84,10 @@ def run_frame(
     count = jnp.where(agrees, length, jnp.where(tied, 0, place)).astype(jnp.int32)
 
     kept = jnp.arange(length) < count[:, None]
-    is_coordinate = kept & discarded
-    decoded = jnp.zeros((*hidden.shape[:2], 3), jnp.float32)
-    decoded = decoded.at[:, coordinate_places].set(decode_coordinate(model, hidden[:, coordinate_places]))
-    coordinates = jnp.where(is_coordinate[..., None], decoded, 0.0)
-    first = int(coordinate_places[0])
+    is_position = kept & discarded
+    points = jnp.zeros((*hidden.shape[:2], points_of_token(model), 3), jnp.float32)
+    points = points.at[:, position_places].set(decode_points(model, hidden[:, position_places]))
+    points = jnp.where(is_position[..., None, None], points, 0.0)
     token_ids = jnp.where(kept, chosen, tokenizer.padding)
     rest = max_new_tokens + 1 - length
     last = jnp.minimum(count, length - 1)
@@ -98,9 +98,8 @@ def run_frame(
         finished=agrees,
         count=count,
         token_ids=jnp.pad(token_ids, ((0, 0), (0, rest)), constant_values=tokenizer.padding),
-        coordinates=jnp.pad(coordinates, ((0, 0), (0, rest), (0, 0))),
-        is_coordinate=jnp.pad(is_coordinate, ((0, 0), (0, rest))),
-        first_indicator=jnp.where(is_coordinate[:, first, None], hidden[:, first], 0),
+        points=jnp.pad(points, ((0, 0), (0, rest), (0, 0), (0, 0))),
+        is_position=jnp.pad(is_position, ((0, 0), (0, rest))),
         seen=mark_seen(seen, token_ids, kept),
     )
 

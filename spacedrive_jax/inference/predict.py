@@ -142,11 +142,12 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
         np.asarray(values[row, :length])
         for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
     )
-    text = answer_text(builder.tokenizer, ids, points, decoded)
+    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
+    text = answer_text(builder.tokenizer, ids, points, decoded, trajectory)
     if not builder.model.coordinate_tokens:
         waypoints = parse_coordinates(text)
-    elif generated.trajectory is not None:
-        waypoints = np.asarray(generated.trajectory[row])[: NUM_WAYPOINTS * bool(decoded.any()), :2]
+    elif trajectory is not None:
+        waypoints = trajectory[: NUM_WAYPOINTS * bool(decoded.any()), :2]
     else:
         waypoints = points[decoded][:, :2]
     wanted = NUM_WAYPOINTS + builder.model.path_points

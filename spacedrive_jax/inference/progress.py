@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.data.records import NUM_WAYPOINTS
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.model import SpaceDrive
 from spacedrive_jax.vlm.cache import KVCache
@@ -26,13 +27,17 @@ class Generation:
     """Raw argmax ids, those discarded behind an indicator included; padding behind `lengths`."""
     lengths: Int[Array, " B"]
     coordinates: Float[Array, "B G 3"]
-    """The coordinate decoded at each discarded place, metres, ego frame; zeros elsewhere."""
+    """The coordinate decoded at each place that counts, metres, ego frame; zeros elsewhere."""
     is_coordinate: Bool[Array, "B G"]
+    """Places whose coordinate counts (`coordinate_places`)."""
+    is_position: Bool[Array, "B G"]
+    """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
+    fed in its stead. In a run of indicators not all of them count."""
     in_one_pass: Bool[Array, " B"]
     """Answered by the frame alone, without a token-by-token step."""
     trajectory: Float[Array, "B T 3"] | None = None
-    """Where one token stands for the whole trajectory: decoded at the first coordinate, if there is one;
-    metres, ego frame."""
+    """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
+    none; metres, ego frame."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,10 +54,9 @@ class Progress:
     finished: Bool[Array, " B"]
     count: Int[Array, " B"]
     token_ids: Int[Array, "B G"]
-    coordinates: Float[Array, "B G 3"]
-    is_coordinate: Bool[Array, "B G"]
-    first_indicator: Float[Array, "B D"]
-    """The hidden state that the first coordinate was decoded from; zeros before."""
+    points: Float[Array, "B G T 3"]
+    """What was decoded at each position token (`decode_points`), zeros elsewhere."""
+    is_position: Bool[Array, "B G"]
     seen: Seen
 
 
@@ -73,9 +77,8 @@ def start(
         finished=jnp.zeros(size, bool),
         count=jnp.zeros(size, jnp.int32),
         token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
-        coordinates=jnp.zeros((size, total, 3), jnp.float32),
-        is_coordinate=jnp.zeros((size, total), bool),
-        first_indicator=jnp.zeros((size, hidden.shape[-1]), hidden.dtype),
+        points=jnp.zeros((size, total, points_of_token(model), 3), jnp.float32),
+        is_position=jnp.zeros((size, total), bool),
         seen=prompt_ids_seen(model, batch, repetition_penalty),
     )
 
@@ -88,13 +91,44 @@ def prefill(
     return model.vlm.prefill(embeddings, positions, lengths=batch.lengths, room=room)
 
 
-def decode_coordinate(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"]:
-    """The coordinate that an indicator's hidden state stands for, metres, ego frame; the first waypoint
-    where it stands for the whole trajectory.
+def points_of_token(model: SpaceDrive) -> int:
+    """T: points that one position token stands for."""
+    return NUM_WAYPOINTS if model.config.decoder.whole_trajectory else 1
+
+
+def decode_points(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... T 3"]:
+    """What an indicator's hidden state stands for, metres, ego frame: one point, or all waypoints where one
+    token stands for the whole trajectory.
     """
     if model.config.decoder.whole_trajectory:
-        return model.decode_coordinates(hidden[..., None, :])[..., 0, :]
-    return model.decode_coordinates(hidden)
+        return model.decode_coordinates(hidden[..., None, :])
+    return model.decode_coordinates(hidden)[..., None, :]
+
+
+def coordinate_places(
+    token_ids: Int[Array, "B G"], lengths: Int[Array, " B"], indicator: int
+) -> Bool[Array, "B G"]:
+    """Where a finished answer has its coordinates: behind the first indicator of every run.
+
+    As published, by the raw ids, discarded ones included: an indicator in a discarded place starts no run of
+    its own, and what was decoded further down a run does not count. One that ends the answer has no place
+    for a coordinate. The published code finds a run's first indicator by rolling the answer round by one
+    place, so an answer that begins and ends with an indicator loses its first coordinate (`docs/fidelity.md`,
+    kept though odd); with one indicator alone nothing is rolled.
+
+    Args:
+        token_ids: raw ids, as `Generation` has them.
+        lengths: of the answers.
+        indicator: the indicator's id.
+    """
+    places = jnp.arange(token_ids.shape[1])
+    is_indicator = (token_ids == indicator) & (places < lengths[:, None])
+    ends_with_one = jnp.take_along_axis(is_indicator, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    before = jnp.concatenate([ends_with_one, is_indicator[:, :-1]], axis=1)
+    several = is_indicator.sum(axis=1, keepdims=True) > 1
+    first_of_run = is_indicator & ~(before & several)
+    behind = jnp.pad(first_of_run[:, :-1], ((0, 0), (1, 0)))
+    return behind & (places < lengths[:, None])
 
 
 def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -106,8 +140,8 @@ def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -
     """
     if model.config.decoder.is_grid:
         return at_indicator
-    point = decode_coordinate(model, model.without_semantics(at_indicator))
-    return model.embed_coordinates(point * jnp.array([1.0, 1.0, 0.0]))
+    first = decode_points(model, model.without_semantics(at_indicator))[..., 0, :]
+    return model.embed_coordinates(first * jnp.array([1.0, 1.0, 0.0]))
 
 
 def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: float) -> Seen:

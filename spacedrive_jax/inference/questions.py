@@ -186,6 +186,7 @@ def _answer(builder: SampleBuilder, generated: Generation, row: int) -> str:
         np.asarray(values[row, :length])
         for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
     )
-    ended = length and ids[-1] == builder.tokenizer.turn_end and not decoded[-1]
+    ended = length and ids[-1] == builder.tokenizer.turn_end and not generated.is_position[row, length - 1]
     said = slice(length - 1 if ended else length)
-    return answer_text(builder.tokenizer, ids[said], points[said], decoded[said])
+    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
+    return answer_text(builder.tokenizer, ids[said], points[said], decoded[said], trajectory)

@@ -119,7 +119,7 @@ def replay(
     Returns:
         Prompt embeddings, embeddings fed, the hidden state that each id was read from, and its scores.
     """
-    fed_ids = jnp.where(answer.is_coordinate, tokenizer.position, answer.token_ids)
+    fed_ids = jnp.where(answer.is_position, tokenizer.position, answer.token_ids)
     fed = model.vlm.embed(fed_ids)
     prompt = model.embeddings(batch)
     length = prompt.shape[1]
@@ -135,7 +135,7 @@ def replay(
         # What is fed at a coordinate follows from the hidden state before it, and so on down the answer.
         def feed(index: Int[Array, ""], fed: Float[Array, "1 G D"]) -> Float[Array, "1 G D"]:
             encoded = position_embedding(model, run(fed)[:, length - 1 + index])
-            at = answer.is_coordinate[:, index, None]
+            at = answer.is_position[:, index, None]
             return fed.at[:, index].set(jnp.where(at, encoded.astype(fed.dtype), fed[:, index]))
 
         fed = jax.lax.fori_loop(0, fed.shape[1], feed, fed)
@@ -214,6 +214,9 @@ def _answer_checks(
     results: dict[str, tuple[np.ndarray, dict[str, float], np.ndarray]] = {
         "generated_ids": (ids[:sure], EQUAL, expected["generated_ids"][:sure])
     }
+    if whole and "pos_embedding_index" in expected:
+        places = expected["pos_embedding_index"].astype(np.int64)
+        results["pos_embedding_index"] = (np.flatnonzero(decoded), EQUAL, places)
     for name, ours in (("hidden_for_output", hidden), ("step_logits", facts["logits"][0, :count])):
         if name in expected:
             results[name] = (ours[:sure], LOGITS, expected[name][:sure])

@@ -40,7 +40,7 @@ def one_pass_checks(
         frame = planning_frame(dataclasses.replace(tokenizer, layout=chat_layout(model.config)))
     else:
         count = int(answer.lengths[0])
-        fed = np.where(answer.is_coordinate, tokenizer.position, answer.token_ids)[0, :count]
+        fed = np.where(answer.is_position, tokenizer.position, answer.token_ids)[0, :count]
         frame = tuple(fed.tolist())
         if frame[-1] != tokenizer.turn_end:
             return []

@@ -220,6 +220,7 @@ def test_digits_are_read_from_the_text(case):
         lengths=np.array([len(ids)]),
         coordinates=np.zeros((1, len(ids), 3)),
         is_coordinate=nothing.astype(bool),
+        is_position=nothing.astype(bool),
         in_one_pass=np.array([False]),
     )
     digits = dataclasses.replace(case.model.config, coordinate_tokens=False)

@@ -91,6 +91,31 @@ ANSWERS = {
 }
 
 
+RUNS = {  # family, position input, seed, how much the head leans to indicators, ids asked for
+    "long_runs": ("qwen", False, 7, 5, 24),
+    "runs_of_one_two_and_three": ("qwen", False, 7, 4, 24),
+    "runs_with_position_input": ("qwen", True, 7, 5, 24),
+    "over_the_limit": ("qwen", True, 6, 6, 24),
+    "nothing_else": ("qwen", False, 5, 40, 20),
+    "nothing_else_and_one_id_more": ("qwen", True, 5, 40, 21),
+    "one_id": ("qwen", False, 5, 40, 1),
+    "llava": ("llava", False, 6, 4, 24),
+    "llava_with_position_input": ("llava", True, 6, 4, 24),
+    "llava_nothing_else": ("llava", False, 5, 40, 20),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_indicators_equal_torch(name, tmp_path):
+    family, position_input, seed, insistence, limit = RUNS[name]
+    shape = {"kv_heads": 2, "grid": (4, 6)} if family == "qwen" else {"kv_heads": 4, "grid": (3, 3)}
+    setting = Setting(family, arguments={"enable_pe_input": position_input}, **shape)
+    case = write_answer(setting, seed, tmp_path / name, max_new_tokens=limit, insistence=insistence)
+    checks = verify_case(case)
+    assert {"default/pos_embedding_index", "default/coords"} <= {check.name for check in checks}
+    assert [check for check in checks if not check.passed] == []
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answer_equals_torch(name, tmp_path):
     setting, penalty = ANSWERS[name]

@@ -14,9 +14,15 @@ from tests.parity.spacedrive.torch_spacedrive import TorchSpaceDrive
 
 
 def write_answer(
-    setting: Setting, seed: int, folder: Path, *, max_new_tokens: int, repetition_penalty: float = 1.0
+    setting: Setting,
+    seed: int,
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    repetition_penalty: float = 1.0,
+    insistence: float = 8.0,
 ) -> Path:
-    """Answers one prompt and writes the case."""
+    """Answers one prompt and writes the case; the larger `insistence`, the longer runs of indicators are."""
     model = TorchSpaceDrive(setting, seed)
     inputs = draw_inputs(setting, model.random)
     # The question alone: everything before the first supervised token.
@@ -24,7 +30,7 @@ def write_answer(
     for key in ("input_ids", "labels"):
         inputs[key] = [inputs[key][0][:count]]
     with torch.no_grad():
-        incline_to_indicators(model, inputs)
+        incline_to_indicators(model, inputs, insistence)
         outputs = answer(model, inputs, max_new_tokens, repetition_penalty)
     overrides = {} if repetition_penalty == 1.0 else {"rp": repetition_penalty}
     facts = {
@@ -35,11 +41,11 @@ def write_answer(
     return write_case(folder, model, inputs, outputs, facts)
 
 
-def incline_to_indicators(model: TorchSpaceDrive, inputs: dict[str, Any]) -> None:
+def incline_to_indicators(model: TorchSpaceDrive, inputs: dict[str, Any], insistence: float) -> None:
     """Turns the indicator's row of the head to the prompt's last state: random rows hardly ever win."""
     frame = model.prepare(inputs)
     state = model.language_model(frame.sequence, frame.positions, frame.mask).last_hidden_state[0, -1]
-    row = 8 * state / state.square().sum()
+    row = insistence * state / state.square().sum()
     indicator = model.setting.ids["pos_indicator"]
     if model.setting.family == "qwen":
         model.heads["new_lm_head.weight"][0] = row
@@ -53,7 +59,7 @@ def answer(
     """The published rule: after an indicator is fed, the next id is kept in the output and not fed.
 
     The position token is fed in its place, or the encoding of the coordinate decoded at the indicator.
-    Neither limit nor end is tested on a discarded id.
+    Neither limit nor end is tested on a discarded id. Which coordinates count is read from the ids.
     """
     ids = model.setting.ids
     frame = model.prepare(inputs)
@@ -61,6 +67,7 @@ def answer(
     seen = set(frame.token_ids[0].tolist())
     generated: list[int] = []
     states, scores, margins, fed, at, points = [], [], [], [], [], []
+    fed_places: list[int] = []
     after_indicator = False
     while True:
         mask = torch.ones(sequence.shape[:2], dtype=torch.long)
@@ -79,6 +86,7 @@ def answer(
         seen.add(chosen)
         if after_indicator:
             point = model.decode(hidden)
+            fed_places.append(len(generated) - 1)
             at.append(hidden)
             points.append(point)
             embedded = model.embed(torch.tensor(ids["pos_embedding"]))
@@ -95,6 +103,10 @@ def answer(
         following = positions.amax(dim=(0, 2))[None, :, None].expand(3, 1, 1) + 1
         positions = torch.cat([positions, following], dim=2)
     steps = positions[..., frame.positions.shape[2] :]
+    places = coordinate_places(torch.tensor(generated), ids["pos_indicator"])
+    by_place = dict(zip(fed_places, zip(at, points, strict=True), strict=True))
+    at = [by_place[place][0] for place in places]
+    points = [by_place[place][1] for place in places]
     return {
         "prompt_ids_after_ego": frame.token_ids,
         "position_ids_prefill": frame.positions if model.setting.family == "qwen" else torch.zeros(0),
@@ -103,8 +115,19 @@ def answer(
         "hidden_for_output": torch.stack(states),
         "step_logits": torch.stack(scores),
         "top1_top2_margin": torch.tensor(margins),
-        "inputs_embeds_steps": torch.stack(fed)[None],
+        "inputs_embeds_steps": torch.stack(fed)[None] if fed else torch.zeros(0),
         "position_ids_steps": steps if model.setting.family == "qwen" else torch.zeros(0),
-        "hidden_at_pos": torch.stack(at),
-        "coords": torch.stack(points),
+        "pos_embedding_index": torch.tensor(places),
+        "hidden_at_pos": torch.stack(at) if at else torch.zeros(0, len(states[0])),
+        "coords": torch.stack(points) if at else torch.zeros(0, 3),
     }
+
+
+def coordinate_places(generated: torch.Tensor, indicator: int) -> list[int]:
+    """Behind the first indicator of every run, found by rolling the answer round."""
+    is_indicator = generated == indicator
+    if is_indicator.sum() > 1:
+        is_indicator = is_indicator & ~torch.roll(is_indicator, 1)
+    behind = torch.roll(is_indicator, 1)
+    behind[0] = False
+    return behind.nonzero()[:, 0].tolist()
