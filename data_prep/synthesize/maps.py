@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row
 from data_prep.synthesize.tokens import make_token
+from spacedrive_jax import exact
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
 from spacedrive_jax.world.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
@@ -215,11 +216,11 @@ def arcline_path(centre: Float[np.ndarray, "K 2"], piece: float = 4.0) -> list[d
     result = []
     for start, end, heading in zip(line[:-1], line[1:], _tangents(line), strict=True):
         chord = end - start
-        length = float(np.hypot(*chord))
+        length = float(exact.norm(chord))
         # The tangent-chord angle of a circular arc is half of what the arc turns.
-        half_turn = float((np.arctan2(chord[1], chord[0]) - heading + np.pi) % (2 * np.pi) - np.pi)
+        half_turn = float((exact.arctan2(chord[1], chord[0]) - heading + np.pi) % (2 * np.pi) - np.pi)
         straight = abs(half_turn) < 1e-4
-        radius = 999.0 if straight else length / (2 * abs(np.sin(half_turn)))
+        radius = 999.0 if straight else length / (2 * abs(exact.cos_sin(half_turn)[1]))
         arc = length if straight else 2 * abs(half_turn) * radius
         end_heading = heading + 2 * half_turn
         result.append(
@@ -236,7 +237,8 @@ def arcline_path(centre: Float[np.ndarray, "K 2"], piece: float = 4.0) -> list[d
 
 def _tangents(line: Float[np.ndarray, "K 2"]) -> Float[np.ndarray, "K-1"]:
     """Start heading of every piece, chained so that consecutive arcs join smoothly."""
-    chords = np.unwrap(np.arctan2(*np.diff(line, axis=0).T[::-1]))
+    steps = np.diff(line, axis=0)
+    chords = np.unwrap(exact.arctan2(steps[:, 1], steps[:, 0]))
     tangents = np.empty(len(chords))
     for i, chord in enumerate(chords):
         before = chords[max(i - 1, 0)]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row, link, visibility_token
 from data_prep.synthesize.tokens import make_token
+from spacedrive_jax import exact
 from spacedrive_jax.world import can_bus, ground, lidar, rig, scenery, stage
 from spacedrive_jax.world.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
 from spacedrive_jax.world.shapes import Quads
@@ -238,7 +239,9 @@ class _Recorder:
         moving = stage.moving_participants(self.scenario, time)
         quads = self._quads(time, [*moving, *self.standing])
         camera = stage.camera_of(
-            mount.intrinsics(job.image_size), self._ego_pose(time) @ mount.to_ego(), job.image_size
+            mount.intrinsics(job.image_size),
+            exact.matmul(self._ego_pose(time), mount.to_ego()),
+            job.image_size,
         )
         picture = stage.take_picture(
             self.backdrop,
@@ -269,7 +272,7 @@ class _Recorder:
         people = [*stage.moving_participants(self.scenario, time), *self.standing]
         quads = self._quads(time, people)
         ego = self._ego_pose(time)
-        sensor = ego @ rig.lidar_to_ego()
+        sensor = exact.matmul(ego, rig.lidar_to_ego())
         cloud = lidar.sweep(quads, sensor, self.lidar_rng)
         row, pose = self._data_row(keyframe, "LIDAR_TOP", sample, time, "pcd.bin")
         _write(self.job.root / row["filename"], cloud.tobytes())
@@ -279,7 +282,7 @@ class _Recorder:
         sizes = np.array([item.size for item in people])
         yaws = np.array([item.pose[2] for item in people])
         counts = lidar.count_inside(cloud, sensor, centres, sizes, yaws)
-        near = np.hypot(*(centres[:, :2] - ego[:2, 3]).T) < ANNOTATION_RANGE
+        near = exact.norm(centres[:, :2] - ego[:2, 3]) < ANNOTATION_RANGE
         seen = {
             group: _Sighting(keyframe, item, counts[group], visible.get(group, 0), covered.get(group, 0))
             for group, item in enumerate(people)

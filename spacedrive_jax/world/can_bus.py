@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from spacedrive_jax import exact
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import WHEEL_BASE, moved
@@ -117,8 +118,9 @@ def _rates(state: dict[str, float], rng: np.random.Generator) -> list[float]:
 
 
 def _orientation(state: dict[str, float]) -> list[float]:
-    sign = 1.0 if np.cos(state["yaw"] / 2) >= 0 else -1.0
-    return [float(sign * np.cos(state["yaw"] / 2)), 0.0, 0.0, float(sign * np.sin(state["yaw"] / 2))]
+    cos, sin = exact.cos_sin(state["yaw"] / 2)
+    sign = 1.0 if cos >= 0 else -1.0
+    return [sign * cos, 0.0, 0.0, sign * sin]
 
 
 def _pose(state: dict[str, float], utime: int, rng: np.random.Generator) -> Message:
@@ -143,7 +145,7 @@ def _imu(state: dict[str, float], utime: int, rng: np.random.Generator) -> Messa
 
 def _wheel_angle(state: dict[str, float]) -> float:
     """Steering wheel angle in radians, positive to the left."""
-    return float(np.arctan(WHEEL_BASE * state["curvature"]) * STEERING_RATIO)
+    return exact.arctan(WHEEL_BASE * state["curvature"]) * STEERING_RATIO
 
 
 def _rpm(speed: float) -> float:

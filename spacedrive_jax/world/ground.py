@@ -13,8 +13,9 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 import shapely
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import paths
 from spacedrive_jax.world.town import LANE_WIDTH, SIDEWALK_WIDTH, STOP_SETBACK, Town
 
@@ -62,10 +63,20 @@ class SurfaceMap:
     def drivable_distance(self) -> Float[np.ndarray, "R C"]:
         """Metres from each cell to the nearest drivable cell, 0 on the road."""
         drivable = np.isin(self.classes, (Surface.ASPHALT, Surface.WHITE, Surface.YELLOW))
-        return (
-            cv2.distanceTransform((~drivable).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-            * self.resolution
-        )
+        return _cells_to(drivable) * self.resolution
+
+
+_FARTHEST_CELLS = 1000.0
+
+
+def _cells_to(mask: Bool[np.ndarray, "R C"]) -> Float[np.ndarray, "R C"]:
+    """Distance from each cell to the nearest true one, in cells, at most `_FARTHEST_CELLS`.
+
+    OpenCV rounds its last bits as the processor's kernels do, but the square of a distance between cells is
+    a whole number: up to a thousand cells, rounding it removes the difference.
+    """
+    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.sqrt(np.rint(np.square(np.minimum(away, _FARTHEST_CELLS, dtype=np.float64))))
 
 
 _SHIFT = 4
@@ -172,7 +183,7 @@ def _draw_markings(town: Town, surface_map: SurfaceMap, near: shapely.Geometry) 
 def _zebra_stripes(polygon: Float[np.ndarray, "4 2"]) -> Iterable[Float[np.ndarray, "4 2"]]:
     """Stripes 0.5 m wide, 0.5 m apart, parallel to the driving direction."""
     left, right = polygon[[0, 1]], polygon[[3, 2]]
-    width = float(np.hypot(*(right[0] - left[0])))
+    width = float(exact.norm(right[0] - left[0]))
     for start in np.arange(0.5, width - 0.8, 1.0):
         a, b = start / width, (start + 0.5) / width
         yield np.stack(
@@ -189,8 +200,7 @@ def surface_map_of_mask(
     drivable: UInt8[np.ndarray, "R C"], origin: tuple[float, float], resolution: float
 ) -> SurfaceMap:
     """Classes from a bare drivable mask: kerb and sidewalk are laid around it, markings are unknown."""
-    away = cv2.distanceTransform((drivable == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    away = away * resolution
+    away = _cells_to(drivable > 0) * resolution
     classes = np.full(drivable.shape, int(Surface.GRASS), dtype=np.uint8)
     classes[away < SIDEWALK_WIDTH + 0.9] = Surface.PAVING
     classes[away < SIDEWALK_WIDTH] = Surface.SIDEWALK

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import rig, spans
 from spacedrive_jax.world.shapes import Quads
 
@@ -35,15 +36,10 @@ def sweep(
         float32 rows x, y, z (sensor frame, metres), intensity (0 to 255), ring (0 is the lowest beam), in
         firing order (clockwise columns, rings upwards), beams without an echo left out.
     """
-    azimuth, elevation = _azimuths(), np.radians(rig.LIDAR_ELEVATIONS)
-    rays = np.stack(
-        [
-            np.cos(elevation)[None] * np.cos(azimuth)[:, None],
-            np.cos(elevation)[None] * np.sin(azimuth)[:, None],
-            np.tile(np.sin(elevation), (len(azimuth), 1)),
-        ],
-        axis=-1,
-    )  # (columns, rings, 3), sensor frame
+    east, north = exact.cos_sin(_azimuths()[:, None])
+    flat, up = exact.cos_sin(np.radians(rig.LIDAR_ELEVATIONS))
+    # (columns, rings, 3), sensor frame
+    rays = np.stack([flat * east, flat * north, np.broadcast_to(up, (len(east), len(up)))], axis=-1)
     ground = -rays[..., 2] / lidar_to_global[2, 3]
     nearness = np.maximum(ground, 1.0 / rig.LIDAR_RANGE)  # 1 / range
     reflectivity = np.where(ground > 1.0 / rig.LIDAR_RANGE, _GROUND_REFLECTIVITY, 0.0)
@@ -75,13 +71,13 @@ def _hits(
     a column the edges of a quad are affine in t (see `spans`).
     """
     points = quads.vertices - lidar_to_global[:3, 3]
-    near = (np.hypot(points[..., 0], points[..., 1]).min(axis=1) < rig.LIDAR_RANGE) & (
+    near = (exact.norm(points[..., :2]).min(axis=1) < rig.LIDAR_RANGE) & (
         points[..., 2].min(axis=1) < _HIGHEST_OBJECT
     )
     chosen = np.flatnonzero(near)
-    points = points[chosen] @ lidar_to_global[:3, :3]
+    points = exact.rotate(points[chosen], lidar_to_global[:3, :3].T)
     normals = np.cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
-    distance = np.einsum("qc,qc->q", normals, points[:, 0])
+    distance = exact.dot(normals, points[:, 0])
     facing = np.flatnonzero(distance < -1e-9)
     chosen, points = chosen[facing], points[facing]
     planes = (normals[facing] / distance[facing, None]).T
@@ -90,19 +86,18 @@ def _hits(
     chosen, points, planes = chosen[seen], points[seen], planes[:, seen]
 
     edges = np.cross(points, np.roll(points, -1, axis=1))
-    edges *= np.sign(np.einsum("qkc,qc->qk", edges, points.mean(axis=1)))[..., None]
+    edges *= np.sign(exact.dot(edges, points.mean(axis=1)[:, None]))[..., None]
     facet, turned = spans.expand(first[seen], last[seen])
     column = turned % rig.LIDAR_COLUMNS
-    azimuth = _azimuths()
-    cos, sin = np.cos(azimuth)[column], np.sin(azimuth)[column]
+    cos, sin = (part[column] for part in exact.cos_sin(_azimuths()))
     along = np.ascontiguousarray(edges.T)[..., facet]
     low, high = spans.intervals(along[0] * cos + along[1] * sin, along[2])
-    tangents = np.tan(np.radians(rig.LIDAR_ELEVATIONS))
+    elevations = np.radians(rig.LIDAR_ELEVATIONS)
+    (cosines, _), tangents = exact.cos_sin(elevations), exact.tan(elevations)
     lowest = np.searchsorted(tangents, low - _TOLERANCE)
     line, ring = spans.expand(lowest, np.searchsorted(tangents, high + _TOLERANCE, side="right"))
     plane = planes[:, facet]
     level = plane[0] * cos + plane[1] * sin
-    cosines = np.cos(np.radians(rig.LIDAR_ELEVATIONS))
     inverse = (level[line] + plane[2, line] * tangents[ring]) * cosines[ring]
     valid = inverse < 1.0 / MIN_RANGE
     line, ring = line[valid], ring[valid]
@@ -112,12 +107,12 @@ def _hits(
 def _columns(points: Float[np.ndarray, "Q 4 3"]) -> tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:
     """First column that may see each quad and one past the last; they may run over the seam at the back."""
     x, y = points[..., 0], points[..., 1]
-    middle = np.arctan2(y.mean(axis=1), x.mean(axis=1))
-    spread = (np.arctan2(y, x) - middle[:, None] + np.pi) % (2 * np.pi) - np.pi
+    middle = exact.arctan2(y.mean(axis=1), x.mean(axis=1))
+    spread = (exact.arctan2(y, x) - middle[:, None] + np.pi) % (2 * np.pi) - np.pi
     step = 2 * np.pi / rig.LIDAR_COLUMNS
     first = np.ceil((np.pi - (middle + spread.max(axis=1))) / step - 0.5 - _TOLERANCE).astype(int)
     last = np.floor((np.pi - (middle + spread.min(axis=1))) / step - 0.5 + _TOLERANCE).astype(int) + 1
-    overhead = np.hypot(x, y).min(axis=1) < 1.0  # may surround the axis: look everywhere
+    overhead = exact.hypot(x, y).min(axis=1) < 1.0  # may surround the axis: look everywhere
     return np.where(overhead, 0, first), np.where(overhead, rig.LIDAR_COLUMNS, last)
 
 
@@ -129,13 +124,13 @@ def count_inside(
     yaws: Float[np.ndarray, "A"],
 ) -> list[int]:
     """Points of a sweep inside each box (length, width, height; global frame), as nuScenes counts them."""
-    points = cloud[:, :3].astype(np.float64) @ lidar_to_global[:3, :3].T + lidar_to_global[:3, 3]
-    reach = np.hypot(sizes[:, 0], sizes[:, 1]) / 2
+    points = exact.transform(cloud[:, :3].astype(np.float64), lidar_to_global)
+    reach = exact.norm(sizes[:, :2]) / 2
     candidates = cKDTree(points[:, :2]).query_ball_point(centres[:, :2], reach)
     counts = []
     for centre, size, yaw, nearby in zip(centres, sizes, yaws, candidates, strict=True):
         near = points[nearby] - centre
-        cos, sin = np.cos(yaw), np.sin(yaw)
+        cos, sin = exact.cos_sin(yaw)
         local = np.stack([cos * near[:, 0] + sin * near[:, 1], cos * near[:, 1] - sin * near[:, 0]], axis=1)
         inside = (np.abs(local) <= size[:2] / 2).all(axis=1) & (np.abs(near[:, 2]) <= size[2] / 2)
         counts.append(int(inside.sum()))

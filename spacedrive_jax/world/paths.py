@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.ndimage import gaussian_filter1d
+
+from spacedrive_jax import exact
 
 Points = Float[np.ndarray, "K 2"]
 
 
 def arc_lengths(points: Points) -> Float[np.ndarray, "K"]:
     """Distance travelled along a polyline at each of its points, metres, starting at 0."""
-    steps = np.hypot(*np.diff(points, axis=0).T)
+    steps = exact.norm(np.diff(points, axis=0))
     return np.concatenate([[0.0], np.cumsum(steps)])
 
 
@@ -31,7 +32,7 @@ def resample(points: Points, spacing: float) -> Points:
 def left_normals(points: Points) -> Float[np.ndarray, "K 2"]:
     """Unit normals pointing to the left of the direction of travel."""
     tangent = np.gradient(points, axis=0)
-    tangent /= np.hypot(tangent[:, 0], tangent[:, 1])[:, None]
+    tangent /= exact.norm(tangent)[:, None]
     return np.stack([-tangent[:, 1], tangent[:, 0]], axis=1)
 
 
@@ -53,27 +54,35 @@ def bezier(start: Points, start_heading: float, end: Points, end_heading: float,
     Returns:
         Points about 0.5 m apart.
     """
-    chord = float(np.hypot(*(end - start)))
-    first = start + handle * chord * np.array([np.cos(start_heading), np.sin(start_heading)])
-    last = end - handle * chord * np.array([np.cos(end_heading), np.sin(end_heading)])
+    chord = float(exact.norm(end - start))
+    first = start + handle * chord * np.array(exact.cos_sin(start_heading))
+    last = end - handle * chord * np.array(exact.cos_sin(end_heading))
     t = np.linspace(0.0, 1.0, max(8, int(chord * 2)))[:, None]
-    curve = (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * first + 3 * (1 - t) * t**2 * last + t**3 * end
+    rest = 1 - t
+    curve = rest * rest * (rest * start + 3 * t * first) + t * t * (3 * rest * last + t * end)
     return resample(curve, 0.5)
 
 
 def smooth(points: Points, sigma: float) -> Points:
     """Gaussian smoothing of an evenly spaced polyline; `sigma` in samples, ends stay where they are."""
+    reach = int(4 * sigma + 0.5)
     padding = int(4 * sigma) + 1
     head = points[0] - (points[1] - points[0]) * np.arange(padding, 0, -1)[:, None]
     tail = points[-1] + (points[-1] - points[-2]) * np.arange(1, padding + 1)[:, None]
     padded = np.concatenate([head, points, tail])
-    return gaussian_filter1d(padded, sigma, axis=0)[padding:-padding]
+    offsets = np.arange(-reach, reach + 1)
+    weights = exact.exp(-0.5 / (sigma * sigma) * (offsets * offsets))
+    weights /= weights.sum()
+    total = np.zeros_like(points)
+    for offset_, weight in zip(offsets.tolist(), weights.tolist(), strict=True):
+        total += weight * padded[padding + offset_ : padding + offset_ + len(points)]
+    return total
 
 
 def headings(points: Points) -> Float[np.ndarray, "K"]:
     """Continuous (unwrapped) direction of travel at each point, radians."""
     tangent = np.gradient(points, axis=0)
-    return np.unwrap(np.arctan2(tangent[:, 1], tangent[:, 0]))
+    return np.unwrap(exact.arctan2(tangent[:, 1], tangent[:, 0]))
 
 
 def curvatures(points: Points) -> Float[np.ndarray, "K"]:

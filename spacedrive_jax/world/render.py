@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import spans
 from spacedrive_jax.world.shapes import Quads
 
@@ -47,7 +48,7 @@ class Camera:
 
     def rays(self) -> Float[np.ndarray, "3 H W"]:
         """Global-frame ray of every pixel, scaled so that its camera-frame z is 1."""
-        to_global = self.camera_to_global[:3, :3] @ np.linalg.inv(self.intrinsics)
+        to_global = exact.matmul(self.camera_to_global[:3, :3], exact.inverse_3x3(self.intrinsics))
         per_column, per_row, start = to_global.astype(np.float32).T[..., None, None]
         u = np.arange(self.width, dtype=np.float32)
         v = np.arange(self.height, dtype=np.float32)[:, None]
@@ -93,7 +94,7 @@ def cast(quads: Quads, camera: Camera) -> FrameBuffer:
 
 def _ground(camera: Camera) -> Float[np.ndarray, "P"]:
     """Inverse depth of the plane z = 0 at every pixel, 0 above the horizon."""
-    down = camera.camera_to_global[2, :3] @ np.linalg.inv(camera.intrinsics)
+    down = exact.rotate(camera.camera_to_global[2, :3], exact.inverse_3x3(camera.intrinsics).T)
     u, v = np.arange(camera.width), np.arange(camera.height)
     ground = -(down[0] * u + (down[1] * v + down[2])[:, None]) / camera.camera_to_global[2, 3]
     return np.where(ground > 1e-4, ground, 0.0).astype(np.float32).ravel()
@@ -128,23 +129,23 @@ def _prepare(quads: Quads, camera: Camera) -> _Prepared:
     rotation, position = camera.camera_to_global[:3, :3], camera.camera_to_global[:3, 3]
     points = quads.vertices[chosen] - position
     normals = np.cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
-    distance = np.einsum("qc,qc->q", normals, points[:, 0])
+    distance = exact.dot(normals, points[:, 0])
     facing = np.flatnonzero(distance < -1e-9)
     chosen, normals, distance = chosen[facing], normals[facing], distance[facing]
-    points = points[facing] @ rotation  # (Q, 4, 3), camera frame
+    points = exact.rotate(points[facing], rotation.T)  # (Q, 4, 3), camera frame
 
-    low, high = _projected_bounds(points @ camera.intrinsics.T)
+    low, high = _projected_bounds(exact.rotate(points, camera.intrinsics))
     last_pixel = np.array([camera.width, camera.height]) - 1.0
     begin = np.ceil(np.maximum(low, 0.0) - _TOLERANCE).astype(np.int64)
     end = np.floor(np.minimum(high, last_pixel) + _TOLERANCE).astype(np.int64) + 1
     filled = np.flatnonzero((end > begin).all(axis=1))
     chosen, points = chosen[filled], points[filled]
 
-    inverse = np.linalg.inv(camera.intrinsics)
-    planes = (normals[filled] @ (rotation @ inverse)) / distance[filled, None]
+    inverse = exact.inverse_3x3(camera.intrinsics)
+    planes = exact.rotate(normals[filled], exact.matmul(rotation, inverse).T) / distance[filled, None]
     edges = np.cross(points, np.roll(points, -1, axis=1))
-    sign = np.sign(np.einsum("qkc,qc->qk", edges, points.mean(axis=1)))
-    edges = (edges * sign[..., None]) @ inverse
+    sign = np.sign(exact.dot(edges, points.mean(axis=1)[:, None]))
+    edges = exact.rotate(edges * sign[..., None], inverse.T)
     near = np.array([0.0, 0.0, 1.0 / NEAR]) - planes
     halves = np.concatenate([edges, near[:, None]], axis=1)
     coefficients = np.ascontiguousarray(halves.T), np.ascontiguousarray(planes.T)
@@ -155,11 +156,10 @@ def _in_frustum(vertices: Float[np.ndarray, "Q 4 3"], camera: Camera) -> Bool[np
     """False where all four corners lie outside the same side of the view or nearer than `NEAR`."""
     right, bottom = camera.width - 0.5, camera.height - 0.5
     sides = np.array([[1, 0, 0.5], [-1, 0, right], [0, 1, 0.5], [0, -1, bottom], [0, 0, 1]])
-    normals = sides @ camera.intrinsics @ camera.camera_to_global[:3, :3].T
-    limits = normals @ camera.camera_to_global[:3, 3] + [0, 0, 0, 0, NEAR]
+    normals = exact.rotate(exact.matmul(sides, camera.intrinsics), camera.camera_to_global[:3, :3])
+    limits = exact.dot(normals, camera.camera_to_global[:3, 3]) + np.array([0, 0, 0, 0, NEAR])
     inside = np.ones(len(vertices), dtype=bool)
     x, y, z = np.moveaxis(vertices, -1, 0)
-    # Written out, since BLAS threads would fight with the other workers over a product of this shape.
     for (a, b, c), limit in zip(normals, limits, strict=True):
         first, second, third, fourth = (a * x + b * y + c * z > limit).T
         inside &= first | second | third | fourth

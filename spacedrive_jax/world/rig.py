@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.transform import Rotation
+
+from spacedrive_jax import exact
 
 NATIVE_SIZE = (900, 1600)
 """Height and width in pixels the nominal intrinsics refer to."""
@@ -27,10 +28,10 @@ class CameraMount:
 
     def to_ego(self) -> Float[np.ndarray, "4 4"]:
         """camera_to_ego; camera x right, y down, z forward, pitched down by half a degree."""
-        yaw = np.radians(self.yaw)
-        pitch = np.radians(0.5)
-        forward = np.array([np.cos(yaw) * np.cos(pitch), np.sin(yaw) * np.cos(pitch), -np.sin(pitch)])
-        right = np.array([np.sin(yaw), -np.cos(yaw), 0.0])
+        cos, sin = exact.cos_sin(np.radians(self.yaw))
+        flat, dip = exact.cos_sin(np.radians(0.5))
+        forward = np.array([cos * flat, sin * flat, -dip])
+        right = np.array([sin, -cos, 0.0])
         down = np.cross(forward, right)
         matrix = np.eye(4)
         matrix[:3, :3] = np.stack([right, down, forward], axis=1)
@@ -69,21 +70,19 @@ LIDAR_RANGE = 100.0
 
 def lidar_to_ego() -> Float[np.ndarray, "4 4"]:
     """The LiDAR's pose in the ego frame."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = Rotation.from_euler("z", LIDAR_YAW, degrees=True).as_matrix()
-    matrix[:3, 3] = LIDAR_POSITION
-    return matrix
+    x, y, z = LIDAR_POSITION
+    return pose_matrix(x, y, float(np.radians(LIDAR_YAW)), z)
 
 
 def pose_matrix(x: float, y: float, yaw: float, z: float = 0.0) -> Float[np.ndarray, "4 4"]:
     """A planar pose as a 4x4 matrix to the global frame."""
     matrix = np.eye(4)
-    matrix[:2, :2] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]
+    cos, sin = exact.cos_sin(yaw)
+    matrix[:2, :2] = [[cos, -sin], [sin, cos]]
     matrix[:3, 3] = x, y, z
     return matrix
 
 
 def quaternion(matrix: Float[np.ndarray, "4 4"]) -> list[float]:
     """w, x, y, z of a pose's rotation, w not negative."""
-    x, y, z, w = Rotation.from_matrix(matrix[:3, :3]).as_quat(canonical=True)
-    return [float(w), float(x), float(y), float(z)]
+    return exact.quaternion(matrix[:3, :3]).tolist()

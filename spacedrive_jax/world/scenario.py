@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import surroundings, traffic
 from spacedrive_jax.world.simulate import first_collisions, simulate
 from spacedrive_jax.world.step import Cast, Tracks
@@ -204,7 +205,7 @@ def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.G
             continue
         for lane in _road_lanes(town):
             if lane.road == crossing.road:
-                nearest = np.argmin(np.hypot(*(lane.centre - crossing.polygon.mean(axis=0)).T))
+                nearest = np.argmin(exact.norm(lane.centre - crossing.polygon.mean(axis=0)))
                 options.append((index, lane.key, traffic.paths.arc_lengths(lane.centre)[nearest]))
     index, key, at = options[rng.integers(len(options))]
     start = max(2.0, float(at) - float(rng.uniform(36.0, 46.0)))

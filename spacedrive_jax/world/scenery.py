@@ -12,6 +12,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.world.ground import SurfaceMap
 from spacedrive_jax.world.shapes import Colour, Material, Quads, blob, box, concatenate, place
 
@@ -79,14 +80,15 @@ def place_scenery(surface_map: SurfaceMap, seed: int = 0) -> Scenery:
         turn = rng.uniform(-0.2, 0.2)
         if kind < 0.2 or free < 5.0:
             continue
-        room = (free - 4.2) / np.hypot(0.5, 0.5)
+        room = (free - 4.2) / exact.hypot(0.5, 0.5)
         if room < 5.5:
             continue
         size = np.minimum(size, room)
         parts.append(_building(x, y, turn, size, min(height, 55.0), colour))
         half = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * size / 2
-        cos, sin = np.cos(turn), np.sin(turn)
-        casters.append((half @ np.array([[cos, sin], [-sin, cos]]) + [x, y], min(height, 25.0)))
+        cos, sin = exact.cos_sin(turn)
+        outline = exact.rotate(half, np.array([[cos, -sin], [sin, cos]])) + np.array([x, y])
+        casters.append((outline, min(height, 25.0)))
     for column, row in cells(_TREE_GRID):
         rng = cell_generator(3 * seed + 1, column, row)
         x, y = (np.array([column, row]) + rng.uniform(0.1, 0.9, 2)) * _TREE_GRID
@@ -97,7 +99,7 @@ def place_scenery(surface_map: SurfaceMap, seed: int = 0) -> Scenery:
             continue
         parts.append(_tree(x, y, height, radius, (float(green[0]), float(green[1]), float(green[2]))))
         angles = np.linspace(0, 2 * np.pi, 9)[:-1]
-        outline = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=1)
+        outline = np.array([x, y]) + radius * np.stack(exact.cos_sin(angles), axis=1)
         casters.append((outline * 1.0, height * 0.8))
     for column, row in cells(_POST_GRID):
         rng = cell_generator(3 * seed + 2, column, row)
@@ -127,12 +129,12 @@ def _nearest_kerb(
                 distance[row + reach, column] - distance[row - reach, column],
             ]
         )
-        norm = float(np.hypot(*gradient))
+        norm = float(exact.norm(gradient))
         if norm < 0.2:
             return None
         direction = -gradient / norm
         if abs(here - 0.7) < 0.15:
-            return x, y, float(np.arctan2(direction[1], direction[0]))
+            return x, y, exact.arctan2(direction[1], direction[0])
         x, y = np.array([x, y]) + direction * (here - 0.7)
     return None
 
@@ -189,8 +191,8 @@ def traffic_light(
         lane_side: vector from the pole to above the lane, metres.
         state: `green`, `amber` or `red`.
     """
-    reach = float(np.hypot(*lane_side))
-    along = float(np.arctan2(lane_side[1], lane_side[0]))
+    reach = exact.hypot(*lane_side)
+    along = exact.arctan2(lane_side[1], lane_side[0])
     grey = (0.22, 0.23, 0.24)
     pole = place(
         concatenate(

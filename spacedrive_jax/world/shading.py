@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
 from spacedrive_jax.world.render import GROUND, SKY, Camera, FrameBuffer
 from spacedrive_jax.world.shapes import Material, Quads
@@ -23,11 +24,8 @@ def _value_noise() -> Float[np.ndarray, "256 256"]:
         coarse = rng.uniform(-1, 1, (cells, cells))
         repeat = 256 // cells
         tile = np.kron(coarse, np.ones((repeat, repeat)))
-        kernel = np.ones(repeat) / repeat
-        for axis in (0, 1):
-            tile = np.apply_along_axis(
-                lambda row, k=kernel: np.real(np.fft.ifft(np.fft.fft(row) * np.fft.fft(k, 256))), axis, tile
-            )
+        for axis in (0, 1):  # the running mean of as many cells as one coarse cell has
+            tile = np.sum([np.roll(tile, shift, axis) for shift in range(repeat)], axis=0) / repeat
         total += weight * tile
     return (total / np.abs(total).max()).astype(np.float32)
 
@@ -82,7 +80,7 @@ def shade(
             colour = _shade_ground(points, depth / focal, origin, light, ground, surface_map, shadows)
         else:
             colour = _shade_quads(points, surface[seen], depth / focal, quads, light, toward)
-        clear = np.exp(-weather.haze * depth * _norm(toward))
+        clear = _exp(-weather.haze * depth * _norm(toward))
         image[:, seen] = colour * clear + _channels(weather.horizon) * (1 - clear)
     picture = cv2.merge(list(image.reshape(3, camera.height, camera.width)))
     return _expose(_soften_edges(picture, buffer), weather, noise_seed)
@@ -94,7 +92,15 @@ def _channels(colour: tuple[float, ...]) -> Float[np.ndarray, "3 1"]:
 
 
 def _norm(vectors: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "P"]:
-    return np.sqrt(np.einsum("cp,cp->p", vectors, vectors))
+    return np.sqrt(_inner(vectors, vectors))
+
+
+def _inner(left: Float[np.ndarray, "3 P"], right: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "P"]:
+    return left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
+
+
+def _exp(x: Float[np.ndarray, "P"]) -> Float[np.ndarray, "P"]:
+    return exact.exp(x).astype(np.float32)
 
 
 def _soften_edges(image: Float[np.ndarray, "H W 3"], buffer: FrameBuffer) -> Float[np.ndarray, "H W 3"]:
@@ -106,8 +112,16 @@ def _soften_edges(image: Float[np.ndarray, "H W 3"], buffer: FrameBuffer) -> Flo
     edge[:, :-1] |= across
     edge[1:] |= along
     edge[:-1] |= along
-    blurred = cv2.GaussianBlur(image, (3, 3), 0.7)
-    cv2.copyTo(blurred, edge.astype(np.uint8), image)
+    # Not cv2.GaussianBlur, which rounds floats as the processor's kernels do.
+    side = exact.exp(-0.5 / (0.7 * 0.7))
+    weights = [np.float32(weight / (1 + 2 * side)) for weight in (side, 1.0, side)]
+    row, column = np.nonzero(edge)
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="reflect")
+    blurred = np.zeros((len(row), 3), dtype=np.float32)
+    for down, weight in enumerate(weights):
+        for right, other in enumerate(weights):
+            blurred += weight * other * padded[row + down, column + right]
+    image[row, column] = blurred
     return image
 
 
@@ -115,7 +129,7 @@ def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P
     weather = light.weather
     unit = rays / _norm(rays)
     up = np.clip(unit[2], 0.0, 1.0)
-    blend = 1 - np.exp(-4.0 * up)
+    blend = 1 - _exp(-4.0 * up)
     horizon = _channels(weather.horizon)
     colour = horizon * (1 - blend) + _channels(weather.zenith) * blend
     flat = 900.0 / np.maximum(unit[2], 0.03)
@@ -124,9 +138,9 @@ def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P
     cover = np.clip((cloud + weather.clouds - 0.45) * 2.0, 0, 1) * np.clip(up * 6, 0, 1) * 0.55
     white = _channels(weather.ambient) * 0.4 + horizon * 0.65
     colour = colour * (1 - cover) + white * cover
-    towards_sun = np.einsum("c,cp->p", light.sun.astype(np.float32), unit)
+    towards_sun = _inner(light.sun.astype(np.float32), unit)
     near_sun = np.flatnonzero(towards_sun > 0.97)  # elsewhere the glow is too weak for 8 bits
-    colour[:, near_sun] += towards_sun[near_sun] ** 350 * weather.sun * 1.4
+    colour[:, near_sun] += exact.power(towards_sun[near_sun], 350) * weather.sun * 1.4
     return colour
 
 
@@ -141,7 +155,7 @@ def _shade_ground(
 ) -> Float[np.ndarray, "3 P"]:
     weather = light.weather
     x, y, _ = points
-    range_ = np.hypot(x - origin[0], y - origin[1])
+    range_ = exact.hypot(x - origin[0], y - origin[1])
     # A pixel covers more ground along the view than across it; the geometric mean picks the level.
     extent = footprint * np.sqrt(np.maximum(range_ / max(float(origin[2]), 0.1), 1.0))
     sizes = np.array(ground.sizes, dtype=np.float32)
@@ -162,7 +176,7 @@ def _shade_ground(
         grazing = np.clip(range_ / 40.0, 0, 1) * (0.35 * weather.wet)
         colour = colour * ((1 - 0.35 * weather.wet) * (1 - grazing)) + _channels(weather.horizon) * grazing
     if weather.night:
-        pool = np.exp(-((range_ - 7.0) ** 2) / 90.0)  # own lights and street lamps
+        pool = _exp(-((range_ - 7.0) ** 2) / 90.0)  # own lights and street lamps
         lit = lit + _channels((1.0, 0.92, 0.75)) * (weather.night * (0.30 * pool + 0.10))
     return colour * lit
 
@@ -206,11 +220,11 @@ def _shade_quads(
     facet = place[index]  # position in the tables of the quads that are shown
     corners = quads.vertices[shown]
     normals = np.cross(corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1])
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    normals /= exact.norm(normals)[:, None] + 1e-12
     along = corners[:, 1] - corners[:, 0]
-    along = along / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-12)
+    along = along / (exact.norm(along)[:, None] + 1e-12)
     # Sky light from above, a little bounce from below, and the sun.
-    diffuse = np.clip(normals @ light.sun, 0, None) * weather.sun
+    diffuse = np.clip(exact.dot(normals, light.sun), 0, None) * weather.sun
     lit = np.array(weather.ambient) * (0.78 + 0.22 * normals[:, 2:]) + diffuse[:, None]
     if weather.night:
         lit = lit + weather.night * 0.18 * np.array([1.0, 0.92, 0.78])
@@ -238,7 +252,7 @@ def _shade_quads(
     if len(glass):
         normal = normals[:, facet[glass]]
         view = rays[:, glass] / _norm(rays[:, glass])
-        mirrored_up = view[2] - 2 * np.einsum("cp,cp->p", view, normal) * normal[2]
+        mirrored_up = view[2] - 2 * _inner(view, normal) * normal[2]
         reflection = _channels(weather.horizon) * np.clip(mirrored_up * 1.5 + 0.25, 0, 1)
         result[:, glass] = (paint * lit)[:, facet[glass]] * 0.6 + 0.42 * reflection
     lamps = np.flatnonzero(material == Material.LAMP)
@@ -296,5 +310,6 @@ def _expose(
     exposed = image * np.repeat(vignette, 3, axis=1).reshape(image.shape)
     exposed += np.repeat(grain, 3, axis=1).reshape(image.shape)
     bright = exposed > 0.8
-    exposed[bright] = 0.8 + 0.2 * np.tanh((exposed[bright] - 0.8) / 0.2)
+    # 0.8 + 0.2 tanh((x - 0.8) / 0.2)
+    exposed[bright] = 1.0 - 0.4 / (_exp((exposed[bright] - 0.8) * 10.0) + 1.0)
     return (np.clip(exposed, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -14,6 +14,8 @@ import hashlib
 import numpy as np
 from jaxtyping import Float, Int
 
+from spacedrive_jax import exact
+
 
 class Material(enum.IntEnum):
     """How a surface is shaded."""
@@ -58,9 +60,9 @@ def concatenate(parts: list[Quads]) -> Quads:
 
 def place(quads: Quads, position: Float[np.ndarray, "3"], yaw: float, group: int = -1) -> Quads:
     """Quads of an object frame, turned by `yaw` (radians) and moved to `position` (metres)."""
-    cos, sin = np.cos(yaw), np.sin(yaw)
+    cos, sin = exact.cos_sin(yaw)
     rotation = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-    vertices = quads.vertices @ rotation.T + position
+    vertices = exact.rotate(quads.vertices, rotation) + position
     return Quads(vertices, quads.colours, quads.materials, np.full(len(quads), group))
 
 
@@ -76,7 +78,7 @@ def place_all(
     """
     together = concatenate(objects)
     groups = np.repeat(np.arange(len(objects)), [len(quads) for quads in objects])
-    cos, sin = np.cos(yaws)[groups, None], np.sin(yaws)[groups, None]
+    cos, sin = (part[groups, None] for part in exact.cos_sin(yaws))
     x, y, z = np.moveaxis(together.vertices, -1, 0)
     turned = np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1)
     return Quads(turned + positions[groups, None], together.colours, together.materials, groups)
@@ -132,7 +134,7 @@ def _uniform(vertices: Float[np.ndarray, "Q 4 3"], colour: Colour, material: Mat
 def _wheel(x: float, y: float, radius: float, width: float) -> Quads:
     """An eight-sided wheel whose axle lies along y."""
     angles = np.radians(22.5 + 45.0 * np.arange(8))
-    rim = np.stack([x + radius * np.cos(angles), radius + radius * np.sin(angles)], axis=1)
+    rim = np.array([x, radius]) + radius * np.stack(exact.cos_sin(angles), axis=1)
     faces = []
     for near in (1, -1):
         ys = y + near * width / 2
@@ -153,7 +155,8 @@ def blob(centre: Triple, radii: Triple, colour: Colour, material: Material, ring
     latitudes = np.linspace(-np.pi / 2, np.pi / 2, rings + 1)
     longitudes = np.linspace(0, 2 * np.pi, around + 1)
     lat, lon = np.meshgrid(latitudes, longitudes, indexing="ij")
-    points = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+    (flat, up), (east, north) = exact.cos_sin(lat), exact.cos_sin(lon)
+    points = np.stack([flat * east, flat * north, up], axis=-1)
     points = points * np.array(radii) + np.array(centre)
     faces = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], axis=2)
     return _uniform(faces.reshape(-1, 4, 3), colour, material)

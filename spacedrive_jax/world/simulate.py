@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
+from spacedrive_jax import exact
 from spacedrive_jax.world.step import Cast, Tracks, Traffic
 from spacedrive_jax.world.town import Town
 from spacedrive_jax.world.traffic import TIME_STEP, Motion
@@ -34,7 +35,7 @@ def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> 
     """Footprint corners of boxes given by centre pose (x, y, heading) and half length and width."""
     signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     local = signs * half[:, None]
-    cos, sin = np.cos(poses[:, 2])[:, None], np.sin(poses[:, 2])[:, None]
+    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
     x = cos * local[..., 0] - sin * local[..., 1]
     y = sin * local[..., 0] + cos * local[..., 1]
     return np.stack([x, y], axis=-1) + poses[:, None, :2]
@@ -49,16 +50,16 @@ def overlapping_pairs(
         poses: centre x, y and heading of each rectangle.
         half: half length and half width of each.
     """
-    radii = np.hypot(half[:, 0], half[:, 1])
+    radii = exact.norm(half)
     pairs = cKDTree(poses[:, :2]).query_pairs(2 * radii.max(), output_type="ndarray")
-    apart = np.hypot(*(poses[pairs[:, 0], :2] - poses[pairs[:, 1], :2]).T) > radii[pairs].sum(axis=1)
+    apart = exact.norm(poses[pairs[:, 0], :2] - poses[pairs[:, 1], :2]) > radii[pairs].sum(axis=1)
     pairs = pairs[~apart]
     points = corners(poses, half)
     separated = np.zeros(len(pairs), dtype=bool)
     for first, second in ((0, 1), (1, 0)):
         own, other = pairs[:, first], pairs[:, second]
         relative = points[other] - poses[own, None, :2]
-        cos, sin = np.cos(poses[own, 2])[:, None], np.sin(poses[own, 2])[:, None]
+        cos, sin = (part[:, None] for part in exact.cos_sin(poses[own, 2]))
         along = cos * relative[..., 0] + sin * relative[..., 1]
         aside = cos * relative[..., 1] - sin * relative[..., 0]
         for values, extent in ((along, half[own, 0]), (aside, half[own, 1])):

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import ground, scenery, shapes
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
 from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image
@@ -114,7 +115,7 @@ def signal_quads(scenario: Scenario, time: float) -> Quads:
         soon_red = scenario.cast.signals.green_arm(junction.index, time + 1.0) != green
         for arm in junction.arms:
             arriving = junction.arm_heading(arm) + np.pi
-            forward = np.array([np.cos(arriving), np.sin(arriving)])
+            forward = np.array(exact.cos_sin(arriving))
             left = np.array([-forward[1], forward[0]])
             road = roads[junction.index, arm]
             kerb = road.half_width + 0.8

@@ -7,11 +7,11 @@ somebody else steers; the others then react to its true box, wherever it stands.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import traffic
 from spacedrive_jax.world.town import Town
 from spacedrive_jax.world.traffic import TIME_STEP, Gate, Mover, Obstacle, Part, Signals, Zebra
@@ -50,8 +50,9 @@ class Tracks:
         low = position.astype(int)
         rows = self.first + low
         result = self.table[rows] + (position - low)[:, None] * (self.table[rows + 1] - self.table[rows])
-        result[:, 0] += self.ahead * np.cos(result[:, 2])
-        result[:, 1] += self.ahead * np.sin(result[:, 2])
+        cos, sin = exact.cos_sin(result[:, 2])
+        result[:, 0] += self.ahead * cos
+        result[:, 1] += self.ahead * sin
         return result
 
 
@@ -97,7 +98,7 @@ class Traffic:
         self.still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
         self.tracks = Tracks(self.movers)
         self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(self.still))
-        self.radii = np.hypot(self.half[:, 0], self.half[:, 1])
+        self.radii = exact.norm(self.half)
         self.walkers: dict[int, list[int]] = {}
         """Movers who walk over each crossing."""
         self.arrivals: dict[int, list[tuple[int, Zebra]]] = {}
@@ -160,7 +161,8 @@ class Traffic:
         if ego is not None:
             x, y, yaw = ego.pose
             ahead = self.movers[0].reference_to_centre
-            poses[0] = x + ahead * math.cos(yaw), y + ahead * math.sin(yaw), yaw
+            cos, sin = exact.cos_sin(yaw)
+            poses[0] = x + ahead * cos, y + ahead * sin, yaw
         return poses
 
     def _decided(
@@ -290,7 +292,8 @@ class _Moment:
         closest = squared.argmin(axis=0)
         lateral = np.sqrt(squared[closest, np.arange(len(near))])
         relative = self.poses[near, 2] - mover.route.headings[first:last][closest]
-        cos, sin = np.abs(np.cos(relative)), np.abs(np.sin(relative))
+        aligned, turned = exact.cos_sin(relative)
+        cos, sin = np.abs(aligned), np.abs(turned)
         half = self.half[near]
         lateral_extent = half[:, 0] * sin + half[:, 1] * cos
         along_extent = half[:, 0] * cos + half[:, 1] * sin
@@ -303,7 +306,7 @@ class _Moment:
         if not in_corridor.any():
             return np.inf, 0.0
         pick = np.flatnonzero(in_corridor)[np.argmin(gaps[in_corridor])]
-        towards = self.all_speeds[near[pick]] * np.cos(relative[pick])
+        towards = self.all_speeds[near[pick]] * aligned[pick]
         return float(gaps[pick]), float(max(towards, 0.0))
 
     def _gate_stop(self, i: int, front: float) -> float:
@@ -312,7 +315,7 @@ class _Moment:
             if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
                 continue  # already committed, or far away
             green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
-            can_stop = gate.stop - front > self.speed[i] ** 2 / (2 * 4.5) - 1.0
+            can_stop = gate.stop - front > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
             if (not green or self._occupied(i, gate.junction, gate.arm)) and can_stop:
                 return gate.stop
         return np.inf
@@ -329,7 +332,7 @@ class _Moment:
     def _inside_junction(self, junction: int) -> bool:
         """Whether an ego vehicle far from its route stands in a junction."""
         area = self.whole.town.junctions[junction]
-        return bool(np.hypot(*(self.poses[0, :2] - area.centre)) < area.radius + self.half[0, 0])
+        return bool(exact.norm(self.poses[0, :2] - area.centre) < area.radius + self.half[0, 0])
 
     def _zebra_stop(self, i: int, front: float) -> float:
         for zebra in self.movers[i].route.zebras:
@@ -337,7 +340,7 @@ class _Moment:
             if front > zebra.near or line - front > traffic.LOOKAHEAD:
                 continue
             room = line - front
-            braking = self.speed[i] ** 2 / 2
+            braking = self.speed[i] * self.speed[i] / 2
             if room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra):
                 return line
             if room > braking / 3.0 and self._someone_waits(zebra.crossing):
@@ -358,7 +361,7 @@ class _Moment:
         if key not in conflicts:
             path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
             walk = self.movers[j].route
-            conflicts[key] = float(walk.lengths[np.argmin(np.hypot(*(walk.points - path).T))])
+            conflicts[key] = float(walk.lengths[np.argmin(exact.norm(walk.points - path))])
         return conflicts[key]
 
     def _someone_waits(self, crossing: int) -> bool:
@@ -388,7 +391,7 @@ class _Moment:
             rear = front - 2 * self.half[j, 0]
             distance = zebra.near - 1.5 - front
             occupying = distance <= 0 and rear < zebra.far + 0.5
-            if occupying or 0 < distance < self.speed[j] ** 2 / (2 * 3.6) + 0.3 * self.speed[j]:
+            if occupying or 0 < distance < exact.power(self.speed[j], 2) / (2 * 3.6) + 0.3 * self.speed[j]:
                 return True
         return False
 
@@ -396,10 +399,11 @@ class _Moment:
         """Whether an ego vehicle far from its route is on a crossing or about to be."""
         x, y, yaw = self.poses[0]
         polygon = self.whole.town.crossings[crossing].polygon - (x, y)
-        along = polygon @ np.array([np.cos(yaw), np.sin(yaw)])
-        aside = polygon @ np.array([-np.sin(yaw), np.cos(yaw)])
+        cos, sin = exact.cos_sin(yaw)
+        along = exact.dot(polygon, np.array([cos, sin]))
+        aside = exact.dot(polygon, np.array([-sin, cos]))
         speed, front = float(self.speed[0]), float(self.half[0, 0])
-        reach = front + speed**2 / (2 * 3.6) + 0.3 * speed
+        reach = front + speed * speed / (2 * 3.6) + 0.3 * speed
         beside = aside.min() > self.half[0, 1] or aside.max() < -self.half[0, 1]
         return not beside and bool(along.max() > -front and along.min() < reach)
 
@@ -432,7 +436,8 @@ class _Moment:
             squared = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
             closest = squared.argmin(axis=0)
             relative = poses[:, 2] - mover.route.headings[first:last][closest]
-            cos, sin = np.abs(np.cos(relative)), np.abs(np.sin(relative))
+            aligned, turned = exact.cos_sin(relative)
+            cos, sin = np.abs(aligned), np.abs(turned)
             half = self.half[j]
             aside = mover.size[1] / 2 + half[0] * sin + half[1] * cos + 0.5
             along = half[0] * cos + half[1] * sin
@@ -442,7 +447,7 @@ class _Moment:
                 continue
             enters = inside[0]
             place = mover.route.lengths[first:last][closest]
-            towards = max(float(speeds[enters] * np.cos(relative[enters])), 0.0)
+            towards = max(float(speeds[enters] * aligned[enters]), 0.0)
             near = float(np.min(place[inside] - along[inside])) if towards < 1.0 else float(
                 place[enters] - towards * times[enters] - along[enters]
             )  # fmt: skip

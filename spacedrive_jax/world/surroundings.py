@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import paths, traffic
 from spacedrive_jax.world.town import (
     LANE_WIDTH,
@@ -54,7 +55,7 @@ def crossing_walker(
     key: str, ends: Float[np.ndarray, "2 2"], crossing: int, departure: float, rng: np.random.Generator
 ) -> Mover:
     """A pedestrian who walks from `ends[0]` to `ends[1]` over a crossing, not before `departure` seconds."""
-    across = (ends[1] - ends[0]) / np.hypot(*(ends[1] - ends[0]))
+    across = (ends[1] - ends[0]) / exact.norm(ends[1] - ends[0])
     aside = np.array([-across[1], across[0]]) * rng.uniform(-1.0, 1.0)
     line = np.stack([ends[0] + aside, ends[1] + aside + across * 1.2])
     pace = float(rng.uniform(1.1, 1.6))
@@ -185,7 +186,7 @@ def _crossing_walkers(
     """People who want to cross; none at the junction `kept_clear`, where the ego vehicle is to turn."""
     walkers: list[Mover] = []
     for index, crossing in enumerate(town.crossings):
-        nearby = np.hypot(*(way - crossing.polygon.mean(axis=0)).T).min() < 45.0
+        nearby = exact.norm(way - crossing.polygon.mean(axis=0)).min() < 45.0
         wanted = rng.random(), rng.integers(1, 3)
         if not nearby or wanted[0] > (0.3 if crossing.junction < 0 else 0.45):
             continue
@@ -226,7 +227,7 @@ def _parking_row(
     while s < lengths[-1] - 12.0:
         x, y = (float(np.interp(s, lengths, line[:, axis])) for axis in range(2))
         heading = float(np.interp(s, lengths, headings)) + turned
-        free = all(np.hypot(x - c[0], y - c[1]) > road.half_width + 5.5 for c in blocked)
+        free = all(exact.hypot(x - float(c[0]), y - float(c[1])) > road.half_width + 5.5 for c in blocked)
         if free and work_zone and s < lengths[-1] - 30.0:
             items += _work_zone(line, lengths, headings, s, side, number + len(items), rng)
             work_zone = False
@@ -257,8 +258,9 @@ def _work_zone(
     def place(kind: str, along: float, aside: float, turn: float = 0.0, attribute: str = "") -> Obstacle:
         heading = float(np.interp(s + along, lengths, headings))
         x, y = (float(np.interp(s + along, lengths, line[:, axis])) for axis in range(2))
-        x -= side * aside * np.sin(heading)
-        y += side * aside * np.cos(heading)
+        cos, sin = exact.cos_sin(heading)
+        x -= side * aside * sin
+        y += side * aside * cos
         key = f"work{number}-{along:.1f}-{aside:.1f}"
         return Obstacle(key, kind, draw_size(kind, rng), (x, y, heading + turn), attribute)
 
@@ -299,7 +301,7 @@ def _nearby_lanes(town: Town, way: Float[np.ndarray, "K 2"]) -> list[Lane]:
 
 def _nearby_roads(town: Town, way: Float[np.ndarray, "K 2"]) -> list[Road]:
     def distance(road: Road) -> float:
-        return float(np.hypot(*(road.centre[::4, None] - way[None]).transpose(2, 0, 1)).min())
+        return float(exact.norm(road.centre[::4, None] - way[None]).min())
 
     return [road for road in town.roads if distance(road) < RANGE]
 
@@ -312,7 +314,7 @@ def _lane_pose(lane: Lane, s: float) -> Float[np.ndarray, "3"]:
 
 def _far_from_way(pose: Float[np.ndarray, "3"], ego: Mover, clear_ahead: float) -> bool:
     """Keeps the ego vehicle's own lane free behind it and for some metres ahead."""
-    distances = np.hypot(*(ego.route.points - pose[:2]).T)
+    distances = exact.norm(ego.route.points - pose[:2])
     nearest = int(np.argmin(distances))
     ahead = ego.route.lengths[nearest] - ego.start
     return bool(distances[nearest] > 2.5 or ahead > clear_ahead or ahead < -16.0)
@@ -320,7 +322,7 @@ def _far_from_way(pose: Float[np.ndarray, "3"], ego: Mover, clear_ahead: float) 
 
 def _apart(pose: Float[np.ndarray, "3"], other: Float[np.ndarray, "3"]) -> bool:
     """Vehicles in the same direction keep 13 m at the start; others need only not touch."""
-    forward = np.array([np.cos(other[2]), np.sin(other[2])])
+    forward = np.array(exact.cos_sin(other[2]))
     delta = pose[:2] - other[:2]
-    aside = abs(delta @ np.array([-forward[1], forward[0]]))
-    return bool(aside > 2.6 or abs(delta @ forward) > 13.0)
+    aside = abs(exact.dot(delta, np.array([-forward[1], forward[0]])))
+    return bool(aside > 2.6 or abs(exact.dot(delta, forward)) > 13.0)

@@ -14,6 +14,7 @@ import shapely
 from jaxtyping import Float
 from shapely.geometry import LineString, Polygon
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import paths
 
 LANE_WIDTH = 3.5
@@ -167,8 +168,8 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
     for index, ((a, arm), b) in enumerate(edges.items()):
         heading_a = turns[a] + arm * np.pi / 2
         heading_b = turns[b] + arm * np.pi / 2
-        start = centres[a] + radii[a] * np.array([np.cos(heading_a), np.sin(heading_a)])
-        end = centres[b] - radii[b] * np.array([np.cos(heading_b), np.sin(heading_b)])
+        start = centres[a] + radii[a] * np.array(exact.cos_sin(heading_a))
+        end = centres[b] - radii[b] * np.array(exact.cos_sin(heading_b))
         lanes = int(lane_counts["row" if arm == 0 else "column"][a // LATTICE if arm == 0 else a % LATTICE])
         curve = paths.resample(paths.bezier(start, heading_a, end, heading_b, 0.38), 1.0)
         parking = PARKING_WIDTH if rng.random() < 0.6 else 0.0
@@ -318,5 +319,5 @@ def _drivable_surface(roads: list[Road], junctions: tuple[Junction, ...]) -> sha
 
 def _square(half: float, heading: float) -> Float[np.ndarray, "4 2"]:
     corners = half * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], dtype=np.float64)
-    cos, sin = np.cos(heading), np.sin(heading)
-    return corners @ np.array([[cos, sin], [-sin, cos]])
+    cos, sin = exact.cos_sin(heading)
+    return exact.rotate(corners, np.array([[cos, -sin], [sin, cos]]))

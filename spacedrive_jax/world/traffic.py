@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.world import paths
 from spacedrive_jax.world.town import STOP_SETBACK, Crossing, Town
 
@@ -205,7 +206,7 @@ class Motion:
         elapsed = time - step * TIME_STEP
         acceleration = float(self.acceleration[step])
         speed = float(self.speed[step])
-        travelled = speed * elapsed + 0.5 * acceleration * elapsed**2
+        travelled = speed * elapsed + 0.5 * acceleration * (elapsed * elapsed)
         return float(self.s[step]) + travelled, max(speed + acceleration * elapsed, 0.0), acceleration
 
 
@@ -250,7 +251,7 @@ def lane_route(town: Town, keys: list[str], lateral: float = 0.0, smoothing: flo
     lengths = paths.arc_lengths(points)
 
     def nearest(point: Float[np.ndarray, "2"]) -> float:
-        return float(lengths[np.argmin(np.hypot(*(points - point).T))])
+        return float(lengths[np.argmin(exact.norm(points - point))])
 
     gates = tuple(
         Gate(
@@ -286,10 +287,11 @@ def _zebras(
     found = []
     for index, crossing in enumerate(crossings):
         centre = crossing.polygon.mean(axis=0)
-        across = (crossing.walk[1] - crossing.walk[0]) / np.hypot(*(crossing.walk[1] - crossing.walk[0]))
+        across = crossing.walk[1] - crossing.walk[0]
+        across = across / exact.norm(across)
         relative = points - centre
-        along = np.abs(relative @ np.array([across[1], -across[0]]))
-        inside = (along < 1.8) & (np.abs(relative @ across) < np.hypot(*(crossing.walk[1] - centre)))
+        along = np.abs(exact.dot(relative, np.array([across[1], -across[0]])))
+        inside = (along < 1.8) & (np.abs(exact.dot(relative, across)) < exact.norm(crossing.walk[1] - centre))
         if inside.any():
             s = lengths[inside]
             found.append(Zebra(index, float(s.min()), float(s.max())))
@@ -303,7 +305,7 @@ def speed_limit_profile(route: Route) -> Float[np.ndarray, "K"]:
     limit = np.sqrt(LATERAL_ACCELERATION / np.maximum(window, 1e-3))
     for i in range(len(limit) - 2, -1, -1):
         step = route.lengths[i + 1] - route.lengths[i]
-        limit[i] = min(limit[i], np.sqrt(limit[i + 1] ** 2 + 2 * 0.8 * COMFORT_BRAKING * step))
+        limit[i] = min(limit[i], np.sqrt(limit[i + 1] * limit[i + 1] + 2 * 0.8 * COMFORT_BRAKING * step))
     return limit
 
 
@@ -321,10 +323,14 @@ def follow_acceleration(speed: float, wanted: float, gap: float, closing_speed: 
         Acceleration in m/s^2, never harder than `HARDEST_BRAKING`.
     """
     ratio = speed / max(wanted, 0.1)
-    free = mover.acceleration * (1 - ratio**4) if ratio < 1 else -min(1.2 * (speed - wanted), 2.5)
+    free = (
+        mover.acceleration * (1 - exact.power(ratio, 4)) if ratio < 1 else -min(1.2 * (speed - wanted), 2.5)
+    )
     dynamic = speed * mover.headway + speed * closing_speed / (
         2 * math.sqrt(mover.acceleration * COMFORT_BRAKING)
     )
     desired_gap = mover.standstill_gap + max(dynamic, 0.0)
-    interaction = mover.acceleration * (desired_gap / max(gap, 0.3)) ** 2 if math.isfinite(gap) else 0.0
+    interaction = (
+        mover.acceleration * exact.power(desired_gap / max(gap, 0.3), 2) if math.isfinite(gap) else 0.0
+    )
     return min(max(free - interaction, -HARDEST_BRAKING), mover.acceleration)

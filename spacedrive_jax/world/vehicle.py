@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from spacedrive_jax import exact
+
 WHEEL_BASE = 2.588
 """Metres, of the Renault Zoe that recorded nuScenes."""
 
@@ -58,7 +60,7 @@ class VehicleState:
     @property
     def curvature(self) -> float:
         """Of the rear axle's path, 1/m, positive to the left."""
-        return math.tan(self.steer) / WHEEL_BASE
+        return exact.tan(self.steer) / WHEEL_BASE
 
 
 def actuate(state: VehicleState, control: Control, seconds: float, limits: Limits) -> VehicleState:
@@ -92,16 +94,16 @@ def moved(state: VehicleState, seconds: float) -> VehicleState:
         seconds: how long; a car that brakes stands from the moment it stops.
     """
     speed = max(state.speed + state.acceleration * seconds, 0.0)
-    travelled = state.speed * seconds + 0.5 * state.acceleration * seconds**2
+    travelled = state.speed * seconds + 0.5 * state.acceleration * (seconds * seconds)
     if state.acceleration < 0 and speed == 0.0:
-        travelled = min(travelled, 0.5 * state.speed**2 / -state.acceleration)
+        travelled = min(travelled, 0.5 * state.speed * state.speed / -state.acceleration)
     travelled = max(travelled, 0.0)
     turned = travelled * state.curvature
-    middle = state.yaw + turned / 2
+    cos, sin = exact.cos_sin(state.yaw + turned / 2)
     return dataclasses.replace(
         state,
-        x=state.x + travelled * math.cos(middle),
-        y=state.y + travelled * math.sin(middle),
+        x=state.x + travelled * cos,
+        y=state.y + travelled * sin,
         yaw=state.yaw + turned,
         speed=speed,
     )

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
+
 
 @dataclasses.dataclass(frozen=True)
 class Weather:
@@ -117,8 +119,6 @@ class Light:
     @property
     def sun(self) -> Float[np.ndarray, "3"]:
         """Unit vector towards the sun (or the moon)."""
-        elevation = np.radians(self.weather.sun_elevation)
-        flat = np.cos(elevation)
-        return np.array([
-            flat * np.cos(self.sun_azimuth), flat * np.sin(self.sun_azimuth), np.sin(elevation)
-        ])  # fmt: skip
+        flat, up = exact.cos_sin(np.radians(self.weather.sun_elevation))
+        east, north = exact.cos_sin(self.sun_azimuth)
+        return np.array([flat * east, flat * north, up])

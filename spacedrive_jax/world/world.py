@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.step import EgoBody, Traffic, TrafficState
@@ -98,10 +99,11 @@ class World:
         x, y, yaw = (float(value) for value in ego.route.pose(ego.start))
         aside, turn = shift
         # The wheels follow the route's bend already, so that the start is no jerk of the wheel.
-        steer = float(np.arctan(WHEEL_BASE * float(ego.route.curvature(ego.start))))
+        steer = exact.arctan(WHEEL_BASE * float(ego.route.curvature(ego.start)))
+        cos, sin = exact.cos_sin(yaw)
         return VehicleState(
-            x - aside * float(np.sin(yaw)),
-            y + aside * float(np.cos(yaw)),
+            x - aside * sin,
+            y + aside * cos,
             yaw + turn,
             float(ego.speed),
             steer=min(max(steer, -self.limits.steer), self.limits.steer),
@@ -145,7 +147,7 @@ class World:
                 for values in (state.traffic.s, state.traffic.speed, state.traffic.acceleration)
             )
             x, y, yaw = (float(value) for value in self.scenario.ego.route.pose(s))
-            steer = float(np.arctan(WHEEL_BASE * float(self.scenario.ego.route.curvature(s))))
+            steer = exact.arctan(WHEEL_BASE * float(self.scenario.ego.route.curvature(s)))
             self.states[-1] = WorldState(state.traffic, VehicleState(x, y, yaw, speed, acceleration, steer))
         elif not steered and state.vehicle is not None:
             traffic = self.traffic.rejoin(state.traffic, state.vehicle.acceleration)
