@@ -16,9 +16,9 @@ from typing import Any
 from data_prep.nuscenes.can_bus import pose_file
 from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.scene_records import SceneResult
-from data_prep.nuscenes.scenes import Scene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from data_prep.shards import ShardFacts, shard_file
+from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.records_folder import content_fingerprint, split_of
 
 OFFICIAL_VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")

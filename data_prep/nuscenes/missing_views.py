@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from data_prep.nuscenes.agents import AgentTracks, global_boxes
-from data_prep.nuscenes.maps import DrivableMap
+from spacedrive_jax.data.keyframe_agents import AgentTracks, global_boxes
+from spacedrive_jax.data.keyframe_map import DrivableMap
 from spacedrive_jax.world.stage import Backdrop
 from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
 

@@ -14,22 +14,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.nuscenes.agents import AgentTracks, agent_fields, agent_tracks
-from data_prep.nuscenes.can_bus import can_bus_at, read_pose_messages
-from data_prep.nuscenes.ego import ego_fields, ego_track
-from data_prep.nuscenes.maps import (
-    DrivableMap,
-    MaskMap,
-    expansion_file,
-    map_fields,
-    mask_cache,
-    open_expansion,
-)
-from data_prep.nuscenes.poses import heading, transforms
-from data_prep.nuscenes.scenes import Keyframe, Scene, SensorFrame
+from data_prep.nuscenes.can_bus import read_pose_messages
+from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
 from data_prep.nuscenes.sensor_files import SceneFiles, depth_file
 from data_prep.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.keyframe import (
+    Keyframe,
+    Scene,
+    SensorFrame,
+    View,
+    camera_fields,
+    identity_fields,
+    intrinsics_at,
+    sensor_to_ego,
+)
+from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent_tracks
+from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
+from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
+from spacedrive_jax.data.poses import heading, transforms
 from spacedrive_jax.data.records import Record
 
 
@@ -93,19 +96,13 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
         lidar = unit.dataroot / keyframe.lidar.filename
         has_lidar = keyframe.lidar.filename in unit.files.sizes
         record = {
-            "token": keyframe.token,
-            "scene_name": scene.name,
-            "scene_description": scene.description,
-            "location": scene.location,
-            "log": scene.log,
-            "frame_index": index,
-            "timestamp_us": keyframe.timestamp_us,
+            **identity_fields(scene, index),
             **_camera_fields(unit, keyframe, agents, drivable_map, counts),
             **ego,
             **agent_fields(agents, keyframe.annotations, ego_to_global),
             **map_fields(drivable_map, ego_to_global[:2, 3], float(heading(ego_to_global))),
             "lidar": lidar.read_bytes() if has_lidar else b"",
-            "lidar_to_ego": _sensor_to_ego(keyframe.lidar),
+            "lidar_to_ego": sensor_to_ego(keyframe.lidar),
         }
         lidar_problem = unit.files.unusable_lidar.get(keyframe.lidar.filename, "")
         counts[
@@ -125,20 +122,6 @@ def _open_map(unit: SceneUnit) -> DrivableMap | None:
     return MaskMap(cache) if unit.scene.map_mask and cache.is_file() else None
 
 
-def _sensor_to_ego(frame: SensorFrame) -> np.ndarray:
-    return transforms([frame.sensor_translation], [frame.sensor_rotation])[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """The pixels of one camera."""
-
-    image: bytes
-    depth: bytes
-    size: tuple[int, int]
-    rendered: bool = False
-
-
 def _camera_fields(
     unit: SceneUnit,
     keyframe: Keyframe,
@@ -155,7 +138,7 @@ def _camera_fields(
     if unit.render_missing and to_draw:
         views = _draw_views(unit, keyframe, agents, drivable_map, to_draw, ego_to_global)
     else:
-        views = {camera.filename: _View(b"", b"", (camera.height, camera.width)) for camera in to_draw}
+        views = {camera.filename: View(b"", b"", (camera.height, camera.width)) for camera in to_draw}
     ordered = [
         views[camera.filename] if camera.filename in views else _read_view(unit, camera) for camera in cameras
     ]
@@ -163,33 +146,16 @@ def _camera_fields(
         kind = "rendered" if view.rendered else "from_files" if view.image else "empty"
         counts[f"images_{kind}"] += 1
         counts["exact_depth_images"] += bool(view.depth)
-    return {
-        "images": [view.image for view in ordered],
-        "image_rendered": np.array([view.rendered for view in ordered]),
-        "image_size": np.array([view.size for view in ordered], np.int32),
-        "exact_depth": [view.depth for view in ordered],
-        "camera_intrinsics": np.stack(
-            [_intrinsics(camera, view.size) for camera, view in zip(cameras, ordered, strict=True)]
-        ),
-        "camera_to_ego": np.stack([_sensor_to_ego(camera) for camera in cameras]),
-        "camera_timestamp_us": np.array([camera.timestamp_us for camera in cameras], np.int64),
-        "camera_ego_to_global": ego_to_global,
-    }
+    return camera_fields(cameras, ordered)
 
 
-def _intrinsics(camera: SensorFrame, size: tuple[int, int]) -> np.ndarray:
-    """The camera matrix in pixels of an image of `size` (height, width)."""
-    scale = np.array([size[1] / camera.width, size[0] / camera.height, 1.0])
-    return np.array(camera.intrinsics, np.float64) * scale[:, None]
-
-
-def _read_view(unit: SceneUnit, camera: SensorFrame) -> _View:
+def _read_view(unit: SceneUnit, camera: SensorFrame) -> View:
     """Reads a photographed image, and its exact depth where the folder has it."""
     depth = depth_file(camera.filename)
     has_depth = depth in unit.files.sizes
     if has_depth:
         _check_depth(unit.dataroot / depth, camera)
-    return _View(
+    return View(
         image=(unit.dataroot / camera.filename).read_bytes(),
         depth=(unit.dataroot / depth).read_bytes() if has_depth else b"",
         size=(camera.height, camera.width),
@@ -217,7 +183,7 @@ def _draw_views(
     drivable_map: DrivableMap | None,
     to_draw: list[SensorFrame],
     ego_to_global: np.ndarray,
-) -> dict[str, _View]:
+) -> dict[str, View]:
     """Draws the given cameras of a keyframe, by file name."""
     # The renderer is only loaded where it is asked for.
     from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
@@ -230,7 +196,7 @@ def _draw_views(
         if camera in to_draw:
             size = unit.render_size or (camera.height, camera.width)
             drawn = draw_missing_view(
-                boxes, backdrop, _intrinsics(camera, size), _sensor_to_ego(camera), pose, size, seed
+                boxes, backdrop, intrinsics_at(camera, size), sensor_to_ego(camera), pose, size, seed
             )
-            views[camera.filename] = _View(drawn.jpeg, drawn.depth_png, size, rendered=True)
+            views[camera.filename] = View(drawn.jpeg, drawn.depth_png, size, rendered=True)
     return views

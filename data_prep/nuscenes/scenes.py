@@ -1,12 +1,7 @@
-"""One scene as plain data: everything the converter needs of the tables, and nothing else.
-
-A `Scene` is small (a few hundred kilobytes), picklable and self-contained, so that the work on it can run
-in any process, or on another machine, without the tables.
-"""
+"""The scenes of a nuScenes folder's tables, one after the other, as plain data."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,79 +9,9 @@ from collections.abc import Iterator, Mapping
 from data_prep.nuscenes.tables import Row, Tables
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.keyframe import Annotation, Keyframe, Scene, SensorFrame
 
 LIDAR = "LIDAR_TOP"
-
-Vector = tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SensorFrame:
-    """One sensor's data of one keyframe: its file, its time, and where sensor and vehicle were."""
-
-    filename: str
-    """Relative to the dataroot."""
-    timestamp_us: int
-    ego_translation: Vector
-    """Ego origin at `timestamp_us` in the global frame, metres."""
-    ego_rotation: Vector
-    """Ego axes at `timestamp_us` in the global frame, quaternion w x y z."""
-    sensor_translation: Vector
-    """Sensor origin in the ego frame, metres."""
-    sensor_rotation: Vector
-    """Sensor axes in the ego frame, quaternion w x y z."""
-    intrinsics: tuple[Vector, ...]
-    """3 x 3 camera matrix in pixels; empty for a LiDAR."""
-    height: int
-    width: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Annotation:
-    """One annotated box, global frame."""
-
-    instance_token: str
-    category: str
-    translation: Vector
-    """Box centre, metres."""
-    size: Vector
-    """Width, length, height in metres (nuScenes order)."""
-    rotation: Vector
-    """Quaternion w x y z."""
-    lidar_points: int
-    previous: int
-    """Index of the instance's previous annotation in `Scene.annotations`, -1 for none."""
-    next: int
-    """Index of the instance's next annotation in `Scene.annotations`, -1 for none."""
-    keyframe: int
-    """Index of its keyframe in `Scene.keyframes`."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Keyframe:
-    """One sample."""
-
-    token: str
-    timestamp_us: int
-    cameras: tuple[SensorFrame, ...]
-    """In the order of `CAMERAS`."""
-    lidar: SensorFrame
-    annotations: tuple[int, ...]
-    """Indices into `Scene.annotations`, in the order of the devkit's `sample['anns']`."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scene:
-    """One scene: its keyframes in time order and all their annotations."""
-
-    name: str
-    description: str
-    location: str
-    log: str
-    map_mask: str
-    """Basic map mask relative to the dataroot, empty when the map table names none for this log."""
-    keyframes: tuple[Keyframe, ...]
-    annotations: tuple[Annotation, ...]
 
 
 def read_scenes(tables: Tables) -> Iterator[Scene]:

@@ -10,9 +10,10 @@ import shapely
 from PIL import Image
 
 from data_prep.nuscenes import mask_png
-from data_prep.nuscenes.maps import ExpansionMap, MaskMap, map_fields
+from data_prep.nuscenes.maps import MaskMap, open_expansion
 from data_prep.nuscenes.mask_png import cache_mask_bits
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.keyframe_map import map_fields
 from tests.data_prep.tiny_nuscenes import road_expansion
 
 HALF_PI = np.pi / 2
@@ -27,7 +28,7 @@ def mask_map(dataroot, tmp_path):
 @pytest.fixture
 def expansion_map(tmp_path):
     (tmp_path / "town.json").write_text(json.dumps(road_expansion()))
-    return ExpansionMap(tmp_path / "town.json")
+    return open_expansion(tmp_path / "town.json")
 
 
 def blobs(height: int, width: int) -> np.ndarray:
@@ -158,7 +159,7 @@ def test_later_polygon_refills_a_hole(tmp_path):
     layers["polygon"].append({"token": "fill", "exterior_node_tokens": island, "holes": []})
     layers["drivable_area"].append({"token": "more", "polygon_tokens": ["fill"]})
     (tmp_path / "town.json").write_text(json.dumps(layers))
-    raster = ExpansionMap(tmp_path / "town.json").raster(np.array([100.0, 100.0]), 0.0, 50.0, 200)
+    raster = open_expansion(tmp_path / "town.json").raster(np.array([100.0, 100.0]), 0.0, 50.0, 200)
     assert raster[95:105, 95:105].all()
 
 
@@ -173,4 +174,4 @@ def test_no_map():
 def test_broken_expansion_is_named(tmp_path, content):
     (tmp_path / "town.json").write_text(content)
     with pytest.raises(UserError, match=r"town\.json is not a map expansion"):
-        ExpansionMap(tmp_path / "town.json")
+        open_expansion(tmp_path / "town.json")

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from data_prep.nuscenes.poses import heading, rotation_matrices
-from data_prep.nuscenes.scenes import Scene
+from spacedrive_jax.data.keyframe import Scene
+from spacedrive_jax.data.poses import heading, rotation_matrices
 from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
 
 MAX_TIME_DIFFERENCE = 1.5

@@ -7,17 +7,23 @@ origin in the current ego frame with its full 3-D rotation (nuscenes_fields spec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from data_prep.nuscenes.poses import heading, inverse, transforms
-from data_prep.nuscenes.scenes import Scene
 from spacedrive_jax.data.commands import navigation_command, released_command
+from spacedrive_jax.data.keyframe import Scene
+from spacedrive_jax.data.poses import heading, inverse, transforms
 from spacedrive_jax.data.records import CAN_BUS_SIZE, NUM_PAST, NUM_WAYPOINTS, Record
 
 _PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78, 1.0])
 """The published planning labels follow the bottom centre of a 1.56 m high box around the ego origin."""
+
+
+CAN_MOTION_FIELDS = ("accel", "rotation_rate", "vel")
+"""Of a pose message, behind its orientation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,3 +122,26 @@ def ego_fields(track: EgoTrack, index: int) -> Record:
         "waypoint_mask": waypoint_mask,
         "waypoint_timestamp_us": waypoint_times,
     }
+
+
+def can_bus_at(
+    messages: Sequence[Mapping[str, Any]], timestamps_us: Int[np.ndarray, " K"]
+) -> Float[np.ndarray, "K 13"]:
+    """The CAN-bus vector at each keyframe.
+
+    orientation quaternion w x y z | acceleration xyz (m/s^2) | rotation rate xyz (rad/s) | velocity xyz
+    (m/s). As published (nuscenes_fields spec, stage B), the orientation is of the last message at or
+    before the keyframe, but the other nine numbers are of the first message after it (the last one when
+    none follows; the first message serves for both when all are later).
+
+    Args:
+        messages: pose messages in time order, at least one.
+        timestamps_us: keyframe times.
+    """
+    times = np.array([message["utime"] for message in messages], np.int64)
+    after = np.searchsorted(times, timestamps_us, side="right")
+    before = np.maximum(after - 1, 0)
+    after = np.minimum(after, len(messages) - 1)
+    orientation = np.array([message["orientation"] for message in messages], np.float64)
+    motion = [np.array([message[field] for message in messages], np.float64) for field in CAN_MOTION_FIELDS]
+    return np.concatenate([orientation[before], *(values[after] for values in motion)], axis=1)
