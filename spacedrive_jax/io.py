@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,8 @@ import msgspec
 from spacedrive_jax.errors import DataError, SpaceDriveError
 
 MEBIBYTE = 1 << 20
+_UNFINISHED = f"unfinished-{socket.gethostname()}-"
+"""Of a folder that is being made; process numbers mean something on their own machine only."""
 _SAY = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
@@ -38,7 +42,7 @@ _SAY = {
 
 def say(error: OSError) -> str:
     """What an operating system's error means for the user, with the way out where there is one."""
-    return _SAY.get(error.errno or 0, error.strerror or type(error).__name__)
+    return _SAY.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
 
 
 def require_regular(path: str | os.PathLike[str], *, most: int | None = None) -> int:
@@ -215,7 +219,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     if final.exists() or final.is_symlink():
         raise SpaceDriveError(f"{final} exists: choose another folder, or remove it first")
-    unfinished = final.with_name(f".{final.name}.unfinished-{os.getpid()}")
+    unfinished = final.with_name(f".{final.name}.{_UNFINISHED}{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
         try:
@@ -227,6 +231,30 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, SpaceDriveError):
             raise
         raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def remove_stale(path: str | os.PathLike[str]) -> None:
+    """Removes what processes that are gone left half written beside a place (see `atomic_folder`).
+
+    Args:
+        path: the folder that was to be made.
+    """
+    final = Path(path)
+    prefix = f".{final.name}.{_UNFINISHED}"
+    for found in final.parent.glob(f"{glob.escape(prefix)}*"):
+        number = found.name.removeprefix(prefix)
+        if number.isdigit() and not _is_alive(int(number)):
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def inside(root: str | os.PathLike[str], name: str, what: str) -> Path:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
-from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
+from spacedrive_jax.pickled_numpy import numpy_allowed
+from spacedrive_jax.restricted_pickle import read_pickle
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.vlm.safetensors_folder import require_finite
 
 VLM = "lm_head.base_model.model."
 SCALE = "pe_scaling"
@@ -58,19 +59,25 @@ def split_checkpoint(content: Mapping[str, Any], origin: str) -> Parts:
         origin: what to call it in messages.
 
     Raises:
-        UserError: there is no `state_dict` of tensors, or the copies of the scale disagree.
+        CheckpointError: there is no `state_dict` of tensors, or the copies of the scale disagree.
     """
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, np.ndarray) for value in state.values()):
-        raise UserError(f"{origin} has no `state_dict` of tensors: it is not a published checkpoint")
+        raise CheckpointError(f"{origin} has no `state_dict` of tensors: it is not a published checkpoint")
     parts: dict[str, Tensors] = {name: {} for name in ("base", "adapters", "heads", "depth", "buffers")}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{origin}: state_dict names a tensor {name!r}, which is no text")
         part, short = place(name)
+        if short in parts[part]:
+            raise CheckpointError(f"{origin}: state_dict has two tensors {short}, one of them as {name}")
+        require_finite(value, f"{origin}: {name}")
         parts[part][short] = value
     for copy in SCALE_COPIES:
         if copy in state and not (SCALE in state and np.array_equal(state[copy], state[SCALE])):
-            raise UserError(f"{origin}: {copy} is {state[copy]}, but {SCALE} is {state.get(SCALE)}")
-    return Parts(**parts, order=tuple(state), meta=dict(content.get("meta") or {}))
+            raise CheckpointError(f"{origin}: {copy} is {state[copy]}, but {SCALE} is {state.get(SCALE)}")
+    meta = content.get("meta")
+    return Parts(**parts, order=tuple(state), meta=dict(meta) if isinstance(meta, Mapping) else {})
 
 
 def place(name: str) -> tuple[str, str]:

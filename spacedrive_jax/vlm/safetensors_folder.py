@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +13,24 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from spacedrive_jax.console import UserError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
+from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
+from spacedrive_jax.interop.flavours import INDEX_FILE, SINGLE_FILE, check_tensors
+from spacedrive_jax.io import (
+    MEBIBYTE,
+    atomic_folder,
+    inside,
+    read_json,
+    remove_stale,
+    require_regular,
+    write_json,
+)
 
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """By safetensors' name of the type."""
 
+
+PIECE = 1 << 24
+"""Numbers that are looked at together, so that the answers take little memory."""
 
 Complete = Callable[[Path], None]
 """Puts further files into a folder that is about to be finished."""
@@ -55,9 +61,10 @@ class SafetensorsFolder:
             rename: Maps the names in the files to the names used here.
 
         Raises:
-            UserError: If files are missing, damaged, or disagree with the index.
+            CheckpointError: If files are missing, damaged, or disagree with the index.
         """
         self.path = Path(path)
+        self._finite: set[str] = set()
         self._handles: dict[Path, Any] = {}
         self.places: dict[str, TensorPlace] = {}
         for file in self._files():
@@ -65,19 +72,37 @@ class SafetensorsFolder:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 renamed = rename(name)
                 if renamed in self.places:
-                    raise UserError(f"{file}: tensor {name} comes twice (as {self.places[renamed].name} too)")
+                    raise CheckpointError(
+                        f"{file}: tensor {name} comes twice (as {self.places[renamed].name} too)"
+                    )
                 stored = handle.get_slice(name)
                 self.places[renamed] = TensorPlace(file, name, tuple(stored.get_shape()), stored.get_dtype())
         self._check_index(rename)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor by its renamed name; bfloat16 comes as ml_dtypes' type."""
+        """Reads one tensor by its renamed name; bfloat16 comes as ml_dtypes' type.
+
+        Raises:
+            CheckpointError: it holds nan or infinity.
+        """
         place = self.places[name]
-        return self._open(place.file).get_tensor(place.name)
+        tensor = self._open(place.file).get_tensor(place.name)
+        if name not in self._finite:
+            require_finite(tensor, f"{place.file}: {place.name}")
+            self._finite.add(name)
+        return tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Renamed name to shape of every tensor."""
         return {name: place.shape for name, place in self.places.items()}
+
+    def check_flavour(self) -> None:
+        """Refuses quantised, wrapped or otherwise foreign tensors.
+
+        Raises:
+            CheckpointError: saying what they are.
+        """
+        check_tensors(self.path, {place.name: place.dtype for place in self.places.values()})
 
     def float_type(self) -> str:
         """The narrowest type that holds every float tensor exactly; float32 where there is none."""
@@ -88,36 +113,71 @@ class SafetensorsFolder:
         if self.path.is_file():
             return [self.path]
         if (self.path / INDEX_FILE).is_file():
-            return [self.path / file for file in sorted(set(self._weight_map().values()))]
+            index = str(self.path / INDEX_FILE)
+            return [inside(self.path, file, index) for file in sorted(set(self._weight_map().values()))]
         if (self.path / SINGLE_FILE).is_file():
             return [self.path / SINGLE_FILE]
-        raise UserError(
+        raise CheckpointError(
             f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a checkpoint folder"
         )
 
     def _weight_map(self) -> Mapping[str, str]:
         index = self.path / INDEX_FILE
-        try:
-            return json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is not a safetensors index ({error}); download it again") from error
+        content = read_json(index, most=64 * MEBIBYTE)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise CheckpointError(
+                f"{index} is not a safetensors index: it has no weight_map; download it again"
+            )
+        return names
 
     def _check_index(self, rename: Callable[[str], str]) -> None:
         if self.path.is_file() or not (self.path / INDEX_FILE).is_file():
             return
         lost = sorted(name for name in self._weight_map() if rename(name) not in self.places)
         if lost:
-            raise UserError(
+            raise CheckpointError(
                 f"{self.path}: the index names {len(lost)} tensors no file holds, first {lost[0]}"
             )
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
             try:
+                require_regular(file)
                 self._handles[file] = safe_open(file, framework="np")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {file}: {error}; download it again") from error
+            except (OSError, DataError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"cannot read {file}: {error}; download it again{_lfs(file)}"
+                ) from error
         return self._handles[file]
+
+
+def _lfs(file: Path) -> str:
+    """A hint where the file is a pointer to the real one."""
+    try:
+        with file.open("rb") as beginning:
+            pointer = beginning.read(32).startswith(b"version https://git-lfs")
+    except OSError:
+        return ""
+    return " (it is a Git LFS pointer, not the file itself: git lfs pull)" if pointer else ""
+
+
+def require_finite(tensor: np.ndarray, what: str) -> None:
+    """Refuses weights with nan or infinity, which would make everything computed with them nan.
+
+    Args:
+        tensor: of any type.
+        what: what to call it.
+
+    Raises:
+        CheckpointError: it holds such numbers.
+    """
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    step = max(1, PIECE * len(rows) // max(1, rows.size))
+    if not all(np.isfinite(rows[start : start + step]).all() for start in range(0, len(rows), step)):
+        raise CheckpointError(f"{what} holds nan or infinity: whatever wrote it had diverged")
 
 
 class PlannedTensor(NamedTuple):
@@ -148,19 +208,25 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         path: Folder to create.
 
     Raises:
-        UserError: If `path` exists.
+        CheckpointError: If `path` exists.
     """
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists; choose a new folder or remove it")
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    remove_stale(Path(path))
+    with atomic_folder(path) as folder:
+        yield folder
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes one safetensors file into a folder that is being made.
+
+    Raises:
+        SpaceDriveError: it cannot be written.
+    """
     try:
-        yield unfinished
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's name for a full disk, too
+        raise SpaceDriveError(f"cannot write {file}: {error}; free some space and run it again") from error
+    # safetensors makes files that only their owner may read; follow the umask, as the folder does.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def write_tensors(
@@ -184,14 +250,12 @@ def write_tensors(
         if list(shard) != names:
             raise ValueError(f"tensors came in another order than planned for {file.name}")
         total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, file, metadata={"format": "pt"})
+        save_tensors(shard, file)
         del shard
-        # safetensors makes files that only their owner may read; follow the umask, as the folder does.
-        file.chmod(folder.stat().st_mode & 0o666)
         weight_map.update(dict.fromkeys(names, file.name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)
 
 
 def write_folder(
@@ -216,10 +280,10 @@ def write_folder(
         complete: Adds what else belongs there before the folder takes its name.
 
     Raises:
-        UserError: If `path` exists.
+        CheckpointError: If `path` exists.
     """
     with new_folder(path) as folder:
-        (folder / config_file).write_text(json.dumps(dict(config), indent=2))
+        write_json(folder / config_file, dict(config), indent=2)
         write_tensors(folder, tensors, shards, stem=stem)
         if complete is not None:
             complete(folder)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError, DataError
 from spacedrive_jax.published.checkpoint import join_checkpoint, split_checkpoint
 from spacedrive_jax.published.torch_file import read_torch_file, write_torch_file
 
@@ -47,7 +47,7 @@ def test_splitting_and_joining_loses_nothing():
 
 def test_copies_of_the_scale_must_agree():
     other = STATE | {"position_encoder.pe_scaling": np.array(0.5, np.float32)}
-    with pytest.raises(UserError, match="pe_scaling"):
+    with pytest.raises(CheckpointError, match="pe_scaling"):
         split_checkpoint({"state_dict": other}, "test")
 
 
@@ -56,12 +56,12 @@ class _Command:
         return print, ("this must not be printed",)
 
 
-@pytest.mark.parametrize("value", [_Command(), np.float32(1), collections.Counter("ab")])
+@pytest.mark.parametrize("value", [_Command(), collections.Counter("ab"), np.array([None])])
 def test_anything_but_tensors_is_refused(tmp_path, value, capsys):
     file = tmp_path / "bad.pth"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("bad/data.pkl", pickle.dumps({"state_dict": value}, protocol=2))
-    with pytest.raises(UserError, match="only tensors and plain containers"):
+    with pytest.raises(DataError, match="only tensors and plain containers"):
         read_torch_file(file)
     assert capsys.readouterr().out == ""
 
@@ -70,9 +70,9 @@ def test_damaged_files_are_refused(tmp_path):
     file = tmp_path / "iter_1.pth"
     write_torch_file(file, CONTENT)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="is not a zip file"):
+    with pytest.raises(DataError, match="is not a whole zip file"):
         read_torch_file(file)
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(DataError, match="exists"):
         write_torch_file(file, CONTENT)
 
 
@@ -85,5 +85,92 @@ def test_a_tensor_may_not_leave_its_storage(tmp_path):
             if name.endswith("data.pkl"):
                 content = content.replace(b"(J\7\0\0\0t", b"(J\x09\0\0\0t")
             bad.writestr(name, content)
-    with pytest.raises(UserError, match="leaves its storage"):
+    with pytest.raises(DataError, match="leaves its storage"):
         read_torch_file(wrong)
+
+
+def rewritten(source, target, program, extra=(), compression=zipfile.ZIP_STORED):
+    """The file with another pickle, and more files in it."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            is_program = name.endswith("data.pkl")
+            content = program(old.read(name)) if is_program else old.read(name)
+            new.writestr(name, content, compression if is_program else zipfile.ZIP_STORED)
+        for name, content in extra:
+            new.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        (b"\x80\x04" + b"N0" * 1000, "compressed"),
+        (b"\x80\x02]q\0(h\0h\0e.", "holds itself"),
+        (b"\x80\x02" + b"]" * 200 + b"a" * 199 + b".", "deep in each other"),
+        (
+            b"\x80\x02]q\0" + b"".join(b"](h%ch%ce" % (n, n) + b"q%c" % (n + 1) for n in range(40)) + b".",
+            "repeat",
+        ),
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "asks for 1099511627776 bytes"),
+        (b"\x80\x02ccollections\nOrderedDict\n}X\x01\0\0\0ak\x01b.", "is not a whole"),
+    ],
+)
+def test_small_files_cannot_ask_for_much(tmp_path, program, problem):
+    write_torch_file(tmp_path / "good.pth", CONTENT)
+    compression = zipfile.ZIP_DEFLATED if problem == "compressed" else zipfile.ZIP_STORED
+    rewritten(tmp_path / "good.pth", tmp_path / "bad.pth", lambda _: program, compression=compression)
+    with pytest.raises(DataError, match=problem):
+        read_torch_file(tmp_path / "bad.pth")
+
+
+def test_a_tensor_shows_no_more_numbers_than_its_storage_has(tmp_path):
+    write_torch_file(tmp_path / "good.pth", {"state_dict": {"a": np.zeros(7, np.float32)}})
+    one, many = b"(J\7\0\0\0t(J\1\0\0\0t", b"(J\xff\xff\xff\x7ft(J\0\0\0\0t"
+
+    def expanded(program):
+        assert one in program
+        return program.replace(one, many)
+
+    rewritten(tmp_path / "good.pth", tmp_path / "bad.pth", expanded)
+    with pytest.raises(DataError, match="leaves its storage of 7 numbers"):
+        read_torch_file(tmp_path / "bad.pth")
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    file = tmp_path / "iter_1.pth"
+    write_torch_file(file, {"state_dict": {"a": np.full(64, 1.5, np.float32)}})
+    content = bytearray(file.read_bytes())
+    content[content.index(np.full(64, 1.5, np.float32).tobytes()) + 17] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"checksum of iter_1/data/0 is another\. Download it again"):
+        read_torch_file(file)
+
+
+def test_numbers_of_numpy_and_parameters_are_read(tmp_path):
+    """mmcv's evaluation hook leaves numpy numbers in `meta`, some trainers save nn.Parameter."""
+    write_torch_file(tmp_path / "good.pth", {"state_dict": {}})
+    number = pickle.dumps({"best": np.float64(0.25), "all": np.arange(3)}, 2)
+    rewritten(tmp_path / "good.pth", tmp_path / "numpy.pth", lambda _: number)
+    read = read_torch_file(tmp_path / "numpy.pth")
+    assert read["best"] == 0.25
+    np.testing.assert_array_equal(read["all"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),
+        (b"GGUF" + bytes(60), "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        ((9).to_bytes(8, "little") + b'{"a":{}} ', "safetensors"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, content, what):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(DataError, match=what):
+        read_torch_file(tmp_path / "a.pth")
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(CheckpointError, match="pe_scaling holds nan or infinity"):
+            split_checkpoint({"state_dict": {"pe_scaling": np.array(wrong, np.float32)}}, "test")

@@ -1,0 +1,1 @@
+"""The only room that knows what somebody else's file looks like."""
