@@ -8,7 +8,8 @@ from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import parse_json, read_text
 
 INDICATOR = "<POS_INDICATOR>"
 """Indicator token: a coordinate follows; the next hidden state is regressed."""
@@ -57,6 +58,38 @@ class DrivingTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
 
+MOST_BYTES = 256 << 20
+MOST_GAPS = 100_000
+"""Ids that no token has, at most; each would be a row of a table."""
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+        DataError: it cannot be read, is no tokenizer, or has an id far above its number of tokens, which
+            would make tables of that many rows.
+    """
+    text = read_text(file, most=MOST_BYTES)
+    parse_json(text, file)  # says where it is damaged, which the tokenizers library does not
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise DataError(
+            f"{file} is not a tokenizer.json that the tokenizers library reads: {error}"
+        ) from error
+    name, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    if highest > len(vocabulary) + MOST_GAPS:
+        raise DataError(
+            f"{file}: the token {name!r} has the id {highest:,}, but there are {len(vocabulary):,} tokens: "
+            "take the tokenizer that came with the weights"
+        )
+    return tokenizer
+
+
 def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") -> DrivingTokenizer:
     """Loads a `tokenizer.json` (or the folder that holds it) and adds the coordinate tokens it lacks.
 
@@ -68,14 +101,14 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
         layout: which chat the tokenizer is for.
 
     Raises:
-        UserError: no such file, or a special token of the chat layout is missing from it.
+        DataError: no such file, or a special token of the chat layout is missing from it.
     """
     file = DEMO_TOKENIZER if path is None else Path(path)
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
-    tokenizer = Tokenizer.from_file(str(file))
+        raise DataError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
+    tokenizer = read_tokenizer(file)
     added = [INDICATOR, POSITION]
     if path is None and layout == "llava":
         added += ["<s>", "</s>", "<pad>", "<image>"]
@@ -86,7 +119,7 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
             found = tokenizer.token_to_id(name)
             if found is not None:
                 return found
-        raise UserError(
+        raise DataError(
             f"{file} lacks the special token {names[0]} of the {layout} chat: give the model's own tokenizer "
             "in data.tokenizer"
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.depth.conversion import (
     CONVOLUTION,
     Table,
@@ -20,6 +18,8 @@ from spacedrive_jax.depth.conversion import (
 from spacedrive_jax.depth.depth_anything import NUM_LEVELS, DepthAnything, DepthAnythingConfig
 from spacedrive_jax.depth.dinov2 import Dinov2Config
 from spacedrive_jax.depth.tensor_file import TensorFile, open_tensors
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, read_json
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.conversion import Rule, check_names_and_shapes
 
@@ -39,8 +39,8 @@ def load_depth_anything(
         compute: Dtypes, rematerialisation, attention kernel.
 
     Raises:
-        UserError: files are missing, the checkpoint predicts relative depth, or tensors are missing, unknown
-            or misshapen (all named).
+        CheckpointError: files are missing, the checkpoint predicts relative depth, or tensors are missing,
+            unknown or misshapen (all named).
     """
     config = read_config(Path(path), image_sized_output=image_sized_output)
     tensors = _FusedAttention(open_tensors(path))
@@ -57,15 +57,15 @@ def read_config(folder: Path, *, image_sized_output: bool = True) -> DepthAnythi
     """Reads transformers' config.json (and preprocessor_config.json for the input size).
 
     Raises:
-        UserError: it is missing or describes something else.
+        CheckpointError: it is missing or describes something else.
     """
     file = folder / "config.json"
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file, most=16 * MEBIBYTE)
         backbone = settings["backbone_config"]
         kind = settings.get("depth_estimation_type", "relative")
         if settings.get("model_type") != MODEL_TYPE or kind != "metric":
-            raise UserError(
+            raise CheckpointError(
                 f"{file}: model_type {settings.get('model_type')!r} of {kind} depth; this reads metric "
                 f"{MODEL_TYPE} checkpoints (Depth-Anything-V2-Metric-Outdoor-*-hf)"
             )
@@ -76,7 +76,7 @@ def read_config(folder: Path, *, image_sized_output: bool = True) -> DepthAnythi
         }
         for name, value in fixed.items():
             if name in settings and settings[name] != value:
-                raise UserError(f"{file}: {name} {settings[name]} is not supported, only {value}")
+                raise CheckpointError(f"{file}: {name} {settings[name]} is not supported, only {value}")
         encoder = Dinov2Config(
             width=backbone["hidden_size"],
             depth=backbone.get("num_hidden_layers", 12),
@@ -97,8 +97,10 @@ def read_config(folder: Path, *, image_sized_output: bool = True) -> DepthAnythi
             input_side=_input_side(folder, default=backbone["image_size"]),
             image_sized_output=image_sized_output,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} does not describe a Depth Anything model: {error!r}") from error
+    except SpaceDriveError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} does not describe a Depth Anything model: {error!r}") from error
 
 
 def depth_anything_rules(config: DepthAnythingConfig) -> tuple[Rule, ...]:
@@ -184,7 +186,7 @@ def _input_side(folder: Path, default: int) -> int:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return default
-    size: Any = json.loads(file.read_text()).get("size", {})
+    size: Any = read_json(file, most=MEBIBYTE).get("size", {})
     if size.get("height") != size.get("width"):
-        raise UserError(f"{file}: size {size} is not square")
+        raise CheckpointError(f"{file}: size {size} is not square")
     return int(size.get("height", default))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.depth.conversion import (
     CONVOLUTION,
     Table,
@@ -22,6 +20,8 @@ from spacedrive_jax.depth.conversion import (
 from spacedrive_jax.depth.dinov2 import SIZES, Dinov2Config
 from spacedrive_jax.depth.tensor_file import open_tensors
 from spacedrive_jax.depth.unidepth import NUM_TAPS, UniDepthConfig, UniDepthV2
+from spacedrive_jax.errors import CheckpointError, DataError
+from spacedrive_jax.io import MEBIBYTE, read_json
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.conversion import Rule, Shape, check_names_and_shapes
 from spacedrive_jax.vlm.safetensors_folder import PlannedTensor, plan_shards, write_folder
@@ -48,8 +48,8 @@ def load_unidepth(
         compute: Dtypes, rematerialisation, attention kernel.
 
     Raises:
-        UserError: files are missing or damaged, the file is of another architecture (UniDepth V1, or the
-            first release of V2), or tensors are missing, unknown or misshapen (all named).
+        CheckpointError: files are missing or damaged, the file is of another architecture (UniDepth V1, or
+            the first release of V2), or tensors are missing, unknown or misshapen (all named).
     """
     tensors = open_tensors(path, rename=_canonical)
     shapes = tensors.shapes()
@@ -64,7 +64,7 @@ def save_unidepth(model: UniDepthV2, path: str | Path) -> None:
     """Writes a checkpoint folder that `load_unidepth` reads, under the released names.
 
     Raises:
-        UserError: the folder exists.
+        CheckpointError: the folder exists.
     """
     tensors = export_module(model, unidepth_rules(model.config))
     shards = plan_shards([PlannedTensor(name, value.nbytes) for name, value in tensors.items()], 5 * 1000**3)
@@ -75,27 +75,36 @@ def is_released(path: str | Path) -> bool:
     """Whether a UniDepthV2 checkpoint is one of the released (or in their format), not one written here."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / "config.json"
-    return not file.is_file() or json.loads(file.read_text()).get("kind") != KIND
+    return not file.is_file() or _kind(file) != KIND
+
+
+def _kind(file: Path) -> Any:
+    content = read_json(file, most=16 * MEBIBYTE)
+    return content.get("kind") if isinstance(content, Mapping) else None
 
 
 def read_config(path: Path, shapes: Mapping[str, Shape]) -> UniDepthConfig:
     """The architecture of a checkpoint: config.json beside it, else one of the released sizes.
 
     Raises:
-        UserError: neither tells.
+        CheckpointError: neither tells.
     """
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     if file.is_file():
         try:
-            return config_from_json(json.loads(file.read_text()))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file} does not describe a UniDepthV2 model: {error!r}") from error
+            return config_from_json(read_json(file, most=16 * MEBIBYTE))
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file} does not describe a UniDepthV2 model: {error!r}") from error
     width = shapes.get("pixel_encoder.cls_token", (0,))[-1]
     for name, size in SIZES.items():
         if size.width == width:
             return UniDepthConfig.named(name)
-    raise UserError(f"{path}: no config.json, and no released UniDepthV2 has an encoder of width {width}")
+    raise CheckpointError(
+        f"{path}: no config.json, and no released UniDepthV2 has an encoder of width {width}"
+    )
 
 
 def config_from_json(settings: Mapping[str, Any]) -> UniDepthConfig:
@@ -165,7 +174,7 @@ def _released_config(settings: Mapping[str, Any]) -> UniDepthConfig:
     name = str(encoder["name"]).removeprefix("dinov2_")
     if model["name"] != "UniDepthV2" or name not in SIZES:
         raise ValueError(f"model {model['name']} with encoder {encoder['name']}")
-    limits = settings.get("data", settings).get("shape_constraints", {})
+    limits = _shape_constraints(settings)
     default = UniDepthConfig.named(name)
     return dataclasses.replace(
         default,
@@ -184,6 +193,17 @@ def _released_config(settings: Mapping[str, Any]) -> UniDepthConfig:
     )
 
 
+def _shape_constraints(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The input limits: under `data` in the first releases, under its `augmentations` in the later ones."""
+    data = settings.get("data") or {}
+    places = (data.get("augmentations") or {}, data, settings)
+    found = [place["shape_constraints"] for place in places if place.get("shape_constraints")]
+    read = [{name: each.get(name) for name in ("ratio_bounds", "pixels_min", "pixels_max")} for each in found]
+    if any(each != read[0] for each in read):
+        raise ValueError(f"shape_constraints stand there {len(read)} times, with different values")
+    return found[0] if found else {}
+
+
 def _canonical(name: str) -> str:
     """Drops the wrappers that training leaves in names."""
     return re.sub(r"^(module\.|model\.)+", "", name)
@@ -194,7 +214,7 @@ def _check_architecture(shapes: Mapping[str, Shape], config: UniDepthConfig, *, 
     if ours or not any(name.startswith("pixel_encoder.") for name in shapes):
         return
     expected = sum(len(rule.source_names()) for rule in unidepth_rules(config))
-    raise UserError(
+    raise CheckpointError(
         f"{origin} holds an older UniDepth architecture (UniDepth V1, or UniDepthV2 as first released: "
         f"{len(shapes)} tensors, where the current UniDepthV2 has {expected + len(UNUSED) - 1} and a "
         "pixel_decoder.depth_layer.to_depth_lr): its network is another one. Download the current UniDepthV2 "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import tyro
 
 from spacedrive_jax.compilation_cache import use_compilation_cache
 from spacedrive_jax.console import Command, UserError
+from spacedrive_jax.io import to_json
 from spacedrive_jax.verify.case_files import SETTINGS_FILE, read_settings
 from spacedrive_jax.verify.check import Check
 
@@ -68,7 +68,7 @@ class Verify(Command):
             facts, problem = verify_all(*find_cases(self.case))
         if problem is not None:
             if self.json:
-                print(json.dumps(facts))
+                print(to_json(facts))
             raise UserError(f"{self.case}: {problem}")
         return facts
 

@@ -6,6 +6,7 @@ stacked parameter at a time, straight into their sharding. On many hosts each re
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
 from spacedrive_jax.vlm.conversion import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.vlm.decoder import NewTokenParam
@@ -33,6 +35,7 @@ from spacedrive_jax.vlm.safetensors_folder import (
 )
 from spacedrive_jax.vlm.vision_language import VisionLanguageModel
 
+HEAD, TABLE = "lm_head.weight", "model.language_model.embed_tokens.weight"
 TRAINABLE = nnx.Any(nnx.LoRAParam, NewTokenParam)
 """Filter of the parameters that sit beside a frozen base: adapters and new-token rows."""
 
@@ -71,9 +74,12 @@ def from_hf(
     Raises:
         UserError: If files are missing or damaged, or tensors are missing, unknown or misshapen (all named).
     """
+    check_folder(Path(path))
     config = read_hf_config(path)
     family = family_of(config)
     folder = SafetensorsFolder(path, rename=family.canonical_name)
+    folder.check_flavour()
+    config = with_own_head(config, folder)
     compute = compute or ComputeConfig(param_dtype=folder.float_type())
     rules = family.rules(config)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=without_content(config, folder))
@@ -201,10 +207,34 @@ def _read_part(
     return part
 
 
+def with_own_head(config: VLConfig, folder: SafetensorsFolder) -> VLConfig:
+    """The architecture as the tensors have it, where config.json ties the head to the embedding.
+
+    Trainers that untie the two leave the old config.json behind. transformers 5 keeps the file's head then,
+    and so does this, with a note; a head that only repeats the embedding is none of its own.
+
+    Args:
+        config: what config.json says.
+        folder: the checkpoint, under the table's names.
+    """
+    head, table = folder.places.get(HEAD), folder.places.get(TABLE)
+    if not config.decoder.tied_head or head is None or table is None:
+        return config
+    if head.shape == table.shape and head.dtype == table.dtype:
+        own, repeated = folder.read(HEAD), folder.read(TABLE)
+        if np.array_equal(own.view(np.uint8), repeated.view(np.uint8)):
+            return config
+    note(
+        f"note: {folder.path}: config.json ties the head to the embedding, but {head.name} has values of its "
+        "own; they are kept"
+    )
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tied_head=False))
+
+
 def without_content(config: VLConfig, folder: SafetensorsFolder) -> list[str]:
     """Tensors that may be there though they carry nothing: fixed tables, the head of a tied model."""
     ignored = [name for name in folder.places if name.endswith(("inv_freq", "position_ids"))]
-    return [*ignored, "lm_head.weight"] if config.decoder.tied_head else ignored
+    return [*ignored, HEAD] if config.decoder.tied_head else ignored
 
 
 def _copy_new_rows(state: dict[ParameterPath, Any], new_tokens: NewTokensConfig, *, tied: bool) -> None:

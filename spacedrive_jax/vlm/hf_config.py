@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.io import MEBIBYTE, read_json
 from spacedrive_jax.vlm.config import VLConfig
 from spacedrive_jax.vlm.families import FAMILIES, family_of
 
@@ -22,14 +22,15 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
         The architecture.
 
     Raises:
-        UserError: If the file is unreadable, is of another model, lacks a size, or uses a feature that this
+        ConfigError: If the file is unreadable, is of another model, lacks a size, or uses a feature that this
             implementation does not have (scaled rotary embeddings, sliding windows, other activations).
     """
     fields, origin = _load(source)
-    family = FAMILIES.get(fields.get("model_type", ""))
+    kind = fields.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         expected = " or ".join(repr(name) for name in FAMILIES)
-        raise UserError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
+        raise ConfigError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
     return family.read_config(fields, origin)
 
 
@@ -37,7 +38,7 @@ def write_hf_config(config: VLConfig) -> dict[str, Any]:
     """The config.json of a model, as transformers 4.52 and 5 read it.
 
     Raises:
-        UserError: If transformers cannot express the architecture.
+        ConfigError: If transformers cannot express the architecture.
     """
     return family_of(config).write_config(config)
 
@@ -48,8 +49,11 @@ def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], st
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(path.read_text()), str(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
+        fields = read_json(path, most=16 * MEBIBYTE)
+    except DataError as error:
+        raise ConfigError(
             f"cannot read {path}: {error}; give a folder with transformers' config.json"
         ) from error
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{path} holds no JSON object; give a folder with transformers' config.json")
+    return fields, str(path)

@@ -8,25 +8,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.vlm.config import ClipVisionConfig, DecoderConfig, LlavaConfig
-from spacedrive_jax.vlm.hf_fields import Fields, decoder_fields, expect, rotary_theta, rotary_type
+from spacedrive_jax.vlm.hf_fields import (
+    MOST_LAYERS,
+    Fields,
+    decoder_fields,
+    expect,
+    expect_full_attention,
+    head_size,
+    part,
+    real,
+    rotary_theta,
+    rotary_type,
+    size,
+    text_fields,
+)
 
 
 def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
     """Reads the parsed config; `read_hf_config` is the public way here."""
-    text, vision = fields.get("text_config") or {}, fields.get("vision_config")
+    text = text_fields(fields, origin, flat=False)
+    vision = part(fields, "vision_config", origin) if fields.get("vision_config") is not None else None
     expect(fields, "projector_hidden_act", "gelu", origin)
     expect(fields, "vision_feature_select_strategy", "default", origin)
     layer = fields.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or layer >= 0:
-        raise UserError(f"{origin}: vision_feature_layer {layer!r} must be one number below 0")
+        raise ConfigError(f"{origin}: vision_feature_layer {layer!r} must be one number below 0")
     return LlavaConfig(
         decoder=_decoder(text, origin),
         vision=ClipVisionConfig(feature_layer=layer) if vision is None else _vision(vision, layer, origin),
-        image_token_id=fields.get("image_token_index", fields.get("image_token_id", 32000)),
-        projector_bias=fields.get("multimodal_projector_bias", True),
+        image_token_id=_image_token(fields, origin),
+        projector_bias=bool(fields.get("multimodal_projector_bias", True)),
     )
+
+
+def _image_token(fields: Fields, origin: str) -> int:
+    """Transformers 4 says `image_token_index`, 5 `image_token_id`; a file with both must mean one."""
+    index = size(fields, "image_token_index", origin, 32000)
+    token = size(fields, "image_token_id", origin, index)
+    if fields.get("image_token_index") is not None and token != index:
+        raise ConfigError(f"{origin}: image_token_index is {index}, but image_token_id is {token}")
+    return token
 
 
 def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
@@ -67,21 +90,24 @@ def _decoder(text: Fields, origin: str) -> DecoderConfig:
     expect(text, "hidden_act", "silu", origin)
     expect(text, "attention_bias", False, origin)
     expect(text, "mlp_bias", False, origin)
-    if rotary_type(text) != "default":
-        raise UserError(f"{origin}: rotary embedding of type {rotary_type(text)!r} is not supported")
-    hidden, heads = text.get("hidden_size", 4096), text.get("num_attention_heads", 32)
-    head_dim = text.get("head_dim") or hidden // heads
+    kind = rotary_type(text, origin)
+    if kind != "default":
+        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported")
+    expect_full_attention(text, origin)
+    hidden = size(text, "hidden_size", origin, 4096)
+    heads = size(text, "num_attention_heads", origin, 32)
+    head_dim = head_size(text, origin, hidden, heads)
     return DecoderConfig(
-        vocab_size=text.get("vocab_size", 32000),
+        vocab_size=size(text, "vocab_size", origin, 32000),
         hidden_size=hidden,
-        intermediate_size=text.get("intermediate_size", 11008),
-        num_layers=text.get("num_hidden_layers", 32),
+        intermediate_size=size(text, "intermediate_size", origin, 11008),
+        num_layers=size(text, "num_hidden_layers", origin, 32, most=MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
+        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
         head_dim=head_dim,
-        rope_theta=rotary_theta(text, 10_000.0),
+        rope_theta=rotary_theta(text, origin, 10_000.0),
         rope_sections=(head_dim // 2,),
-        norm_eps=text.get("rms_norm_eps", 1e-6),
+        norm_eps=real(text, "rms_norm_eps", origin, 1e-6),
         qkv_bias=False,
         # The outer field is no guide: transformers 4 writes its own default there.
         tied_head=bool(text.get("tie_word_embeddings", False)),
@@ -92,13 +118,13 @@ def _vision(vision: Fields, layer: int, origin: str) -> ClipVisionConfig:
     expect(vision, "model_type", "clip_vision_model", origin)
     expect(vision, "hidden_act", "quick_gelu", origin)
     return ClipVisionConfig(
-        hidden_size=vision.get("hidden_size", 768),
-        intermediate_size=vision.get("intermediate_size", 3072),
-        depth=vision.get("num_hidden_layers", 12),
-        num_heads=vision.get("num_attention_heads", 12),
-        image_size=vision.get("image_size", 224),
-        patch_size=vision.get("patch_size", 32),
-        in_channels=vision.get("num_channels", 3),
+        hidden_size=size(vision, "hidden_size", origin, 768),
+        intermediate_size=size(vision, "intermediate_size", origin, 3072),
+        depth=size(vision, "num_hidden_layers", origin, 12, most=MOST_LAYERS),
+        num_heads=size(vision, "num_attention_heads", origin, 12),
+        image_size=size(vision, "image_size", origin, 224),
+        patch_size=size(vision, "patch_size", origin, 32),
+        in_channels=size(vision, "num_channels", origin, 3),
         feature_layer=layer,
-        norm_eps=vision.get("layer_norm_eps", 1e-5),
+        norm_eps=real(vision, "layer_norm_eps", origin, 1e-5),
     )

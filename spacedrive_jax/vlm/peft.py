@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +9,9 @@ from typing import Any, get_args
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError, DataError
+from spacedrive_jax.interop.peft_options import read_lora_options
+from spacedrive_jax.io import MEBIBYTE, read_json
 from spacedrive_jax.vlm.checkpoint import export_tensors, fill
 from spacedrive_jax.vlm.config import LoraConfig, LoraTarget, VLConfig
 from spacedrive_jax.vlm.conversion import Rule, check_names_and_shapes, lora_rules
@@ -22,16 +23,6 @@ CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
 
 _WRAPPER = "base_model.model."
-_UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "trainable_token_indices",
-)
 
 
 def read_peft_config(path: str | Path) -> LoraConfig:
@@ -44,21 +35,14 @@ def read_peft_config(path: str | Path) -> LoraConfig:
         Rank, alpha, dropout and targets.
 
     Raises:
-        UserError: If files are missing or damaged, or the adapters use a feature this implementation has not.
+        CheckpointError: If files are missing or damaged, or an option is used that is not understood.
     """
     values, file = _read_config(Path(path))
-    if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none":
-        raise UserError(f"{file}: only peft_type LORA with bias none is supported")
-    used = [name for name in _UNSUPPORTED if values.get(name)]
-    if used:
-        raise UserError(f"{file}: {', '.join(used)} is not supported, only plain LoRA")
-    for name in ("r", "lora_alpha"):
-        if name not in values:
-            raise UserError(f"{file}: field {name!r} is missing")
+    rank, alpha, dropout = read_lora_options(values, file)
     return LoraConfig(
-        rank=values["r"],
-        alpha=float(values["lora_alpha"]),
-        dropout=values.get("lora_dropout", 0.0),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
         targets=_targets(_open(path, str).places, Path(path)),
     )
 
@@ -71,11 +55,11 @@ def load_adapter(model: VisionLanguageModel, path: str | Path) -> None:
         path: The PEFT folder.
 
     Raises:
-        UserError: If the model was built with other adapters, or tensors are missing, unknown or misshapen.
+        CheckpointError: If the model was built with other adapters, or tensors do not fit.
     """
     wanted, built = read_peft_config(path), model.decoder.lora
     if built is None or _kind(wanted) != _kind(built):
-        raise UserError(
+        raise CheckpointError(
             f"{path} holds {wanted} but the model was built with {built}; build it with the former"
         )
     rules, folder = open_adapter(path, model.config, wanted)
@@ -98,7 +82,7 @@ def open_adapter(
         The conversion table and the tensors under its names.
 
     Raises:
-        UserError: If tensors are missing, unknown or misshapen.
+        CheckpointError: If tensors are missing, unknown or misshapen.
     """
     rules = lora_rules(config.decoder, lora)
     folder = _open(path, family_of(config).canonical_name)
@@ -118,11 +102,11 @@ def save_adapter(
         complete: Adds what else belongs into the folder.
 
     Raises:
-        UserError: If the model has no adapters or the folder exists.
+        CheckpointError: If the model has no adapters or the folder exists.
     """
     lora = model.decoder.lora
     if lora is None:
-        raise UserError("the model has no adapters to save; it was built with lora=None")
+        raise CheckpointError("the model has no adapters to save; it was built with lora=None")
     rules = lora_rules(model.config.decoder, lora)
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
     write_adapter(path, export_tensors(state, rules), lora, rules, base_model=base_model, complete=complete)
@@ -148,7 +132,7 @@ def write_adapter(
         complete: Adds what else belongs into the folder.
 
     Raises:
-        UserError: If the folder exists.
+        CheckpointError: If the folder exists.
     """
     config = {
         "peft_type": "LORA",
@@ -171,18 +155,36 @@ def _kind(lora: LoraConfig) -> tuple[int, float, frozenset[str]]:
     return lora.rank, lora.alpha, frozenset(lora.targets)
 
 
+def base_of(path: Path) -> str | None:
+    """The name or path of the base checkpoint that an adapter's config gives.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+    """
+    named = _read_config(path)[0].get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
     file = path / CONFIG_FILE
     try:
-        return json.loads(file.read_text()), file
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}; give a folder that PEFT wrote") from error
+        values = read_json(file, most=MEBIBYTE)
+    except DataError as error:
+        raise CheckpointError(f"cannot read {error}; give a folder that PEFT wrote") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object; give a folder that PEFT wrote")
+    return values, file
 
 
 def _open(path: str | Path, canonical_name: Callable[[str], str]) -> SafetensorsFolder:
     file = Path(path) / f"{STEM}.safetensors"
     if not file.is_file():
-        raise UserError(f"{file} is not there; save the adapters as safetensors")
+        if file.with_suffix(".bin").is_file():
+            raise CheckpointError(
+                f"{path} holds {STEM}.bin, torch's pickled weights: save the adapters as safetensors "
+                "(model.save_pretrained(NEW, safe_serialization=True))"
+            )
+        raise CheckpointError(f"{file} is not there; save the adapters as safetensors")
     # The wrapped model's names come in the hub's and in transformers' form, like those of checkpoints.
     return SafetensorsFolder(file, rename=lambda name: _WRAPPER + canonical_name(name.removeprefix(_WRAPPER)))
 
@@ -191,5 +193,5 @@ def _targets(names: Iterable[str], path: Path) -> tuple[LoraTarget, ...]:
     names = [name for name in names if "vision" not in name]
     found = [target for target in get_args(LoraTarget) if any(f".{target}_proj." in name for name in names)]
     if not found:
-        raise UserError(f"{path} adapts none of the decoder's q, k, v, o projections")
+        raise CheckpointError(f"{path} adapts none of the decoder's q, k, v, o projections")
     return tuple(found)

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.vlm.hf_fields import (
+    MOST_LAYERS,
     Fields,
     decoder_fields,
     expect,
-    required,
+    expect_full_attention,
+    head_size,
+    ids,
+    part,
+    real,
     rotary_fields,
     rotary_theta,
     rotary_type,
+    size,
+    text_fields,
 )
 
 
 def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
     """Reads the parsed config; `read_hf_config` is the public way here."""
-    text = fields.get("text_config") or fields
-    vision = fields.get("vision_config") or {}
+    text = text_fields(fields, origin, flat=True)
+    vision = part(fields, "vision_config", origin)
     return QwenVLConfig(
         decoder=_decoder(text, fields, origin),
         vision=_vision(vision, origin),
-        image_token_id=fields.get("image_token_id", 151655),
-        vision_start_token_id=fields.get("vision_start_token_id", 151652),
-        vision_end_token_id=fields.get("vision_end_token_id", 151653),
+        image_token_id=size(fields, "image_token_id", origin, 151655),
+        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652),
+        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653),
     )
 
 
@@ -38,7 +45,7 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
     """The config in the layout with `text_config`, which transformers 4.52 and 5 read."""
     decoder, vision = config.decoder, config.vision
     if decoder.hidden_size != decoder.num_heads * decoder.head_dim or not decoder.qkv_bias:
-        raise UserError(
+        raise ConfigError(
             "transformers' Qwen2.5-VL needs hidden_size == num_heads * head_dim and qkv_bias; this decoder "
             f"has hidden_size {decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}, "
             f"qkv_bias {decoder.qkv_bias}"
@@ -74,26 +81,32 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
 
 
 def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
-    if rotary_type(text) not in ("default", "mrope"):
-        raise UserError(
-            f"{origin}: rotary embedding of type {rotary_type(text)!r} is not supported, only plain M-RoPE"
-        )
-    if text.get("use_sliding_window"):
-        raise UserError(f"{origin}: sliding-window attention is not supported (use_sliding_window)")
+    kind = rotary_type(text, origin)
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported, only plain M-RoPE")
+    expect_full_attention(text, origin)
     expect(text, "hidden_act", "silu", origin)
-    heads = required(text, "num_attention_heads", origin)
-    hidden = required(text, "hidden_size", origin)
+    heads = size(text, "num_attention_heads", origin)
+    hidden = size(text, "hidden_size", origin)
+    sections = ids(rotary_fields(text, origin), "mrope_section", origin)
+    head_dim = head_size(text, origin, hidden, heads)
+    if head_dim * heads != hidden:
+        raise ConfigError(f"{origin}: head_dim {head_dim} times {heads} heads is not hidden_size {hidden}")
+    if 2 * sum(sections) != head_dim:
+        raise ConfigError(
+            f"{origin}: mrope_section {list(sections)} does not sum to half of head_dim {head_dim}"
+        )
     return DecoderConfig(
-        vocab_size=required(text, "vocab_size", origin),
+        vocab_size=size(text, "vocab_size", origin),
         hidden_size=hidden,
-        intermediate_size=required(text, "intermediate_size", origin),
-        num_layers=required(text, "num_hidden_layers", origin),
+        intermediate_size=size(text, "intermediate_size", origin),
+        num_layers=size(text, "num_hidden_layers", origin, most=MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=hidden // heads,
-        rope_theta=rotary_theta(text, 1_000_000.0),
-        rope_sections=tuple(required(rotary_fields(text), "mrope_section", origin)),
-        norm_eps=text.get("rms_norm_eps", 1e-5),
+        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
+        head_dim=head_dim,
+        rope_theta=rotary_theta(text, origin, 1_000_000.0),
+        rope_sections=sections,
+        norm_eps=real(text, "rms_norm_eps", origin, 1e-5),
         qkv_bias=True,
         tied_head=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
@@ -102,15 +115,15 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
 def _vision(vision: Fields, origin: str) -> QwenVisionConfig:
     expect(vision, "hidden_act", "silu", origin)
     return QwenVisionConfig(
-        hidden_size=vision.get("hidden_size", 3584),
-        intermediate_size=vision.get("intermediate_size", 3420),
-        depth=vision.get("depth", 32),
-        num_heads=vision.get("num_heads", 16),
-        full_attention_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        window_size=vision.get("window_size", 112),
-        patch_size=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-        merge_size=vision.get("spatial_merge_size", 2),
-        out_hidden_size=vision.get("out_hidden_size", 3584),
+        hidden_size=size(vision, "hidden_size", origin, 3584),
+        intermediate_size=size(vision, "intermediate_size", origin, 3420),
+        depth=size(vision, "depth", origin, 32, most=MOST_LAYERS),
+        num_heads=size(vision, "num_heads", origin, 16),
+        full_attention_blocks=ids(vision, "fullatt_block_indexes", origin, (7, 15, 23, 31)),
+        window_size=size(vision, "window_size", origin, 112),
+        patch_size=size(vision, "patch_size", origin, size(vision, "spatial_patch_size", origin, 14)),
+        temporal_patch_size=size(vision, "temporal_patch_size", origin, 2),
+        in_channels=size(vision, "in_channels", origin, size(vision, "in_chans", origin, 3)),
+        merge_size=size(vision, "spatial_merge_size", origin, 2),
+        out_hidden_size=size(vision, "out_hidden_size", origin, 3584),
     )

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.vlm import save_adapter, to_hf
 from spacedrive_jax.vlm.conversion import new_token_rules
 from spacedrive_jax.vlm.decoder import NewTokenParam
+from spacedrive_jax.vlm.safetensors_folder import save_tensors
 from spacedrive_jax.weights.opening import open_model
 
 NEW_TOKENS_FILE = "new_tokens.safetensors"
@@ -71,7 +71,7 @@ def export_peft(source: Path, out: Path) -> Mapping[str, Any]:
         state = dict(nnx.to_flat_state(nnx.state(opened.model, NewTokenParam)))
         rules = new_token_rules(opened.model.config.decoder, new_tokens)
         rows = {rule.source: np.asarray(state[rule.target][...]) for rule in rules}
-        save_file(rows, folder / NEW_TOKENS_FILE, metadata={"format": "pt"})
+        save_tensors(rows, folder / NEW_TOKENS_FILE)
 
     save_adapter(opened.model, out, base_model=opened.base_name, complete=add_new_tokens)
     return {

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError, DataError
+from spacedrive_jax.io import MEBIBYTE, read_bytes, write_json
 from spacedrive_jax.vlm import ComputeConfig, ShardingOf, VisionLanguageModel, from_hf, load_adapter
 from spacedrive_jax.vlm.config import NewTokensConfig
 from spacedrive_jax.vlm.families import FAMILIES, Family
@@ -36,7 +37,7 @@ class WeightsFacts:
     family: str
     """transformers' `model_type`."""
     source: str
-    """Where the weights came from."""
+    """Where the base came from; what adapters exported from here name as theirs."""
     tensors: int
     parameters: int
     """Numbers in the base."""
@@ -46,6 +47,8 @@ class WeightsFacts:
     new_tokens: int | None
     """Id of the indicator token, the position token's being the next; None without the two."""
     adapter_rank: int | None = None
+    adapter_source: str | None = None
+    """Where the adapters came from."""
     format: int = FORMAT
 
     @classmethod
@@ -72,24 +75,26 @@ class WeightsFacts:
 
     def write(self, folder: Path) -> None:
         """Writes weights.json."""
-        (folder / FACTS_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_json(folder / FACTS_FILE, dataclasses.asdict(self), indent=2)
 
     @classmethod
     def read(cls, folder: Path) -> WeightsFacts:
         """Reads weights.json.
 
         Raises:
-            UserError: If it is missing, damaged or of another version.
+            CheckpointError: If it is missing, damaged or of another version.
         """
         file = Path(folder) / FACTS_FILE
         try:
-            facts = cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
+            facts = msgspec.json.decode(read_bytes(file, most=MEBIBYTE), type=cls)
+        except (DataError, msgspec.MsgspecError) as error:
+            raise CheckpointError(
                 f"{file} is not readable ({error}); give a folder that import-weights wrote"
             ) from error
         if facts.format != FORMAT:
-            raise UserError(f"{file} has format {facts.format}, this version reads {FORMAT}: import again")
+            raise CheckpointError(
+                f"{file} has format {facts.format}, this version reads {FORMAT}: import again"
+            )
         return dataclasses.replace(facts, dtypes=tuple(facts.dtypes))
 
 
@@ -137,7 +142,7 @@ def load(
         The model.
 
     Raises:
-        UserError: If the folder is not one, or its files are damaged or do not fit each other.
+        CheckpointError: If the folder is not one, or its files are damaged or do not fit each other.
     """
     folder = Path(folder)
     facts = WeightsFacts.read(folder)

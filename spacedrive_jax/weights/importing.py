@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError, progress
-from spacedrive_jax.vlm.checkpoint import without_content
+from spacedrive_jax.console import progress
+from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.interop.flavours import check_folder
+from spacedrive_jax.io import read_json, write_json
+from spacedrive_jax.vlm.checkpoint import with_own_head, without_content
 from spacedrive_jax.vlm.conversion import check_names_and_shapes
 from spacedrive_jax.vlm.families import family_of
 from spacedrive_jax.vlm.hf_config import read_hf_config
-from spacedrive_jax.vlm.peft import CONFIG_FILE, open_adapter, read_peft_config, write_adapter
+from spacedrive_jax.vlm.peft import base_of, open_adapter, read_peft_config, write_adapter
 from spacedrive_jax.vlm.safetensors_folder import (
     PlannedTensor,
     SafetensorsFolder,
@@ -55,7 +57,7 @@ def import_hf(source: Path, out: Path, options: ImportOptions) -> Mapping[str, A
     """Imports a transformers checkpoint of any family into a weights folder.
 
     Raises:
-        UserError: If `out` exists, files are missing or damaged, or tensors are missing, unknown or
+        CheckpointError: If `out` exists, files are missing or damaged, or tensors are missing, unknown or
             misshapen.
     """
     with new_folder(out) as folder:
@@ -68,14 +70,15 @@ def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str,
     """Imports a PEFT adapter together with its base checkpoint into a weights folder.
 
     Raises:
-        UserError: As `import_hf`; also if the base is not found or the adapter does not fit it.
+        CheckpointError: As `import_hf`; also if the base is not found or the adapter does not fit it.
     """
     lora = read_peft_config(source)
     base = options.base or _base_of(source)
+    check_folder(base)
     rules, adapter = open_adapter(source, read_hf_config(base), lora)
     with new_folder(out) as folder:
         facts = dataclasses.replace(
-            _import_base(base, folder, options), source=str(source), adapter_rank=lora.rank
+            _import_base(base, folder, options), adapter_rank=lora.rank, adapter_source=str(source)
         )
         tensors = ((name, adapter.read(name)) for rule in rules for name in rule.source_names())
         write_adapter(folder / ADAPTER_FOLDER, tensors, lora, rules, base_model=str(base))
@@ -88,9 +91,12 @@ READERS: dict[str, Reader] = {"hf": import_hf, "peft": import_peft}
 
 def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsFacts:
     """Checks a checkpoint against its config and writes it, with the two tokens, into an open folder."""
+    check_folder(source)
     config = read_hf_config(source)
     family = family_of(config)
     tensors = SafetensorsFolder(source, rename=family.canonical_name)
+    tensors.check_flavour()
+    config = with_own_head(config, tensors)
     rules = family.rules(config)
     ignore = without_content(config, tensors)
     check_names_and_shapes(rules, tensors.shapes(), origin=str(source), ignore=ignore)
@@ -98,9 +104,14 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
     rows = config.decoder.vocab_size
     if tokens.indicator is not None and tokens.indicator + 2 > rows:
         if not tokens.added:
-            raise UserError(
+            raise CheckpointError(
                 f"{source}: the tokenizer has the coordinate tokens at {tokens.indicator}, but the table has "
                 f"{rows} rows; give the tokenizer that belongs to these weights"
+            )
+        if tokens.indicator > rows:
+            raise CheckpointError(
+                f"{options.tokenizer or source}: the tokenizer has ids up to {tokens.indicator - 1:,}, but "
+                f"the table has {rows:,} rows; give the tokenizer that belongs to these weights (--tokenizer)"
             )
         rows = tokens.indicator + 2
     names = [name for rule in rules for name in rule.source_names()]
@@ -117,7 +128,10 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
         return place.nbytes * rows // place.shape[0] if name in TABLES else place.nbytes
 
     planned = [PlannedTensor(family.hub_name(name), size(name)) for name in names]
-    (folder / "config.json").write_text(json.dumps(with_vocabulary(source, rows), indent=2) + "\n")
+    fields = with_vocabulary(source, rows)
+    if not config.decoder.tied_head and read_hf_config(source).decoder.tied_head:
+        fields = untied(fields)
+    write_json(folder / "config.json", fields, indent=2)
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
     return WeightsFacts.of(family, source, fingerprint, new_tokens=tokens.indicator)
@@ -125,16 +139,23 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
 
 def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:
     """The source's own config.json for tables of `rows` rows."""
-    fields = json.loads((source / "config.json").read_text())
+    fields = read_json(source / "config.json")
     for part in (fields, fields.get("text_config")):
         if part and "vocab_size" in part:
             part["vocab_size"] = rows
     return fields
 
 
+def untied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says that the head has weights of its own, in both places that are read."""
+    text = fields.get("text_config")
+    parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+    return {**fields, "tie_word_embeddings": False, **parts}
+
+
 def _base_of(adapter: Path) -> Path:
     """The folder of the base checkpoint that an adapter's config names."""
-    named = json.loads((adapter / CONFIG_FILE).read_text()).get("base_model_name_or_path")
-    if not named or not Path(named).is_dir():
-        raise UserError(f"{adapter} adapts {named!r}, which is no folder here; give --base FOLDER")
+    named = base_of(adapter)
+    if named is None or not Path(named).is_dir():
+        raise CheckpointError(f"{adapter} adapts {named!r}, which is no folder here; give --base FOLDER")
     return Path(named)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.vlm import VisionLanguageModel, from_hf
 from spacedrive_jax.vlm.decoder import NewTokenParam
-from spacedrive_jax.weights.folder import FACTS_FILE, WeightsFacts, load
+from spacedrive_jax.vlm.peft import base_of
+from spacedrive_jax.weights.folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
 from spacedrive_jax.weights.tokens import copy_tokenizer
 from spacedrive_jax.weights.trained_parts import fill_new_rows, imported_config, is_imported, trained_rules
 
@@ -41,21 +43,32 @@ def open_model(source: Path) -> OpenedModel:
         The model.
 
     Raises:
-        UserError: If the folder is none of these, or damaged.
+        CheckpointError: If the folder is none of these, or damaged.
     """
     source = Path(source)
     tokenizer = functools.partial(copy_tokenizer, source)
     if is_imported(source):
         return _open_imported(source)
     if (source / FACTS_FILE).is_file():
-        return OpenedModel(load(source), WeightsFacts.read(source).source, tokenizer)
+        return OpenedModel(load(source), _base_name(source), tokenizer)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         return _open_run(source)
     if (source / "config.json").is_file():
         return OpenedModel(from_hf(source), str(source), tokenizer)
-    raise UserError(
+    check_folder(source)
+    raise CheckpointError(
         f"{source} is neither a weights folder (import-weights), nor a transformers checkpoint, nor a run"
     )
+
+
+def _base_name(source: Path) -> str:
+    """What PEFT is to load below adapters that come from a weights folder: their base, or the folder itself.
+
+    The folder's base lies in it too, so it serves where the base has no name or is no longer there.
+    """
+    named = base_of(source / ADAPTER_FOLDER) if (source / ADAPTER_FOLDER).is_dir() else None
+    named = named or WeightsFacts.read(source).source
+    return named if (Path(named) / "config.json").is_file() else str(source)
 
 
 def _open_imported(source: Path) -> OpenedModel:
@@ -68,7 +81,7 @@ def _open_imported(source: Path) -> OpenedModel:
     nnx.update(model, nnx.from_flat_state([(path[1:], value) for path, value in state.items()]))
     heads = {str(rule.target[0]) for rule in trained_rules(config, facts.new_tokens)} - {"vlm"}
     tokenizer = functools.partial(copy_tokenizer, source)
-    return OpenedModel(model, facts.source, tokenizer, tuple(sorted(heads)))
+    return OpenedModel(model, _base_name(source), tokenizer, tuple(sorted(heads)))
 
 
 def _open_run(source: Path) -> OpenedModel:
@@ -93,5 +106,8 @@ def _open_run(source: Path) -> OpenedModel:
     def write_tokenizer(folder: Path) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
 
-    base = config.model.weights or f"random weights of {run_dir}"
+    weights = config.model.weights
+    is_folder = weights is not None and (Path(weights) / FACTS_FILE).is_file()
+    named = weights or f"random weights of {run_dir}"
+    base = _base_name(Path(named)) if is_folder else named
     return OpenedModel(model.vlm, base, write_tokenizer, tuple(sorted(modules)))

@@ -6,16 +6,16 @@ What the folder has beside what every weights folder has: `spacedrive_jax.weight
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from spacedrive_jax.config import to_json
 from spacedrive_jax.console import UserError
+from spacedrive_jax.interop.flavours import check_published_source
+from spacedrive_jax.io import write_json, write_text
 from spacedrive_jax.published.checkpoint import Parts, split_checkpoint
 from spacedrive_jax.published.torch_file import read_torch_file
 from spacedrive_jax.vlm.config import LlavaConfig, LoraConfig
@@ -28,6 +28,7 @@ from spacedrive_jax.vlm.safetensors_folder import (
     PlannedTensor,
     new_folder,
     plan_shards,
+    save_tensors,
     write_tensors,
 )
 from spacedrive_jax.weights.folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
@@ -62,6 +63,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
     """
     if options.base is None:
         raise UserError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
+    check_published_source(source)
     parts = split_checkpoint(read_torch_file(source), str(source))
     family = family_of(read_hf_config(options.base))
     base = {family.canonical_name(name): value for name, value in parts.base.items()}
@@ -86,8 +88,8 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
                 f"and the next, but the checkpoint's table has {len(table)} rows: give its --tokenizer"
             )
         check_heads(run.model, parts.heads, tokens.indicator, str(source))
-        (folder / RUN_FILE).write_text(to_json(pointed_at(run, out)))
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        write_text(folder / RUN_FILE, to_json(pointed_at(run, out)))
+        write_json(folder / "config.json", fields, indent=2)
         stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
         write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
         adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
@@ -97,18 +99,23 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
             for part in EXTRAS
             for name, value in getattr(parts, part).items()
         }
-        save_file(extras, folder / EXTRAS_FILE)
+        save_tensors(extras, folder / EXTRAS_FILE)
         if parts.depth:
             (folder / DEPTH_FOLDER).mkdir()
             depth = {name: np.array(value, order="C") for name, value in parts.depth.items()}
-            save_file(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
+            save_tensors(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
         layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
-        (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
+        write_json(folder / LAYOUT_FILE, layout, default=_plain)
         facts = WeightsFacts.of(
             family, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
         )
         facts.write(folder)
     return {**dataclasses.asdict(facts), "notes": notes}
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, which trainers leave in `meta`, for JSON; anything else as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
 
 
 def _lora(parts: Parts, is_llava: bool) -> LoraConfig:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
-from spacedrive_jax.console import UserError
-from spacedrive_jax.data.tokenizer import INDICATOR, POSITION
+from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_tokenizer
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import read_json, require_regular, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,7 +43,8 @@ class Extension(NamedTuple):
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's files, as many as there are, into an existing folder."""
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if (source / name).exists():
+            require_regular(source / name, most=MOST_BYTES)
             shutil.copyfile(source / name, target / name)
 
 
@@ -62,18 +63,18 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
         Where the tokens are.
 
     Raises:
-        UserError: If there is no tokenizer.json, or it gives the two ids that do not follow each other.
+        DataError: If there is no tokenizer.json, or it gives the two ids that do not follow each other.
     """
     copy_tokenizer(source, target)
     file = target / "tokenizer.json"
     if not file.is_file():
         if not add:
             return Extension(None, added=False)
-        raise UserError(
+        raise DataError(
             f"{source} holds no tokenizer.json to add {INDICATOR} and {POSITION} to; give --tokenizer "
             "FOLDER, or --no-add-tokens to import the weights alone"
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(file)
     tokens = (INDICATOR, POSITION)
     known = [tokenizer.token_to_id(token) for token in tokens]
     if add and None in known:
@@ -83,7 +84,7 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
     if indicator is None:
         return Extension(None, added=False)
     if position != indicator + 1:
-        raise UserError(
+        raise DataError(
             f"{source} gives {INDICATOR} the id {indicator} and {POSITION} the id {position}, not the next "
             "one; take the tokenizer that came with the weights"
         )
@@ -97,17 +98,24 @@ def _list_in_config(folder: Path, ids: dict[str, int]) -> None:
     """Tells the files in which transformers lists added tokens once more."""
     file = folder / "tokenizer_config.json"
     if file.is_file():
-        config = json.loads(file.read_text())
+        config = _object(file)
         listed = config.get("added_tokens_decoder")
-        if listed is not None:
+        if isinstance(listed, dict):
             plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
             listed |= {
                 str(number): {"content": token, **plain, "special": True} for token, number in ids.items()
             }
-            file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
+            write_json(file, config, indent=2, ensure_ascii=False)
     file = folder / "added_tokens.json"
     if file.is_file():
-        file.write_text(json.dumps(json.loads(file.read_text()) | ids, indent=2, ensure_ascii=False))
+        write_json(file, _object(file) | ids, indent=2, ensure_ascii=False)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = read_json(file, most=MOST_BYTES)
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds no JSON object: take the tokenizer that came with the weights")
+    return content
 
 
 def with_mean_rows(

@@ -16,9 +16,11 @@ from spacedrive_jax.depth.unidepth_weights import (
     config_from_json,
     is_released,
     load_unidepth,
+    read_config,
     save_unidepth,
     unidepth_rules,
 )
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.verify.depth import verify_unidepth
 from spacedrive_jax.vlm.config import ComputeConfig
 from spacedrive_jax.vlm.initialization import initialize
@@ -160,3 +162,28 @@ def test_half_precision_keeps_depth_and_cameras_in_float32(name):
     depth, confidence, intrinsics = jax.eval_shape(lambda s, i: nnx.merge(graph, s)(i), state, images)
     assert (depth.shape, confidence.shape, intrinsics.shape) == ((6, 640, 640), (6, 640, 640), (6, 3, 3))
     assert {depth.dtype, confidence.dtype, intrinsics.dtype} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("place", ["data", "augmentations", "top"])
+def test_the_input_limits_are_read_wherever_releases_have_them(tmp_path, place):
+    limits = {"ratio_bounds": [0.6, 2.0], "pixels_min": 100000, "pixels_max": 150000}
+    settings = {
+        "data": {"augmentations": {}},
+        "model": {
+            "name": "UniDepthV2",
+            "num_heads": 8,
+            "expansion": 4,
+            "pixel_decoder": {"hidden_dim": 256, "depths": [2, 2, 2]},
+            "pixel_encoder": {"name": "dinov2_vits14", "output_idx": [3, 6, 9, 12]},
+        },
+    }
+    places = {"data": settings["data"], "augmentations": settings["data"]["augmentations"], "top": settings}
+    places[place]["shape_constraints"] = limits
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = read_config(tmp_path, {})
+    assert (config.ratio_bounds, config.pixel_bounds) == ((0.6, 2.0), (100000, 150000))
+    other = next(each for name, each in places.items() if name != place)
+    other["shape_constraints"] = limits | {"pixels_max": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="shape_constraints stand there 2 times"):
+        read_config(tmp_path, {})

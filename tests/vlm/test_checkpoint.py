@@ -124,7 +124,7 @@ def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch):
     import spacedrive_jax.vlm.safetensors_folder as module
 
     monkeypatch.setattr(module, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*exported: disk full"):
         to_hf(model, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
 

@@ -115,3 +115,64 @@ def test_missing_sizes_and_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
         read_hf_config(tmp_path)
+
+
+def test_the_two_names_of_the_rotary_settings_are_put_together():
+    values = nested(
+        rope_parameters={"rope_theta": 5e5}, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}
+    )
+    del values["text_config"]["rope_theta"]
+    assert read_hf_config(values).decoder.rope_theta == 5e5
+    assert read_hf_config(values).decoder.rope_sections == (16, 24, 24)
+
+
+def test_fields_beside_text_config_are_read_where_it_lacks_them():
+    values = nested(rope_scaling=HUB_7B["rope_scaling"])
+    values["rms_norm_eps"] = values["text_config"].pop("rms_norm_eps")
+    values["rope_theta"] = values["text_config"].pop("rope_theta")
+    assert read_hf_config(values) == QwenVLConfig.qwen2_5_vl_7b()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rope_theta": 10000.0}, "rope_theta stands there twice"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps stands there twice"),
+        ({"hidden_act": "gelu", "text_config": {"hidden_act": "silu"}}, "hidden_act stands there twice"),
+    ],
+)
+def test_two_places_that_disagree_are_refused(change, problem):
+    values = nested(rope_scaling=HUB_7B["rope_scaling"])
+    values["text_config"] |= change.get("text_config", {})
+    with pytest.raises(UserError, match=problem):
+        read_hf_config(values | {name: value for name, value in change.items() if name != "text_config"})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": "many"}, "hidden_size is 'many'"),
+        ({"hidden_size": True}, "hidden_size is 'True'"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is '1000000000000'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is '0'"),
+        ({"num_attention_heads": 27}, "no multiple of num_attention_heads"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is 'inf'"),
+        ({"vision_config": []}, r"vision_config is '\[\]', expected an object"),
+        ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope', expected an object"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": 3}}, "mrope_section is '3'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "half of head_dim"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": ["qwen2_5_vl"]}, "model_type"),
+    ],
+)
+def test_values_that_cannot_be_are_named(change, problem):
+    with pytest.raises(UserError, match=problem):
+        read_hf_config(HUB_7B | change)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b"[" * 5000 + b"]" * 5000])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_hf_config(tmp_path)

@@ -85,6 +85,27 @@ def test_a_model_built_otherwise_is_refused(saved, lora):
         ({"use_dora": True}, "use_dora is not supported"),
         ({"peft_type": "IA3"}, "only peft_type LORA"),
         ({"bias": "all"}, "bias none"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' belongs to a base that PEFT changed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "of_next_year"}, "init_lora_weights"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": 0}, "layers_to_transform"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"option_of_next_year": "deep"}, "option_of_next_year"),
+        ({"r": "three"}, "r is 'three'"),
+        ({"r": 10**12}, "r is 10"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
     ],
 )
 def test_other_adapters_are_refused(saved, change, message):
@@ -115,3 +136,57 @@ def test_missing_pieces_are_named(saved, tmp_path):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*adapter_config\.json"):
         read_peft_config(folder)
+
+
+def change_config(folder, **change):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def test_every_option_that_peft_writes_is_known(saved):
+    """PEFT 0.21 writes all of its options, those not used as null, false or nothing."""
+    _, folder = saved
+    names = (
+        "alora_invocation_tokens arrow_config corda_config ensure_weight_tying eva_config exclude_modules "
+    )
+    names += "kasa_config layer_replication layers_pattern layers_to_transform lora_bias lora_ga_config "
+    names += (
+        "megatron_config modules_to_save monteclora_config revision target_parameters use_bdlora use_dora "
+    )
+    names += "trainable_token_indices use_qalora use_rslora velora_config"
+    change_config(
+        folder,
+        **dict.fromkeys(names.split()),
+        init_lora_weights=True,
+        loftq_config={},
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        peft_version="0.21.2",
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    assert read_peft_config(folder) == LORA
+
+
+def test_rank_stabilised_adapters_keep_their_scale(saved):
+    _, folder = saved
+    change_config(folder, use_rslora=True)
+    assert read_peft_config(folder).scaling == pytest.approx(6 / 3**0.5, rel=1e-15)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\xff", "[" * 5000])
+def test_a_damaged_config_is_named(saved, content):
+    _, folder = saved
+    (folder / "adapter_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        read_peft_config(folder)
+
+
+def test_weights_that_are_no_numbers_are_refused(saved):
+    model, folder = saved
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name] * np.nan}, file)
+    with pytest.raises(UserError, match=f"{name} holds nan or infinity"):
+        load_adapter(model, folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import jax.numpy as jnp
 import numpy as np
@@ -241,3 +242,101 @@ def test_damaged_facts_are_named(checkpoint, tmp_path):
     file.write_text("{")
     with pytest.raises(UserError, match="not readable"):
         open_model(tmp_path / "weights")
+
+
+def save_tied(checkpoint, head):
+    """A checkpoint whose config ties the head, with `head(table)` as its head."""
+    source = checkpoint("qwen_plus_train")
+    config = json.loads((source / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part["tie_word_embeddings"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    files = sorted(source.glob("model*"))
+    shards = [load_file(file) for file in files if file.suffix == ".safetensors"]
+    tensors = {name: value for shard in shards for name, value in shard.items()}
+    table = next(value for name, value in tensors.items() if name.endswith("embed_tokens.weight"))
+    for file in files:
+        file.unlink()
+    save_file(tensors | {"lm_head.weight": head(table)}, source / "model.safetensors")
+    return source
+
+
+def test_a_head_of_its_own_is_kept_though_the_config_ties_it(checkpoint, tmp_path, capsys):
+    """As transformers 5 does, with a note; trainers that untie the two leave the old config behind."""
+    source = save_tied(checkpoint, lambda table: -table)
+    import_hf(source, tmp_path / "w", ImportOptions())
+    assert "lm_head.weight has values of its own" in capsys.readouterr().err
+    after = tensors_of(tmp_path / "w")
+    np.testing.assert_array_equal(
+        after["lm_head.weight"][:510], -after["model.language_model.embed_tokens.weight"][:510]
+    )
+    model = load(tmp_path / "w")
+    assert not model.decoder.config.tied_head
+    np.testing.assert_array_equal(logits_of(from_hf(tmp_path / "w")), logits_of(model))
+
+
+def test_a_head_that_repeats_the_table_is_none_of_its_own(checkpoint, tmp_path, capsys):
+    source = save_tied(checkpoint, lambda table: table.copy())
+    import_hf(source, tmp_path / "w", ImportOptions())
+    assert "of its own" not in capsys.readouterr().err
+    assert "lm_head.weight" not in tensors_of(tmp_path / "w")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path, wrong):
+    source = checkpoint("qwen_plus_train")
+    file = sorted(source.glob("model*.safetensors"))[0]
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].flat[7] = wrong
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{name} holds nan or infinity"):
+        import_hf(source, tmp_path / "w", ImportOptions())
+    with pytest.raises(UserError, match="nan or infinity"):
+        from_hf(source)
+    assert not [each.name for each in tmp_path.iterdir() if "w" in each.name.split(".")[:2]]
+
+
+def test_what_an_aborted_import_left_is_removed_by_the_next(checkpoint, tmp_path):
+    source = checkpoint("qwen_plus_train")
+    before = {each.name for each in tmp_path.iterdir()}
+    left = tmp_path / f".w.unfinished-{socket.gethostname()}-{2**22 + 1}"  # above the largest process number
+    left.mkdir()
+    import_hf(source, tmp_path / "w", ImportOptions())
+    assert {each.name for each in tmp_path.iterdir()} == before | {"w"}
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "problem"),
+    [
+        ({"word0": 0, "word198": 2**31}, "has the id 2,147,483,648"),
+        ({f"w{n}": n for n in range(1, 900)}, "ids up to"),
+    ],
+)
+def test_a_tokenizer_cannot_make_the_table_grow(checkpoint, tmp_path, vocabulary, problem):
+    source = checkpoint("qwen_plus_train")
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {"word0": 0} | vocabulary
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=problem):
+        import_hf(source, tmp_path / "w", ImportOptions())
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b"[" * 5000])
+def test_a_damaged_tokenizer_is_named(checkpoint, tmp_path, content):
+    source = checkpoint("qwen_plus_train")
+    (source / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        import_hf(source, tmp_path / "w", ImportOptions())
+
+
+def test_an_exported_adapter_names_a_base_that_can_be_loaded(checkpoint, tmp_path):
+    base = checkpoint("qwen_plus_train")
+    save_adapter(adapted(base), tmp_path / "a", base_model=str(base))
+    import_peft(tmp_path / "a", tmp_path / "w", ImportOptions())
+    assert run("export-weights", "--to", "peft", tmp_path / "w", "--out", tmp_path / "b") == 0
+    named = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(base)
+    import_peft(tmp_path / "b", tmp_path / "w2", ImportOptions())
+    base.rename(tmp_path / "elsewhere")
+    assert open_model(tmp_path / "w").base_name == str(tmp_path / "w")
