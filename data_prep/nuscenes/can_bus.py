@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 
-from spacedrive_jax.console import UserError
-from spacedrive_jax.data.keyframe_ego import CAN_MOTION_FIELDS
+from data_prep.nuscenes.rows import Microseconds, Motion, Quaternion, decode_rows
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, read_bytes
+
+MOST_BYTES = 256 * MEBIBYTE
+"""Twenty seconds of 50 Hz messages have half a megabyte."""
+
+
+class PoseMessage(msgspec.Struct, frozen=True, gc=False):
+    """One message of the vehicle's localisation."""
+
+    utime: Microseconds
+    orientation: Quaternion
+    accel: Motion
+    """m/s^2."""
+    rotation_rate: Motion
+    """rad/s."""
+    vel: Motion
+    """m/s."""
 
 
 def pose_file(dataroot: Path, scene_name: str) -> Path:
@@ -24,23 +41,16 @@ def read_pose_messages(dataroot: Path, scene_name: str) -> list[Mapping[str, Any
     Some official scenes were recorded without CAN data, and the CAN bus expansion is a separate download.
 
     Raises:
-        UserError: the file exists but is not a list of pose messages in time order.
+        DataError: the file exists but is not a list of pose messages in time order, or a value cannot be.
     """
     path = pose_file(dataroot, scene_name)
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        messages = json.loads(path.read_bytes())
-        times = [message["utime"] for message in messages]
-        for message in messages:
-            shapes = [np.shape(message[field]) for field in ("orientation", *CAN_MOTION_FIELDS)]
-            if shapes != [(4,), (3,), (3,), (3,)]:
-                raise ValueError(f"message at utime {message['utime']} has fields of shapes {shapes}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a list of CAN pose messages with utime, orientation, accel, rotation_rate, vel "
-            f"({type(error).__name__}: {error}); fetch it again or remove it"
-        ) from None
-    if times != sorted(times):
-        raise UserError(f"{path}: messages are not in time order")
-    return messages or None
+        messages = decode_rows(read_bytes(path, most=MOST_BYTES), PoseMessage, path, "utime")
+    except DataError as error:
+        raise DataError(f"not CAN pose messages: {error}; fetch the file again or remove it") from error
+    for earlier, later in itertools.pairwise(messages):
+        if later.utime < earlier.utime:
+            raise DataError(f"{path}: messages are not in time order (utime {later.utime})")
+    return [msgspec.structs.asdict(message) for message in messages] or None

@@ -3,150 +3,252 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from data_prep.nuscenes.tables import Row, Tables
+from data_prep.nuscenes.tables import (
+    CalibratedSensor,
+    Category,
+    EgoPose,
+    Instance,
+    Log,
+    Map,
+    Sample,
+    SampleAnnotation,
+    SampleData,
+    SceneRow,
+    Sensor,
+    Tables,
+)
 from spacedrive_jax.cameras import CAMERAS
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe import Annotation, Keyframe, Scene, SensorFrame
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import inside
 
 LIDAR = "LIDAR_TOP"
+
+MAX_SPEED = 100.0
+"""Metres a second; poses that lie farther apart are a mistake in the tables, not a drive."""
+POSE_JITTER = 10.0
+"""Metres that two poses may lie apart however little time is between them."""
+MAX_SENSOR_DELAY_US = 5_000_000
+"""Between a keyframe's time and that of its sensors; nuScenes' stay below 0.1 s."""
+MAX_AGENT_DISTANCE = 5000.0
+"""Metres from the vehicle to an annotated box."""
 
 
 def read_scenes(tables: Tables) -> Iterator[Scene]:
     """Yields the scenes in table order, each built when asked for.
 
     Raises:
-        UserError: a keyframe chain is broken, a keyframe lacks one of its seven sensors, or an annotation
-            chain leaves its scene.
+        DataError: a keyframe chain is broken, a keyframe lacks one of its seven sensors, an annotation
+            chain leaves its scene or its agent, a file name leaves the dataroot, or the vehicle jumps.
     """
     sensor_rows = _keyframe_sensor_rows(tables)
-    annotation_rows: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in tables["sample_annotation"].values():
-        annotation_rows[row["sample_token"]].append(row)
-    map_masks = {log: row["filename"] for row in tables["map"].values() for log in row["log_tokens"]}
-    for scene_row in tables["scene"].values():
+    annotation_rows: defaultdict[str, list[SampleAnnotation]] = defaultdict(list)
+    for row in tables[SampleAnnotation].values():
+        annotation_rows[row.sample_token].append(row)
+    map_masks = {log: mask for mask in tables[Map].values() for log in mask.log_tokens}
+    for scene_row in tables[SceneRow].values():
         samples = _sample_chain(tables, scene_row)
-        rows = [row for sample in samples for row in annotation_rows[sample["token"]]]
+        rows = [row for sample in samples for row in annotation_rows[sample.token]]
         first = 0
-        keyframes = []
+        keyframes: list[Keyframe] = []
         for sample in samples:
-            count = len(annotation_rows[sample["token"]])
+            count = len(annotation_rows[sample.token])
             keyframes.append(_keyframe(tables, sample, sensor_rows, range(first, first + count)))
             first += count
-        log = tables["log"][scene_row["log_token"]]
+        _check_drive(scene_row.name, keyframes)
+        log = tables[Log][scene_row.log_token]
+        mask = map_masks.get(log.token)
         yield Scene(
-            name=scene_row["name"],
-            description=scene_row["description"],
-            location=log["location"],
-            log=log["logfile"],
-            map_mask=map_masks.get(log["token"], ""),
+            name=scene_row.name,
+            description=scene_row.description,
+            location=log.location,
+            log=log.logfile,
+            map_mask=_file_name("map", mask) if mask else "",
             keyframes=tuple(keyframes),
-            annotations=_annotations(tables, scene_row["name"], samples, rows),
+            annotations=_annotations(tables, scene_row.name, keyframes, rows),
         )
 
 
-def _keyframe_sensor_rows(tables: Tables) -> dict[tuple[str, str], Row]:
+def _keyframe_sensor_rows(tables: Tables) -> dict[tuple[str, str], SampleData]:
     """(sample token, channel) to the keyframe's `sample_data` row."""
-    rows: dict[tuple[str, str], Row] = {}
-    for row in tables["sample_data"].values():
-        calibration = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
-        channel = tables["sensor"][calibration["sensor_token"]]["channel"]
-        key = row["sample_token"], channel
+    rows: dict[tuple[str, str], SampleData] = {}
+    for row in tables[SampleData].values():
+        calibration = tables[CalibratedSensor][row.calibrated_sensor_token]
+        channel = tables[Sensor][calibration.sensor_token].channel
+        key = row.sample_token, channel
         if key in rows:
-            raise UserError(
-                f"sample_data.json: rows {rows[key]['token']!r} and {row['token']!r} are both the {channel} "
-                f"data of keyframe {row['sample_token']!r}"
+            raise DataError(
+                f"sample_data.json: rows {rows[key].token!r} and {row.token!r} are both the {channel} "
+                f"data of keyframe {row.sample_token!r}"
             )
         rows[key] = row
     return rows
 
 
-def _sample_chain(tables: Tables, scene: Row) -> list[Row]:
+def _sample_chain(tables: Tables, scene: SceneRow) -> list[Sample]:
     """The scene's samples from first to last along `next`."""
-    chain = [tables["sample"][scene["first_sample_token"]]]
-    while chain[-1]["next"] and len(chain) <= scene["nbr_samples"]:
-        chain.append(tables["sample"][chain[-1]["next"]])
-    if len(chain) != scene["nbr_samples"] or chain[-1]["token"] != scene["last_sample_token"]:
-        raise UserError(
-            f"scene.json: {scene['name']} declares {scene['nbr_samples']} keyframes ending at "
-            f"{scene['last_sample_token']!r}, but the `next` chain in sample.json does not lead there "
-            f"(stopped after {len(chain)} at {chain[-1]['token']!r})"
+    samples = tables[Sample]
+    chain = [samples[scene.first_sample_token]]
+    # A circle ends at the number of samples there are, whatever the scene declares.
+    longest = min(scene.nbr_samples, len(samples))
+    while chain[-1].next and len(chain) <= longest:
+        chain.append(samples[chain[-1].next])
+    if len(chain) != scene.nbr_samples or chain[-1].token != scene.last_sample_token:
+        raise DataError(
+            f"scene.json: {scene.name} declares {scene.nbr_samples} keyframes ending at "
+            f"{scene.last_sample_token!r}, but the `next` chain in sample.json does not lead there "
+            f"(stopped after {len(chain)} at {chain[-1].token!r})"
         )
     for earlier, later in itertools.pairwise(chain):
-        if later["scene_token"] != scene["token"] or later["timestamp"] <= earlier["timestamp"]:
-            raise UserError(
-                f"sample.json: row {later['token']!r} follows {earlier['token']!r} in {scene['name']} but "
+        if later.scene_token != scene.token or later.timestamp <= earlier.timestamp:
+            raise DataError(
+                f"sample.json: row {later.token!r} follows {earlier.token!r} in {scene.name} but "
                 f"belongs to another scene or is not later in time"
             )
+        if later.prev != earlier.token:
+            raise DataError(
+                f"sample.json: row {later.token!r}, field 'prev' names {later.prev!r}, but it is the `next` "
+                f"of {earlier.token!r}"
+            )
+    if chain[0].prev or chain[0].scene_token != scene.token:
+        raise DataError(
+            f"sample.json: row {chain[0].token!r} is the first of {scene.name}, but belongs to another scene "
+            f"or its field 'prev' names {chain[0].prev!r}"
+        )
     return chain
 
 
 def _keyframe(
-    tables: Tables, sample: Row, sensor_rows: Mapping[tuple[str, str], Row], annotations: range
+    tables: Tables, sample: Sample, sensor_rows: Mapping[tuple[str, str], SampleData], annotations: range
 ) -> Keyframe:
     frames = {}
     for channel in (*CAMERAS, LIDAR):
-        row = sensor_rows.get((sample["token"], channel))
+        row = sensor_rows.get((sample.token, channel))
         if row is None:
-            raise UserError(f"sample_data.json: keyframe {sample['token']!r} has no {channel} row")
+            raise DataError(f"sample_data.json: keyframe {sample.token!r} has no {channel} row")
+        if abs(row.timestamp - sample.timestamp) > MAX_SENSOR_DELAY_US:
+            raise DataError(
+                f"sample_data.json: row {row.token!r}, field 'timestamp': {row.timestamp} is "
+                f"{abs(row.timestamp - sample.timestamp) / 1e6:.1f} s off its keyframe {sample.token!r}"
+            )
         frames[channel] = _sensor_frame(tables, channel, row)
+    lidar = frames[LIDAR]
+    for channel in CAMERAS:
+        pose = tables[EgoPose][sensor_rows[sample.token, channel].ego_pose_token]
+        _check_step(lidar, frames[channel], f"ego_pose.json: row {pose.token!r}", "the LIDAR_TOP pose")
     return Keyframe(
-        token=sample["token"],
-        timestamp_us=sample["timestamp"],
+        token=sample.token,
+        timestamp_us=sample.timestamp,
         cameras=tuple(frames[channel] for channel in CAMERAS),
-        lidar=frames[LIDAR],
+        lidar=lidar,
         annotations=tuple(annotations),
     )
 
 
-def _sensor_frame(tables: Tables, channel: str, row: Row) -> SensorFrame:
-    pose = tables["ego_pose"][row["ego_pose_token"]]
-    calibration = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
-    intrinsics = tuple(tuple(line) for line in calibration["camera_intrinsic"])
-    if channel in CAMERAS and [len(line) for line in intrinsics] != [3, 3, 3]:
-        raise UserError(
-            f"calibrated_sensor.json: row {calibration['token']!r} ({channel}), field 'camera_intrinsic' "
-            f"is not a 3 x 3 matrix"
+def _check_step(here: SensorFrame, there: SensorFrame, what: str, whose: str) -> None:
+    """Refuses two poses that no vehicle can have within the time between them."""
+    distance = math.dist(here.ego_translation, there.ego_translation)
+    seconds = abs(there.timestamp_us - here.timestamp_us) * 1e-6
+    if distance > MAX_SPEED * seconds + POSE_JITTER:
+        raise DataError(
+            f"{what}, field 'translation': {list(there.ego_translation)} is {distance:.0f} m from {whose} "
+            f"{seconds:.2f} s apart; no vehicle does that"
         )
+
+
+def _check_drive(scene: str, keyframes: list[Keyframe]) -> None:
+    for earlier, later in itertools.pairwise(keyframes):
+        what = f"ego_pose.json: LIDAR_TOP of keyframe {later.token!r} in {scene}"
+        _check_step(earlier.lidar, later.lidar, what, f"that of the keyframe before ({earlier.token!r})")
+
+
+def _file_name(table: str, row: SampleData | Map) -> str:
+    """A file name of a table, which must stay below the dataroot.
+
+    Links inside the dataroot may lead elsewhere: folders are often assembled from links, by their owner.
+    """
+    inside("the dataroot", row.filename, f"{table}.json: row {row.token!r}, field 'filename':")
+    return row.filename
+
+
+def _sensor_frame(tables: Tables, channel: str, row: SampleData) -> SensorFrame:
+    pose = tables[EgoPose][row.ego_pose_token]
+    calibration = tables[CalibratedSensor][row.calibrated_sensor_token]
+    if channel in CAMERAS:
+        _check_intrinsics(calibration, channel)
+        if not (row.height and row.width):
+            raise DataError(
+                f"sample_data.json: row {row.token!r} ({channel}), fields 'width' and 'height': "
+                f"{row.width}x{row.height} is no image"
+            )
     return SensorFrame(
-        filename=row["filename"],
-        timestamp_us=row["timestamp"],
-        ego_translation=tuple(pose["translation"]),
-        ego_rotation=tuple(pose["rotation"]),
-        sensor_translation=tuple(calibration["translation"]),
-        sensor_rotation=tuple(calibration["rotation"]),
-        intrinsics=intrinsics,
-        height=row["height"],
-        width=row["width"],
+        filename=_file_name("sample_data", row),
+        timestamp_us=row.timestamp,
+        ego_translation=pose.translation,
+        ego_rotation=pose.rotation,
+        sensor_translation=calibration.translation,
+        sensor_rotation=calibration.rotation,
+        intrinsics=tuple(calibration.camera_intrinsic),
+        height=row.height,
+        width=row.width,
     )
 
 
-def _annotations(tables: Tables, scene: str, samples: list[Row], rows: list[Row]) -> tuple[Annotation, ...]:
-    index = {row["token"]: position for position, row in enumerate(rows)}
-    keyframe = {sample["token"]: position for position, sample in enumerate(samples)}
+def _check_intrinsics(calibration: CalibratedSensor, channel: str) -> None:
+    what = f"calibrated_sensor.json: row {calibration.token!r} ({channel}), field 'camera_intrinsic'"
+    matrix = calibration.camera_intrinsic
+    if len(matrix) != 3:
+        raise DataError(f"{what} is not a 3 x 3 matrix")
+    focal = min(matrix[0][0], matrix[1][1])
+    if focal <= 0 or matrix[2] != (0, 0, 1) or matrix[1][0] != 0:
+        raise DataError(
+            f"{what}: {[list(line) for line in matrix]} is no camera matrix [[fx, s, cx], [0, fy, cy], "
+            "[0, 0, 1]] with fx and fy above 0"
+        )
 
-    def neighbour(row: Row, field: str) -> int:
-        if not row[field]:
+
+def _annotations(
+    tables: Tables, scene: str, keyframes: list[Keyframe], rows: list[SampleAnnotation]
+) -> tuple[Annotation, ...]:
+    index = {row.token: position for position, row in enumerate(rows)}
+    keyframe = {one.token: position for position, one in enumerate(keyframes)}
+
+    def neighbour(row: SampleAnnotation, field: str, back: str, step: int) -> int:
+        token = getattr(row, field)
+        if not token:
             return -1
-        if row[field] not in index:
-            raise UserError(
-                f"sample_annotation.json: row {row['token']!r}, field {field!r} leaves its scene {scene}"
-            )
-        return index[row[field]]
+        what = f"sample_annotation.json: row {row.token!r}, field {field!r}"
+        if token not in index:
+            raise DataError(f"{what} leaves its scene {scene}")
+        other = rows[index[token]]
+        if other.instance_token != row.instance_token or getattr(other, back) != row.token:
+            raise DataError(f"{what} names {token!r}, which is of another agent or does not name it back")
+        if (keyframe[other.sample_token] - keyframe[row.sample_token]) * step <= 0:
+            raise DataError(f"{what} names {token!r}, which is not {'later' if step > 0 else 'earlier'}")
+        return index[token]
 
+    for row in rows:
+        ego = keyframes[keyframe[row.sample_token]].lidar.ego_translation
+        if math.dist(ego, row.translation) > MAX_AGENT_DISTANCE:
+            raise DataError(
+                f"sample_annotation.json: row {row.token!r}, field 'translation': {list(row.translation)} is "
+                f"{math.dist(ego, row.translation):.0f} m from the vehicle"
+            )
     return tuple(
         Annotation(
-            instance_token=row["instance_token"],
-            category=tables["category"][tables["instance"][row["instance_token"]]["category_token"]]["name"],
-            translation=tuple(row["translation"]),
-            size=tuple(row["size"]),
-            rotation=tuple(row["rotation"]),
-            lidar_points=row["num_lidar_pts"],
-            previous=neighbour(row, "prev"),
-            next=neighbour(row, "next"),
-            keyframe=keyframe[row["sample_token"]],
+            instance_token=row.instance_token,
+            category=tables[Category][tables[Instance][row.instance_token].category_token].name,
+            translation=row.translation,
+            size=row.size,
+            rotation=row.rotation,
+            lidar_points=row.num_lidar_pts,
+            previous=neighbour(row, "prev", "next", -1),
+            next=neighbour(row, "next", "prev", 1),
+            keyframe=keyframe[row.sample_token],
         )
         for row in rows
     )

@@ -1,4 +1,4 @@
-"""The thirteen nuScenes tables: plain JSON, read once, checked row by row and link by link.
+"""The thirteen nuScenes tables: plain JSON, read once, checked value by value and link by link.
 
 Only keyframe `sample_data` rows are kept (sweeps outnumber them tenfold and no record needs them), and
 only the `ego_pose` rows those refer to.
@@ -8,103 +8,158 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from spacedrive_jax.console import UserError
+import msgspec
 
-Row = dict[str, Any]
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _boolean(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _numbers(length: int) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == length
-            and all(isinstance(number, (int, float)) and number - number == 0 for number in value)
-        )
-
-    return check
+from data_prep.nuscenes.rows import (
+    BoxSize,
+    Count,
+    GlobalPosition,
+    Intrinsics,
+    Link,
+    Microseconds,
+    MountPosition,
+    Name,
+    Pixels,
+    Quaternion,
+    Text,
+    Token,
+    decode_rows,
+    unit_length,
+)
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import read_bytes
 
 
-_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "text": (_text, "a text"),
-    "int": (_integer, "an integer"),
-    "bool": (_boolean, "true or false"),
-    "texts": (_texts, "a list of texts"),
-    "xyz": (_numbers(3), "three finite numbers"),
-    "wxyz": (_numbers(4), "four finite numbers (a quaternion w x y z)"),
-    "any": (lambda value: True, ""),
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """A row of a table: the fields that the converter reads."""
+
+    token: Token
+
+
+class Attribute(Row, frozen=True, gc=False):
+    """What an agent does, such as `vehicle.parked`."""
+
+    name: Text
+
+
+class CalibratedSensor(Row, frozen=True, gc=False):
+    """A sensor as it was mounted in some log."""
+
+    sensor_token: Token
+    translation: MountPosition
+    rotation: Quaternion
+    camera_intrinsic: Intrinsics
+
+
+class Category(Row, frozen=True, gc=False):
+    """Kind of agent."""
+
+    name: Text
+
+
+class EgoPose(Row, frozen=True, gc=False):
+    """Pose of the vehicle at a sensor's time, global frame."""
+
+    translation: GlobalPosition
+    rotation: Quaternion
+
+
+class Instance(Row, frozen=True, gc=False):
+    """One agent over a scene."""
+
+    category_token: Token
+
+
+class Log(Row, frozen=True, gc=False):
+    """One drive of a vehicle."""
+
+    logfile: Text
+    location: Name
+
+
+class Map(Row, frozen=True, gc=False):
+    """A basic map mask and the logs it serves."""
+
+    log_tokens: list[Text]
+    filename: Text
+
+
+class Sample(Row, frozen=True, gc=False):
+    """A keyframe."""
+
+    timestamp: Microseconds
+    prev: Link
+    next: Link
+    scene_token: Token
+
+
+class SampleAnnotation(Row, frozen=True, gc=False):
+    """A box, global frame."""
+
+    sample_token: Token
+    instance_token: Token
+    translation: GlobalPosition
+    size: BoxSize
+    rotation: Quaternion
+    prev: Link
+    next: Link
+    num_lidar_pts: Count
+
+
+class SampleData(Row, frozen=True, gc=False):
+    """A sensor's file."""
+
+    sample_token: Token
+    ego_pose_token: Token
+    calibrated_sensor_token: Token
+    timestamp: Microseconds
+    is_key_frame: bool
+    filename: Text
+    height: Pixels
+    width: Pixels
+
+
+class SceneRow(Row, frozen=True, gc=False):
+    """Twenty seconds of a log."""
+
+    log_token: Token
+    nbr_samples: Count
+    first_sample_token: Token
+    last_sample_token: Token
+    name: Name
+    description: Text
+
+
+class Sensor(Row, frozen=True, gc=False):
+    """A sensor's name."""
+
+    channel: Text
+
+
+class Visibility(Row, frozen=True, gc=False):
+    """How much of an agent is seen."""
+
+
+TABLES: Mapping[str, type[Row]] = {
+    "attribute": Attribute,
+    "calibrated_sensor": CalibratedSensor,
+    "category": Category,
+    "ego_pose": EgoPose,
+    "instance": Instance,
+    "log": Log,
+    "map": Map,
+    "sample": Sample,
+    "sample_annotation": SampleAnnotation,
+    "sample_data": SampleData,
+    "scene": SceneRow,
+    "sensor": Sensor,
+    "visibility": Visibility,
 }
-
-FIELDS: Mapping[str, Mapping[str, str]] = {
-    "attribute": {"token": "text", "name": "text"},
-    "calibrated_sensor": {
-        "token": "text",
-        "sensor_token": "text",
-        "translation": "xyz",
-        "rotation": "wxyz",
-        "camera_intrinsic": "any",
-    },
-    "category": {"token": "text", "name": "text"},
-    "ego_pose": {"token": "text", "translation": "xyz", "rotation": "wxyz"},
-    "instance": {"token": "text", "category_token": "text"},
-    "log": {"token": "text", "logfile": "text", "location": "text"},
-    "map": {"token": "text", "log_tokens": "texts", "filename": "text"},
-    "sample": {"token": "text", "timestamp": "int", "prev": "text", "next": "text", "scene_token": "text"},
-    "sample_annotation": {
-        "token": "text",
-        "sample_token": "text",
-        "instance_token": "text",
-        "translation": "xyz",
-        "size": "xyz",
-        "rotation": "wxyz",
-        "prev": "text",
-        "next": "text",
-        "num_lidar_pts": "int",
-    },
-    "sample_data": {
-        "token": "text",
-        "sample_token": "text",
-        "ego_pose_token": "text",
-        "calibrated_sensor_token": "text",
-        "timestamp": "int",
-        "is_key_frame": "bool",
-        "filename": "text",
-        "height": "int",
-        "width": "int",
-    },
-    "scene": {
-        "token": "text",
-        "log_token": "text",
-        "nbr_samples": "int",
-        "first_sample_token": "text",
-        "last_sample_token": "text",
-        "name": "text",
-        "description": "text",
-    },
-    "sensor": {"token": "text", "channel": "text"},
-    "visibility": {"token": "text"},
-}
-"""Table to the fields the converter reads and the kind of value each must hold."""
+"""Table to the type of its rows."""
 
 LINKS: Mapping[str, Mapping[str, str]] = {
     "calibrated_sensor": {"sensor_token": "sensor"},
@@ -130,6 +185,8 @@ LINKS: Mapping[str, Mapping[str, str]] = {
 """
 
 _MAY_BE_EMPTY = frozenset({"prev", "next"})
+_NAME = {kind: table for table, kind in TABLES.items()}
+R = TypeVar("R", bound=Row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,45 +199,47 @@ class Tables:
     digests: Mapping[str, str]
     """Table name to the SHA-256 of its file."""
 
-    def __getitem__(self, table: str) -> Mapping[str, Row]:
-        return self.rows[table]
+    def __getitem__(self, kind: type[R]) -> Mapping[str, R]:
+        """The rows of a kind by token."""
+        return cast(Mapping[str, R], self.rows[_NAME[kind]])
 
 
 def read_tables(dataroot: Path, version: str) -> Tables:
     """Reads and checks the thirteen tables of `dataroot/version`.
 
     Raises:
-        UserError: the folder or a table is missing or is not valid JSON, a row lacks a field or holds a
-            wrong value, a token occurs twice, or a link points nowhere. The message names the table,
-            the row's token and the field.
+        DataError: the folder or a table is missing or is not valid JSON, a row lacks a field or holds a
+            value that cannot be, a token occurs twice, or a link points nowhere. The message names the
+            table, the row's token and the field.
     """
     folder = Path(dataroot) / version
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; {_versions_found(Path(dataroot))}")
-    missing = [f"{table}.json" for table in FIELDS if not (folder / f"{table}.json").is_file()]
+    if not version or Path(version).name != version or not folder.is_dir():
+        raise DataError(f"{folder} does not exist; {_versions_found(Path(dataroot))}")
+    missing = [f"{table}.json" for table in TABLES if not (folder / f"{table}.json").exists()]
     if missing:
-        raise UserError(
-            f"{folder} lacks {', '.join(missing)}: a nuScenes version needs all of its {len(FIELDS)} tables "
+        raise DataError(
+            f"{folder} lacks {', '.join(missing)}: a nuScenes version needs all of its {len(TABLES)} tables "
             f"(unpack the metadata archive there)"
         )
     rows: dict[str, dict[str, Row]] = {}
     digests: dict[str, str] = {}
     # sample_data before ego_pose, so that poses of sweeps never stay in memory.
-    for table in sorted(FIELDS, key=lambda name: name == "ego_pose"):
-        content = (folder / f"{table}.json").read_bytes()
+    for table in sorted(TABLES, key=lambda name: name == "ego_pose"):
+        path = folder / f"{table}.json"
+        content = read_bytes(path)
         digests[table] = hashlib.sha256(content).hexdigest()
-        parsed = _parse(folder / f"{table}.json", content)
+        parsed: Iterable[Any] = decode_rows(content, TABLES[table], path)
         del content
         if table == "sample_data":
-            parsed = [row for row in parsed if row.get("is_key_frame", True)]
+            parsed = (row for row in parsed if row.is_key_frame)
         elif table == "ego_pose":
-            wanted = {row["ego_pose_token"] for row in rows["sample_data"].values()}
-            parsed = [row for row in parsed if row.get("token") in wanted]
-        rows[table] = _check_rows(table, parsed)
+            wanted = {cast(SampleData, row).ego_pose_token for row in rows["sample_data"].values()}
+            parsed = (row for row in parsed if row.token in wanted)
+        rows[table] = _by_token(path, parsed)
     for table, links in LINKS.items():
         for field, target in links.items():
             _check_link(table, rows[table].values(), field, target, rows[target])
-    return Tables(version, {table: rows[table] for table in FIELDS}, dict(sorted(digests.items())))
+    return Tables(version, {table: rows[table] for table in TABLES}, dict(sorted(digests.items())))
 
 
 def _versions_found(dataroot: Path) -> str:
@@ -190,31 +249,18 @@ def _versions_found(dataroot: Path) -> str:
     return f"versions found under --dataroot: {', '.join(found) or 'none'} (choose one with --version)"
 
 
-def _parse(path: Path, content: bytes) -> list[Row]:
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
-        raise UserError(f"{path} must hold a JSON list of objects, one per row")
-    return parsed
-
-
-def _check_rows(table: str, rows: Iterable[Row]) -> dict[str, Row]:
-    """Checks fields and value kinds; returns the rows by token."""
-    checks = [(field, *_CHECKS[kind]) for field, kind in FIELDS[table].items()]
+def _by_token(path: Path, rows: Iterable[Any]) -> dict[str, Row]:
     by_token: dict[str, Row] = {}
     for row in rows:
-        for field, check, wanted in checks:
-            if field not in row:
-                raise UserError(f"{table}.json: row {row.get('token', row)!r} has no field {field!r}")
-            if not check(row[field]):
-                raise UserError(
-                    f"{table}.json: row {row.get('token')!r}, field {field!r}: {row[field]!r} is not {wanted}"
-                )
-        if row["token"] in by_token:
-            raise UserError(f"{table}.json: token {row['token']!r} occurs twice")
-        by_token[row["token"]] = row
+        if row.token in by_token:
+            raise DataError(f"{path}: token {row.token!r} occurs twice")
+        rotation = getattr(row, "rotation", None)
+        if rotation is not None and not unit_length(rotation):
+            raise DataError(
+                f"{path}: row {row.token!r}, field 'rotation': {list(rotation)} is no rotation "
+                "(a quaternion w x y z has length 1)"
+            )
+        by_token[row.token] = row
     return by_token
 
 
@@ -222,10 +268,10 @@ def _check_link(
     table: str, rows: Iterable[Row], field: str, target: str, target_rows: Mapping[str, Row]
 ) -> None:
     for row in rows:
-        token = row[field]
+        token = getattr(row, field)
         if token in target_rows or (token == "" and field in _MAY_BE_EMPTY):
             continue
-        raise UserError(
-            f"broken link: {table}.json row {row['token']!r}, field {field!r} names {token!r}, "
+        raise DataError(
+            f"broken link: {table}.json row {row.token!r}, field {field!r} names {token!r}, "
             f"which is not in {target}.json"
         )

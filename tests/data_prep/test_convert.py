@@ -366,7 +366,7 @@ def test_error_in_a_worker_process_reaches_the_user(dataroot, tmp_path, capsys):
     (dataroot / "can_bus/scene-0001_pose.json").write_text("[{")
     arguments = ["convert", "--dataroot", str(dataroot), "--version", VERSION, "--out", str(tmp_path / "out")]
     assert run([*arguments, "--workers", "2"]) == 1
-    assert "scene-0001_pose.json is not a list of CAN pose messages" in capsys.readouterr().err
+    assert "scene-0001_pose.json is not valid JSON" in capsys.readouterr().err
     assert not (tmp_path / "out" / "provenance.json").exists()
     assert not list((tmp_path / "out").glob("*.partial"))
 

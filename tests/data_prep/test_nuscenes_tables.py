@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from data_prep.nuscenes.scenes import read_scenes
-from data_prep.nuscenes.tables import FIELDS, LINKS, read_tables
+from data_prep.nuscenes.tables import LINKS, TABLES, EgoPose, SampleData, read_tables
 from spacedrive_jax.console import UserError
 from tests.data_prep.tiny_nuscenes import VERSION, TinyNuScenes, token
 
@@ -17,9 +17,9 @@ def test_keeps_keyframe_rows_only(tiny, tmp_path):
     tiny.tables["sample_data"].append(sweep)
     tiny.tables["ego_pose"].append(dict(tiny.tables["ego_pose"][0], token="sweep-pose"))
     tables = read_tables(tiny.write(tmp_path / "n"), VERSION)
-    assert set(tables.rows) == set(FIELDS)
-    assert "sweep" not in tables["sample_data"]
-    assert "sweep-pose" not in tables["ego_pose"]
+    assert set(tables.rows) == set(TABLES)
+    assert "sweep" not in tables[SampleData]
+    assert "sweep-pose" not in tables[EgoPose]
 
 
 def test_missing_version_names_those_found(dataroot):
@@ -34,9 +34,9 @@ def test_missing_tables_are_named(dataroot):
         read_tables(dataroot, VERSION)
 
 
-@pytest.mark.parametrize("content", ["[{", '{"token": "a"}', "[1]"])
+@pytest.mark.parametrize("content", ["[{", '{"token": "a"}', "[1]", "[" * 5000, "", "\udcff"])
 def test_unreadable_table_is_named(dataroot, content):
-    (dataroot / VERSION / "sample.json").write_text(content)
+    (dataroot / VERSION / "sample.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"sample\.json"):
         read_tables(dataroot, VERSION)
 
@@ -56,8 +56,24 @@ def test_broken_link_names_table_row_and_field(tiny, tmp_path, table, field):
         ("ego_pose", "rotation", [1.0, 0.0, 0.0]),
         ("ego_pose", "translation", [float("nan"), 0.0, 0.0]),
         ("sample_annotation", "size", None),
+        ("calibrated_sensor", "camera_intrinsic", [[1.0, 0.0], [0.0, 1.0]]),
         ("sample_data", "is_key_frame", 1),
         ("map", "log_tokens", "log"),
+        ("calibrated_sensor", "camera_intrinsic", [[float("nan"), 0, 16], [0, 25, 9], [0, 0, 1]]),
+        ("calibrated_sensor", "translation", [1e6, 0, 0]),
+        ("calibrated_sensor", "rotation", [0.0, 0.0, 0.0, 0.0]),
+        ("ego_pose", "translation", [1e12, 0, 0]),
+        ("ego_pose", "rotation", [1.0, 1.0, 0.0, 0.0]),
+        ("sample_annotation", "size", [-1, 0, 0]),
+        ("sample_annotation", "size", [1, float("inf"), 1]),
+        ("sample_annotation", "num_lidar_pts", -1),
+        ("sample", "timestamp", 10**18),
+        ("sample", "timestamp", -1),
+        ("sample", "timestamp", 1.5),
+        ("sample_data", "width", 10**6),
+        ("scene", "name", "../../etc/passwd"),
+        ("log", "location", "../town"),
+        ("scene", "nbr_samples", 10**12),
     ],
 )
 def test_wrong_value_names_table_row_and_field(tiny, tmp_path, table, field, value):
@@ -95,8 +111,66 @@ def spoil_sensor(tiny: TinyNuScenes) -> None:
     tiny.tables["sample_data"].pop(0)
 
 
-def spoil_intrinsics(tiny: TinyNuScenes) -> None:
-    tiny.tables["calibrated_sensor"][0]["camera_intrinsic"] = [[1.0, 0.0], [0.0, 1.0]]
+def spoil_focal_length(tiny: TinyNuScenes) -> None:
+    tiny.tables["calibrated_sensor"][0]["camera_intrinsic"] = [[-25.0, 0, 16], [0, 25.0, 9], [0, 0, 1]]
+
+
+def spoil_with_a_circle(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample"][1]["next"] = tiny.tables["sample"][0]["token"]
+    tiny.tables["scene"][0]["nbr_samples"] = 10**9
+
+
+def spoil_back_link(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample"][3]["prev"] = tiny.tables["sample"][1]["token"]
+
+
+def spoil_first(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample"][0]["prev"] = tiny.tables["sample"][1]["token"]
+
+
+def spoil_ego(tiny: TinyNuScenes) -> None:
+    lidar = next(row for row in tiny.tables["sample_data"][7:] if "LIDAR" in row["filename"])
+    pose = next(row for row in tiny.tables["ego_pose"] if row["token"] == lidar["ego_pose_token"])
+    pose["translation"] = [5000.0, 0.0, 0.0]
+
+
+def spoil_agents(tiny: TinyNuScenes) -> None:
+    """Two agents that go on as each other."""
+    rows = tiny.tables["sample_annotation"]
+    car, walker = (next(row for row in rows if row["token"] == token("scene-0001", who, 0)) for who in AGENTS)
+    car["next"], walker["next"] = walker["next"], car["next"]
+
+
+def spoil_agent_order(tiny: TinyNuScenes) -> None:
+    row = tiny.tables["sample_annotation"][0]
+    row["next"] = row["token"]
+
+
+def spoil_box_place(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample_annotation"][0]["translation"] = [1e6, 0, 0]
+
+
+def spoil_sensor_time(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample_data"][0]["timestamp"] += 10**8
+
+
+def spoil_image_size(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample_data"][0]["width"] = 0
+
+
+def spoil_image_name(tiny: TinyNuScenes) -> None:
+    tiny.tables["sample_data"][0]["filename"] = "../../secret.jpg"
+
+
+def spoil_lidar_name(tiny: TinyNuScenes) -> None:
+    next(row for row in tiny.tables["sample_data"] if "LIDAR" in row["filename"])["filename"] = "/etc/passwd"
+
+
+def spoil_mask_name(tiny: TinyNuScenes) -> None:
+    tiny.tables["map"][0]["filename"] = "maps/../../mask.png"
+
+
+AGENTS = ("car", "walker")
 
 
 def spoil_instance(tiny: TinyNuScenes) -> None:
@@ -110,7 +184,19 @@ def spoil_instance(tiny: TinyNuScenes) -> None:
         (spoil_chain, "scene-0001 declares 8 keyframes"),
         (spoil_order, "not later in time"),
         (spoil_sensor, "has no CAM_FRONT row"),
-        (spoil_intrinsics, "'camera_intrinsic' is not a 3 x 3 matrix"),
+        (spoil_focal_length, "'camera_intrinsic'.* is no camera matrix"),
+        (spoil_with_a_circle, "scene-0001 declares 1000000000 keyframes"),
+        (spoil_back_link, "field 'prev' names"),
+        (spoil_first, "is the first of scene-0001"),
+        (spoil_ego, "LIDAR_TOP pose|no vehicle does that"),
+        (spoil_agents, "of another agent"),
+        (spoil_agent_order, "does not name it back"),
+        (spoil_box_place, "field 'translation'.*from the vehicle"),
+        (spoil_sensor_time, "field 'timestamp'.* s off its keyframe"),
+        (spoil_image_size, "0x18 is no image"),
+        (spoil_image_name, r"field 'filename': '\.\./\.\./secret\.jpg' does not stay inside"),
+        (spoil_lidar_name, "field 'filename': '/etc/passwd' does not stay inside"),
+        (spoil_mask_name, "map.json: row .* does not stay inside"),
         (spoil_instance, "field 'next' leaves its scene scene-0001"),
     ],
 )
@@ -125,7 +211,7 @@ def test_digests_follow_content(tiny, tmp_path):
     before = read_tables(tiny.write(tmp_path / "a"), VERSION)
     tiny.tables["scene"][0]["description"] = "changed"
     after = read_tables(tiny.write(tmp_path / "b"), VERSION)
-    assert [name for name in FIELDS if before.digests[name] != after.digests[name]] == ["scene"]
+    assert [name for name in TABLES if before.digests[name] != after.digests[name]] == ["scene"]
 
 
 def test_scene_is_plain_and_in_order(dataroot):
