@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
@@ -50,13 +51,13 @@ def keyframe_points(
         intrinsics = record["camera_intrinsics"][camera] * scale[:, None]
         row, column = np.nonzero((depth > 0) & (depth < FARTHEST))
         pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
-        in_camera = pixels @ np.linalg.inv(intrinsics).T * depth[row, column, None]
+        in_camera = exact.rotate(pixels, exact.inverse_3x3(intrinsics)) * depth[row, column, None]
         points.append(_camera_to_keyframe(record, camera, in_camera))
         colours.append(image[row, column])
     if record["lidar"]:
         sweep = lidar.sweep_points(record)
         to_ego = record["lidar_to_ego"]
-        points.append(sweep @ to_ego[:3, :3].T + to_ego[:3, 3])
+        points.append(exact.transform(sweep, to_ego))
         colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
     if not points:
         raise UserError(
@@ -85,6 +86,7 @@ def _camera_to_keyframe(
     record: Record, camera: int, points: Float[np.ndarray, "P 3"]
 ) -> Float[np.ndarray, "P 3"]:
     """Camera frame at the camera's own time to the ego frame at the keyframe."""
-    camera_to_global = record["camera_ego_to_global"][camera] @ record["camera_to_ego"][camera]
-    to_ego = np.linalg.inv(record["ego_to_global"]) @ camera_to_global
-    return points @ to_ego[:3, :3].T + to_ego[:3, 3]
+    camera_to_global = exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
+    return exact.transform(
+        points, exact.matmul(exact.affine_inverse(record["ego_to_global"]), camera_to_global)
+    )

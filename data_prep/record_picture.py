@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from spacedrive_jax import exact
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.data.encoded_images import decode_grey, decode_photo
 from spacedrive_jax.data.records import DRIVABLE_EXTENT, Record
@@ -89,7 +90,7 @@ def box_corners(boxes: Float[np.ndarray, "A 7"]) -> Float[np.ndarray, "A 8 3"]:
         [np.column_stack([signs, np.full(4, -0.5)]), np.column_stack([signs, np.full(4, 0.5)])]
     )
     scaled = local[None] * boxes[:, None, 3:6]
-    cos, sin = np.cos(boxes[:, None, 6]), np.sin(boxes[:, None, 6])
+    cos, sin = exact.cos_sin(boxes[:, None, 6])
     x, y, z = np.moveaxis(scaled, -1, 0)
     turned = np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1)
     return turned + boxes[:, None, :3]
@@ -97,12 +98,12 @@ def box_corners(boxes: Float[np.ndarray, "A 7"]) -> Float[np.ndarray, "A 8 3"]:
 
 def ego_to_camera(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
     """From the ego frame of the keyframe to a camera at its own time, the vehicle's motion included."""
-    camera_to_global = record["camera_ego_to_global"][camera] @ record["camera_to_ego"][camera]
-    return np.linalg.inv(camera_to_global) @ record["ego_to_global"]
+    camera_to_global = exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
+    return exact.matmul(exact.affine_inverse(camera_to_global), record["ego_to_global"])
 
 
 def _transformed(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return points @ matrix[:3, :3].T + matrix[:3, 3]
+    return exact.transform(points, matrix)
 
 
 def _projected_segments(intrinsics: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
@@ -115,7 +116,7 @@ def _projected_segments(intrinsics: np.ndarray, starts: np.ndarray, ends: np.nda
             share = (_NEAR - start[2]) / (end[2] - start[2])
             cut = start + share * (end - start)
             start, end = (cut, end) if start[2] < _NEAR else (start, cut)
-        pixels = np.stack([start, end]) @ intrinsics.T
+        pixels = exact.rotate(np.stack([start, end]), intrinsics)
         segments.append(pixels[:, :2] / pixels[:, 2:])
     return segments
 
@@ -162,7 +163,7 @@ def _draw_waypoints_in_camera(
             _projected_segments(intrinsics, points[:-1], points[1:]), colors=_WAYPOINT_COLOUR, linewidths=2.2
         )
     )
-    visible = points[1:][points[1:, 2] > _NEAR] @ intrinsics.T
+    visible = exact.rotate(points[1:][points[1:, 2] > _NEAR], intrinsics)
     axes.scatter(
         *(visible[:, :2] / visible[:, 2:]).T,
         s=26,
@@ -251,11 +252,11 @@ def _draw_agents_from_above(axes: Any, record: Record) -> None:
         mask = record["agent_future_mask"][index]
         if mask.any():
             steps = np.concatenate([np.zeros((1, 2)), record["agent_future"][index][mask]])
-            if np.linalg.norm(steps[-1]) > 0.5:
+            if exact.norm(steps[-1]) > 0.5:
                 paths.append(_to_view(boxes[index, :2] + steps))
                 path_colours.append(colour)
         velocity = record["agent_velocity"][index]
-        if np.isfinite(velocity).all() and np.linalg.norm(velocity) > 0.3:
+        if np.isfinite(velocity).all() and exact.norm(velocity) > 0.3:
             arrows.append(_to_view(np.stack([boxes[index, :2], boxes[index, :2] + velocity])))
             arrow_colours.append(_INK)
     axes.add_collection(LineCollection(paths, colors=path_colours, linewidths=1.6, alpha=0.75, zorder=2))

@@ -164,9 +164,16 @@ def affine_inverse(a_to_b: Float[np.ndarray, "... 4 4"]) -> Float[np.ndarray, ".
 
 
 def rotation_matrix(quaternion: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "... 3 3"]:
-    """Rotation matrices of quaternions w, x, y, z, which need not be of unit length (but not 0)."""
+    """Rotation matrices of quaternions w, x, y, z, which need not be of unit length.
+
+    Raises:
+        ValueError: a quaternion is all zeros.
+    """
     quaternion = np.asarray(quaternion, dtype=np.float64)
-    w, x, y, z = np.moveaxis(quaternion / norm(quaternion)[..., None], -1, 0)
+    length = norm(quaternion)
+    if np.any(length == 0):
+        raise ValueError("a quaternion of zeros is no rotation")
+    w, x, y, z = np.moveaxis(quaternion / length[..., None], -1, 0)
     return np.stack(
         [
             np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], axis=-1),

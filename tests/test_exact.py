@@ -97,6 +97,8 @@ def test_quaternions_and_back() -> None:
     assert np.allclose(matrices, Rotation.from_quat(quaternions, scalar_first=True).as_matrix(), atol=1e-14)
     expected = Rotation.from_matrix(matrices).as_quat(canonical=True, scalar_first=True)
     assert np.allclose([exact.quaternion(one) for one in matrices], expected, atol=1e-14)
+    with pytest.raises(ValueError, match="zeros"):
+        exact.rotation_matrix(np.zeros((2, 4)))
     half_turns = [np.diag([-1.0, -1.0, 1.0]), np.diag([1.0, -1.0, -1.0]), np.diag([-1.0, 1.0, -1.0])]
     assert [exact.quaternion(one).tolist() for one in half_turns] == [
         [0, 0, 0, 1],

@@ -13,6 +13,7 @@ import shapely
 from jaxtyping import Float, UInt8
 
 from data_prep.nuscenes.mask_png import cache_mask_bits
+from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe_map import PolygonMap
 
@@ -38,8 +39,9 @@ class MaskMap:
         pitch = 2 * extent / cells
         offsets = -extent + pitch * (np.arange(cells) + 0.5)
         forward, left = offsets[:, None], offsets[None, :]
-        x = (centre[0] + np.cos(yaw) * forward) - np.sin(yaw) * left
-        y = (centre[1] + np.sin(yaw) * forward) + np.cos(yaw) * left
+        cos, sin = exact.cos_sin(yaw)
+        x = (centre[0] + cos * forward) - sin * left
+        y = (centre[1] + sin * forward) + cos * left
         rows, row_bytes = self._bits.shape
         column = np.round(x / MASK_RESOLUTION).astype(np.int64)
         row = np.round(rows - y / MASK_RESOLUTION).astype(np.int64)

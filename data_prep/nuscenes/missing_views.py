@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.keyframe_agents import AgentTracks, global_boxes
 from spacedrive_jax.data.keyframe_map import DrivableMap
 from spacedrive_jax.world.stage import Backdrop
@@ -85,4 +86,6 @@ def draw_missing_view(
         image_size: height and width in pixels.
         seed: the one the backdrop was made with.
     """
-    return draw_view(boxes, backdrop, intrinsics, ego_to_global @ camera_to_ego, image_size, seed)
+    return draw_view(
+        boxes, backdrop, intrinsics, exact.matmul(ego_to_global, camera_to_ego), image_size, seed
+    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float
 
+from spacedrive_jax import exact
+
 MINIMUM_MOTION = 0.5
 """Metres; an endpoint nearer than this counts as standing still, class 0."""
 HORIZON = 3.0
@@ -39,9 +41,20 @@ def released_command(endpoint: Float[np.ndarray, "3"]) -> int:
         endpoint: x, y (metres) and yaw (radians) of the ego vehicle three seconds ahead in the current ego
             frame, zeros where that keyframe does not exist. All three enter the published half-metre test.
     """
-    if np.linalg.norm(endpoint) < MINIMUM_MOTION:
+    if exact.norm(endpoint) < MINIMUM_MOTION:
         return 0
-    return angle_class(float(np.degrees(np.arctan2(endpoint[1], endpoint[0]))))
+    return angle_class(float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
+
+
+def decided_by_rounding(endpoint: Float[np.ndarray, "3"]) -> bool:
+    """Whether an endpoint lies within 1e-9 (metres or degrees) of a bound of `released_command`.
+
+    What was recorded for such an endpoint is the rounding of the machine that recorded it, not the rule:
+    comparisons leave it out.
+    """
+    degrees = abs(float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
+    near_bound = any(abs(degrees - bound) < 1e-9 for bound in (0.4, 2.0, 10.0, 20.0))
+    return abs(float(exact.norm(endpoint)) - MINIMUM_MOTION) < 1e-9 or near_bound
 
 
 def navigation_command(
@@ -66,13 +79,14 @@ def navigation_command(
     positions = np.concatenate([np.zeros((1, 2)), past_to_ego[:count, :2, 3]])
     steps = positions[:-1] - positions[1:]
     # Reversing shows as motion against the ego heading.
-    distance = float(np.sum(np.copysign(np.linalg.norm(steps, axis=1), steps[:, 0])))
-    past_yaw = np.arctan2(past_to_ego[oldest, 1, 0], past_to_ego[oldest, 0, 0])
+    distance = float(np.sum(np.copysign(exact.norm(steps), steps[:, 0])))
+    past_yaw = exact.arctan2(past_to_ego[oldest, 1, 0], past_to_ego[oldest, 0, 0])
     speed = distance / seconds_ago[oldest]
     turn = -past_yaw / seconds_ago[oldest] * HORIZON
-    # Chord of an arc of length speed * HORIZON that turns by `turn`; sinc keeps straight motion finite.
-    chord = speed * HORIZON * np.sinc(turn / (2 * np.pi))
+    cos, sin = exact.cos_sin(turn / 2)
+    # Chord of an arc of length speed * HORIZON that turns by `turn`.
+    chord = speed * HORIZON * (sin / (turn / 2) if turn else 1.0)
     if abs(chord) < MINIMUM_MOTION:
         return 0
-    endpoint = chord * np.array([np.cos(turn / 2), np.sin(turn / 2)])
-    return angle_class(-float(np.degrees(np.arctan2(endpoint[1], endpoint[0]))))
+    endpoint = chord * np.array([cos, sin])
+    return angle_class(-float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.poses import heading, rotation_matrices
 from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
@@ -113,18 +114,18 @@ def agent_fields(
         ego_to_global: ego pose of the keyframe.
     """
     index = np.array(rows, np.int64)
-    rotation = ego_to_global[:3, :3]
-    centre = (tracks.centre[index] - ego_to_global[:3, 3]) @ rotation
-    yaw = heading(rotation.T @ tracks.rotation[index])
+    to_ego = ego_to_global[:3, :3].T
+    centre = exact.rotate(tracks.centre[index] - ego_to_global[:3, 3], to_ego)
+    yaw = heading(exact.matmul(to_ego, tracks.rotation[index]))
     later = tracks.future[index]  # (A, 6)
     mask = later >= 0
-    displacement = (tracks.centre[later] - tracks.centre[index][:, None]) @ rotation
-    future_yaw = heading(rotation.T @ tracks.rotation[later])
+    displacement = exact.rotate(tracks.centre[later] - tracks.centre[index][:, None], to_ego)
+    future_yaw = heading(exact.matmul(to_ego, tracks.rotation[later]))
     return {
         "agent_token": [tracks.instance_token[row] for row in rows],
         "agent_category": [tracks.category[row] for row in rows],
         "agent_boxes": np.concatenate([centre, tracks.size[index], yaw[:, None]], axis=1),
-        "agent_velocity": (tracks.velocity[index] @ rotation)[:, :2],
+        "agent_velocity": exact.rotate(tracks.velocity[index], to_ego)[:, :2],
         "agent_future": np.where(mask[..., None], displacement[..., :2], 0.0),
         "agent_future_yaw": np.where(mask, future_yaw, 0.0),
         "agent_future_mask": mask,

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.commands import navigation_command, released_command
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.poses import heading, inverse, transforms
 from spacedrive_jax.data.records import CAN_BUS_SIZE, NUM_PAST, NUM_WAYPOINTS, Record
 
-_PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78, 1.0])
+_PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78])
 """The published planning labels follow the bottom centre of a 1.56 m high box around the ego origin."""
 
 
@@ -61,7 +62,7 @@ def past_poses(
     count = min(index, NUM_PAST)
     earlier = index - 1 - np.arange(count)
     past_to_ego = np.zeros((NUM_PAST, 4, 4))
-    past_to_ego[:count] = inverse(track.ego_to_global[index]) @ track.ego_to_global[earlier]
+    past_to_ego[:count] = exact.matmul(inverse(track.ego_to_global[index]), track.ego_to_global[earlier])
     times = np.zeros(NUM_PAST, np.int64)
     times[:count] = track.timestamp_us[earlier]
     return past_to_ego, np.arange(NUM_PAST) < count, times
@@ -73,7 +74,9 @@ def future_poses(
     """Ego poses of the next six keyframes in the ego frame of keyframe `index`; zeros where masked."""
     later = np.arange(index + 1, min(index + 1 + NUM_WAYPOINTS, len(track.timestamp_us)))
     future_to_ego = np.zeros((NUM_WAYPOINTS, 4, 4))
-    future_to_ego[: len(later)] = inverse(track.ego_to_global[index]) @ track.ego_to_global[later]
+    future_to_ego[: len(later)] = exact.matmul(
+        inverse(track.ego_to_global[index]), track.ego_to_global[later]
+    )
     times = np.zeros(NUM_WAYPOINTS, np.int64)
     times[: len(later)] = track.timestamp_us[later]
     return future_to_ego, np.arange(NUM_WAYPOINTS) < len(later), times
@@ -83,7 +86,8 @@ def command_released_at(track: EgoTrack, index: int) -> int:
     """The published command of keyframe `index`, from its last waypoint."""
     future_to_ego, _, _ = future_poses(track, index)
     last = future_to_ego[-1]
-    return released_command(np.array([*(last @ _PSEUDO_BOX_BOTTOM)[:2], heading(last)]))
+    x, y, _ = exact.transform(_PSEUDO_BOX_BOTTOM, last)
+    return released_command(np.array([x, y, heading(last)]))
 
 
 def command_navigation_at(track: EgoTrack, index: int) -> int:

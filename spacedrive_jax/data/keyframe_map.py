@@ -17,6 +17,7 @@ import shapely
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.records import (
     DRIVABLE_CELLS,
     DRIVABLE_EXTENT,
@@ -54,14 +55,15 @@ class PolygonMap:
         self, centre: Float[np.ndarray, "2"], yaw: float, extent: float
     ) -> list[list[shapely.Polygon]]:
         """Per map polygon that meets the square, its pieces inside, in the square's frame."""
-        rotation = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
+        cos, sin = exact.cos_sin(yaw)
+        rotation = np.array([[cos, -sin], [sin, cos]])
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * extent
-        square = shapely.Polygon(corners @ rotation.T + centre)
+        square = shapely.Polygon(exact.rotate(corners, rotation) + centre)
         axis_aligned = shapely.box(-extent, -extent, extent, extent)
         clipped = []
         for index in np.sort(self._tree.query(square, predicate="intersects")):
             piece = shapely.intersection(self._polygons[index], square)
-            piece = shapely.transform(piece, lambda points: (points - centre) @ rotation)
+            piece = shapely.transform(piece, lambda points: exact.rotate(points - centre, rotation.T))
             pieces = _polygon_parts(shapely.intersection(piece, axis_aligned))
             if pieces:
                 clipped.append(pieces)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.interpolate import CubicHermiteSpline
+
+from spacedrive_jax import exact
 
 SPACING = 1.0
 """Metres between path points."""
@@ -41,11 +42,11 @@ def future_path(waypoints: Float[np.ndarray, "T 2"], yaw: Float[np.ndarray, " T"
     headings = np.concatenate([[0.0], np.asarray(yaw, np.float64)])
     kept = [0]
     for index in range(1, len(poses)):
-        if np.linalg.norm(poses[index] - poses[kept[-1]]) >= STANDING:
+        if exact.norm(poses[index] - poses[kept[-1]]) >= STANDING:
             kept.append(index)
     poses, headings = poses[kept], headings[kept]
     curve = _curve(poses, headings)
-    lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
+    lengths = np.concatenate([[0.0], np.cumsum(exact.norm(np.diff(curve, axis=0)))])
     wanted = SPACING * np.arange(1, num_points + 1)
     along = np.minimum(wanted, lengths[-1])
     points = np.stack([np.interp(along, lengths, curve[:, axis]) for axis in range(2)], axis=1)
@@ -58,19 +59,26 @@ def _curve(poses: Float[np.ndarray, "K 2"], headings: Float[np.ndarray, " K"]) -
     if len(poses) == 1:
         return poses
     steps = np.diff(poses, axis=0)
-    chords = np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=1))])
-    tangents = np.stack([np.cos(headings), np.sin(headings)], axis=1)
+    chords = np.concatenate([[0.0], np.cumsum(exact.norm(steps))])
+    tangents = np.stack(exact.cos_sin(headings), axis=1)
     # Driving backwards, the path runs against the heading.
     neighbours = np.concatenate([steps[:1], steps]) + np.concatenate([steps, steps[-1:]])
     tangents *= np.where(np.sum(tangents * neighbours, axis=1) < 0, -1.0, 1.0)[:, None]
     count = max(2, int(np.ceil(chords[-1] * SAMPLES_PER_METRE)))
     dense = np.union1d(np.linspace(0.0, chords[-1], count), chords)
-    return CubicHermiteSpline(chords, poses, tangents)(dense)
+    piece = np.clip(np.searchsorted(chords, dense, side="right") - 1, 0, len(steps) - 1)
+    length = np.diff(chords)[piece]
+    t = ((dense - chords[piece]) / length)[:, None]
+    rest = 1 - t
+    start, end = poses[piece], poses[piece + 1]
+    leaving, arriving = (length[:, None] * tangents[piece + side] for side in (0, 1))
+    # Hermite's basis: values and slopes at both ends.
+    return rest * rest * ((1 + 2 * t) * start + t * leaving) + t * t * ((3 - 2 * t) * end - rest * arriving)
 
 
 def _last_direction(
     poses: Float[np.ndarray, "K 2"], headings: Float[np.ndarray, " K"]
 ) -> Float[np.ndarray, "2"]:
-    heading = np.array([np.cos(headings[-1]), np.sin(headings[-1])])
-    backwards = len(poses) > 1 and float(np.dot(heading, poses[-1] - poses[-2])) < 0
+    heading = np.array(exact.cos_sin(headings[-1]))
+    backwards = len(poses) > 1 and float(exact.dot(heading, poses[-1] - poses[-2])) < 0
     return -heading if backwards else heading

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.transform import Rotation
+
+from spacedrive_jax import exact
 
 
 def rotation_matrices(quaternions: Sequence[Sequence[float]]) -> Float[np.ndarray, "K 3 3"]:
     """Rotation matrices of unit quaternions w x y z; none gives shape (0, 3, 3)."""
-    if not len(quaternions):
-        return np.zeros((0, 3, 3))
-    return Rotation.from_quat(np.asarray(quaternions, np.float64), scalar_first=True).as_matrix()
+    return exact.rotation_matrix(np.asarray(quaternions, np.float64).reshape(-1, 4))
 
 
 def transforms(
@@ -28,10 +27,7 @@ def transforms(
 
 def inverse(transform: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
     """Inverse of a rigid transform, exact in its rotation part."""
-    result = np.eye(4)
-    result[:3, :3] = transform[:3, :3].T
-    result[:3, 3] = -transform[:3, :3].T @ transform[:3, 3]
-    return result
+    return exact.rigid_inverse(transform)
 
 
 def heading(matrices: Float[np.ndarray, "*K R R"]) -> Float[np.ndarray, " *K"]:
@@ -40,4 +36,4 @@ def heading(matrices: Float[np.ndarray, "*K R R"]) -> Float[np.ndarray, " *K"]:
     For a vehicle with roll and pitch this is the direction it drives in. The devkit's
     `yaw_pitch_roll[0]` differs from it in second order, by less than 2e-4 rad at nuScenes' inclinations.
     """
-    return np.arctan2(matrices[..., 1, 0], matrices[..., 0, 0])
+    return np.asarray(exact.arctan2(matrices[..., 1, 0], matrices[..., 0, 0]))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.depth.lidar import MIN_DEPTH
 
 
@@ -61,7 +62,7 @@ def depth_pairs(
         intrinsics: pixels of `depth`.
     """
     points = points[points[:, 2] > MIN_DEPTH]
-    projected = points @ intrinsics.T
+    projected = exact.rotate(points, intrinsics)
     column, row = np.floor(projected[:, :2] / projected[:, 2:]).astype(int).T
     inside = (column >= 0) & (column < depth.shape[1]) & (row >= 0) & (row < depth.shape[0])
     return depth[row[inside], column[inside]].astype(np.float64), points[inside, 2]
@@ -92,14 +93,20 @@ def align(
     low, high = np.percentile(network, [10, 90])
     with_shift = high > config.min_spread * low
     # Residuals relative to the return's depth: an error of 1 m matters at 5 m, hardly at 60 m.
-    design = np.stack([network, np.ones_like(network)] if with_shift else [network], axis=1) / lidar[:, None]
+    slope, level = network / lidar, 1.0 / lidar
     for _ in range(config.iterations):
         residual = np.abs((scale * network + shift) / lidar - 1.0)
         deviation = max(MAD_TO_DEVIATION * float(np.median(residual)), SMALLEST_DEVIATION)
         weight = np.minimum(1.0, HUBER * deviation / np.maximum(residual, 1e-12))
-        root = np.sqrt(weight)
-        solution, *_ = np.linalg.lstsq(design * root[:, None], root, rcond=None)
-        scale, shift = float(solution[0]), float(solution[1]) if with_shift else 0.0
+        # The normal equations of weight * (scale * slope + shift * level - 1)^2, not LAPACK's fit: the bits
+        # of scale and shift are kept beside the depth.
+        if not with_shift:
+            scale = float(np.sum(weight * slope) / np.sum(weight * slope * slope))
+            continue
+        a, b, c = (np.sum(weight * x * y) for x, y in ((slope, slope), (slope, level), (level, level)))
+        d, e = np.sum(weight * slope), np.sum(weight * level)
+        determinant = a * c - b * b
+        scale, shift = float((c * d - b * e) / determinant), float((a * e - b * d) / determinant)
     if not config.scale_bounds[0] <= scale <= config.scale_bounds[1]:
         return UNALIGNED
     return Alignment(scale, shift, len(lidar))

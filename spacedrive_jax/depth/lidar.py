@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.records import NUM_CAMERAS, Record
 from spacedrive_jax.errors import DataError
 
@@ -36,13 +37,14 @@ def points_in_cameras(record: Record) -> list[Float[np.ndarray, "P 3"]]:
     sensor -> ego at LiDAR time -> global -> ego at camera time -> camera (nuScenes devkit convention).
     """
     points = sweep_points(record)
-    homogeneous = np.concatenate([points, np.ones((len(points), 1))], axis=1)
-    lidar_to_global = record["ego_to_global"] @ record["lidar_to_ego"]
+    lidar_to_global = exact.matmul(record["ego_to_global"], record["lidar_to_ego"])
     moved = []
     for camera in range(NUM_CAMERAS):
-        camera_to_global = record["camera_ego_to_global"][camera] @ record["camera_to_ego"][camera]
-        lidar_to_camera = np.linalg.inv(camera_to_global) @ lidar_to_global
-        moved.append((homogeneous @ lidar_to_camera.T)[:, :3])
+        camera_to_global = exact.matmul(
+            record["camera_ego_to_global"][camera], record["camera_to_ego"][camera]
+        )
+        lidar_to_camera = exact.matmul(exact.affine_inverse(camera_to_global), lidar_to_global)
+        moved.append(exact.transform(points, lidar_to_camera))
     return moved
 
 
@@ -61,7 +63,7 @@ def sparse_patch_depth(
         grid: (h, w) patches.
     """
     points = points[points[:, 2] > MIN_DEPTH]
-    projected = points @ intrinsics.T
+    projected = exact.rotate(points, intrinsics)
     pixels = projected[:, :2] / projected[:, 2:]
     column = np.floor(pixels[:, 0] * grid[1] / image_size[1]).astype(int)
     row = np.floor(pixels[:, 1] * grid[0] / image_size[0]).astype(int)

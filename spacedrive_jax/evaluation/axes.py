@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from spacedrive_jax import exact
 from spacedrive_jax.evaluation.predictions import Predictions
 
 AxesName = Literal["forward-left", "forward-right", "right-forward"]
@@ -27,5 +28,5 @@ TO_EGO: Mapping[AxesName, np.ndarray] = MappingProxyType(
 def to_ego_axes(predictions: Predictions, axes: AxesName) -> Predictions:
     """The predictions with waypoints in the ego frame's axes (their origin stays where it is)."""
     matrix = TO_EGO[axes]
-    waypoints = {token: points @ matrix.T for token, points in predictions.waypoints.items()}
+    waypoints = {token: exact.rotate(points, matrix) for token, points in predictions.waypoints.items()}
     return dataclasses.replace(predictions, waypoints=waypoints)

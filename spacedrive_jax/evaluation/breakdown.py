@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.evaluation.baselines import constant_velocity
 from spacedrive_jax.evaluation.metrics import HorizonScores, summarize
@@ -55,7 +56,7 @@ def facts_of(record: Record) -> KeyframeFacts:
         token=record["token"],
         scene=record["scene_name"],
         command=int(record["command_released"]),
-        speed=float(np.linalg.norm(step) / 0.5) if known else float("nan"),
+        speed=float(exact.norm(step) / 0.5) if known else float("nan"),
         turn=float(np.abs(np.rad2deg(record["waypoint_yaw"][-1]))),
     )
 
@@ -83,7 +84,9 @@ def break_down(horizons: HorizonScores, facts: Sequence[KeyframeFacts]) -> dict[
     ]
     result: dict[str, dict[str, Any]] = {}
     for name, labels in groups.items():
-        present = sorted(set(labels), key=lambda label: order.index(label) if label in order else len(order))
+        present = sorted(
+            set(labels), key=lambda label: (order.index(label) if label in order else len(order), label)
+        )
         result[name] = {}
         for label in present:
             rows = np.array([other == label for other in labels])

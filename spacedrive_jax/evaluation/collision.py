@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from skimage.draw import polygon
 
+from spacedrive_jax import exact
 from spacedrive_jax.evaluation.protocols import StepRule
 from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, Grid, box_corners, draw_polygon, to_cells
 
@@ -76,8 +77,8 @@ def ego_cells(rule: StepRule) -> Int[np.ndarray, "K 2"]:
 def step_headings(trajectories: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray, "M T"]:
     """Heading of each step's collision box: the direction of the step, 0 when it is shorter than 1 m."""
     steps = np.diff(trajectories, axis=1, prepend=0.0)
-    headings = np.arctan2(steps[..., 1], steps[..., 0])
-    return np.where(np.linalg.norm(steps, axis=-1) >= MIN_TURNING_STEP_M, headings, 0.0)
+    headings = exact.arctan2(steps[..., 1], steps[..., 0])
+    return np.where(exact.norm(steps) >= MIN_TURNING_STEP_M, headings, 0.0)
 
 
 def box_cells(
@@ -97,9 +98,7 @@ def box_cells(
     origin = np.float64(grid.first_centre / grid.cell_size)
     x, y = (ego_cells(rule) + origin).T
     # The published rotation matrix is float32, everything around it float64.
-    cosine, sine = (
-        function(headings)[:, None].astype(np.float32).astype(np.float64) for function in (np.cos, np.sin)
-    )
+    cosine, sine = (part[:, None].astype(np.float32).astype(np.float64) for part in exact.cos_sin(headings))
     rotated = np.stack([cosine * x - sine * y, sine * x + cosine * y], axis=-1)
     # Wide finite predictions must not wrap around when they become integers.
     moved = np.round(rotated - origin) + (points / grid.cell_size)[:, None]
@@ -149,8 +148,8 @@ def _near(
     trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
 ) -> Bool[np.ndarray, "M A T"]:
     """Which agents' cells may meet the ego box's at a step: circles around both, with room for rounding."""
-    ego_radius = np.hypot(COLLISION_LENGTH_M / 2 + abs(rule.ego_offset), COLLISION_WIDTH_M / 2)
-    reach = ego_radius + np.linalg.norm(obstacles.size, axis=-1) / 2 + ROUNDING_CELLS * rule.resolution
+    ego_radius = exact.hypot(COLLISION_LENGTH_M / 2 + abs(rule.ego_offset), COLLISION_WIDTH_M / 2)
+    reach = ego_radius + exact.norm(obstacles.size) / 2 + ROUNDING_CELLS * rule.resolution
     # A box beyond the grid is tested at its border, no farther from there than from its own centre.
     points = np.clip(trajectories, -GRID_EXTENT_M, GRID_EXTENT_M)
     squared = np.sum((points[:, None] - obstacles.centre) ** 2, axis=-1)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.evaluation.metrics import HorizonScores, summarize
 from spacedrive_jax.evaluation.protocols import HORIZONS_S
 
@@ -60,7 +61,7 @@ def _resampled_means(
     np.add.at(sums, scene, np.where(known, values, 0.0))
     np.add.at(counts, scene, known)
     with np.errstate(invalid="ignore"):
-        return (draws @ sums) / (draws @ counts)
+        return exact.matmul(draws, sums) / exact.matmul(draws, counts)
 
 
 def _interval(values: Float[np.ndarray, "R"]) -> list[float] | None:

@@ -9,6 +9,7 @@ import numpy as np
 import shapely
 from jaxtyping import Float, Int, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.encoded_images import decode_grey
 from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
 from spacedrive_jax.errors import DataError
@@ -27,8 +28,8 @@ def tangent_yaw(
 ) -> Float[np.ndarray, "M T"]:
     """Heading along the path, held through steps shorter than 0.3 m (0 for a too short first step)."""
     steps = np.diff(trajectories, axis=1, prepend=0.0)
-    length = np.linalg.norm(steps, axis=-1)
-    direction = np.arctan2(steps[..., 1], steps[..., 0])
+    length = exact.norm(steps)
+    direction = exact.arctan2(steps[..., 1], steps[..., 0])
     yaw = np.zeros_like(direction)
     yaw[:, 0] = np.where(length[:, 0] < min_first_step, 0.0, direction[:, 0])
     for step in range(1, yaw.shape[1]):

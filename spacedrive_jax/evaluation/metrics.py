@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.evaluation.collision import Obstacles, collides
 from spacedrive_jax.evaluation.drivable import off_road_cells
 from spacedrive_jax.evaluation.polygons import DrivableArea, leaves_road, overlaps
@@ -90,7 +91,7 @@ def score_steps(
             assert isinstance(drivable, np.ndarray)
             off_road = off_road_cells(trajectories, drivable, rule) > 0
     return StepScores(
-        l2=np.linalg.norm(trajectories - reference, axis=-1),
+        l2=exact.norm(trajectories - reference),
         collision=hits[:-1],
         reference_collision=np.broadcast_to(hits[-1], (count, steps)),
         off_road=off_road,

@@ -13,6 +13,7 @@ import numpy as np
 import shapely
 from jaxtyping import Bool, Float, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
 from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
 from spacedrive_jax.evaluation.drivable import MIN_STEP_M, decode_fine, tangent_yaw
@@ -69,15 +70,15 @@ class MaskArea:
             off_road = np.argwhere(self.cells[first_x:last_x, first_y:last_y] == 0)
             if len(off_road):
                 centres = (off_road + [first_x, first_y] + 0.5) * size - GRID_EXTENT_M
-                areas[index] = np.count_nonzero(_contains(boxes[index], centres)) * size**2
+                areas[index] = np.count_nonzero(_contains(boxes[index], centres)) * (size * size)
         return areas
 
 
 def _contains(box: Float[np.ndarray, "4 2"], points: Float[np.ndarray, "K 2"]) -> Bool[np.ndarray, "K"]:
     """Which points lie in a rectangle given by its corners in order around it."""
     sides = np.stack([box[1] - box[0], box[3] - box[0]])
-    along = (points - box[0]) @ sides.T
-    return np.all((along >= 0) & (along <= np.sum(sides**2, axis=1)), axis=1)
+    along = exact.rotate(points - box[0], sides)
+    return np.all((along >= 0) & (along <= exact.dot(sides, sides)), axis=1)
 
 
 def drivable_area(record: Record) -> DrivableArea | None:
@@ -106,7 +107,7 @@ def ego_boxes(
     count = len(trajectories)
     points = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
     yaw = np.concatenate([np.zeros((count, 1)), tangent_yaw(trajectories, MIN_STEP_M)], axis=1)
-    centre = points + rule.ego_offset * np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
+    centre = points + rule.ego_offset * np.stack(exact.cos_sin(yaw), axis=-1)
     return centre, box_corners(centre, yaw, EGO_SIZE_M)
 
 
@@ -122,8 +123,8 @@ def overlaps(
     """
     hits = np.zeros(trajectories.shape[:2], bool)
     centre, boxes = (array[:, 1:] for array in ego_boxes(trajectories, rule))
-    reach = (np.linalg.norm(EGO_SIZE_M) + np.linalg.norm(obstacles.size, axis=-1)) / 2
-    distance = np.linalg.norm(centre[:, None] - obstacles.centre[None], axis=-1)
+    reach = (exact.norm(EGO_SIZE_M) + exact.norm(obstacles.size)) / 2
+    distance = exact.norm(centre[:, None] - obstacles.centre[None])
     trajectory, agent, step = np.nonzero(obstacles.mask & (distance <= reach[:, None]))
     if len(trajectory):
         agents = box_corners(obstacles.centre[agent, step], obstacles.yaw[agent, step], obstacles.size[agent])

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
+from spacedrive_jax import exact
+
 GRID_EXTENT_M = 50.0
 
 
@@ -61,7 +63,7 @@ def box_corners(
     Returns:
         The corners in order around the box, metres.
     """
-    forward = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
+    forward = np.stack(exact.cos_sin(yaw), axis=-1)
     left = np.stack([-forward[..., 1], forward[..., 0]], axis=-1)
     half = np.asarray(size)[..., None, :] / 2 * np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]])
     return centre[..., None, :] + half[..., :1] * forward[..., None, :] + half[..., 1:] * left[..., None, :]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Records, read_provenance
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
@@ -72,7 +73,7 @@ def measure_split(
         if plan is not None:
             plans["prediction"] = plan
         for name, waypoints in plans.items():
-            rows[name].append(np.linalg.norm(waypoints - record["waypoints"], axis=-1))
+            rows[name].append(exact.norm(waypoints - record["waypoints"]))
     errors = {name: np.stack(values) for name, values in rows.items() if values}
     return SplitErrors(errors, tuple(tokens), tuple(scenes), index_of, images)
 
@@ -141,7 +142,7 @@ def make_case(
     facts = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
     facts["location"] = record["location"] or "-"
     if plan is not None and np.all(record["waypoint_mask"]):
-        error = np.linalg.norm(plan - record["waypoints"], axis=-1)
+        error = exact.norm(plan - record["waypoints"])
         facts["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
     elif plan is None:
         facts["error"] = "no usable prediction" if predictions else "no predictions"

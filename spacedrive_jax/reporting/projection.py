@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from spacedrive_jax import exact
 from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.data import encoded_images
 from spacedrive_jax.data.encoded_images import decode_photo
@@ -16,8 +17,8 @@ MIN_DEPTH_M = 0.5
 
 def ego_to_camera(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
     """Takes points in the ego frame of the keyframe to the camera frame at the camera's own time."""
-    camera_to_global = record["camera_ego_to_global"][camera] @ record["camera_to_ego"][camera]
-    return np.linalg.inv(camera_to_global) @ record["ego_to_global"]
+    camera_to_global = exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
+    return exact.matmul(exact.affine_inverse(camera_to_global), record["ego_to_global"])
 
 
 def project(
@@ -27,9 +28,9 @@ def project(
 
     Pixels of points nearer than 0.5 m, or behind, are nan.
     """
-    in_camera = points @ ego_to_camera(record, camera)[:3, :3].T + ego_to_camera(record, camera)[:3, 3]
+    in_camera = exact.transform(points, ego_to_camera(record, camera))
     depth = in_camera[:, 2]
-    image = in_camera @ np.asarray(record["camera_intrinsics"][camera]).T
+    image = exact.rotate(in_camera, np.asarray(record["camera_intrinsics"][camera]))
     with np.errstate(divide="ignore", invalid="ignore"):
         pixels = image[:, :2] / image[:, 2:]
     return np.where(depth[:, None] > MIN_DEPTH_M, pixels, np.nan), depth
@@ -57,7 +58,7 @@ def lidar_points(record: Record) -> Float[np.ndarray, "n 3"] | None:
     if not record["lidar"]:
         return None
     points = sweep_points(record)
-    return points @ record["lidar_to_ego"][:3, :3].T + record["lidar_to_ego"][:3, 3]
+    return exact.transform(points, record["lidar_to_ego"])
 
 
 def ground_ribbon(
@@ -71,13 +72,13 @@ def ground_ribbon(
         spacing: distance between neighbouring border points in metres.
     """
     path = np.concatenate([np.zeros((1, 2)), waypoints])
-    length = np.concatenate([[0.0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
+    length = np.concatenate([[0.0], exact.norm(np.diff(path, axis=0)).cumsum()])
     at = np.linspace(0.0, length[-1], max(int(length[-1] / spacing), 1) + 1)
     # np.interp wants distinct positions: a vehicle at rest repeats its waypoint.
     keep = np.concatenate([[True], np.diff(length) > 1e-6])
     centre = np.stack([np.interp(at, length[keep], path[keep, axis]) for axis in range(2)], axis=1)
     tangent = np.gradient(centre, axis=0) if len(centre) > 1 else np.zeros_like(centre)
-    norm = np.linalg.norm(tangent, axis=1, keepdims=True)
+    norm = exact.norm(tangent)[:, None]
     tangent = np.divide(tangent, norm, out=np.tile([1.0, 0.0], (len(centre), 1)), where=norm > 1e-9)
     offset = width / 2 * np.stack([-tangent[:, 1], tangent[:, 0]], axis=1)
     left, right = (np.pad(centre + side * offset, ((0, 0), (0, 1))) for side in (1, -1))

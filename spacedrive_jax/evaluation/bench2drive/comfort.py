@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from scipy.signal import savgol_filter
 
+from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
 
 PIECE_STEPS = 20
@@ -56,12 +56,12 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
     window = min(WINDOW, len(motion))
 
     def smooth(values: Float[np.ndarray, "T"], derivative: int = 0) -> Float[np.ndarray, "T"]:
-        return savgol_filter(values, window, ORDER, deriv=derivative, delta=STEP_S if derivative else 1.0)
+        return _smoothed(values, window, slope=bool(derivative))
 
     acceleration, forward, right = motion[:, 0, :2], motion[:, 2, :2], motion[:, 3, :2]
     longitudinal = smooth(np.sum(acceleration * forward, axis=1))
     lateral = smooth(np.sum(acceleration * right, axis=1))
-    magnitude = smooth(np.hypot(acceleration[:, 0], acceleration[:, 1]))
+    magnitude = smooth(exact.norm(acceleration))
     yaw_rate = smooth(np.unwrap(motion[:, 1, 2]))
     checks = (
         (longitudinal, LONGITUDINAL_ACCELERATION),
@@ -72,6 +72,31 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
         (yaw_rate, YAW_RATE),
     )
     return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
+
+
+def _smoothed(values: Float[np.ndarray, "T"], window: int, *, slope: bool) -> Float[np.ndarray, "T"]:
+    """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
+
+    Each value becomes that of the parabola through the window around it (near the ends: the first or last
+    window). Fitted here with orthogonal polynomials, since SciPy's fit goes through LAPACK and what comes
+    out is held against bounds.
+
+    Args:
+        values: one every `STEP_S`.
+        window: values to fit to.
+        slope: gives the parabola's slope, per second, in place of its value.
+    """
+    index = np.arange(len(values))
+    first = np.clip(index - window // 2, 0, len(values) - window)
+    place = np.arange(window) - (window - 1) / 2
+    square = place * place - np.mean(place * place)
+    seen = values[first[:, None] + np.arange(window)]
+    linear = exact.dot(seen, place) / exact.dot(place, place)
+    bent = exact.dot(seen, square) / exact.dot(square, square)
+    here = index - first - (window - 1) / 2
+    if slope:
+        return (linear + 2 * bent * here) / STEP_S
+    return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(place * place))
 
 
 def read_motion(path: Path) -> Float[np.ndarray, "T 4 3"]:

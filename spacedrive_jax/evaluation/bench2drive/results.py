@@ -91,7 +91,7 @@ class RouteResult:
             UserError: an `outside_route_lanes` message holds no percentage.
         """
         factor = math.prod(
-            penalty ** len(self.infractions.get(kind, ())) for kind, penalty in PENALTIES.items()
+            penalty for kind, penalty in PENALTIES.items() for _ in self.infractions.get(kind, ())
         )
         for message in self.infractions.get("outside_route_lanes", ()):
             match = _PERCENT.search(message)
