@@ -20,11 +20,10 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from spacedrive_jax.aot.plan import StepKind, make_plan
+from spacedrive_jax.aot.search import describe_plan, parse_mesh
 from spacedrive_jax.config import change, load_preset
-from spacedrive_jax.scaling.plan import StepKind, make_plan
-from spacedrive_jax.scaling.search import parse_mesh
-from spacedrive_jax.scaling.text import describe_plan
-from spacedrive_jax.scaling.topology import describe
+from spacedrive_jax.training.flops import describe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.train_depth import FACTS_FILE, FARTHEST, IMAGE_SIZE, WEIGHTS, Views, load_views, record_views
 from data_prep.add_depth import camera_alignments
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import progress
+from spacedrive_jax.data import lidar
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.depth import fusion, lidar
-from spacedrive_jax.depth.unidepth import UniDepthV2
-from spacedrive_jax.depth.unidepth_weights import load_unidepth
+from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.interop.unidepth import load_unidepth
+from spacedrive_jax.models.depth.unidepth import UniDepthV2
 
 MIS_SCALE, MIS_SHIFT = 1.3, 1.5
 """The deliberately wrong network's depth is 1.3 d + 1.5 m."""
@@ -114,7 +114,7 @@ class Methods:
             aligned[name] = sum(alignment.points > 0 for alignment in alignments)
             depth[name] = each
             depth[fused(name)] = np.stack(
-                [fusion.apply(view, alignment) for view, alignment in zip(each, alignments, strict=True)]
+                [lidar.apply(view, alignment) for view, alignment in zip(each, alignments, strict=True)]
             )
         return KeyframeDepths(views, depth, aligned)
 

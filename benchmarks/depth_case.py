@@ -91,7 +91,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def encoder_flops(size: str) -> float:
     """Floating-point operations of DINOv2 on one image, those of its matrix products."""
-    from spacedrive_jax.depth.dinov2 import SIZES
+    from spacedrive_jax.models.depth.dinov2 import SIZES
 
     config = SIZES[size]
     patches = (NETWORK_IMAGE // PATCH) ** 2
@@ -106,9 +106,9 @@ def jax_case(case: Case) -> Prepared:
     import jax.numpy as jnp
     from flax import nnx
 
-    from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
-    from spacedrive_jax.vlm.config import ComputeConfig
-    from spacedrive_jax.vlm.initialization import initialize
+    from spacedrive_jax.models.config import ComputeConfig
+    from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
+    from spacedrive_jax.models.partitioning import initialize
 
     compute = ComputeConfig(dtype=case.dtype, param_dtype=case.dtype, attention=case.attention)
     config = UniDepthConfig.named(case.size)
@@ -138,7 +138,7 @@ def torch_case(case: Case) -> Prepared:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from spacedrive_jax.depth.dinov2 import SIZES
+    from spacedrive_jax.models.depth.dinov2 import SIZES
 
     if case.part != "encoder":
         raise SystemExit("PyTorch runs the encoder only: UniDepth's own code is not part of transformers")

@@ -26,12 +26,18 @@ from skimage.draw import polygon
 
 from spacedrive_jax.data.records import Record, open_records
 from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
-from spacedrive_jax.evaluation.drivable import FOOTPRINT_SIZE_M, drivable_rasters, tangent_yaw
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, Protocol, StepRule
-from spacedrive_jax.evaluation.rasters import Grid, box_corners, to_cells
+from spacedrive_jax.evaluation.rasters import (
+    FOOTPRINT_SIZE_M,
+    Grid,
+    box_corners,
+    drivable_rasters,
+    tangent_yaw,
+    to_cells,
+)
 from spacedrive_jax.evaluation.scoring import obstacles_of
 from tests.record_factory import make_record, write_records
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from spacedrive_jax.vlm import QwenVLConfig
-from spacedrive_jax.vlm.hf_config import write_hf_config
-from spacedrive_jax.vlm.qwen_conversion import hub_name, qwen_rules
-from spacedrive_jax.vlm.safetensors_folder import PlannedTensor, plan_shards, write_folder
+from spacedrive_jax.interop.families import write_hf_config
+from spacedrive_jax.interop.qwen2_5_vl import hub_name, qwen_rules
+from spacedrive_jax.interop.safetensors_folder import PlannedTensor, plan_shards, write_folder
+from spacedrive_jax.models.config import QwenVLConfig
 
 SHARD_BYTES = 4 * 1000**3
 
@@ -98,7 +98,7 @@ def main() -> None:
             source, out = options.work / "source", options.work / "out"
             size = write_random_checkpoint(shaped_like_7b(layers), source)
             if what == "from_hf":
-                code = "import sys; from spacedrive_jax.vlm.checkpoint import from_hf; from_hf(sys.argv[1])"
+                code = "import sys; from spacedrive_jax.interop.hf_checkpoint import from_hf; from_hf(sys.argv[1])"
                 command = [sys.executable, "-c", code, str(source)]
             else:
                 arguments = ["--from", "hf", str(source), "--out", str(out), "--no-add-tokens"]

@@ -20,11 +20,11 @@ import cv2
 import numpy as np
 
 from spacedrive_jax.config import Config, change, load_preset
+from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.encoded_images import decode_photo
-from spacedrive_jax.data.pipeline import Samples, training_iterator
+from spacedrive_jax.data.loader import Samples, training_iterator
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.data.samples import SampleBuilder
-from spacedrive_jax.depth.sources import DepthConfig
+from spacedrive_jax.data.transforms import SampleBuilder
 
 NATIVE = (900, 1600)
 KEYFRAMES = 16

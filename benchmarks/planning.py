@@ -37,16 +37,17 @@ from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import ModelConfig
 from spacedrive_jax.data.chat import ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
-from spacedrive_jax.data.samples import token_fields
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
-from spacedrive_jax.depth.dinov2 import Dinov2Config
-from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
-from spacedrive_jax.inference.answer import planning_frame
+from spacedrive_jax.data.transforms import token_fields
+from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import Generation, start
-from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.vlm import DecoderConfig, QwenVisionConfig, QwenVLConfig, to_hf
-from spacedrive_jax.vlm.initialization import initialize
+from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
+from spacedrive_jax.models.partitioning import initialize
+from spacedrive_jax.models.spacedrive import SpaceDrive
 
 MAX_NEW_TOKENS = 100
 HEAD_SCORE = 20.0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from spacedrive_jax.aot.memory import abstract_batch
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.records import NUM_CAMERAS
-from spacedrive_jax.data.samples import EGO_SLOTS
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.scaling.abstract_batch import abstract_batch
+from spacedrive_jax.data.transforms import EGO_SLOTS
+from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.models.positions import ImageSpan, mrope_positions
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.vlm.config import QwenVLConfig
-from spacedrive_jax.vlm.positions import ImageSpan, mrope_positions
 
 
 def random_batch(config: Config, seed: int) -> DrivingBatch:

@@ -29,15 +29,14 @@ from safetensors.numpy import save_file
 
 from data_prep.depth_network import keyframe_views
 from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.data.depth_sources import decode_exact_depth
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.depth.dinov2 import Dinov2Config
-from spacedrive_jax.depth.sources import decode_exact_depth
-from spacedrive_jax.depth.unidepth import UniDepthConfig, UniDepthV2
-from spacedrive_jax.depth.unidepth_camera import to_network
-from spacedrive_jax.depth.unidepth_decoder import LOG_RADIUS_OFFSET
-from spacedrive_jax.depth.unidepth_weights import save_unidepth
-from spacedrive_jax.vlm.initialization import initialize
+from spacedrive_jax.interop.unidepth import save_unidepth
+from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, to_network
+from spacedrive_jax.models.depth.unidepth_decoder import LOG_RADIUS_OFFSET
+from spacedrive_jax.models.partitioning import initialize
 
 IMAGE_SIZE = (84, 140)
 """Height and width of the images, pixels: 6 x 10 patches; the demo's size."""

@@ -28,11 +28,18 @@ import transformers
 from flax import nnx
 from random_batch import random_batch
 
-from spacedrive_jax import vlm
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from spacedrive_jax.model import normalise
-from spacedrive_jax.scaling.flops import train_step_flops
+from spacedrive_jax.interop.peft import save_adapter
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    DecoderConfig,
+    LoraConfig,
+    QwenVisionConfig,
+    QwenVLConfig,
+)
+from spacedrive_jax.models.spacedrive import normalise
+from spacedrive_jax.training.flops import train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import abstract_state, count, start_state
 from spacedrive_jax.training.step import make_train_step
@@ -46,7 +53,7 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
     """SpaceDrive without depth and ego status, whose inputs transformers' own model understands."""
     large = size == "100m"
     width = 768 if large else 64
-    decoder = vlm.DecoderConfig(
+    decoder = DecoderConfig(
         vocab_size=32768 if large else 1024,
         hidden_size=width,
         intermediate_size=8 * width // 3,
@@ -57,7 +64,7 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
         rope_sections=(8, 12, 12),
         tied_head=False,
     )
-    vision = vlm.QwenVisionConfig(
+    vision = QwenVisionConfig(
         hidden_size=256 if large else 32,
         intermediate_size=512 if large else 64,
         depth=8 if large else 2,
@@ -67,7 +74,7 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
     )
     return Config(
         model=ModelConfig(
-            vlm=vlm.QwenVLConfig(
+            vlm=QwenVLConfig(
                 decoder=decoder,
                 vision=vision,
                 image_token_id=5,
@@ -75,11 +82,11 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
                 vision_end_token_id=4,
             ),
             weights=weights,
-            lora=vlm.LoraConfig(rank=16, dropout=0.0),
+            lora=LoraConfig(rank=16, dropout=0.0),
             new_token_rows=False,
             visual_positions="none",
             ego_status="none",
-            compute=vlm.ComputeConfig(remat="full"),
+            compute=ComputeConfig(remat="full"),
         ),
         data=DataConfig(
             image_size=(168, 280) if large else (56, 56),
@@ -95,7 +102,7 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
 def torch_base(config: Config) -> Any:
     """Transformers' model of the config's sizes, drawn at random."""
     model = config.model.vlm
-    assert isinstance(model, vlm.QwenVLConfig)
+    assert isinstance(model, QwenVLConfig)
     decoder, vision = model.decoder, model.vision
     torch.manual_seed(0)
     return transformers.Qwen2_5_VLForConditionalGeneration(
@@ -160,7 +167,7 @@ class TorchSide:
         graph, _, _ = abstract_state(config, start.mesh)
         ours = nnx.merge(graph, start.trainable, start.frozen)
         adapter = base.with_name("adapter")
-        vlm.save_adapter(ours.vlm, adapter, base_model=str(base))
+        save_adapter(ours.vlm, adapter, base_model=str(base))
         model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
         self.model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
         self.inner = self.model.get_base_model()

@@ -20,14 +20,13 @@ import jax
 import numpy as np
 from random_batch import random_batch
 
-from spacedrive_jax.cli import use_compilation_cache
+from spacedrive_jax.cli.main import use_compilation_cache
 from spacedrive_jax.config import Config, change, load_preset
-from spacedrive_jax.scaling.flops import train_step_flops
-from spacedrive_jax.scaling.topology import DEVICE_KINDS
+from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import count, start_state
 from spacedrive_jax.training.step import make_train_step
-from spacedrive_jax.vlm.config import QwenVLConfig
 
 MODELS = {"3b": QwenVLConfig.qwen2_5_vl_3b, "7b": QwenVLConfig.qwen2_5_vl_7b}
 

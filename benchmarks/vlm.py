@@ -27,7 +27,9 @@ import torch
 import transformers
 from flax import nnx
 
-from spacedrive_jax import vlm
+from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.peft import load_adapter, read_peft_config
+from spacedrive_jax.models.generation import generate
 
 IMAGE, START, END = 16001, 16002, 16003
 GRID, IMAGES, WORDS, RANK, NEW_TOKENS = (12, 12), 6, 8, 16, 32
@@ -113,9 +115,9 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
                 if "lora_B" in name:
                     value.normal_(0.0, 0.02)
         theirs.save_pretrained(Path(folder) / "adapter")
-        lora = vlm.read_peft_config(Path(folder) / "adapter")
-        model = vlm.from_hf(Path(folder) / "base", lora=lora)
-        vlm.load_adapter(model, Path(folder) / "adapter")
+        lora = read_peft_config(Path(folder) / "adapter")
+        model = from_hf(Path(folder) / "base", lora=lora)
+        load_adapter(model, Path(folder) / "adapter")
 
     token_ids, pixels = make_inputs()
     ids = torch.tensor(token_ids, dtype=torch.long)
@@ -165,7 +167,7 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return generated[0, ids.shape[1] :].numpy()
 
     def jax_decode() -> Any:
-        return vlm.generate(model, token_ids, images=images, image_grid=GRID, max_new_tokens=NEW_TOKENS)[0]
+        return generate(model, token_ids, images=images, image_grid=GRID, max_new_tokens=NEW_TOKENS)[0]
 
     rows = []
     difference = relative(jax_forward(), torch_forward())

@@ -1,7 +1,7 @@
 """SpaceDrive on LLaVA-1.5-7B: views of 336 x 336, every patch a token."""
 
 from spacedrive_jax.config import change, load_preset
-from spacedrive_jax.vlm.config import LlavaConfig, LoraConfig
+from spacedrive_jax.models.config import LlavaConfig, LoraConfig
 
 config = change(
     load_preset("spacedrive_qwen_7b"),

@@ -5,7 +5,7 @@ released weights to adapt, so everything trains, at one rate.
 """
 
 from spacedrive_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from spacedrive_jax.vlm.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
 
 WIDTH = 128
 

@@ -6,7 +6,7 @@ LiDAR sweep, and a step takes 16 samples, one for each of 16 chips. Give the rel
 """
 
 from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from spacedrive_jax.vlm.config import ComputeConfig
+from spacedrive_jax.models.config import ComputeConfig
 
 config = Config(
     name="spacedrive_plus_qwen_7b",

@@ -5,8 +5,8 @@ rows `both` of table 3, `learned from .1` of table 5, UniDepthV2 of C, rank 16 o
 """
 
 from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from spacedrive_jax.depth.sources import DepthConfig
-from spacedrive_jax.vlm.config import ComputeConfig
+from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.models.config import ComputeConfig
 
 config = Config(
     name="spacedrive_qwen_7b",

@@ -18,16 +18,16 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from data_prep.conversion_state import write_json
+from data_prep.conversion import write_json
 from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.data import lidar
+from spacedrive_jax.data.depth_cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
 from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.depth import lidar
-from spacedrive_jax.depth.cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
-from spacedrive_jax.depth.fusion import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
-from spacedrive_jax.training.hosts import connect
+from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.training.sharding import connect
 
 CHUNK = 32
 """Keyframes per file: what a killed run loses at most."""
@@ -89,7 +89,7 @@ class AddDepth(Command):
         if self.run_config is None:
             return network
         from spacedrive_jax.config import load_preset
-        from spacedrive_jax.data.samples import SampleBuilder
+        from spacedrive_jax.data.transforms import SampleBuilder
 
         run = load_preset(self.run_config)
         return dataclasses.replace(

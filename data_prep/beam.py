@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep import conversion_state
+from data_prep import conversion
 from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
 from spacedrive_jax.console import UserError
 
@@ -55,7 +55,7 @@ def convert_on_beam(
             "requirements.txt, then -r requirements-beam.txt"
         ) from None
     arguments = pipeline_arguments(options, workers)
-    waiting = out / conversion_state.FOLDER / conversion_state.WAITING
+    waiting = out / conversion.FOLDER / conversion.WAITING
     files = _write_units(units, waiting)
     try:
         with _watched(out, [file.stem for file in files], advance):
@@ -107,7 +107,7 @@ def convert_unit_file(path: str) -> None:
     except UserError as error:
         file.with_suffix(".problem").write_text(str(error))
         return
-    conversion_state.save_finished_scene(unit.shard.parent, result)
+    conversion.save_finished_scene(unit.shard.parent, result)
 
 
 def _write_units(units: Iterable[SceneUnit], folder: Path) -> list[Path]:
@@ -133,7 +133,7 @@ def _collect(out: Path, files: Sequence[Path]) -> list[SceneResult]:
     if told:
         rest = f"\nand {len(told) - 5} more" if len(told) > 5 else ""
         raise UserError("\n".join(told[:5]) + rest)
-    results = {file.stem: conversion_state.finished_scene(out, file.stem) for file in files}
+    results = {file.stem: conversion.finished_scene(out, file.stem) for file in files}
     lost = [shard for shard, result in results.items() if result is None]
     if lost:
         raise UserError(
@@ -154,7 +154,7 @@ def _watched(out: Path, shards: Sequence[str], advance: Callable[[int], object])
         while not last_look:
             last_look = ended.wait(POLL_SECONDS)
             for shard in sorted(open_shards):
-                result = conversion_state.finished_scene(out, shard)
+                result = conversion.finished_scene(out, shard)
                 if result is not None:
                     open_shards.remove(shard)
                     advance(result.shard.records)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import tyro
 
-from data_prep import conversion_state
-from data_prep.conversion_plan import (
+from data_prep import conversion
+from data_prep.conversion import (
     ShardWork,
     masks_needed,
     plan_shards,
@@ -74,7 +74,7 @@ class Convert(Command):
         """Converts; see the class. Returns counts, the fingerprint and the time taken."""
         start = time.monotonic()
         render_size = self._checked_options()
-        conversion_state.check_output_folder(self.out, self.resume)
+        conversion.check_output_folder(self.out, self.resume)
         tables = read_tables(self.dataroot, self.version)
         scenes = list(read_scenes(tables))
         digests = tables.digests
@@ -107,8 +107,8 @@ class Convert(Command):
             "split_rule": split_rule,
             "shards": {one.shard: {"scene": one.scene.name, "keyframes": len(one.keyframes)} for one in work},
         }
-        conversion_state.begin(self.out, plan)
-        provenance_path = self.out / conversion_state.PROVENANCE
+        conversion.begin(self.out, plan)
+        provenance_path = self.out / conversion.PROVENANCE
         results = self._write_shards(work, render_size)
         total = sum(len(scene.keyframes) for scene in scenes)
         provenance = provenance_of(plan, results, splits, total)
@@ -116,7 +116,7 @@ class Convert(Command):
             write_dataset_info(
                 self.out, shards_by_split(results), f"Keyframes of {self.version} as self-contained records."
             )
-            conversion_state.write_json(provenance_path, provenance)
+            conversion.write_json(provenance_path, provenance)
         facts = {
             "records": provenance["records"],
             "keyframes": total,
@@ -151,12 +151,12 @@ class Convert(Command):
     ) -> list[SceneResult]:
         """Writes the shards that are not done yet; returns the facts of all, in order."""
         finished = {
-            one.shard: conversion_state.whole_scene(self.out, one.shard)
+            one.shard: conversion.whole_scene(self.out, one.shard)
             for one in progress(work, desc="check shards", unit="shard")
         }
         todo = [one for one in work if finished[one.shard] is None]
-        conversion_state.remove_left_overs(self.out)
-        mask_folder = self.out / conversion_state.FOLDER / "masks"
+        conversion.remove_left_overs(self.out)
+        mask_folder = self.out / conversion.FOLDER / "masks"
         masks = masks_needed(self.dataroot, [one.scene for one in todo])
         if masks:
             with progress(total=len(masks), desc="unpack map masks", unit="map") as bar:
@@ -185,7 +185,7 @@ class Convert(Command):
                 finished |= {result.shard.file: result for result in results}
             else:
                 for result in ordered_map(convert_scene, units, self.workers):
-                    conversion_state.save_finished_scene(self.out, result)
+                    conversion.save_finished_scene(self.out, result)
                     finished[result.shard.file] = result
                     bar.update(result.shard.records)
         for mask in mask_folder.glob("*"):

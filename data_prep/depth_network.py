@@ -17,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError, note
+from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Record
-from spacedrive_jax.depth.cache import NetworkKind
-from spacedrive_jax.depth.depth_anything_weights import MODEL_TYPE, load_depth_anything
-from spacedrive_jax.depth.tensor_file import weight_file
-from spacedrive_jax.depth.unidepth_weights import is_released, load_unidepth
-from spacedrive_jax.geometry.patch_depth import Pooling, pool_depth
-from spacedrive_jax.vlm.config import ComputeConfig
+from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
+from spacedrive_jax.interop.torch_file import weight_file
+from spacedrive_jax.interop.unidepth import is_released, load_unidepth
+from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
 RELEVANT_FILES = ("*.safetensors", "*.bin", "*.pth", "config.json", "preprocessor_config.json")
 REVISION = 1

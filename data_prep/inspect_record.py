@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from data_prep.conversion_state import locate
+from data_prep.conversion import locate
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records import Record, open_records, read_provenance, record_features
 from spacedrive_jax.data.records_folder import check_contents
@@ -68,8 +68,8 @@ class Inspect(Command):
     def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
         # These import jax, which the text and the picture can do without.
         from data_prep.point_cloud import keyframe_points, write_ply
-        from spacedrive_jax.depth.cache import DepthCache, find_cache
-        from spacedrive_jax.depth.sources import NETWORKS
+        from spacedrive_jax.data.depth_cache import DepthCache, find_cache
+        from spacedrive_jax.data.depth_sources import NETWORKS
 
         full = None
         if self.depth_cache is not None:

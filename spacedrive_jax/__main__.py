@@ -2,6 +2,6 @@
 
 import sys
 
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 
 sys.exit(main())

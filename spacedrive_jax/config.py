@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.conversation import ConversationConfig
+from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.ego_status import EgoStatusInput
 from spacedrive_jax.data.prompts import CommandSource
-from spacedrive_jax.depth.sources import DepthConfig
-from spacedrive_jax.positional.coordinates import CoordinateEncoderConfig
-from spacedrive_jax.positional.decoders import CoordinateDecoderConfig
-from spacedrive_jax.vlm.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
+from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

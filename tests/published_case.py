@@ -10,8 +10,8 @@ import numpy as np
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.verify.spacedrive_case import Case, Weights, build_batch, build_model
+from spacedrive_jax.models.spacedrive import SpaceDrive
+from tests.golden.verify.spacedrive_case import Case, Weights, build_batch, build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,16 +7,16 @@ import sys
 import pytest
 
 import data_prep.cli
-import spacedrive_jax.cli
+import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.console import UserError
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("command", sorted(spacedrive_jax.cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(spacedrive_jax.cli.main.COMMANDS))
 def test_every_command_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        spacedrive_jax.cli.main([command, "--help"])
+        spacedrive_jax.cli.main.main([command, "--help"])
     assert stop.value.code == 0
     page = capsys.readouterr().out
     assert f"Example: python -m spacedrive_jax {command}" in " ".join(page.replace("│", " ").split())
@@ -34,7 +34,7 @@ def test_every_data_command_teaches_by_example(command, capsys):
 
 def test_train_lists_the_fields_of_a_config(capsys):
     with pytest.raises(SystemExit):
-        spacedrive_jax.cli.main(["train", "demo", "--help"])
+        spacedrive_jax.cli.main.main(["train", "demo", "--help"])
     page = capsys.readouterr().out
     assert "--train.learning-rate" in page
     assert "--data.depth.sources" in page
@@ -89,13 +89,13 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     chosen = {}
     monkeypatch.setattr("jax.config.update", chosen.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    spacedrive_jax.cli.use_compilation_cache()
+    spacedrive_jax.cli.main.use_compilation_cache()
     assert chosen == {}  # jax reads the variable itself
-    spacedrive_jax.cli.use_compilation_cache(tmp_path / "flag")
+    spacedrive_jax.cli.main.use_compilation_cache(tmp_path / "flag")
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "flag")}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    spacedrive_jax.cli.use_compilation_cache()
+    spacedrive_jax.cli.main.use_compilation_cache()
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "spacedrive_jax" / "xla")}
 
 
@@ -110,7 +110,7 @@ def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
         )
 
     monkeypatch.setattr(spacedrive_jax.training.train, "train", out_of_memory)
-    assert spacedrive_jax.cli.main(["train", "demo", "--data.records", "records"]) == 1
+    assert spacedrive_jax.cli.main.main(["train", "demo", "--data.records", "records"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: the devices ran out of memory (RESOURCE_EXHAUSTED: Out of memory alloc")
     assert "--train.accumulation" in said
@@ -118,6 +118,6 @@ def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys, spacedrive_jax.cli, data_prep.cli; print('jax' in sys.modules)"
+    code = "import sys, spacedrive_jax.cli.main, data_prep.cli; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -13,8 +13,8 @@ from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import UserError
 from spacedrive_jax.training.losses import losses
-from spacedrive_jax.verify.case_files import read_arrays
-from spacedrive_jax.verify.train import verify_train
+from tests.golden.verify.case_files import read_arrays
+from tests.golden.verify.train import verify_train
 from tests.published_case import GOLDEN, load_case
 
 

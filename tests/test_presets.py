@@ -9,7 +9,7 @@ from flax import nnx
 
 from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
-from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.state import is_trainable
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
+from spacedrive_jax.data.schema import CAMERAS
 
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"

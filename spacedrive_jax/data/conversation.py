@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.data.chat import Turn
-from spacedrive_jax.data.coordinates_in_text import replace_coordinates
 from spacedrive_jax.data.ego_status import ego_status_in_words
-from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer
+from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
 from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.prompts import (
     CommandSource,
@@ -23,8 +22,8 @@ from spacedrive_jax.data.prompts import (
     planning_answer,
     planning_answer_in_digits,
     planning_question,
+    replace_coordinates,
 )
-from spacedrive_jax.data.pseudo_tasks import pseudo_coordinate_questions
 from spacedrive_jax.data.records import Record
 
 Tasks = Literal["planning", "planning_and_questions", "counterfactual"]

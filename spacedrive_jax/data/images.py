@@ -14,12 +14,12 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.records import Record
-from spacedrive_jax.vlm.clip_vision import flatten_patches
-from spacedrive_jax.vlm.config import ClipVisionConfig, QwenVisionConfig
+from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.models.config import ClipVisionConfig, QwenVisionConfig
+from spacedrive_jax.models.families.llava import flatten_patches
 
 MAX_PIXELS = 28 * 28 * 16384
 """Larger images are scaled down (released Qwen2.5-VL settings)."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.commands import navigation_command, released_command
+from spacedrive_jax.data.ego_status import navigation_command, released_command
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.poses import heading, inverse, transforms
 from spacedrive_jax.data.records import CAN_BUS_SIZE, NUM_PAST, NUM_WAYPOINTS, Record

@@ -10,14 +10,12 @@ import numpy as np
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Records, read_provenance
-from spacedrive_jax.evaluation.breakdown import KeyframeFacts, break_down
-from spacedrive_jax.evaluation.confidence import Comparison, confidence
-from spacedrive_jax.evaluation.coverage import Coverage, cover
+from spacedrive_jax.evaluation.baselines import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, stack_scores, summarize
-from spacedrive_jax.evaluation.planners import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
-from spacedrive_jax.evaluation.predictions import Predictions
+from spacedrive_jax.evaluation.predictions import Coverage, Predictions, cover
 from spacedrive_jax.evaluation.protocols import PolygonRule, Protocol
 from spacedrive_jax.evaluation.scoring import KeyframeScores, score_split
+from spacedrive_jax.evaluation.statistics import Comparison, KeyframeFacts, break_down, confidence
 
 
 @dataclasses.dataclass(frozen=True)

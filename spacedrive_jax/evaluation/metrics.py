@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from spacedrive_jax import exact
 from spacedrive_jax.evaluation.collision import Obstacles, collides
-from spacedrive_jax.evaluation.drivable import off_road_cells
 from spacedrive_jax.evaluation.polygons import DrivableArea, leaves_road, overlaps
 from spacedrive_jax.evaluation.protocols import (
     HORIZONS_S,
@@ -24,6 +23,7 @@ from spacedrive_jax.evaluation.protocols import (
     Protocol,
     StepRule,
 )
+from spacedrive_jax.evaluation.rasters import off_road_cells
 
 Table = dict[str, float | None]
 """`{"1s": …, "2s": …, "3s": …, "avg": …}`; None where nothing could be measured."""

@@ -8,23 +8,193 @@ JSON object of token to waypoints, as a trajectory dictionary (`trajectory_files
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.axes import AxesName, to_ego_axes
 from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
-from spacedrive_jax.evaluation.published_predictions import read_published_folder
-from spacedrive_jax.evaluation.trajectory_files import (
-    PICKLE_SUFFIXES,
-    read_json_trajectories,
-    read_pickled_trajectories,
+from spacedrive_jax.pickled_numpy import numpy_allowed
+from spacedrive_jax.restricted_pickle import read_pickle
+
+# Axes in which other projects write waypoints.
+
+
+AxesName = Literal["forward-left", "forward-right", "right-forward"]
+
+TO_EGO: Mapping[AxesName, np.ndarray] = MappingProxyType(
+    {
+        "forward-left": np.eye(2),
+        "forward-right": np.array([[1.0, 0.0], [0.0, -1.0]]),
+        "right-forward": np.array([[0.0, 1.0], [-1.0, 0.0]]),
+    }
 )
+"""What the two numbers of a waypoint mean, to the matrix that takes them to x forward, y left.
+`right-forward` is the nuScenes lidar frame, which UniAD and VAD plan in."""
+
+
+def to_ego_axes(predictions: Predictions, axes: AxesName) -> Predictions:
+    """The predictions with waypoints in the ego frame's axes (their origin stays where it is)."""
+    matrix = TO_EGO[axes]
+    waypoints = {token: exact.rotate(points, matrix) for token, points in predictions.waypoints.items()}
+    return dataclasses.replace(predictions, waypoints=waypoints)
+
+
+# Reading trajectory dictionaries as UniAD, VAD and Agent-Driver leave them: token to waypoints, no text.
+
+
+PICKLE_SUFFIXES = (".pkl", ".pickle")
+
+
+def read_pickled(path: Path) -> Any:
+    """Reads a pickle of numbers, texts, containers and numpy arrays.
+
+    Raises:
+        UserError: the file cannot be read, is no pickle, or holds anything else.
+    """
+    return read_pickle(path, numpy_allowed(), contents="plain containers and numpy arrays")
+
+
+def read_pickled_trajectories(path: Path) -> Predictions:
+    """Reads a pickled dictionary of token to waypoints.
+
+    Raises:
+        UserError: the file is not such a dictionary (plain containers and numpy arrays only).
+    """
+    content = read_pickled(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected a dictionary of token to waypoints, found {type(content).__name__}"
+        )
+    return _sort(path, content.items())
+
+
+def read_json_trajectories(path: Path, text: str) -> Predictions:
+    """Reads a JSON object of token to waypoints; a token that occurs twice is listed.
+
+    Raises:
+        UserError: the text is not such an object.
+    """
+    try:
+        items = json.loads(text, object_pairs_hook=_Pairs)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(items, _Pairs):
+        raise UserError(f"{path}: expected an object of token to waypoints, found {type(items).__name__}")
+    return _sort(path, items)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its pairs, so that repeated names survive."""
+
+
+def _sort(path: Path, items: Iterable[tuple[Any, Any]]) -> Predictions:
+    entries = []
+    for token, points in items:
+        if not isinstance(token, str) or not token:
+            raise UserError(f"{path}: a token must be a non-empty text, found {token!r}")
+        entries.append((token, "", _waypoints(points, f"{path}, token {token}")))
+    if not entries:
+        raise UserError(f"{path} holds no prediction")
+    return sort_predictions(path, entries)
+
+
+def _waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
+    """Waypoints from n x 2 numbers, or n x 3 with a heading that is left out; None stays None."""
+    if points is None:
+        return None
+    try:
+        values = np.array(points, np.float64)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{where}: expected waypoints [[x, y], …] of numbers, found {str(points)[:60]}"
+        ) from None
+    if values.size == 0:
+        return np.zeros((0, 2))
+    while values.ndim > 2 and len(values) == 1:  # UniAD and VAD keep a batch axis
+        values = values[0]
+    if values.ndim != 2 or values.shape[1] not in (2, 3):
+        raise UserError(
+            f"{where}: expected an n x 2 (or n x 3) array of waypoints, found shape {values.shape}"
+        )
+    return values[:, :2]
+
+
+# Reading predictions as the published code leaves them: a folder with one file per keyframe.
+#
+# A file is named after its token, has no extension and holds a JSON list whose first item has the question
+# "Q" and the answer "A" (a text, or a list with one text). The trajectory is read out of the answer the way
+# the published evaluation script reads it.
+
+
+_PAIR = r"\(-?[\d.]+, -?[\d.]+\)"
+_PAIR_WITH_PLUS = r"\(\+?-?[\d.]+, \+?-?[\d.]+\)"
+_TRAJECTORIES = (
+    re.compile(rf"\[<POS_INDICATOR>{_PAIR}(?:(?:, )?(?:<POS_INDICATOR>)?{_PAIR})*"),
+    re.compile(rf"\[<tool_call>{_PAIR}(?:, <tool_call>{_PAIR})*"),
+    re.compile(rf"\[(?:PT, )?{_PAIR_WITH_PLUS}(?:, {_PAIR_WITH_PLUS})*"),
+)
+"""After position indicators, after the text model's stand-in for them, and as plain numbers (OmniDrive's
+begin with `PT`). The published script picks one by the words in the folder's path; here the text decides."""
+_POINT = re.compile(_PAIR_WITH_PLUS)
+_DECIMAL = re.compile(r"-?\d+\.\d+")
+
+
+def parse_answer(text: str) -> Float[np.ndarray, "n 2"] | None:
+    """The trajectory in an answer such as `… [<POS_INDICATOR>(1.20, 0.05), <POS_INDICATOR>(2.41, -0.11)]`.
+
+    Only the first bracketed list of the first form that occurs counts, and numbers need a decimal point
+    (without one the published script fails on the sample and drops it).
+
+    Returns:
+        Waypoints in metres, or None when the answer holds no readable trajectory.
+    """
+    found = next((match for pattern in _TRAJECTORIES if (match := pattern.search(text))), None)
+    if found is None:
+        return None
+    points = [_DECIMAL.findall(point) for point in _POINT.findall(found.group())]
+    if any(len(point) != 2 for point in points):
+        return None
+    return np.array(points, np.float64)
+
+
+def read_published_folder(directory: Path) -> Predictions:
+    """Reads a folder with one answer file per keyframe.
+
+    Raises:
+        UserError: the folder is empty, or a file is not a JSON list with an answer.
+    """
+    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.suffix)
+    if not files:
+        raise UserError(
+            f"{directory} holds no prediction: expected files named after tokens, without extension"
+        )
+    entries = []
+    for path in files:
+        answer = _read_answer(path)
+        entries.append((path.name, answer, parse_answer(answer)))
+    return sort_predictions(directory, entries)
+
+
+def _read_answer(path: Path) -> str:
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))[0]["A"]
+    except (json.JSONDecodeError, UnicodeDecodeError, IndexError, KeyError, TypeError):
+        raise UserError(f'{path}: expected a JSON list whose first item has the answer under "A"') from None
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, str):
+        raise UserError(f'{path}: the answer "A" must be a text, found {str(answer)[:60]}')
+    return answer
+
 
 STATUSES = ("ok", "unparsed")
 

@@ -1,16 +1,19 @@
-"""Predictions sorted into what can be scored and what cannot: nothing is dropped in silence."""
+"""What a score was computed on: which keyframes counted, and why the others did not."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.data.records import NUM_WAYPOINTS
+from spacedrive_jax.data.records import NUM_WAYPOINTS, Records, open_records
+
+# Predictions sorted into what can be scored and what cannot: nothing is dropped in silence.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +88,99 @@ def sort_predictions(
             if len(trajectory) > NUM_WAYPOINTS:
                 listed["long"].append(token)
     return Predictions(path, waypoints, text, **{name: tuple(tokens) for name, tokens in listed.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Which keyframes were scored, and why others were not.
+
+    A keyframe is eligible when all six future waypoints exist (quirk Q10: the last six of each scene drop
+    out); a planner's score is the mean over the eligible keyframes it has a usable trajectory for.
+
+    Attributes:
+        records: keyframes in the split.
+        eligible: keyframes with a whole future.
+        counted: eligible keyframes the score is a mean over: those with a usable prediction, and those with
+            an unusable one under a protocol that counts them as failures.
+        with_map: counted keyframes with a drivable area, the denominator of the intersection.
+        missing: eligible keyframes the file does not mention.
+        unparsed, short, non_finite: eligible keyframes whose prediction is unusable.
+        long: eligible keyframes of which only the first six waypoints were used.
+        duplicates: tokens given more than once (the first line counts).
+        wrong_split: predicted tokens that are keyframes of another split.
+        unknown: predicted tokens that are no keyframe of the folder.
+    """
+
+    records: int
+    eligible: int
+    counted: int
+    with_map: int
+    missing: tuple[str, ...]
+    unparsed: tuple[str, ...]
+    short: tuple[str, ...]
+    long: tuple[str, ...]
+    non_finite: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    wrong_split: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts as numbers, lists as `{"count", "tokens"}`; `share` is counted over eligible."""
+        facts: dict[str, Any] = {"share": self.counted / self.eligible if self.eligible else 0.0}
+        for name, value in dataclasses.asdict(self).items():
+            facts[name] = {"count": len(value), "tokens": list(value)} if isinstance(value, tuple) else value
+        return facts
+
+
+def read_splits(records: Records) -> set[str]:
+    """The splits of the folder that hold keyframes (without `all`)."""
+    return set(records.splits)
+
+
+def cover(
+    records: Records,
+    predictions: Predictions,
+    seen: set[str],
+    eligible: set[str],
+    counted: int,
+    with_map: int,
+) -> Coverage:
+    """Sorts every eligible keyframe and every predicted token.
+
+    Args:
+        records: the split that was scored.
+        predictions: the prediction file.
+        seen: tokens of the split.
+        eligible: those with a whole future.
+        counted: how many of them were scored.
+        with_map: how many of these have a drivable area.
+    """
+    strangers = sorted(predictions.tokens - seen)
+    elsewhere = _tokens_of_other_splits(records) if strangers else frozenset()
+
+    def here(tokens: Sequence[str]) -> tuple[str, ...]:
+        return tuple(token for token in tokens if token in eligible)
+
+    return Coverage(
+        records=len(records),
+        eligible=len(eligible),
+        counted=counted,
+        with_map=with_map,
+        missing=tuple(sorted(eligible - predictions.tokens)),
+        unparsed=here(predictions.unparsed),
+        short=here(predictions.short),
+        long=here(predictions.long),
+        non_finite=here(predictions.non_finite),
+        duplicates=predictions.duplicates,
+        wrong_split=tuple(token for token in strangers if token in elsewhere),
+        unknown=tuple(token for token in strangers if token not in elsewhere),
+    )
+
+
+def _tokens_of_other_splits(records: Records) -> frozenset[str]:
+    if records.split == "all":
+        return frozenset()
+    others = [
+        open_records(records.directory, split) for split in sorted(read_splits(records) - {records.split})
+    ]
+    return frozenset(other[index]["token"] for other in others for index in range(len(other)))

@@ -13,14 +13,13 @@ import cv2
 import numpy as np
 
 from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.evaluation.breakdown import KeyframeFacts, facts_of
+from spacedrive_jax.evaluation.baselines import Planners
 from spacedrive_jax.evaluation.collision import VEHICLE_CATEGORIES, Obstacles
-from spacedrive_jax.evaluation.drivable import drivable_rasters
 from spacedrive_jax.evaluation.metrics import Drivable, StepScores, score_steps
-from spacedrive_jax.evaluation.planners import Planners
 from spacedrive_jax.evaluation.polygons import drivable_area
 from spacedrive_jax.evaluation.protocols import PolygonRule, StepRule
-from spacedrive_jax.evaluation.rasters import Grid
+from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
+from spacedrive_jax.evaluation.statistics import KeyframeFacts, facts_of
 
 Rule = StepRule | PolygonRule
 

@@ -9,13 +9,13 @@ import jax
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.data.pipeline import evaluation_batches
+from spacedrive_jax.data.loader import evaluation_batches
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.inference.checkpoint import TrainedModel
 from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.open_model import TrainedModel
 from spacedrive_jax.inference.progress import Generation
+from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.sharding import place_batch
-from spacedrive_jax.vlm.logical_axes import activations_on
 
 LENGTH_STEP = 64
 """Prompts are cut to a multiple of so many tokens."""

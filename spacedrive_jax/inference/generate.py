@@ -26,7 +26,7 @@ from spacedrive_jax.inference.progress import (
     position_embedding,
     start,
 )
-from spacedrive_jax.model import SpaceDrive
+from spacedrive_jax.models.spacedrive import SpaceDrive
 
 
 def generate(

@@ -35,8 +35,8 @@ from spacedrive_jax.inference.progress import (
     prefill,
     prompt_ids_seen,
 )
-from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.vlm.cache import KVCache
+from spacedrive_jax.models.language_model import KVCache
+from spacedrive_jax.models.spacedrive import SpaceDrive
 
 TIE_MARGIN = {"float32": 1e-3}
 TIE_MARGIN_HALF = 0.5

@@ -11,16 +11,15 @@ import numpy as np
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.coordinates_in_text import parse_coordinates
-from spacedrive_jax.data.pipeline import Samples
+from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.loader import Samples
+from spacedrive_jax.data.prompts import parse_coordinates
 from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
-from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.depth.sources import with_network_depth
-from spacedrive_jax.inference.answer import answer_text, planning_frame
-from spacedrive_jax.inference.answer_file import answer_file
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.inference.answers import answer_file, answer_text, planning_frame
 from spacedrive_jax.inference.batches import Asking, answered_batches
-from spacedrive_jax.inference.checkpoint import name_checkpoint, open_config, open_trained_model
+from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 

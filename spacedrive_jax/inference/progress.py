@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.records import NUM_WAYPOINTS
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.model import SpaceDrive
-from spacedrive_jax.vlm.cache import KVCache
+from spacedrive_jax.models.language_model import KVCache
+from spacedrive_jax.models.spacedrive import SpaceDrive
 
 Seen = Bool[Array, "B vocabulary"] | None
 """Ids that a sample's prompt and answer have so far; None where nothing asks for them."""

@@ -17,15 +17,14 @@ from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
+from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
-from spacedrive_jax.data.samples import SampleBuilder
-from spacedrive_jax.depth.sources import with_network_depth
-from spacedrive_jax.inference.answer import answer_text
-from spacedrive_jax.inference.answer_file import answer_file
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.inference.answers import answer_file, answer_text
 from spacedrive_jax.inference.batches import Asking, answered_batches
-from spacedrive_jax.inference.checkpoint import name_checkpoint, open_config, open_trained_model
+from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 

@@ -11,16 +11,10 @@ from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.records import Records, open_records, read_provenance
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
-from spacedrive_jax.reporting.cases import (
-    SplitErrors,
-    choose_cases,
-    make_case,
-    measure_split,
-)
+from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
 from spacedrive_jax.reporting.page import Page, flatten, render_page
-from spacedrive_jax.reporting.run_depth import with_run_depth
-from spacedrive_jax.reporting.run_files import RunFiles, read_run
+from spacedrive_jax.reporting.run_files import RunFiles, read_run, with_run_depth
 
 DEFAULT_SPLIT = "val"
 

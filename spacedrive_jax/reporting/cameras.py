@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import CAMERAS
 from spacedrive_jax.reporting.projection import (
     decode_depth,
     decode_image,
@@ -16,7 +16,7 @@ from spacedrive_jax.reporting.projection import (
     lidar_points,
     project,
 )
-from spacedrive_jax.reporting.run_depth import run_depth
+from spacedrive_jax.reporting.run_files import run_depth
 from spacedrive_jax.reporting.style import PREDICTION, TRUTH, rgb
 
 FRONT = CAMERAS.index("CAM_FRONT")

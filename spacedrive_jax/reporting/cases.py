@@ -4,19 +4,70 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Records, read_provenance
+from spacedrive_jax.data.records import Record, Records, read_provenance
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
-from spacedrive_jax.reporting.image_origin import ImageOrigin, image_origin
 from spacedrive_jax.reporting.style import to_jpeg
+
+# Where camera images come from, in words: photographed, rendered, or absent.
+
+
+PHOTOGRAPHED_VERSIONS = frozenset({"v1.0-trainval", "v1.0-test", "v1.0-mini"})
+"""The official nuScenes versions: their image files are photographs. Of others only the origin is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOrigin:
+    """How many camera images are of which kind.
+
+    Attributes:
+        original: taken from the dataset's own image files.
+        rendered: drawn when the records were made, because the dataset had no file.
+        absent: cameras without pixels.
+    """
+
+    original: int = 0
+    rendered: int = 0
+    absent: int = 0
+
+    def __add__(self, other: ImageOrigin) -> ImageOrigin:
+        return ImageOrigin(
+            self.original + other.original, self.rendered + other.rendered, self.absent + other.absent
+        )
+
+    def describe(self, provenance: dict[str, Any]) -> str:
+        """In words, for example `4 photographed, 2 rendered of 6`.
+
+        Args:
+            provenance: of the records folder; its dataset version says whether files are photographs.
+        """
+        version = provenance.get("source", {}).get("version", "an unnamed dataset")
+        kind = "photographed" if version in PHOTOGRAPHED_VERSIONS else f"from the files of {version}"
+        counts = ((self.original, kind), (self.rendered, "rendered"), (self.absent, "absent"))
+        parts = [(count, word) for count, word in counts if count]
+        total = self.original + self.rendered + self.absent
+        if len(parts) == 1:
+            return f"all {total} {parts[0][1]}"
+        return ", ".join(f"{count} {word}" for count, word in parts) + f" of {total}"
+
+
+def image_origin(record: Record) -> ImageOrigin:
+    """Counts the record's camera images by kind."""
+    present = np.array([bool(image) for image in record["images"]])
+    rendered = np.asarray(record["image_rendered"], bool)
+    return ImageOrigin(
+        int((present & ~rendered).sum()), int((present & rendered).sum()), int((~present).sum())
+    )
+
 
 DEPTH_TEXTS: Mapping[str, str] = {
     "run": "Depth: what the run saw on its grid of visual tokens; each camera's source is written on it.",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spacedrive_jax.reporting.cases import Case
-from spacedrive_jax.reporting.stylesheet import STYLESHEET
+from spacedrive_jax.reporting.style import STYLESHEET
 
 METRICS = {"l2": ("L2", "m"), "collision": ("Collision", "%"), "intersection": ("Off road", "%")}
 COLUMNS = ("1s", "2s", "3s", "avg")

@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.samples import chat_layout
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.model import SpaceDrive, new_token_rows
+from spacedrive_jax.data.transforms import chat_layout
+from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.trained_parts import check_trained_parts, fill_trained_parts
+from spacedrive_jax.models.language_model import NewTokenParam
+from spacedrive_jax.models.partitioning import axis_names, draw_parameters
+from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.training.sharding import parameter_sharding
-from spacedrive_jax.vlm.checkpoint import from_hf
-from spacedrive_jax.vlm.decoder import NewTokenParam
-from spacedrive_jax.vlm.initialization import axis_names, draw_parameters
-from spacedrive_jax.weights.trained_parts import check_trained_parts, fill_trained_parts
 
 
 def is_trainable(use_lora: bool) -> Any:

@@ -14,12 +14,10 @@ from flax import nnx
 
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import UserError, note, progress
-from spacedrive_jax.data.pipeline import position, seek, training_iterator, training_samples
+from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
 from spacedrive_jax.training import checkpoints, run_folder
-from spacedrive_jax.training.base_fingerprint import base_fingerprint
-from spacedrive_jax.training.log_lines import interval_line, opening_line
-from spacedrive_jax.training.nonfinite import NonfiniteGuard
-from spacedrive_jax.training.preemption import PreemptionWatch
+from spacedrive_jax.training.checkpoints import base_fingerprint
+from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
@@ -29,7 +27,7 @@ from spacedrive_jax.training.sharding import (
 )
 from spacedrive_jax.training.state import check_start, count, start_state
 from spacedrive_jax.training.step import make_train_step
-from spacedrive_jax.training.throughput import Throughput
+from spacedrive_jax.training.throughput import Throughput, interval_line, opening_line
 
 
 @dataclasses.dataclass(frozen=True)

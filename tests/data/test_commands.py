@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.commands import (
+from spacedrive_jax.data.ego_status import (
     angle_class,
     decided_by_rounding,
     navigation_command,

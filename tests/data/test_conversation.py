@@ -10,11 +10,10 @@ from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
-from spacedrive_jax.data.coordinates_in_text import parse_coordinates
-from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageData
-from spacedrive_jax.data.pseudo_tasks import pseudo_coordinate_questions
-from spacedrive_jax.data.samples import SampleBuilder
+from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageData, pseudo_coordinate_questions
+from spacedrive_jax.data.prompts import parse_coordinates
 from spacedrive_jax.data.tokenizer import COORDINATE
+from spacedrive_jax.data.transforms import SampleBuilder
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
 

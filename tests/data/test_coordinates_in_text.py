@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spacedrive_jax.data.coordinates_in_text import (
+from spacedrive_jax.data.prompts import (
     format_coordinates,
     format_number,
     parse_coordinates,

@@ -5,12 +5,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.chat import IGNORE, Turn
+from spacedrive_jax.data.chat import IGNORE, Turn, llava_chat_tokens, llava_labels
 from spacedrive_jax.data.ego_status import insert_ego_tokens
-from spacedrive_jax.data.llava_chat import llava_chat_tokens, llava_labels
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.inference.answer import planning_frame
+from spacedrive_jax.inference.answers import planning_frame
 from tests.conftest import ROOT
 
 RULES = json.loads((ROOT / "tests" / "golden" / "prompts" / "config.json").read_text())["llava_label_rule"]

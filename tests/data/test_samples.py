@@ -7,10 +7,10 @@ from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.images import scaled_intrinsics
-from spacedrive_jax.data.pipeline import Samples, evaluation_batches, training_iterator
-from spacedrive_jax.data.samples import SampleBuilder
-from spacedrive_jax.geometry.unprojection import patch_centres
-from spacedrive_jax.model import PIXEL_MEAN, PIXEL_STD, normalise
+from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.models.spacedrive import PIXEL_MEAN, PIXEL_STD, normalise
+from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
 from tests.record_factory import encode_jpeg, encode_png, make_record
 

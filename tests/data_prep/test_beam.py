@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import conversion_state, convert
+from data_prep import conversion, convert
 from data_prep.beam import convert_unit_file, pipeline_arguments
 from data_prep.convert import Convert
 from data_prep.nuscenes.scene_records import SceneUnit
@@ -107,7 +107,7 @@ def test_a_worker_notes_a_finished_unit_or_what_is_wrong_with_it(source, tmp_pat
     for file, unit in zip(files, units, strict=True):
         file.write_bytes(pickle.dumps(unit))
         convert_unit_file(str(file))
-    done = [conversion_state.finished_scene(tmp_path / "out", unit.shard.name) for unit in units]
+    done = [conversion.finished_scene(tmp_path / "out", unit.shard.name) for unit in units]
     problems = [file.with_suffix(".problem") for file in files]
     assert sorted(result.shard.records for result in done if result is not None) == [3, 3]
     assert [problem.is_file() for problem in problems] == [result is None for result in done]

@@ -13,16 +13,16 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import conversion_state, convert
+from data_prep import conversion, convert
 from data_prep.cli import run
 from data_prep.convert import Convert
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
-from spacedrive_jax.cameras import CAMERAS
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records, record_features
+from spacedrive_jax.data.schema import CAMERAS
 from tests.data_prep.tiny_nuscenes import (
     HEIGHT,
     INTRINSICS,
@@ -393,8 +393,8 @@ def test_impossible_options(dataroot, tmp_path, options, message):
 
 def test_differences_name_the_field():
     before = {"a": {"b": 1, "c": [1]}, "d": 2}
-    assert conversion_state.differences(before, {"a": {"b": 1, "c": [1]}, "d": 2}) == []
-    assert conversion_state.differences(before, {"a": {"b": 3, "c": [2]}}) == [
+    assert conversion.differences(before, {"a": {"b": 1, "c": [1]}, "d": 2}) == []
+    assert conversion.differences(before, {"a": {"b": 3, "c": [2]}}) == [
         "a.b: 1 -> 3",
         "a.c: differs",
         "d: 2 -> None",
@@ -404,8 +404,8 @@ def test_differences_name_the_field():
 def test_locate_finds_every_keyframe(converted):
     for split in ("train", "val"):
         for index, record in enumerate(iterate(converted, split)):
-            assert conversion_state.locate(converted, record["token"]) == (split, index)
-    assert conversion_state.locate(converted, "nope") is None
+            assert conversion.locate(converted, record["token"]) == (split, index)
+    assert conversion.locate(converted, "nope") is None
 
 
 def test_leftovers_of_a_run_killed_before_its_plan_are_no_obstacle(dataroot, tmp_path):

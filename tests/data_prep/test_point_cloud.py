@@ -3,7 +3,7 @@ import pytest
 
 from data_prep.point_cloud import LIDAR_COLOUR, keyframe_points, write_ply
 from spacedrive_jax.console import UserError
-from spacedrive_jax.depth import lidar
+from spacedrive_jax.data import lidar
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.evaluation.breakdown import KeyframeFacts, break_down, facts_of
-from spacedrive_jax.evaluation.confidence import Comparison, confidence
 from spacedrive_jax.evaluation.metrics import HorizonScores
+from spacedrive_jax.evaluation.statistics import Comparison, KeyframeFacts, break_down, confidence, facts_of
 from tests.record_factory import make_record
 
 

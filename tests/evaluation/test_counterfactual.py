@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.counterfactual.command import ScoreCounterfactual
-from spacedrive_jax.evaluation.counterfactual.risks import (
+from spacedrive_jax.evaluation.counterfactual import (
     RULES,
     Candidate,
     Item,

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import shapely
 
+from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Record, open_records
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
-from spacedrive_jax.evaluation.command import Evaluate
-from spacedrive_jax.evaluation.drivable import drivable_rasters
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import PROTOCOLS, protocol_named
-from spacedrive_jax.evaluation.rasters import Grid
+from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
 from spacedrive_jax.evaluation.scoring import obstacles_of
 from tests.record_factory import make_record, straight_road, write_records
 
@@ -336,7 +335,7 @@ def test_processes_change_nothing(folder: Path, tmp_path: Path, monkeypatch: pyt
 def test_mean_trajectory_of_a_large_split_is_of_evenly_spaced_keyframes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spacedrive_jax.evaluation.planners.MEAN_KEYFRAMES", 2)
+    monkeypatch.setattr("spacedrive_jax.evaluation.baselines.MEAN_KEYFRAMES", 2)
     rng = np.random.default_rng(0)
     train = [make_record(rng, token=f"t{index}", waypoints=ahead(float(index))) for index in range(3)]
     val = [make_record(rng, token="v", waypoints=ahead(1.0), **no_agents())]

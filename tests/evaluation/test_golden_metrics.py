@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.metrics import horizon_scores
 from spacedrive_jax.evaluation.protocols import VAD
-from spacedrive_jax.verify.check import Check
-from spacedrive_jax.verify.command import Verify
-from spacedrive_jax.verify.metrics import PROTOCOLS, verify_metrics
-from spacedrive_jax.verify.planning_scenes import read_case
+from tests.golden.verify.check import Check
+from tests.golden.verify.metrics import PROTOCOLS, verify_metrics
+from tests.golden.verify.planning_scenes import read_case
 
 
 @pytest.fixture(scope="module")

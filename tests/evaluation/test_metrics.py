@@ -8,10 +8,16 @@ from hypothesis.extra.numpy import arrays
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.collision import Obstacles, box_cells, collides, ego_cells, step_headings
-from spacedrive_jax.evaluation.drivable import off_road_cells, rasterize_polygons
 from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, summarize
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, StepRule, protocol_named
-from spacedrive_jax.evaluation.rasters import Grid, box_corners, draw_polygon, to_cells
+from spacedrive_jax.evaluation.rasters import (
+    Grid,
+    box_corners,
+    draw_polygon,
+    off_road_cells,
+    rasterize_polygons,
+    to_cells,
+)
 
 RULES = [OMNIDRIVE.steps, UNIAD.steps]
 paths = arrays(np.float64, (1, 6, 2), elements=st.floats(-80, 80, width=32))

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.prediction_files import read_predictions
-from spacedrive_jax.evaluation.published_predictions import parse_answer
+from spacedrive_jax.evaluation.prediction_files import parse_answer, read_predictions
 
 PATH = [[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.3], [5.0, 0.4], [6.0, 0.5]]
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.console import UserError
 from spacedrive_jax.inference import predict as predict_module
-from spacedrive_jax.inference.answer_file import answer_file
+from spacedrive_jax.inference.answers import answer_file
 from tests.training.runs import make_records, save_untrained, tiny
 
 FACTS = {"checkpoint": "run/checkpoints/1", "asking": {"frame": (1, 2)}}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.inference.answer import answer_text
+from spacedrive_jax.inference.answers import answer_text
 from spacedrive_jax.inference.progress import coordinate_places
 
 WORD, INDICATOR, END = 1, 2, 3

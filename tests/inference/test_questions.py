@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.batch import Slot
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import change, load_preset
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.data.samples import SampleBuilder
 from spacedrive_jax.data.tokenizer import COORDINATE
+from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.inference.questions import Prompts, Question
 from tests.training.runs import TINY, make_records, save_untrained
 

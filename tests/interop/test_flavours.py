@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.flavours import check_folder, check_published_source, check_tensors
-from spacedrive_jax.vlm.safetensors_folder import SafetensorsFolder
+from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
+from spacedrive_jax.cli.evaluate import Evaluate
+from spacedrive_jax.cli.report import Report
 from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.command import Evaluate
-from spacedrive_jax.reporting.command import Report
-from spacedrive_jax.reporting.image_origin import image_origin
+from spacedrive_jax.reporting.cases import image_origin
 from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
 
 VOID = {"meta", "img", "br"}
@@ -224,11 +224,11 @@ def test_lidar_colors_the_views(tmp_path: Path) -> None:
 
 
 def test_the_depth_that_a_run_saw_is_laid_over_the_views() -> None:
-    from spacedrive_jax.depth.cache import CachedDepth
-    from spacedrive_jax.depth.fusion import UNALIGNED, Alignment
-    from spacedrive_jax.depth.sources import CACHED, DepthConfig
+    from spacedrive_jax.data.depth_cache import CachedDepth
+    from spacedrive_jax.data.depth_sources import CACHED, DepthConfig
+    from spacedrive_jax.data.lidar import UNALIGNED, Alignment
     from spacedrive_jax.reporting.cameras import TILE_SIZE, camera_strip, depth_source
-    from spacedrive_jax.reporting.run_depth import CONFIG
+    from spacedrive_jax.reporting.run_files import CONFIG
 
     grey = encode_jpeg(np.full((45, 80, 3), 128, np.uint8))
     record = make_record(np.random.default_rng(1), images=[grey] * 6)

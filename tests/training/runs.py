@@ -9,7 +9,7 @@ from flax import nnx
 
 from spacedrive_jax.config import Config, from_json, load_preset, to_json
 from spacedrive_jax.training import checkpoints
-from spacedrive_jax.training.base_fingerprint import base_fingerprint
+from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, start_state
 from tests.conftest import ROOT

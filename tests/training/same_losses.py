@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from spacedrive_jax.config import MeshConfig
-from spacedrive_jax.data.pipeline import training_iterator, training_samples
+from spacedrive_jax.data.loader import training_iterator, training_samples
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import start_state
 from spacedrive_jax.training.step import make_train_step

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from spacedrive_jax import vlm
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.console import UserError
-from spacedrive_jax.inference.checkpoint import open_trained_model
-from spacedrive_jax.training.base_fingerprint import state_fingerprint
+from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.training.checkpoints import state_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import make_model
 from spacedrive_jax.training.train import train
@@ -49,7 +49,7 @@ def test_a_run_goes_on_with_its_base_from_anywhere_and_with_no_other(tmp_path):
         model = dataclasses.replace(config.model, use_lora=True, weights=str(weights))
         return dataclasses.replace(config, model=model)
 
-    vlm.to_hf(make_model(tiny(records, run_dir), nnx.Rngs(0)).vlm, weights)
+    to_hf(make_model(tiny(records, run_dir), nnx.Rngs(0)).vlm, weights)
     train(config(weights, 2))
 
     other = shutil.copytree(weights, tmp_path / "other")

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from spacedrive_jax.training.cross_entropy import label_cross_entropy
+from spacedrive_jax.training.losses import label_cross_entropy
 
 
 @pytest.mark.parametrize("places", [3, 4, 10])

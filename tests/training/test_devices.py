@@ -12,13 +12,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.console import UserError
+from spacedrive_jax.models.partitioning import resolve
 from spacedrive_jax.training.sharding import check_replication
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.train import train
-from spacedrive_jax.vlm.logical_axes import resolve
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
 

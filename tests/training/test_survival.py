@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.console import UserError
-from spacedrive_jax.inference.checkpoint import open_trained_model
+from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.train import train

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from spacedrive_jax.cli import main
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import config_changes, from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.pipeline import SampleClock
+from spacedrive_jax.data.loader import SampleClock
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from spacedrive_jax import cli
+from spacedrive_jax.cli import main
+from spacedrive_jax.cli.verify import verify_case
 from spacedrive_jax.console import UserError
-from spacedrive_jax.verify.command import verify_case
 from tests.published_case import GOLDEN
 
 
@@ -43,7 +43,7 @@ def test_a_changed_number_fails(copy, capsys):
     outputs = np.load(case / "outputs.npz")
     name = next(name for name in outputs if name.endswith("coords3d"))
     change(case / "outputs.npz", **{name: outputs[name] + 0.01})
-    assert cli.main(["verify", str(case), "--json"]) == 1
+    assert main.main(["verify", str(case), "--json"]) == 1
     printed = capsys.readouterr()
     assert "out of tolerance" in printed.err
     facts = json.loads(printed.out.splitlines()[-1])
@@ -56,18 +56,18 @@ def test_an_error_that_is_not_finite_is_null_in_json(copy, capsys):
     outputs = np.load(case / "outputs.npz")
     name = next(name for name in outputs if name.endswith("coords3d"))
     change(case / "outputs.npz", **{name: outputs[name] * np.nan})
-    assert cli.main(["verify", str(case), "--json"]) == 1
+    assert main.main(["verify", str(case), "--json"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["worst"]["abs"] is None
 
 
 def test_unknown_kinds_and_folders_are_named(tmp_path, capsys):
-    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert main.main(["verify", str(tmp_path)]) == 1
     assert "is not a case and holds none" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"kind": "spaghetti"}')
-    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert main.main(["verify", str(tmp_path)]) == 1
     assert "'spaghetti' is not one of" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("[]")
-    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert main.main(["verify", str(tmp_path)]) == 1
     assert "is no JSON object" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_all_cases_of_a_folder(copy, capsys):
     copy("ego_memory")
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "config.json").write_text('{"model_type": "llava"}')
-    assert cli.main(["verify", str(folder), "--json"]) == 0
+    assert main.main(["verify", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [entry["case"] for entry in facts["cases"]] == ["ego_memory", "geometry"]
     assert facts["left_out"] == ["checkpoint"]
@@ -117,7 +117,7 @@ def test_all_cases_of_a_folder(copy, capsys):
     assert facts["tensors"] == sum(entry["tensors"] for entry in facts["cases"])
 
     (folder / "ego_memory" / "outputs.npz").write_bytes(b"")
-    assert cli.main(["verify", str(folder), "--json"]) == 1
+    assert main.main(["verify", str(folder), "--json"]) == 1
     printed = capsys.readouterr()
     assert "1 cases failed: ego_memory" in printed.err
     first, second = json.loads(printed.out.splitlines()[-1])["cases"]
@@ -127,9 +127,9 @@ def test_all_cases_of_a_folder(copy, capsys):
 
 
 def test_settings_are_chosen_by_name(capsys):
-    assert cli.main(["verify", str(GOLDEN / "geometry"), "--only", "base"]) == 1
+    assert main.main(["verify", str(GOLDEN / "geometry"), "--only", "base"]) == 1
     assert "kind geometry has no settings" in capsys.readouterr().err
-    assert cli.main(["verify", str(GOLDEN / "spacedrive_generate"), "--only", "bse"]) == 1
+    assert main.main(["verify", str(GOLDEN / "spacedrive_generate"), "--only", "bse"]) == 1
     assert "has no bse; --only takes default" in capsys.readouterr().err
-    assert cli.main(["verify", str(GOLDEN), "--only", "base"]) == 1
+    assert main.main(["verify", str(GOLDEN), "--only", "base"]) == 1
     assert "settings of one case" in capsys.readouterr().err

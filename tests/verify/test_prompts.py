@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from spacedrive_jax.verify.prompts import verify_prompts
+from tests.golden.verify.prompts import verify_prompts
 
 
 def test_text_side_equals_published(golden):

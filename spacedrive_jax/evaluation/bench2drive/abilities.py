@@ -6,8 +6,120 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
 from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+
+# Comfort ("smoothness") of Bench2Drive: the share of two-second pieces within comfortable motion.
+#
+# Kept from the benchmark's tool, and questionable: a time step of 0.1 s although agents log at 20 Hz, the
+# smoothed yaw rate in place of the yaw acceleration, and CARLA's degrees per second held against bounds in
+# radians.
+
+
+PIECE_STEPS = 20
+STEP_S = 0.1
+WINDOW = 7
+ORDER = 2
+
+LONGITUDINAL_ACCELERATION = (-4.05, 2.40)
+LATERAL_ACCELERATION = (-4.89, 4.89)
+JERK = (-8.37, 8.37)
+LONGITUDINAL_JERK = (-4.13, 4.13)
+YAW_RATE = (-0.95, 0.95)
+YAW_ACCELERATION = (-1.93, 1.93)
+
+_FIELDS = ("acceleration", "angular_velocity", "forward_vector", "right_vector")
+
+
+def comfort(motion: Float[np.ndarray, "T 4 3"]) -> float:
+    """Share of a route's pieces whose motion is comfortable, 0..1.
+
+    Pieces are 20 steps long; a shorter tail is dropped, a route of up to 20 steps is one piece.
+
+    Args:
+        motion: acceleration (m/s²), angular velocity, forward vector and right vector at every step.
+
+    Raises:
+        UserError: fewer than three steps, too few to smooth.
+    """
+    if len(motion) <= ORDER:
+        raise UserError(f"comfort needs at least {ORDER + 1} steps, found {len(motion)}")
+    if len(motion) <= PIECE_STEPS:
+        return float(_comfortable(motion))
+    pieces = [
+        motion[start : start + PIECE_STEPS] for start in range(0, len(motion) - PIECE_STEPS + 1, PIECE_STEPS)
+    ]
+    return sum(map(_comfortable, pieces)) / len(pieces)
+
+
+def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
+    window = min(WINDOW, len(motion))
+
+    def smooth(values: Float[np.ndarray, "T"], derivative: int = 0) -> Float[np.ndarray, "T"]:
+        return _smoothed(values, window, slope=bool(derivative))
+
+    acceleration, forward, right = motion[:, 0, :2], motion[:, 2, :2], motion[:, 3, :2]
+    longitudinal = smooth(np.sum(acceleration * forward, axis=1))
+    lateral = smooth(np.sum(acceleration * right, axis=1))
+    magnitude = smooth(exact.norm(acceleration))
+    yaw_rate = smooth(np.unwrap(motion[:, 1, 2]))
+    checks = (
+        (longitudinal, LONGITUDINAL_ACCELERATION),
+        (lateral, LATERAL_ACCELERATION),
+        (smooth(magnitude, derivative=1), JERK),
+        (smooth(longitudinal, derivative=1), LONGITUDINAL_JERK),
+        (yaw_rate, YAW_ACCELERATION),
+        (yaw_rate, YAW_RATE),
+    )
+    return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
+
+
+def _smoothed(values: Float[np.ndarray, "T"], window: int, *, slope: bool) -> Float[np.ndarray, "T"]:
+    """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
+
+    Each value becomes that of the parabola through the window around it (near the ends: the first or last
+    window). Fitted here with orthogonal polynomials, since SciPy's fit goes through LAPACK and what comes
+    out is held against bounds.
+
+    Args:
+        values: one every `STEP_S`.
+        window: values to fit to.
+        slope: gives the parabola's slope, per second, in place of its value.
+    """
+    index = np.arange(len(values))
+    first = np.clip(index - window // 2, 0, len(values) - window)
+    place = np.arange(window) - (window - 1) / 2
+    square = place * place - np.mean(place * place)
+    seen = values[first[:, None] + np.arange(window)]
+    linear = exact.dot(seen, place) / exact.dot(place, place)
+    bent = exact.dot(seen, square) / exact.dot(square, square)
+    here = index - first - (window - 1) / 2
+    if slope:
+        return (linear + 2 * bent * here) / STEP_S
+    return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(place * place))
+
+
+def read_motion(path: Path) -> Float[np.ndarray, "T 4 3"]:
+    """Reads a route's `metric_info.json`: step to its vectors, in file order.
+
+    Raises:
+        UserError: the file is not such an object.
+    """
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))
+        motion = np.array([[step[name] for name in _FIELDS] for step in steps.values()], np.float64)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: every step must have {', '.join(_FIELDS)}") from None
+    if motion.ndim != 3 or motion.shape[1:] != (len(_FIELDS), 3) or not np.isfinite(motion).all():
+        raise UserError(f"{path}: {', '.join(_FIELDS)} must be three finite numbers each at every step")
+    return motion
+
 
 _JUNCTION_CONFLICTS = (
     "BlockedIntersection",

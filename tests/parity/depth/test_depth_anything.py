@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.depth.depth_anything_weights import load_depth_anything
+from spacedrive_jax.interop.depth_anything import load_depth_anything
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.depth.conversion import export_module
-from spacedrive_jax.depth.unidepth_weights import load_unidepth, unidepth_rules
+from spacedrive_jax.interop.dinov2 import export_module
+from spacedrive_jax.interop.unidepth import load_unidepth, unidepth_rules
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.vlm import VisionLanguageModel
-from spacedrive_jax.vlm.conversion import lora_rules
+from spacedrive_jax.interop.weight_table import lora_rules
+from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference over the largest magnitude of a tensor."""

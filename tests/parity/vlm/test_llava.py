@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.vlm import (
-    Llava,
-    LoraConfig,
-    flatten_patches,
-    from_hf,
-    generate,
-    load_adapter,
-    read_peft_config,
-    save_adapter,
-    to_hf,
-)
+from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
+from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
+from spacedrive_jax.models.config import LoraConfig
+from spacedrive_jax.models.families.llava import Llava, flatten_patches
+from spacedrive_jax.models.generation import generate
 from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")

@@ -1,0 +1,125 @@
+"""What a step takes at least in each chip's memory, from shapes alone; what a compiler says it takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import Config
+from spacedrive_jax.data.ego_status import STATUS_SIZE
+from spacedrive_jax.data.images import ImageProcessor
+from spacedrive_jax.data.records import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.training.sharding import batch_sharding
+
+# The shapes of a batch, from the config alone.
+
+
+def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
+    """A batch without its numbers: what `place_batch` returns for `batch_size` samples of the config."""
+    sharding = batch_sharding(mesh)
+    data, vision = config.data, config.model.vlm.vision
+    images = ImageProcessor(vision, data.image_size)
+    length, targets = data.sequence_length, data.max_targets
+    points = config.model.path_points
+
+    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+    rows, columns = images.patch_grid
+    return DrivingBatch(
+        token_ids=array(np.int32, length),
+        lengths=array(np.int32),
+        positions=array(np.int32, 3, length),
+        position_offset=array(np.int32),
+        slots=array(np.int32, length),
+        pixel_values=array(np.uint8, NUM_CAMERAS, rows * columns, vision.patch_channels),
+        patch_depth=array(np.float32, NUM_CAMERAS, *images.token_grid),
+        intrinsics=array(np.float32, NUM_CAMERAS, 3, 3),
+        camera_to_ego=array(np.float32, NUM_CAMERAS, 4, 4),
+        ego_status=array(np.float32, STATUS_SIZE),
+        past_positions=array(np.float32, NUM_PAST, 3),
+        coordinates=array(np.float32, data.max_coordinates, 3),
+        target_places=array(np.int32, targets),
+        target_ids=array(np.int32, targets),
+        target_mask=array(np.bool_, targets),
+        waypoint_places=array(np.int32, NUM_WAYPOINTS),
+        waypoints=array(np.float32, NUM_WAYPOINTS, 2),
+        waypoint_mask=array(np.bool_, NUM_WAYPOINTS),
+        index=array(np.int32),
+        path_places=array(np.int32, points) if points else None,
+        path=array(np.float32, points, 2) if points else None,
+        path_mask=array(np.bool_, points) if points else None,
+    )
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of one chip's shards of all arrays in a tree, abstract or real."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "sharding")
+    )
+
+
+def residual_bytes(config: Config, mesh: Mesh) -> int:
+    """The residual stream that the decoder's scan keeps between its blocks for the backward pass."""
+    decoder, length = config.model.vlm.decoder, config.data.sequence_length
+    if length % mesh.shape["tensor"] == 0:
+        length //= mesh.shape["tensor"]
+    width = decoder.hidden_size * config.model.compute.activation_dtype.itemsize
+    return decoder.num_layers * _samples_per_chip(config, mesh) * length * width
+
+
+def product_bytes(config: Config, mesh: Mesh) -> int:
+    """What the decoder's blocks keep for the backward pass besides the residual stream.
+
+    A lower bound: the products with the base's weights that their backward pass needs (query, key, value,
+    attention's output, gate, up), and the attention scores where they are written out; adapters, norms and
+    the vision tower's blocks come on top. Nothing with remat `full`.
+    """
+    compute, decoder, length = config.model.compute, config.model.vlm.decoder, config.data.sequence_length
+    if compute.remat == "full":
+        return 0
+    heads = decoder.num_heads + 2 * decoder.num_kv_heads
+    width = heads * decoder.head_dim + decoder.hidden_size + 2 * decoder.intermediate_size
+    kept = length * width * compute.activation_dtype.itemsize
+    if compute.remat != "dots_no_batch" and compute.attention == "xla":
+        kept += decoder.num_heads * length * length * compute.activation_dtype.itemsize
+    return decoder.num_layers * _samples_per_chip(config, mesh) * kept // mesh.shape["tensor"]
+
+
+def cache_bytes(config: Config, mesh: Mesh) -> int:
+    """Keys and values of the prompts in the planning step."""
+    decoder, samples = config.model.vlm.decoder, _samples_per_chip(config, mesh)
+    token = 2 * decoder.num_kv_heads * decoder.head_dim * config.model.compute.activation_dtype.itemsize
+    return decoder.num_layers * samples * config.data.sequence_length * token // mesh.shape["tensor"]
+
+
+def out_of_memory(message: str) -> tuple[int, str] | None:
+    """Reads a compiler's error.
+
+    Returns:
+        Bytes that it says it needed (0 where it names none) and its own words; None where the error is
+        another one.
+    """
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    said = re.search(r"Ran out of memory[^\n]*", message)
+    reason = (said[0] if said else message.splitlines()[0])[:300]
+    # "required for HLO temporaries (47.68G) exceeds available HBM (15.75G)", or "Used 20.4G of 15.75G hbm"
+    number = re.search(r"required[^()\n]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])", message)
+    if number is None:
+        return 0, reason
+    count, unit = [group for group in number.groups() if group]
+    return int(float(count) * 1024 ** " KMGT".index(unit)), reason
+
+
+def _samples_per_chip(config: Config, mesh: Mesh) -> int:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulation
+    return max(config.train.batch_size // ways, 1)

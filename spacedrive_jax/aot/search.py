@@ -1,0 +1,282 @@
+"""Plans as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from spacedrive_jax.aot.hlo import Collective
+from spacedrive_jax.aot.plan import Plan, StepKind, make_plan
+from spacedrive_jax.config import Config, MeshConfig, to_json
+from spacedrive_jax.console import UserError
+from spacedrive_jax.models.config import RematPolicy
+from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
+
+# Which layouts of a run to try on a machine, and which is best.
+
+
+POLICIES: tuple[RematPolicy, ...] = ("full", "dots_no_batch", "dots", "none")
+"""From the one that keeps least for the backward pass to the one that keeps most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What became of one candidate."""
+
+    config: Config
+    plan: Plan | None
+    """None where the candidate was refused."""
+    refusal: str = ""
+    known: bool = False
+    """Read from the results of an earlier search."""
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Reads `data=2,fsdp=4,tensor=2`; axes not named are 1.
+
+    Raises:
+        UserError: an axis is unknown or its size is not a number.
+    """
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdigit():
+            raise UserError(f"--mesh {text}: expected AXIS=NUMBER of {', '.join(sizes)}, got {part!r}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def search_space(
+    config: Config, devices: int, *, step: StepKind = "train", batch_size: int | None = None
+) -> Iterator[Config]:
+    """Candidates: every mesh whose axes are powers of two, batch size and, for training, remat policy.
+
+    Args:
+        config: the run to lay out.
+        devices: chips of the machine; where they are no power of two, `data` takes the odd factor.
+        step: planning keeps nothing for a backward pass: its remat policy stays.
+        batch_size: the only one to try; None tries one, two and four times the config's, and one, two and
+            four samples a chip.
+    """
+    powers = [1 << shift for shift in range(devices.bit_length()) if (1 << shift) <= devices]
+    meshes = [
+        MeshConfig(devices // (fsdp * tensor), fsdp, tensor)
+        for tensor in powers
+        for fsdp in powers
+        if devices % (fsdp * tensor) == 0 and config.model.vlm.decoder.num_heads % tensor == 0
+    ]
+    sizes = [batch_size] if batch_size else []
+    if not sizes:
+        sizes = sorted({base * times for base in (config.train.batch_size, devices) for times in (1, 2, 4)})
+    policies = POLICIES if step == "train" else (config.model.compute.remat,)
+    for policy, size, mesh in itertools.product(policies, sizes, meshes):
+        if size % (mesh.data * mesh.fsdp):
+            continue
+        compute = dataclasses.replace(config.model.compute, remat=policy)
+        yield dataclasses.replace(
+            config,
+            mesh=mesh,
+            model=dataclasses.replace(config.model, compute=compute),
+            train=dataclasses.replace(config.train, batch_size=size),
+        )
+
+
+def search(
+    candidates: Iterable[Config],
+    topology: Topology,
+    *,
+    step: StepKind = "train",
+    limit: int,
+    results: Path | None = None,
+) -> Iterator[Trial]:
+    """Compiles candidates, the most promising (`estimate`) first.
+
+    Compiling takes minutes, so what cannot fit is left out before: by its shapes (`make_plan`), or because
+    the same mesh did not hold a smaller batch or a policy that keeps less.
+
+    Args:
+        candidates: from `search_space`.
+        topology: from `describe`.
+        step: which step.
+        limit: most programs to compile; candidates refused, left out or known do not count.
+        results: JSON file of plans. Finished ones are added to it; those of the same config, machine and
+            versions are taken from it instead of being compiled again.
+
+    Raises:
+        UserError: `results` is something else.
+    """
+    finished = read_results(results) if results is not None else {}
+    known = set(finished)
+    too_large: list[Config] = []
+    compiled = 0
+    for config in sorted(candidates, key=lambda config: estimate(config, topology)):
+        smaller = next((other for other in too_large if _takes_more(config, than=other)), None)
+        if smaller is not None:
+            yield Trial(config, None, f"takes more than batch {_layout(smaller)}, which does not fit")
+            continue
+        key = result_key(config, topology, step)
+        plan = finished.get(key)
+        if plan is None:
+            if compiled == limit:
+                continue
+            try:
+                plan = make_plan(config, topology, step=step)
+            except UserError as error:
+                yield Trial(config, None, str(error))
+                continue
+            compiled += plan.compile_seconds > 0
+            finished[key] = plan
+            if results is not None:
+                _write_results(results, finished)
+        if not plan.fits:
+            too_large.append(config)
+        yield Trial(config, plan, known=key in known)
+
+
+def estimate(config: Config, topology: Topology) -> float:
+    """A guess, without compiling, at the seconds of a training step per sample: what to try first.
+
+    Arithmetic at the chip's peak and, one after the other, the bytes that the decoder sends: its weights
+    twice (for the forward and the backward pass, recomputed or not) around `fsdp`, the residual stream four
+    times a block and pass around `tensor`. Where the machine's rates are not known, those of a v5e.
+    """
+    chip = topology.chip or CHIPS["v5e"]
+    decoder, compute, mesh = config.model.vlm.decoder, config.model.compute, config.mesh
+    flops = train_step_flops(config)
+    head = decoder.head_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
+    weights = decoder.num_layers * decoder.hidden_size * (head + 3 * decoder.intermediate_size)
+    gathered = 2 * weights * compute.storage_dtype.itemsize // mesh.tensor * (mesh.fsdp - 1) // mesh.fsdp
+    samples = config.train.batch_size / (mesh.data * mesh.fsdp)
+    stream = samples * config.data.sequence_length * decoder.hidden_size * compute.activation_dtype.itemsize
+    passes = 3 if compute.remat == "full" else 2
+    sent = 4 * passes * decoder.num_layers * stream * (mesh.tensor - 1) / mesh.tensor
+    arithmetic = flops.hardware / len(topology.devices) / chip.peak_flops
+    return (arithmetic + (gathered + sent) / chip.interconnect) / config.train.batch_size
+
+
+def cost(plan: Plan) -> float:
+    """What to rank by: seconds of a step per sample, or bytes moved where no rates are known."""
+    return (plan.step_seconds or plan.moved_bytes) / plan.batch_size
+
+
+def result_key(config: Config, topology: Topology, step: StepKind) -> str:
+    """Names one plan: the same config, machine, step and versions give the same."""
+    names = ("jax", "jaxlib", "libtpu") if topology.chip is not None else ("jax", "jaxlib")
+    versions = {name: metadata.version(name) for name in names}
+    whole = json.dumps([to_json(config), topology.name, step, versions])
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def read_results(file: Path) -> dict[str, Plan]:
+    """Plans of earlier searches by `result_key`.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    if not file.exists():
+        return {}
+    try:
+        return {
+            key: Plan(**{**plan, "collectives": tuple(Collective(**each) for each in plan["collectives"])})
+            for key, plan in json.loads(file.read_text()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} does not hold plans of a search ({error}): choose another file") from error
+
+
+def _write_results(file: Path, plans: dict[str, Plan]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps({key: dataclasses.asdict(plan) for key, plan in plans.items()}, indent=1))
+    os.replace(partial, file)
+
+
+def _takes_more(config: Config, *, than: Config) -> bool:
+    rank = POLICIES.index
+    return (
+        config.mesh == than.mesh
+        and config.train.batch_size >= than.train.batch_size
+        and rank(config.model.compute.remat) >= rank(than.model.compute.remat)
+    )
+
+
+def _layout(config: Config) -> str:
+    mesh = config.mesh
+    sizes = f"data={mesh.data},fsdp={mesh.fsdp},tensor={mesh.tensor}"
+    return f"{config.train.batch_size} remat {config.model.compute.remat} on {sizes}"
+
+
+def one_line(plan: Plan) -> str:
+    """A plan as one row of a table."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mfu = "" if plan.mfu_bound is None else f"  MFU<= {plan.mfu_bound:.0%}"
+    time = "" if plan.step_seconds is None else f"  step>= {_time(plan.step_seconds)}"
+    fits = "fits" if plan.fits else "too large"
+    return (
+        f"{mesh}  batch {plan.batch_size}  remat {plan.remat}  peak {_bytes(plan.peak_bytes)}  {fits}"
+        f"{time}{mfu}"
+    )
+
+
+def trial_line(trial: Trial) -> str:
+    """What became of one candidate of a search."""
+    if trial.plan is None:
+        mesh, train = trial.config.mesh, trial.config.train
+        sizes = f"data={mesh.data},fsdp={mesh.fsdp},tensor={mesh.tensor}"
+        remat = trial.config.model.compute.remat
+        return f"{sizes}  batch {train.batch_size}  remat {remat}  left out: {trial.refusal}"
+    if not trial.plan.fits:
+        return f"{one_line(trial.plan)}: {trial.plan.reason}"
+    source = "known" if trial.known else f"compiled in {trial.plan.compile_seconds:.0f} s"
+    return f"{one_line(trial.plan)}  {source}"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan as a page of text."""
+
+    def size(count: int) -> str:
+        return f"{_bytes(count):>13}"
+
+    rows = [
+        f"{plan.topology}, {plan.chips} chips; {plan.step} step, batch {plan.batch_size}, "
+        f"mesh {plan.mesh}, remat {plan.remat}",
+        "per chip:",
+        f"  parameters          {size(plan.parameter_bytes)}",
+        f"  optimizer           {size(plan.optimizer_bytes)}",
+        f"  batch               {size(plan.batch_bytes)}",
+        f"  temporaries         {size(plan.temporary_bytes)}",
+        f"    kept at least     {size(plan.activation_bytes)}",
+        f"  peak                {size(plan.peak_bytes)}"
+        + ("" if plan.hbm_bytes is None else f" of {_bytes(plan.hbm_bytes)}"),
+        f"  moved in memory     {size(plan.moved_bytes)} a step",
+    ]
+    rows += [f"  {each.kind:<19} {size(each.bytes)} a step in {each.count} runs" for each in plan.collectives]
+    if plan.flops_per_chip is not None and plan.hardware_flops_per_chip is not None:
+        recomputed = plan.hardware_flops_per_chip - plan.flops_per_chip
+        rows.append(
+            f"  model FLOPs         {plan.flops_per_chip:13.3e} a step"
+            + (f", and {recomputed:.3e} of recomputation" if recomputed else "")
+        )
+    if plan.step_seconds is not None:
+        rows.append(f"step time at least {_time(plan.step_seconds)}, MFU at most {plan.mfu_bound:.1%}")
+    rows.append(
+        f"compiled in {plan.compile_seconds:.0f} s; "
+        + ("fits" if plan.fits else f"does not fit: {plan.reason}")
+    )
+    return "\n".join(rows)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3f} {unit}"
+    return f"{count / 1e3:.3f} kB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3f} ms"

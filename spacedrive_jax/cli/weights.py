@@ -1,0 +1,99 @@
+"""`python -m spacedrive_jax import-weights` and `export-weights`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from spacedrive_jax.console import Command
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportWeights(Command):
+    """Check released weights, add the two coordinate tokens, and bring all into one weights folder.
+
+    The folder holds the base model and its tokenizer as transformers has them (in their own types), adapters
+    as PEFT has them, and weights.json with a fingerprint. `model.weights` and `data.tokenizer` of a config
+    take it; transformers and PEFT load it too. Missing, unknown or misshapen tensors are named, all at once.
+    A published SpaceDrive checkpoint brings its trained heads too: `predict --checkpoint` takes the folder,
+    and a training run starts from them.
+
+    Example: python -m spacedrive_jax import-weights --from hf Qwen2.5-VL-7B-Instruct --out weights/qwen-7b
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive)."""
+    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="from")]
+    """What the weights are."""
+    out: Path
+    """Folder to create; one that exists is never touched."""
+    base: Path | None = None
+    """For adapters: their base checkpoint, where their config does not name a folder. For spacedrive: a
+    folder with the config.json and the tokenizer of its base, which the file has not."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, where the checkpoint has none."""
+    published_config: Path | None = None
+    """For spacedrive: the published config (.py, or JSON of the model's arguments) it was trained with, where
+    the checkpoint does not carry it. Without one, --config says what leaves no trace in the tensors."""
+    config: str | None = None
+    """For spacedrive: a preset, or a .py file that defines `config`, whose data and training settings the
+    checkpoint is to be used with; the published ones by default."""
+    add_tokens: bool = True
+    """Add the coordinate tokens, their rows in embedding and head being the mean of all others."""
+    max_shard_gigabytes: float = 2.0
+    """Largest tensor file; about twice this is held in memory."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Imports; see `spacedrive_jax.interop.importing`."""
+        from spacedrive_jax.interop.importing import READERS, ImportOptions
+        from spacedrive_jax.interop.spacedrive import import_spacedrive
+
+        options = ImportOptions(
+            self.base,
+            self.tokenizer,
+            self.add_tokens,
+            int(self.max_shard_gigabytes * 1000**3),
+            self.published_config,
+            self.config,
+        )
+        readers = {**READERS, "spacedrive": import_spacedrive}
+        facts = readers[self.format](self.source, self.out, options)
+        print(f"imported {facts['tensors']} tensors, {facts['parameters']:,} parameters: {self.out}")
+        for note in facts.get("notes", ()):
+            print(f"note: {note}")
+        return {"out": str(self.out), **facts}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportWeights(Command):
+    """Write weights for transformers (adapters folded in), PEFT (adapters alone) or the published code.
+
+    The last takes back what --from spacedrive brought in, bit for bit.
+
+    From a weights folder, a transformers checkpoint, or a training run. Of a run only the vision-language
+    model can be expressed; the modules that stay behind are named.
+
+    Example: python -m spacedrive_jax export-weights --to hf runs/demo --out exported
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
+    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="to")]
+    """Whom the weights are for."""
+    out: Path
+    """Folder (for spacedrive: file) to create; one that exists is never touched."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Exports; see `spacedrive_jax.interop.exporting`."""
+        from spacedrive_jax.interop.exporting import WRITERS
+        from spacedrive_jax.interop.spacedrive import export_spacedrive
+
+        writers = {**WRITERS, "spacedrive": export_spacedrive}
+        facts = writers[self.format](self.source, self.out)
+        left_out = facts.get("left_out")
+        print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
+        return facts

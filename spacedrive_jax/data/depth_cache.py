@@ -1,0 +1,173 @@
+"""The depth sidecar: a network's patch depth for every keyframe of a records folder.
+
+    RECORDS/depth/NAME/chunk-00000.safetensors   some keyframes each; random access by row
+    RECORDS/depth/NAME/provenance.json           written last: the sidecar is whole
+
+NAME is the kind of network and a fingerprint of its weights and settings. Every chunk carries that
+fingerprint and the records', and every row its keyframe's token, so that depth of another model, of other
+records or of another keyframe cannot slip in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.lidar import Alignment
+from spacedrive_jax.data.records import DEPTH_SCALE
+
+FOLDER = "depth"
+PROVENANCE = "provenance.json"
+
+NetworkKind = Literal["unidepth", "depth_anything"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedDepth:
+    """A network's depth of one keyframe."""
+
+    kind: NetworkKind
+    pooling: str
+    patch_depth: Float[np.ndarray, "N h w"]
+    """Metres, as the network has it."""
+    alignments: tuple[Alignment, ...]
+    """Per camera: the scale and shift that fit it to LiDAR."""
+    full: tuple[bytes, ...]
+    """Per camera: depth of every pixel as a 16-bit PNG (see `DEPTH_SCALE`); empty where it was not kept."""
+
+
+class DepthCache:
+    """Reads one sidecar; thread-safe, as each read opens its file anew through a memory map."""
+
+    def __init__(self, folder: Path, records_fingerprint: str) -> None:
+        """Opens a finished sidecar.
+
+        Args:
+            folder: `RECORDS/depth/NAME`.
+            records_fingerprint: of the records it must belong to.
+
+        Raises:
+            UserError: it is unfinished, damaged, or was made from other records.
+        """
+        self.folder = folder
+        self.provenance = read_provenance(folder)
+        if self.provenance["records_fingerprint"] != records_fingerprint:
+            raise UserError(
+                f"{folder} was made from other records (fingerprint "
+                f"{self.provenance['records_fingerprint'][:12]}, these have {records_fingerprint[:12]}): the "
+                "records were converted again since; remove it and run `python -m data_prep add-depth`"
+            )
+        self._places: dict[str, tuple[Path, int]] = {}
+        for name in self.provenance["chunks"]:
+            file = folder / name
+            metadata = chunk_metadata(file)
+            if metadata.get("fingerprint") != self.provenance["fingerprint"]:
+                raise UserError(f"{file} is of another depth model than its folder says; remove {folder}")
+            for row, token in enumerate(json.loads(metadata["tokens"])):
+                self._places[token] = (file, row)
+
+    def read(self, token: str) -> CachedDepth:
+        """The depth of one keyframe.
+
+        Raises:
+            UserError: the sidecar does not hold it.
+        """
+        if token not in self._places:
+            raise UserError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
+        file, row = self._places[token]
+        with _open(file) as tensors:
+            patch_depth = tensors.get_slice("patch_depth")[row]
+            alignments = tensors.get_slice("alignment")[row]
+            full: tuple[bytes, ...] = ()
+            if "full" in tensors.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+                offsets = tensors.get_slice("full_offsets")[row]
+                data = tensors.get_slice("full")[int(offsets[0]) : int(offsets[-1])].tobytes()
+                starts = (offsets - offsets[0]).tolist()
+                full = tuple(data[start:stop] for start, stop in itertools.pairwise(starts))
+        return CachedDepth(
+            kind=self.provenance["kind"],
+            pooling=self.provenance["pooling"],
+            patch_depth=patch_depth,
+            alignments=tuple(Alignment(float(s), float(t), int(n)) for s, t, n in alignments),
+            full=full,
+        )
+
+
+def find_cache(records: Path, kinds: set[str], name: str | None) -> Path:
+    """The sidecar of a records folder that a run asks for.
+
+    Args:
+        records: the records folder.
+        kinds: acceptable kinds of network.
+        name: its name, or its path; None takes the only one there is.
+
+    Raises:
+        UserError: there is none, or several and none was named.
+    """
+    command = f"`python -m data_prep add-depth --records {records} --model WEIGHTS`"
+    if name is not None:
+        folder = Path(name) if Path(name).is_dir() else records / FOLDER / name
+        if not folder.is_dir():
+            raise UserError(f"data.depth.cache {name!r} is neither a folder nor one in {records / FOLDER}")
+        return folder
+    found = [
+        file.parent
+        for file in sorted((records / FOLDER).glob(f"*/{PROVENANCE}"))
+        if json.loads(file.read_text())["kind"] in kinds
+    ]
+    if not found:
+        raise UserError(f"{records} has no finished depth of {' or '.join(sorted(kinds))}: run {command}")
+    if len(found) > 1:
+        raise UserError(
+            f"{records} has several depth caches: set data.depth.cache to one of "
+            f"{', '.join(folder.name for folder in found)}"
+        )
+    return found[0]
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Reads a sidecar's provenance.json.
+
+    Raises:
+        UserError: the sidecar is not finished.
+    """
+    file = folder / PROVENANCE
+    if not file.is_file():
+        raise UserError(f"{folder} is not finished; run the same `python -m data_prep add-depth` again")
+    return json.loads(file.read_text())
+
+
+def chunk_metadata(file: Path) -> Mapping[str, str]:
+    """What a chunk says of itself: `fingerprint`, `records_fingerprint`, `tokens` (JSON).
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    with _open(file) as tensors:
+        return tensors.metadata() or {}
+
+
+def encode_depth(depth: Float[np.ndarray, "H W"]) -> bytes:
+    """Metres to a 16-bit PNG; depth beyond its range (256 m) is cut there."""
+    steps = np.clip(np.round(depth * DEPTH_SCALE), 0, np.iinfo(np.uint16).max).astype(np.uint16)
+    done, data = cv2.imencode(".png", steps)
+    if not done:
+        raise ValueError(f"cannot encode depth of shape {depth.shape}")
+    return data.tobytes()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}; remove it and run add-depth again") from error

@@ -1,0 +1,179 @@
+"""Patch depth of a record, from the first source that has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data import lidar
+from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
+from spacedrive_jax.data.encoded_images import decode_depth
+from spacedrive_jax.data.records import NUM_CAMERAS, Record, Records
+from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.models.unprojection import Pooling, pool_depth
+
+DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
+"""`exact`: the renderer's own depth (drawn images only). `lidar`: the sweep, densified on the patch grid.
+`unidepth`, `depth_anything`: a network's, from the sidecar that `add-depth` writes. `fused`: the same, scaled
+and shifted to fit the sweep; a camera with too few returns has none."""
+
+NETWORKS = ("unidepth", "depth_anything")
+CACHED = "cached_depth"
+"""Entry of a record that `with_network_depth` adds: a `CachedDepth`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig:
+    """Where the depth of the visual tokens comes from."""
+
+    sources: tuple[DepthSource, ...] = ("exact", "lidar")
+    """In order of preference, chosen for each camera of each keyframe; an error where none has it."""
+    pooling: Pooling = "min"
+    """The paper min-pools, so that a patch takes its nearest surface (section 3.1)."""
+    far: float = 200.0
+    """Depth of sky and of surfaces beyond it, metres."""
+    cache: str | None = None
+    """Name (in RECORDS/depth) or folder of the sidecar with the network's depth; None takes the only one."""
+
+
+def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, int]) -> Records:
+    """Records that carry the network's depth, where a configured source needs it; else unchanged.
+
+    Args:
+        records: a records folder.
+        config: sources, pooling, which sidecar.
+        grid: rows and columns of visual tokens that depth is wanted for.
+
+    Raises:
+        UserError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
+            grid or pooling.
+    """
+    cache = open_depth_cache(records, config)
+    if cache is None:
+        return records
+    if not cache.provenance["full"]:
+        held = tuple(cache.provenance["grid"])
+        _check_grid(held, cache.provenance["pooling"], grid, config)
+    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
+
+
+def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None:
+    """The sidecar that the configured sources need; None where none of them is a network's.
+
+    Raises:
+        UserError: there is no such sidecar, or it belongs to other records.
+    """
+    asked: set[str] = {source for source in config.sources if source in NETWORKS}
+    if not asked and "fused" not in config.sources:
+        return None
+    folder = find_cache(records.directory, asked or set(NETWORKS), config.cache)
+    cache = DepthCache(folder, records.fingerprint)
+    kind = cache.provenance["kind"]
+    if asked and kind not in asked:
+        raise UserError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+    return cache
+
+
+def record_patch_depth(
+    record: Record, grid: tuple[int, int], config: DepthConfig
+) -> tuple[Float[np.ndarray, "N h w"], list[DepthSource]]:
+    """Pooled depth of every camera on the grid of visual tokens.
+
+    Args:
+        record: for a network's depth, one of `with_network_depth`.
+        grid: rows and columns of visual tokens.
+        config: sources, pooling, farthest depth.
+
+    Returns:
+        Depth, metres, float32, and which source each camera's came from.
+
+    Raises:
+        UserError: a camera has no depth from any of the configured sources, or the cached depth is for
+            another grid or pooling.
+    """
+    depth = np.empty((NUM_CAMERAS, *grid), np.float32)
+    used: list[DepthSource] = []
+    in_cameras = lidar.points_in_cameras(record) if record["lidar"] and "lidar" in config.sources else None
+    for camera in range(NUM_CAMERAS):
+        for source in config.sources:
+            if source == "exact":
+                found = _exact(record, camera, grid, config)
+            elif source == "lidar":
+                found = _lidar(record, camera, grid, in_cameras)
+            else:
+                found = _network(record, camera, grid, config, source)
+            if found is not None:
+                depth[camera] = np.minimum(found, config.far)
+                used.append(source)
+                break
+        else:
+            raise UserError(
+                f"keyframe {record['token']} has no depth for {CAMERAS[camera]} from "
+                f"{' or '.join(config.sources)}: set data.depth.sources to a source the records have, or "
+                "convert with --missing-images render"
+            )
+    return depth, used
+
+
+def _exact(
+    record: Record, camera: int, grid: tuple[int, int], config: DepthConfig
+) -> Float[np.ndarray, "h w"] | None:
+    if not record["exact_depth"][camera]:
+        return None
+    what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
+    depth = decode_depth(record["exact_depth"][camera], what)
+    return pool_depth(np.where(depth > 0, depth, np.float32(config.far)), grid, config.pooling)
+
+
+def _lidar(
+    record: Record, camera: int, grid: tuple[int, int], in_cameras: list[np.ndarray] | None
+) -> Float[np.ndarray, "h w"] | None:
+    if in_cameras is None:
+        return None
+    height, width = (int(side) for side in record["image_size"][camera])
+    sparse = lidar.sparse_patch_depth(
+        in_cameras[camera], record["camera_intrinsics"][camera], (height, width), grid
+    )
+    return lidar.densify(sparse)
+
+
+def _network(
+    record: Record, camera: int, grid: tuple[int, int], config: DepthConfig, source: DepthSource
+) -> Float[np.ndarray, "h w"] | None:
+    cached: Any = record.get(CACHED)
+    if cached is None:
+        raise ValueError(f"source {source!r} needs records of `with_network_depth`")
+    if not _has_image(record, camera):
+        return None
+    pooled = _pooled(cached, camera, grid, config)
+    if source != "fused":
+        return pooled if cached.kind == source else None
+    alignment = cached.alignments[camera]
+    return lidar.apply(pooled, alignment) if alignment.points else None
+
+
+def _has_image(record: Record, camera: int) -> bool:
+    return bool(record["images"][camera])
+
+
+def _pooled(
+    cached: CachedDepth, camera: int, grid: tuple[int, int], config: DepthConfig
+) -> Float[np.ndarray, "h w"]:
+    if cached.full:
+        return pool_depth(
+            decode_depth(cached.full[camera], "a picture of the depth cache"), grid, config.pooling
+        )
+    _check_grid(cached.patch_depth.shape[1:], cached.pooling, grid, config)
+    return cached.patch_depth[camera]
+
+
+def _check_grid(held: tuple[int, ...], pooling: str, grid: tuple[int, int], config: DepthConfig) -> None:
+    if held != grid or pooling != config.pooling:
+        raise UserError(
+            f"the depth cache holds {pooling}-pooled depth of {held[0]}x{held[1]} tokens, the run "
+            f"needs {config.pooling} of {grid[0]}x{grid[1]}: run add-depth with --run CONFIG, or with --full"
+        )

@@ -1,0 +1,208 @@
+"""Records to batches with grain: source -> shuffle -> repeat -> host slice -> batch -> prefetch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Bool
+
+from spacedrive_jax.batch import DrivingBatch, stack
+from spacedrive_jax.config import Config
+from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.records import Records, open_records, record_features
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, read_json, write_json
+
+# Which keyframes of a split have all their future poses, found once and kept beside the records.
+
+
+log = logging.getLogger(__name__)
+
+_FEATURE = "waypoint_mask"
+MOST_BYTES = 256 * MEBIBYTE
+"""One byte a keyframe."""
+
+
+def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
+    """Tells for every keyframe whether all its waypoints are valid.
+
+    The first call on a split reads its records (one feature of each) and leaves the answer in the records
+    folder, where that can be written to; later calls take it from there.
+
+    Args:
+        records: a split of records.
+    """
+    file = records.directory / f"complete_futures-{records.split}.json"
+    kept = _read(file, records)
+    if kept is not None:
+        return kept
+    # Decoding that feature alone leaves the images where they are.
+    features = tfds.features.FeaturesDict({_FEATURE: record_features()[_FEATURE]})
+    indices = progress(range(len(records)), desc="look for complete futures", unit="keyframe")
+    found = np.array([records.source.decode(index, features)[_FEATURE].all() for index in indices], bool)
+    _write(file, records, found)
+    return found
+
+
+def _read(file: Path, records: Records) -> Bool[np.ndarray, " keyframes"] | None:
+    """The kept answer; None where there is none, or one of other records."""
+    try:
+        kept = read_json(file, most=MOST_BYTES)
+        complete = np.array([letter == "1" for letter in kept["complete"]], bool)
+        same = kept["fingerprint"] == records.fingerprint and len(complete) == len(records)
+    except (ValueError, KeyError, TypeError):  # a DataError is a ValueError
+        return None
+    return complete if same else None
+
+
+def _write(file: Path, records: Records, complete: Bool[np.ndarray, " keyframes"]) -> None:
+    letters = "".join("1" if each else "0" for each in complete)
+    try:
+        write_json(file, {"fingerprint": records.fingerprint, "complete": letters})
+    except SpaceDriveError as error:
+        log.info("the complete futures of %s are not kept: %s", records.directory, error)
+
+
+class SampleClock:
+    """How long read threads took to make samples."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds, self._count = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        """Counts one sample."""
+        with self._lock:
+            self._seconds, self._count = self._seconds + seconds, self._count + 1
+
+    def take(self) -> tuple[float, int]:
+        """Seconds, summed over threads, and samples since the last call."""
+        with self._lock:
+            taken = self._seconds, self._count
+            self._seconds, self._count = 0.0, 0
+        return taken
+
+
+@dataclasses.dataclass
+class Samples(Sequence[DrivingBatch]):
+    """Prepared samples by index; optionally kept in memory once made."""
+
+    records: Records
+    builder: SampleBuilder
+    indices: list[int]
+    """Which records, in order."""
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        self._kept: dict[int, DrivingBatch] = {}
+        self.clock = SampleClock()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> DrivingBatch:  # type: ignore[override]
+        index = self.indices[position]
+        if index in self._kept:
+            return self._kept[index]
+        started = time.monotonic()
+        sample = self.builder(self.records[index], index)
+        self.clock.add(time.monotonic() - started)
+        if self.keep:
+            self._kept[index] = sample
+        return sample
+
+
+def training_samples(config: Config, split: str = "train") -> Samples:
+    """The samples a run trains on.
+
+    Raises:
+        UserError: the records are missing, or nothing is left to train on.
+    """
+    builder = SampleBuilder(config.data, config.model)
+    records = open_records(config.data.records, split)
+    records = with_network_depth(records, config.data.depth, builder.images.token_grid)
+    indices = list(range(len(records)))
+    if config.data.drop_without_future:
+        indices = np.flatnonzero(complete_futures(records)).tolist()
+    if len(indices) < config.train.batch_size:
+        raise UserError(
+            f"{config.data.records} has {len(indices)} training keyframes, fewer than train.batch_size "
+            f"{config.train.batch_size}"
+        )
+    return Samples(records, builder, indices, config.data.cache_in_memory)
+
+
+class HostShare(grain.MapDataset):
+    """One host's consecutive part of every global batch.
+
+    Which samples a global batch holds, and their order, do not depend on the number of hosts, so that a run
+    can go on with another.
+    """
+
+    def __init__(self, samples: grain.MapDataset, batch_size: int, share: int, host: int) -> None:
+        """Args: the endless sample order, global batch size, this host's part of it, this host's index."""
+        super().__init__(samples)
+        self._batch_size, self._share, self._host = batch_size, share, host
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._share
+
+    def __getitem__(self, index: int) -> DrivingBatch:
+        batch, place = divmod(index, self._share)
+        return self._parent[batch * self._batch_size + self._host * self._share + place]
+
+
+def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator:
+    """An endless, checkpointable iterator of this host's share of every global batch.
+
+    The order depends on the seed alone, not on the number of hosts; every epoch is shuffled anew. See
+    `position` and `seek` for its state.
+
+    Raises:
+        UserError: the global batch does not divide over the hosts.
+    """
+    hosts, host = jax.process_count(), jax.process_index()
+    if config.train.batch_size % hosts:
+        raise UserError(f"train.batch_size {config.train.batch_size} does not divide over {hosts} hosts")
+    endless = grain.MapDataset.source(samples).seed(config.train.seed).shuffle().repeat()
+    share = config.train.batch_size // hosts
+    dataset = HostShare(endless, config.train.batch_size, share, host).batch(share, batch_fn=stack)
+    options = grain.ReadOptions(
+        num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_batches
+    )
+    return iter(dataset.to_iter_dataset(options))
+
+
+def evaluation_batches(
+    samples: Sequence[DrivingBatch], batch_size: int
+) -> Iterator[tuple[DrivingBatch, int]]:
+    """All samples once, in order; the last batch is filled up by repeating its last sample.
+
+    Yields:
+        A batch and how many of its samples count.
+    """
+    for start in range(0, len(samples), batch_size):
+        chosen = [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
+        count = len(chosen)
+        yield stack(chosen + [chosen[-1]] * (batch_size - count)), count
+
+
+def position(iterator: grain.DatasetIterator, config: Config) -> dict[str, int]:
+    """Where a training iterator stands, as counted over all hosts: what a checkpoint keeps of it."""
+    return {"samples": iterator.get_state()["next_index"] * config.train.batch_size}
+
+
+def seek(iterator: grain.DatasetIterator, where: dict[str, int], config: Config) -> None:
+    """Sets a training iterator to a `position`, whatever the host count or batch size it was saved under."""
+    iterator.set_state({"next_index": where["samples"] // config.train.batch_size})

@@ -1,0 +1,238 @@
+"""One record to one fixed-shape sample: prompt, images, geometry, ego status, targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.config import DataConfig, ModelConfig
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.chat import CHAT_LAYOUTS, IGNORE, ChatTokens
+from spacedrive_jax.data.conversation import Conversation, question_turn, training_conversation
+from spacedrive_jax.data.depth_sources import record_patch_depth
+from spacedrive_jax.data.ego_status import EgoStatusInput, ego_status, insert_ego_tokens
+from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
+from spacedrive_jax.data.path import future_path
+from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS, Record
+from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
+from spacedrive_jax.models.config import LlavaConfig
+from spacedrive_jax.models.positions import ImageSpan, mrope_positions
+
+
+class SampleBuilder:
+    """Builds samples; deterministic, so that a sample can be cached or rebuilt at will."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig, *, answer: bool = True) -> None:
+        """Prepares the tokenizer and the image processor.
+
+        Args:
+            data: what to read and how.
+            model: which ego tokens to lay out, and the vision tower's patch sizes.
+            answer: with the answer (training) or ending in the assistant's header (prediction).
+        """
+        self.data = data
+        self.model = model
+        self.answer = answer
+        self.tokenizer: DrivingTokenizer = load_tokenizer(data.tokenizer, chat_layout(model))
+        self.images = ImageProcessor(model.vlm.vision, data.image_size, channel_order=data.channel_order)
+        check_vocabulary(self.tokenizer, model)
+
+    def __call__(self, record: Record, index: int) -> DrivingBatch:
+        """One sample, numpy arrays without a batch axis.
+
+        Raises:
+            UserError: the record lacks an image or depth, or the conversation does not fit the config's
+                fixed shapes.
+        """
+        data, in_words = self.data, self.model.ego_status == "language"
+        if not self.answer:
+            question = question_turn(record, data.command, ego_in_words=in_words)
+            return self.sample(record, Conversation([question], np.zeros((0, 2), np.float32)), index)
+        talk = training_conversation(
+            record,
+            data.conversation,
+            data.command,
+            coordinate_tokens=self._coordinate_tokens(),
+            path_points=self.model.path_points,
+            ego_in_words=in_words,
+        )
+        return self.sample(record, talk, index)
+
+    def sample(self, record: Record, talk: Conversation, index: int) -> DrivingBatch:
+        """One sample with a conversation of the caller's; `index` is the sample's.
+
+        Raises:
+            UserError: as when called.
+        """
+        data, grid = self.data, self.images.token_grid
+        status = ego_status(record, data.command)
+        lay_out = CHAT_LAYOUTS[self.tokenizer.layout]
+        chat = lay_out(
+            self.tokenizer,
+            talk.turns,
+            grid[0] * grid[1],
+            generation_prompt=not self.answer,
+            supervise_positions=data.conversation.supervise_position_tokens,
+        )
+        try:
+            fields = token_fields(
+                self.tokenizer,
+                chat,
+                grid,
+                self.model.ego_status,
+                sequence_length=data.sequence_length,
+                max_targets=data.max_targets,
+                image_delimiters=self.tokenizer.layout == "qwen",
+                path_points=self.model.path_points,
+            )
+            coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
+        except UserError as error:
+            raise UserError(f"keyframe {record['token']}: {error}") from error
+        # Without a planning turn the answers' first coordinates, if any, are not waypoints.
+        planned = bool(record["waypoint_mask"].all()) and data.conversation.tasks != "counterfactual"
+        fields["waypoint_mask"] &= planned
+        waypoints = np.where(planned, record["waypoints"], 0).astype(np.float32)
+        if self.model.path_points:
+            path = future_path(waypoints, record["waypoint_yaw"], self.model.path_points)
+            fields["path"] = np.where(planned, path.points, 0).astype(np.float32)
+            fields["path_mask"] = path.mask & planned & fields["waypoint_mask"].all()
+        depth, _ = record_patch_depth(record, grid, data.depth)
+        return DrivingBatch(
+            **fields,
+            pixel_values=self.images(record),
+            patch_depth=depth,
+            intrinsics=scaled_intrinsics(record, self.images.intrinsics_size).astype(np.float32),
+            camera_to_ego=record["camera_to_ego"].astype(np.float32),
+            ego_status=status.status,
+            past_positions=status.past_positions,
+            coordinates=coordinates,
+            waypoints=waypoints,
+            index=np.int32(index),
+        )
+
+    def _coordinate_tokens(self) -> int | None:
+        """Tokens that stand for the planned trajectory; None where it is written in digits."""
+        if not self.model.coordinate_tokens:
+            return None
+        return 1 if self.model.decoder.whole_trajectory else NUM_WAYPOINTS
+
+
+def padded_coordinates(
+    points: Float[np.ndarray, "C 2"], max_coordinates: int
+) -> Float[np.ndarray, "max_coordinates 3"]:
+    """BEV points as 3D points at z = 0, float32, zeros behind the last.
+
+    Raises:
+        UserError: more points than fit.
+    """
+    if len(points) > max_coordinates:
+        raise UserError(
+            f"{len(points)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
+        )
+    return np.pad(points, ((0, max_coordinates - len(points)), (0, 1))).astype(np.float32)
+
+
+def token_fields(
+    tokenizer: DrivingTokenizer,
+    chat: ChatTokens,
+    grid: tuple[int, int],
+    ego_input: EgoStatusInput,
+    *,
+    sequence_length: int,
+    max_targets: int,
+    image_delimiters: bool = True,
+    path_points: int = 0,
+) -> dict[str, Any]:
+    """Inserts the ego tokens and lays a conversation out in fixed shapes.
+
+    Args:
+        tokenizer: gives the special ids.
+        chat: the conversation; every image has as many visual tokens as the grid.
+        grid: rows and columns of an image's visual tokens.
+        ego_input: which ego tokens to insert.
+        sequence_length: S.
+        max_targets: M.
+        image_delimiters: Qwen's layout, with rotary positions in time, row and column; False for LLaVA's,
+            bare image tokens and plain positions.
+        path_points: R; indicators behind the waypoints' that belong to the path.
+
+    Returns:
+        The fields of `DrivingBatch` that follow from the tokens alone.
+
+    Raises:
+        UserError: the conversation does not fit S or M.
+    """
+    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input, image_delimiters=image_delimiters)
+    length = len(chat.token_ids)
+    if length > sequence_length:
+        raise UserError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
+    tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
+    spans = [ImageSpan(start, *grid) for start in chat.image_starts]
+    positions, offset = mrope_positions(length, spans if image_delimiters else [])
+
+    slots = np.full(length, Slot.TEXT)
+    for span in spans:
+        slots[span.start : span.stop] = Slot.IMAGE
+    slots[ego_places] = EGO_SLOTS[ego_input]
+    slots[tokens == tokenizer.position] = Slot.COORDINATE
+
+    supervised = np.flatnonzero(labels != IGNORE)
+    if len(supervised) > max_targets:
+        raise UserError(
+            f"{len(supervised)} supervised tokens are more than data.max_targets {max_targets}: raise it"
+        )
+    # The first six indicators of the answers are the planning turn's (published rule), then the path's.
+    answered = np.flatnonzero((tokens == tokenizer.indicator) & (labels != IGNORE))
+    indicators = answered[:NUM_WAYPOINTS]
+    on_path = answered[NUM_WAYPOINTS : NUM_WAYPOINTS + path_points]
+
+    def padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+        width = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
+        return np.pad(values, width, constant_values=fill).astype(np.int32)
+
+    path = {"path_places": padded(on_path, path_points)} if path_points else {}
+    return {
+        **path,
+        "token_ids": padded(tokens, sequence_length, tokenizer.padding),
+        "lengths": np.int32(length),
+        "positions": padded(positions, sequence_length),
+        "position_offset": np.int32(offset),
+        "slots": padded(slots, sequence_length),
+        "target_places": padded(supervised - 1, max_targets),
+        "target_ids": padded(labels[supervised], max_targets),
+        "target_mask": np.arange(max_targets) < len(supervised),
+        "waypoint_places": padded(indicators, NUM_WAYPOINTS),
+        "waypoint_mask": np.arange(NUM_WAYPOINTS) < len(indicators),
+    }
+
+
+EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
+    "none": [],
+    "language": [],
+    "feature": [Slot.EGO_FEATURE],
+    "positions": [Slot.EGO_POSITION] * NUM_PAST,
+    "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,
+}
+"""What the inserted ego tokens stand for, in order."""
+
+
+def chat_layout(model: ModelConfig) -> ChatLayout:
+    """The chat layout of a model's family."""
+    return "llava" if isinstance(model.vlm, LlavaConfig) else "qwen"
+
+
+def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:
+    """Refuses a tokenizer whose ids do not fit the model.
+
+    Raises:
+        UserError: an id lies outside the model's vocabulary.
+    """
+    vocabulary = model.vlm.decoder.vocab_size
+    if max(tokenizer.indicator, tokenizer.position, tokenizer.vocabulary_size - 1) >= vocabulary:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but model.vlm.decoder.vocab_size "
+            f"is {vocabulary}: give the model's own tokenizer in data.tokenizer"
+        )

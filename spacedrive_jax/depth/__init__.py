@@ -1,1 +1,0 @@
-"""Metric depth of the visual tokens: where it comes from is a choice of the config."""

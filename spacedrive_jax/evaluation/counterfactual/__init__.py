@@ -1,1 +1,0 @@
-"""Counterfactual answers: the risks they name against the true ones."""

@@ -1,1 +1,0 @@
-"""Frames, cameras, patch depth and unprojection."""

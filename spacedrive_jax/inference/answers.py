@@ -1,0 +1,170 @@
+"""Answers as JSON Lines: under their name only when whole, and gone on with after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from spacedrive_jax.config import config_changes
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.chat import CHAT_LAYOUTS, Turn
+from spacedrive_jax.data.prompts import context, planning_answer
+from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
+
+# Answers as text: the frame of the planning answer, and generated ids written out.
+
+
+def planning_frame(
+    tokenizer: DrivingTokenizer, num_coordinates: int = 6, path_points: int = 0
+) -> tuple[int, ...]:
+    """The ids of the planning answer as training lays it out, behind the assistant's header.
+
+    A position token stands behind every indicator, the end of the turn comes last (30 ids in Qwen2.5's
+    vocabulary, the newline behind the turn not counted).
+
+    Args:
+        tokenizer: gives the ids and the chat layout.
+        num_coordinates: see `planning_answer`.
+        path_points: likewise.
+
+    Raises:
+        UserError: this tokenizer runs the header and the answer's first letters together, so that an answer
+            does not begin where the prompt ends.
+    """
+    question = Turn("user", context("boston"))
+    answer_turn = Turn("assistant", planning_answer(num_coordinates, path_points=path_points))
+    lay_out = CHAT_LAYOUTS[tokenizer.layout]
+    prompt = lay_out(tokenizer, [question], 1, generation_prompt=True).token_ids
+    whole = lay_out(tokenizer, [question, answer_turn], 1).token_ids
+    if whole[: len(prompt)] != prompt:
+        raise UserError("the tokenizer merges the assistant's header with the answer: no frame can be made")
+    answer = whole[len(prompt) :]
+    return tuple(answer[: answer.index(tokenizer.turn_end) + 1])
+
+
+def answer_text(
+    tokenizer: DrivingTokenizer,
+    token_ids: Int[np.ndarray, " G"],
+    coordinates: Float[np.ndarray, "G 3"],
+    is_coordinate: Bool[np.ndarray, " G"],
+    trajectory: Float[np.ndarray, "T 3"] | None = None,
+) -> str:
+    """One sample's answer as text, each coordinate printed as `(x, y)` with two decimals behind its
+    indicator, special tokens spelled out, as the published code writes it.
+
+    It puts position tokens where coordinates count, and the coordinates where the text has position tokens,
+    the first at the first: one that the model said itself takes a coordinate from its place. The ids that
+    stand in discarded places which do not count are printed as they are.
+
+    Args:
+        tokenizer: decodes the ids.
+        token_ids: the generated ids, cut to their length.
+        coordinates: metres.
+        is_coordinate: where they stand.
+        trajectory: where one token stands for the whole trajectory: printed at the first, an indicator before
+            every point and nothing between them; what other tokens stand for is not printed.
+    """
+    text = tokenizer.decode(np.where(is_coordinate, tokenizer.position, token_ids).tolist())
+    if trajectory is not None:
+        whole = "".join(f"{INDICATOR}({x:.2f}, {y:.2f})" for x, y in trajectory[:, :2].tolist())
+        return text.replace(COORDINATE, whole, 1) if is_coordinate.any() else text
+    said, *rest = text.split(POSITION)
+    points = [f"({x:.2f}, {y:.2f})" for x, y in coordinates[is_coordinate][:, :2].tolist()]
+    filled = points + [POSITION] * (len(rest) - len(points))
+    return said + "".join(value + piece for value, piece in zip(filled, rest, strict=True))
+
+
+@dataclasses.dataclass
+class AnswerFile:
+    """An open file of answers, written batch by batch."""
+
+    done: int
+    """Answers that an interrupted run left, in whole batches."""
+    length: int
+    """Tokens that its prompts were cut to (see `answered_batches`); 0 at the start."""
+    _lines: TextIO
+    _facts_file: Path
+    _facts: Mapping[str, Any]
+
+    def write(self, lines: Iterable[Mapping[str, Any]], length: int) -> None:
+        """Adds the answers of a batch.
+
+        Args:
+            lines: one object for each answer.
+            length: tokens that the batch's prompts were cut to.
+        """
+        if length != self.length:
+            # Before the answers: a later run that finds these cuts the next batch as this one would.
+            self.length = length
+            _write_whole(self._facts_file, {"facts": self._facts, "length": length})
+        self._lines.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._lines.flush()
+
+
+@contextlib.contextmanager
+def answer_file(
+    out: Path, facts: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
+) -> Iterator[AnswerFile]:
+    """Opens a file of answers; `out` appears when the block ends without an error.
+
+    Until then the answers stand in `.NAME.partial` beside it, and what they depend on in
+    `.NAME.partial.json`. An interrupted run that is gone on with writes the bytes of one that was not.
+
+    Args:
+        out: file to write.
+        facts: what the answers depend on (JSON values).
+        batch_size: answers of a batch; an interrupted run's unfinished last batch is made again.
+        resume: go on with an interrupted run, or start where there is none.
+        overwrite: replace what is there.
+
+    Raises:
+        UserError: `out` exists, an interrupted run is there and it is not said what to do with it, or it was
+            made from other facts.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: give another --out, or --overwrite")
+    partial = out.with_name(f".{out.name}.partial")
+    facts_file = out.with_name(f".{out.name}.partial.json")
+    facts = json.loads(json.dumps(facts))
+    kept, length = b"", 0
+    if facts_file.is_file() and not overwrite:
+        if not resume:
+            raise UserError(f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew")
+        kept, length = _interrupted(partial, facts_file, facts, batch_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(facts_file, {"facts": facts, "length": length})
+    partial.write_bytes(kept)
+    with partial.open("a", encoding="utf-8") as lines:
+        yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, facts)
+    os.replace(partial, out)
+    facts_file.unlink()
+
+
+def _interrupted(
+    partial: Path, facts_file: Path, facts: Mapping[str, Any], batch_size: int
+) -> tuple[bytes, int]:
+    """The whole batches that an interrupted run wrote, and the length it had come to."""
+    saved = json.loads(facts_file.read_text())
+    changes = config_changes(saved["facts"], facts)
+    if changes:
+        raise UserError(
+            f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "
+            "--overwrite to start anew"
+        )
+    lines = partial.read_bytes().splitlines(keepends=True) if partial.is_file() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return b"".join(whole[: len(whole) // batch_size * batch_size]), saved["length"]
+
+
+def _write_whole(file: Path, value: Any) -> None:
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, file)

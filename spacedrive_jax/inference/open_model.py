@@ -1,0 +1,191 @@
+"""Opens what `--checkpoint` names: a training run, or a published checkpoint that was imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from spacedrive_jax.config import Config, from_json
+from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.interop.flavours import check_folder
+from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.importing import copy_tokenizer
+from spacedrive_jax.interop.peft import base_of
+from spacedrive_jax.interop.trained_parts import fill_new_rows, imported_config, is_imported, trained_rules
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
+from spacedrive_jax.models.language_model import NewTokenParam
+from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.checkpoints import base_fingerprint
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
+from spacedrive_jax.training.step import make_train_step
+
+# Opens the vision-language model of whatever folder holds one.
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model and what belongs to it."""
+
+    model: VisionLanguageModel
+    base_name: str
+    """What the base checkpoint is called."""
+    write_tokenizer: Callable[[Path], None]
+    """Puts the tokenizer's files into a folder."""
+    left_out: tuple[str, ...] = ()
+    """Modules of a trained model that are no part of the vision-language model."""
+
+
+def open_model(source: Path) -> OpenedModel:
+    """Loads a vision-language model in the types it is stored in.
+
+    Args:
+        source: A weights folder, a transformers checkpoint, a training run (its newest checkpoint) or
+            `RUN/checkpoints/STEP`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: If the folder is none of these, or damaged.
+    """
+    source = Path(source)
+    tokenizer = functools.partial(copy_tokenizer, source)
+    if is_imported(source):
+        return _open_imported(source)
+    if (source / FACTS_FILE).is_file():
+        return OpenedModel(load(source), _base_name(source), tokenizer)
+    if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
+        return _open_run(source)
+    if (source / "config.json").is_file():
+        return OpenedModel(from_hf(source), str(source), tokenizer)
+    check_folder(source)
+    raise CheckpointError(
+        f"{source} is neither a weights folder (import-weights), nor a transformers checkpoint, nor a run"
+    )
+
+
+def _base_name(source: Path) -> str:
+    """What PEFT is to load below adapters that come from a weights folder: their base, or the folder itself.
+
+    The folder's base lies in it too, so it serves where the base has no name or is no longer there.
+    """
+    named = base_of(source / ADAPTER_FOLDER) if (source / ADAPTER_FOLDER).is_dir() else None
+    named = named or WeightsFacts.read(source).source
+    return named if (Path(named) / "config.json").is_file() else str(source)
+
+
+def _open_imported(source: Path) -> OpenedModel:
+    """A published SpaceDrive's vision-language model with the rows it trained for the new tokens."""
+    facts, config = WeightsFacts.read(source), imported_config(source).model
+    assert facts.new_tokens is not None
+    model = load(source, trainable_tokens=config.new_token_rows)
+    state = {("vlm", *path): value for path, value in nnx.to_flat_state(nnx.state(model, NewTokenParam))}
+    fill_new_rows(state, source, config, facts.new_tokens)
+    nnx.update(model, nnx.from_flat_state([(path[1:], value) for path, value in state.items()]))
+    heads = {str(rule.target[0]) for rule in trained_rules(config, facts.new_tokens)} - {"vlm"}
+    tokenizer = functools.partial(copy_tokenizer, source)
+    return OpenedModel(model, _base_name(source), tokenizer, tuple(sorted(heads)))
+
+
+def _open_run(source: Path) -> OpenedModel:
+    # Imported late: the weights package serves training, and only this looks back at it.
+    from spacedrive_jax.config import MeshConfig, from_json
+    from spacedrive_jax.data.tokenizer import load_tokenizer
+    from spacedrive_jax.data.transforms import chat_layout
+    from spacedrive_jax.training import checkpoints
+    from spacedrive_jax.training.sharding import make_mesh
+    from spacedrive_jax.training.state import abstract_state, frozen_state
+
+    run_dir, step = checkpoints.locate(source)
+    config = from_json((run_dir / "config.json").read_text())
+    mesh = make_mesh(MeshConfig())
+    graph, trainable, _ = abstract_state(config, mesh)
+    frozen = frozen_state(config, mesh)
+    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+    model = nnx.merge(graph, trainable, frozen)
+    modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
+    tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).tokenizer
+
+    def write_tokenizer(folder: Path) -> None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    weights = config.model.weights
+    is_folder = weights is not None and (Path(weights) / FACTS_FILE).is_file()
+    named = weights or f"random weights of {run_dir}"
+    base = _base_name(Path(named)) if is_folder else named
+    return OpenedModel(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A trained model's numbers on their devices; `nnx.merge` puts graph and states together."""
+
+    config: Config
+    """The run that made it."""
+    mesh: Mesh
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
+
+
+def open_config(checkpoint: Path) -> Config:
+    """The config of what `--checkpoint` names, without its numbers.
+
+    Raises:
+        UserError: there is neither a finished checkpoint nor an imported one.
+    """
+    if is_imported(checkpoint):
+        return imported_config(checkpoint)
+    run_dir, _ = checkpoints.locate(checkpoint)
+    return from_json((run_dir / "config.json").read_text())
+
+
+def name_checkpoint(checkpoint: Path) -> str:
+    """Which numbers `--checkpoint` stands for now: RUN/checkpoints/STEP, or the imported folder.
+
+    Raises:
+        UserError: see `open_config`.
+    """
+    if is_imported(checkpoint):
+        return str(checkpoint.resolve())
+    run_dir, step = checkpoints.locate(checkpoint)
+    return str(run_dir.resolve() / "checkpoints" / str(step))
+
+
+def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedModel:
+    """Loads a trained model.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint), `RUN/checkpoints/STEP`, or a weights folder that
+            `import-weights --from spacedrive` wrote.
+        average: take the moving average of the trainables (`train.ema_decay`) instead of the last ones.
+
+    Raises:
+        UserError: it is none of these, or damaged, holds no average, or its base is no longer the one it was
+            trained on.
+    """
+    config = open_config(checkpoint)
+    mesh = make_mesh(config.mesh)
+    graph, trainable, _ = abstract_state(config, mesh)
+    if is_imported(checkpoint):
+        if average:
+            raise UserError(f"{checkpoint} was imported and holds no moving average: leave --average out")
+        return TrainedModel(config, mesh, graph, *start_state(config, mesh))
+    frozen = frozen_state(config, mesh)
+    run_dir, step = checkpoints.locate(checkpoint)
+    base = base_fingerprint(config, frozen, mesh)
+    checkpoints.check_facts(checkpoints.read_facts(run_dir, step), {"base_fingerprint": base})
+    if average:
+        optimizer = make_train_step(config, mesh).optimizer_state
+        trainable = checkpoints.restore_average(run_dir, step, optimizer)
+    else:
+        trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+    return TrainedModel(config, mesh, graph, trainable, frozen)

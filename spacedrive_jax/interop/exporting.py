@@ -1,0 +1,87 @@
+"""Writers of weights for others: what this project trained or imported, as transformers and PEFT have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.inference.open_model import open_model
+from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.interop.peft import save_adapter
+from spacedrive_jax.interop.safetensors_folder import save_tensors
+from spacedrive_jax.interop.weight_table import new_token_rules
+from spacedrive_jax.models.language_model import NewTokenParam
+
+NEW_TOKENS_FILE = "new_tokens.safetensors"
+
+Writer = Callable[[Path, Path], Mapping[str, Any]]
+"""(source, target folder to create) to the facts of what was written."""
+
+
+def export_hf(source: Path, out: Path) -> Mapping[str, Any]:
+    """Writes the whole vision-language model for transformers, adapters and new-token rows folded in.
+
+    Args:
+        source: A weights folder, a transformers checkpoint, or a training run; see `open_model`.
+        out: Folder to create.
+
+    Returns:
+        Facts for `--json`.
+
+    Raises:
+        UserError: If `source` is none of these, `out` exists, or transformers cannot express the model.
+    """
+    opened = open_model(source)
+    decoder = opened.model.decoder
+    written = to_hf(opened.model, out, merged=True, complete=opened.write_tokenizer)
+    return {
+        "out": str(out),
+        "merged_adapter_rank": None if decoder.lora is None else decoder.lora.rank,
+        "new_tokens": None if decoder.new_tokens is None else decoder.new_tokens.first_id,
+        "untied_head": written.decoder.tied_head != decoder.config.tied_head,
+        "left_out": list(opened.left_out),
+    }
+
+
+def export_peft(source: Path, out: Path) -> Mapping[str, Any]:
+    """Writes the adapters for PEFT, and trained new-token rows beside them, which PEFT has no place for.
+
+    Args:
+        source: As in `export_hf`.
+        out: Folder to create; `new_tokens.safetensors` in it holds the rows under their published names.
+
+    Returns:
+        Facts for `--json`.
+
+    Raises:
+        UserError: If `source` is none of these, has no adapters, or `out` exists.
+    """
+    opened = open_model(source)
+    lora, new_tokens = opened.model.decoder.lora, opened.model.decoder.new_tokens
+    if lora is None:
+        raise UserError(f"{source} has no adapters; --to hf writes the whole model")
+
+    def add_new_tokens(folder: Path) -> None:
+        if new_tokens is None:
+            return
+        state = dict(nnx.to_flat_state(nnx.state(opened.model, NewTokenParam)))
+        rules = new_token_rules(opened.model.config.decoder, new_tokens)
+        rows = {rule.source: np.asarray(state[rule.target][...]) for rule in rules}
+        save_tensors(rows, folder / NEW_TOKENS_FILE)
+
+    save_adapter(opened.model, out, base_model=opened.base_name, complete=add_new_tokens)
+    return {
+        "out": str(out),
+        "adapter_rank": lora.rank,
+        "new_tokens": None if new_tokens is None else new_tokens.first_id,
+        "left_out": list(opened.left_out),
+    }
+
+
+WRITERS: dict[str, Writer] = {"hf": export_hf, "peft": export_peft}
+"""By the name that `export-weights --to` takes."""

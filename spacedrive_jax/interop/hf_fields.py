@@ -1,0 +1,226 @@
+"""Fields of transformers' config.json that every family has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.models.config import DecoderConfig
+
+Fields = Mapping[str, Any]
+
+
+def required(fields: Fields, name: str, origin: str) -> Any:
+    """The value of a field that has no default.
+
+    Raises:
+        ConfigError: If it is missing; `origin` names the file.
+    """
+    if name not in fields:
+        raise ConfigError(f"{origin}: field {name!r} is missing")
+    return fields[name]
+
+
+MOST = 10_000_000
+"""Largest size, count or id that a config may name; the largest of any released model is below a million."""
+MOST_LAYERS = 10_000
+
+
+def size(fields: Fields, name: str, origin: str, default: int | None = None, *, most: int = MOST) -> int:
+    """A whole number of at least 1.
+
+    Args:
+        fields: The config, or a part of it.
+        name: Field.
+        origin: Names the file.
+        default: What a missing field, or null, means; None where it must be there.
+        most: Largest value.
+
+    Raises:
+        ConfigError: If it is missing or is no such number.
+    """
+    value = required(fields, name, origin) if default is None else fields.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(
+            f"{origin}: {name} is {str(value)[:40]!r}, expected a whole number from 1 to {most:,}"
+        )
+    return value
+
+
+def real(fields: Fields, name: str, origin: str, default: float) -> float:
+    """A positive finite number.
+
+    Raises:
+        ConfigError: If it is none; a missing field, or null, means `default`.
+    """
+    value = fields.get(name)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected a number above 0")
+    return float(value)
+
+
+def ids(fields: Fields, name: str, origin: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """A list of whole numbers of at least 0.
+
+    Raises:
+        ConfigError: If it is missing without a default, or is none.
+    """
+    value = required(fields, name, origin) if default is None else fields.get(name, default)
+    if not isinstance(value, list | tuple) or not all(
+        type(each) is int and 0 <= each <= MOST for each in value
+    ):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected a list of whole numbers")
+    return tuple(value)
+
+
+def part(fields: Fields, name: str, origin: str) -> Fields:
+    """A config within the config; empty where it is missing or null.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    value = fields.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected an object")
+    return value
+
+
+MEANING = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim")
+"""Fields that no shape of a tensor gives away when they are wrong."""
+
+
+def text_fields(fields: Fields, origin: str, *, flat: bool) -> Fields:
+    """The language model's fields: those of `text_config`, and where `flat` those beside it that it lacks.
+
+    transformers wrote them flat at first, then under `text_config`, and releases have either or both.
+
+    Raises:
+        ConfigError: If the two places disagree about what no tensor tells.
+    """
+    text = part(fields, "text_config", origin)
+    if not flat:
+        return text
+    unlike = [
+        name
+        for name in MEANING
+        if name in text and name in fields and _value(text, name) != _value(fields, name)
+    ]
+    if unlike:
+        raise ConfigError(
+            f"{origin}: {', '.join(unlike)} stands there twice, with different values (under text_config and "
+            "beside it): leave the right one"
+        )
+    return {**{name: value for name, value in fields.items() if name not in _PARTS}, **text}
+
+
+_PARTS = ("text_config", "vision_config", "model_type")
+
+
+def _value(fields: Fields, name: str) -> Any:
+    """A field for comparison; the two names of a plain rotary embedding are one."""
+    value = fields[name]
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("rope_type", value.get("type", "default"))
+    plain = {key: each for key, each in value.items() if key not in ("type", "rope_type")}
+    return plain | {"rope_type": "default" if kind == "mrope" else kind}
+
+
+def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: Any = None) -> None:
+    """Refuses a feature that this implementation does not have.
+
+    Args:
+        fields: The config, or a part of it.
+        name: Field that chooses the feature.
+        supported: The one value that is supported.
+        origin: Names the file.
+        default: What a missing field means; `supported` when None.
+
+    Raises:
+        ConfigError: If the field has another value.
+    """
+    found = fields.get(name, supported if default is None else default)
+    if found != supported:
+        raise ConfigError(f"{origin}: {name} {found!r} is not supported, only {supported!r}")
+
+
+def decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
+    """What both families write of the decoder."""
+    return {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "tie_word_embeddings": decoder.tied_head,
+    }
+
+
+def rotary_fields(text: Fields, origin: str) -> Fields:
+    """The rotary embedding's settings: `rope_parameters` (transformers 5), `rope_scaling`, or both together.
+
+    Raises:
+        ConfigError: If the two disagree, or a part of the heads is rotated only.
+    """
+    parameters, scaling = part(text, "rope_parameters", origin), part(text, "rope_scaling", origin)
+    if set(parameters) == {"full_attention"}:  # by kind of layer, of which there is one here
+        parameters = part(parameters, "full_attention", origin)
+    for name in ("rope_theta", "mrope_section", "factor"):
+        places = [each[name] for each in (parameters, scaling, text) if each.get(name) is not None]
+        if any(each != places[0] for each in places):
+            raise ConfigError(
+                f"{origin}: {name} stands there with several values ({places}): leave the right one"
+            )
+    merged = {**scaling, **parameters}
+    for fields in (merged, text):
+        if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ConfigError(f"{origin}: partial_rotary_factor is not supported, only whole heads")
+    return merged
+
+
+def rotary_theta(text: Fields, origin: str, default: float) -> float:
+    """Base of the rotary frequencies, wherever it stands."""
+    rope = rotary_fields(text, origin)
+    return real(rope if rope.get("rope_theta") is not None else text, "rope_theta", origin, default)
+
+
+def rotary_type(text: Fields, origin: str) -> str:
+    """Kind of rotary embedding; `default` is the plain one."""
+    rope = rotary_fields(text, origin)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def head_size(text: Fields, origin: str, hidden: int, heads: int) -> int:
+    """Width of a head: its own field, or the model's width over the number of heads.
+
+    Raises:
+        ConfigError: If there is no such field and the heads do not divide the width.
+    """
+    if text.get("head_dim") is not None:
+        return size(text, "head_dim", origin)
+    if hidden % heads:
+        raise ConfigError(f"{origin}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    return hidden // heads
+
+
+def expect_full_attention(text: Fields, origin: str) -> None:
+    """Refuses sliding windows, whichever field asks for them.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    kinds = text.get("layer_types")
+    sliding = isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds)
+    if text.get("use_sliding_window") or sliding:
+        name = "layer_types" if sliding else "use_sliding_window"
+        raise ConfigError(f"{origin}: sliding-window attention is not supported ({name})")

@@ -1,0 +1,291 @@
+"""Readers of others' weights. Tensors stream from file to file: no model is built, no device is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from tokenizers import AddedToken
+
+from spacedrive_jax.console import progress
+from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_tokenizer
+from spacedrive_jax.errors import CheckpointError, DataError
+from spacedrive_jax.interop.families import family_of, read_hf_config
+from spacedrive_jax.interop.flavours import check_folder
+from spacedrive_jax.interop.hf_checkpoint import with_own_head, without_content
+from spacedrive_jax.interop.peft import base_of, open_adapter, read_peft_config, write_adapter
+from spacedrive_jax.interop.safetensors_folder import (
+    PlannedTensor,
+    SafetensorsFolder,
+    new_folder,
+    plan_shards,
+    write_tensors,
+)
+from spacedrive_jax.interop.weight_table import check_names_and_shapes
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
+from spacedrive_jax.io import read_json, require_regular, write_json
+
+# Adds the two coordinate tokens to a released vocabulary: tokenizer, embedding table and head.
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""What transformers may have beside the weights."""
+
+
+class Extension(NamedTuple):
+    """What became of the two tokens."""
+
+    indicator: int | None
+    """The indicator token's id, the position token's being the next; None where they are not there."""
+    added: bool
+    """Whether the vocabulary lacked them."""
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files, as many as there are, into an existing folder."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            require_regular(source / name, most=MOST_BYTES)
+            shutil.copyfile(source / name, target / name)
+
+
+def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extension:
+    """Copies a tokenizer and adds the indicator and position tokens to the copy.
+
+    A vocabulary that has both already stays as it is. Qwen2.5-VL's gives them the ids 151665 and 151666,
+    LLaVA-1.5's 32002 and 32003.
+
+    Args:
+        source: Folder with a tokenizer.json.
+        target: Existing folder to write into.
+        add: False copies without adding anything.
+
+    Returns:
+        Where the tokens are.
+
+    Raises:
+        DataError: If there is no tokenizer.json, or it gives the two ids that do not follow each other.
+    """
+    copy_tokenizer(source, target)
+    file = target / "tokenizer.json"
+    if not file.is_file():
+        if not add:
+            return Extension(None, added=False)
+        raise DataError(
+            f"{source} holds no tokenizer.json to add {INDICATOR} and {POSITION} to; give --tokenizer "
+            "FOLDER, or --no-add-tokens to import the weights alone"
+        )
+    tokenizer = read_tokenizer(file)
+    tokens = (INDICATOR, POSITION)
+    known = [tokenizer.token_to_id(token) for token in tokens]
+    if add and None in known:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        tokenizer.save(str(file))
+    indicator, position = (tokenizer.token_to_id(token) for token in tokens)
+    if indicator is None:
+        return Extension(None, added=False)
+    if position != indicator + 1:
+        raise DataError(
+            f"{source} gives {INDICATOR} the id {indicator} and {POSITION} the id {position}, not the next "
+            "one; take the tokenizer that came with the weights"
+        )
+    if None not in known:
+        return Extension(indicator, added=False)
+    _list_in_config(target, {INDICATOR: indicator, POSITION: position})
+    return Extension(indicator, added=True)
+
+
+def _list_in_config(folder: Path, ids: dict[str, int]) -> None:
+    """Tells the files in which transformers lists added tokens once more."""
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        config = _object(file)
+        listed = config.get("added_tokens_decoder")
+        if isinstance(listed, dict):
+            plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            listed |= {
+                str(number): {"content": token, **plain, "special": True} for token, number in ids.items()
+            }
+            write_json(file, config, indent=2, ensure_ascii=False)
+    file = folder / "added_tokens.json"
+    if file.is_file():
+        write_json(file, _object(file) | ids, indent=2, ensure_ascii=False)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = read_json(file, most=MOST_BYTES)
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds no JSON object: take the tokenizer that came with the weights")
+    return content
+
+
+def with_mean_rows(
+    table: Float[np.ndarray, "vocabulary D"], first: int, count: int
+) -> Float[np.ndarray, "vocabulary D"]:
+    """A table whose rows `first` and following are the mean of all rows before them.
+
+    Args:
+        table: Embedding or head. Rows behind the vocabulary, which released tables have to spare, are used;
+            the table grows only where there are too few.
+        first: Id of the first new token.
+        count: New tokens.
+
+    Returns:
+        The changed copy, in the table's type; the mean is taken in float32.
+    """
+    rows = max(len(table), first + count)
+    extended = np.zeros((rows, table.shape[1]), table.dtype)
+    extended[: len(table)] = table
+    extended[first : first + count] = table[:first].mean(axis=0, dtype=np.float32).astype(table.dtype)
+    return extended
+
+
+TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What a reader is told besides source and target."""
+
+    base: Path | None = None
+    """Base checkpoint that adapters belong to; None takes the one their config names."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; None takes the base checkpoint's."""
+    add_tokens: bool = True
+    """Add the two coordinate tokens."""
+    max_shard_bytes: int = 2 * 1000**3
+    published_config: Path | None = None
+    """The published config that a SpaceDrive checkpoint was trained with."""
+    preset: str | None = None
+    """The run that a SpaceDrive checkpoint is to serve; None takes the published one of its family."""
+
+
+Reader = Callable[[Path, Path, ImportOptions], Mapping[str, Any]]
+"""(source, target folder to create, options) to the facts of what was written."""
+
+
+def import_hf(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
+    """Imports a transformers checkpoint of any family into a weights folder.
+
+    Raises:
+        CheckpointError: If `out` exists, files are missing or damaged, or tensors are missing, unknown or
+            misshapen.
+    """
+    with new_folder(out) as folder:
+        facts = _import_base(source, folder, options)
+        facts.write(folder)
+    return dataclasses.asdict(facts)
+
+
+def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
+    """Imports a PEFT adapter together with its base checkpoint into a weights folder.
+
+    Raises:
+        CheckpointError: As `import_hf`; also if the base is not found or the adapter does not fit it.
+    """
+    lora = read_peft_config(source)
+    base = options.base or _base_of(source)
+    check_folder(base)
+    rules, adapter = open_adapter(source, read_hf_config(base), lora)
+    with new_folder(out) as folder:
+        facts = dataclasses.replace(
+            _import_base(base, folder, options), adapter_rank=lora.rank, adapter_source=str(source)
+        )
+        tensors = ((name, adapter.read(name)) for rule in rules for name in rule.source_names())
+        write_adapter(folder / ADAPTER_FOLDER, tensors, lora, rules, base_model=str(base))
+        facts.write(folder)
+    return dataclasses.asdict(facts)
+
+
+READERS: dict[str, Reader] = {"hf": import_hf, "peft": import_peft}
+
+
+def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsFacts:
+    """Checks a checkpoint against its config and writes it, with the two tokens, into an open folder."""
+    check_folder(source)
+    config = read_hf_config(source)
+    family = family_of(config)
+    tensors = SafetensorsFolder(source, rename=family.canonical_name)
+    tensors.check_flavour()
+    config = with_own_head(config, tensors)
+    rules = family.rules(config)
+    ignore = without_content(config, tensors)
+    check_names_and_shapes(rules, tensors.shapes(), origin=str(source), ignore=ignore)
+    tokens = extend_tokenizer(options.tokenizer or source, folder, add=options.add_tokens)
+    rows = config.decoder.vocab_size
+    if tokens.indicator is not None and tokens.indicator + 2 > rows:
+        if not tokens.added:
+            raise CheckpointError(
+                f"{source}: the tokenizer has the coordinate tokens at {tokens.indicator}, but the table has "
+                f"{rows} rows; give the tokenizer that belongs to these weights"
+            )
+        if tokens.indicator > rows:
+            raise CheckpointError(
+                f"{options.tokenizer or source}: the tokenizer has ids up to {tokens.indicator - 1:,}, but "
+                f"the table has {rows:,} rows; give the tokenizer that belongs to these weights (--tokenizer)"
+            )
+        rows = tokens.indicator + 2
+    names = [name for rule in rules for name in rule.source_names()]
+
+    def stream() -> Iterator[tuple[str, np.ndarray]]:
+        for name in progress(names, desc=f"import {source.name}", unit="tensor"):
+            value = tensors.read(name)
+            if tokens.added and tokens.indicator is not None and name in TABLES:
+                value = with_mean_rows(value, tokens.indicator, 2)
+            yield family.hub_name(name), value
+
+    def size(name: str) -> int:
+        place = tensors.places[name]
+        return place.nbytes * rows // place.shape[0] if name in TABLES else place.nbytes
+
+    planned = [PlannedTensor(family.hub_name(name), size(name)) for name in names]
+    fields = with_vocabulary(source, rows)
+    if not config.decoder.tied_head and read_hf_config(source).decoder.tied_head:
+        fields = untied(fields)
+    write_json(folder / "config.json", fields, indent=2)
+    fingerprint = Fingerprint()
+    write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
+    return WeightsFacts.of(family, source, fingerprint, new_tokens=tokens.indicator)
+
+
+def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:
+    """The source's own config.json for tables of `rows` rows."""
+    fields = read_json(source / "config.json")
+    for part in (fields, fields.get("text_config")):
+        if part and "vocab_size" in part:
+            part["vocab_size"] = rows
+    return fields
+
+
+def untied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says that the head has weights of its own, in both places that are read."""
+    text = fields.get("text_config")
+    parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+    return {**fields, "tie_word_embeddings": False, **parts}
+
+
+def _base_of(adapter: Path) -> Path:
+    """The folder of the base checkpoint that an adapter's config names."""
+    named = base_of(adapter)
+    if named is None or not Path(named).is_dir():
+        raise CheckpointError(f"{adapter} adapts {named!r}, which is no folder here; give --base FOLDER")
+    return Path(named)

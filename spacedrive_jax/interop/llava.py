@@ -1,0 +1,215 @@
+"""LLaVA-1.5's config.json, as transformers 4 and 5 write it.
+
+Fields left out take transformers' defaults: those of LLaMA-7B in the text part, of CLIP ViT-B/32 in a vision
+part that is there, of ViT-L/14-336 where it is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.interop.hf_fields import (
+    MOST_LAYERS,
+    Fields,
+    decoder_fields,
+    expect,
+    expect_full_attention,
+    head_size,
+    part,
+    real,
+    rotary_theta,
+    rotary_type,
+    size,
+    text_fields,
+)
+from spacedrive_jax.interop.weight_table import (
+    ParameterPath,
+    Rule,
+    decoder_rules,
+    linear_rules,
+    reversed_prefixes,
+    with_prefix,
+)
+from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig
+
+# The two-way table of LLaVA-1.5 and the names its tensors go by.
+#
+# Four are in use. The table has those of transformers 5's state dict: `model.language_model.*`,
+# `model.vision_tower.*`, `model.multi_modal_projector.*`, `lm_head.*`. transformers 4.52's has
+# `vision_tower.vision_model` instead of `vision_tower`. Checkpoints, on the hub and as transformers 5 saves
+# them, say `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.*`,
+# `multi_modal_projector.*`, those on the hub with `vision_model` too.
+
+
+_TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
+_HUB_PREFIXES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", f"{_TOWER}."),
+    ("multi_modal_projector.", f"{_PROJECTOR}."),
+)
+
+
+def llava_rules(config: LlavaConfig) -> tuple[Rule, ...]:
+    """The table of the base weights of LLaVA-1.5 (adapters and new-token rows are no part of it)."""
+    narrow, wide, bias = config.vision.hidden_size, config.decoder.hidden_size, config.projector_bias
+    return (
+        *_vision_rules(config.vision),
+        *linear_rules(f"{_PROJECTOR}.linear_1", ("projector", "hidden"), (wide, narrow), bias=bias),
+        *linear_rules(f"{_PROJECTOR}.linear_2", ("projector", "out"), (wide, wide), bias=bias),
+        *decoder_rules(config.decoder),
+    )
+
+
+def canonical_name(name: str) -> str:
+    """Any of the names in use to the one the table has."""
+    name = name.replace("vision_tower.vision_model.", "vision_tower.")
+    return with_prefix(name, (*_HUB_PREFIXES, ("vision_tower.", f"{_TOWER}.")))
+
+
+def hub_name(name: str) -> str:
+    """The name a tensor has in checkpoints on the hub (`canonical_name` undoes it)."""
+    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))
+
+
+def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
+    return [
+        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
+        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
+    ]
+
+
+def _vision_rules(config: ClipVisionConfig) -> tuple[Rule, ...]:
+    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
+    block, blocks = f"{_TOWER}.encoder.layers.{{layer}}", ("vision", "layers")
+    patch = (width, config.in_channels, config.patch_size, config.patch_size)
+    places = config.grid_side**2 + 1
+    embeddings = f"{_TOWER}.embeddings"
+    rules = [
+        Rule(f"{embeddings}.class_embedding", ("vision", "class_embedding"), (width,)),
+        Rule(
+            f"{embeddings}.patch_embedding.weight", ("vision", "patch_embedding", "kernel"), patch, in_axes=1
+        ),
+        Rule(f"{embeddings}.position_embedding.weight", ("vision", "position_embedding"), (places, width)),
+        # transformers' own spelling.
+        *_norm(f"{_TOWER}.pre_layrnorm", ("vision", "first_norm"), width),
+        *_norm(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
+        *_norm(f"{block}.layer_norm1", (*blocks, "attention_norm"), width, layers=depth),
+        *_norm(f"{block}.layer_norm2", (*blocks, "mlp_norm"), width, layers=depth),
+        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
+        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
+    ]
+    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
+        rules += linear_rules(
+            f"{block}.self_attn.{source}",
+            (*blocks, "attention", target),
+            (width, width),
+            in_axes=2 if target == "o" else 1,
+            layers=depth,
+        )
+    return tuple(rules)
+
+
+def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
+    """Reads the parsed config; `read_hf_config` is the public way here."""
+    text = text_fields(fields, origin, flat=False)
+    vision = part(fields, "vision_config", origin) if fields.get("vision_config") is not None else None
+    expect(fields, "projector_hidden_act", "gelu", origin)
+    expect(fields, "vision_feature_select_strategy", "default", origin)
+    layer = fields.get("vision_feature_layer", -2)
+    if not isinstance(layer, int) or layer >= 0:
+        raise ConfigError(f"{origin}: vision_feature_layer {layer!r} must be one number below 0")
+    return LlavaConfig(
+        decoder=_decoder(text, origin),
+        vision=ClipVisionConfig(feature_layer=layer) if vision is None else _vision(vision, layer, origin),
+        image_token_id=_image_token(fields, origin),
+        projector_bias=bool(fields.get("multimodal_projector_bias", True)),
+    )
+
+
+def _image_token(fields: Fields, origin: str) -> int:
+    """Transformers 4 says `image_token_index`, 5 `image_token_id`; a file with both must mean one."""
+    index = size(fields, "image_token_index", origin, 32000)
+    token = size(fields, "image_token_id", origin, index)
+    if fields.get("image_token_index") is not None and token != index:
+        raise ConfigError(f"{origin}: image_token_index is {index}, but image_token_id is {token}")
+    return token
+
+
+def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
+    """The config as transformers 4.52 and 5 read it."""
+    decoder, vision = config.decoder, config.vision
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "image_seq_length": vision.grid_side**2,
+        "multimodal_projector_bias": config.projector_bias,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": decoder.tied_head,
+        "text_config": {
+            "model_type": "llama",
+            "head_dim": decoder.head_dim,
+            **decoder_fields(decoder),
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.num_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": vision.in_channels,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": vision.norm_eps,
+        },
+    }
+
+
+def _decoder(text: Fields, origin: str) -> DecoderConfig:
+    expect(text, "model_type", "llama", origin)
+    expect(text, "hidden_act", "silu", origin)
+    expect(text, "attention_bias", False, origin)
+    expect(text, "mlp_bias", False, origin)
+    kind = rotary_type(text, origin)
+    if kind != "default":
+        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported")
+    expect_full_attention(text, origin)
+    hidden = size(text, "hidden_size", origin, 4096)
+    heads = size(text, "num_attention_heads", origin, 32)
+    head_dim = head_size(text, origin, hidden, heads)
+    return DecoderConfig(
+        vocab_size=size(text, "vocab_size", origin, 32000),
+        hidden_size=hidden,
+        intermediate_size=size(text, "intermediate_size", origin, 11008),
+        num_layers=size(text, "num_hidden_layers", origin, 32, most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
+        head_dim=head_dim,
+        rope_theta=rotary_theta(text, origin, 10_000.0),
+        rope_sections=(head_dim // 2,),
+        norm_eps=real(text, "rms_norm_eps", origin, 1e-6),
+        qkv_bias=False,
+        # The outer field is no guide: transformers 4 writes its own default there.
+        tied_head=bool(text.get("tie_word_embeddings", False)),
+    )
+
+
+def _vision(vision: Fields, layer: int, origin: str) -> ClipVisionConfig:
+    expect(vision, "model_type", "clip_vision_model", origin)
+    expect(vision, "hidden_act", "quick_gelu", origin)
+    return ClipVisionConfig(
+        hidden_size=size(vision, "hidden_size", origin, 768),
+        intermediate_size=size(vision, "intermediate_size", origin, 3072),
+        depth=size(vision, "num_hidden_layers", origin, 12, most=MOST_LAYERS),
+        num_heads=size(vision, "num_attention_heads", origin, 12),
+        image_size=size(vision, "image_size", origin, 224),
+        patch_size=size(vision, "patch_size", origin, 32),
+        in_channels=size(vision, "num_channels", origin, 3),
+        feature_layer=layer,
+        norm_eps=real(vision, "layer_norm_eps", origin, 1e-5),
+    )

@@ -1,0 +1,199 @@
+"""Qwen2.5-VL's config.json.
+
+Three layouts are in use: flat (the hub's checkpoints), with `text_config` (transformers 4.52) and with
+`rope_parameters` (transformers 5). Fields left out take transformers' defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.interop.hf_fields import (
+    MOST_LAYERS,
+    Fields,
+    decoder_fields,
+    expect,
+    expect_full_attention,
+    head_size,
+    ids,
+    part,
+    real,
+    rotary_fields,
+    rotary_theta,
+    rotary_type,
+    size,
+    text_fields,
+)
+from spacedrive_jax.interop.weight_table import (
+    Rule,
+    decoder_rules,
+    linear_rules,
+    reversed_prefixes,
+    with_prefix,
+)
+from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+
+# The two-way table of Qwen2.5-VL and the names its tensors go by.
+#
+# Two are in use: transformers' state dict (`model.visual.*`, `model.language_model.*`), which the table
+# has, and checkpoints on the hub, which drop parts of those prefixes (`visual.*`, `model.*`).
+
+
+_HUB_PREFIXES = (("visual.", "model.visual."), ("model.", "model.language_model."))
+
+
+def qwen_rules(config: QwenVLConfig) -> tuple[Rule, ...]:
+    """The table of the base weights of Qwen2.5-VL (adapters and new-token rows are no part of it)."""
+    return (*_vision_rules(config.vision), *decoder_rules(config.decoder))
+
+
+def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
+    width, inner = config.hidden_size, config.intermediate_size
+    merged = width * config.merge_size**2
+    prefix = "model.visual"
+
+    def linear(
+        source: str, target: str, sizes: tuple[int, int], *, block: bool, in_axes: int = 1
+    ) -> tuple[Rule, ...]:
+        source = f"{prefix}.blocks.{{layer}}.{source}" if block else f"{prefix}.{source}"
+        path = ("vision", *(("layers",) if block else ()), *target.split("."))
+        return linear_rules(source, path, sizes, in_axes=in_axes, layers=config.depth if block else None)
+
+    def norm(number: int, target: str) -> Rule:
+        path = ("vision", "layers", target, "scale")
+        return Rule(f"{prefix}.blocks.{{layer}}.norm{number}.weight", path, (width,), 0, config.depth)
+
+    patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
+    return (
+        Rule(
+            f"{prefix}.patch_embed.proj.weight",
+            ("vision", "patch_embedding", "kernel"),
+            (width, config.in_channels, *patch),
+            in_axes=1,
+        ),
+        norm(1, "attention_norm"),
+        norm(2, "mlp_norm"),
+        *linear("attn.qkv", "attention.qkv", (3 * width, width), block=True),
+        *linear("attn.proj", "attention.o", (width, width), block=True, in_axes=2),
+        *linear("mlp.gate_proj", "mlp.gate", (inner, width), block=True),
+        *linear("mlp.up_proj", "mlp.up", (inner, width), block=True),
+        *linear("mlp.down_proj", "mlp.down", (width, inner), block=True),
+        Rule(f"{prefix}.merger.ln_q.weight", ("vision", "merger", "norm", "scale"), (width,)),
+        *linear("merger.mlp.0", "merger.hidden", (merged, merged), block=False),
+        *linear("merger.mlp.2", "merger.out", (config.out_hidden_size, merged), block=False),
+    )
+
+
+def canonical_name(name: str) -> str:
+    """Hub or transformers name to the one the table uses."""
+    if re.match(r"model\.(visual|language_model)\.|lm_head\.", name):
+        return name
+    return with_prefix(name, _HUB_PREFIXES)
+
+
+def hub_name(name: str) -> str:
+    """The name a tensor has in checkpoints on the hub (inverse of `canonical_name`)."""
+    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))
+
+
+def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
+    """Reads the parsed config; `read_hf_config` is the public way here."""
+    text = text_fields(fields, origin, flat=True)
+    vision = part(fields, "vision_config", origin)
+    return QwenVLConfig(
+        decoder=_decoder(text, fields, origin),
+        vision=_vision(vision, origin),
+        image_token_id=size(fields, "image_token_id", origin, 151655),
+        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652),
+        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653),
+    )
+
+
+def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
+    """The config in the layout with `text_config`, which transformers 4.52 and 5 read."""
+    decoder, vision = config.decoder, config.vision
+    if decoder.hidden_size != decoder.num_heads * decoder.head_dim or not decoder.qkv_bias:
+        raise ConfigError(
+            "transformers' Qwen2.5-VL needs hidden_size == num_heads * head_dim and qkv_bias; this decoder "
+            f"has hidden_size {decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}, "
+            f"qkv_bias {decoder.qkv_bias}"
+        )
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "image_token_id": config.image_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "tie_word_embeddings": decoder.tied_head,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            **decoder_fields(decoder),
+            "rope_scaling": {"rope_type": "default", "mrope_section": list(decoder.rope_sections)},
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "fullatt_block_indexes": list(vision.full_attention_blocks),
+            "window_size": vision.window_size,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "in_channels": vision.in_channels,
+            "spatial_merge_size": vision.merge_size,
+            "out_hidden_size": vision.out_hidden_size,
+            "hidden_act": "silu",
+        },
+    }
+
+
+def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
+    kind = rotary_type(text, origin)
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported, only plain M-RoPE")
+    expect_full_attention(text, origin)
+    expect(text, "hidden_act", "silu", origin)
+    heads = size(text, "num_attention_heads", origin)
+    hidden = size(text, "hidden_size", origin)
+    sections = ids(rotary_fields(text, origin), "mrope_section", origin)
+    head_dim = head_size(text, origin, hidden, heads)
+    if head_dim * heads != hidden:
+        raise ConfigError(f"{origin}: head_dim {head_dim} times {heads} heads is not hidden_size {hidden}")
+    if 2 * sum(sections) != head_dim:
+        raise ConfigError(
+            f"{origin}: mrope_section {list(sections)} does not sum to half of head_dim {head_dim}"
+        )
+    return DecoderConfig(
+        vocab_size=size(text, "vocab_size", origin),
+        hidden_size=hidden,
+        intermediate_size=size(text, "intermediate_size", origin),
+        num_layers=size(text, "num_hidden_layers", origin, most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
+        head_dim=head_dim,
+        rope_theta=rotary_theta(text, origin, 1_000_000.0),
+        rope_sections=sections,
+        norm_eps=real(text, "rms_norm_eps", origin, 1e-5),
+        qkv_bias=True,
+        tied_head=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    )
+
+
+def _vision(vision: Fields, origin: str) -> QwenVisionConfig:
+    expect(vision, "hidden_act", "silu", origin)
+    return QwenVisionConfig(
+        hidden_size=size(vision, "hidden_size", origin, 3584),
+        intermediate_size=size(vision, "intermediate_size", origin, 3420),
+        depth=size(vision, "depth", origin, 32, most=MOST_LAYERS),
+        num_heads=size(vision, "num_heads", origin, 16),
+        full_attention_blocks=ids(vision, "fullatt_block_indexes", origin, (7, 15, 23, 31)),
+        window_size=size(vision, "window_size", origin, 112),
+        patch_size=size(vision, "patch_size", origin, size(vision, "spatial_patch_size", origin, 14)),
+        temporal_patch_size=size(vision, "temporal_patch_size", origin, 2),
+        in_channels=size(vision, "in_channels", origin, size(vision, "in_chans", origin, 3)),
+        merge_size=size(vision, "spatial_merge_size", origin, 2),
+        out_hidden_size=size(vision, "out_hidden_size", origin, 3584),
+    )

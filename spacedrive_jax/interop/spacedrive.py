@@ -1,0 +1,235 @@
+"""SpaceDrive in the layout of its published checkpoints: what was imported, bit for bit, or a run of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from spacedrive_jax.config import to_json
+from spacedrive_jax.console import UserError
+from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.interop.families import family_of, read_hf_config
+from spacedrive_jax.interop.flavours import check_published_source
+from spacedrive_jax.interop.hf_checkpoint import export_tensors
+from spacedrive_jax.interop.importing import ImportOptions, extend_tokenizer, with_vocabulary
+from spacedrive_jax.interop.peft import write_adapter
+from spacedrive_jax.interop.safetensors_folder import (
+    SINGLE_FILE,
+    PlannedTensor,
+    SafetensorsFolder,
+    new_folder,
+    plan_shards,
+    save_tensors,
+    write_tensors,
+)
+from spacedrive_jax.interop.spacedrive_run import FREQUENCIES, published_run
+from spacedrive_jax.interop.spacedrive_tensors import (
+    SCALE,
+    SCALE_COPIES,
+    VLM,
+    Parts,
+    adapter_rules,
+    base_rules,
+    join_checkpoint,
+    published_name,
+    split_checkpoint,
+)
+from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
+from spacedrive_jax.interop.trained_parts import (
+    DEPTH_FOLDER,
+    EXTRAS,
+    EXTRAS_FILE,
+    LAYOUT_FILE,
+    RUN_FILE,
+    TABLE_ROWS,
+    check_heads,
+    pointed_at,
+    trained_rules,
+)
+from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
+from spacedrive_jax.io import write_json, write_text
+from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.coordinate_encoder import frequency_table
+from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.training.checkpoints import locate
+
+# The published SpaceDrive checkpoint into a weights folder, bit for bit.
+#
+# What the folder has beside what every weights folder has: `spacedrive_jax.interop.trained_parts`.
+
+
+def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
+    """Imports a published training checkpoint (`iter_N.pth`) into a weights folder.
+
+    Args:
+        source: the file.
+        out: folder to create.
+        options: `base` is needed: the architecture and the tokenizer are not in the checkpoint.
+
+    Returns:
+        The facts of the folder, and notes on what had to be assumed.
+
+    Raises:
+        UserError: no base is given, `out` exists, the file is damaged or holds anything but tensors and
+            plain containers, or its tensors do not fit the base's config or the run it means.
+    """
+    if options.base is None:
+        raise UserError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
+    check_published_source(source)
+    parts = split_checkpoint(read_torch_file(source), str(source))
+    family = family_of(read_hf_config(options.base))
+    base = {family.canonical_name(name): value for name, value in parts.base.items()}
+    table = base.get("model.language_model.embed_tokens.weight")
+    if table is None:
+        raise UserError(f"{source} has no token embeddings under the published names")
+    fields = with_vocabulary(options.base, len(table))
+    config = read_hf_config(fields)
+    rules, lora = family.rules(config), _lora(parts, isinstance(config, LlavaConfig))
+    adapter = lora_rules(config.decoder, lora)
+    shapes = {name: value.shape for name, value in (base | parts.adapters).items()}
+    check_names_and_shapes((*rules, *adapter), shapes, origin=str(source))
+    run, notes = published_run(parts, config, lora, options, str(source))
+    names = [name for rule in rules for name in rule.source_names()]
+    planned = [PlannedTensor(family.hub_name(name), base[name].nbytes) for name in names]
+    fingerprint = Fingerprint()
+    with new_folder(out) as folder:
+        tokens = extend_tokenizer(options.tokenizer or options.base, folder)
+        if tokens.indicator is None or tokens.indicator + 2 > len(table):
+            raise UserError(
+                f"{options.tokenizer or options.base} gives the coordinate tokens the ids {tokens.indicator} "
+                f"and the next, but the checkpoint's table has {len(table)} rows: give its --tokenizer"
+            )
+        check_heads(run.model, parts.heads, tokens.indicator, str(source))
+        write_text(folder / RUN_FILE, to_json(pointed_at(run, out)))
+        write_json(folder / "config.json", fields, indent=2)
+        stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
+        write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
+        adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
+        write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, base_model=str(options.base))
+        extras = {
+            f"{part}/{name}": np.array(value, order="C")  # a copy: files must not share memory
+            for part in EXTRAS
+            for name, value in getattr(parts, part).items()
+        }
+        save_tensors(extras, folder / EXTRAS_FILE)
+        if parts.depth:
+            (folder / DEPTH_FOLDER).mkdir()
+            depth = {name: np.array(value, order="C") for name, value in parts.depth.items()}
+            save_tensors(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
+        layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
+        write_json(folder / LAYOUT_FILE, layout, default=_plain)
+        facts = WeightsFacts.of(
+            family, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
+        )
+        facts.write(folder)
+    return {**dataclasses.asdict(facts), "notes": notes}
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, which trainers leave in `meta`, for JSON; anything else as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
+def _lora(parts: Parts, is_llava: bool) -> LoraConfig:
+    """The adapters' rank is a shape; the scaling is that of the published training."""
+    ranks = {value.shape[0] for name, value in parts.adapters.items() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise UserError(f"the checkpoint's adapters have the ranks {sorted(ranks)}, expected one")
+    rank = ranks.pop()
+    return LoraConfig.llava_1_5(rank) if is_llava else LoraConfig(rank=rank)
+
+
+def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
+    """Writes a SpaceDrive in the published layout.
+
+    Args:
+        source: a weights folder that `import_spacedrive` wrote (bit for bit what it came from), or a training
+            run with adapters.
+        out: file to create.
+
+    Raises:
+        UserError: the folder is neither, the run's model has parts that the published one has not, or `out`
+            exists.
+    """
+    content = _imported(source) if (source / LAYOUT_FILE).is_file() else _trained(source)
+    write_torch_file(out, content)
+    return {"out": str(out), "tensors": len(content["state_dict"])}
+
+
+def _imported(source: Path) -> dict[str, Any]:
+    """What an imported folder came from."""
+    layout = json.loads((source / LAYOUT_FILE).read_text())
+    family = family_of(read_hf_config(source))
+    base = SafetensorsFolder(source, rename=family.canonical_name)
+    adapters = SafetensorsFolder(source / ADAPTER_FOLDER / "adapter_model.safetensors")
+    extras = SafetensorsFolder(source / EXTRAS_FILE)
+    separate: dict[str, dict[str, np.ndarray]] = {part: {} for part in EXTRAS}
+    for name in extras.places:
+        part, _, short = name.partition("/")
+        separate[part][short] = extras.read(name)
+    depth: dict[str, np.ndarray] = {}
+    if (source / DEPTH_FOLDER).is_dir():
+        network = SafetensorsFolder(source / DEPTH_FOLDER)
+        depth = {name: network.read(name) for name in network.places}
+    parts = Parts(
+        base={name: base.read(family.canonical_name(name)) for name in layout["base"]},
+        adapters={name: adapters.read(name) for name in adapters.places},
+        **separate,
+        depth=depth,
+        order=tuple(layout["order"]),
+        meta=layout["meta"],
+    )
+    return join_checkpoint(parts)
+
+
+def _trained(source: Path) -> dict[str, Any]:
+    """A training run as the published code would have saved it, without its optimiser and depth network."""
+    if not (source / "checkpoints").is_dir() and source.parent.name != "checkpoints":
+        raise UserError(
+            f"{source} is neither a training run nor was it imported with --from spacedrive "
+            f"(it lacks {LAYOUT_FILE})"
+        )
+    trained = open_trained_model(source)
+    model = nnx.merge(trained.graph, trained.trainable, trained.frozen)
+    _, step = locate(source)
+    return {"meta": {"iter": step}, "state_dict": published_state(model)}
+
+
+def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
+    """A model's tensors under the names of the published checkpoints.
+
+    Raises:
+        UserError: the model has no adapters, or learned parts that the published model has not.
+    """
+    config = model.config
+    if not config.use_lora or config.encoder.learnable_frequencies:
+        raise UserError(
+            "the published layout has adapters (model.use_lora True) and no learned frequencies "
+            "(model.encoder.learnable_frequencies False)"
+        )
+    state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    base = dict(export_tensors(state, base_rules(config)))
+    if config.new_token_rows and isinstance(config.vlm, LlavaConfig):
+        # The published LLaVA trains rows of its tables, which are float32 for it.
+        rows = slice(model.indicator_id, model.indicator_id + NewTokensConfig(model.indicator_id).count)
+        for name, path in TABLE_ROWS.items():
+            base[name] = base[name].astype(np.float32)
+            base[name][rows] = np.asarray(state[path][...])
+    adapters = dict(export_tensors(state, adapter_rules(config)))
+    heads = dict(export_tensors(state, trained_rules(config, model.indicator_id)))
+    wrapper = "base_model.model."
+    adapted = {name.removeprefix(wrapper).rsplit(".", 2)[0] for name in adapters}
+    found = {published_name("heads", SCALE): heads.pop(SCALE)} if SCALE in heads else {}
+    found |= {published_name("base", name, adapted): value for name, value in base.items()}
+    found |= {published_name("adapters", name): value for name, value in adapters.items()}
+    found |= {published_name("heads", name): value for name, value in heads.items()}
+    found |= {copy: found[SCALE] for copy in SCALE_COPIES if SCALE in found}
+    frequencies = frequency_table(config.encoder, config.vlm.decoder.hidden_size)
+    return found | dict.fromkeys((FREQUENCIES, f"{VLM}{FREQUENCIES}"), frequencies)

@@ -1,0 +1,210 @@
+"""Two-way tables between transformers' tensors and parameters.
+
+A rule ties one source name (with `{layer}` for stacked blocks) to one parameter path, and a layout change to
+its inverse. Loading reads the table forwards, exporting backwards; both are bit-exact. The tables of the
+decoder, its adapters and its new-token rows serve every family; `qwen_conversion.py` and
+`llava_conversion.py` add the rest and translate names.
+
+Source names are those of transformers' state dict (`model.language_model.*`, `lm_head.*`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.models.config import DecoderConfig, LoraConfig, NewTokensConfig
+
+ParameterPath = tuple[str | int, ...]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One parameter and the tensors it is made of.
+
+    Attributes:
+        source: Name in the checkpoint; `{layer}` runs over the stacked blocks.
+        target: Path in `nnx.state(model)`.
+        source_shape: Shape of one source tensor.
+        in_axes: Leading axes of the parameter (the layer axis not counted) that flatten to the source's input
+            axis. 0 means that the layout is only reshaped; otherwise the source is (output, input) and is
+            transposed as well.
+        layers: Number of stacked blocks; None when the parameter is not stacked.
+    """
+
+    source: str
+    target: ParameterPath
+    source_shape: Shape
+    in_axes: int = 0
+    layers: int | None = None
+
+    def source_names(self) -> tuple[str, ...]:
+        """The checkpoint names this rule reads, in layer order."""
+        if self.layers is None:
+            return (self.source,)
+        return tuple(self.source.format(layer=layer) for layer in range(self.layers))
+
+    def load(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        """Source layout to the parameter's `shape` (one layer's); a view where possible."""
+        if self.in_axes:
+            tensor = tensor.reshape(tensor.shape[0], -1).T
+        return tensor.reshape(shape)
+
+    def export(self, parameter: np.ndarray) -> np.ndarray:
+        """Inverse of `load`."""
+        if self.in_axes:
+            parameter = parameter.reshape(math.prod(parameter.shape[: self.in_axes]), -1).T
+        return np.ascontiguousarray(parameter).reshape(self.source_shape)
+
+
+def linear_rules(
+    source: str,
+    path: ParameterPath,
+    sizes: tuple[int, int],
+    *,
+    bias: bool = True,
+    in_axes: int = 1,
+    layers: int | None = None,
+) -> tuple[Rule, ...]:
+    """The rules of a torch `nn.Linear`.
+
+    Args:
+        source: Name without `.weight` or `.bias`.
+        path: Path of the `Projection`.
+        sizes: Outputs, inputs.
+        bias: Whether it has one.
+        in_axes: See `Rule`.
+        layers: See `Rule`.
+    """
+    weight = Rule(f"{source}.weight", (*path, "kernel"), sizes, in_axes, layers)
+    return (weight, Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers)) if bias else (weight,)
+
+
+def with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """The name with the first of the (old, new) prefixes that fits replaced; as it is where none does."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def reversed_prefixes(prefixes: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The way back for `with_prefix`."""
+    return tuple((new, old) for old, new in prefixes)
+
+
+def decoder_rules(config: DecoderConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
+    """The table of a Qwen2.5 or LLaMA decoder.
+
+    Args:
+        config: Architecture.
+        prefix: What the source names of the decoder start with; the head is `lm_head` always.
+
+    Returns:
+        One rule per base parameter of the model's `decoder`.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    out_sizes = {"q": config.num_heads * config.head_dim}
+    out_sizes["k"] = out_sizes["v"] = config.num_kv_heads * config.head_dim
+
+    def block(source: str, target: str, shape: Shape, in_axes: int = 0) -> Rule:
+        return Rule(
+            f"{prefix}.layers.{{layer}}.{source}",
+            ("decoder", "layers", *target.split(".")),
+            shape,
+            in_axes,
+            config.num_layers,
+        )
+
+    rules = [
+        Rule(f"{prefix}.embed_tokens.weight", ("decoder", "embedding"), (config.vocab_size, width)),
+        Rule(f"{prefix}.norm.weight", ("decoder", "final_norm", "scale"), (width,)),
+        block("input_layernorm.weight", "attention_norm.scale", (width,)),
+        block("post_attention_layernorm.weight", "mlp_norm.scale", (width,)),
+        block("self_attn.o_proj.weight", "attention.o.kernel", (width, out_sizes["q"]), in_axes=2),
+        block("mlp.gate_proj.weight", "mlp.gate.kernel", (inner, width), in_axes=1),
+        block("mlp.up_proj.weight", "mlp.up.kernel", (inner, width), in_axes=1),
+        block("mlp.down_proj.weight", "mlp.down.kernel", (width, inner), in_axes=1),
+    ]
+    for name, size in out_sizes.items():
+        rules.append(
+            block(f"self_attn.{name}_proj.weight", f"attention.{name}.kernel", (size, width), in_axes=1)
+        )
+        if config.qkv_bias:
+            rules.append(block(f"self_attn.{name}_proj.bias", f"attention.{name}.bias", (size,)))
+    if not config.tied_head:
+        rules.append(Rule("lm_head.weight", ("decoder", "head"), (config.vocab_size, width)))
+    return tuple(rules)
+
+
+def lora_rules(
+    config: DecoderConfig, lora: LoraConfig, prefix: str = "base_model.model.model.language_model"
+) -> tuple[Rule, ...]:
+    """The table of the decoder's adapters under PEFT's names.
+
+    Args:
+        config: The decoder they sit in.
+        lora: Rank and targets.
+        prefix: What PEFT's names start with, up to `layers`.
+
+    Returns:
+        Two rules (lora_A, lora_B) per target.
+    """
+    width, query = config.hidden_size, config.num_heads * config.head_dim
+    key_value = config.num_kv_heads * config.head_dim
+    sizes = {"q": (width, query), "k": (width, key_value), "v": (width, key_value), "o": (query, width)}
+    rules = []
+    for target in lora.targets:
+        fan_in, fan_out = sizes[target]
+        source = f"{prefix}.layers.{{layer}}.self_attn.{target}_proj"
+        path = ("decoder", "layers", "attention", target, "adapter")
+        in_axes = 2 if target == "o" else 1
+        rules += [
+            Rule(f"{source}.lora_A.weight", (*path, "a"), (lora.rank, fan_in), in_axes, config.num_layers),
+            Rule(f"{source}.lora_B.weight", (*path, "b"), (fan_out, lora.rank), 1, config.num_layers),
+        ]
+    return tuple(rules)
+
+
+def new_token_rules(config: DecoderConfig, new_tokens: NewTokensConfig) -> tuple[Rule, ...]:
+    """The table of the new tokens' rows under the names of the published SpaceDrive code."""
+    shape = (new_tokens.count, config.hidden_size)
+    return (
+        Rule("new_embed_tokens.weight", ("decoder", "new_embedding"), shape),
+        Rule("new_lm_head.weight", ("decoder", "new_head"), shape),
+    )
+
+
+def check_names_and_shapes(
+    rules: Iterable[Rule], found: Mapping[str, Shape], *, origin: str, ignore: Iterable[str] = ()
+) -> None:
+    """Compares a checkpoint's tensors with the table.
+
+    Args:
+        rules: The table.
+        found: Canonical name to shape of every tensor in the checkpoint.
+        origin: What to call the checkpoint in the message.
+        ignore: Canonical names that may be there or not.
+
+    Raises:
+        UserError: With every missing, unknown and misshapen tensor at once.
+    """
+    expected = {name: rule.source_shape for rule in rules for name in rule.source_names()}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [
+        f"shape of {name} is {found[name]}, the config asks for {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    allowed = expected.keys() | set(ignore)
+    problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in allowed]
+    if problems:
+        shown = "\n  ".join(problems[:40]) + (
+            f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+        )
+        raise UserError(f"{origin} does not fit the model ({len(problems)} tensors):\n  {shown}")

@@ -1,0 +1,1 @@
+"""The models: SpaceDrive, its coordinate encoder and decoder, the language model, VLM families, depth."""

@@ -1,0 +1,271 @@
+"""Attention over a whole sequence, by the kernel that suits the machine.
+
+`xla` writes the scores of all pairs out; the fused kernels never do, neither forward nor backward, nor do
+the blocks that CPUs take for long sequences. All give the same numbers but for the order of sums. Single
+tokens against a cache do not come here (`decoder`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.models.config import AttentionChoice
+from spacedrive_jax.models.partitioning import current_mesh, resolve
+
+# Attention for CPUs: a block of one head's queries at a time, so that its scores stay in the cache.
+#
+# Written out whole, the scores of a 644x644 image's 2117 tokens take 18 MB a head, and moving them costs
+# several times the arithmetic.
+
+
+BLOCK = 256
+"""Queries whose scores are held at once: 2 MB in float32 for 2117 keys."""
+
+
+def blocked_attention(
+    q: Float[Array, "B S heads H"], k: Float[Array, "B K kv_heads H"], v: Float[Array, "B K kv_heads H"]
+) -> Float[Array, "B S heads H"]:
+    """Softmax attention of every query to every key, with grouped queries, scaled by 1 / sqrt(H).
+
+    Scores and sums are float32. The backward pass computes a block's scores again.
+    """
+    rows, length, heads, channels = q.shape
+    groups = heads // k.shape[2]
+    blocks = -(-length // BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * BLOCK - length), (0, 0), (0, 0)))
+    queries = jnp.swapaxes(padded, 1, 2).reshape(rows * heads * blocks, BLOCK, channels)
+    keys, values = (jnp.swapaxes(each, 1, 2).reshape(-1, *each.shape[1::2]) for each in (k, v))
+
+    @jax.checkpoint
+    def one(block: Float[Array, "Q H"], head: Array) -> Float[Array, "Q H"]:
+        scores = jnp.matmul(block, keys[head].T, preferred_element_type=jnp.float32) * channels**-0.5
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        mixed = jnp.matmul(weights.astype(v.dtype), values[head], preferred_element_type=jnp.float32)
+        return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+
+    key_heads = jnp.arange(rows * heads * blocks) // (blocks * groups)
+    out = jax.lax.map(lambda inputs: one(*inputs), (queries, key_heads))
+    whole = out.reshape(rows, heads, blocks * BLOCK, channels)[:, :, :length]
+    return jnp.swapaxes(whole, 1, 2)
+
+
+log = logging.getLogger(__name__)
+
+Kernel = Literal["xla", "blocks", "cudnn", "splash"]
+Queries = Float[Array, "B S heads H"]
+KeysValues = Float[Array, "B K kv_heads H"]
+ShardAxes = tuple[str, str | None, str | None]
+"""Logical names of the axes B, heads and kv_heads."""
+
+DECODER_AXES: ShardAxes = ("batch", "heads", "kv_heads")
+IMAGE_AXES: ShardAxes = ("images", None, None)
+SHORTEST_FOR_SPLASH = 256
+"""Tokens below which scores are small and the kernel's blocks mostly padding."""
+SHORTEST_FOR_BLOCKS = 1024
+"""Tokens below which a head's scores fit into a CPU's cache as they are."""
+SPLASH_BLOCKS = (512, 384, 256)
+LANES = 128
+"""Block sizes are multiples of a TPU register's width."""
+
+
+def attend(
+    q: Queries,
+    k: KeysValues,
+    v: KeysValues,
+    *,
+    choice: AttentionChoice,
+    causal: bool = False,
+    lengths: Int[Array, " B"] | None = None,
+    axes: ShardAxes = DECODER_AXES,
+) -> Queries:
+    """Softmax attention with grouped queries, scaled by 1 / sqrt(H). Causal attention has K = S.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        choice: Which kernel; see `choose_kernel`.
+        causal: A token sees itself and those before it.
+        lengths: Valid keys of each right-padded row; None when all are. What comes out behind them is
+            finite but means nothing.
+        axes: What the axes are called, for the fused kernels on a mesh: each device runs its own rows and
+            heads.
+
+    Raises:
+        UserError: The kernel asked for does not run on this machine or with this type.
+    """
+    length, head_dim = k.shape[1], k.shape[3]
+    platform = target_platform()
+    masked = causal or lengths is not None
+    kernel = choose_kernel(choice, platform, q.dtype, length, head_dim, masked=masked)
+    log.info("attention over %d tokens of %d channels on %s: %s", length, head_dim, platform, kernel)
+    if kernel == "blocks":
+        return _on_shards(lambda q, k, v, _: blocked_attention(q, k, v), q, k, v, None, axes)
+    if kernel == "xla":
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
+        )
+    if causal:
+        lengths = None  # no valid token sees what stands behind it: the padding is hidden already
+    run = _cudnn if kernel == "cudnn" else splash_attention
+    return _on_shards(functools.partial(run, causal=causal), q, k, v, lengths, axes)
+
+
+def target_platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what the program being traced is for.
+
+    On a mesh it is the mesh's devices, which a program compiled ahead of time need not have.
+    """
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose_kernel(
+    choice: AttentionChoice, platform: str, dtype: jnp.dtype, length: int, head_dim: int, *, masked: bool
+) -> Kernel:
+    """The kernel for one attention.
+
+    Args:
+        choice: `auto` takes the fused kernel of the platform wherever it suits, else `xla`. A fused kernel
+            by name stands for the same, but must fit the machine. Sequences shorter than
+            `SHORTEST_FOR_SPLASH` (windows of a vision tower) are left to `xla` on TPUs.
+        platform: See `target_platform`.
+        dtype: Of queries, keys and values.
+        length: K.
+        head_dim: H.
+        masked: Whether some token does not see all others; the CPU's `blocks` know no mask.
+
+    Raises:
+        UserError: A fused kernel is asked for by name where it does not run.
+    """
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if choice == "xla":
+        return "xla"
+    if choice == "auto" and platform not in ("gpu", "tpu"):
+        return "blocks" if length >= SHORTEST_FOR_BLOCKS and not masked else "xla"
+    if choice == "splash" and platform != "tpu":
+        raise UserError(
+            f"model.compute.attention is splash, a TPU kernel, but this runs on {platform}: take auto"
+        )
+    if choice == "cudnn" and (platform != "gpu" or not half or head_dim % 8 or head_dim > 128):
+        raise UserError(
+            "model.compute.attention is cudnn, which needs an NVIDIA GPU, model.compute.dtype bfloat16 or "
+            f"float16 and heads of at most 128 channels in steps of 8; this is {platform}, {dtype}, "
+            f"{head_dim} channels: take auto"
+        )
+    if platform == "tpu":
+        return "splash" if length >= SHORTEST_FOR_SPLASH else "xla"
+    return "cudnn" if half and head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+def _on_shards(
+    kernel: Callable[..., Queries],
+    q: Queries,
+    k: KeysValues,
+    v: KeysValues,
+    lengths: Int[Array, " B"] | None,
+    axes: ShardAxes,
+) -> Queries:
+    """Runs a kernel that the partitioner cannot cut up on each device's own rows and heads."""
+    mesh = current_mesh()
+    if mesh is None:
+        return kernel(q, k, v, lengths)
+    rows, heads, kv_heads = axes
+    queries = resolve((rows, None, heads, None), q.shape, mesh)
+    keys = resolve((rows, None, kv_heads, None), k.shape, mesh)
+    if queries != keys:  # the groups of heads do not lie on the same devices
+        queries = keys = resolve((rows, None, None, None), q.shape, mesh)
+    sharded = jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(queries, keys, keys, PartitionSpec(queries[0])),
+        out_specs=queries,
+        check_vma=False,
+    )
+    return sharded(q, k, v, lengths)
+
+
+def _cudnn(
+    q: Queries, k: KeysValues, v: KeysValues, lengths: Int[Array, " B"] | None, *, causal: bool
+) -> Queries:
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def splash_attention(
+    q: Queries,
+    k: KeysValues,
+    v: KeysValues,
+    lengths: Int[Array, " B"] | None = None,
+    *,
+    causal: bool,
+    interpret: bool = False,
+) -> Queries:
+    """JAX's Pallas kernel for TPUs (FlashAttention, Dao 2023, that skips blocks the mask leaves empty).
+
+    Args:
+        q: Queries of any length; padded here to whole blocks.
+        k: Keys.
+        v: Values.
+        lengths: Valid keys of each row; None when all are.
+        causal: A token sees itself and those before it.
+        interpret: Run the kernel's program on any machine, slowly (tests).
+    """
+    rows, length, heads, head_dim = q.shape
+    keys = k.shape[1]
+    q_block, q_padded = splash_blocks(length)
+    block, padded = splash_blocks(keys)
+    mask = (splash.CausalMask if causal else splash.FullMask)((q_padded, padded))
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=q_block,
+            block_kv=block,
+            block_q_dkv=q_block,
+            block_kv_dkv=block,
+            block_q_dq=q_block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+
+    def heads_first(x: Float[Array, "B S K H"], length: int) -> Float[Array, "B K padded H"]:
+        return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2)
+
+    operands = [
+        heads_first(q * head_dim**-0.5, q_padded),
+        heads_first(k, padded),
+        heads_first(v, padded),
+    ]
+    if lengths is None and (causal or padded == keys):
+        out = jax.vmap(kernel)(*operands)
+    else:
+        valid = jnp.full(rows, keys) if lengths is None else lengths
+        # A query sees the keys of its segment. All queries are of the valid one, so that none sees nothing.
+        segments = splash.SegmentIds(
+            q=jnp.zeros((rows, q_padded), jnp.int32),
+            kv=(jnp.arange(padded) >= valid[:, None]).astype(jnp.int32),
+        )
+        out = jax.vmap(kernel)(*operands, segments)
+    return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def splash_blocks(length: int) -> tuple[int, int]:
+    """Block size and padded length: the least padding, then the largest block."""
+    if length <= LANES:
+        return LANES, LANES
+    padded = {block: -(-length // block) * block for block in SPLASH_BLOCKS}
+    block = min(padded, key=lambda block: (padded[block], -block))
+    return block, padded[block]

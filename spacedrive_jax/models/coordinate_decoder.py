@@ -1,0 +1,216 @@
+"""The coordinate decoder psi: hidden state at an indicator to metres (paper section 3.3, table 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from spacedrive_jax.models import grid as grids
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder
+from spacedrive_jax.models.grid import GridConfig
+from spacedrive_jax.models.partitioning import FROM_WIDTH
+
+# Variational coordinate decoder (`use_vae_to_replace_mlp` of the published code, after GenAD).
+#
+# Two distributions over a latent vector per coordinate: the present one sees the hidden state, the future
+# one the true coordinate as well. Training decodes a sample of the future one and pulls both together;
+# inference decodes the present one.
+
+
+LOG_SIGMA_RANGE = (-5.0, 5.0)
+COORDINATES = 2
+"""x and y: the VAE knows no height."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Diagonal normal distributions over the latent vector."""
+
+    mean: Float[Array, "... Z"]
+    log_sigma: Float[Array, "... Z"]
+
+    def sample(self, noise: Float[Array, "... Z"] | None) -> Float[Array, "... Z"]:
+        """Mean + sigma * noise; the mean without noise."""
+        return self.mean if noise is None else self.mean + jnp.exp(self.log_sigma) * noise
+
+
+def kl_divergence(future: Gaussian, present: Gaussian) -> Float[Array, "..."]:
+    """KL(future || present), summed over the latent vector."""
+    variance = jnp.exp(2 * future.log_sigma) + jnp.square(future.mean - present.mean)
+    divergence = present.log_sigma - future.log_sigma - 0.5 + variance / (2 * jnp.exp(2 * present.log_sigma))
+    return jnp.sum(divergence, axis=-1)
+
+
+class Distribution(nnx.Module):
+    """Four linear layers from an embedding to a `Gaussian` (the published ones are width-1 convolutions)."""
+
+    def __init__(self, width: int, latent_size: int, *, rngs: nnx.Rngs) -> None:
+        self.layer1 = nnx.Linear(width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer2 = nnx.Linear(2 * width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer3 = nnx.Linear(2 * width, width // 2, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.output = nnx.Linear(width // 2, 2 * latent_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... W"]) -> Gaussian:
+        """Embedding to distribution; the log of sigma is clipped to `LOG_SIGMA_RANGE`."""
+        x = jax.nn.relu(self.layer1(x))
+        x = jax.nn.relu(self.layer2(x))
+        mean, log_sigma = jnp.split(self.output(self.layer3(x)), 2, axis=-1)
+        return Gaussian(mean, jnp.clip(log_sigma, *LOG_SIGMA_RANGE))
+
+
+class VaeDecoder(nnx.Module):
+    """Hidden state at an indicator to x and y, through a sampled latent vector."""
+
+    def __init__(
+        self, model_width: int, latent_size: int = 32, *, with_current: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        """Draws a fresh decoder.
+
+        Args:
+            model_width: D.
+            latent_size: Z.
+            with_current: hand the hidden state to the decoding layers beside the sample. The published
+                layers then have two outputs more, which nothing reads.
+            rngs: random streams (`params`).
+        """
+        self.with_current = with_current
+        self.present = Distribution(model_width, latent_size, rngs=rngs)
+        self.future = Distribution(model_width + COORDINATES, latent_size, rngs=rngs)
+        inputs = latent_size + model_width * with_current
+        self.layer1 = nnx.Linear(inputs, 2 * latent_size, rngs=rngs)
+        self.layer2 = nnx.Linear(2 * latent_size, 4 * latent_size, rngs=rngs)
+        self.output = nnx.Linear(4 * latent_size, COORDINATES * (1 + with_current), rngs=rngs)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "... D"],
+        *,
+        truth: Float[Array, "... 2"] | None = None,
+        noise: Float[Array, "... Z"] | None = None,
+    ) -> Float[Array, "... 3"]:
+        """Decodes to metres; z is 0.
+
+        Args:
+            hidden: hidden states.
+            truth: the true x and y: a sample of the future distribution is decoded (training); None
+                decodes the present distribution (inference).
+            noise: standard normal; None takes the distribution's mean, so that inference is repeatable.
+        """
+        hidden = hidden.astype(jnp.float32)
+        latent = (self.present(hidden) if truth is None else self.future_given(hidden, truth)).sample(noise)
+        x = jnp.concatenate([latent, hidden], axis=-1) if self.with_current else latent
+        x = jax.nn.relu(self.layer1(x))
+        x = jax.nn.relu(self.layer2(x))
+        plane = self.output(x)[..., :COORDINATES]
+        return jnp.concatenate([plane, jnp.zeros_like(plane[..., :1])], axis=-1)
+
+    def future_given(self, hidden: Float[Array, "... D"], truth: Float[Array, "... 2"]) -> Gaussian:
+        """The distribution that has seen the true coordinate."""
+        return self.future(jnp.concatenate([hidden.astype(jnp.float32), truth], axis=-1))
+
+    def divergence(self, hidden: Float[Array, "... D"], truth: Float[Array, "... 2"]) -> Float[Array, "..."]:
+        """KL(future || present) of every coordinate: the published `loss_vae_gen` is its mean."""
+        return kl_divergence(self.future_given(hidden, truth), self.present(hidden.astype(jnp.float32)))
+
+
+DecoderKind = Literal["mlp", "linear", "vae", "grid_cosine", "grid_l2", "grid_full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinateDecoderConfig:
+    """How hidden states become metres."""
+
+    kind: DecoderKind = "mlp"
+    """`mlp`: Linear -> ReLU -> Linear (the paper's); `linear`: one layer; `vae`: a latent sample; `grid_*`:
+    the grid is searched for the nearest encoding by cosine or distance and averaged over the 3x3 cells
+    around it, or over the whole grid by cosine. A grid has nothing to learn: train it with
+    `position_loss` `cosine` or `embedding_l2`."""
+    whole_trajectory: bool = False
+    """Read all waypoints from the first indicator (paper table 4); `mlp` and `linear` only."""
+    latent_size: int = 32
+    """Z of the VAE."""
+    with_current: bool = False
+    """Hand the hidden state to the VAE's decoding layers beside the sample."""
+    grid: GridConfig = GridConfig()
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether coordinates are looked up on the grid."""
+        return self.kind.startswith("grid")
+
+
+class MlpDecoder(nnx.Module):
+    """Linear(D, D) -> ReLU -> Linear(D, 3), or one Linear(D, 3)."""
+
+    def __init__(
+        self, model_width: int, *, layers: Literal[1, 2] = 2, points: int = 1, rngs: nnx.Rngs
+    ) -> None:
+        """Draws a fresh decoder.
+
+        Args:
+            model_width: D.
+            layers: one or two.
+            points: points read from one hidden state.
+            rngs: random streams (`params`).
+        """
+        self.points = points
+        self.hidden = (
+            nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+            if layers == 2
+            else None
+        )
+        self.output = nnx.Linear(model_width, 3 * points, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"] | Float[Array, "... T 3"]:
+        """Regresses x, y, z in metres (only x and y are supervised), float32; T points if it has many."""
+        hidden = hidden.astype(jnp.float32)
+        if self.hidden is not None:
+            hidden = jax.nn.relu(self.hidden(hidden))
+        decoded = self.output(hidden)
+        return decoded if self.points == 1 else decoded.reshape(*decoded.shape[:-1], self.points, 3)
+
+
+class GridDecoder(nnx.Module):
+    """Searches the grid for the encoding that the hidden state resembles; nothing to learn."""
+
+    def __init__(self, config: CoordinateDecoderConfig) -> None:
+        self.config = config
+
+    def __call__(self, hidden: Float[Array, "... D"], encoder: CoordinateEncoder) -> Float[Array, "... 3"]:
+        """Metres; see `spacedrive_jax.models.grid` for the rules and for z."""
+        grid, temperature = self.config.grid, grids.TEMPERATURE[self.similarity]
+        scores = self.scores(hidden, encoder)
+        if self.config.kind == "grid_full":
+            return grids.full_average(scores, grid, temperature)
+        return grids.neighbourhood_average(scores, grid, temperature)
+
+    @property
+    def similarity(self) -> grids.Similarity:
+        """What hidden states and encodings are compared by."""
+        return "l2" if self.config.kind == "grid_l2" else "cosine"
+
+    def scores(self, hidden: Float[Array, "... D"], encoder: CoordinateEncoder) -> Float[Array, "... G"]:
+        """How much hidden states resemble the encoding of every cell."""
+        table = encoder(jnp.asarray(grids.grid_points(self.config.grid).reshape(-1, 3)))
+        return grids.similarities(hidden, table, self.similarity)
+
+
+CoordinateDecoder = MlpDecoder | VaeDecoder | GridDecoder
+
+
+def make_decoder(
+    config: CoordinateDecoderConfig, model_width: int, num_waypoints: int, *, rngs: nnx.Rngs
+) -> CoordinateDecoder:
+    """Draws the decoder that a config names."""
+    if config.is_grid:
+        return GridDecoder(config)
+    if config.kind == "vae":
+        return VaeDecoder(model_width, config.latent_size, with_current=config.with_current, rngs=rngs)
+    points = num_waypoints if config.whole_trajectory else 1
+    return MlpDecoder(model_width, layers=1 if config.kind == "linear" else 2, points=points, rngs=rngs)

@@ -1,0 +1,194 @@
+"""The universal coordinate encoder phi with its scale alpha, and the encoder of the ego status."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from spacedrive_jax.models.partitioning import FROM_WIDTH
+
+# Sin-cos encoding of 3D coordinates: the paper's default phi (section 3.2; `PE` in the published code).
+
+
+def axis_width(model_width: int) -> int:
+    """Channels per coordinate axis: the smallest even number whose triple covers `model_width`.
+
+    Three axes of this width are concatenated and cut to the model width, so the z axis may lose its last
+    channels (64 -> 22 per axis, of which z keeps 20), as in the published code.
+    """
+    return 2 * math.ceil(model_width / 6)
+
+
+def frequencies(width: int, base: float = 20000.0, scaling: float = 1.0) -> Float[np.ndarray, "F"]:
+    """Angular frequencies of one axis: scaling * base^(-2k/width), radians per metre.
+
+    Args:
+        width: channels of the axis (even); half of them are sines, half cosines.
+        base: ratio between the highest and (almost) the lowest frequency; the paper uses 20000.
+        scaling: multiplies every frequency.
+    """
+    # At 100 rad a last-bit difference in a frequency moves an angle by 1e-5, so the published rounding is
+    # kept: float32 exponent, the power rounded to float32, then its float32 reciprocal.
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    powers = (float(base) ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(scaling) / powers
+
+
+def encode(
+    points: Float[Array, "... 3"], axis_frequencies: Float[Array, "*axes F"], model_width: int
+) -> Float[Array, "... D"]:
+    """Encodes points, unscaled (alpha is the caller's).
+
+    Args:
+        points: metres, ego frame.
+        axis_frequencies: radians per metre, from `frequencies`; one table (F,) for all axes or one each
+            (3, F).
+        model_width: D.
+
+    Returns:
+        Layout x | y | z, each interleaved sin, cos, cut or zero-padded to D; float32 (angles lose meaning
+        in bfloat16).
+    """
+    angles = points.astype(jnp.float32)[..., None] * jnp.asarray(axis_frequencies, jnp.float32)
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # (..., 3, F, 2)
+    encoding = waves.reshape(*points.shape[:-1], -1)[..., :model_width]
+    missing = model_width - encoding.shape[-1]
+    return jnp.pad(encoding, [(0, 0)] * (encoding.ndim - 1) + [(0, missing)])
+
+
+# Frequency tables of the other two wave encodings of the published code: NeRF and FoNE.
+#
+# The default table, sin-cos, is `spacedrive_jax.models.coordinate_encoder.frequencies`; all three are
+# encoded by `spacedrive_jax.models.coordinate_encoder.encode`.
+
+
+def nerf_frequencies(width: int, octaves: float = 10.0) -> Float[np.ndarray, "F"]:
+    """Rising frequencies pi * 2^(octaves * 2k/width), radians per metre (Mildenhall et al. 2020).
+
+    Args:
+        width: channels of one axis (even).
+        octaves: doublings from the lowest to (almost) the highest frequency.
+    """
+    # At thousands of radians the published rounding matters: float32 products, in this order.
+    exponents = np.float32(octaves) * np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    powers = 2.0 ** exponents.astype(np.float64)
+    return np.float32(np.pi) * powers.astype(np.float32)
+
+
+def fone_frequencies(encoding_width: int, base: float = 10.0, scaling: float = 1.0) -> Float[np.ndarray, "F"]:
+    """Falling frequencies 2 pi * scaling * base^-k: one wave per digit (FoNE, Zhou et al. 2025).
+
+    Args:
+        encoding_width: channels of the whole encoding, three axes of sines and cosines; what lies behind
+            them in the model width stays zero.
+        base: of the digits.
+        scaling: multiplies every frequency; 1 gives the units digit a period of one metre.
+    """
+    digits = np.arange(math.ceil(encoding_width / 6), dtype=np.float64)
+    return (2 * np.pi * scaling * float(base) ** -digits).astype(np.float32)
+
+
+EncoderKind = Literal["sincos", "nerf", "fone", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinateEncoderConfig:
+    """How 3D points become embeddings (paper section 3.2, tables 4, 5 and E)."""
+
+    kind: EncoderKind = "sincos"
+    """`sincos` (the paper's), `nerf`, `fone`, or `mlp`: a learned Linear(3, D) -> ReLU -> Linear(D, D)."""
+    base: float = 20000.0
+    """Ratio of the sin-cos frequencies; octaves for `nerf` (10 in its paper); base of the digits for
+    `fone`."""
+    frequency_scaling: float = 1.0
+    """Multiplies the frequencies of `sincos` and `fone`."""
+    fone_width: int = 24
+    """Channels that `fone` fills; the rest of the model width stays zero."""
+    learnable_frequencies: bool = False
+    """Learn a table of frequencies for each axis, starting at the fixed one (not in the paper, which names
+    it as future work)."""
+    alpha: float = 0.1
+    """Initial scale of every encoding; the learned `mlp` has no scale."""
+    learnable_alpha: bool = True
+    """Learn alpha (one scalar shared by patches, past positions and text) or keep it fixed."""
+
+
+def frequency_table(config: CoordinateEncoderConfig, model_width: int) -> Float[np.ndarray, "F"]:
+    """The fixed frequencies of a wave encoding, radians per metre, shared by the axes."""
+    width = axis_width(model_width)
+    if config.kind == "nerf":
+        return nerf_frequencies(width, config.base)
+    if config.kind == "fone":
+        return fone_frequencies(config.fone_width, config.base, config.frequency_scaling)
+    return frequencies(width, config.base, config.frequency_scaling)
+
+
+class CoordinateEncoder(nnx.Module):
+    """phi: one encoder for patches, past ego positions and coordinates in the text."""
+
+    def __init__(
+        self, config: CoordinateEncoderConfig, model_width: int, *, rngs: nnx.Rngs | None = None
+    ) -> None:
+        """Builds the encoder.
+
+        Args:
+            config: kind and scale.
+            model_width: D.
+            rngs: random streams (`params`), which only the learned `mlp` draws from.
+        """
+        self.config = config
+        self.model_width = model_width
+        self.alpha = nnx.Param(jnp.asarray(config.alpha, jnp.float32)) if config.learnable_alpha else None
+        learned = config.kind == "mlp"
+        table = frequency_table(config, model_width)
+        self.frequencies = nnx.Param(jnp.tile(table, (3, 1))) if config.learnable_frequencies else None
+        streams = rngs if rngs is not None else nnx.Rngs(0)
+        self.hidden = nnx.Linear(3, model_width, rngs=streams) if learned else None
+        self.output = nnx.Linear(model_width, model_width, rngs=streams) if learned else None
+
+    def __call__(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """Encodes and scales by alpha: (..., 3) metres in the ego frame -> (..., D) float32."""
+        return self.scale * self.waves(points) if self.hidden is None else self.learned(points)
+
+    def past(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """Past ego positions keep the scaled waves even where an `mlp` encodes all else, as published."""
+        return self.scale * self.waves(points)
+
+    @property
+    def scale(self) -> Float[Array, ""] | float:
+        """The factor on every encoding."""
+        return self.config.alpha if self.alpha is None else self.alpha[...]
+
+    def waves(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """The unscaled wave encoding."""
+        table = (
+            jnp.asarray(frequency_table(self.config, self.model_width))
+            if self.frequencies is None
+            else self.frequencies[...]
+        )
+        return encode(points, table, self.model_width)
+
+    def learned(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """The learned encoding."""
+        assert self.hidden is not None
+        assert self.output is not None
+        return self.output(jax.nn.relu(self.hidden(points.astype(jnp.float32))))
+
+
+class EgoStatusEncoder(nnx.Module):
+    """The ego feature token: a two-layer MLP over the 74 ego status numbers (SpaceDrive+)."""
+
+    def __init__(self, status_size: int, model_width: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(status_size, model_width, rngs=rngs)
+        self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+
+    def __call__(self, status: Float[Array, "... E"]) -> Float[Array, "... D"]:
+        """(..., 74) ego status -> (..., D) float32."""
+        return self.output(jax.nn.relu(self.hidden(status.astype(jnp.float32))))

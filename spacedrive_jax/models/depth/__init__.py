@@ -1,0 +1,1 @@
+"""Depth networks: UniDepthV2 and Depth Anything V2 over DINOv2."""

@@ -1,0 +1,366 @@
+"""The language decoder: Qwen2.5 and LLaMA as two settings of one module.
+
+Pre-norm blocks of grouped-query attention and SwiGLU, stacked and scanned. Low-rank adapters sit inside
+the attention projections; the rows of newly added tokens are small trainable tables beside the frozen
+embedding and head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.models.attention import attend
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.layers import (
+    INIT_STD,
+    Projection,
+    RMSNorm,
+    SwiGLU,
+    parameter,
+    scan_layers,
+    stack_layers,
+)
+from spacedrive_jax.models.partitioning import constrain
+from spacedrive_jax.models.positions import RotaryTables, decoder_rotary, rotate
+
+# The decoder's key and value memory: fixed shapes, each sample at its own length.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, allocated once (`Decoder.prefill`).
+
+    Sample b holds `lengths[b]` tokens at the front of its row; what lies behind is never attended to.
+    The caller sees to it that no sample outgrows the capacity: writes past the end are dropped.
+    """
+
+    keys: Float[Array, "L B capacity K H"]
+    values: Float[Array, "L B capacity K H"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in one sample's row."""
+        return self.keys.shape[2]
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
+    ) -> KVCache:
+        """Puts one layer's new keys and values behind each sample's tokens; lengths stay as they are."""
+        batch, new_tokens = keys.shape[:2]
+        rows = jnp.arange(batch)[:, None]
+        slots = self.lengths[:, None] + jnp.arange(new_tokens)
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[layer, rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[layer, rows, slots].set(values.astype(self.values.dtype), mode="drop"),
+        )
+
+    def attention_mask(self, new_tokens: int) -> Bool[Array, "B 1 S capacity"]:
+        """Which slots each of `new_tokens` coming tokens may see: its own and all before it."""
+        last_visible = self.lengths[:, None] + jnp.arange(new_tokens)
+        return (jnp.arange(self.capacity) <= last_visible[..., None])[:, None]
+
+    def grown(self, new_tokens: Int[Array, " B"] | int) -> KVCache:
+        """The cache with `new_tokens` more tokens counted in each sample."""
+        return dataclasses.replace(self, lengths=self.lengths + new_tokens)
+
+
+class NewTokenParam(nnx.Param):
+    """Embedding or head rows of newly added tokens: trainable, float32, beside the frozen table."""
+
+
+KeysValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention with rotary embedding."""
+
+    def __init__(
+        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+    ) -> None:
+        model, head = (config.hidden_size,), config.head_dim
+        query, key_value = (config.num_heads, head), (config.num_kv_heads, head)
+        outer, query_names, kv_names = ("embed",), ("heads", "head_dim"), ("kv_heads", "head_dim")
+        make = functools.partial(Projection, compute=compute, rngs=rngs)
+
+        def adapter(target: str) -> LoraConfig | None:
+            return lora if lora is not None and target in lora.targets else None
+
+        bias = config.qkv_bias
+        self.q = make(model, query, outer, query_names, bias=bias, lora=adapter("q"))
+        self.k = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("k"))
+        self.v = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("v"))
+        self.o = make(query, model, query_names, outer, bias=False, lora=adapter("o"))
+        self.attention_choice = compute.attention
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotary: RotaryTables,
+        *,
+        lengths: Int[Array, " B"] | None,
+        cache: KVCache | None,
+        cache_mask: Bool[Array, "B 1 S capacity"] | None,
+        layer: Int[Array, ""],
+        dropout_keys: Key[Array, " 4"] | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
+        """Attends among the new tokens, or to the cache as well.
+
+        Returns:
+            What was attended to, and the cache with the new tokens; without one, their keys and values.
+        """
+        q_key, k_key, v_key, o_key = (None,) * 4 if dropout_keys is None else dropout_keys
+        q = rotate(self.q(x, dropout_key=q_key), rotary)
+        k = rotate(self.k(x, dropout_key=k_key), rotary)
+        v = self.v(x, dropout_key=v_key)
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
+        if cache is None:
+            attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
+            return self.o(attended, dropout_key=o_key), (k, v)
+        cache = cache.write(layer, k, v)
+        attended = jax.nn.dot_product_attention(
+            q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
+        )
+        return self.o(attended, dropout_key=o_key), cache
+
+
+class DecoderLayer(nnx.Module):
+    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+    ) -> None:
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.norm_eps, name="embed", compute=compute, rngs=rngs
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, lora=lora, compute=compute, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            ("embed", "mlp"),
+            bias=False,
+            compute=compute,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S D"], rotary: RotaryTables, **attention: Any
+    ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
+        """Runs the block; the keyword arguments and the second result are those of `Attention`."""
+        attended, memory = self.attention(self.attention_norm(x), rotary, **attention)
+        x = constrain(x + attended, "batch", "sequence", None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), memory
+
+
+class Decoder(nnx.Module):
+    """Embedding table, stacked blocks, final norm and language-model head."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
+        new_tokens: NewTokensConfig | None = None,
+    ) -> None:
+        """Draws a fresh decoder.
+
+        Args:
+            config: Architecture.
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+            lora: Adapters on the attention projections; None for none.
+            new_tokens: Ids with trainable rows of their own; None for none.
+
+        Raises:
+            UserError: If the new tokens lie outside the vocabulary.
+        """
+        self.config = config
+        self.compute = compute
+        self.lora = lora
+        self.new_tokens = new_tokens
+        normal = jax.nn.initializers.normal(INIT_STD)
+        width = config.hidden_size
+        table = functools.partial(
+            parameter, nnx.Param, normal, (config.vocab_size, width), ("vocab", "embed"), rngs=rngs
+        )
+        self.embedding = table(dtype=compute.storage_dtype)
+        self.layers = stack_layers(
+            lambda streams: DecoderLayer(config, lora=lora, compute=compute, rngs=streams),
+            config.num_layers,
+            rngs,
+        )
+        self.final_norm = RMSNorm(width, config.norm_eps, name="embed", compute=compute, rngs=rngs)
+        self.head = None if config.tied_head else table(dtype=compute.storage_dtype)
+        if new_tokens is not None:
+            _check_new_tokens(new_tokens, config.vocab_size)
+
+        def new_rows() -> nnx.Param | None:
+            if new_tokens is None:
+                return None
+            shape, names = (new_tokens.count, width), (None, "embed")
+            return parameter(NewTokenParam, normal, shape, names, dtype=jnp.float32, rngs=rngs)
+
+        self.new_embedding = new_rows()
+        self.new_head = new_rows()
+
+    def embed(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Looks token ids up, new tokens in their own rows; compute dtype."""
+        embeddings = jnp.take(self.embedding[...], token_ids, axis=0).astype(self.compute.activation_dtype)
+        if self.new_tokens is None:
+            return embeddings
+        assert self.new_embedding is not None
+        row = token_ids - self.new_tokens.first_id
+        is_new = (row >= 0) & (row < self.new_tokens.count)
+        new_rows = jnp.take(self.new_embedding[...], jnp.where(is_new, row, 0), axis=0)
+        return jnp.where(is_new[..., None], new_rows.astype(embeddings.dtype), embeddings)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Turns embeddings into final-normed hidden states.
+
+        Args:
+            embeddings: Input embeddings, right-padded.
+            positions: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
+            lengths: Valid tokens per sample among the S given; None when all are. Hidden states behind them
+                are finite but mean nothing.
+            cache: Tokens seen so far. The given tokens stand behind them and are added to it.
+            dropout_key: Key of the adapters' dropout; None for none (evaluation).
+
+        Returns:
+            Hidden states after the final norm, and the grown cache (None without one).
+        """
+        hidden, cache, _ = self._run(embeddings, positions, lengths, cache, dropout_key)
+        return self.final_norm(hidden), cache
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        room: int,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """As a call without a cache, with the same attention, but keeps what it attended to.
+
+        Args:
+            embeddings: Input embeddings, right-padded.
+            positions: Position ids on the axes time, row, column.
+            lengths: Valid tokens per sample; None when all are.
+            room: Tokens that the cache can take behind the S given.
+
+        Returns:
+            Hidden states after the final norm, and a cache of the valid tokens.
+        """
+
+        def with_room(hidden: Any, memory: KeysValues) -> KeysValues:
+            keys, values = (jnp.pad(each, ((0, 0), (0, room), (0, 0), (0, 0))) for each in memory)
+            return keys, values
+
+        hidden, _, (keys, values) = self._run(embeddings, positions, lengths, None, None, keep=with_room)
+        batch, length = embeddings.shape[:2]
+        filled = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+        return self.final_norm(hidden), KVCache(keys, values, filled)
+
+    def hidden_states(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "L+1 B S D"]:
+        """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
+        hidden, _, layers = self._run(
+            embeddings, positions, lengths, None, None, keep=lambda hidden, memory: hidden
+        )
+        first = embeddings.astype(hidden.dtype)[None]
+        return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
+
+    def _run(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        lengths: Int[Array, " B"] | None,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+        *,
+        keep: Callable[[Any, Any], Any] = lambda hidden, memory: None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
+        """Runs all blocks; `keep` says what of each (output, second result) is stacked."""
+        config, new_tokens = self.config, embeddings.shape[1]
+        rotary = decoder_rotary(positions, config.rope_sections, config.rope_theta)
+        cache_mask = None if cache is None else cache.attention_mask(new_tokens)
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, (config.num_layers, 4))
+
+        def apply(layer: DecoderLayer, carry: Any, inputs: Any) -> tuple[Any, Any]:
+            # The cache travels in the carry, so that XLA updates it in place.
+            hidden, cache = carry
+            index, keys = inputs
+            hidden, memory = layer(
+                hidden,
+                rotary,
+                lengths=lengths,
+                cache=cache,
+                cache_mask=cache_mask,
+                layer=index,
+                dropout_keys=keys,
+            )
+            return (hidden, None if cache is None else memory), keep(hidden, memory)
+
+        per_layer = (jnp.arange(config.num_layers), layer_keys)
+        start = constrain(embeddings.astype(self.compute.activation_dtype), "batch", "sequence", None)
+        (hidden, cache), kept = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
+        if cache is not None:
+            cache = cache.grown(new_tokens if lengths is None else lengths)
+        return hidden, cache, kept
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocabulary"]:
+        """Scores every vocabulary id from final-normed hidden states, float32.
+
+        The full vocabulary is large: hand over only the positions whose logits are wanted.
+        """
+        table = self.embedding if self.head is None else self.head
+        dtype = self.compute.activation_dtype
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(dtype),
+            table[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.new_tokens is None:
+            return logits
+        assert self.new_head is not None
+        new = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), self.new_head[...])
+        first = self.new_tokens.first_id
+        return logits.at[..., first : first + self.new_tokens.count].set(new)
+
+
+def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:
+    last = new_tokens.first_id + new_tokens.count - 1
+    if not 0 <= new_tokens.first_id <= last < vocab_size:
+        raise UserError(
+            f"new tokens {new_tokens.first_id}..{last} must lie in the vocabulary of {vocab_size}; enlarge "
+            "decoder.vocab_size or mend new_tokens"
+        )

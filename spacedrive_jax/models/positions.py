@@ -1,0 +1,172 @@
+"""Multimodal position ids (M-RoPE) of text with still images, on the host.
+
+Text counts up alike on all three axes. An image's tokens share one time, and its rows and columns count up
+from there; the text behind it goes on from the largest position used (Wang et al. 2024, section 2.1). Which
+tokens are an image is told by spans, not ids: an image id that stands for something else counts as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spacedrive_jax.console import UserError
+
+# Rotary position embeddings: 1-D and multimodal (three axes) for the decoder, 2-D for the vision tower.
+#
+# Channels are paired across the two halves of a head (channel j with j + head_dim / 2), as in LLaMA.
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines of the rotary angles, float32, half a head wide."""
+
+    cos: Float[Array, "... S half"]
+    sin: Float[Array, "... S half"]
+
+
+def inverse_frequencies(count: int, theta: float) -> Float[np.ndarray, " count"]:
+    """Angular frequencies theta ** (-j / count) for j = 0 .. count - 1, radians per position."""
+    exponents = np.arange(0, 2 * count, 2, dtype=np.float32) / np.float32(2 * count)
+    return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+
+
+def decoder_rotary(positions: Int[Array, "A B S"], sections: tuple[int, ...], theta: float) -> RotaryTables:
+    """Rotary tables of the decoder: each section of the frequencies follows its own position axis.
+
+    With three sections this is the multimodal embedding of Qwen2-VL (Wang et al. 2024, section 2.1); with
+    one it is the ordinary 1-D embedding on the first axis.
+
+    Args:
+        positions: Position of every token on each axis (time, row, column); text has the same on all.
+        sections: Number of frequencies that follow each axis; sums to half of the head size.
+        theta: Base of the frequencies.
+
+    Returns:
+        Tables of shape (B, S, head_dim / 2).
+    """
+    axis_of_frequency = np.repeat(np.arange(len(sections)), sections)
+    frequencies = inverse_frequencies(sum(sections), theta)
+    per_frequency = jnp.moveaxis(positions.astype(jnp.float32)[axis_of_frequency], 0, -1)
+    angles = per_frequency * frequencies
+    return RotaryTables(jnp.cos(angles), jnp.sin(angles))
+
+
+def vision_rotary(
+    rows: Int[np.ndarray, " P"], columns: Int[np.ndarray, " P"], head_dim: int, theta: float = 10000.0
+) -> RotaryTables:
+    """Rotary tables of the vision tower: a quarter of the channels follows the row, a quarter the column.
+
+    Args:
+        rows: Patch row of every patch in the sequence.
+        columns: Patch column of every patch in the sequence.
+        head_dim: Channels of a head.
+        theta: Base of the frequencies.
+
+    Returns:
+        Tables of shape (P, head_dim / 2).
+    """
+    frequencies = inverse_frequencies(head_dim // 4, theta)
+    angles = np.concatenate(
+        [axis.astype(np.float32)[:, None] * frequencies for axis in (rows, columns)], axis=-1
+    )
+    return RotaryTables(jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles)))
+
+
+def rotate(heads: Float[Array, "... S K H"], tables: RotaryTables) -> Float[Array, "... S K H"]:
+    """Turns every head by its token's angles, in float32, and returns the dtype that came in."""
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    cos, sin = tables.cos[..., None, :], tables.sin[..., None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(heads.dtype)
+
+
+class ImageSpan(NamedTuple):
+    """A run of visual tokens: where it starts and its grid in merged tokens."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the run."""
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        """Index behind the last token."""
+        return self.start + self.length
+
+
+class MropePositions(NamedTuple):
+    """Position ids and how to go on from them."""
+
+    positions: Int[np.ndarray, "3 S"]
+    delta: int
+    """The token at index i >= S, text, has position i + delta on every axis."""
+
+
+def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> MropePositions:
+    """Position ids of one sequence.
+
+    Args:
+        length: Tokens in the sequence, padding not counted.
+        image_spans: The images' runs of visual tokens, in order, not overlapping.
+
+    Returns:
+        Positions on the axes time, row, column (int32) and the offset for generated tokens.
+
+    Raises:
+        UserError: If spans overlap, are out of order or leave the sequence.
+    """
+    pieces: list[np.ndarray] = []
+    index = position = 0
+    for span in image_spans:
+        if span.start < index or span.stop > length or span.length < 1:
+            raise UserError(
+                f"image span {tuple(span)} must start at or behind token {index} and end by token {length}"
+            )
+        text = np.arange(span.start - index) + position
+        pieces.append(np.broadcast_to(text, (3, len(text))))
+        position += len(text)
+        rows, columns = np.indices((span.rows, span.columns)).reshape(2, -1)
+        pieces.append(np.stack([np.zeros_like(rows), rows, columns]) + position)
+        position += max(span.rows, span.columns)
+        index = span.stop
+    text = np.arange(length - index) + position
+    pieces.append(np.broadcast_to(text, (3, len(text))))
+    positions = np.concatenate(pieces, axis=1).astype(np.int32)
+    return MropePositions(positions, position + len(text) - length)
+
+
+def find_image_spans(
+    token_ids: Int[np.ndarray, " S"], merged_grids: Sequence[tuple[int, int]], image_token_id: int
+) -> list[ImageSpan]:
+    """Finds the images' placeholder runs by id, one per grid.
+
+    Args:
+        token_ids: The sequence; every run of `image_token_id` is an image here.
+        merged_grids: Rows and columns of each image in merged tokens, in order.
+        image_token_id: Id of the placeholder token.
+
+    Returns:
+        One span per image.
+
+    Raises:
+        UserError: If the number or lengths of the runs differ from the grids.
+    """
+    is_image = np.concatenate([[False], np.asarray(token_ids) == image_token_id, [False]])
+    edges = np.flatnonzero(is_image[1:] != is_image[:-1])
+    starts, stops = edges[::2], edges[1::2]
+    found = (stops - starts).tolist()
+    expected = [rows * columns for rows, columns in merged_grids]
+    if found != expected:
+        raise UserError(
+            f"the text has runs of {found} image tokens (id {image_token_id}) but the images have {expected} "
+            "visual tokens; give one placeholder run per image"
+        )
+    return [ImageSpan(int(start), *grid) for start, grid in zip(starts, merged_grids, strict=True)]

@@ -1,0 +1,203 @@
+"""SpaceDrive (arXiv 2512.10719): a vision-language model in which every 3D position has one encoding.
+
+Read this page beside section 3 of the paper: patch depth is unprojected to 3D points (3.1); one coordinate
+encoder phi turns points into embeddings that are added to the visual tokens and stand for the ego vehicle's
+past (3.2); the hidden state at an indicator token is regressed to metres by the decoder psi (3.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.config import ModelConfig
+from spacedrive_jax.data.ego_status import STATUS_SIZE
+from spacedrive_jax.data.records import NUM_WAYPOINTS
+from spacedrive_jax.interop.families import family_of
+from spacedrive_jax.models.config import NewTokensConfig
+from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.models.rotary_features import rotate_features
+from spacedrive_jax.models.unprojection import ego_to_image, patch_centres, unproject
+from spacedrive_jax.models.vision_language import place_rows
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's normalisation, which Qwen2.5-VL uses; after division by 255."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What one pass over a batch gives."""
+
+    hidden: Float[Array, "B S D"]
+    """Final-normed hidden states."""
+    at_indicators: Float[Array, "B C D"]
+    """What the decoder reads: the hidden states of the coordinates asked for."""
+    coordinates: Float[Array, "B C 3"]
+    """Decoded there, metres, ego frame; the six waypoints unless other places were asked for."""
+
+
+class SpaceDrive(nnx.Module):
+    """The model: VLM with adapters, coordinate encoder phi, coordinate decoder psi, ego status encoder."""
+
+    def __init__(self, config: ModelConfig, *, indicator_id: int, rngs: nnx.Rngs) -> None:
+        """Draws a fresh model.
+
+        Args:
+            config: architecture and options.
+            indicator_id: vocabulary id of the indicator token; the position token's id is the next one.
+            rngs: random streams (`params`).
+        """
+        self.config = config
+        self.indicator_id, self.position_id = indicator_id, indicator_id + 1
+        self.vlm = family_of(config.vlm).model(
+            config.vlm,
+            compute=config.compute,
+            rngs=rngs,
+            lora=config.lora if config.use_lora else None,
+            new_tokens=new_token_rows(config, indicator_id),
+        )
+        width = config.vlm.decoder.hidden_size
+        self.encoder = CoordinateEncoder(config.encoder, width, rngs=rngs)
+        self.decoder = make_decoder(config.decoder, width, NUM_WAYPOINTS, rngs=rngs)
+        has_feature = config.ego_status in ("feature", "both")
+        self.ego_encoder = EgoStatusEncoder(STATUS_SIZE, width, rngs=rngs) if has_feature else None
+
+    def __call__(
+        self,
+        batch: DrivingBatch,
+        *,
+        dropout_key: jax.Array | None = None,
+        places: Int[Array, "B C"] | None = None,
+        truth: Float[Array, "B C 2"] | None = None,
+        noise: Float[Array, "B C Z"] | None = None,
+    ) -> Outputs:
+        """Runs prompt and answer at once (teacher forcing).
+
+        Args:
+            batch: a batch with answers.
+            dropout_key: key of the adapters' dropout; None switches it off.
+            places: indicators to decode at; None takes the six waypoints'.
+            truth: the true coordinates there, which the `vae` decoder sees in training.
+            noise: standard normal for the `vae` decoder; None decodes without.
+        """
+        hidden, _ = self.vlm.decode(
+            self.embeddings(batch),
+            jnp.swapaxes(batch.positions, 0, 1),
+            lengths=batch.lengths,
+            dropout_key=dropout_key,
+        )
+        places = batch.waypoint_places if places is None else places
+        at_indicators = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        at_indicators = self.without_semantics(at_indicators)
+        return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, truth, noise))
+
+    def decode_coordinates(
+        self,
+        at_indicators: Float[Array, "... D"],
+        truth: Float[Array, "... 2"] | None = None,
+        noise: Float[Array, "... Z"] | None = None,
+    ) -> Float[Array, "... 3"]:
+        """psi: hidden states at indicators to metres, ego frame.
+
+        With `decoder.whole_trajectory` only the first state of the second-last axis is read, and its T
+        points stand on that axis.
+
+        Args:
+            at_indicators: final-normed hidden states.
+            truth: see `VaeDecoder`.
+            noise: see `VaeDecoder`.
+        """
+        if isinstance(self.decoder, GridDecoder):
+            return self.decoder(at_indicators, self.encoder)
+        if isinstance(self.decoder, VaeDecoder):
+            return self.decoder(at_indicators, truth=truth, noise=noise)
+        if self.config.decoder.whole_trajectory:
+            return self.decoder(at_indicators[..., 0, :])
+        return self.decoder(at_indicators)
+
+    def without_semantics(self, at_indicators: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Takes the position token's embedding from hidden states, where `semantic_position` is on."""
+        if not self.config.semantic_position:
+            return at_indicators
+        # As published: the row of the frozen table, not the trained one.
+        return at_indicators - self.vlm.decoder.embedding[...][self.position_id]
+
+    def embed_coordinates(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
+        """What position input feeds at a coordinate's position token."""
+        encoded = self.encoder(points)
+        if not self.config.semantic_position:
+            return encoded
+        return encoded + self.vlm.embed(jnp.asarray([[self.position_id]]))[0, 0].astype(encoded.dtype)
+
+    def embeddings(self, batch: DrivingBatch) -> Float[Array, "B S D"]:
+        """Token embeddings with everything spatial in its place."""
+        config = self.config
+        embeddings = self.vlm.embed(batch.token_ids)
+        embeddings = place_rows(embeddings, self.visual_tokens(batch), batch.slots == Slot.IMAGE)
+        if self.ego_encoder is not None:
+            feature = self.ego_encoder(batch.ego_status)[:, None]
+            embeddings = place_rows(embeddings, feature, batch.slots == Slot.EGO_FEATURE)
+        if config.ego_status in ("positions", "both"):
+            past = self.encoder.past(batch.past_positions)
+            embeddings = place_rows(embeddings, past, batch.slots == Slot.EGO_POSITION)
+        if config.position_input:
+            coordinates = self.embed_coordinates(batch.coordinates)
+            if config.position_input_training == "zeros":
+                coordinates = jnp.zeros_like(coordinates)
+            embeddings = place_rows(embeddings, coordinates, batch.slots == Slot.COORDINATE)
+        return embeddings
+
+    def visual_tokens(self, batch: DrivingBatch) -> Float[Array, "B NV D"]:
+        """Visual tokens that know where they are: h + alpha * phi(point), order camera, row, column.
+
+        `visual_positions` names the alternatives.
+        """
+        samples, cameras, rows, columns = batch.patch_depth.shape
+        merge = self.config.vlm.vision.merge_size
+        patches = normalise(batch.pixel_values).reshape(samples * cameras, *batch.pixel_values.shape[2:])
+        features = self.vlm.encode_images(patches, (rows * merge, columns * merge))
+        features = features.reshape(samples, cameras * rows * columns, -1)
+        if self.config.visual_positions == "none":
+            return features
+        points = self.patch_points(batch)
+        if self.config.visual_positions == "rotate":
+            return rotate_features(features, points)
+        return features + self.encoder(points).astype(features.dtype)
+
+    def patch_points(self, batch: DrivingBatch) -> Float[Array, "B NV 3"]:
+        """3D points of the visual tokens, ego frame, metres."""
+        samples, _, rows, columns = batch.patch_depth.shape
+        vision = self.config.vlm.vision
+        centres = jnp.asarray(patch_centres((rows, columns), vision.patch_size * vision.merge_size))
+        projection = ego_to_image(batch.intrinsics, batch.camera_to_ego)
+        return unproject(batch.patch_depth, centres, projection).reshape(samples, -1, 3)
+
+
+def new_token_rows(config: ModelConfig, indicator_id: int) -> NewTokensConfig | None:
+    """The two new tokens' own rows, where the config trains any."""
+    if not (config.use_lora and config.new_token_rows):
+        return None
+    return NewTokensConfig(first_id=indicator_id)
+
+
+def normalise(patches: UInt8[Array, "... K"] | Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """Rescales and normalises raw patches; floats are taken to be normalised already.
+
+    Args:
+        patches: K runs over channel, then time and pixels, as the image processor lays patches out.
+    """
+    if patches.dtype != jnp.uint8:
+        return patches
+    per_channel = patches.shape[-1] // 3
+    mean = jnp.asarray(np.repeat(np.asarray(PIXEL_MEAN, np.float32), per_channel))
+    std = jnp.asarray(np.repeat(np.asarray(PIXEL_STD, np.float32), per_channel))
+    return (patches.astype(jnp.float32) / 255.0 - mean) / std

@@ -1,1 +1,0 @@
-"""The published SpaceDrive code's names: its constructor arguments, its tensors, its checkpoints."""

@@ -1,1 +1,0 @@
-"""Planning for devices that are not there: FLOPs, memory, communication, ahead-of-time compilation."""

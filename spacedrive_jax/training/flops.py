@@ -1,0 +1,220 @@
+"""Floating-point operations of a training or planning step, counted from the config.
+
+Only matrix products count, a multiply-add as two. Attention of the decoder counts its causal half; padding
+counts as the device computes it. What is recomputed to save memory is kept apart: it is work for the
+hardware, not for the model (Chowdhery et al. 2022, appendix B).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+
+from spacedrive_jax.config import Config, ModelConfig
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.images import ImageProcessor
+from spacedrive_jax.data.records import NUM_CAMERAS
+from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
+from spacedrive_jax.models.families.qwen2_5_vl import window_layout
+
+# Chips with their published rates, and descriptions of machines that need not be there.
+
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator's published rates (Google Cloud, "TPU versions"; NVIDIA H100 and H200 data sheets)."""
+
+    name: str
+    peak_flops: float
+    """Dense bfloat16 operations a second."""
+    hbm_bytes: int
+    hbm_bandwidth: float
+    """Bytes a second."""
+    interconnect: float
+    """Bytes a second that a chip can send over all its links together."""
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
+        Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
+        Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
+    )
+}
+DEVICE_KINDS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12} | {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Peak dense bfloat16 operations a second by `device_kind`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine to compile for."""
+
+    name: str
+    chip: Chip | None
+    """None where rates are not known (the CPU devices of tests)."""
+    devices: tuple[jax.Device, ...]
+
+
+def describe(name: str) -> Topology:
+    """Describes `v5e:4x4`, `v5p:4x4x4`, `v6e:8x8`, or `cpu:N` for N of this process's CPU devices.
+
+    Raises:
+        UserError: the name is not of that form, libtpu is not installed, or it knows no such shape.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    kinds = [*CHIPS, "cpu"]
+    if not match or match[1] not in kinds:
+        raise UserError(f"--topology {name}: expected CHIP:SHAPE such as v5e:4x4; chips: {', '.join(kinds)}")
+    kind, count = match[1], math.prod(int(side) for side in match[2].split("x"))
+    if kind == "cpu":
+        return Topology(name, None, _cpu_devices(count))
+    # libtpu would look for a TPU host's metadata, lets one process at a time have the TPU, of which there is
+    # none here, and talks on stderr.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -r requirements-aot.txt")
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        raise UserError(f"--topology {name}: libtpu does not describe it ({error})") from error
+    return Topology(name, CHIPS[kind], tuple(description.devices))
+
+
+def _cpu_devices(count: int) -> tuple[jax.Device, ...]:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"--topology cpu:{count} needs {count} CPU devices, there are {len(devices)}: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return tuple(devices[:count])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Of one step over the whole batch."""
+
+    vision_forward: int
+    decoder_forward: int
+    adapter_forward: int
+    head_forward: int
+    backward: int
+    recomputed: int
+    """A second forward pass of the blocks, where remat is `full`."""
+
+    @property
+    def model(self) -> int:
+        """What the step needs: the numerator of MFU."""
+        forward = self.vision_forward + self.decoder_forward + self.adapter_forward + self.head_forward
+        return forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """What the devices compute."""
+        return self.model + self.recomputed
+
+
+def train_step_flops(config: Config) -> StepFlops:
+    """Counts one step of a config.
+
+    With adapters the base needs gradients of its activations only (one more forward's worth in the decoder,
+    none in the vision tower, before which nothing trains); without, of its weights too.
+    """
+    model, data, batch = config.model, config.data, config.train.batch_size
+    decoder, length = model.vlm.decoder, data.sequence_length
+    vision = NUM_CAMERAS * batch * vision_flops(model, data.image_size)
+    products, attention = (batch * each for each in decoder_flops(decoder, length))
+    adapters = batch * adapter_flops(model, length) if model.use_lora else 0
+    head = 2 * batch * data.max_targets * decoder.hidden_size * decoder.vocab_size
+    forward = products + attention
+    if model.use_lora:
+        backward = products + 2 * attention + 2 * adapters + head
+        repeated = forward + adapters
+    else:
+        backward = 2 * (vision + forward + head)
+        repeated = forward + vision
+    recomputed = repeated if model.compute.remat == "full" else 0
+    return StepFlops(vision, forward, adapters, head, backward, recomputed)
+
+
+def plan_step_flops(config: Config, answer_length: int) -> StepFlops:
+    """Counts answering one batch of planning questions in one pass.
+
+    Args:
+        config: `train.batch_size` prompts of `data.sequence_length` tokens.
+        answer_length: tokens of the answer's frame, run behind the prompt and scored.
+    """
+    model, data, batch = config.model, config.data, config.train.batch_size
+    decoder, length = model.vlm.decoder, data.sequence_length + answer_length
+    vision = NUM_CAMERAS * batch * vision_flops(model, data.image_size)
+    adapters = batch * adapter_flops(model, length) if model.use_lora else 0
+    head = 2 * batch * answer_length * decoder.hidden_size * decoder.vocab_size
+    return StepFlops(vision, batch * sum(decoder_flops(decoder, length)), adapters, head, 0, 0)
+
+
+def decoder_flops(config: DecoderConfig, length: int) -> tuple[int, int]:
+    """One forward pass over a sequence: the products with weights, and attention's own."""
+    width, head = config.hidden_size, config.head_dim
+    attention_weights = 2 * width * head * (config.num_heads + config.num_kv_heads)
+    weights = config.num_layers * (attention_weights + 3 * width * config.intermediate_size)
+    scores = config.num_layers * 2 * length * length * config.num_heads * head
+    return 2 * weights * length, scores
+
+
+def adapter_flops(model: ModelConfig, length: int) -> int:
+    """One forward pass of all low-rank adapters over a sequence."""
+    decoder, rank = model.vlm.decoder, model.lora.rank
+    query, key = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    outer = {"q": query, "k": key, "v": key, "o": query}
+    weights = sum(rank * (decoder.hidden_size + outer[target]) for target in model.lora.targets)
+    return 2 * weights * length * decoder.num_layers
+
+
+def vision_flops(model: ModelConfig, image_size: tuple[int, int]) -> int:
+    """One forward pass of the vision tower over one image, up to the decoder's width."""
+    vlm = model.vlm
+    if isinstance(vlm, LlavaConfig):
+        return _clip_flops(vlm.vision, vlm.decoder.hidden_size)
+    return _qwen_vision_flops(vlm.vision, image_size)
+
+
+def _clip_flops(vision: ClipVisionConfig, decoder_width: int) -> int:
+    patches, width = vision.grid_side**2, vision.hidden_size
+    tokens = patches + 1  # the class token
+    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
+    scores = 4 * tokens**2 * width
+    projector = 2 * patches * decoder_width * (width + decoder_width)
+    embedding = 2 * patches * vision.patch_channels * width
+    return vision.used_blocks * (block + scores) + projector + embedding
+
+
+def _qwen_vision_flops(vision: QwenVisionConfig, image_size: tuple[int, int]) -> int:
+    grid = ImageProcessor(vision, image_size).patch_grid
+    patches, width = grid[0] * grid[1], vision.hidden_size
+    layout = window_layout(grid, vision.merge_size, vision.window_tokens)
+    windows, capacity = layout.slots.shape
+    full = len(vision.full_attention_blocks)
+    block = 2 * patches * (4 * width * width + 3 * width * vision.intermediate_size)
+    scores = full * patches**2 + (vision.depth - full) * windows * capacity**2
+    merged = width * vision.merge_size**2
+    tokens = patches // vision.merge_size**2
+    merger = 2 * tokens * merged * (merged + vision.out_hidden_size)
+    embedding = 2 * patches * vision.patch_channels * width
+    return vision.depth * block + 4 * scores * width + merger + embedding

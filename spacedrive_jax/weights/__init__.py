@@ -1,1 +1,0 @@
-"""Weights from and to other frameworks: the commands `import-weights` and `export-weights`."""

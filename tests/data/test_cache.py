@@ -1,0 +1,135 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_prep.add_depth import AddDepth, add_depth
+from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data.depth_sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
+from spacedrive_jax.data.lidar import apply
+from spacedrive_jax.data.records import open_records
+from tests.models.depth.sweeps import walls_around
+from tests.models.depth.tiny_unidepth import save_tiny
+from tests.record_factory import make_record, write_records
+
+GRID = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("network") / "weights"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(weights):
+    return DepthNetworkConfig(weights=str(weights), image_size=(42, 56), grid=GRID)
+
+
+@pytest.fixture
+def records(tmp_path):
+    rng = np.random.default_rng(0)
+    made = [make_record(rng, lidar=walls_around(12.0)), make_record(rng)]
+    return write_records(tmp_path / "records", {"train": made[:1], "val": made[1:]})
+
+
+def test_cached_depth_is_the_networks_and_fusion_fits_it_to_lidar(records, network):
+    opened = open_records(records)
+    added = add_depth(opened, network, full=True)
+    assert (added.keyframes, added.reused) == (2, 0)
+    assert 0 < added.aligned <= 6  # the second keyframe has no sweep
+    full, pooled = KeyframeDepth(network)([opened[0]])
+
+    config = DepthConfig(sources=("unidepth",))
+    record = with_network_depth(opened, config, GRID)[0]
+    depth, used = record_patch_depth(record, GRID, config)
+    assert used == ["unidepth"] * 6
+    np.testing.assert_allclose(depth, pooled[0], atol=1 / 256)
+    finer, _ = record_patch_depth(record, (6, 8), config)  # the full depth serves any grid
+    assert finer.min() == pytest.approx(full.min(), abs=1 / 256)
+
+    fused = DepthConfig(sources=("fused", "unidepth"))
+    corrected, used = record_patch_depth(record, GRID, fused)
+    for camera, source in enumerate(used):
+        alignment = record[CACHED].alignments[camera]
+        assert (source == "fused") == (alignment.points > 0)
+        np.testing.assert_allclose(corrected[camera], apply(depth[camera], alignment), rtol=1e-6)
+    _, used = record_patch_depth(with_network_depth(opened, fused, GRID)[1], GRID, fused)
+    assert used == ["unidepth"] * 6
+    only = DepthConfig(sources=("fused",))
+    without_sweep = with_network_depth(opened, only, GRID)[1]
+    with pytest.raises(UserError, match="no depth for CAM_FRONT from fused"):
+        record_patch_depth(without_sweep, GRID, only)
+
+
+def fail_from_second(records):
+    first = records[0]["token"]
+
+    def extra(token):
+        if token != first:
+            raise KeyboardInterrupt
+        return {}
+
+    return extra
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(records, network, monkeypatch):
+    monkeypatch.setattr("data_prep.add_depth.CHUNK", 1)
+    opened = open_records(records)
+
+    broken = dataclasses.replace(opened, extra=fail_from_second(opened))
+    with pytest.raises(KeyboardInterrupt):
+        add_depth(broken, network)
+    config = DepthConfig(sources=("unidepth",))
+    with pytest.raises(UserError, match="no finished depth of unidepth"):
+        with_network_depth(opened, config, GRID)
+    added = add_depth(opened, network)
+    assert added.reused == 1
+    records_with_depth = with_network_depth(opened, config, GRID)
+    _, pooled = KeyframeDepth(network)([opened[0], opened[1]])
+    for index in range(2):
+        depth, _ = record_patch_depth(records_with_depth[index], GRID, config)
+        np.testing.assert_allclose(depth, pooled[index], rtol=1e-5)
+
+
+def test_foreign_and_unfit_caches_are_refused(records, network):
+    opened = open_records(records)
+    add_depth(opened, network)
+    config = DepthConfig(sources=("unidepth",))
+    converted_again = dataclasses.replace(opened, fingerprint="0" * 16)
+    with pytest.raises(UserError, match="made from other records"):
+        with_network_depth(converted_again, config, GRID)
+    with pytest.raises(UserError, match="begun for other records"):
+        add_depth(converted_again, network)
+    add_depth(opened, network)
+    with pytest.raises(UserError, match="2x3 tokens, the run needs min of 4x4"):
+        with_network_depth(opened, config, (4, 4))
+    with pytest.raises(UserError, match="min-pooled depth of 2x3 tokens, the run needs mean of 2x3"):
+        with_network_depth(opened, dataclasses.replace(config, pooling="mean"), GRID)
+    with pytest.raises(UserError, match="no finished depth of depth_anything"):
+        with_network_depth(opened, DepthConfig(sources=("depth_anything",)), GRID)
+    add_depth(opened, dataclasses.replace(network, channel_order="bgr"))
+    with pytest.raises(UserError, match="several depth caches"):
+        with_network_depth(opened, config, GRID)
+
+
+def test_command(records, network, tmp_path):
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(dataclasses.asdict(network)))
+    facts = AddDepth(records, file).run()
+    assert (facts["keyframes"], facts["cameras"]) == (2, 12)
+    assert facts["fingerprint"] == network.fingerprint()
+    file.write_text('{"weight": "x"}')
+    with pytest.raises(UserError, match="does not describe a depth network"):
+        AddDepth(records, file).run()
+
+
+def test_flags_that_make_no_sense_are_refused(records, weights):
+    with pytest.raises(UserError, match="--keyframes-per-step 0 must be 1 or more"):
+        AddDepth(records, weights, keyframes_per_step=0).run()
+    with pytest.raises(UserError, match="need --coordinator HOST:PORT"):
+        AddDepth(records, weights, host_count=2).run()
+    assert not (records / "depth").exists()

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.data import lidar
+from spacedrive_jax.data.depth_sources import DepthConfig, record_patch_depth
+from tests.models.depth.sweeps import sweep
+from tests.record_factory import encode_png, make_record
+
+
+def wall_ahead(distance: float) -> np.ndarray:
+    across, up = np.meshgrid(np.linspace(-40, 40, 400), np.linspace(0, 20, 80))
+    return np.stack([np.full(across.size, distance), across.ravel(), up.ravel()], axis=1)
+
+
+def test_exact_depth_is_min_pooled_and_sky_is_far():
+    depth = np.zeros((45, 80), np.uint16)  # 0: nothing hit
+    depth[40, 79] = 7 * 256
+    record = make_record(np.random.default_rng(0), exact_depth=[encode_png(depth)] * 6)
+    pooled, used = record_patch_depth(record, (2, 2), DepthConfig(sources=("exact",), far=150.0))
+    np.testing.assert_allclose(pooled[0], [[150.0, 150.0], [150.0, 7.0]])
+    assert used == ["exact"] * 6
+
+
+def test_lidar_sees_a_wall_at_its_distance_from_the_camera():
+    record = make_record(np.random.default_rng(0), lidar=sweep(wall_ahead(21.0)))
+    points = lidar.points_in_cameras(record)[0]
+    sparse = lidar.sparse_patch_depth(points, record["camera_intrinsics"][0], (45, 80), (4, 6))
+    assert np.isfinite(sparse).any()
+    np.testing.assert_allclose(lidar.densify(sparse), 20.0, atol=1e-3)  # the camera stands 1 m ahead
+
+
+def test_lidar_follows_the_ego_motion_between_sweep_and_image():
+    later = np.stack([np.eye(4)] * 6)
+    later[:, 0, 3] = 3.0  # the cameras fire when the ego vehicle is 3 m further
+    record = make_record(np.random.default_rng(0), lidar=sweep(wall_ahead(21.0)), camera_ego_to_global=later)
+    np.testing.assert_allclose(lidar.points_in_cameras(record)[0][:, 2], 17.0, atol=1e-3)
+
+
+def test_sources_are_tried_in_order_and_none_is_an_error():
+    depth = [encode_png(np.full((45, 80), 5 * 256, np.uint16))] + [b""] * 5
+    around = np.concatenate([wall_ahead(15.0) @ turn.T for turn in _quarter_turns()])
+    record = make_record(np.random.default_rng(0), exact_depth=depth, lidar=sweep(around))
+    _, used = record_patch_depth(record, (2, 3), DepthConfig())
+    assert used == ["exact"] + ["lidar"] * 5
+    with pytest.raises(UserError, match="no depth for CAM_FRONT_RIGHT from exact:"):
+        record_patch_depth(record, (2, 3), DepthConfig(sources=("exact",)))
+
+
+def _quarter_turns():
+    for angle in np.arange(4) * np.pi / 2:
+        cos, sin = np.cos(angle), np.sin(angle)
+        yield np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])

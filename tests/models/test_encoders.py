@@ -1,0 +1,98 @@
+"""The choices of encoder and decoder beyond the default, on what can be said without golden numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spacedrive_jax.models import grid as grids
+from spacedrive_jax.models.coordinate_decoder import (
+    CoordinateDecoderConfig,
+    Gaussian,
+    VaeDecoder,
+    kl_divergence,
+    make_decoder,
+)
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, CoordinateEncoderConfig
+from spacedrive_jax.models.rotary_features import rotate_features
+
+WIDTH = 48
+POINTS = jnp.asarray(np.random.default_rng(0).uniform(-50, 50, (2, 5, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["sincos", "nerf", "fone"])
+def test_learnable_frequencies_start_at_the_fixed_ones(kind):
+    config = CoordinateEncoderConfig(kind=kind, base=8.0)
+    fixed = CoordinateEncoder(config, WIDTH)
+    learnable = CoordinateEncoder(dataclasses.replace(config, learnable_frequencies=True), WIDTH)
+    np.testing.assert_array_equal(learnable(POINTS), fixed(POINTS))
+    gradient = nnx.grad(lambda encoder: jnp.sum(encoder(POINTS) * jnp.arange(WIDTH)))(learnable)
+    assert np.abs(gradient["frequencies"][...]).min() > 0
+    assert gradient["frequencies"][...].shape[0] == 3  # every axis its own
+
+
+def test_fixed_alpha_has_nothing_to_learn():
+    encoder = CoordinateEncoder(CoordinateEncoderConfig(alpha=0.02, learnable_alpha=False), WIDTH)
+    assert not jax.tree.leaves(nnx.state(encoder, nnx.Param))
+    assert float(jnp.abs(encoder(POINTS)).max()) <= 0.02
+
+
+def test_mlp_encodes_points_while_past_positions_keep_the_waves():
+    mlp = CoordinateEncoder(CoordinateEncoderConfig(kind="mlp"), WIDTH, rngs=nnx.Rngs(0))
+    waves = CoordinateEncoder(CoordinateEncoderConfig(), WIDTH)
+    np.testing.assert_array_equal(mlp.past(POINTS), waves(POINTS))
+    assert float(jnp.abs(mlp(POINTS) - waves(POINTS)).max()) > 0.1
+
+
+def test_rotation_keeps_lengths_and_leaves_the_origin():
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 50)), jnp.float32)
+    turned = rotate_features(features, POINTS)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(features, axis=-1), rtol=1e-5
+    )
+    np.testing.assert_array_equal(rotate_features(features, jnp.zeros_like(POINTS)), features)
+
+
+@pytest.mark.parametrize("kind", ["grid_cosine", "grid_l2", "grid_full"])
+def test_grid_finds_what_was_encoded(kind):
+    grid = grids.GridConfig(minimum=-6.4, cells=32)
+    config = CoordinateDecoderConfig(kind=kind, grid=grid)
+    decoder = make_decoder(config, WIDTH, 6, rngs=nnx.Rngs(0))
+    encoder = CoordinateEncoder(CoordinateEncoderConfig(alpha=1.0), WIDTH)
+    truth = jnp.array([[0.0, 0.0, 0.0], [2.3, -4.1, 0.0], [-6.4, 6.0, 0.0]])
+    found = jax.jit(lambda hidden: decoder(hidden, encoder))(encoder(truth))
+    np.testing.assert_allclose(found[:, :2], truth[:, :2], atol=0.2 if kind != "grid_full" else 0.4)
+    assert not jax.tree.leaves(nnx.state(decoder, nnx.Param))
+
+
+def test_gumbel_sampling_follows_the_scores():
+    grid = grids.GridConfig(minimum=-0.8, cells=4)
+    scores = jnp.zeros((4000, 16)).at[:, 5].set(2.0)
+    noise = jax.random.gumbel(jax.random.key(0), scores.shape)
+    sampled = grids.gumbel_cell(scores, noise, grid)
+    expected = grids.grid_points(grid).reshape(-1, 3)[5]
+    share = float(jnp.mean(jnp.all(sampled == expected, axis=-1)))
+    assert abs(share - np.exp(2) / (15 + np.exp(2))) < 0.03
+
+
+def test_whole_trajectory_from_one_state():
+    decoder = make_decoder(CoordinateDecoderConfig(whole_trajectory=True), WIDTH, 6, rngs=nnx.Rngs(0))
+    assert decoder(jnp.ones((2, WIDTH))).shape == (2, 6, 3)
+
+
+def test_divergence_is_that_of_normal_distributions():
+    one, other = Gaussian(jnp.array([1.0]), jnp.array([0.0])), Gaussian(jnp.array([0.0]), jnp.array([0.0]))
+    assert float(kl_divergence(one, one)) == 0.0
+    np.testing.assert_allclose(kl_divergence(one, other), 0.5)
+
+
+def test_vae_without_noise_is_repeatable_and_sees_the_truth_only_in_training():
+    decoder = VaeDecoder(WIDTH, 8, with_current=True, rngs=nnx.Rngs(0))
+    hidden = jnp.ones((2, 6, WIDTH))
+    np.testing.assert_array_equal(decoder(hidden), decoder(hidden))
+    seen = [decoder(hidden, truth=jnp.full((2, 6, 2), value)) for value in (0.0, 5.0)]
+    assert float(jnp.abs(seen[0] - seen[1]).max()) > 1e-4
+    assert decoder(hidden).shape == (2, 6, 3)

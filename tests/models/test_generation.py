@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spacedrive_jax.console import UserError
+from spacedrive_jax.models.generation import generate
+
+GRID = (4, 6)
+IMAGE = 90
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = np.random.default_rng(0)
+    token_ids = generator.integers(0, 80, (2, 14)).astype(np.int32)
+    token_ids[:, 2:8] = IMAGE
+    lengths = np.array([14, 11])
+    images = generator.standard_normal((2, 1, 24, 96)).astype(np.float32)
+    return token_ids, lengths, images
+
+
+@pytest.fixture(scope="module")
+def generated(tiny_model, prompts):
+    token_ids, lengths, images = prompts
+    return generate(
+        tiny_model, token_ids, images=jnp.asarray(images), image_grid=GRID, lengths=lengths, max_new_tokens=6
+    )
+
+
+def test_greedy_ids_equal_those_without_a_cache(tiny_model, prompts, generated):
+    token_ids, lengths, images = prompts
+    assert generated.shape == (2, 6)
+    for row, length in enumerate(lengths):
+        sequence = np.concatenate([token_ids[row, :length], generated[row]])[None]
+        logits = tiny_model.logits(sequence, images=jnp.asarray(images[row : row + 1]), image_grid=GRID)
+        expected = np.argmax(logits[0, length - 1 : -1], axis=-1)
+        np.testing.assert_array_equal(generated[row], expected)
+
+
+def test_a_stopped_sample_is_padded_and_the_other_goes_on(tiny_model, prompts, generated):
+    token_ids, lengths, images = prompts
+    stop = next(int(each) for each in generated[0] if each not in generated[1])
+    at = generated[0].tolist().index(stop)
+    stopped = generate(
+        tiny_model,
+        token_ids,
+        images=jnp.asarray(images),
+        image_grid=GRID,
+        lengths=lengths,
+        max_new_tokens=6,
+        stop_ids=(stop,),
+        pad_id=95,
+    )
+    np.testing.assert_array_equal(stopped[0], [*generated[0, : at + 1], *[95] * (5 - at)])
+    np.testing.assert_array_equal(stopped[1], generated[1])
+
+
+def test_images_matter(tiny_model, prompts, generated):
+    token_ids, lengths, images = prompts
+    arguments = {"image_grid": GRID, "lengths": lengths}
+    ours = tiny_model.logits(token_ids, images=jnp.asarray(images), **arguments)
+    other = tiny_model.logits(token_ids, images=jnp.asarray(images[::-1].copy()), **arguments)
+    assert np.abs(ours - other)[0, 13].max() > 1e-6
+    np.testing.assert_array_equal(ours[:, :2], other[:, :2])
+
+
+def test_bad_requests_are_refused(tiny_model, prompts):
+    token_ids, _, images = prompts
+    with pytest.raises(UserError, match="max_new_tokens"):
+        generate(tiny_model, token_ids[:, 8:], max_new_tokens=0)
+    with pytest.raises(UserError, match="prompt lengths"):
+        generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, lengths=np.array([6, 0]))
+    with pytest.raises(UserError, match="runs of"):
+        generate(tiny_model, token_ids, max_new_tokens=1)
+    with pytest.raises(UserError, match="image_grid"):
+        generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, images=jnp.asarray(images[:, :0]))
