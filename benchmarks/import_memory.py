@@ -98,7 +98,10 @@ def main() -> None:
             source, out = options.work / "source", options.work / "out"
             size = write_random_checkpoint(shaped_like_7b(layers), source)
             if what == "from_hf":
-                code = "import sys; from spacedrive_jax.interop.hf_checkpoint import from_hf; from_hf(sys.argv[1])"
+                code = (
+                    "import sys; from spacedrive_jax.interop.hf_checkpoint import from_hf; "
+                    "from_hf(sys.argv[1])"
+                )
                 command = [sys.executable, "-c", code, str(source)]
             else:
                 arguments = ["--from", "hf", str(source), "--out", str(out), "--no-add-tokens"]
