@@ -17,8 +17,8 @@ from typing import Any
 from data_prep.synthesize import maps
 from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
 from data_prep.synthesize.tables import VERSION, Row, fixed_tables, write_tables
-from data_prep.synthesize.tokens import make_token
 from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.world.tokens import make_token
 
 
 @dataclasses.dataclass(frozen=True)

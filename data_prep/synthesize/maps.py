@@ -12,10 +12,10 @@ import shapely
 from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row
-from data_prep.synthesize.tokens import make_token
 from spacedrive_jax import exact
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
+from spacedrive_jax.world.tokens import make_token
 from spacedrive_jax.world.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
 
 MASK_RESOLUTION = 0.1

@@ -6,28 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row, link, visibility_token
-from data_prep.synthesize.tokens import make_token
-from spacedrive_jax import exact
-from spacedrive_jax.world import can_bus, ground, lidar, rig, scenery, stage
-from spacedrive_jax.world.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
-from spacedrive_jax.world.shapes import Quads
-from spacedrive_jax.world.stage import Participant
+from spacedrive_jax.world import can_bus, rig
+from spacedrive_jax.world.filming import Film, Shot, Sighting, Take, annotated_span
+from spacedrive_jax.world.scenario import MANOEUVRES, Scenario, build_scenario
+from spacedrive_jax.world.tokens import make_token
 from spacedrive_jax.world.town import LOCATIONS, Town, build_town
-from spacedrive_jax.world.weather import WEATHERS, Light
-
-KEYFRAME_PERIOD = 0.5
-ANNOTATION_RANGE = 75.0
-_FIRST_DAY = datetime.datetime(2024, 5, 1, 9, 0, tzinfo=datetime.UTC)
-_NO_CAN_BUS = frozenset([*range(161, 169), *range(170, 177), *range(309, 315)])
-"""Scene numbers for which the devkit refuses CAN data; the synthetic world does not use them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +37,9 @@ class SceneJob:
         return LOCATIONS[self.index % len(LOCATIONS)]
 
     @property
-    def name(self) -> str:
-        """scene-0001, scene-0002 and so on."""
-        free = (number for number in range(1, 10_000) if number not in _NO_CAN_BUS)
-        return f"scene-{next(number for i, number in enumerate(free) if i == self.index):04d}"
-
-    @property
-    def start(self) -> datetime.datetime:
-        """Local time at which the recording begins."""
-        return _FIRST_DAY + datetime.timedelta(hours=7 * self.index, minutes=11 * (self.index % 5))
+    def take(self) -> Take:
+        """How the scene is filmed."""
+        return Take(self.index, self.seed, self.keyframes, self.image_size, self.with_depth, self.location)
 
 
 def town_of(seed: int, location: str) -> Town:
@@ -74,59 +57,15 @@ def record_scene(job: SceneJob) -> dict[str, list[Row]]:
     return _Recorder(job).record()
 
 
-@dataclasses.dataclass
-class _Sighting:
-    """One annotated object at one keyframe."""
-
-    keyframe: int
-    item: Participant
-    points: int
-    visible: int
-    covered: int
-
-
 class _Recorder:
     def __init__(self, job: SceneJob) -> None:
-        self.job = job
-        duration = (job.keyframes - 1) * KEYFRAME_PERIOD
+        self.job, self.take = job, job.take
         manoeuvre = MANOEUVRES[(job.index * 3 + job.seed) % len(MANOEUVRES)]
-        rng, jitter = (np.random.default_rng([job.seed, job.index, part]) for part in (2, 3))
+        rng = np.random.default_rng([job.seed, job.index, 2])
         self.scenario: Scenario = build_scenario(
-            town_of(job.seed, job.location), manoeuvre, duration + 0.5, rng
+            town_of(job.seed, job.location), manoeuvre, self.take.duration + 0.5, rng
         )
-        self.end = WARM_UP + duration + 0.4
-        weather = WEATHERS[int(jitter.integers(len(WEATHERS)))] if job.index else WEATHERS[0]
-        self.light = Light(weather, float(jitter.uniform(0, 2 * np.pi)))
-        low, high = stage.scene_area(self.scenario, self.end)
-        surface_map = ground.surface_map_of_town(self.scenario.town, low, high)
-        backdrop = stage.build_backdrop(surface_map, self.light, scenery.LAND_SEED)
-        self.standing = stage.standing_participants(self.scenario)
-        shadows = stage.frame_shadows(backdrop, self.standing, self.light)
-        self.backdrop = dataclasses.replace(backdrop, shadows=shadows)
-        self.epoch_us = int(job.start.timestamp() * 1e6) + int(jitter.integers(1_000_000))
-        self.logfile = f"synthetic{job.seed}-{job.start:%Y-%m-%d-%H-%M-%S}+0000"
-        nominal = WARM_UP + KEYFRAME_PERIOD * np.arange(job.keyframes)
-        self.times = nominal + jitter.uniform(-0.003, 0.003, job.keyframes)
-        leads = np.array([mount.lead_ms for mount in rig.CAMERA_MOUNTS]) * 1e-3
-        jitters = jitter.uniform(-0.002, 0.002, (job.keyframes, len(leads)))
-        self.camera_times = self.times[:, None] - leads + jitters
-        self.lidar_rng = np.random.default_rng([job.seed, job.index, 4])
-        people = [*stage.moving_participants(self.scenario, 0.0), *self.standing]
-        self.tokens = [self._token("instance", item.key) for item in people]
-
-    def _token(self, *parts: object) -> str:
-        return make_token(self.job.seed, self.job.name, *parts)
-
-    def _stamp(self, time: float) -> int:
-        return self.epoch_us + round(time * 1e6)
-
-    def _ego_pose(self, time: float) -> Float[np.ndarray, "4 4"]:
-        state = can_bus.ego_state(self.scenario, time)
-        return rig.pose_matrix(state["x"], state["y"], state["yaw"])
-
-    def _quads(self, time: float, people: list[Participant]) -> Quads:
-        signals = stage.signal_quads(self.scenario, time)
-        return stage.frame_quads(self.backdrop, people, self.tokens, signals)
+        self.film = Film(self.take, self.scenario)
 
     def record(self) -> dict[str, list[Row]]:
         job = self.job
@@ -134,26 +73,31 @@ class _Recorder:
         channels["LIDAR_TOP"] = []
         poses: list[Row] = []
         samples: list[Row] = []
-        sightings: dict[int, list[_Sighting]] = {}
-        for keyframe, time in enumerate(self.times):
+        sightings: dict[int, list[Sighting]] = {}
+        for keyframe, time in enumerate(self.film.times):
             sample: Row = {
-                "token": self._token("sample", keyframe),
-                "timestamp": self._stamp(time),
+                "token": self.take.token("sample", keyframe),
+                "timestamp": self.film.stamp(time),
                 "prev": "",
                 "next": "",
-                "scene_token": self._token("scene"),
+                "scene_token": self.take.token("scene"),
             }
             samples.append(sample)
-            visible: dict[int, int] = {}
-            covered: dict[int, int] = {}
-            for number in range(len(rig.CAMERA_MOUNTS)):
-                row, pose = self._photograph(keyframe, number, sample["token"], visible, covered)
-                channels[rig.CAMERA_MOUNTS[number].channel].append(row)
+            shots = [
+                self.film.photograph(self.scenario, keyframe, number)
+                for number in range(len(rig.CAMERA_MOUNTS))
+            ]
+            for mount, shot in zip(rig.CAMERA_MOUNTS, shots, strict=True):
+                row, pose = self._data_row(keyframe, mount.channel, sample["token"], shot.time, "jpg")
+                self._write_picture(mount.channel, row["filename"], shot)
+                channels[mount.channel].append(row)
                 poses.append(pose)
-            row, pose, seen = self._scan(keyframe, sample["token"], visible, covered)
+            cloud = self.film.scan(self.scenario, keyframe)
+            row, pose = self._data_row(keyframe, "LIDAR_TOP", sample["token"], float(time), "pcd.bin")
+            _write(job.root / row["filename"], cloud.tobytes())
             channels["LIDAR_TOP"].append(row)
             poses.append(pose)
-            for group, sighting in seen.items():
+            for group, sighting in self.film.sightings(self.scenario, keyframe, shots, cloud).items():
                 sightings.setdefault(group, []).append(sighting)
         link(samples)
         for rows in channels.values():
@@ -161,12 +105,12 @@ class _Recorder:
         instances, annotations = self._annotations(sightings, samples)
         can_bus.write_can_bus(
             self.scenario,
-            job.name,
+            self.take.name,
             job.root / "can_bus",
-            WARM_UP - 0.3,
-            self.end,
-            self.epoch_us,
-            job.seed * 100_003 + job.index,
+            can_bus.FIRST_MESSAGE,
+            self.take.end,
+            self.film.epoch_us,
+            can_bus.noise_seed(job.seed, job.index),
         )
         sample_data = [rows[k] for k in range(job.keyframes) for rows in channels.values()]
         return {
@@ -180,23 +124,23 @@ class _Recorder:
         }
 
     def _scene_row(self, samples: list[Row]) -> Row:
-        weather = self.light.weather.name
+        weather = self.film.light.weather.name
         return {
-            "token": self._token("scene"),
-            "log_token": self._token("log"),
+            "token": self.take.token("scene"),
+            "log_token": self.take.token("log"),
             "nbr_samples": len(samples),
             "first_sample_token": samples[0]["token"],
             "last_sample_token": samples[-1]["token"],
-            "name": self.job.name,
+            "name": self.take.name,
             "description": f"{self.scenario.description}, {weather}",
         }
 
     def _log_row(self) -> Row:
         return {
-            "token": self._token("log"),
-            "logfile": self.logfile,
+            "token": self.take.token("log"),
+            "logfile": self.take.logfile,
             "vehicle": f"synthetic{self.job.seed}",
-            "date_captured": f"{self.job.start:%Y-%m-%d}",
+            "date_captured": f"{self.take.start:%Y-%m-%d}",
             "location": self.job.location,
         }
 
@@ -206,9 +150,9 @@ class _Recorder:
         """A sample_data row and its ego_pose row, which share their token as in nuScenes."""
         camera = channel != "LIDAR_TOP"
         height, width = self.job.image_size if camera else (0, 0)
-        token = self._token("sample_data", channel, keyframe)
-        stamp = self._stamp(time)
-        pose = self._ego_pose(time)
+        token = self.take.token("sample_data", channel, keyframe)
+        stamp = self.film.stamp(time)
+        pose = self.film.ego_pose(self.scenario, time)
         row = {
             "token": token,
             "sample_token": sample,
@@ -219,7 +163,7 @@ class _Recorder:
             "is_key_frame": True,
             "height": height,
             "width": width,
-            "filename": f"samples/{channel}/{self.logfile}__{channel}__{stamp}.{extension}",
+            "filename": f"samples/{channel}/{self.take.logfile}__{channel}__{stamp}.{extension}",
             "prev": "",
             "next": "",
         }
@@ -231,83 +175,28 @@ class _Recorder:
         }
         return row, ego_pose
 
-    def _photograph(
-        self, keyframe: int, number: int, sample: str, visible: dict[int, int], covered: dict[int, int]
-    ) -> tuple[Row, Row]:
-        job, mount = self.job, rig.CAMERA_MOUNTS[number]
-        time = float(self.camera_times[keyframe, number])
-        moving = stage.moving_participants(self.scenario, time)
-        quads = self._quads(time, [*moving, *self.standing])
-        camera = stage.camera_of(
-            mount.intrinsics(job.image_size),
-            exact.matmul(self._ego_pose(time), mount.to_ego()),
-            job.image_size,
-        )
-        picture = stage.take_picture(
-            self.backdrop,
-            quads,
-            stage.frame_shadows(self.backdrop, moving, self.light),
-            camera,
-            self.light,
-            job.index * 1000 + keyframe * 6 + number,
-            with_depth=job.with_depth,
-        )
-        row, pose = self._data_row(keyframe, mount.channel, sample, time, "jpg")
-        path = job.root / row["filename"]
-        _write(path, picture.jpeg)
-        if job.with_depth:
-            _write(job.root / "samples_depth" / mount.channel / f"{path.stem}.png", picture.depth_png)
-        groups = np.append(quads.groups, [-1, -1])[picture.buffer.surface]  # GROUND and SKY have no group
-        names, counts = np.unique(groups[groups >= 0], return_counts=True)
-        for group, count in zip(names.tolist(), counts.tolist(), strict=True):
-            visible[group] = visible.get(group, 0) + count
-        for group, count in picture.buffer.covered.items():
-            covered[group] = covered.get(group, 0) + count
-        return row, pose
-
-    def _scan(
-        self, keyframe: int, sample: str, visible: dict[int, int], covered: dict[int, int]
-    ) -> tuple[Row, Row, dict[int, _Sighting]]:
-        time = float(self.times[keyframe])
-        people = [*stage.moving_participants(self.scenario, time), *self.standing]
-        quads = self._quads(time, people)
-        ego = self._ego_pose(time)
-        sensor = exact.matmul(ego, rig.lidar_to_ego())
-        cloud = lidar.sweep(quads, sensor, self.lidar_rng)
-        row, pose = self._data_row(keyframe, "LIDAR_TOP", sample, time, "pcd.bin")
-        _write(self.job.root / row["filename"], cloud.tobytes())
-        if not people:
-            return row, pose, {}
-        centres = np.array([[item.pose[0], item.pose[1], item.size[2] / 2] for item in people])
-        sizes = np.array([item.size for item in people])
-        yaws = np.array([item.pose[2] for item in people])
-        counts = lidar.count_inside(cloud, sensor, centres, sizes, yaws)
-        near = exact.norm(centres[:, :2] - ego[:2, 3]) < ANNOTATION_RANGE
-        seen = {
-            group: _Sighting(keyframe, item, counts[group], visible.get(group, 0), covered.get(group, 0))
-            for group, item in enumerate(people)
-            if near[group]
-        }
-        return row, pose, seen
+    def _write_picture(self, channel: str, filename: str, shot: Shot) -> None:
+        path = self.job.root / filename
+        _write(path, shot.picture.jpeg)
+        if self.job.with_depth:
+            _write(self.job.root / "samples_depth" / channel / f"{path.stem}.png", shot.picture.depth_png)
 
     def _annotations(
-        self, sightings: dict[int, list[_Sighting]], samples: list[Row]
+        self, sightings: dict[int, list[Sighting]], samples: list[Row]
     ) -> tuple[list[Row], list[Row]]:
-        """An object is annotated from the first to the last keyframe at which a sensor notices it."""
         instances: list[Row] = []
         by_sample: list[list[Row]] = [[] for _ in samples]
         for group, seen in sightings.items():
-            noticed = [i for i, s in enumerate(seen) if s.points > 0 or s.visible >= 30]
-            if not noticed:
+            span = annotated_span(seen)
+            if not span:
                 continue
-            span = _contiguous(seen[noticed[0] : noticed[-1] + 1])
             rows = [self._annotation(group, sighting, samples) for sighting in span]
             link(rows)
             for sighting, row in zip(span, rows, strict=True):
                 by_sample[sighting.keyframe].append(row)
             instances.append(
                 {
-                    "token": self.tokens[group],
+                    "token": self.film.tokens[group],
                     "category_token": make_token(self.job.seed, "category", seen[0].item.category),
                     "nbr_annotations": len(rows),
                     "first_annotation_token": rows[0]["token"],
@@ -316,14 +205,14 @@ class _Recorder:
             )
         return instances, [row for rows in by_sample for row in rows]
 
-    def _annotation(self, group: int, sighting: _Sighting, samples: list[Row]) -> Row:
+    def _annotation(self, group: int, sighting: Sighting, samples: list[Row]) -> Row:
         item = sighting.item
         x, y, yaw = item.pose
         attributes = [make_token(self.job.seed, "attribute", item.attribute)] if item.attribute else []
         return {
-            "token": self._token("annotation", item.key, sighting.keyframe),
+            "token": self.take.token("annotation", item.key, sighting.keyframe),
             "sample_token": samples[sighting.keyframe]["token"],
-            "instance_token": self.tokens[group],
+            "instance_token": self.film.tokens[group],
             "visibility_token": visibility_token(sighting.visible, sighting.covered),
             "attribute_tokens": attributes,
             "translation": [x, y, item.size[2] / 2],
@@ -334,14 +223,6 @@ class _Recorder:
             "num_lidar_pts": sighting.points,
             "num_radar_pts": 0,
         }
-
-
-def _contiguous(span: list[_Sighting]) -> list[_Sighting]:
-    """The first run without a gap (an object that leaves the range and returns is not tracked again)."""
-    for i in range(1, len(span)):
-        if span[i].keyframe != span[i - 1].keyframe + 1:
-            return span[:i]
-    return span
 
 
 def _write(path: Path, data: bytes) -> None:

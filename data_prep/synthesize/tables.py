@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.synthesize.tokens import make_token
 from spacedrive_jax.world import rig
+from spacedrive_jax.world.tokens import make_token
 
 VERSION = "v1.0-synthetic"
 Row = dict[str, Any]

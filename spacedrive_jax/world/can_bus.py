@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from spacedrive_jax import exact
-from spacedrive_jax.world.scenario import Scenario
+from spacedrive_jax.world.scenario import WARM_UP, Scenario
 from spacedrive_jax.world.traffic import TIME_STEP
-from spacedrive_jax.world.vehicle import WHEEL_BASE, moved
+from spacedrive_jax.world.vehicle import WHEEL_BASE, VehicleState, moved
 
 STEERING_RATIO = 15.0
 WHEEL_RADIUS = 0.32
@@ -24,11 +24,59 @@ GRAVITY = 9.81
 
 Message = dict[str, Any]
 
+FIRST_MESSAGE = WARM_UP - 0.3
+"""Seconds since the start of the simulation at which the messages begin."""
+POSE_RATE = 50.0
+"""Pose messages a second."""
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """Seed of the sensor noise of a scene."""
+    return seed * 100_003 + index
+
+
+class PoseMessages:
+    """The pose messages of one scene, as they come in: `write_can_bus` writes them all at once.
+
+    What was sensed stays as it was sensed, whatever the vehicle does afterwards.
+    """
+
+    def __init__(self, start: float, end: float, epoch_us: int, seed: int) -> None:
+        """Draws when the messages come.
+
+        Args:
+            start: first time of the simulation to report, seconds.
+            end: last time, seconds.
+            epoch_us: microseconds of simulation time 0.
+            seed: of the sensor noise.
+        """
+        self._rng = np.random.default_rng(seed)
+        self._times = _message_times(self._rng, POSE_RATE, start, end)
+        self._epoch_us = epoch_us
+        self.messages: list[Message] = []
+
+    def until(self, scenario: Scenario, time: float) -> list[Message]:
+        """All messages up to the first one behind `time`, seconds since the start of the simulation."""
+        while len(self.messages) < len(self._times) and (
+            not self.messages or self._times[len(self.messages) - 1] <= time + 1e-6
+        ):
+            at = float(self._times[len(self.messages)])
+            stamp = self._epoch_us + round(at * 1e6)
+            self.messages.append(_pose(ego_state(scenario, at), stamp, self._rng))
+        return self.messages
+
+
+def _message_times(rng: np.random.Generator, rate: float, start: float, end: float) -> np.ndarray:
+    count = int((end - start) * rate)
+    return start + (np.arange(count) + rng.uniform(0.0, 0.2, count)) / rate
+
 
 def ego_state(scenario: Scenario, time: float) -> dict[str, float]:
     """Pose, speed, accelerations and yaw rate of the rear axle at a time in seconds."""
-    if scenario.driven:
-        return _driven_state(scenario, time)
+    step = int(np.clip(time / TIME_STEP, 0, max(len(scenario.driven) - 1, 0)))
+    vehicle = scenario.driven[step] if scenario.driven else None
+    if vehicle is not None:
+        return _driven_state(vehicle, time - step * TIME_STEP)
     s, speed, acceleration = scenario.motions[0].at(time)
     x, y, yaw = scenario.ego.route.pose(s)
     curvature = float(scenario.ego.route.curvature(s))
@@ -43,10 +91,9 @@ def ego_state(scenario: Scenario, time: float) -> dict[str, float]:
     }
 
 
-def _driven_state(scenario: Scenario, time: float) -> dict[str, float]:
-    """`ego_state` of a vehicle that somebody steers."""
-    step = int(np.clip(time / TIME_STEP, 0, len(scenario.driven) - 1))
-    vehicle = moved(scenario.driven[step], time - step * TIME_STEP)
+def _driven_state(vehicle: VehicleState, elapsed: float) -> dict[str, float]:
+    """`ego_state` of a vehicle that somebody steers, `elapsed` seconds into a time step."""
+    vehicle = moved(vehicle, elapsed)
     return {
         "x": vehicle.x,
         "y": vehicle.y,
@@ -75,14 +122,13 @@ def write_can_bus(
     rng = np.random.default_rng(seed)
 
     def times(rate: float) -> np.ndarray:
-        count = int((end - start) * rate)
-        return start + (np.arange(count) + rng.uniform(0.0, 0.2, count)) / rate
+        return _message_times(rng, rate, start, end)
 
     def stamp(time: float) -> int:
         return epoch_us + round(time * 1e6)
 
     messages: dict[str, list[Message]] = {
-        "pose": [_pose(ego_state(scenario, time), stamp(time), rng) for time in times(50)],
+        "pose": [_pose(ego_state(scenario, time), stamp(time), rng) for time in times(POSE_RATE)],
         "ms_imu": [_imu(ego_state(scenario, time), stamp(time), rng) for time in times(100)],
         "steeranglefeedback": [
             {"utime": stamp(time), "value": _wheel_angle(ego_state(scenario, time))} for time in times(100)

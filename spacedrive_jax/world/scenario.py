@@ -60,8 +60,9 @@ class Scenario:
     description: str
     cast: Cast
     motions: tuple[Motion, ...]
-    driven: tuple[VehicleState, ...] = ()
-    """The ego vehicle at every time step where somebody steered it; none where it followed its script."""
+    driven: tuple[VehicleState | None, ...] = ()
+    """The ego vehicle at every time step, None at those at which it followed its script; empty where it
+    always did."""
 
     @property
     def ego(self) -> Mover:

@@ -184,8 +184,7 @@ class World:
             axis=1,
         )
         motions = tuple(Motion(*history[:, :, i]) for i in range(history.shape[2]))
-        vehicles = tuple(state.vehicle for state in self.states if state.vehicle is not None)
-        driven = vehicles if len(vehicles) == len(self.states) else ()
+        driven = tuple(state.vehicle for state in self.states)
         return dataclasses.replace(self.scenario, motions=motions, driven=driven)
 
     def poses(self, state: WorldState) -> Float[np.ndarray, "A+O 3"]:
