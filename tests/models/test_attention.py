@@ -63,9 +63,10 @@ def test_splash_on_a_mesh_equals_plain():
     """Each of four devices runs its rows and heads; forward and gradients."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     script = Path(__file__).with_name("sharded_attention.py")
+    path = os.pathsep.join(filter(None, [str(script.parents[2]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, script],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parents[2])},
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
