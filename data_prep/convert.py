@@ -21,9 +21,10 @@ from data_prep.conversion import (
     source_of,
 )
 from data_prep.nuscenes.maps import prepare_masks
+from data_prep.nuscenes.misplaced import check_layout, find_elsewhere
 from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import read_scenes
-from data_prep.nuscenes.sensor_files import describe_unusable_images, scan_scene
+from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images, scan_scene
 from data_prep.nuscenes.splits import split_scenes
 from data_prep.nuscenes.tables import read_tables
 from data_prep.parallel import ordered_map
@@ -31,6 +32,7 @@ from data_prep.shards import write_dataset_info
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.records_folder import is_whole
+from spacedrive_jax.errors import DataError
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
 Runner = Literal["local", "beam"]
@@ -81,14 +83,16 @@ class Convert(Command):
         del tables  # gigabytes for the whole of nuScenes
         if not scenes:
             raise UserError(f"{self.dataroot / self.version / 'scene.json'} holds no scene")
+        check_layout(self.dataroot, scenes)
         splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
         files = [
             scan_scene(self.dataroot, scene) for scene in progress(scenes, desc="check files", unit="scene")
         ]
         if self.missing_images == "stop" and any(one.unusable_images for one in files):
-            raise UserError(
+            raise DataError(
                 f"camera images under {self.dataroot} are missing or damaged:\n"
                 f"{describe_unusable_images(scenes, files)}\n"
+                f"{self._images_elsewhere(files)}"
                 "fetch them, or choose --missing-images skip, empty or render"
             )
         work = plan_shards(scenes, files, splits, skip=self.missing_images == "skip")
@@ -130,6 +134,13 @@ class Convert(Command):
         }
         print(_summary(facts))
         return facts
+
+    def _images_elsewhere(self, files: Sequence[SceneFiles]) -> str:
+        """Where the first missing image lies, if it is one folder off."""
+        missing = (name for one in files for name, why in one.unusable_images.items() if why == "missing")
+        name = next(missing, None)
+        found = None if name is None else find_elsewhere(self.dataroot, self.dataroot / name)
+        return f"({found} is there: one folder off?)\n" if found else ""
 
     def _checked_options(self) -> tuple[int, int] | None:
         """Checks flags that need no data; returns the render size as (height, width)."""

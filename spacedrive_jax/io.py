@@ -277,6 +277,25 @@ def inside(root: str | os.PathLike[str], name: str, what: str) -> Path:
 T = TypeVar("T")
 
 
+def read_typed(
+    path: str | os.PathLike[str],
+    kind: type[T],
+    *,
+    most: int | None = None,
+    advice: str = "is it damaged?",
+) -> T:
+    """A JSON file as a typed value, decoded and checked in one go (see `convert`).
+
+    Raises:
+        DataError: it cannot be read, is too large, is not JSON, or a value is not what it should be.
+    """
+    data = read_bytes(path, most=most)
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; {advice}") from error
+
+
 def convert(value: Any, kind: type[T], path: object, advice: str = "is it damaged?") -> T:
     """A value that JSON gave, as the type that a file of this name has.
 

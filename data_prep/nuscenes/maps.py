@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import shapely
 from jaxtyping import Float, UInt8
 
 from data_prep.nuscenes.mask_png import cache_mask_bits
+from data_prep.nuscenes.rows import Metres
 from spacedrive_jax import exact
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe_map import PolygonMap
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, read_typed
 
 MASK_RESOLUTION = 0.1
 """Metres per pixel of the basic map masks."""
+
+
+EXPANSION_VERSION = (1, 3)
+MOST_EXPANSION = 1024 * MEBIBYTE
+"""Bytes; the largest official one has 60 MB."""
 
 
 class MaskMap:
@@ -54,23 +63,68 @@ class MaskMap:
         return []
 
 
+class _Node(msgspec.Struct, gc=False):
+    token: str
+    x: Metres
+    y: Metres
+
+
+class _Hole(msgspec.Struct):
+    node_tokens: list[str]
+
+
+class _Polygon(msgspec.Struct):
+    token: str
+    exterior_node_tokens: Annotated[list[str], msgspec.Meta(min_length=3)]
+    holes: list[_Hole]
+
+
+class _DrivableArea(msgspec.Struct):
+    polygon_tokens: list[str]
+
+
+class _Version(msgspec.Struct):
+    version: str | float = ""
+
+
+class _Expansion(msgspec.Struct):
+    node: list[_Node]
+    polygon: list[_Polygon]
+    drivable_area: list[_DrivableArea]
+
+
 def _read_drivable_polygons(path: Path) -> list[Any]:
+    """The polygons of a map expansion's `drivable_area` layer, global metres.
+
+    Raises:
+        DataError: the file is no map expansion, or one older than `EXPANSION_VERSION`.
+    """
+    # The version first: older layers look different, and the reason is then the better message.
+    _check_version(path, read_typed(path, _Version, most=MOST_EXPANSION, advice="fetch it again").version)
+    layers = read_typed(path, _Expansion, most=MOST_EXPANSION, advice="fetch it again")
+    points = {node.token: (node.x, node.y) for node in layers.node}
     try:
-        layers = json.loads(path.read_bytes())
-        points = {node["token"]: (node["x"], node["y"]) for node in layers["node"]}
         rings: dict[str, Any] = {}
-        for row in layers["polygon"]:
-            exterior = [points[token] for token in row["exterior_node_tokens"]]
-            holes = [[points[token] for token in hole["node_tokens"]] for hole in row["holes"]]
-            rings[row["token"]] = (exterior, [hole for hole in holes if len(hole) > 2])
-        tokens = [token for area in layers["drivable_area"] for token in area["polygon_tokens"]]
+        for row in layers.polygon:
+            exterior = [points[token] for token in row.exterior_node_tokens]
+            holes = [[points[token] for token in hole.node_tokens] for hole in row.holes]
+            rings[row.token] = (exterior, [hole for hole in holes if len(hole) > 2])
+        tokens = [token for area in layers.drivable_area for token in area.polygon_tokens]
         polygons = [shapely.Polygon(*rings[token]) for token in tokens]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a map expansion with node, polygon and drivable_area layers "
-            f"({type(error).__name__}: {error}); fetch it again"
-        ) from None
+    except KeyError as error:
+        raise DataError(f"{path}: the token {error} is that of no node or polygon; fetch it again") from error
     return [polygon if polygon.is_valid else shapely.make_valid(polygon) for polygon in polygons]
+
+
+def _check_version(path: Path, version: str | float) -> None:
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < EXPANSION_VERSION:
+        found = f"is version {version}" if version != "" else "names no version"
+        raise DataError(
+            f"{path} {found} of the map expansion; before 1.3, roads were missing or misplaced, and the "
+            "devkit refuses it too: unpack nuScenes-map-expansion-v1.3.zip in maps/, or remove the file (the "
+            "basic map masks then serve)"
+        )
 
 
 def expansion_file(dataroot: Path, location: str) -> Path:
@@ -105,4 +159,5 @@ def prepare_masks(
 
 def mask_cache(cache_folder: Path, mask: str) -> Path:
     """The bit array of a mask file named relative to the dataroot."""
-    return Path(cache_folder) / f"{Path(mask).stem}.npy"
+    # Two masks may have one name in different folders.
+    return Path(cache_folder) / f"{Path(mask).stem[:64]}-{hashlib.sha256(mask.encode()).hexdigest()[:16]}.npy"

@@ -14,14 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.data.encoded_images import decode_grey
+from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.io import require_regular, say
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BAND_BYTES = 8 << 20
+MAX_INFLATION = 1040
+"""Deflate makes no more than 1032 bytes of one."""
 FOREGROUND = 255
 """Pixel value of the drivable surface."""
 
@@ -36,51 +39,73 @@ def cache_mask_bits(png: Path, cache: Path) -> None:
         cache: path of the `.npy` to write.
 
     Raises:
-        UserError: the PNG is damaged or of another kind.
+        DataError: the PNG is damaged or of another kind, or its checksums differ.
     """
-    partial = cache.with_name(cache.name + ".partial")
-    with png.open("rb") as stream:
-        width, height, bit_depth = _read_header(stream, png)
-        bits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(height, (width + 7) // 8))
-        first = 0
-        for band in _bands(stream, png, width, height, bit_depth):
-            bits[first : first + len(band)] = np.packbits(band == FOREGROUND, axis=1)
-            first += len(band)
-        bits.flush()
-        del bits
-    os.replace(partial, cache)
+    size = require_regular(png)
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    try:
+        with png.open("rb") as stream:
+            width, height, bit_depth = _read_header(stream, png)
+            if height * width * bit_depth > 8 * MAX_INFLATION * size:
+                raise DataError(
+                    f"{png} declares {width}x{height} pixels, more than its {size:,} bytes can hold; fetch "
+                    "it again"
+                )
+            shape = (height, (width + 7) // 8)
+            bits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            first = 0
+            for band in _bands(stream, png, width, height, bit_depth):
+                bits[first : first + len(band)] = np.packbits(band == FOREGROUND, axis=1)
+                first += len(band)
+            bits.flush()
+            del bits
+        os.replace(partial, cache)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise SpaceDriveError(f"cannot unpack {png} into {cache}: {say(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_header(stream: BinaryIO, path: Path) -> tuple[int, int, int]:
     """Reads signature and IHDR; returns width, height and bit depth."""
     header = stream.read(33)
-    if header[:8] != _SIGNATURE or header[12:16] != b"IHDR" or len(header) < 33:
-        raise UserError(f"{path} is not a PNG image; fetch it again")
+    if header[:8] != _SIGNATURE or header[8:16] != b"\0\0\0\x0dIHDR" or len(header) < 33:
+        raise DataError(f"{path} is not a PNG image; fetch it again")
+    if struct.pack(">I", zlib.crc32(header[12:29])) != header[29:]:
+        raise DataError(f"{path} is damaged (checksum of the header); fetch it again")
     width, height, bit_depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", header[16:29])
+    if not (width and height):
+        raise DataError(f"{path} has no pixels; fetch it again")
     if colour != 0 or bit_depth not in (1, 8) or interlace:
-        raise UserError(
+        raise DataError(
             f"{path}: a map mask must be a greyscale PNG of 1 or 8 bits, not interlaced; this one has colour "
             f"type {colour}, {bit_depth} bits, interlace {interlace}"
         )
     return width, height, bit_depth
 
 
-def _image_data(stream: BinaryIO) -> Iterator[bytes]:
-    """Yields the contents of the IDAT chunks after the header, in pieces of bounded size."""
-    while len(head := stream.read(8)) == 8:
+def _image_data(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yields the contents of the IDAT chunks after the header in small pieces, and checks all checksums."""
+    while True:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise DataError(f"{path} is cut; fetch it again")
         length, kind = struct.unpack(">I4s", head)
-        if kind == b"IEND":
-            return
-        if kind != b"IDAT":
-            stream.seek(length + 4, os.SEEK_CUR)
-            continue
+        checksum = zlib.crc32(kind)
         while length:
             piece = stream.read(min(length, 1 << 20))
             if not piece:
-                return
+                raise DataError(f"{path} is cut; fetch it again")
             length -= len(piece)
-            yield piece
-        stream.seek(4, os.SEEK_CUR)
+            checksum = zlib.crc32(piece, checksum)
+            if kind == b"IDAT":
+                yield piece
+        if stream.read(4) != struct.pack(">I", checksum):
+            raise DataError(f"{path} is damaged (checksum of its {kind!r} chunk); fetch it again")
+        if kind == b"IEND":
+            return
 
 
 def _bands(
@@ -88,7 +113,8 @@ def _bands(
 ) -> Iterator[UInt8[np.ndarray, "rows width"]]:
     """Yields all rows, decoded to 0..255, from top to bottom in bands."""
     row_bytes = 1 + (width * bit_depth + 7) // 8  # one filter byte leads each row
-    band_bytes = max(1, _BAND_BYTES // row_bytes) * row_bytes
+    # A band becomes a picture of one byte a pixel.
+    band_bytes = max(1, _BAND_BYTES // (row_bytes * 8 // bit_depth)) * row_bytes
     inflate = zlib.decompressobj()
     above = bytes(row_bytes)  # filter 0 and a black row, which is what PNG assumes above the first row
     pending = bytearray()
@@ -96,33 +122,35 @@ def _bands(
 
     def decode(rows: bytes) -> UInt8[np.ndarray, "rows width"]:
         nonlocal above
-        decoded = _decode_rows(above + rows, width, 1 + len(rows) // row_bytes, bit_depth)
-        if decoded is None:
-            raise UserError(f"{path} is damaged; fetch it again")
+        decoded = _decode_rows(above + rows, width, 1 + len(rows) // row_bytes, bit_depth, path)
         last = decoded[-1] if bit_depth == 8 else np.packbits(decoded[-1] > 0)
         above = b"\0" + last.tobytes()
         return decoded[1:]
 
     try:
-        for piece in _image_data(stream):
+        for piece in _image_data(stream, path):
             while piece:
                 pending += inflate.decompress(piece, band_bytes - len(pending))
                 piece = inflate.unconsumed_tail
                 if len(pending) == band_bytes:
                     remaining -= band_bytes
+                    if remaining < 0:
+                        raise DataError(f"{path} is damaged (more image data than rows); fetch it again")
                     yield decode(bytes(pending))
                     pending.clear()
     except zlib.error as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+        raise DataError(f"{path} is damaged ({error}); fetch it again") from None
     if len(pending) != remaining:
-        raise UserError(f"{path} is truncated: {remaining - len(pending)} bytes of image data are missing")
+        raise DataError(
+            f"{path} is damaged: it has {len(pending) - remaining:+d} bytes of image data; fetch it again"
+        )
     if pending:
         yield decode(bytes(pending))
 
 
 def _decode_rows(
-    filtered: bytes, width: int, height: int, bit_depth: int
-) -> UInt8[np.ndarray, "height width"] | None:
+    filtered: bytes, width: int, height: int, bit_depth: int, path: Path
+) -> UInt8[np.ndarray, "height width"]:
     """Undoes the PNG row filters of `height` rows by wrapping them as a PNG of their own."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -134,4 +162,4 @@ def _decode_rows(
     png = (
         _SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered, 0)) + chunk(b"IEND", b"")
     )
-    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return decode_grey(png, str(path), (height, width))

@@ -28,9 +28,9 @@ Microseconds = Annotated[int, Meta(ge=0, le=1 << 53)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Pixels = Annotated[int, Meta(ge=0, le=65_500)]
 
-_Global = Annotated[float, Meta(ge=-1e8, le=1e8)]
-GlobalPosition = tuple[_Global, _Global, _Global]
-"""Metres; UTM coordinates reach 1e7."""
+Metres = Annotated[float, Meta(ge=-1e8, le=1e8)]
+"""A global coordinate; UTM's reach 1e7."""
+GlobalPosition = tuple[Metres, Metres, Metres]
 _Mounted = Annotated[float, Meta(ge=-100, le=100)]
 MountPosition = tuple[_Mounted, _Mounted, _Mounted]
 """Of a sensor on its vehicle, metres."""

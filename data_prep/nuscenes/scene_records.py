@@ -7,6 +7,7 @@ process pool or a distributed map.
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +17,8 @@ from PIL import Image
 
 from data_prep.nuscenes.can_bus import read_pose_messages
 from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
-from data_prep.nuscenes.sensor_files import SceneFiles, depth_file
+from data_prep.nuscenes.sensor_files import MOST_BYTES, SceneFiles, depth_file, whole_points
 from data_prep.shards import RecordSerializer, ShardFacts, write_shard
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe import (
     Keyframe,
     Scene,
@@ -34,6 +34,8 @@ from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
 from spacedrive_jax.data.poses import heading, transforms
 from spacedrive_jax.data.records import Record
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,24 +95,31 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
         keyframe = scene.keyframes[index]
         ego = ego_fields(track, index)
         ego_to_global = ego["ego_to_global"]
-        lidar = unit.dataroot / keyframe.lidar.filename
-        has_lidar = keyframe.lidar.filename in unit.files.sizes
+        sweep, lidar_state = _read_sweep(unit, keyframe.lidar.filename)
         record = {
             **identity_fields(scene, index),
             **_camera_fields(unit, keyframe, agents, drivable_map, counts),
             **ego,
             **agent_fields(agents, keyframe.annotations, ego_to_global),
             **map_fields(drivable_map, ego_to_global[:2, 3], float(heading(ego_to_global))),
-            "lidar": lidar.read_bytes() if has_lidar else b"",
+            "lidar": sweep,
             "lidar_to_ego": sensor_to_ego(keyframe.lidar),
         }
-        lidar_problem = unit.files.unusable_lidar.get(keyframe.lidar.filename, "")
-        counts[
-            f"lidar_{'present' if has_lidar else 'absent' if lidar_problem == 'missing' else 'damaged'}"
-        ] += 1
+        counts[f"lidar_{lidar_state}"] += 1
         counts["can_bus_present" if track.can_bus_valid else "can_bus_absent"] += 1
         counts[f"drivable_{record['drivable_source']}"] += 1
         yield record
+
+
+def _read_sweep(unit: SceneUnit, filename: str) -> tuple[bytes, str]:
+    """A sweep and whether it is `present`, `absent` or `damaged`; empty where it is not present."""
+    if filename not in unit.files.sizes:
+        return b"", "absent" if unit.files.unusable_lidar.get(filename) == "missing" else "damaged"
+    sweep = read_bytes(unit.dataroot / filename, most=MOST_BYTES)
+    # Changed since it was looked at, or full of numbers that are none.
+    if len(sweep) != unit.files.sizes[filename] or not whole_points(sweep):
+        return b"", "damaged"
+    return sweep, "present"
 
 
 def _open_map(unit: SceneUnit) -> DrivableMap | None:
@@ -151,26 +160,26 @@ def _camera_fields(
 
 def _read_view(unit: SceneUnit, camera: SensorFrame) -> View:
     """Reads a photographed image, and its exact depth where the folder has it."""
-    depth = depth_file(camera.filename)
-    has_depth = depth in unit.files.sizes
-    if has_depth:
-        _check_depth(unit.dataroot / depth, camera)
-    return View(
-        image=(unit.dataroot / camera.filename).read_bytes(),
-        depth=(unit.dataroot / depth).read_bytes() if has_depth else b"",
-        size=(camera.height, camera.width),
-    )
+    path = unit.dataroot / camera.filename
+    image = read_bytes(path, most=MOST_BYTES)
+    if len(image) != unit.files.sizes[camera.filename]:
+        raise DataError(f"{path} changed while it was converted; --resume goes on where it stopped")
+    depth, depth_path = b"", depth_file(camera.filename)
+    if depth_path in unit.files.sizes:
+        depth = read_bytes(unit.dataroot / depth_path, most=MOST_BYTES)
+        _check_depth(unit.dataroot / depth_path, depth, camera)
+    return View(image=image, depth=depth, size=(camera.height, camera.width))
 
 
-def _check_depth(path: Path, camera: SensorFrame) -> None:
+def _check_depth(path: Path, png: bytes, camera: SensorFrame) -> None:
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             mode, size = image.mode, image.size
             image.verify()
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} is not a readable PNG ({error}); write it again or remove it") from None
+    except Exception as error:  # Pillow raises struct.error, ValueError and others on damaged files
+        raise DataError(f"{path} is not a readable PNG ({error}); write it again or remove it") from error
     if not mode.startswith("I") or size != (camera.width, camera.height):
-        raise UserError(
+        raise DataError(
             f"{path} must be a 16-bit greyscale PNG of {camera.width}x{camera.height} pixels, like its "
             f"camera image; it is {size[0]}x{size[1]}, mode {mode}"
         )

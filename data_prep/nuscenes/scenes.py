@@ -50,7 +50,13 @@ def read_scenes(tables: Tables) -> Iterator[Scene]:
     for row in tables[SampleAnnotation].values():
         annotation_rows[row.sample_token].append(row)
     map_masks = {log: mask for mask in tables[Map].values() for log in mask.log_tokens}
+    seen: set[str] = set()
     for scene_row in tables[SceneRow].values():
+        if scene_row.name in seen:
+            raise DataError(
+                f"scene.json: row {scene_row.token!r}, field 'name': {scene_row.name} occurs twice"
+            )
+        seen.add(scene_row.name)
         samples = _sample_chain(tables, scene_row)
         rows = [row for sample in samples for row in annotation_rows[sample.token]]
         first = 0

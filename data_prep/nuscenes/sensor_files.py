@@ -8,15 +8,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
 from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, require_regular, say
 
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
 _TAIL = 64
 """Bytes searched for the end marker: some encoders pad the file with zeros."""
+MOST_BYTES = 256 * MEBIBYTE
+"""A photograph of nuScenes has 200 kB, a sweep 700 kB."""
 LIDAR_POINT_BYTES = 20
 """float32 x y z intensity ring."""
 
@@ -39,6 +44,9 @@ def check_image(path: Path, width: int, height: int) -> str | None:
     A whole JPEG starts with SOI, ends with EOI and declares the size the tables give. Its pixels are not
     decoded: that would take hours for nuScenes and finds little that a cut-off file does not show here.
     """
+    problem = _problem(path)
+    if problem is not None:
+        return problem
     try:
         with path.open("rb") as stream:
             start = stream.read(2)
@@ -54,9 +62,7 @@ def check_image(path: Path, width: int, height: int) -> str | None:
             stream.seek(0)
             with Image.open(stream, formats=("JPEG",)) as image:
                 size = image.size
-    except FileNotFoundError:
-        return "missing"
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises struct.error, ValueError and others on damaged headers
         return f"unreadable ({error})"
     if size != (width, height):
         return f"{size[0]}x{size[1]} pixels where sample_data.json says {width}x{height}"
@@ -65,13 +71,33 @@ def check_image(path: Path, width: int, height: int) -> str | None:
 
 def check_lidar(path: Path) -> str | None:
     """Says what is wrong with a LiDAR sweep file, or None when it holds whole points."""
-    try:
-        length = path.stat().st_size
-    except FileNotFoundError:
-        return "missing"
+    problem = _problem(path)
+    if problem is not None:
+        return problem
+    length = path.stat().st_size
     if length == 0 or length % LIDAR_POINT_BYTES:
         return f"truncated ({length} bytes are not whole points of {LIDAR_POINT_BYTES})"
     return None
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file of any sensor cannot be read: not there, not a regular file, not permitted, too large."""
+    if not path.exists():
+        return "missing"
+    try:
+        require_regular(path, most=MOST_BYTES)
+        path.open("rb").close()
+    except DataError as error:
+        return f"unreadable ({str(error).removeprefix(str(path)).strip(' :')})"
+    except OSError as error:
+        return f"unreadable ({say(error)})"
+    return None
+
+
+def whole_points(sweep: bytes) -> bool:
+    """Whether every point of a sweep has finite coordinates."""
+    points = np.frombuffer(sweep, "<f4").reshape(-1, LIDAR_POINT_BYTES // 4)
+    return bool(np.isfinite(points[:, :3]).all())
 
 
 def depth_file(image: str) -> str:

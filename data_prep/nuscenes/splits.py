@@ -38,13 +38,18 @@ OFFICIAL_SPLITS: Mapping[str, Mapping[str, frozenset[str]]] = {
 """Version to split to scene names, as published with nuScenes (700/150 and 8/2 scenes)."""
 
 
+SYNTHETIC_VERSION = "v1.0-synthetic"
+"""Written by `synthesize`, whose scenes share nuScenes' numbering and nothing else."""
+
+
 def split_scenes(version: str, scene_names: Sequence[str], seed: int = 0) -> tuple[dict[str, str], str]:
     """Assigns every scene to `train` or `val`.
 
-    An official version whose scenes are all on the published lists follows these lists. Anything else
-    (a synthetic world, an own recording) is split by rank of the SHA-256 of seed and name: the first fifth
-    goes to `val`, at least one scene when there are two or more; a single scene is for training. The
-    scenes of `v1.0-test`, which have no annotations to train on, all go to `val`.
+    A scene of the official lists is on them by its name, whatever else is in the tables: mini goes by its own
+    lists, every other version by trainval's. Other scenes (a synthetic world, an own recording) are split by
+    rank of the SHA-256 of seed and name: the first fifth of them goes to `val`, at least one scene when there
+    are two or more; a single scene is for training. The scenes of `v1.0-test`, which have no annotations to
+    train on, all go to `val`.
 
     Args:
         version: the nuScenes version, such as `v1.0-mini`.
@@ -52,15 +57,23 @@ def split_scenes(version: str, scene_names: Sequence[str], seed: int = 0) -> tup
         seed: changes the hashed split; the official lists ignore it.
 
     Returns:
-        Scene name to split, and the rule that was used: `official` or `hashed`.
+        Scene name to split, and the rule that was used: `official`, `hashed` or `official, others hashed`.
     """
     if version == "v1.0-test":
         return dict.fromkeys(scene_names, "val"), "official"
-    official = OFFICIAL_SPLITS.get(version)
-    if official and all(any(name in names for names in official.values()) for name in scene_names):
-        by_list = {name: "val" if name in official["val"] else "train" for name in scene_names}
-        return by_list, "official"
-    ranked = sorted(scene_names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    listed = {} if version == SYNTHETIC_VERSION else _listed(version)
+    official = {name: listed[name] for name in scene_names if name in listed}
+    others = [name for name in scene_names if name not in official]
+    ranked = sorted(others, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     val_count = max(1, round(FALLBACK_VAL_SHARE * len(ranked))) if len(ranked) > 1 else 0
     val = set(ranked[:val_count])
-    return {name: "val" if name in val else "train" for name in scene_names}, "hashed"
+    splits = {name: official.get(name) or ("val" if name in val else "train") for name in scene_names}
+    rule = "hashed" if not official else "official, others hashed" if others else "official"
+    return splits, rule
+
+
+def _listed(version: str) -> dict[str, str]:
+    lists = [OFFICIAL_SPLITS["v1.0-trainval"]]
+    if version in OFFICIAL_SPLITS:
+        lists.append(OFFICIAL_SPLITS[version])
+    return {name: split for each in lists for split, names in each.items() for name in names}

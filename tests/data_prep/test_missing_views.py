@@ -47,7 +47,7 @@ def test_only_missing_images_are_drawn(half_a_folder, tmp_path, render_size, siz
         assert bool(record["exact_depth"][index]) == drawn
         if not drawn:
             source = (
-                half_a_folder / "samples" / channel / f"scene-0001__{channel}__{record['frame_index']}.jpg"
+                half_a_folder / "samples" / channel / f"scene-2001__{channel}__{record['frame_index']}.jpg"
             )
             assert record["images"][index] == source.read_bytes()
 
@@ -96,5 +96,5 @@ def test_no_map_gives_undrivable_ground():
 
 
 def test_scene_seed_depends_on_seed_and_scene():
-    assert len({scene_seed(seed, name) for seed in (0, 1) for name in ("scene-0001", "scene-0002")}) == 4
-    assert scene_seed(3, "scene-0001") == scene_seed(3, "scene-0001")
+    assert len({scene_seed(seed, name) for seed in (0, 1) for name in ("scene-2001", "scene-2002")}) == 4
+    assert scene_seed(3, "scene-2001") == scene_seed(3, "scene-2001")

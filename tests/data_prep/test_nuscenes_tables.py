@@ -137,7 +137,7 @@ def spoil_ego(tiny: TinyNuScenes) -> None:
 def spoil_agents(tiny: TinyNuScenes) -> None:
     """Two agents that go on as each other."""
     rows = tiny.tables["sample_annotation"]
-    car, walker = (next(row for row in rows if row["token"] == token("scene-0001", who, 0)) for who in AGENTS)
+    car, walker = (next(row for row in rows if row["token"] == token("scene-2001", who, 0)) for who in AGENTS)
     car["next"], walker["next"] = walker["next"], car["next"]
 
 
@@ -180,14 +180,14 @@ def spoil_instance(tiny: TinyNuScenes) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_count, "scene-0001 declares 9 keyframes"),
-        (spoil_chain, "scene-0001 declares 8 keyframes"),
+        (spoil_count, "scene-2001 declares 9 keyframes"),
+        (spoil_chain, "scene-2001 declares 8 keyframes"),
         (spoil_order, "not later in time"),
         (spoil_sensor, "has no CAM_FRONT row"),
         (spoil_focal_length, "'camera_intrinsic'.* is no camera matrix"),
-        (spoil_with_a_circle, "scene-0001 declares 1000000000 keyframes"),
+        (spoil_with_a_circle, "scene-2001 declares 1000000000 keyframes"),
         (spoil_back_link, "field 'prev' names"),
-        (spoil_first, "is the first of scene-0001"),
+        (spoil_first, "is the first of scene-2001"),
         (spoil_ego, "LIDAR_TOP pose|no vehicle does that"),
         (spoil_agents, "of another agent"),
         (spoil_agent_order, "does not name it back"),
@@ -197,7 +197,7 @@ def spoil_instance(tiny: TinyNuScenes) -> None:
         (spoil_image_name, r"field 'filename': '\.\./\.\./secret\.jpg' does not stay inside"),
         (spoil_lidar_name, "field 'filename': '/etc/passwd' does not stay inside"),
         (spoil_mask_name, "map.json: row .* does not stay inside"),
-        (spoil_instance, "field 'next' leaves its scene scene-0001"),
+        (spoil_instance, "field 'next' leaves its scene scene-2001"),
     ],
 )
 def test_inconsistent_scene(tiny, tmp_path, spoil, message):
@@ -216,7 +216,7 @@ def test_digests_follow_content(tiny, tmp_path):
 
 def test_scene_is_plain_and_in_order(dataroot):
     scenes = list(read_scenes(read_tables(dataroot, VERSION)))
-    assert [scene.name for scene in scenes] == ["scene-0001", "scene-0002", "scene-0003"]
+    assert [scene.name for scene in scenes] == ["scene-2001", "scene-2002", "scene-2003"]
     scene = scenes[1]
     times = [keyframe.timestamp_us for keyframe in scene.keyframes]
     assert times == sorted(times)

@@ -54,7 +54,7 @@ class TinyNuScenes:
     """Builds the tables in memory, lets a test spoil them, and writes the folder."""
 
     def __init__(self, scenes: int = 3, keyframes: int = KEYFRAMES) -> None:
-        self.scene_names = [f"scene-{index + 1:04d}" for index in range(scenes)]
+        self.scene_names = [f"scene-{index + 2001}" for index in range(scenes)]
         self.keyframes = keyframes
         names = ("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map")
         names += ("sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility")
