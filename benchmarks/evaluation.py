@@ -24,7 +24,8 @@ import numpy as np
 import tyro
 from skimage.draw import polygon
 
-from spacedrive_jax.data.records import Record, open_records
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores

@@ -23,7 +23,8 @@ from spacedrive_jax.config import Config, change, load_preset
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.loader import Samples, training_iterator
-from spacedrive_jax.data.records import Record, Records, open_records
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 
 NATIVE = (900, 1600)
@@ -72,7 +73,9 @@ def rate(config: Config, records: Records, threads: int, seconds: float) -> tupl
         config, config.name, {"data.read_threads": threads, "data.prefetch_batches": max(threads, 2)}
     )
     samples = Samples(records, SampleBuilder(config.data, config.model), list(range(len(records))))
-    iterator = training_iterator(samples, config)
+    iterator = training_iterator(
+        samples, config.data, batch_size=config.train.batch_size, seed=config.train.seed
+    )
     # What was prefetched before the clock started does not count.
     for _ in range(config.data.prefetch_batches + 1):
         next(iterator)

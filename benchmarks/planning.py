@@ -34,7 +34,6 @@ import tyro
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.config import ModelConfig
 from spacedrive_jax.data.chat import ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
@@ -48,6 +47,7 @@ from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.partitioning import initialize
 from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 MAX_NEW_TOKENS = 100
 HEAD_SCORE = 20.0

@@ -8,7 +8,7 @@ import numpy as np
 from spacedrive_jax.aot.memory import abstract_batch
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import Config
-from spacedrive_jax.data.records import NUM_CAMERAS
+from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import EGO_SLOTS
 from spacedrive_jax.models.config import QwenVLConfig

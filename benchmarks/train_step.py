@@ -29,7 +29,8 @@ from flax import nnx
 from random_batch import random_batch
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.models.config import (
     ComputeConfig,
@@ -39,6 +40,7 @@ from spacedrive_jax.models.config import (
     QwenVLConfig,
 )
 from spacedrive_jax.models.spacedrive import normalise
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.flops import train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import abstract_state, count, start_state

@@ -4,8 +4,10 @@ The architecture is Qwen2.5-VL's and the data path is the real one; only the siz
 released weights to adapt, so everything trains, at one rate.
 """
 
-from spacedrive_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import Config, TrainConfig
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 128
 

@@ -5,8 +5,10 @@ LiDAR sweep, and a step takes 16 samples, one for each of 16 chips. Give the rel
 `--model.weights DIR --data.tokenizer DIR`.
 """
 
-from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 config = Config(
     name="spacedrive_plus_qwen_7b",

@@ -4,9 +4,11 @@ Give the released weights with `--model.weights DIR --data.tokenizer DIR`. The s
 rows `both` of table 3, `learned from .1` of table 5, UniDepthV2 of C, rank 16 of D, 20000 of E, Huber of F.
 """
 
-from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 config = Config(
     name="spacedrive_qwen_7b",

@@ -21,12 +21,13 @@ from safetensors.numpy import save_file
 from data_prep.conversion import write_json
 from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
 from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
-from spacedrive_jax.data.records import Record, Records, open_records
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.training.sharding import connect
 
 CHUNK = 32

@@ -30,8 +30,8 @@ from data_prep.nuscenes.tables import read_tables
 from data_prep.parallel import ordered_map
 from data_prep.shards import write_dataset_info
 from spacedrive_jax.console import Command, UserError, progress
-from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.records_folder import is_whole
+from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import DataError
 
 MissingImages = Literal["stop", "skip", "empty", "render"]

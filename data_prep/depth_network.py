@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.console import UserError, note
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.images import scaled_intrinsics
-from spacedrive_jax.data.records import Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth

@@ -12,8 +12,9 @@ import tyro
 
 from data_prep.conversion import locate
 from spacedrive_jax.console import Command, UserError, progress
-from spacedrive_jax.data.records import Record, open_records, read_provenance, record_features
-from spacedrive_jax.data.records_folder import check_contents
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records_folder import check_contents, read_provenance
+from spacedrive_jax.data.schema import Record, record_features
 
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70

@@ -10,10 +10,10 @@ from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
-from spacedrive_jax.data.records import Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.io import write_bytes
 
 FARTHEST = 80.0

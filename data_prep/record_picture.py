@@ -14,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.encoded_images import decode_grey, decode_photo
 from spacedrive_jax.data.lidar import sweep_points
-from spacedrive_jax.data.records import DRIVABLE_EXTENT, Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.schema import DRIVABLE_EXTENT, Record
 from spacedrive_jax.io import atomic_write
 
 _CAMERA_GRID = (

@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming
 
-from spacedrive_jax.data.records import DATASET_NAME, DATASET_VERSION, Record, record_features
 from spacedrive_jax.data.records_folder import ends_sha256, file_sha256
+from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, Record, record_features
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, so that random access reads nothing else. Uncompressed, because most bytes are

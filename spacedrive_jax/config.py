@@ -14,88 +14,9 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.conversation import ConversationConfig
-from spacedrive_jax.data.depth_sources import DepthConfig
-from spacedrive_jax.data.ego_status import EgoStatusInput
-from spacedrive_jax.data.prompts import CommandSource
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
-from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
-from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """SpaceDrive: a vision-language model, the universal coordinate encoder and the coordinate decoder."""
-
-    vlm: VLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
-    weights: str | None = None
-    """Folder of released safetensors to start from; None draws random weights."""
-    lora: LoraConfig = LoraConfig()
-    use_lora: bool = True
-    """Adapters on a frozen base; without them the base itself is trained."""
-    new_token_rows: bool = True
-    """Train embedding and head rows of their own for the two new tokens; without them (and with adapters)
-    the tokens keep their frozen rows."""
-    encoder: CoordinateEncoderConfig = CoordinateEncoderConfig()
-    decoder: CoordinateDecoderConfig = CoordinateDecoderConfig()
-    visual_positions: Literal["add", "rotate", "none"] = "add"
-    """How visual tokens learn where they are: the scaled encoding is added (the paper's), they are rotated
-    by their points (table 4), or not at all (table 3)."""
-    coordinate_tokens: bool = True
-    """Coordinates are tokens of their own, read by the decoder. Without them the indicator is a token like
-    any other when an answer is generated."""
-    ego_status: EgoStatusInput = "both"
-    """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
-    path_points: int = 0
-    """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
-    (waypoints give the speed, the path the direction), 0 for none."""
-    position_input: bool = False
-    """Feed the encoding of a coordinate at its position token (the published default does not)."""
-    position_input_training: Literal["encodings", "zeros"] = "encodings"
-    """What position input feeds in training. The published code feeds zeros there, by mistake, and
-    encodings at test time."""
-    semantic_position: bool = False
-    """Add the position token's own embedding to what position input feeds, and take it from the hidden
-    state before a coordinate is decoded in training (published; the test decode does not)."""
-    compute: ComputeConfig = ComputeConfig()
-
-    def __post_init__(self) -> None:
-        if self.path_points < 0:
-            raise UserError(f"model.path_points {self.path_points} must be 0 (no path) or more")
-        if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
-            raise UserError(
-                f"model.path_points {self.path_points} needs a token per point: "
-                "model.decoder.whole_trajectory False and model.coordinate_tokens True"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """From records to batches."""
-
-    records: str = "data/records"
-    """Folder written by `python -m data_prep convert`."""
-    tokenizer: str | None = None
-    """tokenizer.json or its folder; None takes the project's small one."""
-    image_size: tuple[int, int] = (640, 640)
-    """Height and width each view is squashed to before the image processor."""
-    channel_order: Literal["rgb", "bgr"] = "rgb"
-    """The published pipeline hands BGR to everything; use `bgr` with its weights."""
-    command: CommandSource = "navigation"
-    depth: DepthConfig = DepthConfig()
-    sequence_length: int = 3456
-    """S; a longer conversation is an error, not a cut."""
-    max_targets: int = 64
-    """M; supervised tokens per sample."""
-    max_coordinates: int = 6
-    """C; coordinates per conversation, the six waypoints, the path points and those of the questions."""
-    conversation: ConversationConfig = ConversationConfig()
-    drop_without_future: bool = False
-    """Leave keyframes without all six future poses out of training (they have no loss)."""
-    cache_in_memory: bool = False
-    """Keep prepared samples in host memory: for data sets that fit."""
-    read_threads: int = 8
-    prefetch_batches: int = 4
+from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,19 +13,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, file_adapters, naming
 
-from spacedrive_jax.data.records import (
-    CAN_BUS_SIZE,
+from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
+from spacedrive_jax.data.schema import (
     DATASET_NAME,
     DATASET_VERSION,
     DRIVABLE_CELLS,
     DRIVABLE_FINE_CELLS,
-    NUM_CAMERAS,
-    NUM_PAST,
-    NUM_WAYPOINTS,
     Record,
     record_features,
 )
-from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
 
 CAMERA_YAWS = np.deg2rad([0.0, -55.0, 55.0, 180.0, 110.0, -110.0])
 """Facing of the six cameras of `CAMERAS`, counter-clockwise from forward."""

@@ -33,7 +33,7 @@ from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent
 from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
 from spacedrive_jax.data.poses import heading, transforms
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import read_bytes
 

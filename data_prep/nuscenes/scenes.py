@@ -21,8 +21,8 @@ from data_prep.nuscenes.tables import (
     Sensor,
     Tables,
 )
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import Annotation, Keyframe, Scene, SensorFrame
-from spacedrive_jax.data.schema import CAMERAS
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import inside
 

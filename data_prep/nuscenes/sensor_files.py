@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
-from spacedrive_jax.data.schema import CAMERAS
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, require_regular, say
 

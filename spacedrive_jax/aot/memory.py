@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
-from spacedrive_jax.data.ego_status import STATUS_SIZE
+from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.data.images import ImageProcessor
-from spacedrive_jax.data.records import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.training.sharding import batch_sharding
 
 # The shapes of a batch, from the config alone.

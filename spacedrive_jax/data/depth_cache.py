@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.lidar import Alignment
-from spacedrive_jax.data.records import DEPTH_SCALE
+from spacedrive_jax.data.schema import DEPTH_SCALE
 
 FOLDER = "depth"
 PROVENANCE = "provenance.json"

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
 from spacedrive_jax.data.encoded_images import decode_depth
-from spacedrive_jax.data.records import NUM_CAMERAS, Record, Records
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
 DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]

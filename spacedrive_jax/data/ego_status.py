@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import NUM_PAST
 from spacedrive_jax.data.chat import IGNORE, ChatTokens
 from spacedrive_jax.data.prompts import format_coordinates, format_number
-from spacedrive_jax.data.records import NUM_PAST, Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput
 
 # The two driving-command rules: the published one, which sees the future, and one that cannot.
 #
@@ -101,12 +103,6 @@ def navigation_command(
     return angle_class(-float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
 
 
-EgoStatusInput = Literal["none", "feature", "positions", "both", "language"]
-"""SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, both (`feature+PE`), or a
-sentence of the question instead of tokens."""
-
-STATUS_SIZE = 74
-"""2 past x 14 (command, CAN), 14 now, 2 past relative poses x 16."""
 MEMORY_GAP_US = 2_000_000
 """The published memory empties when two consecutive frames are two seconds or more apart."""
 

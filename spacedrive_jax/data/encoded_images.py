@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from spacedrive_jax.data.records import DEPTH_SCALE
+from spacedrive_jax.data.schema import DEPTH_SCALE
 from spacedrive_jax.errors import DataError
 
 MAX_PIXELS = 8192 * 8192

@@ -15,9 +15,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.encoded_images import decode_photo
-from spacedrive_jax.data.records import Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.models.config import ClipVisionConfig, QwenVisionConfig
 from spacedrive_jax.models.families.llava import flatten_patches
 

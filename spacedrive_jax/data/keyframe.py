@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.data.poses import transforms
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 
 Vector = tuple[float, ...]
 

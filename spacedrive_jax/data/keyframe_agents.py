@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.poses import heading, rotation_matrices
-from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
+from spacedrive_jax.data.schema import Record
 
 MAX_TIME_DIFFERENCE = 1.5
 """Seconds; a velocity over a longer gap counts as unknown (twice that between two neighbours)."""

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.records import DRIVABLE_CELLS, DRIVABLE_EXTENT, DRIVABLE_FINE_CELLS, Record
+from spacedrive_jax.data.schema import DRIVABLE_CELLS, DRIVABLE_EXTENT, DRIVABLE_FINE_CELLS, Record
 
 
 class DrivableMap(Protocol):

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from scipy import ndimage
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.records import NUM_CAMERAS, Record
+from spacedrive_jax.constants import NUM_CAMERAS
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 
 # Patch depth from the keyframe's LiDAR sweep.

@@ -16,13 +16,15 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import with_network_depth
-from spacedrive_jax.data.records import Records, open_records, record_features
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, write_json
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Which keyframes of a split have all their future poses, found once and kept beside the records.
 
@@ -123,24 +125,29 @@ class Samples(Sequence[DrivingBatch]):
         return sample
 
 
-def training_samples(config: Config, split: str = "train") -> Samples:
+def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train") -> Samples:
     """The samples a run trains on.
+
+    Args:
+        data: what to read and how.
+        model: what the samples are for.
+        batch_size: samples a step takes, over all devices: fewer keyframes than these are an error.
+        split: of the records.
 
     Raises:
         UserError: the records are missing, or nothing is left to train on.
     """
-    builder = SampleBuilder(config.data, config.model)
-    records = open_records(config.data.records, split)
-    records = with_network_depth(records, config.data.depth, builder.images.token_grid)
+    builder = SampleBuilder(data, model)
+    records = open_records(data.records, split)
+    records = with_network_depth(records, data.depth, builder.images.token_grid)
     indices = list(range(len(records)))
-    if config.data.drop_without_future:
+    if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records)).tolist()
-    if len(indices) < config.train.batch_size:
+    if len(indices) < batch_size:
         raise UserError(
-            f"{config.data.records} has {len(indices)} training keyframes, fewer than train.batch_size "
-            f"{config.train.batch_size}"
+            f"{data.records} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
         )
-    return Samples(records, builder, indices, config.data.cache_in_memory)
+    return Samples(records, builder, indices, data.cache_in_memory)
 
 
 class HostShare(grain.MapDataset):
@@ -163,24 +170,30 @@ class HostShare(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._host * self._share + place]
 
 
-def training_iterator(samples: Samples, config: Config) -> grain.DatasetIterator:
+def training_iterator(
+    samples: Samples, data: DataConfig, *, batch_size: int, seed: int
+) -> grain.DatasetIterator:
     """An endless, checkpointable iterator of this host's share of every global batch.
 
     The order depends on the seed alone, not on the number of hosts; every epoch is shuffled anew. See
     `position` and `seek` for its state.
 
+    Args:
+        samples: what to go through.
+        data: how to read ahead.
+        batch_size: of the global batch.
+        seed: of the shuffle.
+
     Raises:
         UserError: the global batch does not divide over the hosts.
     """
     hosts, host = jax.process_count(), jax.process_index()
-    if config.train.batch_size % hosts:
-        raise UserError(f"train.batch_size {config.train.batch_size} does not divide over {hosts} hosts")
-    endless = grain.MapDataset.source(samples).seed(config.train.seed).shuffle().repeat()
-    share = config.train.batch_size // hosts
-    dataset = HostShare(endless, config.train.batch_size, share, host).batch(share, batch_fn=stack)
-    options = grain.ReadOptions(
-        num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_batches
-    )
+    if batch_size % hosts:
+        raise UserError(f"train.batch_size {batch_size} does not divide over {hosts} hosts")
+    endless = grain.MapDataset.source(samples).seed(seed).shuffle().repeat()
+    share = batch_size // hosts
+    dataset = HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack)
+    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
     return iter(dataset.to_iter_dataset(options))
 
 
@@ -198,11 +211,11 @@ def evaluation_batches(
         yield stack(chosen + [chosen[-1]] * (batch_size - count)), count
 
 
-def position(iterator: grain.DatasetIterator, config: Config) -> dict[str, int]:
+def position(iterator: grain.DatasetIterator, batch_size: int) -> dict[str, int]:
     """Where a training iterator stands, as counted over all hosts: what a checkpoint keeps of it."""
-    return {"samples": iterator.get_state()["next_index"] * config.train.batch_size}
+    return {"samples": iterator.get_state()["next_index"] * batch_size}
 
 
-def seek(iterator: grain.DatasetIterator, where: dict[str, int], config: Config) -> None:
+def seek(iterator: grain.DatasetIterator, where: dict[str, int], batch_size: int) -> None:
     """Sets a training iterator to a `position`, whatever the host count or batch size it was saved under."""
-    iterator.set_state({"next_index": where["samples"] // config.train.batch_size})
+    iterator.set_state({"next_index": where["samples"] // batch_size})

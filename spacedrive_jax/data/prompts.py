@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.tokenizer import COORDINATE
 
 # Coordinates in text: found, replaced by indicator and position token, and written out (paper, 3.2).

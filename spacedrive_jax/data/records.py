@@ -22,42 +22,12 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, read_provenance, split_of
+from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import (
-    CAN_BUS_SIZE,
-    DATASET_NAME,
-    DATASET_VERSION,
-    DEPTH_SCALE,
-    DRIVABLE_CELLS,
-    DRIVABLE_EXTENT,
-    DRIVABLE_FINE_CELLS,
-    NUM_CAMERAS,
-    NUM_PAST,
-    NUM_WAYPOINTS,
     Record,
     record_features,
 )
 from spacedrive_jax.errors import DataError
-
-__all__ = [
-    "CAN_BUS_SIZE",
-    "DATASET_NAME",
-    "DATASET_VERSION",
-    "DEPTH_SCALE",
-    "DRIVABLE_CELLS",
-    "DRIVABLE_EXTENT",
-    "DRIVABLE_FINE_CELLS",
-    "NUM_CAMERAS",
-    "NUM_PAST",
-    "NUM_WAYPOINTS",
-    "SPLITS",
-    "Record",
-    "RecordSource",
-    "Records",
-    "open_records",
-    "read_provenance",
-    "record_features",
-]
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500

@@ -7,31 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-# The six cameras of nuScenes, in the project's order.
-
-
-CAMERAS: tuple[str, ...] = (
-    "CAM_FRONT",
-    "CAM_FRONT_RIGHT",
-    "CAM_FRONT_LEFT",
-    "CAM_BACK",
-    "CAM_BACK_LEFT",
-    "CAM_BACK_RIGHT",
-)
-"""Axis N of every array with one row per camera (images, intrinsics, extrinsics, depth)."""
-
+from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 
 DATASET_NAME = "nuscenes_keyframes"
 DATASET_VERSION = "1.0.0"
 SPLITS = ("train", "val", "all")
-
-NUM_CAMERAS = len(CAMERAS)
-NUM_WAYPOINTS = 6
-"""Future ego positions and agent steps: 3 s at 2 Hz."""
-NUM_PAST = 2
-"""Past keyframes whose ego state the record carries."""
-CAN_BUS_SIZE = 13
-"""orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
 
 DRIVABLE_EXTENT = 50.0
 """The drivable rasters span [-50, 50) m in x and y of the yaw-only ego frame."""

@@ -8,18 +8,20 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.batch import DrivingBatch, Slot
-from spacedrive_jax.config import DataConfig, ModelConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, IGNORE, ChatTokens
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Conversation, question_turn, training_conversation
 from spacedrive_jax.data.depth_sources import record_patch_depth
-from spacedrive_jax.data.ego_status import EgoStatusInput, ego_status, insert_ego_tokens
+from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
 from spacedrive_jax.data.path import future_path
-from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS, Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.models.config import LlavaConfig
 from spacedrive_jax.models.positions import ImageSpan, mrope_positions
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 
 
 class SampleBuilder:

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import NUM_WAYPOINTS, Record, Records, open_records
+from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.predictions import Predictions, read_splits
 
 # Planners without a model. A number that does not beat these says little (open-loop scores flatter them).

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Records, read_provenance
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.evaluation.baselines import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, stack_scores, summarize
 from spacedrive_jax.evaluation.predictions import Coverage, Predictions, cover

@@ -14,7 +14,7 @@ import shapely
 from jaxtyping import Bool, Float, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
+from spacedrive_jax.data.schema import DRIVABLE_FINE_CELLS, Record
 from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
 from spacedrive_jax.evaluation.protocols import PolygonRule
 from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, MIN_STEP_M, box_corners, decode_fine, tangent_yaw

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.data.records import NUM_WAYPOINTS, Records, open_records
+from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.data.records import Records, open_records
 
 # Predictions sorted into what can be scored and what cannot: nothing is dropped in silence.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from spacedrive_jax import exact
 from spacedrive_jax.data.encoded_images import decode_grey
-from spacedrive_jax.data.records import DRIVABLE_FINE_CELLS, Record
+from spacedrive_jax.data.schema import DRIVABLE_FINE_CELLS, Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.protocols import StepRule
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from spacedrive_jax.data.records import Record, Records, open_records
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.baselines import Planners
 from spacedrive_jax.evaluation.collision import VEHICLE_CATEGORIES, Obstacles
 from spacedrive_jax.evaluation.metrics import Drivable, StepScores, score_steps

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.baselines import constant_velocity
 from spacedrive_jax.evaluation.metrics import HorizonScores, summarize
 from spacedrive_jax.evaluation.protocols import HORIZONS_S

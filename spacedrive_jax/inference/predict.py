@@ -11,10 +11,11 @@ import numpy as np
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
+from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.loader import Samples
 from spacedrive_jax.data.prompts import parse_coordinates
-from spacedrive_jax.data.records import NUM_WAYPOINTS, open_records
+from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.inference.answers import answer_file, answer_text, planning_frame

@@ -10,15 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.config import DataConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_PAST
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
-from spacedrive_jax.data.ego_status import EgoStatusInput
-from spacedrive_jax.data.records import NUM_PAST
 from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 
 # The published configs (mmcv: Python files of assignments), read as data: nothing in them is run.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spacedrive_jax.config import Config, ModelConfig, TrainConfig, load_preset
+from spacedrive_jax.config import Config, TrainConfig, load_preset
 from spacedrive_jax.console import UserError
 from spacedrive_jax.interop.importing import ImportOptions
 from spacedrive_jax.interop.spacedrive_config import (
@@ -21,6 +21,7 @@ from spacedrive_jax.interop.spacedrive_config import (
 from spacedrive_jax.interop.spacedrive_tensors import Parts
 from spacedrive_jax.models.config import LlavaConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 FREQUENCIES = "position_encoder.freq"
 FREQUENCY_TOLERANCE = 1e-5

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.config import ModelConfig
-from spacedrive_jax.data.ego_status import STATUS_SIZE
-from spacedrive_jax.data.records import NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.families import family_of
 from spacedrive_jax.interop.safetensors_folder import require_finite
 from spacedrive_jax.interop.weight_table import Rule, lora_rules, new_token_rules
 from spacedrive_jax.models.config import NewTokensConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Two-way table between the published SpaceDrive tensors and this project's parameters.
 

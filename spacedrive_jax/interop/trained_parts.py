@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spacedrive_jax.config import Config, ModelConfig, config_changes, from_json
+from spacedrive_jax.config import Config, config_changes, from_json
 from spacedrive_jax.console import UserError
 from spacedrive_jax.interop.families import family_of
 from spacedrive_jax.interop.hf_checkpoint import fill
@@ -28,6 +28,7 @@ from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts
 from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 EXTRAS_FILE = "spacedrive.safetensors"
 LAYOUT_FILE = "checkpoint.json"

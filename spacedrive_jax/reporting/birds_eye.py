@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Polygon
 
-from spacedrive_jax.data.records import DRIVABLE_EXTENT, Record
+from spacedrive_jax.data.schema import DRIVABLE_EXTENT, Record
 from spacedrive_jax.evaluation.rasters import box_corners
 from spacedrive_jax.reporting.style import (
     AGENT,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spacedrive_jax.console import UserError, progress
-from spacedrive_jax.data.records import Records, open_records, read_provenance
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 
-from spacedrive_jax.data.records import Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.reporting.projection import (
     decode_depth,
     decode_image,

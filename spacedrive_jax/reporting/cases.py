@@ -11,7 +11,9 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Record, Records, read_provenance
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.records_folder import read_provenance
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view

@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import encoded_images
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.lidar import sweep_points
-from spacedrive_jax.data.records import Record
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.data.schema import Record
 
 MIN_DEPTH_M = 0.5
 

@@ -19,7 +19,8 @@ from spacedrive_jax.data.depth_sources import (
     open_depth_cache,
     record_patch_depth,
 )
-from spacedrive_jax.data.records import Record, Records
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.schema import Record
 
 # The depth that a run saw, where a network gave it: from the sidecar that its config names.
 

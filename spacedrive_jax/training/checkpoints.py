@@ -98,7 +98,7 @@ def save(
         step: optimisation steps done.
         trainable: what training changes.
         optimizer: the optimiser's state.
-        position: of the data iterator (`pipeline.position`).
+        position: of the data iterator (`loader.position`).
         facts: config and fingerprints of data and base weights.
 
     Raises:

@@ -15,12 +15,13 @@ import re
 
 import jax
 
-from spacedrive_jax.config import Config, ModelConfig
+from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.images import ImageProcessor
-from spacedrive_jax.data.records import NUM_CAMERAS
 from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
 from spacedrive_jax.models.families.qwen2_5_vl import window_layout
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Chips with their published rates, and descriptions of machines that need not be there.
 

@@ -82,8 +82,10 @@ def train(
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.accumulation)
     check_start(config)
-    samples = training_samples(config)
-    iterator = training_iterator(samples, config)
+    samples = training_samples(config.data, config.model, config.train.batch_size)
+    iterator = training_iterator(
+        samples, config.data, batch_size=config.train.batch_size, seed=config.train.seed
+    )
     run_dir = config.directory
     changes = run_folder.claim(run_dir, config, resume=resume, accept_changes=accept_changes)
 
@@ -113,7 +115,7 @@ def train(
         )
         if not accept_changes:
             checkpoints.check_facts(saved, facts)
-        seek(iterator, where, config)
+        seek(iterator, where, config.train.batch_size)
     if run_folder.is_main_host():
         shown = {name: value for name, value in facts.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
@@ -174,7 +176,14 @@ def train(
             if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room:
                 # What has been done is saved while there still is room for it.
                 guard.settle()
-                checkpoints.save(manager, done, trainable, optimizer_state, position(iterator, config), facts)
+                checkpoints.save(
+                    manager,
+                    done,
+                    trainable,
+                    optimizer_state,
+                    position(iterator, config.train.batch_size),
+                    facts,
+                )
             if short_of_room and not finished:
                 raise UserError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started

@@ -5,7 +5,8 @@ import pytest
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import load_preset
-from spacedrive_jax.data.ego_status import STATUS_SIZE, ego_status, ego_status_in_words
+from spacedrive_jax.constants import STATUS_SIZE
+from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words
 from spacedrive_jax.data.transforms import SampleBuilder
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record

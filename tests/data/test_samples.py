@@ -118,12 +118,17 @@ def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
     rng = np.random.default_rng(0)
     records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(6)]
     samples = Samples(records, SampleBuilder(CONFIG.data, CONFIG.model), list(range(6)), keep=True)
-    first, again = (training_iterator(samples, CONFIG) for _ in range(2))
+    first, again = (
+        training_iterator(samples, CONFIG.data, batch_size=CONFIG.train.batch_size, seed=CONFIG.train.seed)
+        for _ in range(2)
+    )
     order = [next(first).index.tolist() for _ in range(5)]
     assert sorted(index for batch in order[:3] for index in batch) == sorted(list(range(6)) * 2)
     assert [next(again).index.tolist() for _ in range(2)] == order[:2]
     state = again.get_state()
-    resumed = training_iterator(samples, CONFIG)
+    resumed = training_iterator(
+        samples, CONFIG.data, batch_size=CONFIG.train.batch_size, seed=CONFIG.train.seed
+    )
     resumed.set_state(state)
     assert [next(resumed).index.tolist() for _ in range(3)] == order[2:]
 

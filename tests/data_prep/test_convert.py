@@ -21,8 +21,9 @@ from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import open_records, record_features
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.schema import record_features
 from tests.data_prep.tiny_nuscenes import (
     HEIGHT,
     INTRINSICS,

@@ -7,7 +7,8 @@ from PIL import Image
 from data_prep.cli import run
 from data_prep.convert import Convert
 from data_prep.record_picture import box_corners
-from spacedrive_jax.data.records import open_records, record_features
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.schema import record_features
 from tests.data_prep.tiny_nuscenes import VERSION
 
 

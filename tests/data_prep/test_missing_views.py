@@ -10,8 +10,9 @@ from data_prep.convert import Convert
 from data_prep.nuscenes.maps import MaskMap
 from data_prep.nuscenes.mask_png import cache_mask_bits
 from data_prep.nuscenes.missing_views import GROUND_CELLS, ground_around, scene_seed
-from spacedrive_jax.data.records import DEPTH_SCALE, open_records
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.schema import DEPTH_SCALE
 from tests.data_prep.tiny_nuscenes import HEIGHT, INTRINSICS, ROAD_X, VERSION, WIDTH, TinyNuScenes
 
 DRAWN = {"CAM_FRONT", "CAM_BACK_LEFT"}

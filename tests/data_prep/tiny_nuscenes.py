@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spacedrive_jax.data.schema import CAMERAS
+from spacedrive_jax.constants import CAMERAS
 
 VERSION = "v1.0-tiny"
 LOCATION = "tiny-town"

@@ -10,7 +10,8 @@ import shapely
 
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.records import Record, open_records
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions

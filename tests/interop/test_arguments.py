@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spacedrive_jax.config import DataConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.spacedrive_config import (
     data_config,
     model_config,

@@ -25,7 +25,15 @@ def losses_on(config, layout: MeshConfig, steps: int) -> tuple[list[float], int]
     step = make_train_step(config, mesh)
     trainable, frozen = start_state(config, mesh)
     optimizer = step.initialize_optimizer(trainable)
-    iterator, losses = training_iterator(training_samples(config), config), []
+    iterator, losses = (
+        training_iterator(
+            training_samples(config.data, config.model, config.train.batch_size),
+            config.data,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+        ),
+        [],
+    )
     for number in range(steps):
         place = jax.device_put(np.int32(number), replicated(mesh))
         trainable, optimizer, metrics = step.run(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import ModelConfig, TrainConfig, change, load_preset
+from spacedrive_jax.config import TrainConfig, change, load_preset
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.records import open_records
@@ -19,6 +19,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.inference.predict import answer_limit, expected_frame, predict
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import check_choices, losses
 from spacedrive_jax.training.state import make_model
 from spacedrive_jax.training.train import train

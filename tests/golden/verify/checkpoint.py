@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.config import ModelConfig
 from spacedrive_jax.console import UserError
 from spacedrive_jax.interop.families import family_of, read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
@@ -25,6 +24,7 @@ from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
 from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from tests.golden.verify.case_files import read_settings
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.modules import read_module

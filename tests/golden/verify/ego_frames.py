@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from spacedrive_jax.constants import NUM_PAST
 from spacedrive_jax.data.ego_status import MEMORY_GAP_US
-from spacedrive_jax.data.records import NUM_PAST
 from tests.golden.verify.check import Check, compare
 
 Arrays = Mapping[str, np.ndarray]

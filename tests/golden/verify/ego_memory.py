@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spacedrive_jax.constants import NUM_PAST, STATUS_SIZE
 from spacedrive_jax.data.chat import ChatTokens
-from spacedrive_jax.data.ego_status import STATUS_SIZE, ego_status, insert_ego_tokens
-from spacedrive_jax.data.records import NUM_PAST
+from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import EGO_STATUS, encoder_config

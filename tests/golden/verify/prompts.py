@@ -10,6 +10,7 @@ import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens, llava_labels
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
 from spacedrive_jax.data.images import MAX_PIXELS, ImageProcessor, scaled_intrinsics
@@ -22,7 +23,7 @@ from spacedrive_jax.data.prompts import (
     planning_question,
     replace_coordinates,
 )
-from spacedrive_jax.data.records import NUM_WAYPOINTS, Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.models.config import QwenVisionConfig
 from spacedrive_jax.models.spacedrive import normalise

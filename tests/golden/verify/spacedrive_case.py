@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.config import ModelConfig, TrainConfig
+from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.data.chat import IGNORE, ChatTokens
-from spacedrive_jax.data.ego_status import STATUS_SIZE, EgoStatus, ego_status
-from spacedrive_jax.data.records import NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.data.ego_status import EgoStatus, ego_status
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
 from spacedrive_jax.interop.families import read_hf_config
@@ -32,6 +32,7 @@ from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
 from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig
 from spacedrive_jax.models.families.llava import flatten_patches
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import pool_depth
 from tests.golden.verify.case_files import Recorded, read_arrays, read_settings
 from tests.golden.verify.ego_frames import record_of_frames

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, Slot
-from spacedrive_jax.config import ModelConfig, TrainConfig
+from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.data.chat import IGNORE
 from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import losses, select
 from spacedrive_jax.training.state import is_trainable
 from tests.golden.verify.case_files import read_arrays

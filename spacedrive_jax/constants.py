@@ -1,0 +1,22 @@
+"""Sizes and names that the record, the batch and the model share."""
+
+from __future__ import annotations
+
+CAMERAS: tuple[str, ...] = (
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_FRONT_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_LEFT",
+    "CAM_BACK_RIGHT",
+)
+"""Axis N of every array with one row per camera (images, intrinsics, extrinsics, depth): nuScenes' names."""
+NUM_CAMERAS = len(CAMERAS)
+NUM_WAYPOINTS = 6
+"""T: future ego positions and agent steps, 3 s at 2 Hz."""
+NUM_PAST = 2
+"""Past keyframes whose ego state is known."""
+CAN_BUS_SIZE = 13
+"""orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
+STATUS_SIZE = NUM_PAST * (1 + CAN_BUS_SIZE) + 1 + CAN_BUS_SIZE + NUM_PAST * 16
+"""E, 74: command and CAN bus of the two past keyframes, of now, two past relative poses."""

@@ -1,0 +1,39 @@
+"""What a run reads and how it becomes samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from spacedrive_jax.data.conversation import ConversationConfig
+from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.prompts import CommandSource
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """From records to batches."""
+
+    records: str = "data/records"
+    """Folder written by `python -m data_prep convert`."""
+    tokenizer: str | None = None
+    """tokenizer.json or its folder; None takes the project's small one."""
+    image_size: tuple[int, int] = (640, 640)
+    """Height and width each view is squashed to before the image processor."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """The published pipeline hands BGR to everything; use `bgr` with its weights."""
+    command: CommandSource = "navigation"
+    depth: DepthConfig = DepthConfig()
+    sequence_length: int = 3456
+    """S; a longer conversation is an error, not a cut."""
+    max_targets: int = 64
+    """M; supervised tokens per sample."""
+    max_coordinates: int = 6
+    """C; coordinates per conversation, the six waypoints, the path points and those of the questions."""
+    conversation: ConversationConfig = ConversationConfig()
+    drop_without_future: bool = False
+    """Leave keyframes without all six future poses out of training (they have no loss)."""
+    cache_in_memory: bool = False
+    """Keep prepared samples in host memory: for data sets that fit."""
+    read_threads: int = 8
+    prefetch_batches: int = 4

@@ -1,0 +1,61 @@
+"""What a SpaceDrive is made of: vision-language model, coordinate encoder and decoder, options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
+from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
+
+EgoStatusInput = Literal["none", "feature", "positions", "both", "language"]
+"""SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, both (`feature+PE`), or a
+sentence of the question instead of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """SpaceDrive: a vision-language model, the universal coordinate encoder and the coordinate decoder."""
+
+    vlm: VLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
+    weights: str | None = None
+    """Folder of released safetensors to start from; None draws random weights."""
+    lora: LoraConfig = LoraConfig()
+    use_lora: bool = True
+    """Adapters on a frozen base; without them the base itself is trained."""
+    new_token_rows: bool = True
+    """Train embedding and head rows of their own for the two new tokens; without them (and with adapters)
+    the tokens keep their frozen rows."""
+    encoder: CoordinateEncoderConfig = CoordinateEncoderConfig()
+    decoder: CoordinateDecoderConfig = CoordinateDecoderConfig()
+    visual_positions: Literal["add", "rotate", "none"] = "add"
+    """How visual tokens learn where they are: the scaled encoding is added (the paper's), they are rotated
+    by their points (table 4), or not at all (table 3)."""
+    coordinate_tokens: bool = True
+    """Coordinates are tokens of their own, read by the decoder. Without them the indicator is a token like
+    any other when an answer is generated."""
+    ego_status: EgoStatusInput = "both"
+    """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
+    path_points: int = 0
+    """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
+    (waypoints give the speed, the path the direction), 0 for none."""
+    position_input: bool = False
+    """Feed the encoding of a coordinate at its position token (the published default does not)."""
+    position_input_training: Literal["encodings", "zeros"] = "encodings"
+    """What position input feeds in training. The published code feeds zeros there, by mistake, and
+    encodings at test time."""
+    semantic_position: bool = False
+    """Add the position token's own embedding to what position input feeds, and take it from the hidden
+    state before a coordinate is decoded in training (published; the test decode does not)."""
+    compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        if self.path_points < 0:
+            raise ConfigError(f"model.path_points {self.path_points} must be 0 (no path) or more")
+        if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
+            raise ConfigError(
+                f"model.path_points {self.path_points} needs a token per point: "
+                "model.decoder.whole_trajectory False and model.coordinate_tokens True"
+            )
