@@ -126,7 +126,9 @@ def evaluate(
 def _evaluate_protocol(
     records: Records, planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol
 ) -> Evaluation:
-    planned = _combine(planners, keyframes, protocol)
+    # v1.0-test ships no annotations; a split without a single box says nothing about collisions.
+    annotated = any(keyframe.facts.agents for keyframe in keyframes)
+    planned = _combine(planners, keyframes, protocol, annotated)
     seen = {keyframe.facts.token for keyframe in keyframes}
     eligible = {keyframe.facts.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
@@ -147,7 +149,12 @@ def _evaluate_protocol(
         counted=len(prediction.facts),
         with_map=prediction.with_map,
     )
-    notes = (*planners.notes, *_map_notes(coverage), *_failure_notes(prediction, coverage, protocol))
+    notes = (
+        *planners.notes,
+        *_agent_notes(annotated),
+        *_map_notes(coverage),
+        *_failure_notes(prediction, coverage, protocol),
+    )
     comparison = None
     if other is not None:
         comparison = compare_planners(prediction, other, str(planners.files[COMPARED].path))
@@ -155,7 +162,7 @@ def _evaluate_protocol(
 
 
 def _combine(
-    planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol
+    planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol, annotated: bool
 ) -> dict[str, PlannerScores]:
     """Every planner's scores by the protocol's rules."""
     eligible = [keyframe for keyframe in keyframes if keyframe.eligible]
@@ -170,9 +177,12 @@ def _combine(
     for name in planners.names:
         rows = (owner == name) & usable
         mine = steps.rows(rows)
+        horizons = horizon_scores(mine, protocol, exclude=name != GROUND_TRUTH, failed=failed[rows])
+        if not annotated:
+            horizons = dataclasses.replace(horizons, collision=np.full_like(horizons.collision, np.nan))
         result[name] = PlannerScores(
             facts=tuple(facts[row] for row in np.flatnonzero(rows)),
-            horizons=horizon_scores(mine, protocol, exclude=name != GROUND_TRUTH, failed=failed[rows]),
+            horizons=horizons,
             failures=int(failed[rows].sum()),
             with_map=int(mine.has_map.sum()),
         )
@@ -215,6 +225,12 @@ def _failure_notes(prediction: PlannerScores, coverage: Coverage, protocol: Prot
             f"the others."
         )
     return notes
+
+
+def _agent_notes(annotated: bool) -> list[str]:
+    if annotated:
+        return []
+    return ["No collision: no keyframe of the split has an annotated agent (as of v1.0-test, for example)."]
 
 
 def _map_notes(coverage: Coverage) -> list[str]:

@@ -48,6 +48,7 @@ class KeyframeFacts:
         command: number of the command in the prompt (the released rule).
         speed: present speed, m/s: the newest past displacement over its time; nan at a scene's start.
         turn: absolute change of the recorded heading over the next 3 s, degrees.
+        agents: annotated boxes.
     """
 
     token: str
@@ -55,6 +56,7 @@ class KeyframeFacts:
     command: int
     speed: float
     turn: float
+    agents: int = 0
 
 
 def facts_of(record: Record) -> KeyframeFacts:
@@ -67,6 +69,7 @@ def facts_of(record: Record) -> KeyframeFacts:
         command=int(record["command_released"]),
         speed=float(exact.norm(step) / 0.5) if known else float("nan"),
         turn=float(np.abs(np.rad2deg(record["waypoint_yaw"][-1]))),
+        agents=len(record["agent_boxes"]),
     )
 
 

@@ -155,6 +155,25 @@ def test_nothing_to_score_is_an_error(folder: Path, tmp_path: Path) -> None:
         evaluate(open_records(folder, "val"), read_predictions(path), [protocol_named("omnidrive")])
 
 
+def test_split_without_annotations_says_nothing_about_collisions(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """v1.0-test ships none: no number, and a note, instead of a flattering zero."""
+    records = [make_record(rng, token=token, **no_agents()) for token in "ab"]
+    folder = write_records(tmp_path / "r", {"val": records})
+    file = predict(tmp_path / "p.jsonl", {token: ahead(2.5) for token in "ab"})
+    split = open_records(folder, "val")
+    for name in ("omnidrive", "corrected"):
+        result = evaluate(split, read_predictions(file), [protocol_named(name)])[name]
+        facts = result.to_json()
+        assert set(facts["collision"].values()) == {None}
+        assert facts["l2"]["avg"] is not None
+        assert any("annotated" in note for note in facts["notes"])
+        assert {value for table in facts["baselines"].values() for value in table["collision"].values()} == {
+            None
+        }
+
+
 def test_no_map_gives_null(tmp_path: Path, rng: np.random.Generator) -> None:
     bare = {"drivable_source": "none", "drivable_fine": b""}
     records = [make_record(rng, token="a", **bare), make_record(rng, token="b", **bare)]
