@@ -101,18 +101,20 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): is it damaged?") from error
 
 
-def parse_json(text: str | bytes, path: object) -> Any:
+def parse_json(text: str | bytes, path: object, *, nan: bool = False) -> Any:
     """JSON by the standard: no NaN or Infinity, no key given twice, no nesting without end.
 
     Args:
         text: the JSON.
         path: what to call it in an error.
+        nan: take NaN and Infinity, which Python's own writer leaves, as such numbers.
 
     Raises:
         DataError: it is not that.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        constant = float if nan else _refuse_constant
+        return json.loads(text, parse_constant=constant, object_pairs_hook=_unique)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a file of this project") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -132,13 +134,39 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
+def read_json(path: str | os.PathLike[str], *, most: int | None = None, nan: bool = False) -> Any:
     """A JSON file (see `parse_json`).
 
     Raises:
         DataError: it cannot be read, is too large, or is not JSON.
     """
-    return parse_json(read_text(path, most=most), path)
+    return parse_json(read_text(path, most=most), path, nan=nan)
+
+
+def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON Lines file, blank lines left out.
+
+    Args:
+        path: the file.
+        nan: see `parse_json`.
+
+    Yields:
+        what to call the line in an error (`FILE, line 3:`), and its value.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON; it is named.
+    """
+    require_regular(path)
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}, line {number}:"
+                if line.strip():
+                    yield where, parse_json(line, where, nan=nan)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise DataError(f"{path}: {say(error)}") from error
 
 
 def strict(value: Any) -> Any:

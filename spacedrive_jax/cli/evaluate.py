@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,10 @@ import tyro
 
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.evaluation.protocols import protocol_named
+from spacedrive_jax.io import write_json
 
 if TYPE_CHECKING:
+    from spacedrive_jax.evaluation.prediction_files import AxesName
     from spacedrive_jax.evaluation.predictions import Predictions
 
 METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
@@ -46,6 +48,8 @@ class Evaluate(Command):
     """Another prediction file or folder, compared keyframe by keyframe."""
     axes: Literal["forward-left", "forward-right", "right-forward"] = "forward-left"
     """What the two numbers of a waypoint mean; right-forward is the lidar frame of UniAD and VAD."""
+    compare_axes: Literal["forward-left", "forward-right", "right-forward"] | None = None
+    """What they mean in the file of --compare; the same as --axes by default."""
     discrete_coords: float | None = None
     """Floor predicted coordinates to a grid of this pitch in metres, as the published script can."""
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
@@ -72,11 +76,16 @@ class Evaluate(Command):
             raise UserError(f"--out {out}: the folder {out.parent} cannot be written to")
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: give 1 or more")
-        if self.discrete_coords is not None and self.discrete_coords <= 0:
+        if self.discrete_coords is not None and not 0 < self.discrete_coords < math.inf:
             raise UserError(f"--discrete-coords {self.discrete_coords}: give a pitch above 0 m")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
-        predictions = self._read(self.predictions)
-        compare = None if self.compare is None else self._read(self.compare)
+        if self.compare_axes is not None and self.compare is None:
+            raise UserError(
+                f"--compare-axes {self.compare_axes}: says something of --compare, which is absent"
+            )
+        predictions = self._read(self.predictions, self.axes)
+        compare_axes = self.compare_axes or self.axes
+        compare = None if self.compare is None else self._read(self.compare, compare_axes)
         records = open_records(self.records, self.split)
         evaluation = evaluate(
             records,
@@ -92,31 +101,25 @@ class Evaluate(Command):
             **evaluation.to_json(),
             "predictions": str(self.predictions),
             "axes": self.axes,
+            "compare_axes": None if compare is None else compare_axes,
             "discrete_coords": self.discrete_coords,
             "records": describe_source(records),
             "file": str(out) if writable else None,
         }
         if writable:
-            write_json(out, facts)
+            write_json(out, facts, indent=2)
         print(format_table(facts))
         print(f"written to {out}" if writable else f"not written: {out.parent} is read-only, give --out FILE")
         return facts
 
-    def _read(self, path: Path) -> Predictions:
+    def _read(self, path: Path, axes: AxesName) -> Predictions:
         from spacedrive_jax.evaluation.prediction_files import read_predictions
         from spacedrive_jax.evaluation.predictions import discretize
 
-        predictions = read_predictions(path, self.axes)
+        predictions = read_predictions(path, axes)
         if self.discrete_coords is None:
             return predictions
         return discretize(predictions, self.discrete_coords)
-
-
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `facts` in one piece: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def format_table(facts: Mapping[str, Any]) -> str:

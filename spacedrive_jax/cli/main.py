@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
 from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
 from spacedrive_jax.console import Command
+from spacedrive_jax.io import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Train(Command):
     """A preset in configs/ by name, a .py file that defines `config`, or a config.json of a run."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
+    step: int | None = None
+    """With --resume: go on from this checkpoint instead of the newest; later ones move to RUN/set_aside."""
     accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False
     """Resume although config or records differ from the run's."""
     skip_nonfinite: int = 0
@@ -68,6 +69,8 @@ class Train(Command):
             args=list(self.overrides),
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
+        if self.step is not None and not self.resume:
+            raise console.UserError("--step says where to go on: give --resume with it")
         use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.training.sharding import connect
         from spacedrive_jax.training.train import ProfileWindow, train
@@ -77,6 +80,7 @@ class Train(Command):
             result = train(
                 config,
                 resume=self.resume,
+                step=self.step,
                 accept_changes=self.accept_changes,
                 skip_nonfinite=self.skip_nonfinite,
                 profile=None if self.profile is None else ProfileWindow(*self.profile),
@@ -114,6 +118,8 @@ class Predict(Command):
     """Records folder written by `python -m data_prep convert`."""
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to predict."""
+    step: int | None = None
+    """Of a run folder: the checkpoint to take instead of the newest."""
     task: Literal["planning", "counterfactual"] = "planning"
     """Plan, or answer the counterfactual test."""
     language_data: Path | None = None
@@ -141,6 +147,9 @@ class Predict(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
+        if self.step is not None:
+            checkpoint = self.checkpoint / "checkpoints" / str(self.step)
+            return dataclasses.replace(self, checkpoint=checkpoint, step=None).run()
         use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.interop.trained_parts import is_imported
@@ -231,11 +240,11 @@ def _advice_on_memory(advice: str) -> Iterator[None]:
 def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:
     """Tells `report` what the run folder's predictions were made on."""
     file = run_dir / "run.json"
-    facts = json.loads(file.read_text()) if file.is_file() else {}
+    facts = read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise console.UserError(f"{file} holds no JSON object: write it again (train --resume)")
     facts |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
-    partial = file.with_name(".run.json.partial")
-    partial.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(partial, file)
+    write_json(file, facts, indent=2)
 
 
 COMMANDS: dict[str, type[Command]] = {

@@ -17,6 +17,7 @@ from spacedrive_jax.evaluation.bench2drive.results import (
     read_route_set,
     score_routes,
 )
+from spacedrive_jax.io import inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None
         raise UserError(f"--metric-info {folder}: no such folder")
     values, absent = [], []
     for result in results:
-        path = folder / result.save_name / "metric_info.json"
+        path = inside(folder, result.save_name, f"route {result.route}: save_name") / "metric_info.json"
         if not path.is_file():
             absent.append(result.route)
             continue

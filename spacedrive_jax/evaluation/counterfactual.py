@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.prediction_files import PICKLE_SUFFIXES, read_pickled
+from spacedrive_jax.io import read_json, read_json_lines
 
 # Counterfactual questions: does the answer name the risks of the trajectory that is asked about?
 #
@@ -169,7 +169,7 @@ def parse_candidates(content: Any) -> list[Candidate]:
         statuses = entry.get("status") if isinstance(entry, dict) else None
         if not isinstance(trajectory, str) or not isinstance(statuses, list):
             raise ValueError(f'candidate {index} needs "traj", a text, and "status", a list')
-        unknown = [status for status in statuses if status not in STATUS_RISKS]
+        unknown = [status for status in statuses if not isinstance(status, str) or status not in STATUS_RISKS]
         if unknown:
             raise ValueError(
                 f"candidate {index} has status {unknown[0]!r}, not one of {', '.join(STATUS_RISKS)}"
@@ -209,7 +209,7 @@ def read_items(predictions: Path, annotations: Path, *, every_question: bool = F
         every_question: take all questions about a keyframe; the published script takes the first.
 
     Raises:
-        UserError: something cannot be read, or no keyframe has both.
+        DataError: something cannot be read, or no keyframe has both.
     """
     answers, candidates = _read_by_token(predictions), _read_by_token(annotations)
     items = []
@@ -218,11 +218,11 @@ def read_items(predictions: Path, annotations: Path, *, every_question: bool = F
         try:
             subjects = parse_candidates(candidates[token])
         except ValueError as error:
-            raise UserError(f"{annotations}, {token}: {error}") from None
+            raise DataError(f"{annotations}, {token}: {error}") from None
         chosen = pairs if every_question else pairs[:1]
         items += [Item(token, question, answer, subjects) for question, answer in chosen]
     if not items:
-        raise UserError(f"{predictions} and {annotations} have no keyframe in common")
+        raise DataError(f"{predictions} and {annotations} have no keyframe in common")
     return CounterfactualItems(
         tuple(items),
         unanswered=tuple(sorted(candidates.keys() - answers.keys())),
@@ -234,14 +234,14 @@ def _read_by_token(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
-            raise UserError(f"{path} holds no file")
+            raise DataError(f"{path} holds no file")
         content = {file.stem: _load(file) for file in files}
         if len(content) < len(files):
-            raise UserError(f"{path}: a token has more than one file")
+            raise DataError(f"{path}: a token has more than one file")
         return content
     content = _read_lines(path) if path.suffix == ".jsonl" else _load(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object of token to content, found {type(content).__name__}")
+        raise DataError(f"{path}: expected an object of token to content, found {type(content).__name__}")
     return content
 
 
@@ -249,22 +249,18 @@ def _load(path: Path) -> Any:
     if path.suffix in PICKLE_SUFFIXES:
         return read_pickled(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        return read_json(path)
+    except DataError as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def _read_lines(path: Path) -> dict[str, list[Any]]:
     """Token to the lines about it, in their order."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON Lines ({error})") from None
     content: dict[str, list[Any]] = {}
-    for number, line in enumerate(lines, start=1):
+    for where, line in read_json_lines(path):
         token = line.get("token") if isinstance(line, dict) else None
         if not isinstance(token, str):
-            raise UserError(f'{path}, line {number}: expected {{"token", "Q", "A"}}, found {str(line)[:60]}')
+            raise DataError(f'{where} expected {{"token", "Q", "A"}}, found {str(line)[:60]}')
         content.setdefault(token, []).append(line)
     return content
 
@@ -272,7 +268,7 @@ def _read_lines(path: Path) -> dict[str, list[Any]]:
 def _pairs(content: Any, where: str) -> list[tuple[str, str]]:
     """Questions and answers about a keyframe; at least one."""
     if not isinstance(content, list) or not content:
-        raise UserError(f'{where}: expected [{{"Q": question, "C" or "A": answer}}, …]')
+        raise DataError(f'{where}: expected [{{"Q": question, "C" or "A": answer}}, …]')
     return [_pair(each, where) for each in content]
 
 
@@ -283,5 +279,5 @@ def _pair(content: Any, where: str) -> tuple[str, str]:
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise UserError(f'{where}: expected [{{"Q": question, "C" or "A": answer}}, …], all texts')
+        raise DataError(f'{where}: expected [{{"Q": question, "C" or "A": answer}}, …], all texts')
     return question, answer

@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.console import UserError
-from spacedrive_jax.evaluation.predictions import Predictions, sort_predictions
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
+from spacedrive_jax.io import read_json, read_json_lines, read_text
 from spacedrive_jax.pickled_numpy import numpy_allowed
 from spacedrive_jax.restricted_pickle import read_pickle
 
@@ -58,7 +59,7 @@ def read_pickled(path: Path) -> Any:
     """Reads a pickle of numbers, texts, containers and numpy arrays.
 
     Raises:
-        UserError: the file cannot be read, is no pickle, or holds anything else.
+        DataError: the file cannot be read, is no pickle, or holds anything else.
     """
     return read_pickle(path, numpy_allowed(), contents="plain containers and numpy arrays")
 
@@ -67,11 +68,11 @@ def read_pickled_trajectories(path: Path) -> Predictions:
     """Reads a pickled dictionary of token to waypoints.
 
     Raises:
-        UserError: the file is not such a dictionary (plain containers and numpy arrays only).
+        DataError: the file is not such a dictionary (plain containers and numpy arrays only).
     """
     content = read_pickled(path)
     if not isinstance(content, dict):
-        raise UserError(
+        raise DataError(
             f"{path}: expected a dictionary of token to waypoints, found {type(content).__name__}"
         )
     return _sort(path, content.items())
@@ -81,14 +82,16 @@ def read_json_trajectories(path: Path, text: str) -> Predictions:
     """Reads a JSON object of token to waypoints; a token that occurs twice is listed.
 
     Raises:
-        UserError: the text is not such an object.
+        DataError: the text is not such an object.
     """
     try:
         items = json.loads(text, object_pairs_hook=_Pairs)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply to be a dictionary of token to waypoints") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(items, _Pairs):
-        raise UserError(f"{path}: expected an object of token to waypoints, found {type(items).__name__}")
+        raise DataError(f"{path}: expected an object of token to waypoints, found {type(items).__name__}")
     return _sort(path, items)
 
 
@@ -99,11 +102,11 @@ class _Pairs(list[tuple[str, Any]]):
 def _sort(path: Path, items: Iterable[tuple[Any, Any]]) -> Predictions:
     entries = []
     for token, points in items:
-        if not isinstance(token, str) or not token:
-            raise UserError(f"{path}: a token must be a non-empty text, found {token!r}")
+        if not isinstance(token, str) or not token or not is_unicode(token):
+            raise DataError(f"{path}: a token must be a non-empty text, found {token!r}")
         entries.append((token, "", _waypoints(points, f"{path}, token {token}")))
     if not entries:
-        raise UserError(f"{path} holds no prediction")
+        raise DataError(f"{path} holds no prediction")
     return sort_predictions(path, entries)
 
 
@@ -112,9 +115,11 @@ def _waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
     if points is None:
         return None
     try:
+        if isinstance(points, _Pairs | dict | str | bytes):
+            raise TypeError
         values = np.array(points, np.float64)
-    except (TypeError, ValueError):
-        raise UserError(
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise DataError(
             f"{where}: expected waypoints [[x, y], …] of numbers, found {str(points)[:60]}"
         ) from None
     if values.size == 0:
@@ -122,7 +127,7 @@ def _waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
     while values.ndim > 2 and len(values) == 1:  # UniAD and VAD keep a batch axis
         values = values[0]
     if values.ndim != 2 or values.shape[1] not in (2, 3):
-        raise UserError(
+        raise DataError(
             f"{where}: expected an n x 2 (or n x 3) array of waypoints, found shape {values.shape}"
         )
     return values[:, :2]
@@ -170,11 +175,11 @@ def read_published_folder(directory: Path) -> Predictions:
     """Reads a folder with one answer file per keyframe.
 
     Raises:
-        UserError: the folder is empty, or a file is not a JSON list with an answer.
+        DataError: the folder is empty, or a file is not a JSON list with an answer.
     """
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.suffix)
     if not files:
-        raise UserError(
+        raise DataError(
             f"{directory} holds no prediction: expected files named after tokens, without extension"
         )
     entries = []
@@ -186,13 +191,13 @@ def read_published_folder(directory: Path) -> Predictions:
 
 def _read_answer(path: Path) -> str:
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))[0]["A"]
-    except (json.JSONDecodeError, UnicodeDecodeError, IndexError, KeyError, TypeError):
-        raise UserError(f'{path}: expected a JSON list whose first item has the answer under "A"') from None
+        answer = read_json(path, nan=True)[0]["A"]
+    except (IndexError, KeyError, TypeError):
+        raise DataError(f'{path}: expected a JSON list whose first item has the answer under "A"') from None
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if not isinstance(answer, str):
-        raise UserError(f'{path}: the answer "A" must be a text, found {str(answer)[:60]}')
+        raise DataError(f'{path}: the answer "A" must be a text, found {str(answer)[:60]}')
     return answer
 
 
@@ -214,7 +219,7 @@ def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predi
         The predictions, waypoints in ego axes.
 
     Raises:
-        UserError: the file does not exist or is empty, or something in it is not a prediction (the message
+        DataError: the file does not exist or is empty, or something in it is not a prediction (the message
             names the line or token and what is wrong with it).
     """
     return to_ego_axes(_read(Path(path)), axes)
@@ -224,16 +229,16 @@ def _read(path: Path) -> Predictions:
     if path.is_dir():
         return read_published_folder(path)
     if not path.is_file():
-        raise UserError(
+        raise DataError(
             f"no prediction file {path}; write one with `python -m spacedrive_jax predict --out {path}`"
         )
     if path.suffix in PICKLE_SUFFIXES:
         return read_pickled_trajectories(path)
-    if path.suffix == ".json" and not _is_json_lines(text := path.read_text(encoding="utf-8")):
+    if path.suffix == ".json" and not _is_json_lines(text := read_text(path)):
         return read_json_trajectories(path, text)
     predictions = sort_predictions(path, _parse_lines(path))
     if not predictions.tokens:
-        raise UserError(f"{path} holds no prediction")
+        raise DataError(f"{path} holds no prediction")
     return predictions
 
 
@@ -241,34 +246,29 @@ def _is_json_lines(text: str) -> bool:
     """Whether the first line is a prediction by itself."""
     try:
         entry = json.loads(text.lstrip().partition("\n")[0])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(entry, dict) and "token" in entry
 
 
 def _parse_lines(path: Path) -> Iterator[Entry]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse_line(line, where=f"{path}, line {number}")
+    # Python's writers leave NaN for coordinates that are none; those are listed, not refused.
+    for where, entry in read_json_lines(path, nan=True):
+        yield _parse_entry(entry, where.removesuffix(":"))
 
 
-def _parse_line(line: str, where: str) -> Entry:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+def _parse_entry(entry: Any, where: str) -> Entry:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(entry).__name__}")
+        raise DataError(f"{where}: expected a JSON object, found {type(entry).__name__}")
     token = entry.get("token")
-    if not isinstance(token, str) or not token:
-        raise UserError(f'{where}: "token" must be a non-empty string, found {token!r}')
+    if not isinstance(token, str) or not token or not is_unicode(token):
+        raise DataError(f'{where}: "token" must be a non-empty string, found {token!r}')
     status = entry.get("status", "ok")
     if status not in STATUSES:
-        raise UserError(f'{where}: "status" must be one of {", ".join(STATUSES)}, found {status!r}')
+        raise DataError(f'{where}: "status" must be one of {", ".join(STATUSES)}, found {status!r}')
     text = entry.get("text")
     if text is not None and not isinstance(text, str):
-        raise UserError(f'{where}: "text" must be a string, found {type(text).__name__}')
+        raise DataError(f'{where}: "text" must be a string, found {type(text).__name__}')
     trajectory = None if status == "unparsed" else _parse_waypoints(entry.get("waypoints"), where)
     return token, text or "", trajectory
 
@@ -281,7 +281,10 @@ def _parse_waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"]:
         isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points
     )
     if not well_formed:
-        raise UserError(
+        raise DataError(
             f'{where}: "waypoints" must be a list of six [x, y] number pairs, found {str(points)[:80]}'
         )
-    return np.array(points, np.float64).reshape(-1, 2)
+    try:
+        return np.array(points, np.float64).reshape(-1, 2)
+    except OverflowError:
+        raise DataError(f'{where}: "waypoints" holds a number that is too large for a coordinate') from None

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.errors import DataError
 
 # Predictions sorted into what can be scored and what cannot: nothing is dropped in silence.
 
@@ -52,6 +53,19 @@ class Predictions:
         return frozenset((*self.unparsed, *self.short, *self.non_finite))
 
 
+FARTHEST = 1e5
+"""Metres. Nothing gets there in three seconds, and squares of much larger numbers are infinite."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written to a file: it has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def discretize(predictions: Predictions, pitch: float) -> Predictions:
     """The predictions with coordinates floored to multiples of `pitch` metres, a published option."""
     waypoints = {token: np.floor(points / pitch) * pitch for token, points in predictions.waypoints.items()}
@@ -66,6 +80,9 @@ def sort_predictions(
     Args:
         path: where they were read.
         entries: (token, text, trajectory) in file order; None where the text holds no trajectory.
+
+    Raises:
+        DataError: a waypoint lies so far away that it cannot be one.
     """
     waypoints: dict[str, np.ndarray] = {}
     text: dict[str, str] = {}
@@ -77,13 +94,19 @@ def sort_predictions(
             if token not in listed["duplicates"]:
                 listed["duplicates"].append(token)
             continue
-        text[token] = answer
+        # A lone surrogate is legal in JSON's escapes and in no file that is written.
+        text[token] = answer if is_unicode(answer) else answer.encode("utf-8", "replace").decode()
         if trajectory is None:
             listed["unparsed"].append(token)
         elif len(trajectory) < NUM_WAYPOINTS:
             listed["short"].append(token)
         elif not np.isfinite(trajectory[:NUM_WAYPOINTS]).all():
             listed["non_finite"].append(token)
+        elif (away := np.abs(trajectory[:NUM_WAYPOINTS]).max()) > FARTHEST:
+            raise DataError(
+                f"{path}, token {token}: a waypoint lies {away:.3g} m away; waypoints are metres in the ego "
+                "frame, of the next three seconds"
+            )
         else:
             waypoints[token] = trajectory[:NUM_WAYPOINTS]
             if len(trajectory) > NUM_WAYPOINTS:

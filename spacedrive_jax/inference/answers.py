@@ -18,6 +18,8 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, Turn
 from spacedrive_jax.data.prompts import context, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
+from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.io import read_bytes, read_json, say, to_json, write_bytes, write_json
 
 # Answers as text: the frame of the planning answer, and generated ids written out.
 
@@ -104,9 +106,12 @@ class AnswerFile:
         if length != self.length:
             # Before the answers: a later run that finds these cuts the next batch as this one would.
             self.length = length
-            _write_whole(self._facts_file, {"facts": self._facts, "length": length})
-        self._lines.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._lines.flush()
+            write_json(self._facts_file, {"facts": self._facts, "length": length}, indent=2)
+        try:
+            self._lines.write("".join(to_json(line) + "\n" for line in lines))
+            self._lines.flush()
+        except OSError as error:
+            raise SpaceDriveError(f"cannot write {self._lines.name}: {say(error)}; then --resume") from error
 
 
 @contextlib.contextmanager
@@ -126,22 +131,23 @@ def answer_file(
         overwrite: replace what is there.
 
     Raises:
-        UserError: `out` exists, an interrupted run is there and it is not said what to do with it, or it was
-            made from other facts.
+        SpaceDriveError: `out` exists, an interrupted run is there and it is not said what to do with it, or
+            it was made from other facts.
     """
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: give another --out, or --overwrite")
+        raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
     partial = out.with_name(f".{out.name}.partial")
     facts_file = out.with_name(f".{out.name}.partial.json")
-    facts = json.loads(json.dumps(facts))
+    facts = json.loads(to_json(facts))
     kept, length = b"", 0
     if facts_file.is_file() and not overwrite:
         if not resume:
-            raise UserError(f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew")
+            raise SpaceDriveError(
+                f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew"
+            )
         kept, length = _interrupted(partial, facts_file, facts, batch_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(facts_file, {"facts": facts, "length": length})
-    partial.write_bytes(kept)
+    write_json(facts_file, {"facts": facts, "length": length}, indent=2)
+    write_bytes(partial, kept)
     with partial.open("a", encoding="utf-8") as lines:
         yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, facts)
     os.replace(partial, out)
@@ -152,19 +158,15 @@ def _interrupted(
     partial: Path, facts_file: Path, facts: Mapping[str, Any], batch_size: int
 ) -> tuple[bytes, int]:
     """The whole batches that an interrupted run wrote, and the length it had come to."""
-    saved = json.loads(facts_file.read_text())
+    saved = read_json(facts_file)
+    if not isinstance(saved, dict) or not isinstance(saved.get("length"), int) or "facts" not in saved:
+        raise DataError(f"{facts_file} is damaged: --overwrite starts anew")
     changes = config_changes(saved["facts"], facts)
     if changes:
-        raise UserError(
+        raise SpaceDriveError(
             f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "
             "--overwrite to start anew"
         )
-    lines = partial.read_bytes().splitlines(keepends=True) if partial.is_file() else []
+    lines = read_bytes(partial).splitlines(keepends=True) if partial.is_file() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     return b"".join(whole[: len(whole) // batch_size * batch_size]), saved["length"]
-
-
-def _write_whole(file: Path, value: Any) -> None:
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, file)

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, from_json
-from spacedrive_jax.console import UserError
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.importing import copy_tokenizer
 from spacedrive_jax.interop.peft import base_of
-from spacedrive_jax.interop.trained_parts import fill_new_rows, imported_config, is_imported, trained_rules
+from spacedrive_jax.interop.trained_parts import (
+    EXTRAS_FILE,
+    RUN_FILE,
+    fill_new_rows,
+    imported_config,
+    is_imported,
+    trained_rules,
+)
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
+from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
@@ -100,12 +109,18 @@ def _open_run(source: Path) -> OpenedModel:
     from spacedrive_jax.config import MeshConfig, from_json
     from spacedrive_jax.data.tokenizer import load_tokenizer
     from spacedrive_jax.data.transforms import chat_layout
-    from spacedrive_jax.training import checkpoints
+    from spacedrive_jax.training import checkpoints, run_folder
     from spacedrive_jax.training.sharding import make_mesh
     from spacedrive_jax.training.state import abstract_state, frozen_state
 
     run_dir, step = checkpoints.locate(source)
-    config = from_json((run_dir / "config.json").read_text())
+    config = from_json(read_text(run_dir / "config.json"))
+    run_folder.check_config(
+        checkpoints.read_facts(run_dir, step),
+        config,
+        run_dir / "checkpoints" / str(step),
+        run_folder.accepted_changes(run_dir),
+    )
     mesh = make_mesh(MeshConfig())
     graph, trainable, _ = abstract_state(config, mesh)
     frozen = frozen_state(config, mesh)
@@ -140,24 +155,60 @@ def open_config(checkpoint: Path) -> Config:
     """The config of what `--checkpoint` names, without its numbers.
 
     Raises:
-        UserError: there is neither a finished checkpoint nor an imported one.
+        CheckpointError: there is neither a finished checkpoint nor an imported one.
     """
     if is_imported(checkpoint):
+        if (checkpoint / "checkpoints").is_dir():
+            raise CheckpointError(
+                f"{checkpoint} holds two answers, an imported checkpoint ({RUN_FILE}) and those of a run: "
+                "keep them in folders of their own"
+            )
         return imported_config(checkpoint)
-    run_dir, _ = checkpoints.locate(checkpoint)
-    return from_json((run_dir / "config.json").read_text())
+    run_dir, step = checkpoints.locate(checkpoint)
+    config = config_of_run(run_dir)
+    run_folder.check_config(
+        checkpoints.read_facts(run_dir, step),
+        config,
+        run_dir / "checkpoints" / str(step),
+        run_folder.accepted_changes(run_dir),
+    )
+    return config
 
 
-def name_checkpoint(checkpoint: Path) -> str:
-    """Which numbers `--checkpoint` stands for now: RUN/checkpoints/STEP, or the imported folder.
+def config_of_run(run_dir: Path) -> Config:
+    """A run's config.json.
 
     Raises:
-        UserError: see `open_config`.
+        CheckpointError: it is damaged.
+    """
+    file = run_dir / "config.json"
+    try:
+        return from_json(read_text(file, most=16 * MEBIBYTE))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} does not hold a run's config: {error}") from error
+
+
+def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Which numbers `--checkpoint` stands for now, and their fingerprints.
+
+    Raises:
+        SpaceDriveError: see `open_config`.
     """
     if is_imported(checkpoint):
-        return str(checkpoint.resolve())
+        parts = [checkpoint / EXTRAS_FILE, *sorted((checkpoint / ADAPTER_FOLDER).glob("*.safetensors"))]
+        digest = hashlib.sha256()
+        for file in parts:
+            digest.update(hashlib.sha256(read_bytes(file)).digest())
+        return {
+            "path": str(checkpoint.resolve()),
+            "base_fingerprint": WeightsFacts.read(checkpoint).fingerprint,
+            "trainable_fingerprint": digest.hexdigest(),
+        }
     run_dir, step = checkpoints.locate(checkpoint)
-    return str(run_dir.resolve() / "checkpoints" / str(step))
+    facts = checkpoints.read_facts(run_dir, step)
+    names = ("config", "base_fingerprint", "trainable_fingerprint")
+    path = str(run_dir.resolve() / "checkpoints" / str(step))
+    return {"path": path} | {name: facts.get(name) for name in names}
 
 
 def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedModel:
@@ -169,15 +220,17 @@ def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedMod
         average: take the moving average of the trainables (`train.ema_decay`) instead of the last ones.
 
     Raises:
-        UserError: it is none of these, or damaged, holds no average, or its base is no longer the one it was
-            trained on.
+        CheckpointError: it is none of these, or damaged, holds no average, or its base is no longer the one
+            it was trained on.
     """
     config = open_config(checkpoint)
     mesh = make_mesh(config.mesh)
     graph, trainable, _ = abstract_state(config, mesh)
     if is_imported(checkpoint):
         if average:
-            raise UserError(f"{checkpoint} was imported and holds no moving average: leave --average out")
+            raise CheckpointError(
+                f"{checkpoint} was imported and holds no moving average: leave --average out"
+            )
         return TrainedModel(config, mesh, graph, *start_state(config, mesh))
     frozen = frozen_state(config, mesh)
     run_dir, step = checkpoints.locate(checkpoint)

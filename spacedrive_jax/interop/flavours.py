@@ -102,6 +102,11 @@ def check_folder(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds a PEFT adapter, not a whole model: import-weights --from peft (with --base)"
         )
+    if whole and (path / ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{path} holds two answers, a whole model and a PEFT adapter ({ADAPTER_FILE}): move one of them "
+            "into a folder of its own"
+        )
     if not whole:
         for pattern, what, way_out in _FILES:
             if any(path.glob(pattern)):

@@ -113,6 +113,11 @@ class SafetensorsFolder:
         if self.path.is_file():
             return [self.path]
         if (self.path / INDEX_FILE).is_file():
+            if (self.path / SINGLE_FILE).is_file() and SINGLE_FILE not in self._weight_map().values():
+                raise CheckpointError(
+                    f"{self.path} holds two answers, {SINGLE_FILE} and the shards of {INDEX_FILE}: remove "
+                    "the one that is not meant"
+                )
             index = str(self.path / INDEX_FILE)
             return [inside(self.path, file, index) for file in sorted(set(self._weight_map().values()))]
         if (self.path / SINGLE_FILE).is_file():

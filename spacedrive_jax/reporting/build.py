@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
+from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
 from spacedrive_jax.reporting.page import Page, flatten, render_page
@@ -70,9 +70,7 @@ def write_report(
     elif highlights:
         raise UserError("--highlight needs records: give --records DIR")
     page = _make_page(files, opened, planned, measured, highlights, notices)
-    temporary = out.with_name(f".{out.name}.partial")
-    temporary.write_text(render_page(page), encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, render_page(page))
     return WrittenReport(out, tuple(notices))
 
 

@@ -48,6 +48,19 @@ class Page:
     provenance: Mapping[str, str]
 
 
+SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    )
+)
+"""What a browser may do with the page: show its own pictures and styles. No script, no request outside,
+should text of a run's files ever reach it as markup."""
+
+
 def render_page(page: Page) -> str:
     """The whole page."""
     sections = [
@@ -61,6 +74,7 @@ def render_page(page: Page) -> str:
     title = html.escape(page.title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLESHEET}</style></head><body>"
         f'<header><p class="kicker">SpaceDrive run report</p><h1>{title}</h1>{_tiles(page.summary)}'
@@ -145,7 +159,8 @@ def _score_row(name: str, scores: Mapping[str, Any]) -> str:
     )
     emphasis = ' class="run"' if name == "prediction" else ""
     label = html.escape(ROW_NAMES.get(name, name.replace("_", " ")))
-    return f'<tr{emphasis}><th scope="row">{label}</th><td>{scores["samples"]}</td>{cells}</tr>'
+    samples = html.escape(str(scores["samples"]))
+    return f'<tr{emphasis}><th scope="row">{label}</th><td>{samples}</td>{cells}</tr>'
 
 
 def _edge(column: str) -> str:
@@ -153,13 +168,14 @@ def _edge(column: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "&ndash;" if value is None else f"{value:.2f}"
+    return "&ndash;" if value is None else html.escape(f"{value:.2f}")
 
 
 def _horizon(figure: str | None) -> str:
     if figure is None:
         return _absent("Not shown: it needs the records and a prediction file.")
-    return f'<img class="figure" src="{figure}" alt="Mean displacement error at each of the six waypoints">'
+    source = html.escape(figure)
+    return f'<img class="figure" src="{source}" alt="Mean displacement error at each of the six waypoints">'
 
 
 def _case(case: Case) -> str:
@@ -167,12 +183,12 @@ def _case(case: Case) -> str:
         f"<span>{html.escape(name)} <b>{html.escape(value)}</b></span>" for name, value in case.facts.items()
     )
     front = (
-        f'<img src="{case.front}" alt="Front view with the recorded and the predicted path">'
+        f'<img src="{html.escape(case.front)}" alt="Front view with the recorded and the predicted path">'
         if case.front
         else _absent("The front camera has no pixels in the records.")
     )
     strip = (
-        f'<img class="strip" src="{case.strip}" alt="Six camera views with depth">'
+        f'<img class="strip" src="{html.escape(case.strip)}" alt="Six camera views with depth">'
         if case.strip
         else _absent("No camera has pixels in the records.")
     )
@@ -182,7 +198,8 @@ def _case(case: Case) -> str:
         f'<div class="case"><figure>{front}<figcaption><i class="key predicted"></i>predicted '
         f'<i class="key recorded"></i>recorded &middot; camera images: {html.escape(case.images)}'
         f"</figcaption>{answer}</figure>"
-        f'<figure><img src="{case.birds_eye}" alt="Bird\'s-eye view of the keyframe"><figcaption>From above: '
+        f'<figure><img src="{html.escape(case.birds_eye)}" alt="Bird\'s-eye view of the keyframe">'
+        "<figcaption>From above: "
         "drivable area pale grey, road users grey with their recorded paths, ego vehicle black</figcaption>"
         "</figure></div>"
         f"<details open><summary>Six views and depth</summary>{strip}"
@@ -194,7 +211,7 @@ def _curves(curves: Sequence[tuple[str, str]]) -> str:
     if not curves:
         return _absent("No training log to show.")
     images = "".join(
-        f'<img src="{figure}" alt="{html.escape(title)} over steps">' for title, figure in curves
+        f'<img src="{html.escape(figure)}" alt="{html.escape(title)} over steps">' for title, figure in curves
     )
     return f'<div class="curves">{images}</div>'
 

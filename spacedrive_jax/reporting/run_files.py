@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
@@ -21,6 +22,8 @@ from spacedrive_jax.data.depth_sources import (
 )
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import read_json, read_text
 
 # The depth that a run saw, where a network gave it: from the sidecar that its config names.
 
@@ -98,17 +101,17 @@ def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
         predictions: predictions from elsewhere: their scores, beside them, are shown instead.
 
     Raises:
-        UserError: there is no such directory, it holds none of these files, or one of them is damaged.
+        DataError: there is no such directory, it holds none of these files, or one of them is damaged.
     """
     if not directory.is_dir():
-        raise UserError(f"no run directory {directory}; give the folder that `train` wrote")
+        raise DataError(f"no run directory {directory}; give the folder that `train` wrote")
     missing: list[str] = []
     facts = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
     config = _read_object(directory / "config.json", missing, "the configuration is not shown")
     steps = _read_steps(directory / "metrics.jsonl", missing)
     evaluations = _read_evaluations(directory, facts or {}, predictions)
     if facts is None and config is None and not steps and not evaluations:
-        raise UserError(
+        raise DataError(
             f"{directory} does not look like a run: it has no run.json, config.json, metrics.jsonl or "
             f"evaluation file"
         )
@@ -125,12 +128,9 @@ def _read_object(path: Path, missing: list[str], consequence: str) -> dict[str, 
     if not path.is_file():
         missing.append(f"{path.name} is absent: {consequence}.")
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -140,19 +140,19 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
         missing.append(f"{path.name} is absent: training curves are not shown.")
         return ()
     steps: dict[float, dict[str, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 missing.append(f"The last line of {path.name} is cut off and left out.")
                 continue
-            raise UserError(f"{path}, line {number}: not JSON") from None
+            raise DataError(f"{path}, line {number}: not JSON") from None
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
-            raise UserError(f'{path}, line {number}: expected an object with a numeric "step"')
+            raise DataError(f'{path}, line {number}: expected an object with a numeric "step"')
         steps[entry["step"]] = {name: float(value) for name, value in entry.items() if _is_number(value)}
     if not steps:
         missing.append(f"{path.name} holds no logged step: training curves are not shown.")
@@ -175,14 +175,62 @@ def _read_evaluations(
     for path in candidates:
         if path.name in ("run.json", "config.json"):
             continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
+        value = read_json(path)
         if isinstance(value, dict) and all(key in value for key in TABLE_KEYS):
+            _check_evaluation(value, path)
             found[str(path.resolve())] = value
     return tuple(found.values())
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+class _Metric(msgspec.Struct):
+    """Values at the horizons; None where there is no map."""
+
+    one: float | None = msgspec.field(name="1s")
+    two: float | None = msgspec.field(name="2s")
+    three: float | None = msgspec.field(name="3s")
+    average: float | None = msgspec.field(name="avg")
+
+
+class _Scores(msgspec.Struct):
+    samples: int
+    l2: _Metric
+    collision: _Metric
+    intersection: _Metric
+
+
+class _Coverage(msgspec.Struct):
+    counted: int
+    eligible: int
+    records: int
+    share: float
+
+
+class _Source(msgspec.Struct):
+    split: str | None = None
+    fingerprint: str | None = None
+
+
+class _Evaluation(_Scores):
+    """What the page shows of an evaluation file."""
+
+    protocol: str
+    coverage: _Coverage
+    baselines: dict[str, _Scores]
+    records: _Source
+    notes: list[str] = []
+
+
+def _check_evaluation(value: Mapping[str, Any], path: Path) -> None:
+    """Refuses an evaluation file whose fields are not of the types that `evaluate` writes.
+
+    Raises:
+        DataError: naming the field.
+    """
+    try:
+        msgspec.convert(value, _Evaluation)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path} is not what evaluate wrote ({error}): write it again") from None

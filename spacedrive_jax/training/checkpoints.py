@@ -7,8 +7,9 @@ being written when the process died has no final name and is never picked up.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.
@@ -51,10 +52,34 @@ def state_fingerprint(state: nnx.State, mesh: Mesh) -> str:
         mesh: where they live.
     """
     leaves = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    checksums = jax.jit(
-        lambda arrays: {name: _checksum(array) for name, array in arrays.items()},
-        out_shardings=replicated(mesh),
-    )(leaves)
+    return arrays_fingerprint(leaves, mesh)
+
+
+def _everywhere(leaves: Mapping[str, Array]) -> NamedSharding | None:
+    """On every device of the arrays' mesh; None where they have none."""
+    placed = (getattr(leaf, "sharding", None) for leaf in leaves.values())
+    return next(
+        (NamedSharding(each.mesh, PartitionSpec()) for each in placed if isinstance(each, NamedSharding)),
+        None,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _checksums(everywhere: NamedSharding | None) -> Callable[[dict[str, Array]], dict[str, Array]]:
+    """The compiled checksums, kept: a run asks for them at every checkpoint."""
+    return jax.jit(
+        lambda arrays: {name: _checksum(array) for name, array in arrays.items()}, out_shardings=everywhere
+    )
+
+
+def arrays_fingerprint(leaves: Mapping[str, Array], mesh: Mesh | None = None) -> str:
+    """SHA-256 over the names, types, shapes and checksums of arrays on their devices.
+
+    Args:
+        leaves: the arrays by name.
+        mesh: where they live; None takes theirs.
+    """
+    checksums = _checksums(_everywhere(leaves) if mesh is None else replicated(mesh))(dict(leaves))
     digest = hashlib.sha256()
     for name, value in sorted(jax.device_get(checksums).items()):
         leaf = leaves[name]
@@ -78,8 +103,20 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
 
 
 def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
-    """Opens `RUN/checkpoints`, where the newest `keep` stay."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    """Opens `RUN/checkpoints`, where the newest `keep` stay.
+
+    Raises:
+        ConfigError: none would stay.
+    """
+    if keep < 1:
+        raise ConfigError(f"train.keep_checkpoints is {keep}: at least the newest must stay, give 1 or more")
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        enable_async_checkpointing=True,
+        # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
 
@@ -102,7 +139,7 @@ def save(
         facts: config and fingerprints of data and base weights.
 
     Raises:
-        UserError: the folder cannot be written; the newest whole checkpoint is named.
+        CheckpointError: the folder cannot be written; the newest whole checkpoint is named.
     """
     with naming_the_newest(manager):
         manager.save(
@@ -124,7 +161,7 @@ def naming_the_newest(manager: ocp.CheckpointManager) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
+        raise CheckpointError(
             f"a checkpoint could not be written to {manager.directory} ({error}); the newest whole one is "
             f"step {manager.latest_step()}. Make room or mend the folder, then --resume"
         ) from error
@@ -135,14 +172,16 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """On leaving, however it comes about, waits until what is being written is whole.
 
     Raises:
-        UserError: it could not be written.
+        CheckpointError: it could not be written.
     """
     try:
         yield
     finally:
-        with naming_the_newest(manager):
-            manager.wait_until_finished()
-        manager.close()
+        try:
+            with naming_the_newest(manager):
+                manager.wait_until_finished()
+        finally:
+            manager.close()
 
 
 def restore(
@@ -152,26 +191,118 @@ def restore(
 
     Returns:
         trainables, optimiser state, position of the data iterator, facts.
+
+    Raises:
+        CheckpointError: it is damaged; the newest whole one before it is named.
     """
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
-            optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
-            position=ocp.args.JsonRestore(),
-            facts=ocp.args.JsonRestore(),
-        ),
-    )
+    run_dir = Path(manager.directory).parent
+    with naming_the_whole(run_dir, step):
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
+                optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+                position=ocp.args.JsonRestore(),
+                facts=ocp.args.JsonRestore(),
+            ),
+        )
+        check_trainable(restored["trainable"], restored["facts"])
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
     return trainable, restored["optimizer"], restored["position"], restored["facts"]
 
 
 def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
     """Reads the facts that a checkpoint was saved with."""
+    with naming_the_whole(run_dir, step):
+        return _facts(run_dir, step)
+
+
+def _facts(run_dir: Path, step: int) -> dict[str, Any]:
     # Not through a manager, which tidies the folder up: a run may be writing there.
     folder = (run_dir / "checkpoints" / str(step) / "facts").resolve()
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder)
+        facts = checkpointer.restore(folder)
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no JSON object")
+    return facts
+
+
+def check_trainable(values: Any, facts: Mapping[str, Any]) -> None:
+    """Compares restored trainables with the fingerprint that was taken when they were saved.
+
+    Raises:
+        ValueError: they are not the ones that were saved.
+    """
+    saved = facts.get("trainable_fingerprint")
+    if saved is not None and saved != arrays_fingerprint(_named(values)):
+        raise ValueError("its trainables are not those that were saved: it is mixed up or damaged")
+
+
+def trainable_fingerprint(trainable: nnx.State) -> str:
+    """Names the values of trainables; `facts` keep it beside them."""
+    return arrays_fingerprint(_named(nnx.to_pure_dict(trainable)))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    def name(path: Any) -> str:  # the same for a list, and for the dict that orbax may give for one
+        return "/".join(str(getattr(each, "key", getattr(each, "idx", each))) for each in path)
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@contextlib.contextmanager
+def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
+    """Turns a failed read into an error that names the newest checkpoint before it that can be read."""
+    try:
+        yield
+    except SpaceDriveError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise almost anything
+        said = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+        earlier = [other for other in reversed(steps_of(run_dir)) if other < step]
+        whole = next((other for other in earlier if _is_whole(run_dir, other)), None)
+        way_out = (
+            "no other one is whole: start anew with another --run-dir"
+            if whole is None
+            else f"the newest whole one before it is step {whole}: --step {whole} takes it"
+        )
+        raise CheckpointError(
+            f"the checkpoint {run_dir / 'checkpoints' / str(step)} is damaged ({said}); {way_out}"
+        ) from error
+
+
+def _is_whole(run_dir: Path, step: int) -> bool:
+    """Whether facts, trainables and optimiser of a checkpoint can be read and belong together."""
+    folder = (run_dir / "checkpoints" / str(step)).resolve()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            values = checkpointer.restore(folder / "trainable")
+            checkpointer.restore(folder / "optimizer")
+        check_trainable(values, _facts(run_dir, step))
+    except Exception:
+        return False
+    return True
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of the finished checkpoints of a run, ascending."""
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def go_back_to(run_dir: Path, step: int) -> None:
+    """Sets the checkpoints behind a step aside, into `RUN/set_aside`, so that training goes on from it.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    if step not in steps_of(run_dir):
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}, but {steps_of(run_dir)}")
+    for later in (each for each in steps_of(run_dir) if each > step):
+        target = run_dir / "set_aside" / str(later)
+        if target.exists():
+            raise CheckpointError(f"{target} exists: remove it, or move it away, to go back to step {step}")
+        target.parent.mkdir(exist_ok=True)
+        (run_dir / "checkpoints" / str(later)).rename(target)
 
 
 def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -182,7 +313,7 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         now: `records_fingerprint` and `base_fingerprint`, or those of the two that matter.
 
     Raises:
-        UserError: naming what differs.
+        CheckpointError: naming what differs.
     """
     changed = [
         f"{name}: {saved.get(name)} -> {now[name]}"
@@ -190,7 +321,7 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if name in now and saved.get(name) != now[name]
     ]
     if changed:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint was trained on something else: {'; '.join(changed)}. Give the same records "
             "(data.records) and weights (model.weights), or, to train on, say --accept-changes"
         )
@@ -199,8 +330,9 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:
     """Reads only the trainables of a checkpoint, onto the shardings of an (abstract) state."""
     folder = (run_dir / "checkpoints" / str(step) / "trainable").resolve()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
+        check_trainable(restored, _facts(run_dir, step))
     nnx.replace_by_pure_dict(trainable, restored)
     return trainable
 
@@ -214,15 +346,15 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
         optimizer: the (abstract) optimiser state of the run's config, on its shardings.
 
     Raises:
-        UserError: the run keeps no average.
+        CheckpointError: the run keeps no average.
     """
     if optax.tree.get(optimizer, "average") is None:
-        raise UserError(
+        raise CheckpointError(
             f"{run_dir} keeps no moving average of its weights: train with --train.ema-decay 0.999, say, or "
             "take the last weights"
         )
     folder = (run_dir / "checkpoints" / str(step) / "optimizer").resolve()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(optimizer))
     return optax.tree.get(restored, "average")
 
@@ -234,7 +366,7 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         The run folder and the step.
 
     Raises:
-        UserError: there is no finished checkpoint.
+        CheckpointError: there is no finished checkpoint.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
@@ -242,10 +374,10 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         found = checkpoint.is_dir()
     else:
         run_dir = checkpoint
-        steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+        steps = steps_of(run_dir)
         found, step = bool(steps), max(steps, default=0)
     if not found or not (run_dir / "config.json").is_file():
-        raise UserError(
+        raise CheckpointError(
             f"no finished checkpoint at {checkpoint}: give a run folder that `python -m spacedrive_jax "
             "train` wrote, or one of its checkpoints/STEP"
         )

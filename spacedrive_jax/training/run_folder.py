@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import jax
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-from spacedrive_jax.config import Config, config_changes, to_json
-from spacedrive_jax.console import UserError
+from spacedrive_jax.config import Config, config_changes, from_json, to_json
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
+from spacedrive_jax.io import read_json, read_text, write_json, write_text
+from spacedrive_jax.io import to_json as json_line
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -47,19 +50,19 @@ def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool =
         The changes that were accepted.
 
     Raises:
-        UserError: the folder holds a run already, cannot be written, or its config differs.
+        SpaceDriveError: the folder holds a run already, cannot be written, or its config differs.
     """
     file = run_dir / "config.json"
     changes: list[str] = []
     if file.exists():
         if not resume:
-            raise UserError(
+            raise SpaceDriveError(
                 f"{run_dir} holds a run already: --resume continues it, --run-dir starts elsewhere"
             )
-        found = config_changes(json.loads(file.read_text()), json.loads(to_json(config)))
+        found = config_changes(read_json(file), json.loads(to_json(config)))
         changes = [change for change in found if not change.startswith(FREE_TO_CHANGE)]
         if changes and not accept_changes:
-            raise UserError(
+            raise SpaceDriveError(
                 f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same "
                 "one, say --accept-changes, or start elsewhere with --run-dir"
             )
@@ -68,12 +71,52 @@ def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool =
     if is_main_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            partial = run_dir / ".config.json.partial"
-            partial.write_text(to_json(config))
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(f"the run folder {run_dir} cannot be written: {error}") from error
+            write_text(file, to_json(config))
+        except (OSError, SpaceDriveError) as error:
+            raise SpaceDriveError(f"the run folder {run_dir} cannot be written: {error}") from error
     return changes
+
+
+def check_config(
+    saved: Mapping[str, Any], config: Config, checkpoint: Path, accepted: Sequence[str] = ()
+) -> None:
+    """Refuses a checkpoint of another run: one whose facts hold another config than this run's.
+
+    Args:
+        saved: the checkpoint's facts.
+        config: this run's.
+        checkpoint: where it is, for the message.
+        accepted: changes that the run was resumed with, as run.json has them (`field: old -> new`).
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if not isinstance(saved.get("config"), str):
+        return
+    then = json.loads(to_json(from_json(saved["config"])))  # through this version's fields
+    allowed = (*FREE_TO_CHANGE, *(change.partition(":")[0] + ":" for change in accepted))
+    changes = [
+        change
+        for change in config_changes(then, json.loads(to_json(config)))
+        if not change.startswith(allowed)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run (its config -> this run's): {'; '.join(changes)}. Put it "
+            "under the run it came from, or, to train on from it, say --accept-changes"
+        )
+
+
+def accepted_changes(run_dir: Path) -> list[str]:
+    """The changes that a run was last resumed with.
+
+    Raises:
+        DataError: run.json is damaged.
+    """
+    file = run_dir / "run.json"
+    facts = read_json(file) if file.is_file() else {}
+    changes = facts.get("accepted_changes") if isinstance(facts, dict) else None
+    return [change for change in changes or [] if isinstance(change, str)]
 
 
 def lack_of_room(run_dir: Path, checkpoint_bytes: int, *, checkpoints: int = 1) -> str | None:
@@ -102,14 +145,13 @@ def write_provenance(run_dir: Path, facts: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in packages},
     }
-    (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(run_dir / "run.json", facts, indent=2)
 
 
 def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[str, float]) -> Path:
     """Writes down which keyframes a step was made of, so that it can be played again; one file a host."""
     file = run_dir / "nonfinite" / f"step_{step}.host_{jax.process_index()}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"step": step, "tokens": tokens, "metrics": values}, indent=2) + "\n")
+    write_json(file, {"step": step, "tokens": tokens, "metrics": values}, indent=2)
     return file
 
 
@@ -127,7 +169,7 @@ class MetricsLog:
         """Adds one line."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json_line({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -140,13 +182,13 @@ class MetricsLog:
 
 
 def _open_behind(path: Path, start: int) -> Any:
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except json.JSONDecodeError:  # the line that was being written when the process died
+        except (ValueError, TypeError, KeyError):  # the line that was being written when the process died
             break
-    path.write_text("".join(line + "\n" for line in kept))
+    write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a")

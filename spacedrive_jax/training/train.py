@@ -15,6 +15,7 @@ from flax import nnx
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
@@ -57,6 +58,7 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    step: int | None = None,
     accept_changes: bool = False,
     skip_nonfinite: int = 0,
     profile: ProfileWindow | None = None,
@@ -68,6 +70,7 @@ def train(
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint of the run folder.
+        step: go on from this checkpoint instead; later ones are set aside (`RUN/set_aside`).
         accept_changes: resume although the config or the records differ from the run's.
         skip_nonfinite: how many steps whose loss or gradient is not finite to leave out before giving up.
         profile: steps to trace; None for none.
@@ -79,6 +82,11 @@ def train(
     """
     started = time.monotonic()
     settings = config.train
+    if settings.keep_checkpoints < 1:
+        raise ConfigError(
+            f"train.keep_checkpoints is {settings.keep_checkpoints}: at least the newest must stay, give 1 "
+            "or more (--train.keep-checkpoints)"
+        )
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.accumulation)
     check_start(config)
@@ -107,14 +115,16 @@ def train(
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(frozen),
     }
+    if step is not None and run_folder.is_main_host():
+        checkpoints.go_back_to(run_dir, step)
     manager = checkpoints.open_manager(run_dir, keep=settings.keep_checkpoints)
     start = manager.latest_step() or 0
     if start:
-        trainable, optimizer_state, where, saved = checkpoints.restore(
-            manager, start, trainable, optimizer_state
-        )
         if not accept_changes:
+            saved = checkpoints.read_facts(run_dir, start)
+            run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
             checkpoints.check_facts(saved, facts)
+        trainable, optimizer_state, where, _ = checkpoints.restore(manager, start, trainable, optimizer_state)
         seek(iterator, where, config.train.batch_size)
     if run_folder.is_main_host():
         shown = {name: value for name, value in facts.items() if name != "config"}
@@ -176,14 +186,9 @@ def train(
             if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room:
                 # What has been done is saved while there still is room for it.
                 guard.settle()
-                checkpoints.save(
-                    manager,
-                    done,
-                    trainable,
-                    optimizer_state,
-                    position(iterator, config.train.batch_size),
-                    facts,
-                )
+                where = position(iterator, config.train.batch_size)
+                named = facts | {"trainable_fingerprint": checkpoints.trainable_fingerprint(trainable)}
+                checkpoints.save(manager, done, trainable, optimizer_state, where, named)
             if short_of_room and not finished:
                 raise UserError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started

@@ -243,3 +243,10 @@ def test_published_runs(name: str, routes: int, score: float, success: float, ef
     assert facts["efficiency"] == pytest.approx(efficiency, abs=1e-4)
     assert (facts["routes"], facts["missing"]) == (routes, 220 - routes)
     assert facts["inconsistent"] == ()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 5000, b'{"_checkpoint": 1, "_checkpoint": 2}'])
+def test_damaged_result_files_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*r\.json"):
+        read_results([tmp_path / "r.json"])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.prediction_files import parse_answer, read_predictions
 
 PATH = [[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.3], [5.0, 0.4], [6.0, 0.5]]
@@ -100,3 +102,35 @@ def test_published_folder(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no prediction"):
         read_predictions(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe{", r"line 1: is not JSON"),
+        (b'{"token": "a", "waypoints": ' + b"[" * 5000 + b"]" * 5000 + b"}", "line 1: is nested too deeply"),
+        (b'{"token": "a", "token": "b"}', "line 1: is not JSON .*given twice"),
+        (b'{"token": "\\ud800", "waypoints": []}', '"token" must be'),
+        (
+            b'{"token": "a", "waypoints": [[1e160, 0]]}'.replace(b"[[", b"[" + b"[0, 0], " * 5 + b"["),
+            "1e.160 m away",
+        ),
+        (b'{"token": "a", "waypoints": [[' + b"9" * 400 + b", 0]]}", "too large for a coordinate"),
+        (b'{"token": "a", "waypoints": [[' + b"9" * 5000 + b", 0]]}", "is not JSON"),
+    ],
+)
+def test_what_no_prediction_can_be_is_one_clear_line(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="no prediction file"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_answers_can_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"token": "a", "waypoints": [], "text": "\\ud800 ahead"}')
+    assert read_predictions(tmp_path / "p.jsonl").text == {"a": "? ahead"}

@@ -102,3 +102,48 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="expected an object of token to waypoints, found list"):
         read_predictions(tmp_path / "p.json")
+
+
+def program(*parts: bytes) -> bytes:
+    return b"\x80\x04}(X\3\0\0\0tok" + b"".join(parts) + b"u."
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+FLOATS = named("numpy", "dtype") + b"(X\2\0\0\0f8\x89\x88tR"
+OBJECTS = named("numpy", "dtype") + b"(X\2\0\0\0O8\x89\x88tR"
+STRUCTURED = named("numpy", "dtype") + b"(X\2\0\0\0V8\x89\x88tR"
+FROM_BUFFER = named("numpy._core.numeric", "_frombuffer")
+OUTSIDE = b"(K\3X\1\0\0\0|NX\1\0\0\0f}X\1\0\0\0fI1073741824\nsK\x08K\1K\0tb"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            named("numpy", "ndarray") + b"((K\6K\2t" + OBJECTS + b"B\x60\0\0\0" + b"AAAAAA\0\0" * 12 + b"tR",
+            "type 'O8'",
+        ),
+        (
+            FROM_BUFFER + b"(B\x60\0\0\0" + b"A" * 96 + STRUCTURED + OUTSIDE + b"(K\x0ctX\1\0\0\0CtR",
+            "type 'V8'",
+        ),
+        (named("numpy", "ndarray") + b"((K\6K\2t" + FLOATS + b"tR", "other than its own bytes"),
+        (FROM_BUFFER + b"(B\x08\0\0\0" + bytes(8) + FLOATS + b"(I1073741824\ntX\1\0\0\0CtR", "do not make"),
+        (named("numpy._core.multiarray", "scalar") + b"(" + FLOATS + b"C\1\0tR", "do not make"),
+        (FLOATS + OUTSIDE, "not of plain numbers"),
+        (named("numpy", "ndarray") + b"}X\x08\0\0\0__init__Nsb", "it changes a type"),
+        (FROM_BUFFER + b"N}X\x0c\0\0\0__defaults__Ns\x86b", "it changes a function"),
+        (b"Nr" + (1 << 28).to_bytes(4, "little"), None),
+    ],
+)
+def test_pickles_reach_no_memory_but_their_own(tmp_path: Path, content: bytes, problem: str | None) -> None:
+    """numpy takes addresses, fields outside an item and sizes from a pickle; here each is refused."""
+    (tmp_path / "p.pkl").write_bytes(program(content))
+    if problem is None:  # a memo entry of number 2^28, which the machine in C makes room for
+        assert read_predictions(tmp_path / "p.pkl").unparsed == ("tok",)
+        return
+    with pytest.raises(UserError, match=problem):
+        read_predictions(tmp_path / "p.pkl")

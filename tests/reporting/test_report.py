@@ -13,6 +13,7 @@ import pytest
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.report import Report
 from spacedrive_jax.console import UserError
+from spacedrive_jax.reporting.build import write_report
 from spacedrive_jax.reporting.cases import image_origin
 from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
 
@@ -293,3 +294,26 @@ def test_errors_name_what_to_mend(run_dir: Path, tmp_path: Path) -> None:
         Report(run_dir).run()
     assert not list(run_dir.glob("*.partial"))
     assert not (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("samples",), ("baselines", "constant_velocity", "samples"), ("l2", "avg"), ("coverage", "share")],
+)
+def test_numbers_of_an_evaluation_file_are_numbers(run_dir: Path, place: tuple[str, ...]) -> None:
+    file = next(path for path in run_dir.glob("*.json") if "coverage" in path.read_text())
+    value = json.loads(file.read_text())
+    *outer, name = place
+    inner = value
+    for part in outer:
+        inner = inner[part]
+    inner[name] = "<script>alert(1)</script>"
+    file.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"is not what evaluate wrote \(Expected .* - at `\$\."):
+        write_report(run_dir)
+
+
+def test_a_browser_may_neither_run_nor_fetch_anything(run_dir: Path) -> None:
+    page = write_report(run_dir).file.read_text()
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:" in page
+    assert "script-src" not in page

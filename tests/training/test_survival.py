@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from collections import namedtuple
 
 import jax
@@ -14,9 +16,12 @@ from flax import nnx
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.console import UserError
-from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import start_state
 from spacedrive_jax.training.train import train
 from tests.training.runs import losses_of, make_records, tiny, trained_values
 
@@ -152,3 +157,76 @@ def test_accumulated_gradients_average_and_an_average_is_kept(records, whole, tm
     assert main([*command, "--checkpoint", str(tmp_path / "run")]) == 0
     assert main([*command, "--checkpoint", str(whole)]) == 1
     assert "keeps no moving average" in capsys.readouterr().err
+
+
+def copied(run, target):
+    shutil.copytree(run, target)
+    return target
+
+
+def test_a_checkpoint_of_another_run_is_refused(records, whole, tmp_path):
+    other = tmp_path / "other"
+    train(tiny(records, other, steps=2, seed=3))
+    mixed = copied(whole, tmp_path / "mixed")
+    shutil.rmtree(mixed / "checkpoints")
+    shutil.copytree(other / "checkpoints", mixed / "checkpoints")
+    for use in (open_trained_model, open_config, open_model):
+        with pytest.raises(CheckpointError, match=r"belongs to another run .*train.seed: 3 -> 888"):
+            use(mixed)
+    config = tiny(records, mixed, steps=STEPS)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        train(config, resume=True)
+    named, of_other = name_checkpoint(whole), name_checkpoint(other)
+    assert named["trainable_fingerprint"] != of_other["trainable_fingerprint"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(records, whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    steps = checkpoints.steps_of(run)
+    for file in (run / "checkpoints" / str(steps[-1]) / "trainable").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    problem = rf"{steps[-1]} is damaged .*newest whole one before it is step {steps[-2]}: --step {steps[-2]}"
+    with pytest.raises(CheckpointError, match=problem):
+        open_trained_model(run)
+    config = tiny(records, run, steps=STEPS)
+    with pytest.raises(CheckpointError, match=problem):
+        train(config, resume=True)
+    assert train(config, resume=True, step=steps[-2]).finished
+    assert (run / "set_aside" / str(steps[-1])).is_dir()
+    jax.tree.map(np.testing.assert_array_equal, trained_values(run), trained_values(whole))
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 1"):
+        train(config, resume=True, step=1)
+
+
+def test_trainables_of_another_step_are_refused(whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    older, newest = (run / "checkpoints" / str(step) / "trainable" for step in checkpoints.steps_of(run)[-2:])
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    with pytest.raises(CheckpointError, match="not those that were saved"):
+        open_trained_model(run)
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, keep):
+    with pytest.raises(UserError, match="keep_checkpoints"):
+        train(tiny(records, tmp_path / "run", steps=2, keep_checkpoints=keep))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run(records, tmp_path):
+    """No thread may wait for a folder that was never made: the process would hold its devices for minutes."""
+    config = tiny(records, tmp_path / "run", steps=4)
+    manager = checkpoints.open_manager(tmp_path / "run", keep=1)
+    trainable, _ = start_state(config, make_mesh(config.mesh))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").write_text("")
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="could not be written"), checkpoints.closing(manager):
+        checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, {})
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before + 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    waiting = [each.name for each in threading.enumerate() if "save" in each.name.lower()]
+    assert not waiting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+from spacedrive_jax.io import MEBIBYTE, read_json
 
 # Comfort ("smoothness") of Bench2Drive: the share of two-second pieces within comfortable motion.
 #
@@ -44,10 +44,10 @@ def comfort(motion: Float[np.ndarray, "T 4 3"]) -> float:
         motion: acceleration (m/s²), angular velocity, forward vector and right vector at every step.
 
     Raises:
-        UserError: fewer than three steps, too few to smooth.
+        DataError: fewer than three steps, too few to smooth.
     """
     if len(motion) <= ORDER:
-        raise UserError(f"comfort needs at least {ORDER + 1} steps, found {len(motion)}")
+        raise DataError(f"comfort needs at least {ORDER + 1} steps, found {len(motion)}")
     if len(motion) <= PIECE_STEPS:
         return float(_comfortable(motion))
     pieces = [
@@ -107,17 +107,17 @@ def read_motion(path: Path) -> Float[np.ndarray, "T 4 3"]:
     """Reads a route's `metric_info.json`: step to its vectors, in file order.
 
     Raises:
-        UserError: the file is not such an object.
+        DataError: the file is not such an object.
     """
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))
+        steps = read_json(path, nan=True)
         motion = np.array([[step[name] for name in _FIELDS] for step in steps.values()], np.float64)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: every step must have {', '.join(_FIELDS)}") from None
+    except DataError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise DataError(f"{path}: every step must have {', '.join(_FIELDS)}") from None
     if motion.ndim != 3 or motion.shape[1:] != (len(_FIELDS), 3) or not np.isfinite(motion).all():
-        raise UserError(f"{path}: {', '.join(_FIELDS)} must be three finite numbers each at every step")
+        raise DataError(f"{path}: {', '.join(_FIELDS)} must be three finite numbers each at every step")
     return motion
 
 
@@ -208,7 +208,7 @@ def ability_rates(
         junctions: route number to the completion (0..1) at which its first junction is passed.
 
     Raises:
-        UserError: a failed traffic-sign route is not in `junctions`.
+        DataError: a failed traffic-sign route is not in `junctions`.
     """
     rates: dict[str, float | None] = {}
     for ability, scenarios in ABILITIES.items():
@@ -225,7 +225,7 @@ def ability_rates(
 
 def _obeyed_signs(result: RouteResult, junctions: Mapping[str, float]) -> bool:
     if result.route not in junctions:
-        raise UserError(f"--junctions: route {result.route} ({result.scenario}) is missing")
+        raise DataError(f"--junctions: route {result.route} ({result.scenario}) is missing")
     offences = [*result.infractions.get("stop_infraction", ()), *result.infractions.get("red_light", ())]
     return result.completion / 100 > junctions[result.route] and not offences
 
@@ -237,14 +237,15 @@ def read_junctions(path: Path) -> dict[str, float]:
     route traced at 1 m.
 
     Raises:
-        UserError: the file is not such an object.
+        DataError: the file is not such an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--junctions {path}: cannot be read as JSON ({error})") from None
+        content = read_json(path, most=64 * MEBIBYTE)
+    except DataError as error:
+        raise DataError(f"--junctions {path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in content.values()
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10
+        for value in content.values()
     ):
-        raise UserError(f"--junctions {path}: must be an object of route number to a completion from 0 to 1")
+        raise DataError(f"--junctions {path}: must be an object of route number to a completion from 0 to 1")
     return {str(route): float(value) for route, value in content.items()}

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.evaluation.predictions import is_unicode
+from spacedrive_jax.io import MEBIBYTE, read_json, read_text
 
 # Which routes a Bench2Drive score is over: the route file of the benchmark, or a plain list.
 
@@ -30,12 +32,12 @@ def read_route_set(path: Path) -> list[str]:
             a text file with one number a line.
 
     Raises:
-        UserError: the file cannot be read, names no route, or names one twice.
+        DataError: the file cannot be read, names no route, or names one twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--routes {path}: cannot be read ({error})") from None
+        text = read_text(path, most=64 * MEBIBYTE)
+    except DataError as error:
+        raise DataError(f"--routes {path}: cannot be read ({error})") from None
     if path.suffix == ".xml":
         routes = _from_xml(path, text)
     elif path.suffix == ".json":
@@ -43,37 +45,39 @@ def read_route_set(path: Path) -> list[str]:
     else:
         routes = [line.strip() for line in text.splitlines() if line.strip()]
     if not routes:
-        raise UserError(f"--routes {path}: holds no route")
+        raise DataError(f"--routes {path}: holds no route")
     twice = sorted({route for route in routes if routes.count(route) > 1})
     if twice:
-        raise UserError(f"--routes {path}: {', '.join(twice)} occur more than once")
+        raise DataError(f"--routes {path}: {', '.join(twice)} occur more than once")
     return routes
 
 
 def _from_xml(path: Path, text: str) -> list[str]:
     # Expat expands entities; no route file has any, so a document that declares one is refused.
     if "<!ENTITY" in text:
-        raise UserError(f"--routes {path}: declares XML entities, which a route file has no use for")
+        raise DataError(f"--routes {path}: declares XML entities, which a route file has no use for")
     try:
         root = xml.etree.ElementTree.fromstring(text)
     except xml.etree.ElementTree.ParseError as error:
-        raise UserError(f"--routes {path}: is not XML ({error})") from None
+        raise DataError(f"--routes {path}: is not XML ({error})") from None
     routes = [route.get("id") for route in root.iter("route")]
     if None in routes:
-        raise UserError(f"--routes {path}: a <route> has no id")
+        raise DataError(f"--routes {path}: a <route> has no id")
     return [route for route in routes if route is not None]
 
 
 def _from_json(path: Path, text: str) -> list[str]:
     try:
         routes = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--routes {path}: is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--routes {path}: is not JSON ({error})") from None
     if not isinstance(routes, list) or not all(isinstance(route, str | int) for route in routes):
-        raise UserError(f"--routes {path}: must be a list of route numbers")
+        raise DataError(f"--routes {path}: must be a list of route numbers")
     return [str(route) for route in routes]
 
 
+MOST_BYTES = 256 * MEBIBYTE
+"""Largest result file that is read; the benchmark's are a few hundred kilobytes."""
 ROUTES_IN_SET = 220
 """Routes of the standard set (`bench2drive220.xml`), the denominator when no other set is given."""
 
@@ -130,13 +134,13 @@ class RouteResult:
         """The ego vehicle's mean speed in percent of the traffic around it, one value a checkpoint.
 
         Raises:
-            UserError: a message holds no percentage.
+            DataError: a message holds no percentage.
         """
         found = []
         for message in self.infractions.get("min_speed_infractions", ()):
             match = _PERCENT.search(message)
             if match is None:
-                raise UserError(f"route {self.route}: no percentage in min_speed_infractions {message!r}")
+                raise DataError(f"route {self.route}: no percentage in min_speed_infractions {message!r}")
             found.append(float(match.group(1)))
         return found
 
@@ -144,7 +148,7 @@ class RouteResult:
         """The score that follows from completion and infractions.
 
         Raises:
-            UserError: an `outside_route_lanes` message holds no percentage.
+            DataError: an `outside_route_lanes` message holds no percentage.
         """
         factor = math.prod(
             penalty for kind, penalty in PENALTIES.items() for _ in self.infractions.get(kind, ())
@@ -152,7 +156,7 @@ class RouteResult:
         for message in self.infractions.get("outside_route_lanes", ()):
             match = _PERCENT.search(message)
             if match is None:
-                raise UserError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
+                raise DataError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
             factor *= 1 - float(match.group(1)) / 100
         return self.completion * factor
 
@@ -192,14 +196,14 @@ def read_results(paths: Sequence[Path]) -> list[RouteResult]:
     """Reads one result file, or the shards of one run.
 
     Raises:
-        UserError: a file is not a result file, a field is missing or wrong, or a route occurs twice.
+        DataError: a file is not a result file, a field is missing or wrong, or a route occurs twice.
     """
     results: dict[str, tuple[RouteResult, Path]] = {}
     for path in paths:
         for index, record in enumerate(_records(path)):
             result = _parse(record, f"{path}, record {index}")
             if result.route in results:
-                raise UserError(
+                raise DataError(
                     f"route {result.route} occurs twice, in {results[result.route][1]} and {path}: "
                     f"give every route once"
                 )
@@ -209,15 +213,13 @@ def read_results(paths: Sequence[Path]) -> list[RouteResult]:
 
 def _records(path: Path) -> list[Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        content = read_json(path, most=MOST_BYTES, nan=True)
+    except DataError as error:
+        raise DataError(f"cannot read {error}") from None
     checkpoint = content.get("_checkpoint") if isinstance(content, dict) else None
     records = checkpoint.get("records") if isinstance(checkpoint, dict) else None
     if not isinstance(records, list):
-        raise UserError(f'{path} is no Bench2Drive result file: "_checkpoint"."records" is not a list')
+        raise DataError(f'{path} is no Bench2Drive result file: "_checkpoint"."records" is not a list')
     return records
 
 
@@ -225,13 +227,13 @@ def _parse(record: Any, where: str) -> RouteResult:
     def field(owner: Any, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = owner.get(name) if isinstance(owner, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f'{where}: "{name}" must be {expected}, found {str(value)[:60]!r}')
+            raise DataError(f'{where}: "{name}" must be {expected}, found {str(value)[:60]!r}')
         return value
 
     identity = field(record, "route_id", str, "a text")
     parts = identity.split("_")
-    if len(parts) < 2 or parts[0] != "RouteScenario":
-        raise UserError(f'{where}: "route_id" must look like RouteScenario_<number>_rep0, found {identity!r}')
+    if len(parts) < 2 or parts[0] != "RouteScenario" or not parts[1] or not is_unicode(identity):
+        raise DataError(f'{where}: "route_id" must look like RouteScenario_<number>_rep0, found {identity!r}')
     scores = field(record, "scores", dict, "an object")
     numbers = {
         name: float(field(scores, name, (int, float), "a number"))
@@ -239,21 +241,31 @@ def _parse(record: Any, where: str) -> RouteResult:
     }
     for name, value in numbers.items():
         if not 0 <= value <= 100:
-            raise UserError(f'{where}: "{name}" must be within 0 and 100, found {value}')
+            raise DataError(f'{where}: "{name}" must be within 0 and 100, found {value}')
     infractions = field(record, "infractions", dict, "an object")
     for kind in infractions:
         messages = field(infractions, kind, list, "a list of texts")
         if not all(isinstance(message, str) for message in messages):
-            raise UserError(f'{where}: "{kind}" must be a list of texts, found {str(messages)[:60]}')
+            raise DataError(f'{where}: "{kind}" must be a list of texts, found {str(messages)[:60]}')
     return RouteResult(
         route=parts[1],
         scenario=re.sub(r"_\d+$", "", field(record, "scenario_name", str, "a text")),
-        save_name=record.get("save_name") or identity,
+        save_name=_save_name(record, identity, where),
         status=field(record, "status", str, "a text"),
         completion=numbers["score_route"],
         score=numbers["score_composed"],
         infractions=infractions,
     )
+
+
+def _save_name(record: Mapping[str, Any], identity: str, where: str) -> str:
+    """Folder of the route's logs; named after the route where the record does not say."""
+    name = record.get("save_name")
+    if name is None or name == "":
+        return identity
+    if not isinstance(name, str):
+        raise DataError(f'{where}: "save_name" must be a text, found {str(name)[:60]!r}')
+    return name
 
 
 def score_routes(results: Sequence[RouteResult], route_set: Sequence[str] | None = None) -> Bench2DriveScores:
@@ -264,15 +276,15 @@ def score_routes(results: Sequence[RouteResult], route_set: Sequence[str] | None
         route_set: numbers of the routes in the set; the standard 220 when None.
 
     Raises:
-        UserError: more results than routes in the set, or none of the set.
+        DataError: more results than routes in the set, or none of the set.
     """
     size = ROUTES_IN_SET if route_set is None else len(route_set)
     wanted = None if route_set is None else set(route_set)
     counted = [result for result in results if wanted is None or result.route in wanted]
     if len(counted) > size:
-        raise UserError(f"{len(counted)} results for a set of {size} routes: name the set with --routes FILE")
+        raise DataError(f"{len(counted)} results for a set of {size} routes: name the set with --routes FILE")
     if not counted:
-        raise UserError("no result of a route in the set: check the result file and --routes")
+        raise DataError("no result of a route in the set: check the result file and --routes")
     speeds = {
         result.route: [value for value in result.speed_percentages() if value <= MAX_SPEED_PERCENT]
         for result in counted
