@@ -122,8 +122,8 @@ def train(
     if start:
         if not accept_changes:
             saved = checkpoints.read_facts(run_dir, start)
-            run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
             checkpoints.check_facts(saved, facts)
+            run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
         trainable, optimizer_state, where, _ = checkpoints.restore(manager, start, trainable, optimizer_state)
         seek(iterator, where, config.train.batch_size)
     if run_folder.is_main_host():
