@@ -7,11 +7,12 @@ RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo test parity beam lint format clean
+.PHONY: help demo test kernels parity beam lint format clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
 	@echo "make test    run the tests"
+	@echo "make kernels prove that bits and decisions do not depend on the processor (two minutes)"
 	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
 	@echo "make beam    test the converter on Apache Beam (installed beside, in $(BEAM))"
 	@echo "make lint    ruff and mypy"
@@ -61,6 +62,9 @@ $(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json
 
 test: $(VENV)/development
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4
+
+kernels: $(VENV)/development
+	$(RUN) -m tests.kernels
 
 parity: $(PARITY)/development
 	$(PARITY)/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/parity

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -44,6 +44,8 @@ class AddDepth(Command):
 
     Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14 --run spacedrive
     """
+
+    when_stopped: ClassVar[str] = "the same command goes on where it stopped"
 
     records: Path
     """Records folder written by `python -m data_prep convert`."""

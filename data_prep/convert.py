@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -27,12 +27,12 @@ from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images, scan_scene
 from data_prep.nuscenes.splits import split_scenes
 from data_prep.nuscenes.tables import read_tables
-from data_prep.parallel import ordered_map
 from data_prep.shards import write_dataset_info
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.parallel import ordered_map
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
 Runner = Literal["local", "beam"]
@@ -47,6 +47,8 @@ class Convert(Command):
     The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
     number of workers, on any runner and however often the conversion was interrupted.
     """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     dataroot: Path
     """nuScenes folder: the parent of the version folder, samples/, maps/ and can_bus/."""

@@ -7,12 +7,16 @@ facts that `--json` prints.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any, ClassVar, TextIO, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -36,9 +40,16 @@ class Command:
     debug: tyro.conf.FlagCreatePairsOff[bool] = dataclasses.field(default=False, kw_only=True)
     """Show the whole traceback when something fails."""
 
+    when_stopped: ClassVar[str] = "nothing was kept"
+    """What a person who stopped the command (Ctrl-C, SIGTERM) has to know."""
+
     def run(self) -> Mapping[str, Any]:
         """Does the work; the returned mapping is what `--json` prints."""
         raise NotImplementedError
+
+
+class Terminated(BaseException):
+    """SIGTERM: raised where the command is, so that it cleans up as on any other error."""
 
 
 def progress(iterable: Iterable[T] | None = None, *, logged: bool = True, **options: Any) -> tqdm:
@@ -90,11 +101,16 @@ class _LogLines(io.TextIOBase):
 
 def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: bool) -> int:
     """Runs `action` under the project's command-line contract and returns the exit status."""
+    when_stopped = getattr(getattr(action, "__self__", None), "when_stopped", Command.when_stopped)
     try:
-        facts = action()
+        with _raising_on_sigterm():
+            facts = action()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted; {when_stopped}", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"stopped by SIGTERM; {when_stopped}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -106,6 +122,24 @@ def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: boo
     if as_json:
         print(to_json(facts, default=str), flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM unwind the command; once, since what unwinds must not be cut off by a second one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main(program: str, description: str, commands: Mapping[str, type[Command]], argv: list[str]) -> int:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import multiprocessing
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.synthesize import maps
 from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
-from data_prep.synthesize.tables import VERSION, Row, fixed_tables, write_tables
+from data_prep.synthesize.tables import VERSION, fixed_tables, write_tables
 from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.io import atomic_folder, remove_stale
+from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.tokens import make_token
 
 
@@ -62,22 +61,17 @@ class Synthesize(Command):
             raise UserError(
                 f"--out {self.out} exists and is not an empty folder: choose another or remove it"
             )
-        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-partial-", dir=self.out.absolute().parent))
-        try:
+        out = self.out.absolute()
+        remove_stale(out)
+        if out.exists():
+            out.rmdir()
+        with atomic_folder(out) as unfinished:
             jobs = [
-                SceneJob(index, self.seed, self.keyframes, image_size, self.depth, partial)
+                SceneJob(index, self.seed, self.keyframes, image_size, self.depth, unfinished)
                 for index in range(self.scenes)
             ]
-            write_folder(partial, jobs, self.workers or os.cpu_count() or 1)
-            fingerprint = folder_fingerprint(partial)
-            partial.chmod(0o755)
-            if self.out.exists():
-                self.out.rmdir()
-            partial.rename(self.out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            write_folder(unfinished, jobs, self.workers or os.cpu_count() or 1)
+            fingerprint = folder_fingerprint(unfinished)
         keyframes = self.scenes * self.keyframes
         print(f"wrote {self.scenes} scenes, {keyframes} keyframes to {self.out} (version {VERSION})")
         return {
@@ -107,9 +101,11 @@ def parse_image_size(text: str) -> tuple[int, int]:
 def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:
     """Records all scenes, then writes the maps and, last of all, the tables."""
     tables = fixed_tables(jobs[0].seed, jobs[0].image_size)
-    for rows in progress(_record_all(jobs, workers), total=len(jobs), desc="scenes", unit="scene"):
-        for name, part in rows.items():
-            tables.setdefault(name, []).extend(part)
+    # Closed before the folder is removed: an error must find nobody writing there any more.
+    with contextlib.closing(ordered_map(record_scene, jobs, min(workers, len(jobs)))) as recorded:
+        for rows in progress(recorded, total=len(jobs), desc="scenes", unit="scene"):
+            for name, part in rows.items():
+                tables.setdefault(name, []).extend(part)
     tables["map"] = []
     for location in dict.fromkeys(job.location for job in jobs):
         town = town_of(jobs[0].seed, location)
@@ -125,15 +121,6 @@ def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:
             }
         )
     write_tables(root, tables)
-
-
-def _record_all(jobs: list[SceneJob], workers: int) -> Iterator[dict[str, list[Row]]]:
-    if min(workers, len(jobs)) == 1:
-        yield from map(record_scene, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(record_scene, jobs)
 
 
 def folder_fingerprint(root: Path) -> str:

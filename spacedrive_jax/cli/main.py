@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ class Train(Command):
 
     Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000
     """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A preset in configs/ by name, a .py file that defines `config`, or a config.json of a run."""
@@ -110,6 +112,8 @@ class Predict(Command):
     Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
     --out runs/demo/predictions.jsonl
     """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     checkpoint: Path
     """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or a folder of import-weights --from

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from spacedrive_jax.evaluation.polygons import drivable_area
 from spacedrive_jax.evaluation.protocols import PolygonRule, StepRule
 from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
 from spacedrive_jax.evaluation.statistics import KeyframeFacts, facts_of
+from spacedrive_jax.parallel import ordered_map
 
 Rule = StepRule | PolygonRule
 
@@ -107,12 +106,9 @@ def score_split(
         return
     starts = range(0, len(records), CHUNK_KEYFRAMES)
     chunks = [range(start, min(start + CHUNK_KEYFRAMES, len(records))) for start in starts]
-    # Spawned, not forked: the caller may run threads (jax does).
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        task = functools.partial(_score_chunk, records.directory, records.split, planners, tuple(rules))
-        for chunk in pool.map(task, chunks):
-            yield from chunk
+    task = functools.partial(_score_chunk, records.directory, records.split, planners, tuple(rules))
+    for chunk in ordered_map(task, chunks, workers):
+        yield from chunk
 
 
 def _score_chunk(

@@ -1,0 +1,83 @@
+"""Work shared among processes that never outlive the one that started them.
+
+Workers end with their parent however that ends: on an exception, SIGTERM or Ctrl-C it ends them; when it is
+killed outright, each worker notices by itself, and the fork server behind them has nobody left to serve.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_IN_FLIGHT_PER_WORKER = 2
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """Yields `function(item)` for each item, in the order of the items; only a few are in flight.
+
+    Close the iterator (`contextlib.closing`) where an error of the caller's must find the workers gone.
+
+    Args:
+        function: importable by name, since worker processes import it; or a `functools.partial` of such.
+        items: picklable; drawn only a little ahead of the results.
+        workers: processes; 1 runs everything in this one.
+
+    Raises:
+        Exception: what `function` raised; items not yet started are dropped, those in work are broken off.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Not a plain fork: the parent has threads (progress bar, OpenCV, jax) that a forked child would inherit
+    # half alive.
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([getattr(function, "func", function).__module__])
+    remaining = iter(items)
+    pending: collections.deque[Future[Result]] = collections.deque()
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    finished = False
+    try:
+        for item in itertools.islice(remaining, workers * _IN_FLIGHT_PER_WORKER):
+            pending.append(pool.submit(function, item))
+        while pending:
+            result = pending.popleft().result()
+            for item in itertools.islice(remaining, 1):
+                pending.append(pool.submit(function, item))
+            yield result
+        finished = True
+    finally:
+        if not finished:
+            # What they are at nobody will fetch, and it may take minutes.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker as soon as its parent is no more; leaves Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

@@ -1,0 +1,139 @@
+"""Workers end with their parent, however that ends; a stopped command says what to do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from spacedrive_jax import console
+from spacedrive_jax.parallel import ordered_map
+from tests.conftest import ROOT
+
+MARK = "SPACEDRIVE_TEST_FAMILY"
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def power(exponent: int, number: int) -> int:
+    return number**exponent
+
+
+def hang(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def family(mark: str) -> list[int]:
+    """Living processes that inherited a mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            dead = folder.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not dead and f"{MARK}={mark}".encode() in folder.joinpath("environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_results_come_in_order_from_any_number_of_workers() -> None:
+    for workers in (1, 3):
+        assert list(ordered_map(square, range(20), workers)) == [n * n for n in range(20)]
+    assert list(ordered_map(functools.partial(power, 3), range(5), 2)) == [0, 1, 8, 27, 64]
+
+
+def test_an_error_of_the_caller_breaks_the_work_off(tmp_path) -> None:
+    started = time.monotonic()
+    results = ordered_map(hang, [str(tmp_path)] * 4, 2)
+    with pytest.raises(TimeoutError):
+        next(_alarmed(results, tmp_path))
+    assert time.monotonic() - started < 30
+
+
+def _alarmed(results, folder):
+    """Draws from `results` until workers are at work, then raises in the drawing thread."""
+
+    def ring(number, frame):
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 3.0)
+    try:
+        yield from results
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+PARENT = """
+import sys
+from spacedrive_jax import console
+from spacedrive_jax.parallel import ordered_map
+from tests.test_parallel import hang
+
+class Work(console.Command):
+    when_stopped = "--resume goes on"
+    def run(self):
+        list(ordered_map(hang, [sys.argv[1]] * 4, 2))
+        return {}
+
+sys.exit(console.finish(Work().run, as_json=False, debug=False))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+    assert len(family(mark)) >= 3
+    parent.send_signal(number)
+    _, said = parent.communicate(timeout=20)
+    assert parent.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert wait_until(lambda: not family(mark), 5), "left behind"
+    if number == signal.SIGTERM:
+        assert said == "stopped by SIGTERM; --resume goes on\n"
+    if number == signal.SIGINT:
+        assert said == "interrupted; --resume goes on\n"
+
+
+def test_sigterm_unwinds_a_command_and_leaves_the_handler_as_it_was(capsys) -> None:
+    cleaned = []
+
+    def action():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert console.finish(action, as_json=False, debug=False) == 143
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"
