@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from types import FrameType
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -54,11 +55,11 @@ def ordered_map(
     finished = False
     try:
         for item in itertools.islice(remaining, workers * _IN_FLIGHT_PER_WORKER):
-            pending.append(pool.submit(function, item))
+            pending.append(pool.submit(_work, function, item))
         while pending:
             result = pending.popleft().result()
             for item in itertools.islice(remaining, 1):
-                pending.append(pool.submit(function, item))
+                pending.append(pool.submit(_work, function, item))
             yield result
         finished = True
     finally:
@@ -69,10 +70,25 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class _Stopped(SystemExit):
+    """The parent wants the worker to end; raised where it is, so that it removes what is half written."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(128 + number)
+
+
+def _work(function: Callable[[Item], Result], item: Item) -> Result:
+    try:
+        return function(item)
+    except _Stopped:
+        os._exit(128 + signal.SIGTERM)  # else the pool would take it for the item's error and go on
+
+
 def _end_with_parent() -> None:
     """Ends this worker as soon as its parent is no more; leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _stop)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
