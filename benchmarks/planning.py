@@ -38,9 +38,9 @@ from spacedrive_jax.data.chat import ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
-from spacedrive_jax.inference.answers import planning_frame
+from spacedrive_jax.inference.answers import Generation, planning_frame
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.progress import Generation, start
+from spacedrive_jax.inference.progress import start
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config

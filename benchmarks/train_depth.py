@@ -27,12 +27,12 @@ from jaxtyping import Array, Float, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from data_prep.depth_network import keyframe_views
 from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.depth_sources import decode_exact_depth
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.inference.depth_network import keyframe_views
 from spacedrive_jax.interop.unidepth import save_unidepth
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, to_network

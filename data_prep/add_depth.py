@@ -19,7 +19,6 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from data_prep.conversion import write_json
-from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
@@ -28,6 +27,7 @@ from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
 from spacedrive_jax.training.sharding import connect
 
 CHUNK = 32
@@ -51,7 +51,7 @@ class AddDepth(Command):
     """Records folder written by `python -m data_prep convert`."""
     model: Path
     """Checkpoint (folder or file) of UniDepthV2 or Depth Anything V2 metric, or a JSON file with `weights`
-    and other fields of `data_prep.depth_network.DepthNetworkConfig`."""
+    and other fields of `spacedrive_jax.inference.depth_network.DepthNetworkConfig`."""
     run_config: Annotated[str | None, tyro.conf.arg(name="run")] = None
     """Run preset (or .py file) whose image size, channel order, pooling and token grid to use."""
     full: tyro.conf.FlagCreatePairsOff[bool] = False

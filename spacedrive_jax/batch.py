@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+LENGTH_STEP = 64
+"""Prompts are cut to a multiple of so many tokens, so that few lengths are compiled for."""
+
 Leaf = Any
 """numpy on the host, jax on the devices."""
 
@@ -93,3 +96,21 @@ class DrivingBatch:
 def stack(samples: list[DrivingBatch]) -> DrivingBatch:
     """Stacks samples along a new leading axis (numpy, on the host)."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+
+
+def prompt_length(batch: DrivingBatch) -> int:
+    """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
+    compiled for.
+    """
+    whole = batch.token_ids.shape[1]
+    return min(-(-int(batch.lengths.max()) // LENGTH_STEP) * LENGTH_STEP, whole)
+
+
+def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
+    """Cuts the token axis: the room that training needs for answers is nothing but padding in a prompt."""
+    return dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids[:, :length],
+        positions=batch.positions[:, :, :length],
+        slots=batch.slots[:, :length],
+    )

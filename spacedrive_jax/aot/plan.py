@@ -25,8 +25,8 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import chat_layout
-from spacedrive_jax.inference.generate import Generation, generate
-from spacedrive_jax.inference.predict import expected_frame
+from spacedrive_jax.inference.answers import Generation, expected_frame
+from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.flops import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated

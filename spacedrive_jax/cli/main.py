@@ -18,6 +18,7 @@ from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
 from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
+from spacedrive_jax.cli.serve import Serve
 from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
 from spacedrive_jax.console import Command
@@ -254,6 +255,7 @@ def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> No
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "predict": Predict,
+    "serve": Serve,
     "evaluate": Evaluate,
     "score-bench2drive": ScoreBench2Drive,
     "score-counterfactual": ScoreCounterfactual,

@@ -10,18 +10,47 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.config import config_changes
+from spacedrive_jax.config import Config, config_changes
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, Turn
-from spacedrive_jax.data.prompts import context, planning_answer
+from spacedrive_jax.data.prompts import context, parse_coordinates, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
+from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.io import read_bytes, read_json, say, to_json, write_bytes, write_json
 
-# Answers as text: the frame of the planning answer, and generated ids written out.
+# Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
+
+
+PUBLISHED_LIMIT = 100
+"""Tokens of an answer."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated for each sample; G = max_new_tokens + 1."""
+
+    token_ids: Int[Array, "B G"]
+    """Raw argmax ids, those discarded behind an indicator included; padding behind `lengths`."""
+    lengths: Int[Array, " B"]
+    coordinates: Float[Array, "B G 3"]
+    """The coordinate decoded at each place that counts, metres, ego frame; zeros elsewhere."""
+    is_coordinate: Bool[Array, "B G"]
+    """Places whose coordinate counts (`coordinate_places`)."""
+    is_position: Bool[Array, "B G"]
+    """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
+    fed in its stead. In a run of indicators not all of them count."""
+    in_one_pass: Bool[Array, " B"]
+    """Answered by the frame alone, without a token-by-token step."""
+    trajectory: Float[Array, "B T 3"] | None = None
+    """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
+    none; metres, ego frame."""
 
 
 def planning_frame(
@@ -82,6 +111,50 @@ def answer_text(
     points = [f"({x:.2f}, {y:.2f})" for x, y in coordinates[is_coordinate][:, :2].tolist()]
     filled = points + [POSITION] * (len(rest) - len(points))
     return said + "".join(value + piece for value, piece in zip(filled, rest, strict=True))
+
+
+def answer_limit(config: Config) -> int:
+    """Longest answer: the published 100 tokens, and four for every point of a path (indicator, position
+    token, comma, and one to spare).
+    """
+    return PUBLISHED_LIMIT + 4 * config.model.path_points
+
+
+def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ...] | None:
+    """The ids of every answer that a model of this config was taught; None where they differ from keyframe
+    to keyframe (digits, a repeated command).
+    """
+    if not config.model.coordinate_tokens or config.data.conversation.command_in_answer:
+        return None
+    coordinates = 1 if config.model.decoder.whole_trajectory else NUM_WAYPOINTS
+    return planning_frame(tokenizer, coordinates, config.model.path_points)
+
+
+def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
+    """One line of the prediction file; an answer without exactly six waypoints and the path is `unparsed`."""
+    length = int(generated.lengths[row])
+    ids, points, decoded = (
+        np.asarray(values[row, :length])
+        for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
+    )
+    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
+    text = answer_text(builder.tokenizer, ids, points, decoded, trajectory)
+    if not builder.model.coordinate_tokens:
+        waypoints = parse_coordinates(text)
+    elif trajectory is not None:
+        waypoints = trajectory[: NUM_WAYPOINTS * bool(decoded.any()), :2]
+    else:
+        waypoints = points[decoded][:, :2]
+    wanted = NUM_WAYPOINTS + builder.model.path_points
+    parsed = len(waypoints) == wanted and bool(np.isfinite(waypoints).all())
+    given = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
+    line = {
+        "token": token,
+        "waypoints": given[:NUM_WAYPOINTS],
+        "text": text,
+        "status": "ok" if parsed else "unparsed",
+    }
+    return line | ({"path": given[NUM_WAYPOINTS:]} if builder.model.path_points else {})
 
 
 @dataclasses.dataclass

@@ -8,17 +8,14 @@ from collections.abc import Iterator, Sequence
 import jax
 from flax import nnx
 
-from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.data.loader import evaluation_batches
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import TrainedModel
-from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.sharding import place_batch
-
-LENGTH_STEP = 64
-"""Prompts are cut to a multiple of so many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +75,3 @@ def answered_batches(
             yield (*previous[:2], jax.device_get(previous[2]))
     if running is not None:
         yield (*running[:2], jax.device_get(running[2]))
-
-
-def prompt_length(batch: DrivingBatch) -> int:
-    """Places that hold the longest prompt of a batch, in steps of `LENGTH_STEP` so that few lengths are
-    compiled for.
-    """
-    whole = batch.token_ids.shape[1]
-    return min(-(-int(batch.lengths.max()) // LENGTH_STEP) * LENGTH_STEP, whole)
-
-
-def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
-    """Cuts the token axis: the room that training needs for answers is nothing but padding in a prompt."""
-    return dataclasses.replace(
-        batch,
-        token_ids=batch.token_ids[:, :length],
-        positions=batch.positions[:, :, :length],
-        slots=batch.slots[:, :length],
-    )

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.inference.progress import (
-    Generation,
     Progress,
     coordinate_places,
     decode_points,

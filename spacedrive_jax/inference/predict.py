@@ -5,27 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
-from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.loader import Samples
-from spacedrive_jax.data.prompts import parse_coordinates
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.inference.answers import answer_file, answer_text, planning_frame
+from spacedrive_jax.inference.answers import answer_file, answer_limit, expected_frame, prediction_line
 from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
-from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 
-PUBLISHED_LIMIT = 100
-"""Tokens of an answer."""
 Decoding = Literal["one-pass", "token-by-token"]
 """How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
 frame, or one token after the other. Both give the same answers."""
@@ -116,47 +107,3 @@ def predict(
                     timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
-
-
-def answer_limit(config: Config) -> int:
-    """Longest answer: the published 100 tokens, and four for every point of a path (indicator, position
-    token, comma, and one to spare).
-    """
-    return PUBLISHED_LIMIT + 4 * config.model.path_points
-
-
-def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ...] | None:
-    """The ids of every answer that a model of this config was taught; None where they differ from keyframe
-    to keyframe (digits, a repeated command).
-    """
-    if not config.model.coordinate_tokens or config.data.conversation.command_in_answer:
-        return None
-    coordinates = 1 if config.model.decoder.whole_trajectory else NUM_WAYPOINTS
-    return planning_frame(tokenizer, coordinates, config.model.path_points)
-
-
-def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
-    """One line of the prediction file; an answer without exactly six waypoints and the path is `unparsed`."""
-    length = int(generated.lengths[row])
-    ids, points, decoded = (
-        np.asarray(values[row, :length])
-        for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
-    )
-    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
-    text = answer_text(builder.tokenizer, ids, points, decoded, trajectory)
-    if not builder.model.coordinate_tokens:
-        waypoints = parse_coordinates(text)
-    elif trajectory is not None:
-        waypoints = trajectory[: NUM_WAYPOINTS * bool(decoded.any()), :2]
-    else:
-        waypoints = points[decoded][:, :2]
-    wanted = NUM_WAYPOINTS + builder.model.path_points
-    parsed = len(waypoints) == wanted and bool(np.isfinite(waypoints).all())
-    given = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
-    line = {
-        "token": token,
-        "waypoints": given[:NUM_WAYPOINTS],
-        "text": text,
-        "status": "ok" if parsed else "unparsed",
-    }
-    return line | ({"path": given[NUM_WAYPOINTS:]} if builder.model.path_points else {})

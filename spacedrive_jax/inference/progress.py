@@ -20,28 +20,6 @@ Seen = Bool[Array, "B vocabulary"] | None
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Generation:
-    """What was generated for each sample; G = max_new_tokens + 1."""
-
-    token_ids: Int[Array, "B G"]
-    """Raw argmax ids, those discarded behind an indicator included; padding behind `lengths`."""
-    lengths: Int[Array, " B"]
-    coordinates: Float[Array, "B G 3"]
-    """The coordinate decoded at each place that counts, metres, ego frame; zeros elsewhere."""
-    is_coordinate: Bool[Array, "B G"]
-    """Places whose coordinate counts (`coordinate_places`)."""
-    is_position: Bool[Array, "B G"]
-    """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
-    fed in its stead. In a run of indicators not all of them count."""
-    in_one_pass: Bool[Array, " B"]
-    """Answered by the frame alone, without a token-by-token step."""
-    trajectory: Float[Array, "B T 3"] | None = None
-    """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
-    none; metres, ego frame."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Progress:
     """An answer in the making; the fields that `Generation` has too mean the same."""
 

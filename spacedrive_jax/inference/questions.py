@@ -22,10 +22,9 @@ from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.inference.answers import answer_file, answer_text
+from spacedrive_jax.inference.answers import Generation, answer_file, answer_text
 from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
-from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 
 from data_prep.add_depth import add_depth
-from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 
 COLLECTIVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 IMAGES = 12

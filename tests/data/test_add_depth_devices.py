@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from data_prep.add_depth import add_depth
-from data_prep.depth_network import DepthNetworkConfig
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
 from tests.models.depth.tiny_unidepth import save_tiny

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from data_prep.add_depth import AddDepth, add_depth
-from data_prep.depth_network import DepthNetworkConfig, KeyframeDepth
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.depth_sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 from tests.models.depth.sweeps import walls_around
 from tests.models.depth.tiny_unidepth import save_tiny
 from tests.record_factory import make_record, write_records

@@ -11,16 +11,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from spacedrive_jax.batch import stack
+from spacedrive_jax.batch import LENGTH_STEP, prompt_length, stack, without_padding
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.transforms import token_fields
-from spacedrive_jax.inference.answers import answer_text, planning_frame
-from spacedrive_jax.inference.batches import LENGTH_STEP, prompt_length, without_padding
+from spacedrive_jax.inference.answers import Generation, answer_text, planning_frame, prediction_line
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.predict import prediction_line
-from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.models.coordinate_decoder import make_decoder
 from tests.published_case import GOLDEN, load_case
 

@@ -16,8 +16,8 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.inference.answers import planning_frame
-from spacedrive_jax.inference.predict import answer_limit, expected_frame, predict
+from spacedrive_jax.inference.answers import answer_limit, expected_frame, planning_frame
+from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import check_choices, losses

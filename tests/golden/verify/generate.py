@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.inference.answers import answer_text
+from spacedrive_jax.inference.answers import Generation, answer_text
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.progress import Generation, position_embedding
+from spacedrive_jax.inference.progress import position_embedding
 from spacedrive_jax.models.coordinate_decoder import GridDecoder
 from spacedrive_jax.models.grid import best_cell
 from spacedrive_jax.models.spacedrive import SpaceDrive

@@ -11,9 +11,8 @@ from flax import nnx
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import chat_layout
-from spacedrive_jax.inference.answers import planning_frame
+from spacedrive_jax.inference.answers import Generation, planning_frame
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.progress import Generation
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from tests.golden.verify.check import Check, compare
 

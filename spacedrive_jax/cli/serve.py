@@ -1,0 +1,154 @@
+"""`python -m spacedrive_jax serve`: a policy server for whoever drives."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from spacedrive_jax.cli.common import use_compilation_cache
+from spacedrive_jax.console import Command, note
+from spacedrive_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spacedrive_jax.config import Config
+    from spacedrive_jax.driving.model_policy import DepthNetwork
+
+TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve(Command):
+    """Serve a trained model to simulators, over websockets with msgpack.
+
+    Compiles first; GET /healthz answers 200 once clients are let in. Requests of several clients go through
+    the model together. SIGTERM ends it: what is under way is answered.
+
+    Example: python -m spacedrive_jax serve --checkpoint runs/demo --port 8000
+    """
+
+    checkpoint: Path | None = None
+    """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or a folder of import-weights --from
+    spacedrive."""
+    exported: Path | None = None
+    """Instead of --checkpoint: a folder that --export wrote, run without the model's source."""
+    export: Path | None = None
+    """Write the planning step (StableHLO), its weights and metadata into this new folder; do not serve."""
+    host: str = "127.0.0.1"
+    """Address to serve on; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """Port to serve on; 0 takes a free one."""
+    token: str | None = None
+    """Clients must bring this token; by default what the environment variable SPACEDRIVE_TOKEN says, if
+    anything. (Other users of the machine can read command lines; the variable they cannot.)"""
+    batch_size: int = 8
+    """Most requests that go through the model together, over all devices."""
+    wait_ms: float = 5.0
+    """Longest wait of a request for others to go with it."""
+    most_clients: int = 64
+    """Sessions at a time."""
+    most_megabytes: int = 64
+    """Largest message."""
+    depth_model: Path | None = None
+    """Weights (or add-depth's JSON file) of the depth network, where the model's depth comes from one."""
+    average: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Serve the moving average of the weights that `--train.ema-decay` keeps."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Serves until told to stop; returns what was done."""
+        if (self.checkpoint is None) == (self.exported is None):
+            raise ConfigError("give --checkpoint PATH or --exported DIR, one of the two")
+        self._check_numbers()
+        use_compilation_cache(self.compilation_cache)
+        if self.export is not None:
+            return self._export(self.export)
+        from spacedrive_jax.driving.model_policy import ModelPolicy, warm_up_record
+        from spacedrive_jax.driving.server import PolicyServer, ServerConfig
+
+        if self.exported is not None:
+            from spacedrive_jax.inference.export import open_exported
+
+            planner = open_exported(self.exported, most=self.batch_size)
+        else:
+            from spacedrive_jax.inference.open_planner import open_planner
+
+            assert self.checkpoint is not None
+            planner = open_planner(
+                self.checkpoint, warm_up_record(), average=self.average, most=self.batch_size
+            )
+        policy = ModelPolicy(planner, self._depth_network(planner.config))
+        config = ServerConfig(
+            self.host,
+            self.port,
+            self.token or os.environ.get(TOKEN_VARIABLE) or None,
+            self.wait_ms,
+            self.most_clients,
+            self.most_megabytes << 20,
+        )
+        if config.token is None and self.host not in ("127.0.0.1", "localhost", "::1"):
+            note(f"whoever reaches {self.host}:{self.port} can use the model: --token keeps others out")
+
+        def ready(server: PolicyServer) -> None:
+            print(f"serving {policy.metadata['model']} on ws://{self.host}:{server.port}", flush=True)
+
+        served = PolicyServer(policy, config).run(ready, signals=True)
+        print(
+            f"{served.requests} requests of {served.sessions} sessions in {served.batches} batches, "
+            f"{served.refused} refused",
+            file=sys.stderr,
+        )
+        return dataclasses.asdict(served)
+
+    def _check_numbers(self) -> None:
+        for name, value, low, high in (
+            ("--port", self.port, 0, 65535),
+            ("--batch-size", self.batch_size, 1, 4096),
+            ("--wait-ms", self.wait_ms, 0, 10_000),
+            ("--most-clients", self.most_clients, 1, 100_000),
+            ("--most-megabytes", self.most_megabytes, 1, 4095),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"{name} {value} is outside {low} to {high}")
+
+    def _export(self, folder: Path) -> Mapping[str, Any]:
+        from spacedrive_jax.driving.model_policy import warm_up_record
+        from spacedrive_jax.inference.open_planner import export_planner
+
+        if self.checkpoint is None:
+            raise ConfigError("--export needs --checkpoint PATH")
+        facts = export_planner(
+            self.checkpoint, folder, warm_up_record(), average=self.average, most=self.batch_size
+        )
+        print(f"exported {facts['model']} for batches of {facts['batch']} to {folder}")
+        return facts
+
+    def _depth_network(self, config: Config) -> DepthNetwork | None:
+        if self.depth_model is None:
+            return None
+        from spacedrive_jax.data.transforms import SampleBuilder
+        from spacedrive_jax.driving.model_policy import DepthNetwork
+        from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
+
+        given = self.depth_model
+        network = (
+            DepthNetworkConfig.from_file(given)
+            if given.suffix == ".json"
+            else DepthNetworkConfig(weights=str(given))
+        )
+        network = dataclasses.replace(
+            network,
+            image_size=config.data.image_size,
+            channel_order=config.data.channel_order,
+            pooling=config.data.depth.pooling,
+            grid=SampleBuilder(config.data, config.model, answer=False).images.token_grid,
+        )
+        runner = KeyframeDepth(network)
+        return DepthNetwork(network.kind(), network.pooling, lambda records: runner(records)[1])

@@ -1,0 +1,1 @@
+"""Closed loop: the policy server and its client, the Bench2Drive agent and its controllers."""

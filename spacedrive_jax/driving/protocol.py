@@ -1,0 +1,323 @@
+"""What an `act` message must hold, and the record it stands for: the keyframe as far as a car can know it.
+
+The message is a partial record. What it lacks (future, agents, map) is empty in the record, so that the very
+transform that `predict` uses builds the sample.
+
+    {kind: "reset", route_id: text}        -> {kind: "reset", route_id}
+    {kind: "act", step, time_s, images...} -> {waypoints, path, text, status, server_timing}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
+from spacedrive_jax.data.ego_status import navigation_command
+from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.errors import DataError
+
+PAST_SECONDS = (0.5, 1.0, 1.5, 2.0)
+"""How long ago the poses of `past_to_ego` were, unless `past_seconds` says otherwise."""
+MOST_PAST = len(PAST_SECONDS)
+MOST_IMAGE_SIDE = 8192
+LOCATION_LENGTH = 32
+DEFAULT_LOCATION = "carla"
+FIELDS = frozenset(
+    {
+        *(
+            "kind",
+            "step",
+            "time_s",
+            "images",
+            "camera_intrinsics",
+            "camera_to_ego",
+            "can_bus",
+            "past_can_bus",
+        ),
+        *("past_to_ego", "past_mask", "past_seconds", "command", "past_command", "target_points", "location"),
+        *("exact_depth", "lidar", "lidar_to_ego"),
+    }
+)
+"""All that an `act` message may hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array field."""
+
+    shape: tuple[int | None, ...]
+    required: bool = True
+
+
+_ARRAYS: Mapping[str, _Array] = {
+    "camera_intrinsics": _Array((NUM_CAMERAS, 3, 3)),
+    "camera_to_ego": _Array((NUM_CAMERAS, 4, 4)),
+    "can_bus": _Array((CAN_BUS_SIZE,)),
+    "past_can_bus": _Array((NUM_PAST, CAN_BUS_SIZE)),
+    "past_to_ego": _Array((None, 4, 4)),
+    "past_mask": _Array((None,)),
+    "past_seconds": _Array((None,), required=False),
+    "past_command": _Array((NUM_PAST,), required=False),
+    "target_points": _Array((2, 2), required=False),
+    "lidar_to_ego": _Array((4, 4), required=False),
+}
+
+
+def blank_record() -> Record:
+    """A record in which nothing is known: zeros, empty texts and lists."""
+    record: Record = {}
+    for name, feature in record_features().items():
+        shape, dtype = feature.shape, feature.np_dtype
+        if type(feature).__name__ == "Sequence":
+            length = shape[0] if shape and shape[0] is not None else 0
+            record[name] = [b""] * length
+        elif type(feature).__name__ == "Text":
+            record[name] = ""
+        elif dtype == np.object_:
+            record[name] = b""
+        elif not shape:
+            record[name] = np.dtype(dtype).type(0)
+        else:
+            record[name] = np.zeros([side or 0 for side in shape], dtype)
+    return record
+
+
+def partial_record(message: Mapping[str, Any]) -> Record:
+    """The record that an `act` message stands for.
+
+    Args:
+        message: as unpacked from the wire. `images` are six encoded pictures in the order of `CAMERAS`;
+            matrices are those of the record (metres, ego frame x forward y left); `past_to_ego` has the poses
+            of `PAST_SECONDS`, at least two, newest first, and serves the commands of the past too where it
+            has four; `target_points` are the route's next two nodes in the ego frame; `command` and
+            `past_command` are RoadOption numbers.
+
+    Raises:
+        DataError: a field is missing, unknown, of another shape, or not finite; the message names it.
+    """
+    unknown = sorted(str(name) for name in set(message) - FIELDS)
+    if unknown:
+        raise DataError(f"act has unknown fields: {', '.join(unknown[:5])}")
+    arrays = {name: _array(message, name, spec) for name, spec in _ARRAYS.items()}
+    images = _pictures(message, "images")
+    time_us = round(_number(message, "time_s", least=0.0, most=1e9) * 1e6)
+    known = min(len(arrays["past_to_ego"]), MOST_PAST)
+    seconds = np.asarray(PAST_SECONDS) if arrays["past_seconds"] is None else arrays["past_seconds"]
+    lengths = {len(arrays["past_to_ego"]), len(arrays["past_mask"])}
+    if len(lengths) > 1 or known < NUM_PAST or len(seconds) < known:
+        raise DataError(
+            f"act: past_to_ego, past_mask and past_seconds must have the same {NUM_PAST} to {MOST_PAST} rows"
+        )
+    mask = np.logical_and.accumulate(arrays["past_mask"][:known].astype(bool))
+    poses = np.where(mask[:, None, None], arrays["past_to_ego"][:known], 0.0)
+    past = [_navigation_at(poses, mask, seconds, index) for index in range(NUM_PAST + 1)]
+    record = blank_record() | {
+        "token": f"step {int(_number(message, 'step', least=0, most=2**31 - 1))}",
+        "location": _location(message),
+        "timestamp_us": time_us,
+        "images": images,
+        "image_size": np.stack([image_size(data, f"images[{row}]") for row, data in enumerate(images)]),
+        "camera_intrinsics": arrays["camera_intrinsics"],
+        "camera_to_ego": arrays["camera_to_ego"],
+        "camera_timestamp_us": np.full(NUM_CAMERAS, time_us, np.int64),
+        "camera_ego_to_global": np.tile(np.eye(4), (NUM_CAMERAS, 1, 1)),
+        "ego_to_global": np.eye(4),
+        "past_to_ego": poses[:NUM_PAST],
+        "past_mask": mask[:NUM_PAST],
+        "past_timestamp_us": np.where(
+            mask[:NUM_PAST], time_us - np.round(seconds[:NUM_PAST] * 1e6).astype(np.int64), 0
+        ),
+        "can_bus": arrays["can_bus"],
+        "can_bus_valid": True,
+        "past_can_bus": np.where(mask[:NUM_PAST, None], arrays["past_can_bus"], 0.0),
+        "command_navigation": past[0],
+        "past_command_navigation": np.array(past[1:], np.int32) * mask[:NUM_PAST],
+        # Nothing knows where the car will be in 3 s; the published words are those of navigation, mirrored.
+        "command_released": mirrored(past[0]),
+        "past_command_released": np.array([mirrored(one) for one in past[1:]], np.int32) * mask[:NUM_PAST],
+        "drivable_source": "none",
+        "lidar": _bytes(message, "lidar"),
+        "lidar_to_ego": np.eye(4) if arrays["lidar_to_ego"] is None else arrays["lidar_to_ego"],
+    }
+    if "exact_depth" in message:
+        record["exact_depth"] = _pictures(message, "exact_depth")
+    return record | _route_fields(message, arrays, record)
+
+
+def _route_fields(message: Mapping[str, Any], arrays: Mapping[str, Any], record: Record) -> Record:
+    """What the message says of the route, in the features that this version's records have."""
+    command = message.get("command")
+    if command is not None:
+        command = int(_number(message, "command", least=-1, most=6))
+    targets, past = arrays["target_points"], arrays["past_command"]
+    given: dict[str, Any] = {"route_valid": command is not None and targets is not None}
+    if command is not None:
+        given["command_route"] = np.int32(4 if command < 1 else command)
+    if past is not None:
+        if not ((past >= -1) & (past <= 6)).all():
+            raise DataError(f"act: past_command {past.tolist()} holds no RoadOption numbers")
+        given["past_command_route"] = np.where(past < 0, 4, past).astype(np.int32) * record["past_mask"]
+    if targets is not None:
+        given["target_points"] = targets
+    return {name: value for name, value in given.items() if name in record}
+
+
+def act_message(record: Record, step: int, time_s: float) -> dict[str, Any]:
+    """An `act` message that says what a record says of the present and the past."""
+    message = {
+        "kind": "act",
+        "step": step,
+        "time_s": time_s,
+        **{name: np.asarray(record[name], np.float64) for name in ("camera_intrinsics", "camera_to_ego")},
+        **{name: np.asarray(record[name], np.float64) for name in ("can_bus", "past_can_bus", "past_to_ego")},
+        "images": list(record["images"]),
+        "past_mask": np.asarray(record["past_mask"], bool),
+        "location": str(record["location"])[:LOCATION_LENGTH],
+    }
+    if all(record["exact_depth"]):
+        message["exact_depth"] = list(record["exact_depth"])
+    if record["lidar"]:
+        message |= {"lidar": record["lidar"], "lidar_to_ego": np.asarray(record["lidar_to_ego"], np.float64)}
+    for name, sent in (
+        ("command_route", "command"),
+        ("past_command_route", "past_command"),
+        ("target_points", "target_points"),
+    ):
+        if name in record and record.get("route_valid", False):
+            value = record[name]
+            message[sent] = int(value) if sent == "command" else np.asarray(value)
+    return message
+
+
+def mirrored(command: int) -> int:
+    """The command class with left and right exchanged (the published words, see `data.commands`)."""
+    return command if command < 2 else command + 3 if command < 5 else command - 3
+
+
+def _navigation_at(
+    poses: Float[np.ndarray, "K 4 4"], mask: np.ndarray, seconds: np.ndarray, index: int
+) -> int:
+    """`navigation_command` now (0) or at one of the past poses, from the two poses before it."""
+    if index == 0:
+        older, known, here = poses[:NUM_PAST], mask[:NUM_PAST], 0.0
+    else:
+        if not mask[index - 1]:
+            return 0
+        # Rigid: the inverse is exact in its rotation.
+        rotation = poses[index - 1, :3, :3].T
+        to_then = np.eye(4)
+        to_then[:3, :3], to_then[:3, 3] = rotation, -rotation @ poses[index - 1, :3, 3]
+        older, known = to_then @ poses[index : index + NUM_PAST], mask[index : index + NUM_PAST]
+        here = float(seconds[index - 1])
+    padded = np.zeros((NUM_PAST, 4, 4))
+    padded[: len(older)] = older
+    present = np.zeros(NUM_PAST, bool)
+    present[: len(known)] = known
+    ago = np.ones(NUM_PAST)
+    ago[: len(older)] = seconds[index : index + len(older)] - here
+    return navigation_command(padded, present, ago)
+
+
+def _array(message: Mapping[str, Any], name: str, spec: _Array) -> Any:
+    value = message.get(name)
+    if value is None:
+        if spec.required:
+            raise DataError(f"act lacks {name}")
+        return None
+    if isinstance(value, list):
+        try:
+            value = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            raise DataError(f"act: {name} is not an array of numbers") from None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        raise DataError(f"act: {name} is not an array of numbers")
+    wanted = spec.shape
+    if value.ndim != len(wanted) or any(
+        side is not None and side != given for side, given in zip(wanted, value.shape, strict=True)
+    ):
+        written = "x".join("K" if side is None else str(side) for side in wanted)
+        raise DataError(f"act: {name} has shape {'x'.join(map(str, value.shape))}, not {written}")
+    value = value.astype(np.float64)
+    if not np.isfinite(value).all():
+        raise DataError(f"act: {name} holds values that are not finite")
+    return value
+
+
+def _number(message: Mapping[str, Any], name: str, *, least: float, most: float) -> float:
+    value = message.get(name)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise DataError(f"act: {name} must be a number from {least} to {most:g}, not {str(value)[:40]!r}")
+    return value
+
+
+def _pictures(message: Mapping[str, Any], name: str) -> list[bytes]:
+    value = message.get(name)
+    pictures = value if isinstance(value, list) else []
+    if len(pictures) != NUM_CAMERAS or not all(isinstance(one, bytes) for one in pictures):
+        raise DataError(f"act: {name} must be {NUM_CAMERAS} encoded pictures (bytes): {', '.join(CAMERAS)}")
+    return pictures
+
+
+def _bytes(message: Mapping[str, Any], name: str) -> bytes:
+    value = message.get(name, b"")
+    if not isinstance(value, bytes):
+        raise DataError(f"act: {name} must be bytes")
+    return value
+
+
+def _location(message: Mapping[str, Any]) -> str:
+    value = message.get("location", DEFAULT_LOCATION)
+    if not isinstance(value, str) or not value.isprintable() or len(value) > LOCATION_LENGTH or "<" in value:
+        raise DataError(f"act: location must be a plain text of at most {LOCATION_LENGTH} letters")
+    return value or DEFAULT_LOCATION
+
+
+def image_size(data: bytes, what: str) -> np.ndarray:
+    """(2,) height and width that the header of a JPEG or PNG gives, int32.
+
+    Raises:
+        DataError: it is neither, or of a size no camera has.
+    """
+    found = _png_size(data) if data[:8] == b"\x89PNG\r\n\x1a\n" else _jpeg_size(data)
+    if found is None or not all(1 <= side <= MOST_IMAGE_SIDE for side in found):
+        raise DataError(f"act: {what} is no JPEG or PNG picture with sides up to {MOST_IMAGE_SIDE}")
+    return np.array(found, np.int32)
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    if len(data) < 24:
+        return None
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Walks the segments to the frame header (SOF, ISO 10918-1 B.2.2)."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
+            return height, width
+        if length < 2:
+            return None
+        place += 2 + length
+    return None
+
+
+RouteInput = Literal["none", "released", "navigation", "route"]
+"""Which command a model is told (its config's `data.command`)."""

@@ -1,0 +1,193 @@
+"""The planning step as a file: StableHLO through `jax.export`, with its weights and what the host must know.
+
+    DIR/planning.stablehlo    (weights, batch) -> answers; for any batch size, or one file a size
+    DIR/weights.safetensors   the arrays it takes, by name
+    DIR/export.json           the run's config, prompt length, batch sizes, what jax compiled it
+
+What runs it needs this project's data pipeline, not its model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from safetensors.flax import load_file, save_file
+
+from spacedrive_jax import io
+from spacedrive_jax.batch import DrivingBatch, stack, without_padding
+from spacedrive_jax.config import from_json
+from spacedrive_jax.console import note
+from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.inference.answers import Generation
+from spacedrive_jax.inference.planner import Planner, doubled_sizes, longest_prompt
+
+VERSION = 1
+FACTS = "export.json"
+WEIGHTS = "weights.safetensors"
+MOST_FACTS_BYTES = 16 << 20
+
+Arrays = dict[str, Any]
+
+
+def write_export(
+    folder: Path,
+    config_json: str,
+    weights: Mapping[str, jax.Array],
+    step: Callable[[Arrays, DrivingBatch], Generation],
+    example: DrivingBatch,
+    *,
+    most: int,
+) -> dict[str, Any]:
+    """Exports a planning step.
+
+    Args:
+        folder: to write; must not exist.
+        config_json: of the run.
+        weights: by name.
+        step: weights and a batch to answers; jittable.
+        example: a sample, its prompt cut.
+        most: largest batch, where sizes must be fixed.
+
+    Returns:
+        The facts written: `batch` is `any`, or the sizes.
+
+    Raises:
+        SpaceDriveError: the folder exists, or cannot be written.
+    """
+    batch_fields = _fields(example)
+    names = sorted(batch_fields)
+
+    def flat(arrays: Arrays, batch: Arrays) -> Arrays:
+        rebuilt = DrivingBatch(**{**_EMPTY, **batch})
+        return {name: value for name, value in _fields(step(arrays, rebuilt)).items()}
+
+    def exported(size: Any) -> jax_export.Exported:
+        shapes = {
+            name: jax.ShapeDtypeStruct((size, *np.shape(batch_fields[name])), batch_fields[name].dtype)
+            for name in names
+        }
+        held = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
+        return jax_export.export(jax.jit(flat))(held, shapes)
+
+    programs: dict[str, jax_export.Exported] = {}
+    try:
+        programs["planning.stablehlo"] = exported(jax_export.symbolic_shape("b")[0])
+        sizes: list[int] | None = None
+    except Exception as error:
+        # Kernels of a fixed size, or shapes that depend on the batch: one program a size.
+        note(f"no program for any batch size ({str(error).splitlines()[0][:200]}): one for each size")
+        sizes = doubled_sizes(1, most)
+        programs = {f"planning-{size}.stablehlo": exported(size) for size in sizes}
+    facts: dict[str, Any] = {
+        "version": VERSION,
+        "config": json.loads(config_json),
+        "model": json.loads(config_json)["name"],
+        "length": int(example.token_ids.shape[0]),
+        "batch": "any" if sizes is None else sizes,
+        "platforms": list(next(iter(programs.values())).platforms),
+        "jax": jax.__version__,
+        "files": {},
+    }
+    with io.atomic_folder(folder) as unfinished:
+        for name, program in programs.items():
+            data = bytes(program.serialize())
+            facts["files"][name] = hashlib.sha256(data).hexdigest()
+            io.write_bytes(unfinished / name, data)
+        save_file(dict(weights), str(unfinished / WEIGHTS))
+        with (unfinished / WEIGHTS).open("rb") as stream:
+            facts["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
+        io.write_json(unfinished / FACTS, facts, indent=2)
+    return facts
+
+
+def open_exported(folder: Path, *, most: int = 8) -> Planner:
+    """A planner over an exported planning step.
+
+    Args:
+        folder: what `write_export` wrote.
+        most: largest batch.
+
+    Raises:
+        CheckpointError: it is not such a folder, is damaged, or was exported for another kind of device.
+        ConfigError: it holds no program for so small a batch.
+    """
+    facts = _facts(folder)
+    config = from_json(json.dumps(facts["config"]))
+    builder = SampleBuilder(config.data, config.model, answer=False)
+    programs = {
+        name: jax_export.deserialize(bytearray(_checked(folder, facts, name)))
+        for name in facts["files"]
+        if name != WEIGHTS
+    }
+    platform = jax.default_backend()
+    if platform not in [_platform(name) for name in facts["platforms"]]:
+        raise CheckpointError(
+            f"{folder} was exported for {', '.join(facts['platforms'])}, this machine has {platform}: export "
+            "it on such a machine"
+        )
+    _checked(folder, facts, WEIGHTS, read=False)
+    weights = load_file(str(folder / WEIGHTS))
+    if facts["batch"] == "any":
+        sizes = doubled_sizes(1, most)
+        calls = dict.fromkeys(sizes, jax.jit(programs["planning.stablehlo"].call))
+    else:
+        sizes = [size for size in facts["batch"] if size <= most]
+        if not sizes:
+            raise ConfigError(f"{folder} has programs for batches of {facts['batch']}, none up to {most}")
+        calls = {size: jax.jit(programs[f"planning-{size}.stablehlo"].call) for size in sizes}
+
+    def answer(batch: DrivingBatch) -> Generation:
+        fields = jax.tree.map(jnp.asarray, _fields(batch))
+        found = jax.device_get(calls[batch.size](weights, fields))
+        return Generation(**{**_NO_TRAJECTORY, **found})
+
+    return Planner(config, builder, answer, sizes, facts["length"])
+
+
+def export_example(builder: SampleBuilder, record: Record) -> DrivingBatch:
+    """A sample with its prompt cut to the longest that a record can have."""
+    batch = without_padding(stack([builder(record, 0)]), longest_prompt(builder, record))
+    return jax.tree.map(lambda leaf: leaf[0], batch)
+
+
+_EMPTY: Arrays = {field.name: None for field in dataclasses.fields(DrivingBatch) if field.default is None}
+_NO_TRAJECTORY: Arrays = {"trajectory": None}
+
+
+def _fields(value: Any) -> Arrays:
+    """A dataclass as a dict, without what is absent: plain trees need no registration to be exported."""
+    named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: part for name, part in named.items() if part is not None}
+
+
+def _platform(name: str) -> str:
+    """jax.export's name of a platform as `jax.default_backend` has it."""
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts = io.read_json(folder / FACTS, most=MOST_FACTS_BYTES)
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise CheckpointError(f"{folder / FACTS} is not of this version of the project: export it again")
+    return facts
+
+
+def _checked(folder: Path, facts: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:
+    path = io.inside(folder, name, f"{folder / FACTS}: file")
+    io.require_regular(path)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != facts["files"].get(name):
+        raise CheckpointError(f"{path} is not what was exported (its SHA-256 differs): export it again")
+    return io.read_bytes(path) if read else b""

@@ -1,0 +1,118 @@
+"""A planner over a checkpoint's own model, and the export of its planning step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import Config, to_json
+from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.inference.answers import Generation, answer_limit, expected_frame
+from spacedrive_jax.inference.export import export_example, write_export
+from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.inference.planner import Planner, doubled_sizes, longest_prompt
+from spacedrive_jax.models.partitioning import BATCH_AXES, activations_on
+from spacedrive_jax.training.sharding import place_batch
+
+
+def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8) -> Planner:
+    """Loads a checkpoint for planning.
+
+    Args:
+        checkpoint: see `open_trained_model`.
+        longest: a record whose prompt is as long as any will be, but for the command.
+        average: take the moving average of the weights.
+        most: largest batch.
+
+    Raises:
+        SpaceDriveError: it cannot be opened, or `most` does not suit its mesh.
+    """
+    trained = open_trained_model(checkpoint, average=average)
+    config = trained.config
+    builder = SampleBuilder(config.data, config.model, answer=False)
+    program = planning_step(trained.graph, trained.mesh, config, builder)
+
+    def answer(batch: DrivingBatch) -> Generation:
+        placed = place_batch(batch, trained.mesh)
+        return jax.device_get(program(trained.trainable, trained.frozen, placed))
+
+    sizes = batch_sizes(trained.mesh, most)
+    return Planner(config, builder, answer, sizes, longest_prompt(builder, longest))
+
+
+def planning_step(
+    graph: nnx.GraphDef, mesh: Mesh, config: Config, builder: SampleBuilder
+) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
+    """The jitted planning step of a run: trainables, frozen weights and a batch of prompts to answers."""
+    frame, limit = expected_frame(config, builder.tokenizer), answer_limit(config)
+
+    @jax.jit
+    def plan(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
+        with activations_on(mesh):
+            model = nnx.merge(graph, trainable, frozen)
+            return generate(model, batch, builder.tokenizer, limit, frame=frame)
+
+    return plan
+
+
+def batch_sizes(mesh: Mesh, most: int) -> list[int]:
+    """Batch sizes up to `most`, each twice the one before, from as few as the mesh divides a batch over.
+
+    Raises:
+        ConfigError: `most` is less than that.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if most < ways:
+        raise ConfigError(f"the largest batch {most} is less than the {ways} devices that share a batch")
+    return doubled_sizes(ways, most)
+
+
+def export_planner(
+    checkpoint: Path, folder: Path, example: Record, *, average: bool = False, most: int = 8
+) -> dict[str, Any]:
+    """Writes a checkpoint's planning step as StableHLO (see `spacedrive_jax.inference.export`).
+
+    Args:
+        checkpoint: see `open_trained_model`.
+        folder: to write; must not exist.
+        example: a record with everything a sample needs, its prompt as long as any will be.
+        average: export the moving average of the weights.
+        most: largest batch, where sizes must be fixed.
+
+    Raises:
+        SpaceDriveError: the checkpoint cannot be opened, or lies on several devices; the folder exists.
+    """
+    trained = open_trained_model(checkpoint, average=average)
+    if trained.mesh.size > 1:
+        raise ConfigError(
+            f"an export runs on one device, the model lies on {trained.mesh.size}: export where there is one "
+            "(JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES=0)"
+        )
+    config = trained.config
+    builder = SampleBuilder(config.data, config.model, answer=False)
+    program = planning_step(trained.graph, trained.mesh, config, builder)
+    leaves, tree = jax.tree.flatten((trained.trainable, trained.frozen))
+    names = [f"{number:05d}" for number in range(len(leaves))]
+
+    def step(weights: dict[str, jax.Array], batch: DrivingBatch) -> Generation:
+        trainable, frozen = jax.tree.unflatten(tree, [weights[name] for name in names])
+        return program(trainable, frozen, batch)
+
+    return write_export(
+        folder,
+        to_json(config),
+        dict(zip(names, leaves, strict=True)),
+        step,
+        export_example(builder, example),
+        most=most,
+    )

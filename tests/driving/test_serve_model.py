@@ -1,0 +1,103 @@
+"""A checkpoint that is served answers what `predict` writes, and so does its export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.driving.client import PolicyClient
+from spacedrive_jax.driving.model_policy import ModelPolicy, warm_up_record
+from spacedrive_jax.driving.protocol import act_message
+from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.inference.export import open_exported
+from spacedrive_jax.inference.open_planner import export_planner, open_planner
+from spacedrive_jax.inference.predict import predict
+from tests.conftest import ROOT
+from tests.training.runs import make_records, save_untrained, tiny
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A run, its records and what `predict` says about them."""
+    folder = tmp_path_factory.mktemp("serve")
+    records = make_records(folder / "records")
+    run = save_untrained(tiny(records, folder / "run"))
+    predict(run, records, "train", folder / "predictions.jsonl", batch_size=2)
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return run, open_records(records, "train"), lines
+
+
+def test_served_process_answers_like_predict(case):
+    run, records, lines = case
+    command = [sys.executable, "-m", "spacedrive_jax", "serve", "--checkpoint", str(run), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--batch-size", "1", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        url = process.stdout.readline().split()[-1]
+        client = PolicyClient(url)
+        metadata = client.connect()
+        assert (metadata["model"], metadata["image_size"]) == ("tiny", [56, 56])
+        for row in range(3):
+            answer = client.act(act_message(records[row], row, row / 2))
+            assert (answer["text"], answer["status"]) == (lines[row]["text"], lines[row]["status"])
+        process.send_signal(signal.SIGTERM)  # with a session open
+        facts = json.loads(process.stdout.readlines()[-1])
+        assert process.wait(30) == 0
+        assert (facts["requests"], facts["sessions"], facts["refused"]) == (3, 1, 0)
+    finally:
+        process.kill()
+
+
+def test_exported_answers_are_equal(case, tmp_path):
+    run, records, lines = case
+    facts = export_planner(run, tmp_path / "exported", warm_up_record(), most=2)
+    assert facts["batch"] == "any"
+    exported, own = open_exported(tmp_path / "exported", most=4), open_planner(run, warm_up_record(), most=4)
+    assert exported.length == own.length
+    samples = [own.sample(records[row]) for row in range(3)]
+    for ours, theirs, line in zip(own.plan(samples), exported.plan(samples), lines, strict=False):
+        assert (theirs.text, theirs.status) == (ours.text, ours.status) == (line["text"], line["status"])
+        assert theirs.waypoints.tolist() == ours.waypoints.tolist()
+
+
+def test_exported_runs_without_the_models_source(case, tmp_path):
+    run, _, _ = case
+    folder = tmp_path / "exported"
+    export_planner(run, folder, warm_up_record(), most=1)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from spacedrive_jax.inference.export import open_exported\n"
+        "from spacedrive_jax.driving.model_policy import ModelPolicy\n"
+        f"policy = ModelPolicy(open_exported(Path({str(folder)!r}), most=1)); policy.warm_up()\n"
+        "print('spacedrive_jax.models.spacedrive' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert done.stdout.split()[-1] == "False"
+
+    weights = folder / "weights.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    with pytest.raises(CheckpointError, match="not what was exported"):
+        open_exported(folder)
+
+
+def test_depth_that_nobody_gives_is_refused(case, tmp_path):
+    import dataclasses
+
+    from spacedrive_jax.data.depth_sources import DepthConfig
+
+    run, _, _ = case
+    planner = open_planner(run, warm_up_record(), most=1)
+    for sources, said in ((("unidepth",), "--depth-model WEIGHTS"), (("fused",), "cannot be served")):
+        data = dataclasses.replace(planner.config.data, depth=DepthConfig(sources=sources))
+        planner.config = dataclasses.replace(planner.config, data=data)
+        with pytest.raises(ConfigError, match=said):
+            ModelPolicy(planner)
