@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 from jaxtyping import Float
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data_prep.conversion import write_json
 from spacedrive_jax.console import Command, UserError, progress
@@ -28,6 +27,7 @@ from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align,
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
+from spacedrive_jax.io import folder_lock, write_bytes
 from spacedrive_jax.training.sharding import connect
 
 CHUNK = 32
@@ -71,9 +71,11 @@ class AddDepth(Command):
         started = time.monotonic()
         connect(self.coordinator, self.host_count, self.host_index)
         records = open_records(self.records)
-        result = add_depth(
-            records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
-        )
+        # Hosts share the folder: each holds a lock of its own against a second job of the same share.
+        with folder_lock(records.directory / FOLDER, name=f".in-use-{jax.process_index()}.json"):
+            result = add_depth(
+                records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
+            )
         print(
             f"{result.keyframes} keyframes ({result.reused} from an earlier run), {result.aligned} of "
             f"{result.cameras} cameras aligned to LiDAR: {result.folder}"
@@ -239,6 +241,5 @@ def _write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, 
         "tokens": json.dumps(rows["token"]),
         "aligned": str(int(np.sum(tensors["alignment"][..., 2] > 0))),
     }
-    partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, file)
+    # Not safetensors' own `save_file`, whose files only their owner can read.
+    write_bytes(file, save(tensors, metadata=metadata))

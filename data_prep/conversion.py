@@ -55,7 +55,8 @@ def check_output_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     # A run killed before it wrote its plan leaves at most empty folders and a partial file.
-    if not any(path.is_file() and path.suffix != ".partial" for path in out.rglob("*")):
+    files = (path.name for path in out.rglob("*") if path.is_file())
+    if all(".partial" in name or name == io.LOCK for name in files):
         return
     has_plan = (out / FOLDER / "plan.json").is_file()
     if not resume:
@@ -91,8 +92,8 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
 
 def remove_left_overs(out: Path) -> None:
     """Removes what a conversion that was killed had not finished."""
-    for half in out.glob("*.partial"):
-        half.unlink()
+    for half in (*out.glob("*.partial"), *out.glob(".*.partial-*"), *(out / FOLDER).glob(".*.partial-*")):
+        half.unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER / WAITING, ignore_errors=True)
 
 

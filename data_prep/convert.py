@@ -32,6 +32,7 @@ from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import folder_lock
 from spacedrive_jax.parallel import ordered_map
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
@@ -76,8 +77,14 @@ class Convert(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Converts; see the class. Returns counts, the fingerprint and the time taken."""
-        start = time.monotonic()
         render_size = self._checked_options()
+        if self.out.exists() and not self.out.is_dir():
+            raise DataError(f"--out {self.out} is a file; name a folder")
+        with folder_lock(self.out):
+            return self._convert(render_size)
+
+    def _convert(self, render_size: tuple[int, int] | None) -> Mapping[str, Any]:
+        start = time.monotonic()
         conversion.check_output_folder(self.out, self.resume)
         tables = read_tables(self.dataroot, self.version)
         scenes = list(read_scenes(tables))

@@ -8,7 +8,9 @@ an error names the file, and what appears under a final name is complete.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
+import fcntl
 import glob
 import json
 import math
@@ -340,3 +342,93 @@ def convert(value: Any, kind: type[T], path: object, advice: str = "is it damage
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise DataError(f"{path}: {error}; {advice}") from error
+
+
+class _Holder(msgspec.Struct):
+    """Who holds a folder."""
+
+    pid: int
+    host: str
+    since: str
+
+
+LOCK = ".in-use.json"
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | os.PathLike[str], *, name: str = LOCK) -> Iterator[None]:
+    """Keeps a folder for one job at a time; the other is told who holds it.
+
+    The lock is a file in the folder, locked by the kernel and with the holder's name in it. A job that was
+    killed leaves the file behind, and the next one on the same machine takes it over; on another machine,
+    where that cannot be known, the message says which file to remove.
+
+    Args:
+        folder: is made if it does not exist.
+        name: of the lock; hosts that share a folder each take one of their own.
+
+    Raises:
+        SpaceDriveError: another job holds it, or it cannot be written to.
+    """
+    path = Path(folder) / name
+    made = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise SpaceDriveError(f"cannot write into {folder}: {say(error)}") from error
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if made:  # a job that failed at once leaves nothing behind
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The lock file, held and with this job's name in it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        file = os.fdopen(descriptor, "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                raise
+            holder = _holder(file)
+            file.close()
+            who = f" by {_name(holder)}" if holder else ""
+            raise SpaceDriveError(f"{path.parent} is in use{who}: wait for that job, or end it") from None
+        # Its last holder may have removed the file between opening and locking it.
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()
+    holder = _holder(file)
+    if holder is not None and holder.host != socket.gethostname():
+        # A file system may keep locks within one machine.
+        file.close()
+        raise SpaceDriveError(
+            f"{path.parent} is in use by {_name(holder)}: wait for that job, or remove {path} if it is gone"
+        )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.seek(0)
+    file.truncate()
+    file.write(to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode())
+    file.flush()
+    return file
+
+
+def _holder(file: BinaryIO) -> _Holder | None:
+    try:
+        return msgspec.json.decode(file.read(4096), type=_Holder)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # empty: its holder is just writing it
+        return None
+
+
+def _name(holder: _Holder) -> str:
+    return f"process {holder.pid} on {holder.host} since {holder.since}"

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
+import msgspec
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.lidar import Alignment
 from spacedrive_jax.data.schema import DEPTH_SCALE
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, convert, inside, parse_json, read_json, require_regular
 
 FOLDER = "depth"
 PROVENANCE = "provenance.json"
@@ -44,6 +46,16 @@ class CachedDepth:
     """Per camera: the scale and shift that fit it to LiDAR."""
     full: tuple[bytes, ...]
     """Per camera: depth of every pixel as a 16-bit PNG (see `DEPTH_SCALE`); empty where it was not kept."""
+
+
+class _Provenance(msgspec.Struct):
+    kind: NetworkKind
+    fingerprint: str
+    records_fingerprint: str
+    pooling: str
+    grid: tuple[int, int]
+    full: bool
+    chunks: list[str]
 
 
 class DepthCache:
@@ -69,12 +81,15 @@ class DepthCache:
             )
         self._places: dict[str, tuple[Path, int]] = {}
         for name in self.provenance["chunks"]:
-            file = folder / name
+            file = inside(folder, name, f"{folder / PROVENANCE}: chunks:")
             metadata = chunk_metadata(file)
             if metadata.get("fingerprint") != self.provenance["fingerprint"]:
                 raise UserError(f"{file} is of another depth model than its folder says; remove {folder}")
-            for row, token in enumerate(json.loads(metadata["tokens"])):
-                self._places[token] = (file, row)
+            if not isinstance(tokens := parse_json(metadata.get("tokens", "null"), file), list):
+                raise DataError(
+                    f"{file} does not name its keyframes; remove {folder} and run add-depth again"
+                )
+            self._places |= {str(token): (file, row) for row, token in enumerate(tokens)}
 
     def read(self, token: str) -> CachedDepth:
         """The depth of one keyframe.
@@ -85,8 +100,18 @@ class DepthCache:
         if token not in self._places:
             raise UserError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
         file, row = self._places[token]
+        try:
+            return self._row(file, row)
+        except (SafetensorError, IndexError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{file} is damaged ({error}); remove {self.folder} and run add-depth again"
+            ) from error
+
+    def _row(self, file: Path, row: int) -> CachedDepth:
         with _open(file) as tensors:
             patch_depth = tensors.get_slice("patch_depth")[row]
+            if patch_depth.ndim != 3 or not np.isfinite(patch_depth).all() or (patch_depth < 0).any():
+                raise ValueError(f"row {row} holds no depth")
             alignments = tensors.get_slice("alignment")[row]
             full: tuple[bytes, ...] = ()
             if "full" in tensors.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
@@ -123,7 +148,7 @@ def find_cache(records: Path, kinds: set[str], name: str | None) -> Path:
     found = [
         file.parent
         for file in sorted((records / FOLDER).glob(f"*/{PROVENANCE}"))
-        if json.loads(file.read_text())["kind"] in kinds
+        if read_provenance(file.parent)["kind"] in kinds
     ]
     if not found:
         raise UserError(f"{records} has no finished depth of {' or '.join(sorted(kinds))}: run {command}")
@@ -142,9 +167,12 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         UserError: the sidecar is not finished.
     """
     file = folder / PROVENANCE
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{folder} is not finished; run the same `python -m data_prep add-depth` again")
-    return json.loads(file.read_text())
+    content = read_json(file, most=MEBIBYTE * 64)
+    advice = f"remove {folder} and run add-depth again"
+    convert(content, _Provenance, file, advice)
+    return content
 
 
 def chunk_metadata(file: Path) -> Mapping[str, str]:
@@ -167,6 +195,7 @@ def encode_depth(depth: Float[np.ndarray, "H W"]) -> bytes:
 
 
 def _open(file: Path) -> Any:
+    require_regular(file)
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.prompts import format_number
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, inside, read_json
 from spacedrive_jax.restricted_pickle import read_pickle
 
 # OmniDrive's language data: questions and answers about a keyframe, one file per token.
@@ -35,6 +37,9 @@ DESCRIPTION_QUESTIONS: tuple[str, ...] = (
     "Could you describe the overall environment and objects captured in the images provided?",
 )
 """One is drawn for each description (protocol constants of OmniDrive)."""
+KINDS = ("keywords", "desc", "vqa", "conv")
+"""Folders of questions; the counterfactual pairs are in `vqa`."""
+MOST_BYTES = 16 * MEBIBYTE
 COUNTERFACTUAL_PAIRS = slice(2, 4)
 """Of a `vqa` file: attention, action, then two counterfactual pairs."""
 
@@ -60,6 +65,27 @@ class LanguageData:
     """The folder that holds the language data."""
 
     root: Path
+
+    def tokens(self, kinds: Iterable[str]) -> set[str]:
+        """Tokens of all keyframes of which there is a file.
+
+        Args:
+            kinds: of the folders `KINDS`.
+
+        Raises:
+            DataError: there is no such folder, or none of them holds a file; the message says where such
+                files lie, if they are one folder off.
+        """
+        folders = [self.root / kind / split for kind in kinds for split in ("train", "val")]
+        found = {file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.json")}
+        if found:
+            return found
+        elsewhere = next((path.parent for path in self.root.glob("*/vqa") if path.is_dir()), None)
+        elsewhere = elsewhere or next((path.parent for path in self.root.glob("*/*/vqa")), None)
+        hint = (
+            f": is {elsewhere} meant?" if elsewhere else f" ({' or '.join(map(str, folders[:2]))}/TOKEN.json)"
+        )
+        raise DataError(f"the language data folder {self.root} holds no question{hint}")
 
     def questions(self, token: str, rng: np.random.Generator) -> list[QuestionAnswer]:
         """Action, description, `vqa` and `conv` pairs of a keyframe, in this order; those there are.
@@ -95,8 +121,8 @@ class LanguageData:
         Raises:
             UserError: the file holds anything but plain values, or is not laid out as it should be.
         """
-        path = self.root / "eval_cf" / f"{token}.pkl"
-        if not path.is_file():
+        path = inside(self.root, f"eval_cf/{token}.pkl", "the keyframe token")
+        if not path.exists():
             return []
         items = []
         for item in _list(read_pickle(path), path):
@@ -118,12 +144,9 @@ class LanguageData:
     def _read(self, kind: str, token: str) -> tuple[Path, Any]:
         """The file of a kind and what it holds; None where there is none."""
         for split in ("train", "val"):
-            path = self.root / kind / split / f"{token}.json"
-            if path.is_file():
-                try:
-                    return path, json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise UserError(f"{path} is not JSON: {error}") from error
+            path = inside(self.root, f"{kind}/{split}/{token}.json", "the keyframe token")
+            if path.exists():
+                return path, read_json(path, most=MOST_BYTES)
         return path, None
 
 

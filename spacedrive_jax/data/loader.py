@@ -16,13 +16,15 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import UserError, note, progress
 from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.language_data import KINDS, LanguageData
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, write_json
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -74,6 +76,10 @@ def _write(file: Path, records: Records, complete: Bool[np.ndarray, " keyframes"
         write_json(file, {"fingerprint": records.fingerprint, "complete": letters})
     except SpaceDriveError as error:
         log.info("the complete futures of %s are not kept: %s", records.directory, error)
+
+
+LOOKED_AT = 256
+"""Keyframes whose tokens are held against the language data."""
 
 
 class SampleClock:
@@ -147,7 +153,37 @@ def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, spli
         raise UserError(
             f"{data.records} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
         )
+    _check_questions(records, indices, data.conversation)
     return Samples(records, builder, indices, data.cache_in_memory)
+
+
+def _check_questions(records: Records, indices: Sequence[int], config: ConversationConfig) -> None:
+    """Says how many keyframes have questions, where a run asks for them, and refuses none.
+
+    Looks at up to `LOOKED_AT` keyframes, evenly spaced: reading all would take as long as an epoch.
+    """
+    if config.tasks == "planning":
+        return
+    if config.language_data is None:
+        if config.tasks == "counterfactual" or not config.pseudo_coordinates:
+            raise ConfigError(
+                f"data.conversation.tasks {config.tasks} needs OmniDrive's language data: set "
+                "data.conversation.language_data to its folder"
+            )
+        return
+    kinds = ("vqa",) if config.tasks == "counterfactual" else KINDS
+    there = LanguageData(Path(config.language_data)).tokens(kinds)
+    places = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), LOOKED_AT)).round().astype(int))
+    token = tfds.features.FeaturesDict({"token": record_features()["token"]})
+    tokens = [records.source.decode(indices[place], token)["token"].decode() for place in places]
+    asked = sum(each in there for each in tokens)
+    if not asked and len(tokens) == len(indices):
+        raise DataError(
+            f"the language data folder {config.language_data} has questions about {len(there)} keyframes, "
+            f"but none about the {len(indices)} of {records.directory}: is it of another data set?"
+        )
+    looked = "" if len(tokens) == len(indices) else " that were looked at"
+    note(f"note: language data: {asked} of {len(tokens)} keyframes{looked} have questions")
 
 
 class HostShare(grain.MapDataset):

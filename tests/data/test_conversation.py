@@ -14,6 +14,7 @@ from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageDat
 from spacedrive_jax.data.prompts import parse_coordinates
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import DataError
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
 
@@ -192,3 +193,17 @@ def test_sample_with_questions(record, language_data):
     short = dataclasses.replace(data, max_coordinates=8)
     with pytest.raises(UserError, match=r"data\.max_coordinates 8"):
         SampleBuilder(short, CONFIG.model)(record, 0)
+
+
+def test_language_data_in_the_wrong_place_is_refused(tmp_path):
+    (tmp_path / "outer/vqa/train").mkdir(parents=True)
+    (tmp_path / "outer/vqa/train/a.json").write_text("[]")
+    assert LanguageData(tmp_path / "outer").tokens(["vqa"]) == {"a"}
+    for root, hint in ((tmp_path, "is .*outer meant"), (tmp_path / "no", "no question")):
+        with pytest.raises(DataError, match=hint):
+            LanguageData(root).tokens(["vqa"])
+
+
+def test_language_data_is_not_read_outside_its_folder(tmp_path):
+    with pytest.raises(DataError, match="does not stay inside"):
+        LanguageData(tmp_path).counterfactual_questions("../../etc/passwd")

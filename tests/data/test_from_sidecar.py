@@ -78,8 +78,8 @@ def test_an_unfit_sidecar_is_refused_before_a_run_begins(records, tmp_path, capf
     elif damage == "unfinished":
         (sidecar / "provenance.json").unlink()
     elif damage == "other records":
-        provenance = json.loads((copy / "provenance.json").read_text())
-        (copy / "provenance.json").write_text(json.dumps(provenance | {"fingerprint": "0" * 16}))
+        provenance = json.loads((sidecar / "provenance.json").read_text())
+        (sidecar / "provenance.json").write_text(json.dumps(provenance | {"records_fingerprint": "0" * 64}))
     else:
         extra = ["--data.image-size", "84", "84", "--data.sequence-length", "200"]
     assert train(copy, tmp_path / "run", "unidepth", *extra) == 1

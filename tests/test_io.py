@@ -1,0 +1,67 @@
+"""Files: one job a folder at a time, typed JSON, nothing half written."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.io import LOCK, folder_lock, inside, read_typed, require_regular
+
+HOLD = """
+import sys, time
+from spacedrive_jax.io import folder_lock
+with folder_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_job_is_told_who_holds_the_folder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SpaceDriveError, match=rf"process {other.pid} on {socket.gethostname()} since 20"):
+            folder_lock(tmp_path).__enter__()
+        other.kill()
+        other.wait()
+        assert (tmp_path / LOCK).exists(), "a killed job leaves its lock behind"
+        with folder_lock(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_lock_of_another_machine_is_not_taken_over(tmp_path):
+    (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01"}')
+    with pytest.raises(SpaceDriveError, match=r"process 1 on elsewhere since 2026-01-01.*remove .*in-use"):
+        folder_lock(tmp_path).__enter__()
+
+
+def test_folder_made_for_nothing_is_removed(tmp_path):
+    with pytest.raises(ValueError, match="no"), folder_lock(tmp_path / "new"):
+        raise ValueError("no")
+    assert not (tmp_path / "new").exists()
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(DataError, match="not a regular file"):
+            require_regular(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "", "a\0b", "a\\b"])
+def test_names_stay_inside(tmp_path, name):
+    with pytest.raises(DataError, match="does not stay inside"):
+        inside(tmp_path, name, "row 1")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": "x"}', "\udcff", "[" * 9999, '{"a": NaN}'])
+def test_typed_json_names_the_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=r"a\.json"):
+        read_typed(tmp_path / "a.json", dict[str, int])
