@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import math
@@ -152,3 +153,34 @@ def test_the_same_bits_whatever_the_processor_offers(setting: dict[str, str]) ->
         check=True,
     )
     assert done.stdout.strip() == DIGEST
+
+
+ROOMS = ("spacedrive_jax/world", "spacedrive_jax/data", "spacedrive_jax/evaluation", "data_prep")
+INEXACT = {
+    "np": """arccos arcsin arctan arctan2 cbrt convolve correlate cos cosh dot einsum exp exp2 expm1 fft
+        hypot inner linalg log log10 log1p log2 matmul polyfit power sin sinc sinh tan tanh tensordot vdot""",
+    # `math.hypot` and `math.dist` are Python's own, made of exact operations.
+    "math": "acos asin atan atan2 cos cosh exp exp2 expm1 log log10 log1p log2 pow sin sinh tan tanh",
+    "cv2": "GaussianBlur blur filter2D warpAffine warpPerspective",
+}
+"""What rounds as the processor pleases, by the name its module is imported under."""
+
+
+def inexact_operations(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):
+            found.append(f"{file}:{node.lineno}: @")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module, name = node.value.id, node.attr
+            if name in INEXACT.get(module, "").split():
+                found.append(f"{file}:{node.lineno}: {module}.{name}")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scipy.spatial.transform"):
+            found.append(f"{file}:{node.lineno}: {node.module}")
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_is_written_or_decided_is_computed_exactly(room: str) -> None:
+    files = sorted((Path(__file__).parents[1] / room).rglob("*.py"))
+    assert not [fault for file in files for fault in inexact_operations(file)]
