@@ -11,10 +11,13 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
-from spacedrive_jax.console import UserError
+import msgspec
+
 from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -100,22 +103,22 @@ def load_preset(name: str) -> Config:
     """Finds a preset by name (`demo`) or by file (`my_run.py`, or a config's JSON: `runs/demo/config.json`).
 
     Raises:
-        UserError: there is no such preset, or its file does not hold a config.
+        ConfigError: there is no such preset, or its file does not hold a config.
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
-            return from_json(path.read_text())
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} does not hold a config ({error})") from error
+            return from_json(read_text(path, most=16 * MEBIBYTE))
+        except SpaceDriveError as error:
+            raise ConfigError(f"{path} does not hold a config ({error})") from error
     if path.suffix not in (".py", ".json"):
         path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
     if not path.is_file():
         presets = sorted(file.stem for file in path.parent.glob("[a-z]*.py"))
-        raise UserError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py or .json file)")
+        raise ConfigError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py or .json file)")
     config = getattr(_load_module(path), "config", None)
     if not isinstance(config, Config):
-        raise UserError(f"{path} does not define `config`, a spacedrive_jax.config.Config")
+        raise ConfigError(f"{path} does not define `config`, a spacedrive_jax.config.Config")
     return config
 
 
@@ -136,7 +139,7 @@ def change(config: Config, name: str, fields: dict[str, Any]) -> Config:
         fields: dotted names to values, e.g. `{"model.encoder.alpha": 1.0}`.
 
     Raises:
-        UserError: there is no such field.
+        ConfigError: there is no such field.
     """
     for path, value in fields.items():
         config = _with_field(config, path.split("."), value, path)
@@ -146,7 +149,7 @@ def change(config: Config, name: str, fields: dict[str, Any]) -> Config:
 def _with_field(node: Any, path: list[str], value: Any, whole: str) -> Any:
     first, *rest = path
     if not dataclasses.is_dataclass(node) or first not in {field.name for field in dataclasses.fields(node)}:
-        raise UserError(f"a config has no field {whole}")
+        raise ConfigError(f"a config has no field {whole}")
     inner = _with_field(getattr(node, first), rest, value, whole) if rest else value
     return dataclasses.replace(node, **{first: inner})  # type: ignore[type-var]
 
@@ -178,21 +181,28 @@ def from_json(text: str) -> Config:
     """Rebuilds a config from `to_json`.
 
     Raises:
-        UserError: the text names a field this version does not know.
+        ConfigError: a field is unknown to this version, or its value is of another type.
+        DataError: the text is not JSON.
     """
-    return _build(Config(), json.loads(text), "config")
+    return _build(Config(), parse_json(text, "the config", nan=True), "config")
 
 
-def _build(template: Any, values: dict[str, Any], place: str) -> Any:
+def _build(template: Any, values: Any, place: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place} is {str(values)[:40]!r}, expected an object")
     known = {field.name for field in dataclasses.fields(template)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UserError(f"{place} has unknown fields {', '.join(unknown)}: written by another version?")
+        raise ConfigError(f"{place} has unknown fields {', '.join(unknown)}: written by another version?")
     changes = {}
+    types = get_type_hints(type(template))
     for name, value in values.items():
         current = getattr(template, name)
         if dataclasses.is_dataclass(current):
             changes[name] = _build(_family_template(current, value), value, f"{place}.{name}")
         else:
-            changes[name] = tuple(value) if isinstance(value, list) else value
+            try:
+                changes[name] = msgspec.convert(value, types[name])
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{place}.{name} is {str(value)[:40]!r}: {error}") from None
     return dataclasses.replace(template, **changes)

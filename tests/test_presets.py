@@ -1,5 +1,6 @@
 """Every preset loads, comes back from JSON, and its model can be built without its numbers."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, to_json
 from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.state import is_trainable
@@ -74,3 +76,26 @@ def test_default_losses_are_the_published():
         1.0,
         "planning",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"train": {"steps": "many"}}, r"config\.train\.steps is 'many': Expected `int`, got `str`"),
+        ({"train": {"steps": 1.5}}, r"config\.train\.steps"),
+        ({"train": {"position_loss": "cube"}}, r"config\.train\.position_loss"),
+        ({"train": []}, r"config\.train is '\[\]', expected an object"),
+        ({"data": {"image_size": "large"}}, r"config\.data\.image_size"),
+        ({"model": {"lora": {"targets": ["all"]}}}, r"config\.model\.lora\.targets"),
+    ],
+)
+def test_a_config_file_has_values_of_the_fields_types(change, problem):
+    with pytest.raises(ConfigError, match=problem):
+        from_json(json.dumps(change))
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 5000, b"[]", b"{"])
+def test_a_damaged_config_file_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json does not hold a config"):
+        load_preset(str(tmp_path / "config.json"))

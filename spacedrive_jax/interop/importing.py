@@ -93,7 +93,7 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
             f"{source} holds no tokenizer.json to add {INDICATOR} and {POSITION} to; give --tokenizer "
             "FOLDER, or --no-add-tokens to import the weights alone"
         )
-    tokenizer = read_tokenizer(file)
+    tokenizer = read_tokenizer(source / file.name)
     tokens = (INDICATOR, POSITION)
     known = [tokenizer.token_to_id(token) for token in tokens]
     if add and None in known:
@@ -109,15 +109,15 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
         )
     if None not in known:
         return Extension(indicator, added=False)
-    _list_in_config(target, {INDICATOR: indicator, POSITION: position})
+    _list_in_config(source, target, {INDICATOR: indicator, POSITION: position})
     return Extension(indicator, added=True)
 
 
-def _list_in_config(folder: Path, ids: dict[str, int]) -> None:
+def _list_in_config(source: Path, target: Path, ids: dict[str, int]) -> None:
     """Tells the files in which transformers lists added tokens once more."""
-    file = folder / "tokenizer_config.json"
+    file = target / "tokenizer_config.json"
     if file.is_file():
-        config = _object(file)
+        config = _object(source / file.name)
         listed = config.get("added_tokens_decoder")
         if isinstance(listed, dict):
             plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -125,9 +125,9 @@ def _list_in_config(folder: Path, ids: dict[str, int]) -> None:
                 str(number): {"content": token, **plain, "special": True} for token, number in ids.items()
             }
             write_json(file, config, indent=2, ensure_ascii=False)
-    file = folder / "added_tokens.json"
+    file = target / "added_tokens.json"
     if file.is_file():
-        write_json(file, _object(file) | ids, indent=2, ensure_ascii=False)
+        write_json(file, _object(source / file.name) | ids, indent=2, ensure_ascii=False)
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import to_json
 from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.families import family_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_published_source
@@ -54,7 +55,7 @@ from spacedrive_jax.interop.trained_parts import (
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
-from spacedrive_jax.io import write_json, write_text
+from spacedrive_jax.io import read_bytes, write_json, write_text
 from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.spacedrive import SpaceDrive
@@ -163,9 +164,24 @@ def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
     return {"out": str(out), "tensors": len(content["state_dict"])}
 
 
+class _Layout(msgspec.Struct):
+    """What checkpoint.json says."""
+
+    order: list[str]
+    base: list[str]
+    meta: dict[str, Any]
+
+
+def _layout(file: Path) -> _Layout:
+    try:
+        return msgspec.json.decode(read_bytes(file), type=_Layout)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): import again") from None
+
+
 def _imported(source: Path) -> dict[str, Any]:
     """What an imported folder came from."""
-    layout = json.loads((source / LAYOUT_FILE).read_text())
+    layout = _layout(source / LAYOUT_FILE)
     family = family_of(read_hf_config(source))
     base = SafetensorsFolder(source, rename=family.canonical_name)
     adapters = SafetensorsFolder(source / ADAPTER_FOLDER / "adapter_model.safetensors")
@@ -179,12 +195,12 @@ def _imported(source: Path) -> dict[str, Any]:
         network = SafetensorsFolder(source / DEPTH_FOLDER)
         depth = {name: network.read(name) for name in network.places}
     parts = Parts(
-        base={name: base.read(family.canonical_name(name)) for name in layout["base"]},
+        base={name: base.read(family.canonical_name(name)) for name in layout.base},
         adapters={name: adapters.read(name) for name in adapters.places},
         **separate,
         depth=depth,
-        order=tuple(layout["order"]),
-        meta=layout["meta"],
+        order=tuple(layout.order),
+        meta=layout.meta,
     )
     return join_checkpoint(parts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from spacedrive_jax.constants import NUM_PAST
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
 from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind
@@ -55,15 +56,12 @@ def read_published_config(path: Path) -> PublishedConfig:
         UserError: the file cannot be read or does not say how the model is built.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, most=MEBIBYTE)
+    except DataError as error:
         raise UserError(f"cannot read the published config {path}: {error}") from error
     if path.suffix == ".py":
         return parse_published_config(text, str(path))
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    content = parse_json(text, path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold an object of constructor arguments, not {type(content).__name__}")
     return PublishedConfig(content.get("model", content), _loader(content))
@@ -83,19 +81,28 @@ def parse_published_config(text: str, origin: str) -> PublishedConfig:
     """
     try:
         tree = ast.parse(text)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{origin} is not a Python config: {error}") from error
     names: dict[str, Any] = {}
     unread: dict[str, _NotLiteralError] = {}
+    budget = 50 * MOST_PARTS
     for statement in tree.body:
+        if budget < 0:
+            raise UserError(f"{origin} comes to more than a config of a model has")
         if not isinstance(statement, ast.Assign):
             continue
         for target in statement.targets:
             if isinstance(target, ast.Name):
                 try:
-                    names[target.id] = _value(statement.value, names)
-                except _NotLiteralError as error:
-                    unread[target.id] = error
+                    value = _value(statement.value, names)
+                    budget -= _count(value)
+                    names[target.id] = value
+                except (_NotLiteralError, RecursionError, OverflowError, TypeError) as error:
+                    names.pop(target.id, None)  # what it was before is not what it is now
+                    said = (
+                        error if isinstance(error, _NotLiteralError) else f"line {statement.lineno}: {error}"
+                    )
+                    unread[target.id] = _NotLiteralError(str(said))
     if not isinstance(names.get("model"), dict):
         reason = f" ({unread['model']})" if "model" in unread else ", also where a `_base_` file does"
         raise UserError(f"{origin} does not assign `model = dict(...)` in values that can be read{reason}")
@@ -112,6 +119,30 @@ def _loader(names: Mapping[str, Any]) -> Mapping[str, Any]:
 
 class _NotLiteralError(ValueError):
     """An expression that would have to be run."""
+
+
+MOST_PARTS = 100_000
+"""Values within a value, names that stand for lists counted out: a few lines can double one for ever."""
+MOST_NUMBER = 1e15
+
+
+def _count(value: Any) -> int:
+    """How many values a value holds.
+
+    Raises:
+        _NotLiteralError: more than a config of a model has.
+    """
+    waiting, count = [value], 0
+    while waiting:
+        each = waiting.pop()
+        count += 1
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+        if count + len(waiting) > MOST_PARTS:
+            raise _NotLiteralError(f"it holds more than {MOST_PARTS:,} values")
+    return count
 
 
 def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
@@ -135,6 +166,10 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         both = (left, right)
         numbers = all(isinstance(each, int | float) for each in both)
         joined = isinstance(node.op, ast.Add) and isinstance(left, str | list) and type(left) is type(right)
+        if (joined and len(left) + len(right) > MOST_PARTS) or (
+            numbers and max(map(abs, both)) > MOST_NUMBER
+        ):
+            raise _NotLiteralError(f"line {node.lineno}: larger than anything in a config of a model")
         if (numbers and not (isinstance(node.op, ast.Div | ast.FloorDiv) and right == 0)) or joined:
             return OPERATORS[type(node.op)](left, right)
     is_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"

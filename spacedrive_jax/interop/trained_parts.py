@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from spacedrive_jax.config import Config, config_changes, from_json
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.families import family_of
 from spacedrive_jax.interop.hf_checkpoint import fill
 from spacedrive_jax.interop.peft import open_adapter, read_peft_config
@@ -26,6 +26,7 @@ from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, new_row_rules
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts
+from spacedrive_jax.io import read_text
 from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -61,12 +62,12 @@ def imported_config(folder: Path) -> Config:
     """The run that an imported checkpoint means, pointed at its folder.
 
     Raises:
-        UserError: the file is damaged or of another version.
+        CheckpointError: the file is damaged or of another version.
     """
     try:
-        config = from_json((folder / RUN_FILE).read_text())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / RUN_FILE} is not readable ({error}): import again") from error
+        config = from_json(read_text(folder / RUN_FILE))
+    except (SpaceDriveError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / RUN_FILE} is not readable ({error}): import again") from error
     return pointed_at(config, folder)
 
 
@@ -88,14 +89,15 @@ def check_trained_parts(folder: Path, model: ModelConfig, indicator: int) -> Non
         indicator: vocabulary id of the indicator token.
 
     Raises:
-        UserError: the folder's parts were trained under other settings than the model's, naming the fields.
+        CheckpointError: the folder's parts were trained under other settings than the model's, naming the
+            fields.
     """
     if not (folder / FACTS_FILE).is_file():
         return
     facts = WeightsFacts.read(folder)
     if facts.adapter_rank is not None:
         if not model.use_lora:
-            raise UserError(
+            raise CheckpointError(
                 f"{folder} holds adapters, which model.use_lora False would leave out: fold them in with "
                 "export-weights --to hf and import the result, or set model.use_lora True"
             )
@@ -104,7 +106,7 @@ def check_trained_parts(folder: Path, model: ModelConfig, indicator: int) -> Non
         return
     check_model(folder, model)
     if facts.new_tokens != indicator:
-        raise UserError(
+        raise CheckpointError(
             f"{folder} has the indicator token at {facts.new_tokens}, data.tokenizer at {indicator}: set "
             f"data.tokenizer to {folder}"
         )
@@ -126,7 +128,7 @@ def fill_trained_parts(
         shardings: placement of each parameter.
 
     Raises:
-        UserError: see `check_trained_parts`.
+        CheckpointError: see `check_trained_parts`.
     """
     check_trained_parts(folder, model, indicator)
     if (folder / ADAPTER_FOLDER).is_dir():
@@ -178,7 +180,7 @@ def check_model(folder: Path, model: ModelConfig) -> None:
     """Refuses a model under whose settings an imported checkpoint's tensors would mean something else.
 
     Raises:
-        UserError: naming the fields.
+        CheckpointError: naming the fields.
     """
     imported = imported_config(folder).model
     unlike = [*NOT_COMPARED, *(["encoder.alpha"] if imported.encoder.learnable_alpha else [])]
@@ -189,7 +191,7 @@ def check_model(folder: Path, model: ModelConfig) -> None:
     ]
     if changes:
         listed = "; ".join(f"model.{change}" for change in changes)
-        raise UserError(
+        raise CheckpointError(
             f"{folder} was trained under other settings than this run's (its -> this run's): {listed}. Set "
             f"them as in {folder / RUN_FILE}, or start from the base alone (import-weights --from hf)"
         )
@@ -205,16 +207,16 @@ def check_heads(model: ModelConfig, heads: Mapping[str, np.ndarray], indicator: 
         origin: what to call the checkpoint.
 
     Raises:
-        UserError: with every missing, unknown and misshapen tensor, and the fields they belong to.
+        CheckpointError: with every missing, unknown and misshapen tensor, and the fields they belong to.
     """
     rules = trained_rules(model, indicator)
     shapes = {name: value.shape for name, value in heads.items()}
     try:
         check_names_and_shapes(rules, shapes, origin=origin)
-    except UserError as error:
+    except CheckpointError as error:
         expected = {rule.source: rule.source_shape for rule in rules}
         unlike = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
-        raise UserError(f"{error}\n  which depend on {', '.join(_fields(unlike, model))}") from error
+        raise CheckpointError(f"{error}\n  which depend on {', '.join(_fields(unlike, model))}") from error
 
 
 def _fields(names: Iterable[str], model: ModelConfig) -> list[str]:
@@ -243,6 +245,6 @@ def _check_lora(folder: Path, wanted: LoraConfig) -> None:
         if ours != theirs
     ]
     if unlike:
-        raise UserError(
+        raise CheckpointError(
             f"the adapters of {folder} are not this run's (theirs -> this run's): {'; '.join(unlike)}"
         )

@@ -113,6 +113,28 @@ def test_configs_that_cannot_be_read_are_errors(tmp_path):
         parse_published_config("model = (", "it")
     with pytest.raises(UserError, match="cannot read"):
         read_published_config(tmp_path / "absent.json")
+    for content in (b"\xff", b"[" * 5000, b"[]"):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.json"):
+            read_published_config(tmp_path / "a.json")
+
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(UserError, match="object of constructor arguments"):
         read_published_config(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = [0]\n" + "a = a + a\n" * 40 + "model = dict(a=a)",
+        "a = 'x'\n" + "a = a + a\n" * 40 + "model = dict(a=a)",
+        "a = 9\n" + "a = a * a\n" * 40 + "model = dict(a=a)",
+        "a = [0]\n" + "a = [a, a]\n" * 40 + "model = dict(a=a)",
+        "model = dict(a=" + "-" * 20000 + "1)",
+        "model = {[]: 1}",
+        "model = dict(a=\0)",
+    ],
+)
+def test_a_few_lines_cannot_ask_for_much(text):
+    with pytest.raises(UserError, match=r"cannot be|can be read|not a Python config"):
+        parse_published_config(text, "it")
