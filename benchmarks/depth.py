@@ -23,7 +23,6 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.depth_case import IMAGE, NETWORK_IMAGE, Case
-from spacedrive_jax.console import note
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"vits14": "ViT-S", "vitb14": "ViT-B", "vitl14": "ViT-L"}
@@ -190,7 +189,7 @@ def main(options: Options) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for case in cases(options):
         done.append(run(case, options))
-        note(row(done[-1]))
+        print(row(done[-1]), file=sys.stderr, flush=True)
         options.results.write_text(table(options, done))
     print(options.results)
 

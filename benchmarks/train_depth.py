@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.console import UserError, configure_logging, progress
 from spacedrive_jax.data.depth_sources import decode_exact_depth
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Records, open_records
@@ -38,6 +39,8 @@ from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, to_network
 from spacedrive_jax.models.depth.unidepth_decoder import LOG_RADIUS_OFFSET
 from spacedrive_jax.models.partitioning import initialize
+
+log = logging.getLogger("spacedrive_jax.benchmarks")
 
 IMAGE_SIZE = (84, 140)
 """Height and width of the images, pixels: 6 x 10 patches; the demo's size."""
@@ -204,7 +207,7 @@ def train(options: Options, views: Views, *, until: float) -> tuple[UniDepthV2, 
     state, done = (parameters, optimizer.init(parameters)), Progress(0, 0.0, [])
     if file.is_file():
         state, done = restore_state(file, state)
-        note(f"goes on at step {done.step}")
+        log.info("goes on at step %d", done.step)
     recent: list[float] = []
     started = time.monotonic()
     with progress(total=options.steps, initial=done.step, desc="train", logged=False) as bar:
@@ -222,7 +225,7 @@ def train(options: Options, views: Views, *, until: float) -> tuple[UniDepthV2, 
             if done.step % REPORT_EVERY == 0:
                 done.losses.append(round(float(np.mean(recent)), 4))
                 recent.clear()
-                note(f"step {done.step}: loss {done.losses[-1]:.4f}, {done.seconds:.0f} s")
+                log.info("step %d: loss %.4f, %.0f s", done.step, done.losses[-1], done.seconds)
             if done.step % options.save_every == 0 or done.step == options.steps:
                 save_state(file, tuple(state), done)
                 if now > until:
@@ -249,4 +252,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    configure_logging()
     main(tyro.cli(Options))

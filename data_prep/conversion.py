@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +22,12 @@ from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from data_prep.shards import ShardFacts, shard_file
 from spacedrive_jax import io
-from spacedrive_jax.console import UserError, note
+from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
 from spacedrive_jax.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed.
 #
@@ -133,7 +136,7 @@ def whole_scene(out: Path, shard: str) -> SceneResult | None:
     result = finished_scene(out, shard)
     if result is None or file_sha256(out / shard) == result.shard.sha256:
         return result
-    note(f"{out / shard} is damaged: writing it again")
+    log.warning("%s is damaged: writing it again", out / shard)
     return None
 
 

@@ -1,4 +1,4 @@
-"""`python -m data_prep convert`: a nuScenes folder in, array records out."""
+"""From a nuScenes folder to array records: the whole conversion, in the order in which it happens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import tyro
+from typing import Any, Literal
 
 from data_prep import conversion
 from data_prep.conversion import (
@@ -28,7 +26,7 @@ from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images
 from data_prep.nuscenes.splits import split_scenes
 from data_prep.nuscenes.tables import read_tables
 from data_prep.shards import write_dataset_info
-from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import DataError
@@ -40,50 +38,47 @@ Runner = Literal["local", "beam"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert(Command):
-    """Turn a nuScenes folder into array records, one shard per scene.
-
-    Example: python -m data_prep convert --dataroot /data/nuscenes --version v1.0-mini --out /data/records
+class Conversion:
+    """One conversion of a nuScenes folder into array records, one shard per scene.
 
     The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
     number of workers, on any runner and however often the conversion was interrupted.
     """
 
-    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
-
     dataroot: Path
     """nuScenes folder: the parent of the version folder, samples/, maps/ and can_bus/."""
     version: str
-    """Version folder with the tables, such as v1.0-mini or v1.0-trainval."""
+    """Version folder with the tables."""
     out: Path
-    """Records folder to write; must be empty or not exist."""
+    """Records folder to write; must be empty or not exist, unless `resume`."""
     workers: int = 1
     """Processes that write shards."""
     runner: Runner = "local"
-    """Processes of this command, or an Apache Beam pipeline (requirements-beam.txt)."""
+    """Processes of this one, or an Apache Beam pipeline."""
     beam_options: str = ""
-    """Beam's own options in one argument, such as --beam-options="--runner=FlinkRunner
-    --flink_master=HOST:8081"; without a runner there, Beam runs on this machine."""
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue an interrupted conversion in --out, or write damaged shards of a finished one again. Whole
-    shards are read, compared with their digests, and left as they are."""
+    """Beam's own options."""
+    resume: bool = False
+    """Go on with an interrupted conversion, or write damaged shards of a finished one again."""
     missing_images: MissingImages = "stop"
-    """When camera images are absent or damaged: stop and list them, skip their keyframes, keep the keyframe
-    with empty images, or render them from the annotations and the map (marked in image_rendered)."""
+    """What becomes of keyframes whose camera images are absent or damaged."""
     render_size: str | None = None
-    """WxH of rendered images, such as 704x396; default: the camera's own size."""
+    """WxH of rendered images; the camera's own when None."""
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
 
-    def run(self) -> Mapping[str, Any]:
-        """Converts; see the class. Returns counts, the fingerprint and the time taken."""
+    def run(self) -> dict[str, Any]:
+        """Converts; returns counts, the fingerprint and the time taken.
+
+        Raises:
+            DataError: the options do not fit each other or the folder, or the folder is damaged.
+        """
         render_size = self._checked_options()
         if self.out.exists() and not self.out.is_dir():
             raise DataError(f"--out {self.out} is a file; name a folder")
         with folder_lock(self.out):
             return self._convert(render_size)
 
-    def _convert(self, render_size: tuple[int, int] | None) -> Mapping[str, Any]:
+    def _convert(self, render_size: tuple[int, int] | None) -> dict[str, Any]:
         start = time.monotonic()
         conversion.check_output_folder(self.out, self.resume)
         tables = read_tables(self.dataroot, self.version)
@@ -130,7 +125,7 @@ class Convert(Command):
                 self.out, shards_by_split(results), f"Keyframes of {self.version} as self-contained records."
             )
             conversion.write_json(provenance_path, provenance)
-        facts = {
+        return {
             "records": provenance["records"],
             "keyframes": total,
             "fingerprint": provenance["fingerprint"],
@@ -141,8 +136,6 @@ class Convert(Command):
             "counts": provenance["counts"],
             "out": str(self.out),
         }
-        print(_summary(facts))
-        return facts
 
     def _images_elsewhere(self, files: Sequence[SceneFiles]) -> str:
         """Where the first missing image lies, if it is one folder off."""
@@ -215,7 +208,7 @@ class Convert(Command):
         return [result for result in finished.values() if result is not None]
 
 
-def _summary(facts: Mapping[str, Any]) -> str:
+def summary(facts: Mapping[str, Any]) -> str:
     """What a person wants to know after a conversion."""
     counts = facts["counts"]
 

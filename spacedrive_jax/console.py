@@ -1,8 +1,12 @@
-"""What every command line of the project shares: one clear error line, progress, one JSON object.
+"""What every command line of the project shares: one clear error line, a log, progress, one JSON object.
 
 A command is a frozen dataclass deriving from `Command`: its fields are its flags (tyro builds the
 parser and the `--help` page from names, types and docstrings) and `run` does the work and returns the
 facts that `--json` prints.
+
+Results go to stdout; what happens on the way goes through `logging`, which a command line sends to stderr
+and a notebook configures as it likes (every module logs under its own name, below `spacedrive_jax` or
+`data_prep`).
 """
 
 from __future__ import annotations
@@ -10,22 +14,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any, ClassVar, TextIO, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 from tqdm import tqdm
 
+from spacedrive_jax import __version__
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import to_json
 
 T = TypeVar("T")
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOGGERS = ("spacedrive_jax", "data_prep")
+"""The project's own: other libraries speak from warnings on."""
 
+log = logging.getLogger(__name__)
 
 UserError = SpaceDriveError
 """The former name, until every room raises the kind that fits."""
@@ -39,6 +50,12 @@ class Command:
     """Print one JSON object with the results as the last line of stdout."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = dataclasses.field(default=False, kw_only=True)
     """Show the whole traceback when something fails."""
+    log_level: LogLevel = dataclasses.field(default="info", kw_only=True)
+    """How much to say on stderr; `debug` names module and time of every line."""
+    quiet: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-q"])] = dataclasses.field(
+        default=False, kw_only=True
+    )
+    """Say warnings and errors only, and draw no progress: short for --log-level warning."""
 
     when_stopped: ClassVar[str] = "nothing was kept"
     """What a person who stopped the command (Ctrl-C, SIGTERM) has to know."""
@@ -52,23 +69,80 @@ class Terminated(BaseException):
     """SIGTERM: raised where the command is, so that it cleans up as on any other error."""
 
 
+class _Stderr(logging.Handler):
+    """Log lines on stderr, above a progress bar where there is one.
+
+    A line is said once: what is logged while a program is traced comes again with every layer and program.
+    """
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__()
+        self.setFormatter(_Format(verbose=verbose))
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if text not in self._said:
+                self._said.add(text)
+                tqdm.write(text, file=sys.stderr)
+        except Exception:  # logging never stops the work (a closed pipe, a full disk)
+            self.handleError(record)
+
+
+class _Format(logging.Formatter):
+    """The message alone at level info, with its level above; all about it when debugging."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(message)s")
+        self._verbose = verbose
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self._verbose or record.levelno == logging.INFO:
+            return text
+        return f"{record.levelname.lower()}: {text}"
+
+
+def configure_logging(level: LogLevel = "info") -> None:
+    """Sends log lines to stderr; called by the command line, never by the library.
+
+    Args:
+        level: the least serious that is shown of this project; other libraries' from warnings on.
+    """
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if isinstance(each, _Stderr)]:
+        root.removeHandler(handler)
+    root.addHandler(_Stderr(verbose=level == "debug"))
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(level.upper())
+
+
 def progress(iterable: Iterable[T] | None = None, *, logged: bool = True, **options: Any) -> tqdm:
     """A tqdm progress bar on stderr, which leaves stdout to results.
 
-    Where stderr is no terminal but a log, a whole line takes the bar's place every `LOG_SECONDS`, so that a
-    short task says nothing and a long one does not seem to hang.
+    Where stderr is no terminal, a line in the log takes the bar's place every `LOG_SECONDS`, so that a
+    short task says nothing and a long one does not seem to hang. Where the log is quiet, so is this.
 
     Args:
         iterable: what to go through; None where the caller updates the bar.
-        logged: False keeps the log free of these lines, where the caller says itself how far it is (`note`).
+        logged: False keeps the log free of these lines, where the caller says itself how far it is.
         options: tqdm's.
     """
+    heard = log.isEnabledFor(logging.INFO)
     if sys.stderr.isatty():
-        return tqdm(iterable, dynamic_ncols=True, file=sys.stderr, **options)
+        # A library used without a command line has no level of its own: there a terminal decides.
+        return tqdm(
+            iterable,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not heard and _is_configured(),
+            **options,
+        )
     return tqdm(
         iterable,
-        disable=not logged,
-        file=_LogLines(sys.stderr),
+        disable=not (logged and heard),
+        file=_LogLines(),
         bar_format=_LOG_LINE,
         miniters=1,
         mininterval=LOG_SECONDS,
@@ -78,30 +152,37 @@ def progress(iterable: Iterable[T] | None = None, *, logged: bool = True, **opti
 
 
 def note(text: str) -> None:
-    """Writes a line to stderr, above a progress bar where there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Logs a line at level info for code that has no name of its own to log under."""
+    log.info("%s", text)
 
 
 LOG_SECONDS = 30.0
 _LOG_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
 
 
-class _LogLines(io.TextIOBase):
-    """What tqdm draws over and over on one line of a terminal, each drawing as a line of its own."""
+def _is_configured() -> bool:
+    return any(isinstance(handler, _Stderr) for handler in logging.getLogger().handlers)
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+
+class _LogLines(io.TextIOBase):
+    """What tqdm draws over and over on one line of a terminal, each drawing as a line of the log."""
 
     def write(self, text: str) -> int:
         if text.strip():
-            self._stream.write(text.strip() + "\n")
-            self._stream.flush()
+            log.info("%s", text.strip())
         return len(text)
 
 
-def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: bool) -> int:
+def finish(
+    action: Callable[[], Mapping[str, Any]],
+    *,
+    as_json: bool,
+    debug: bool,
+    log_level: LogLevel = "info",
+) -> int:
     """Runs `action` under the project's command-line contract and returns the exit status."""
     when_stopped = getattr(getattr(action, "__self__", None), "when_stopped", Command.when_stopped)
+    configure_logging(log_level)
     try:
         with _raising_on_sigterm():
             facts = action()
@@ -111,6 +192,8 @@ def finish(action: Callable[[], Mapping[str, Any]], *, as_json: bool, debug: boo
     except Terminated:
         print(f"stopped by SIGTERM; {when_stopped}", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        raise  # whoever reads our output has seen enough: `until_the_reader_leaves`
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -142,9 +225,36 @@ def _raising_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def run_command(command: Command) -> int:
+    """Runs a parsed command and returns its exit status."""
+    level: LogLevel = "warning" if command.quiet and command.log_level != "error" else command.log_level
+    return finish(command.run, as_json=command.json, debug=command.debug, log_level=level)
+
+
 def main(program: str, description: str, commands: Mapping[str, type[Command]], argv: list[str]) -> int:
     """Parses `argv`, runs the chosen command and returns its exit status."""
+    if argv in (["--version"], ["-V"]):
+        print(f"spacedrive_jax {__version__}")
+        return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        dict(commands), prog=program, description=description, args=argv
+        dict(commands), prog=program, description=f"{description} --version names the version.", args=argv
     )
-    return finish(command.run, as_json=command.json, debug=command.debug)
+    return run_command(command)
+
+
+def until_the_reader_leaves(run: Callable[[], int]) -> int:
+    """Runs a program whose output may be cut short (`… --help | head`), without a traceback.
+
+    Returns:
+        The program's exit status, or that of a process ended by SIGPIPE as shells see it.
+    """
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends; there must be somewhere for it to go.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -100,8 +100,8 @@ def settings() -> list[Setting]:
 
 def measure() -> dict[str, str]:
     """Fingerprints of a world, its records and their evaluation under this process's setting."""
-    from data_prep.convert import Convert
-    from data_prep.synthesize.command import Synthesize
+    from data_prep.cli.convert import Convert
+    from data_prep.cli.synthesize import Synthesize
     from spacedrive_jax.cli.evaluate import Evaluate
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.evaluation.baselines import constant_velocity

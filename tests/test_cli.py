@@ -1,14 +1,16 @@
 """Both command lines: help that teaches, one clear error line, JSON last."""
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
 
-import data_prep.cli
+import data_prep.cli.main
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
+from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.console import UserError
 from tests.conftest import ROOT
 
@@ -23,10 +25,10 @@ def test_every_command_teaches_by_example(command, capsys):
     assert "--json" in page
 
 
-@pytest.mark.parametrize("command", sorted(data_prep.cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(data_prep.cli.main.COMMANDS))
 def test_every_data_command_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        data_prep.cli.run([command, "--help"])
+        data_prep.cli.main.main([command, "--help"])
     assert stop.value.code == 0
     page = capsys.readouterr().out
     assert f"Example: python -m data_prep {command}" in " ".join(page.replace("│", " ").split())
@@ -57,7 +59,20 @@ def test_json_is_the_last_line(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3}
 
 
-def test_a_log_gets_a_line_now_and_then_and_nothing_of_short_tasks(monkeypatch, capsys):
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """What a command line with its log at a level writes to stderr."""
+
+    def lines(level="info"):
+        console.configure_logging(level)
+        return capsys
+
+    yield lines
+    console.configure_logging()
+
+
+def test_a_log_gets_a_line_now_and_then_and_nothing_of_short_tasks(monkeypatch, said):
+    capsys = said()
     assert list(console.progress(range(3), desc="convert", unit="keyframe")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
@@ -74,9 +89,55 @@ def test_a_log_gets_a_line_now_and_then_and_nothing_of_short_tasks(monkeypatch, 
     assert all(" gone, " in line for line in lines)
 
     with console.progress(total=1, logged=False) as bar:
-        console.note("step 1/1")
+        logging.getLogger("spacedrive_jax.training.train").info("step 1/1")
         bar.update()
     assert capsys.readouterr().err == "step 1/1\n"
+
+
+def test_a_quiet_command_says_warnings_and_draws_nothing(monkeypatch, said):
+    capsys = said("warning")
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
+    list(console.progress(range(3), desc="convert"))
+    logging.getLogger("spacedrive_jax.data").info("not said")
+    logging.getLogger("data_prep.conversion").warning("a shard is damaged")
+    assert capsys.readouterr().err == "warning: a shard is damaged\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(console.progress(range(2), desc="convert"))
+    assert capsys.readouterr().err == ""
+
+
+def test_debugging_names_module_and_level(said):
+    capsys = said("debug")
+    logging.getLogger("spacedrive_jax.data.loader").debug("read 3")
+    assert capsys.readouterr().err.rstrip().endswith("DEBUG spacedrive_jax.data.loader: read 3")
+
+
+def test_the_log_says_which_attention_kernel_runs(said):
+    import jax.numpy as jnp
+
+    from spacedrive_jax.models.attention import attend
+
+    capsys = said()
+    states = jnp.zeros((1, 8, 2, 4))
+    for _ in range(2):  # as for two layers, which is said once
+        attend(states, states, states, choice="auto")
+    assert capsys.readouterr().err == "attention over 8 tokens of 4 channels on cpu: xla\n"
+
+
+@pytest.mark.parametrize("module", ["spacedrive_jax", "data_prep"])
+def test_a_reader_that_leaves_early_ends_in_no_traceback(module):
+    command = f"{sys.executable} -m {module} --help | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "usage:" in done.stdout
+    assert done.stderr == ""
+
+
+def test_both_command_lines_name_the_version(capsys):
+    assert spacedrive_jax.cli.main.main(["--version"]) == 0
+    assert data_prep.cli.main.main(["-V"]) == 0
+    assert capsys.readouterr().out == f"spacedrive_jax {spacedrive_jax.__version__}\n" * 2
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
@@ -89,13 +150,13 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     chosen = {}
     monkeypatch.setattr("jax.config.update", chosen.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    spacedrive_jax.cli.main.use_compilation_cache()
+    use_compilation_cache()
     assert chosen == {}  # jax reads the variable itself
-    spacedrive_jax.cli.main.use_compilation_cache(tmp_path / "flag")
+    use_compilation_cache(tmp_path / "flag")
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "flag")}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    spacedrive_jax.cli.main.use_compilation_cache()
+    use_compilation_cache()
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "spacedrive_jax" / "xla")}
 
 
@@ -117,7 +178,15 @@ def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
     assert said.count("\n") == 1
 
 
-def test_help_does_not_wait_for_jax():
-    code = "import sys, spacedrive_jax.cli.main, data_prep.cli; print('jax' in sys.modules)"
+HEAVY = ("jax", "flax", "transformers", "tensorflow_datasets", "grain", "matplotlib", "cv2", "scipy")
+
+
+@pytest.mark.parametrize("module", ["spacedrive_jax.cli.main", "data_prep.cli.main"])
+def test_help_waits_for_no_heavy_library(module):
+    code = (
+        f"import sys, {module} as cli, contextlib\n"
+        "with contextlib.suppress(SystemExit):\n    cli.main(['--help'])\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.splitlines()[-1] == "[]"

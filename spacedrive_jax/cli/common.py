@@ -1,9 +1,13 @@
-"""Where compiled programs are kept between runs."""
+"""What several commands share: where compiled programs are kept, and advice where memory is short."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from spacedrive_jax.errors import SpaceDriveError
 
 
 def use_compilation_cache(folder: Path | None = None) -> None:
@@ -19,3 +23,17 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+
+
+@contextlib.contextmanager
+def advice_on_memory(advice: str) -> Iterator[None]:
+    """Says what to do where the devices have too little memory."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0][:300]
+        raise SpaceDriveError(f"the devices ran out of memory ({said}): {advice}") from error

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from spacedrive_jax.console import Command, UserError, progress
-from spacedrive_jax.evaluation.protocols import protocol_named
 from spacedrive_jax.io import write_json
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ class Evaluate(Command):
         # Here, not above: the record reader takes a second to import, which --help need not wait for.
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
+        from spacedrive_jax.evaluation.protocols import protocol_named
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if self.out is not None and not out.parent.is_dir():

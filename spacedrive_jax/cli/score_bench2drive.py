@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from spacedrive_jax.console import Command, UserError
-from spacedrive_jax.evaluation.bench2drive.abilities import ability_rates, read_junctions
-from spacedrive_jax.evaluation.bench2drive.results import (
-    RouteResult,
-    read_results,
-    read_route_set,
-    score_routes,
-)
 from spacedrive_jax.io import inside
+
+if TYPE_CHECKING:
+    from spacedrive_jax.evaluation.bench2drive.results import RouteResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +40,9 @@ class ScoreBench2Drive(Command):
         Raises:
             UserError: a file cannot be read, or names routes twice or none of the set.
         """
+        from spacedrive_jax.evaluation.bench2drive.abilities import ability_rates, read_junctions
+        from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
+
         if not self.results:
             raise UserError("name at least one result file")
         results = read_results(self.results)

@@ -10,7 +10,6 @@ from typing import Any
 import tyro
 
 from spacedrive_jax.console import Command
-from spacedrive_jax.evaluation.counterfactual import RULES, count_risks, read_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,8 @@ class ScoreCounterfactual(Command):
         Raises:
             UserError: a file cannot be read, or no keyframe has an answer and annotations.
         """
+        from spacedrive_jax.evaluation.counterfactual import RULES, count_risks, read_items
+
         read = read_items(self.predictions, self.annotations, every_question=self.every_question)
         rules: dict[str, Any] = {}
         for rule in RULES:

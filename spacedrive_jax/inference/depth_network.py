@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from spacedrive_jax.console import UserError, note
+from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.encoded_images import decode_photo
@@ -28,6 +29,8 @@ from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
+
+log = logging.getLogger(__name__)
 
 RELEVANT_FILES = ("*.safetensors", "*.bin", "*.pth", "config.json", "preprocessor_config.json")
 REVISION = 1
@@ -101,7 +104,7 @@ class KeyframeDepth:
         model: nnx.Module
         if config.kind() == "unidepth":
             if is_released(config.weights):
-                note("UniDepth's released weights are for non-commercial use only (CC BY-NC 4.0)")
+                log.warning("UniDepth's released weights are for non-commercial use only (CC BY-NC 4.0)")
             model = load_unidepth(config.weights, compute=compute)
         else:
             # Pooling absorbs the network's own size, as in SpaceDrive.

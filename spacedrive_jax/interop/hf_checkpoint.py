@@ -7,6 +7,7 @@ stacked parameter at a time, straight into their sharding. On many hosts each re
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.interop.families import family_of, read_hf_config, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.safetensors_folder import (
@@ -32,6 +33,8 @@ from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensCon
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names, draw_parameters
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+
+log = logging.getLogger(__name__)
 
 # Folds adapters and new-token rows into base weights, so that others can read a trained model.
 
@@ -293,9 +296,10 @@ def with_own_head(config: VLConfig, folder: SafetensorsFolder) -> VLConfig:
         own, repeated = folder.read(HEAD), folder.read(TABLE)
         if np.array_equal(own.view(np.uint8), repeated.view(np.uint8)):
             return config
-    note(
-        f"note: {folder.path}: config.json ties the head to the embedding, but {head.name} has values of its "
-        "own; they are kept"
+    log.warning(
+        "%s: config.json ties the head to the embedding, but %s has values of its own; they are kept",
+        folder.path,
+        head.name,
     )
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tied_head=False))
 

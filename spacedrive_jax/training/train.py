@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, to_json
-from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training import checkpoints, run_folder
@@ -29,6 +30,8 @@ from spacedrive_jax.training.sharding import (
 from spacedrive_jax.training.state import check_start, count, start_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import Throughput, interval_line, opening_line
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +132,16 @@ def train(
     if run_folder.is_main_host():
         shown = {name: value for name, value in facts.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
-        note(
-            opening_line(
-                name=config.name,
-                trainable=count(trainable),
-                frozen=count(frozen),
-                keyframes=len(samples),
-                batch_size=settings.batch_size,
-                start=start,
-                steps=settings.steps,
-            )
+        opening = opening_line(
+            name=config.name,
+            trainable=count(trainable),
+            frozen=count(frozen),
+            keyframes=len(samples),
+            batch_size=settings.batch_size,
+            start=start,
+            steps=settings.steps,
         )
+        log.info("%s", opening)
     metrics_log = run_folder.MetricsLog(run_dir, start)
 
     done, loss, stopped = start, float("nan"), False
@@ -178,7 +180,7 @@ def train(
                     loss = values["loss"]
                     metrics_log.write(done, values)
                     if run_folder.is_main_host():
-                        note(interval_line(done, settings.steps, values))
+                        log.info("%s", interval_line(done, settings.steps, values))
                 short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
             if profile is not None and done == profile.start + profile.steps:
                 jax.block_until_ready(metrics)

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.add_depth import AddDepth, add_depth
+from data_prep.add_depth import add_depth
+from data_prep.cli.add_depth import AddDepth
 from spacedrive_jax.console import UserError
 from spacedrive_jax.data.depth_sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
 from spacedrive_jax.data.lidar import apply

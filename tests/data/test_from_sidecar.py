@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_prep.cli
+import data_prep.cli.main
 from spacedrive_jax.cli.main import main
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
@@ -27,7 +27,7 @@ def records(tmp_path_factory) -> Path:
     weights = tmp_path_factory.mktemp("network") / "weights"
     shutil.copytree(ROOT / "tests" / "golden" / "unidepth_tiny", weights)
     add_depth = ["add-depth", "--records", str(folder), "--model", str(weights), "--run", TINY]
-    assert data_prep.cli.run(add_depth) == 0
+    assert data_prep.cli.main.main(add_depth) == 0
     shutil.rmtree(weights)
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import conversion, convert
 from data_prep.beam import convert_unit_file, pipeline_arguments
-from data_prep.convert import Convert
+from data_prep.cli.convert import Convert
 from data_prep.nuscenes.scene_records import SceneUnit
 from spacedrive_jax.console import UserError
 from tests.conftest import ROOT

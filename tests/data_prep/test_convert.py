@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from data_prep import conversion, convert
-from data_prep.cli import run
-from data_prep.convert import Convert
+from data_prep.cli.convert import Convert
+from data_prep.cli.main import main as run
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene

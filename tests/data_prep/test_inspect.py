@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cli import run
-from data_prep.convert import Convert
+from data_prep.cli.convert import Convert
+from data_prep.cli.main import main as run
 from data_prep.record_picture import box_corners
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.convert import Convert
+from data_prep.cli.convert import Convert
 from data_prep.nuscenes.maps import MaskMap
 from data_prep.nuscenes.mask_png import cache_mask_bits
 from data_prep.nuscenes.missing_views import GROUND_CELLS, ground_around, scene_seed

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.synthesize import command
-from data_prep.synthesize.command import Synthesize, folder_fingerprint, parse_image_size
+from data_prep.cli.synthesize import Synthesize
+from data_prep.synthesize import folder
+from data_prep.synthesize.folder import folder_fingerprint, parse_image_size
 from spacedrive_jax.console import UserError
 from tests.world.conftest import TINY
 
@@ -42,7 +43,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         (root / "half").write_text("written")
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(command, "write_folder", fail)
+    monkeypatch.setattr(folder, "write_folder", fail)
     with pytest.raises(RuntimeError, match="disk on fire"):
         Synthesize(out=tmp_path / "world").run()
     assert list(tmp_path.iterdir()) == []

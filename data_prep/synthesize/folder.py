@@ -1,4 +1,4 @@
-"""`python -m data_prep synthesize`: writes the synthetic world as a nuScenes v1.0 folder."""
+"""The synthetic world as a nuScenes v1.0 folder: scenes in processes of their own, maps, tables last."""
 
 from __future__ import annotations
 
@@ -7,46 +7,45 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.synthesize import maps
 from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
-from data_prep.synthesize.tables import VERSION, fixed_tables, write_tables
-from spacedrive_jax.console import Command, UserError, progress
+from data_prep.synthesize.tables import fixed_tables, write_tables
+from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.tokens import make_token
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthesize(Command):
-    """Write a procedural driving world as a nuScenes v1.0 folder (tables, images, LiDAR, maps, CAN bus).
+class Synthesis:
+    """A procedural driving world, written as a nuScenes folder of version `v1.0-synthetic`.
 
-    Example: python -m data_prep synthesize --out data/synthetic --scenes 10 --keyframes 20
-
-    The folder is a true nuScenes folder of version `v1.0-synthetic`; the official devkit reads it. The same
-    seed writes the same bytes, whatever the number of workers.
+    The same seed writes the same bytes, whatever the number of workers.
     """
 
     out: Path
     """Folder to write; must not exist or be empty."""
     scenes: int = 10
-    """Number of scenes; manoeuvres, towns and weather change from one to the next."""
     keyframes: int = 20
-    """Keyframes per scene, two a second."""
+    """Per scene, two a second."""
     seed: int = 0
-    """Seed of the towns, the traffic and the light."""
+    """Of the towns, the traffic and the light."""
     image_size: str = "704x396"
     """Width x height of the camera images in pixels."""
     depth: bool = True
-    """Keep the exact depth of every image under samples_depth/ (16-bit PNG, metres * 256, 0 for sky)."""
+    """Keep the exact depth of every image under samples_depth/."""
     workers: int = 0
     """Processes; 0 takes one per core."""
 
-    def run(self) -> Mapping[str, Any]:
-        """Writes the folder; partial output never stands under its final name."""
+    def run(self) -> dict[str, Any]:
+        """Writes the folder; partial output never stands under its final name.
+
+        Raises:
+            UserError: an option is out of its range, or the folder holds something.
+        """
         started = time.monotonic()
         image_size = parse_image_size(self.image_size)
         for name, value, low, high in (
@@ -73,7 +72,6 @@ class Synthesize(Command):
             write_folder(unfinished, jobs, self.workers or os.cpu_count() or 1)
             fingerprint = folder_fingerprint(unfinished)
         keyframes = self.scenes * self.keyframes
-        print(f"wrote {self.scenes} scenes, {keyframes} keyframes to {self.out} (version {VERSION})")
         return {
             "keyframes": keyframes,
             "scenes": self.scenes,

@@ -1,0 +1,1 @@
+"""The command line of data preparation, one file a command."""

@@ -1,0 +1,98 @@
+"""`python -m data_prep add-depth`: a depth network's patch depth for every keyframe, beside the records."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import tyro
+
+from spacedrive_jax.console import Command
+
+if TYPE_CHECKING:
+    from spacedrive_jax.inference.depth_network import DepthNetworkConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AddDepth(Command):
+    """Run a depth network over all keyframes and keep its depth beside the records.
+
+    Training and prediction then read it (`--data.depth.sources unidepth`, or `fused` for the same fitted to
+    LiDAR) and need no depth network. Images are spread over all devices; several hosts (on one file system)
+    share the keyframes. Starting it again goes on where it was stopped.
+
+    Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14 --run spacedrive
+    """
+
+    when_stopped: ClassVar[str] = "the same command goes on where it stopped"
+
+    records: Path
+    """Records folder written by `python -m data_prep convert`."""
+    model: Path
+    """Checkpoint (folder or file) of UniDepthV2 or Depth Anything V2 metric, or a JSON file with `weights`
+    and other fields of `spacedrive_jax.inference.depth_network.DepthNetworkConfig`."""
+    run_config: Annotated[str | None, tyro.conf.arg(name="run")] = None
+    """Run preset (or .py file) whose image size, channel order, pooling and token grid to use."""
+    full: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also keep the depth of every pixel as 16-bit PNGs (some 3 MB a keyframe), for any grid and pooling."""
+    keyframes_per_step: int | None = None
+    """Keyframes (six images each) that go through the network together; by default as few as give every
+    device the same number of images."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
+    host_count: int | None = None
+    """Hosts that share the work, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Writes the sidecar; returns its folder, fingerprint and counts."""
+        import jax
+
+        from data_prep.add_depth import add_depth
+        from spacedrive_jax.data.depth_cache import FOLDER
+        from spacedrive_jax.data.records import open_records
+        from spacedrive_jax.io import folder_lock
+        from spacedrive_jax.training.sharding import connect
+
+        started = time.monotonic()
+        connect(self.coordinator, self.host_count, self.host_index)
+        records = open_records(self.records)
+        # Hosts share the folder: each holds a lock of its own against a second job of the same share.
+        with folder_lock(records.directory / FOLDER, name=f".in-use-{jax.process_index()}.json"):
+            result = add_depth(
+                records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
+            )
+        print(
+            f"{result.keyframes} keyframes ({result.reused} from an earlier run), {result.aligned} of "
+            f"{result.cameras} cameras aligned to LiDAR: {result.folder}"
+        )
+        return {
+            **dataclasses.asdict(result),
+            "fingerprint": result.fingerprint,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _network(self) -> DepthNetworkConfig:
+        from spacedrive_jax.inference.depth_network import DepthNetworkConfig
+
+        if self.model.suffix == ".json":
+            network = DepthNetworkConfig.from_file(self.model)
+        else:
+            network = DepthNetworkConfig(weights=str(self.model))
+        if self.run_config is None:
+            return network
+        from spacedrive_jax.config import load_preset
+        from spacedrive_jax.data.transforms import SampleBuilder
+
+        run = load_preset(self.run_config)
+        return dataclasses.replace(
+            network,
+            image_size=run.data.image_size,
+            channel_order=run.data.channel_order,
+            pooling=run.data.depth.pooling,
+            grid=SampleBuilder(run.data, run.model).images.token_grid,
+        )

@@ -1,0 +1,82 @@
+"""`python -m data_prep inspect`: look at one record, as text and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from spacedrive_jax.console import Command, UserError, progress
+
+if TYPE_CHECKING:
+    from spacedrive_jax.data.schema import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect(Command):
+    """Print a record of a records folder and, on request, draw it.
+
+    Example: python -m data_prep inspect records --token ca9a282c9e77460f8360f564131a8af5 --image view.png
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECORDS")]
+    """Records folder written by `python -m data_prep convert`."""
+    token: str | None = None
+    """Keyframe to show; default: the middle one of the first scene."""
+    image: Path | None = None
+    """PNG to write: the six cameras with boxes and waypoints, and a bird's-eye view."""
+    points: Path | None = None
+    """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read every shard whole, compare it with its digest, and name those that are damaged."""
+    depth_cache: str | None = None
+    """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Prints the record; returns its token and the folder's counts."""
+        from data_prep.inspect_record import describe_record, find_record
+        from spacedrive_jax.data.records_folder import check_contents, read_provenance
+
+        if self.check:
+            with progress(desc="check shards", unit="shard") as bar:
+                shards = check_contents(self.directory, lambda _: bar.update())
+            print(f"{self.directory}: {shards} shards are whole")
+        provenance = read_provenance(self.directory)
+        record = find_record(self.directory, self.token)
+        print(
+            f"{self.directory}: {provenance['records']} records "
+            f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
+            f"fingerprint {provenance['fingerprint'][:12]}"
+        )
+        print(describe_record(record))
+        facts: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
+        if self.image is not None:
+            # matplotlib takes a second to import; the text needs none of it.
+            from data_prep.record_picture import draw_record
+
+            draw_record(record, self.image)
+            print(f"drew {self.image}")
+            facts["image"] = str(self.image)
+        if self.points is not None:
+            facts["points"] = self._write_points(self.points, record, provenance["fingerprint"])
+        return facts
+
+    def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
+        # These import jax, which the text and the picture can do without.
+        from data_prep.point_cloud import keyframe_points, write_ply
+        from spacedrive_jax.data.depth_cache import DepthCache, find_cache
+        from spacedrive_jax.data.depth_sources import NETWORKS
+
+        full = None
+        if self.depth_cache is not None:
+            folder = find_cache(self.directory, set(NETWORKS), self.depth_cache)
+            full = DepthCache(folder, fingerprint).read(record["token"]).full
+            if not full:
+                raise UserError(f"{folder} keeps patch depth only; run add-depth with --full")
+        points, colours = keyframe_points(record, full)
+        write_ply(file, points, colours)
+        print(f"wrote {len(points)} points to {file}")
+        return str(file)

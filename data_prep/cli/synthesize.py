@@ -1,0 +1,56 @@
+"""`python -m data_prep synthesize`: writes the synthetic world as a nuScenes v1.0 folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spacedrive_jax.console import Command
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesize(Command):
+    """Write a procedural driving world as a nuScenes v1.0 folder (tables, images, LiDAR, maps, CAN bus).
+
+    Example: python -m data_prep synthesize --out data/synthetic --scenes 10 --keyframes 20
+
+    The folder is a true nuScenes folder of version `v1.0-synthetic`; the official devkit reads it. The same
+    seed writes the same bytes, whatever the number of workers.
+    """
+
+    out: Path
+    """Folder to write; must not exist or be empty."""
+    scenes: int = 10
+    """Number of scenes; manoeuvres, towns and weather change from one to the next."""
+    keyframes: int = 20
+    """Keyframes per scene, two a second."""
+    seed: int = 0
+    """Seed of the towns, the traffic and the light."""
+    image_size: str = "704x396"
+    """Width x height of the camera images in pixels."""
+    depth: bool = True
+    """Keep the exact depth of every image under samples_depth/ (16-bit PNG, metres * 256, 0 for sky)."""
+    workers: int = 0
+    """Processes; 0 takes one per core."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Writes the folder; see `data_prep.synthesize.folder.Synthesis`."""
+        from data_prep.synthesize.folder import Synthesis
+        from data_prep.synthesize.tables import VERSION
+
+        facts = Synthesis(
+            out=self.out,
+            scenes=self.scenes,
+            keyframes=self.keyframes,
+            seed=self.seed,
+            image_size=self.image_size,
+            depth=self.depth,
+            workers=self.workers,
+        ).run()
+        print(
+            f"wrote {facts['scenes']} scenes, {facts['keyframes']} keyframes to {self.out} "
+            f"(version {VERSION})"
+        )
+        return facts

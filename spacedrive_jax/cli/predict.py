@@ -1,0 +1,145 @@
+"""`python -m spacedrive_jax predict`: trajectories, or answers about candidates, for a split of records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+from spacedrive_jax import io
+from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict(Command):
+    """Predict trajectories for a split of records and write them as JSON Lines.
+
+    A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}, and
+    "path": [[x, y] x 20] where the model gives one. With --task counterfactual the model is asked what would
+    happen on every candidate trajectory of OmniDrive's test instead: {"token", "Q", "A"} a line, which
+    score-counterfactual reads.
+
+    Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
+    --out runs/demo/predictions.jsonl
+    """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
+
+    checkpoint: Path
+    """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or a folder of import-weights --from
+    spacedrive."""
+    records: Path
+    """Records folder written by `python -m data_prep convert`."""
+    split: Literal["train", "val", "all"] = "val"
+    """Which keyframes to predict."""
+    step: int | None = None
+    """Of a run folder: the checkpoint to take instead of the newest."""
+    task: Literal["planning", "counterfactual"] = "planning"
+    """Plan, or answer the counterfactual test."""
+    language_data: Path | None = None
+    """For counterfactual: folder of OmniDrive's language data (its eval_cf); the run's by default."""
+    out: Path | None = None
+    """File to write; predictions.jsonl or counterfactual.jsonl in the run folder by default (an imported
+    checkpoint needs a name)."""
+    batch_size: int = 8
+    """Samples per step, over all devices."""
+    max_new_tokens: int | None = None
+    """Longest answer, tokens; by default the published 100, more where the model gives a path."""
+    decoding: Literal["one-pass", "token-by-token"] = "one-pass"
+    """Run the whole framed answer at once and check it, or generate token by token; same answers."""
+    repetition_penalty: float = 1.0
+    """Penalty on ids already seen; released Qwen settings carry 1.05, SpaceDrive's results use none."""
+    average: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Predict with the moving average of the weights that `--train.ema-decay` keeps."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with an interrupted prediction of the same file (or start, when there is none)."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the file if it exists, or start an interrupted one anew."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
+        if self.step is not None:
+            checkpoint = self.checkpoint / "checkpoints" / str(self.step)
+            return dataclasses.replace(self, checkpoint=checkpoint, step=None).run()
+        use_compilation_cache(self.compilation_cache)
+        from spacedrive_jax.inference.predict import predict
+        from spacedrive_jax.interop.trained_parts import is_imported
+        from spacedrive_jax.training.checkpoints import locate
+
+        if self.out is None and is_imported(self.checkpoint):
+            raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out FILE")
+        if self.task == "counterfactual":
+            return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
+        out = self.out or locate(self.checkpoint)[0] / "predictions.jsonl"
+        with advice_on_memory("lower --batch-size"):
+            result = predict(
+                self.checkpoint,
+                self.records,
+                self.split,
+                out,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+                decoding=self.decoding,
+                repetition_penalty=self.repetition_penalty,
+                average=self.average,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
+        if self.out is None:
+            _note_predictions(out.parent, self.records, self.split, out)
+        rate = result.samples / max(result.seconds, 1e-9)
+        print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
+        return {
+            "file": str(out),
+            "samples": result.samples,
+            "unparsed": result.unparsed,
+            "in_one_pass": result.in_one_pass,
+            "samples_per_second": rate,
+        }
+
+    def _ask(self, out: Path) -> Mapping[str, Any]:
+        from spacedrive_jax.inference.questions import answer_counterfactual
+
+        with advice_on_memory("lower --batch-size"):
+            result = answer_counterfactual(
+                self.checkpoint,
+                self.records,
+                self.split,
+                self.language_data,
+                out,
+                batch_size=self.batch_size,
+                max_new_tokens=100 if self.max_new_tokens is None else self.max_new_tokens,
+                repetition_penalty=self.repetition_penalty,
+                average=self.average,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
+        print(
+            f"{result.questions} questions about {result.keyframes} keyframes, {result.without_candidates} "
+            f"keyframes without candidates: {out}"
+        )
+        return {
+            "file": str(out),
+            "samples": result.questions,
+            "keyframes": result.keyframes,
+            "without_candidates": result.without_candidates,
+            "samples_per_second": result.questions / max(result.seconds, 1e-9),
+        }
+
+
+def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:
+    """Tells `report` what the run folder's predictions were made on."""
+    file = run_dir / "run.json"
+    facts = io.read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise DataError(f"{file} holds no JSON object: write it again (train --resume)")
+    facts |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
+    io.write_json(file, facts, indent=2)

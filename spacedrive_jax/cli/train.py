@@ -1,0 +1,113 @@
+"""`python -m spacedrive_jax train`: a run from a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Command):
+    """Train a model from a config; every field of the config is a flag of its own.
+
+    Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder.
+    `train CONFIG --help` lists the fields of CONFIG with their values.
+
+    Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000
+    """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A preset in configs/ by name, a .py file that defines `config`, or a config.json of a run."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
+    step: int | None = None
+    """With --resume: go on from this checkpoint instead of the newest; later ones move to RUN/set_aside."""
+    accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Resume although config or records differ from the run's."""
+    skip_nonfinite: int = 0
+    """Leave out up to this many steps whose loss or gradient is nan or infinite."""
+    profile: tuple[int, int] | None = None
+    """First step and number of steps to trace with jax's profiler, into RUN/profile."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
+    host_count: int | None = None
+    """Hosts of the run, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> Mapping[str, Any]:
+        """Trains; see `spacedrive_jax.training.train.train`."""
+        from spacedrive_jax.config import Config, load_preset
+
+        config = tyro.cli(
+            tyro.conf.OmitSubcommandPrefixes[Config],
+            prog=f"python -m spacedrive_jax train {self.config}",
+            description=f"Every field of the config {self.config!r} and its value there.",
+            default=load_preset(self.config),
+            args=list(self.overrides),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+        if self.step is not None and not self.resume:
+            raise ConfigError("--step says where to go on: give --resume with it")
+        use_compilation_cache(self.compilation_cache)
+        from spacedrive_jax.training.sharding import connect
+        from spacedrive_jax.training.train import ProfileWindow, train
+
+        connect(self.coordinator, self.host_count, self.host_index)
+        with advice_on_memory(_TRAIN_LESS):
+            result = train(
+                config,
+                resume=self.resume,
+                step=self.step,
+                accept_changes=self.accept_changes,
+                skip_nonfinite=self.skip_nonfinite,
+                profile=None if self.profile is None else ProfileWindow(*self.profile),
+            )
+        how = "trained" if result.finished else "stopped by SIGTERM and saved; --resume goes on:"
+        print(f"{how} {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+        return {
+            "run_dir": str(result.run_dir),
+            "checkpoint": str(result.run_dir / "checkpoints" / str(result.step)),
+            "step": result.step,
+            "loss": result.loss,
+            "seconds": result.seconds,
+            "finished": result.finished,
+            "skipped": result.skipped,
+        }
+
+
+_TRAIN_LESS = (
+    "keep less for the backward pass (--model.compute.remat full), cut the batch into pieces "
+    "(--train.accumulation 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them without "
+    "the machine"
+)
+
+
+def parse_train(arguments: list[str], program: str) -> Train:
+    """Reads `train CONFIG …`, whose flags are its own and the fields of the config.
+
+    Which fields there are is known only once the config is loaded, so that they (and `--help`, which is to
+    list them) are kept for `Train.run`.
+
+    Args:
+        arguments: what follows `train`; the first is the config.
+        program: for the help page.
+    """
+    help_flags = [argument for argument in arguments[1:] if argument in ("-h", "--help")]
+    known = [argument for argument in arguments if argument not in help_flags]
+    command, rest = tyro.cli(Train, prog=program, args=known, return_unknown_args=True)
+    return dataclasses.replace(command, overrides=(*rest, *help_flags))
