@@ -47,6 +47,11 @@ def say(error: OSError) -> str:
     return _SAY.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
 
 
+def reason(error: Exception, path: object) -> str:
+    """What an error says of a file without the file's name before it, for a sentence that names it."""
+    return str(error).removeprefix(str(path)).lstrip(": ").removeprefix("is ")
+
+
 def require_regular(path: str | os.PathLike[str], *, most: int | None = None) -> int:
     """Size in bytes of a file that can be read without hanging.
 

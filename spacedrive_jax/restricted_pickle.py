@@ -228,5 +228,4 @@ def read_pickle(path: Path, allowed: Allowed = PLAIN, *, contents: str = "plain 
             f"{path} is not a pickle of {contents}: {error}, and only {contents} are read"
         ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is not a pickle of {contents}: {reason} (is it damaged?)") from error
+        raise DataError(f"{path} is damaged, or is not a pickle of {contents}") from error

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.interop import llava, qwen2_5_vl
 from spacedrive_jax.interop.hf_fields import Fields
 from spacedrive_jax.interop.llava import read_llava_config, write_llava_config
 from spacedrive_jax.interop.qwen2_5_vl import read_qwen_config, write_qwen_config
 from spacedrive_jax.interop.weight_table import Rule
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE, read_json, reason
 from spacedrive_jax.models.config import LlavaConfig, QwenVLConfig, VLConfig
 from spacedrive_jax.models.families.llava import Llava
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
@@ -86,7 +86,12 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
     if family is None:
         expected = " or ".join(repr(name) for name in FAMILIES)
         raise ConfigError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
-    return family.read_config(fields, origin)
+    try:
+        return family.read_config(fields, origin)
+    except SpaceDriveError as error:
+        if str(origin) in str(error):
+            raise
+        raise ConfigError(f"{origin}: {error}") from error  # of sizes that do not fit each other
 
 
 def write_hf_config(config: VLConfig) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], st
         fields = read_json(path, most=16 * MEBIBYTE)
     except DataError as error:
         raise ConfigError(
-            f"cannot read {path}: {error}; give a folder with transformers' config.json"
+            f"cannot read {path}: {reason(error, path)}; give a folder with transformers' config.json"
         ) from error
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{path} holds no JSON object; give a folder with transformers' config.json")

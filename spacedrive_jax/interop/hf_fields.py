@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +57,7 @@ def real(fields: Fields, name: str, origin: str, default: float) -> float:
     """
     value = fields.get(name)
     value = default if value is None else value
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+    if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected a number above 0")
     return float(value)
 

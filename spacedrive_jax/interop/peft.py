@@ -15,7 +15,7 @@ from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.peft_options import read_lora_options
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes, lora_rules
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE, read_json, reason
 from spacedrive_jax.models.config import LoraConfig, LoraTarget, VLConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
@@ -170,7 +170,9 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
     try:
         values = read_json(file, most=MEBIBYTE)
     except DataError as error:
-        raise CheckpointError(f"cannot read {error}; give a folder that PEFT wrote") from error
+        raise CheckpointError(
+            f"cannot read {file}: {reason(error, file)}; give a folder that PEFT wrote"
+        ) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object; give a folder that PEFT wrote")
     return values, file

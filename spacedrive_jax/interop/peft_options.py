@@ -48,7 +48,7 @@ def read_lora_options(values: Mapping[str, Any], file: Path) -> tuple[int, float
     start = values.get("init_lora_weights", True)
     if not any(start is known or start == known for known in ONLY_AT_THE_START):
         raise CheckpointError(
-            f"{file}: init_lora_weights {start!r} belongs to a base that PEFT changed, not to the one it "
+            f"{file}: init_lora_weights {str(start)[:40]!r} belongs to a base that PEFT changed, not to the one it "
             "names: save it as plain LoRA (path_initial_model_for_weight_conversion of save_pretrained) or "
             "merged (merge_and_unload(), then --from hf)"
         )
@@ -65,7 +65,7 @@ def read_lora_options(values: Mapping[str, Any], file: Path) -> tuple[int, float
     rank, alpha, dropout = values["r"], values["lora_alpha"], values.get("lora_dropout") or 0.0
     if type(rank) is not int or not 1 <= rank <= 65536:
         raise CheckpointError(f"{file}: r is {rank!r}, expected a whole number from 1 to 65536")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise CheckpointError(f"{file}: lora_alpha is {alpha!r}, expected a number")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise CheckpointError(f"{file}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")

@@ -175,7 +175,7 @@ class _Layout(msgspec.Struct):
 def _layout(file: Path) -> _Layout:
     try:
         return msgspec.json.decode(read_bytes(file), type=_Layout)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): import again") from None
 
 

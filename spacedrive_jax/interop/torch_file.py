@@ -83,7 +83,8 @@ def read_torch_file(path: str | Path) -> Any:
             f"run. {_SAVE_AGAIN}"
         ) from error
     except Exception as error:  # a damaged zip or pickle fails in any way
-        reason = str(error) or type(error).__name__
+        told = isinstance(error, zipfile.BadZipFile) or type(error) is ValueError
+        reason = str(error) if told else "what it says of its tensors makes no sense"
         raise DataError(
             f"{path} is not a whole zip file that torch.save wrote ({reason}): {_what_else(path)}"
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.errors import CheckpointError, DataError
+from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
 from spacedrive_jax.interop.dinov2 import (
     CONVOLUTION,
     Table,
@@ -96,7 +96,11 @@ def read_config(path: Path, shapes: Mapping[str, Shape]) -> UniDepthConfig:
             return config_from_json(read_json(file, most=16 * MEBIBYTE))
         except DataError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except SpaceDriveError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"{file} does not describe a UniDepthV2 model: it lacks {error}") from error
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} does not describe a UniDepthV2 model: {error!r}") from error
     width = shapes.get("pixel_encoder.cls_token", (0,))[-1]
     for name, size in SIZES.items():

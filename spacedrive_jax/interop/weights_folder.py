@@ -89,7 +89,7 @@ class WeightsFacts:
         file = Path(folder) / FACTS_FILE
         try:
             facts = msgspec.json.decode(read_bytes(file, most=MEBIBYTE), type=cls)
-        except (DataError, msgspec.MsgspecError) as error:
+        except (DataError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{file} is not readable ({error}); give a folder that import-weights wrote"
             ) from error

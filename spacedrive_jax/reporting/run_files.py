@@ -232,5 +232,5 @@ def _check_evaluation(value: Mapping[str, Any], path: Path) -> None:
     """
     try:
         msgspec.convert(value, _Evaluation)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise DataError(f"{path} is not what evaluate wrote ({error}): write it again") from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import is_unicode
-from spacedrive_jax.io import MEBIBYTE, read_json, read_text
+from spacedrive_jax.io import MEBIBYTE, read_json, read_text, reason
 
 # Which routes a Bench2Drive score is over: the route file of the benchmark, or a plain list.
 
@@ -215,7 +215,7 @@ def _records(path: Path) -> list[Any]:
     try:
         content = read_json(path, most=MOST_BYTES, nan=True)
     except DataError as error:
-        raise DataError(f"cannot read {error}") from None
+        raise DataError(f"cannot read {path}: {reason(error, path)}") from None
     checkpoint = content.get("_checkpoint") if isinstance(content, dict) else None
     records = checkpoint.get("records") if isinstance(checkpoint, dict) else None
     if not isinstance(records, list):
