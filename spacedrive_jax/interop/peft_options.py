@@ -49,8 +49,8 @@ def read_lora_options(values: Mapping[str, Any], file: Path) -> tuple[int, float
     if not any(start is known or start == known for known in ONLY_AT_THE_START):
         raise CheckpointError(
             f"{file}: init_lora_weights {str(start)[:40]!r} belongs to a base that PEFT changed, not to the "
-            "one it names: save it as plain LoRA (path_initial_model_for_weight_conversion of save_pretrained) or "
-            "merged (merge_and_unload(), then --from hf)"
+            "one it names: save it as plain LoRA (path_initial_model_for_weight_conversion of "
+            "save_pretrained) or merged (merge_and_unload(), then --from hf)"
         )
     used = [name for name, value in values.items() if name not in _READ + _WITHOUT_EFFECT and _is_set(value)]
     if used:
