@@ -1,1 +1,5 @@
-"""One short file per run; each defines `config`, a `spacedrive_jax.config.Config`."""
+"""Presets, one file per family of runs.
+
+Each file defines `PRESETS`, names to `spacedrive_jax.config.Config`; `train NAME` finds them by name and
+`train --list` shows them all.
+"""

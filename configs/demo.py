@@ -11,7 +11,7 @@ from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 128
 
-config = Config(
+DEMO = Config(
     name="demo",
     model=ModelConfig(
         vlm=QwenVLConfig(
@@ -62,3 +62,5 @@ config = Config(
         checkpoint_every=200,
     ),
 )
+
+PRESETS = {"demo": DEMO}

@@ -1,14 +1,18 @@
 """A whole run as one frozen, typed value.
 
-Presets live in `configs/*.py`, each a few lines over these defaults; every field can be overridden on the
-command line (`--train.steps 200`). A run writes its resolved config beside its results.
+Presets live in `configs/`, a file per family of runs; every field can be overridden on the command line
+(`--train.steps 200`). A run writes its resolved config beside its results.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_type_hints
@@ -99,27 +103,83 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}")
 
 
+PRESET_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+@functools.cache
+def preset_groups() -> Mapping[str, tuple[str, Mapping[str, Config]]]:
+    """The presets that come with the project.
+
+    Returns:
+        For each file of `configs/`, by its name: what its runs are in one line, and its presets by name.
+
+    Raises:
+        ConfigError: a file defines no presets, or one that another file has.
+    """
+    # A package of a name of its own, wherever the folder lies: its files import from one another.
+    package = _load_module(PRESET_FOLDER / "__init__.py", "spacedrive_jax_presets")
+    groups: dict[str, tuple[str, Mapping[str, Config]]] = {}
+    for file in sorted(PRESET_FOLDER.glob("[a-z]*.py")):
+        module = importlib.import_module(f"{package.__name__}.{file.stem}")
+        known = {name for _, presets in groups.values() for name in presets}
+        presets = _defined_presets(module, file)
+        if twice := sorted(known & set(presets)):
+            raise ConfigError(f"{file} defines {', '.join(twice)}, which another file has")
+        groups[file.stem] = ((module.__doc__ or "").split("\n")[0], presets)
+    return groups
+
+
 def load_preset(name: str) -> Config:
-    """Finds a preset by name (`demo`) or by file (`my_run.py`, or a config's JSON: `runs/demo/config.json`).
+    """Finds a preset.
+
+    Args:
+        name: of a preset (`demo`); a .py file that defines `config`, or `PRESETS` of which FILE.py:NAME takes
+            one; or a config's JSON (`runs/demo/config.json`).
 
     Raises:
         ConfigError: there is no such preset, or its file does not hold a config.
     """
-    path = Path(name)
+    place, _, chosen = name.partition(":")
+    path = Path(place)
     if path.suffix == ".json" and path.is_file():
         try:
             return from_json(read_text(path, most=16 * MEBIBYTE))
         except SpaceDriveError as error:
             raise ConfigError(f"{path} does not hold a config ({error})") from error
-    if path.suffix not in (".py", ".json"):
-        path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
-    if not path.is_file():
-        presets = sorted(file.stem for file in path.parent.glob("[a-z]*.py"))
-        raise ConfigError(f"no config {name!r}; presets: {', '.join(presets)} (or give a .py or .json file)")
-    config = getattr(_load_module(path), "config", None)
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path} does not define `config`, a spacedrive_jax.config.Config")
-    return config
+    if path.suffix == ".py" and path.is_file():
+        return _preset_of_file(path, chosen)
+    groups = preset_groups()
+    for _, presets in groups.values():
+        if name in presets:
+            return presets[name]
+    listed = "; ".join(f"{group}: {', '.join(presets)}" for group, (_, presets) in groups.items())
+    raise ConfigError(f"no config {name!r} (presets are {listed}), and no .py or .json file of that name")
+
+
+def _preset_of_file(path: Path, chosen: str) -> Config:
+    module = _load_module(path, f"preset_{path.stem}")
+    config = getattr(module, "config", None)
+    if isinstance(config, Config) and not chosen:
+        return config
+    presets = _defined_presets(module, path)
+    if not chosen and len(presets) == 1:
+        return next(iter(presets.values()))
+    if chosen not in presets:
+        raise ConfigError(f"{path} defines {', '.join(presets)}: take one as {path}:NAME")
+    return presets[chosen]
+
+
+def _defined_presets(module: ModuleType, path: Path) -> Mapping[str, Config]:
+    presets = getattr(module, "PRESETS", None)
+    if (
+        not isinstance(presets, dict)
+        or not presets
+        or not all(isinstance(each, Config) for each in presets.values())
+    ):
+        raise ConfigError(
+            f"{path} defines neither `config`, a spacedrive_jax.config.Config, nor `PRESETS`, names to such"
+        )
+    return presets
 
 
 def _family_template(current: Any, values: dict[str, Any]) -> Any:
@@ -154,11 +214,14 @@ def _with_field(node: Any, path: list[str], value: Any, whole: str) -> Any:
     return dataclasses.replace(node, **{first: inner})  # type: ignore[type-var]
 
 
-def _load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
+def _load_module(path: Path, name: str) -> ModuleType:
+    """A file as a module; an `__init__.py` as a package that finds the files beside it."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    if path.name == "__init__.py":
+        sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

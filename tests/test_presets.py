@@ -8,14 +8,15 @@ import jax
 import pytest
 from flax import nnx
 
-from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, to_json
+from spacedrive_jax.cli.main import main
+from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, preset_groups, to_json
 from spacedrive_jax.console import UserError
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.state import is_trainable
 
-PRESETS = sorted(file.stem for file in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+PRESETS = sorted(name for _, presets in preset_groups().values() for name in presets)
 
 
 def abstract_model(config):
@@ -57,6 +58,32 @@ def test_a_config_in_json_is_a_preset(tmp_path):
             load_preset(str(file))
     with pytest.raises(UserError, match=r"\.py or \.json file"):
         load_preset(str(tmp_path / "absent.json"))
+
+
+def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
+    head = "from spacedrive_jax.config import Config\n"
+    file = tmp_path / "mine.py"
+    file.write_text(head + "config = Config(name='one')\n")
+    assert load_preset(str(file)).name == "one"
+    file.write_text(head + "PRESETS = {name: Config(name=name) for name in ('long', 'short')}\n")
+    assert load_preset(f"{file}:short").name == "short"
+    with pytest.raises(ConfigError, match=r"defines long, short: take one as .*mine\.py:NAME"):
+        load_preset(str(file))
+    file.write_text("PRESETS = {'mine': 3}\n")
+    with pytest.raises(ConfigError, match="defines neither `config`"):
+        load_preset(str(file))
+
+
+def test_a_wrong_name_lists_the_presets_by_group():
+    with pytest.raises(ConfigError, match=r"no config 'table9' \(presets are .*demo: demo; .*table3_vision"):
+        load_preset("table9")
+
+
+def test_list_names_every_preset(capsys):
+    assert main(["train", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in PRESETS if f"  {name}\n" not in listed] == []
+    assert "paper: SpaceDrive on Qwen2.5-VL-7B: every row of the paper's tables." in listed
 
 
 def test_frozen_scale_is_no_trainable():

@@ -29,7 +29,7 @@ class Aot(Command):
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A preset in configs/ by name, or a .py file that defines `config`."""
+    """A preset by name (`train --list`), or a .py file that defines `config`."""
     topology: str
     """CHIP:SHAPE: v5e:4x4, v5p:4x4x4, v6e:8x8; or cpu:N, N CPU devices of this process."""
     mesh: str | None = None

@@ -12,7 +12,7 @@ from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
 from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
 from spacedrive_jax.cli.serve import Serve
-from spacedrive_jax.cli.train import Train, parse_train
+from spacedrive_jax.cli.train import Train, list_presets, parse_train
 from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
 from spacedrive_jax.console import Command
@@ -46,4 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return console.run_command(parse_train(argv[1:], f"{PROGRAM} train"))
+    if argv[:2] == ["train", "--list"]:
+        flags = argv[2:]
+        return console.finish(list_presets, as_json="--json" in flags, debug="--debug" in flags)
     return console.main(PROGRAM, DESCRIPTION, COMMANDS, argv)

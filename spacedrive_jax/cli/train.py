@@ -19,7 +19,7 @@ class Train(Command):
     """Train a model from a config; every field of the config is a flag of its own.
 
     Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder.
-    `train CONFIG --help` lists the fields of CONFIG with their values.
+    `train --list` names the presets, `train CONFIG --help` lists the fields of CONFIG with their values.
 
     Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000
     """
@@ -27,7 +27,8 @@ class Train(Command):
     when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A preset in configs/ by name, a .py file that defines `config`, or a config.json of a run."""
+    """A preset by name (`train --list` shows them), a .py file that defines `config`, or a config.json of a
+    run."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
     step: int | None = None
@@ -95,6 +96,18 @@ _TRAIN_LESS = (
     "(--train.accumulation 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them without "
     "the machine"
 )
+
+
+def list_presets() -> Mapping[str, Any]:
+    """Prints the presets that `train CONFIG` knows by name, by family of runs."""
+    from spacedrive_jax.config import preset_groups
+
+    groups = preset_groups()
+    for group, (about, presets) in groups.items():
+        print(f"{group}: {about}")
+        for name in presets:
+            print(f"  {name}")
+    return {group: list(presets) for group, (_, presets) in groups.items()}
 
 
 def parse_train(arguments: list[str], program: str) -> Train:

@@ -1,9 +1,0 @@
-"""Table 5: scale alpha fixed at 1."""
-
-from spacedrive_jax.config import change, load_preset
-
-config = change(
-    load_preset("spacedrive_qwen_7b"),
-    "table5_alpha_fixed_1",
-    {"model.encoder.alpha": 1.0, "model.encoder.learnable_alpha": False},
-)
