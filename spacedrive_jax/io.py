@@ -345,7 +345,7 @@ def convert(value: Any, kind: type[T], path: object, advice: str = "is it damage
     """
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         raise DataError(f"{path}: {error}; {advice}") from error
 
 

@@ -9,7 +9,9 @@ error, of a known kind, and no larger than it may be before any memory is taken 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -77,6 +79,8 @@ def _decode(
             raise DataError(
                 f"{what} has pixels of another kind (mode {image.mode}) than {' or '.join(modes)}"
             )
+        if image.format == "PNG":
+            _check_sums(encoded)
         image.load()
     except DataError:
         raise
@@ -84,6 +88,24 @@ def _decode(
     except Exception as error:
         raise DataError(f"{what} cannot be decoded ({_reason(error)})") from error
     return image
+
+
+def _check_sums(png: bytes) -> None:
+    """Holds every chunk against its checksum: Pillow passes over those of the pixels.
+
+    Raises:
+        ValueError: one differs.
+    """
+    place = 8
+    while place < len(png):
+        (length,) = struct.unpack_from(">I", png, place)
+        end = place + 8 + length
+        if struct.unpack_from(">I", png, end)[0] != zlib.crc32(png[place + 4 : end]):
+            raise ValueError(f"checksum of its {png[place + 4 : place + 8]!r} chunk")
+        if png[place + 4 : place + 8] == b"IEND":
+            return
+        place = end + 4
+    raise ValueError("it is cut")
 
 
 def _reason(error: Exception) -> str:

@@ -35,6 +35,15 @@ def test_every_cut_is_an_error(photo):
             decode_photo(whole[:length], "the view")
 
 
+def test_every_flipped_bit_of_a_png_is_an_error():
+    whole = encoded(np.arange(2000, dtype=np.uint16).reshape(40, 50), "PNG")
+    for place in range(8, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        with pytest.raises(DataError, match="the depth"):
+            decode_depth(bytes(damaged), "the depth")
+
+
 def test_wrong_size_kind_and_format_are_named(photo):
     with pytest.raises(DataError, match="64x36 pixels instead of 32x18"):
         decode_photo(encoded(photo), "it", (18, 32))

@@ -1,0 +1,10 @@
+"""A few hundred mutated inputs; ten thousand are in benchmarks/results/fuzz.md."""
+
+from benchmarks.fuzz import BAD, fuzz, targets
+
+
+def test_mutated_files_are_read_rightly_or_refused_in_one_line():
+    counts, wrong = fuzz(20 * len(targets()), seed=1)
+    assert not wrong, "\n".join(wrong)
+    assert all(sum(each.values()) == 20 for each in counts.values())
+    assert not any(each[kind] for each in counts.values() for kind in BAD)
