@@ -15,10 +15,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import msgspec
 
+from spacedrive_jax.bounds import (
+    COUNT,
+    FROM_ZERO,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SHARE_BELOW_ONE,
+    Bound,
+    Bounds,
+    check_bounds,
+)
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
@@ -75,6 +86,36 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
+    BOUNDS: ClassVar[Bounds] = {
+        "steps": COUNT,
+        "batch_size": COUNT,
+        "accumulation": COUNT,
+        "learning_rate": POSITIVE,
+        "vlm_rate": FROM_ZERO,
+        "head_rate": FROM_ZERO,
+        "warmup_steps": FROM_ZERO,
+        "warmup_start": SHARE,
+        "final_fraction": SHARE,
+        "weight_decay": FROM_ZERO,
+        "beta1": SHARE_BELOW_ONE,
+        "beta2": SHARE_BELOW_ONE,
+        "clip_norm": POSITIVE,
+        "ema_decay": SHARE_BELOW_ONE,
+        "path_weight": FROM_ZERO,
+        "language_weight": FROM_ZERO,
+        "position_weight": FROM_ZERO,
+        "huber_delta": POSITIVE,
+        "vae_weight": FROM_ZERO,
+        "indicator_weight": FROM_ZERO,
+        "seed": SEED,
+        "log_every": COUNT,
+        "checkpoint_every": COUNT,
+        "keep_checkpoints": COUNT,
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "train")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -83,6 +124,15 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    BOUNDS: ClassVar[Bounds] = {
+        "data": Bound(1, also=(-1,)),
+        "fsdp": Bound(1, also=(-1,)),
+        "tensor": Bound(1, also=(-1,)),
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "mesh")
 
 
 @dataclasses.dataclass(frozen=True)

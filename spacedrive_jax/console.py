@@ -28,6 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from spacedrive_jax import __version__
+from spacedrive_jax.bounds import Bounds, check_bounds
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import to_json
 
@@ -59,6 +60,11 @@ class Command:
 
     when_stopped: ClassVar[str] = "nothing was kept"
     """What a person who stopped the command (Ctrl-C, SIGTERM) has to know."""
+    BOUNDS: ClassVar[Bounds] = {}
+    """What its numbers may be."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "--")
 
     def run(self) -> Mapping[str, Any]:
         """Does the work; the returned mapping is what `--json` prints."""
@@ -236,10 +242,43 @@ def main(program: str, description: str, commands: Mapping[str, type[Command]], 
     if argv in (["--version"], ["-V"]):
         print(f"spacedrive_jax {__version__}")
         return 0
-    command = tyro.extras.subcommand_cli_from_dict(
-        dict(commands), prog=program, description=f"{description} --version names the version.", args=argv
+    return parse_and_run(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            dict(commands), prog=program, description=f"{description} --version names the version.", args=argv
+        )
     )
+
+
+def parse_and_run(parser: Callable[[], Command]) -> int:
+    """Parses a command line, runs its command and returns the exit status."""
+    try:
+        command = parse(parser)
+    except SpaceDriveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return run_command(command)
+
+
+def parse(parser: Callable[[], T]) -> T:
+    """Calls a parser of tyro's, whose error for a value that a dataclass refuses is that dataclass's own.
+
+    tyro prints such an error as a page of its own and exits.
+
+    Raises:
+        SpaceDriveError: raised where a dataclass was made.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser()
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, SpaceDriveError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def until_the_reader_leaves(run: Callable[[], int]) -> int:

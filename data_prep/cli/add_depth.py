@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.console import Command
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class AddDepth(Command):
     LiDAR) and need no depth network. Images are spread over all devices; several hosts (on one file system)
     share the keyframes. Starting it again goes on where it was stopped.
 
-    Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14 --run spacedrive
+    Example: python -m data_prep add-depth --records records --model unidepth-v2-vitl14
+    --run spacedrive_qwen_7b
     """
 
     when_stopped: ClassVar[str] = "the same command goes on where it stopped"
@@ -47,6 +49,8 @@ class AddDepth(Command):
     """Hosts that share the work, with --coordinator HOST:PORT."""
     host_index: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
+
+    BOUNDS: ClassVar[Bounds] = {"keyframes_per_step": COUNT, "host_count": COUNT, "host_index": FROM_ZERO}
 
     def run(self) -> Mapping[str, Any]:
         """Writes the sidecar; returns its folder, fingerprint and counts."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import COUNT, SEED, Bounds
 from spacedrive_jax.console import Command
 
 
@@ -47,6 +48,8 @@ class Convert(Command):
     """WxH of rendered images, such as 704x396; default: the camera's own size."""
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
+
+    BOUNDS: ClassVar[Bounds] = {"workers": COUNT, "seed": SEED}
 
     def run(self) -> Mapping[str, Any]:
         """Converts; see `data_prep.convert.Conversion`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.console import Command
 
 
@@ -34,6 +35,13 @@ class Synthesize(Command):
     """Keep the exact depth of every image under samples_depth/ (16-bit PNG, metres * 256, 0 for sky)."""
     workers: int = 0
     """Processes; 0 takes one per core."""
+
+    BOUNDS: ClassVar[Bounds] = {
+        "scenes": Bound(1, 9000),
+        "keyframes": Bound(1, 200),
+        "seed": Bound(0, 2**31 - 1),
+        "workers": Bound(0, 1024),
+    }
 
     def run(self) -> Mapping[str, Any]:
         """Writes the folder; see `data_prep.synthesize.folder.Synthesis`."""

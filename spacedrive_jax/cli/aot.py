@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import COUNT, Bounds
 from spacedrive_jax.console import Command, UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Aot(Command):
     """Most programs that --search compiles; each takes minutes at 7B."""
     results: Path | None = None
     """JSON file that keeps what --search has compiled, so that a search can be interrupted or widened."""
+
+    BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": COUNT}
 
     def run(self) -> Mapping[str, Any]:
         """Compiles; see `spacedrive_jax.aot.plan.make_plan`."""

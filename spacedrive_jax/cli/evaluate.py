@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import COUNT, POSITIVE, Bounds
 from spacedrive_jax.console import Command, UserError, progress
 from spacedrive_jax.io import write_json
 
@@ -57,6 +57,8 @@ class Evaluate(Command):
     """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default, if that
     folder can be written to."""
 
+    BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": COUNT}
+
     def run(self) -> Mapping[str, Any]:
         """Scores the file, writes the JSON and prints the table.
 
@@ -74,10 +76,6 @@ class Evaluate(Command):
         writable = os.access(out.parent, os.W_OK)
         if self.out is not None and not writable:
             raise UserError(f"--out {out}: the folder {out.parent} cannot be written to")
-        if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: give 1 or more")
-        if self.discrete_coords is not None and not 0 < self.discrete_coords < math.inf:
-            raise UserError(f"--discrete-coords {self.discrete_coords}: give a pitch above 0 m")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
         if self.compare_axes is not None and self.compare is None:
             raise UserError(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax import io
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError, DataError
@@ -63,6 +64,13 @@ class Predict(Command):
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
+
+    BOUNDS: ClassVar[Bounds] = {
+        "step": FROM_ZERO,
+        "batch_size": COUNT,
+        "max_new_tokens": COUNT,
+        "repetition_penalty": POSITIVE,
+    }
 
     def run(self) -> Mapping[str, Any]:
         """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
+from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
@@ -62,11 +63,18 @@ class Serve(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BOUNDS: ClassVar[Bounds] = {
+        "port": Bound(0, 65535),
+        "batch_size": Bound(1, 4096),
+        "wait_ms": Bound(0, 10_000),
+        "most_clients": Bound(1, 100_000),
+        "most_megabytes": Bound(1, 4095),
+    }
+
     def run(self) -> Mapping[str, Any]:
         """Serves until told to stop; returns what was done."""
         if (self.checkpoint is None) == (self.exported is None):
             raise ConfigError("give --checkpoint PATH or --exported DIR, one of the two")
-        self._check_numbers()
         use_compilation_cache(self.compilation_cache)
         if self.export is not None:
             return self._export(self.export)
@@ -106,17 +114,6 @@ class Serve(Command):
             file=sys.stderr,
         )
         return dataclasses.asdict(served)
-
-    def _check_numbers(self) -> None:
-        for name, value, low, high in (
-            ("--port", self.port, 0, 65535),
-            ("--batch-size", self.batch_size, 1, 4096),
-            ("--wait-ms", self.wait_ms, 0, 10_000),
-            ("--most-clients", self.most_clients, 1, 100_000),
-            ("--most-megabytes", self.most_megabytes, 1, 4095),
-        ):
-            if not low <= value <= high:
-                raise ConfigError(f"{name} {value} is outside {low} to {high}")
 
     def _export(self, folder: Path) -> Mapping[str, Any]:
         from spacedrive_jax.driving.model_policy import warm_up_record

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from spacedrive_jax import console
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
@@ -50,17 +52,32 @@ class Train(Command):
     cache folder."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
+    BOUNDS: ClassVar[Bounds] = {
+        "step": FROM_ZERO,
+        "skip_nonfinite": FROM_ZERO,
+        "profile": FROM_ZERO,
+        "host_count": COUNT,
+        "host_index": FROM_ZERO,
+    }
+
     def run(self) -> Mapping[str, Any]:
         """Trains; see `spacedrive_jax.training.train.train`."""
         from spacedrive_jax.config import Config, load_preset
 
-        config = tyro.cli(
-            tyro.conf.OmitSubcommandPrefixes[Config],
-            prog=f"python -m spacedrive_jax train {self.config}",
-            description=f"Every field of the config {self.config!r} and its value there.",
-            default=load_preset(self.config),
-            args=list(self.overrides),
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        if self.profile is not None and (self.profile[0] < 0 or self.profile[1] < 1):
+            raise ConfigError(
+                f"--profile {self.profile[0]} {self.profile[1]}: give a first step from 0 and 1 or more steps"
+            )
+        preset = load_preset(self.config)
+        config = console.parse(
+            lambda: tyro.cli(
+                tyro.conf.OmitSubcommandPrefixes[Config],
+                prog=f"python -m spacedrive_jax train {self.config}",
+                description=f"Every field of the config {self.config!r} and its value there.",
+                default=preset,
+                args=list(self.overrides),
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            )
         )
         if self.step is not None and not self.resume:
             raise ConfigError("--step says where to go on: give --resume with it")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.console import Command
 
 
@@ -46,6 +47,8 @@ class ImportWeights(Command):
     """Add the coordinate tokens, their rows in embedding and head being the mean of all others."""
     max_shard_gigabytes: float = 2.0
     """Largest tensor file; about twice this is held in memory."""
+
+    BOUNDS: ClassVar[Bounds] = {"max_shard_gigabytes": Bound(1e-6)}
 
     def run(self) -> Mapping[str, Any]:
         """Imports; see `spacedrive_jax.interop.importing`."""

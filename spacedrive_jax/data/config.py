@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+from spacedrive_jax.bounds import COUNT, SIDE, Bounds, check_bounds
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.prompts import CommandSource
@@ -37,3 +38,15 @@ class DataConfig:
     """Keep prepared samples in host memory: for data sets that fit."""
     read_threads: int = 8
     prefetch_batches: int = 4
+
+    BOUNDS: ClassVar[Bounds] = {
+        "image_size": SIDE,
+        "sequence_length": COUNT,
+        "max_targets": COUNT,
+        "max_coordinates": COUNT,
+        "read_threads": COUNT,
+        "prefetch_batches": COUNT,
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "data")

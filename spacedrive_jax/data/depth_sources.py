@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax.bounds import POSITIVE, Bounds, check_bounds
 from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
@@ -39,6 +40,11 @@ class DepthConfig:
     """Depth of sky and of surfaces beyond it, metres."""
     cache: str | None = None
     """Name (in RECORDS/depth) or folder of the sidecar with the network's depth; None takes the only one."""
+
+    BOUNDS: ClassVar[Bounds] = {"far": POSITIVE}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "data.depth")
 
 
 def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, int]) -> Records:

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
 from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import NetworkKind
@@ -53,6 +54,11 @@ class DepthNetworkConfig:
     pooling: Pooling = "min"
     grid: tuple[int, int] = (23, 23)
     """Rows and columns of visual tokens: 23x23 for Qwen2.5-VL at 640x640."""
+
+    BOUNDS: ClassVar[Bounds] = {"image_size": SIDE, "grid": SIDE}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS)
 
     @classmethod
     def from_file(cls, file: Path) -> DepthNetworkConfig:

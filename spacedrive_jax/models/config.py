@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from spacedrive_jax.bounds import (
+    COUNT,
+    FROM_ZERO,
+    POSITIVE,
+    SHARE_BELOW_ONE,
+    SIDE,
+    Bound,
+    Bounds,
+    check_bounds,
+)
 from spacedrive_jax.console import UserError
 
 LoraTarget = Literal["q", "k", "v", "o"]
@@ -50,7 +60,15 @@ class DecoderConfig:
     tied_head: bool = False
     """The head is the embedding table."""
 
+    BOUNDS: ClassVar[Bounds] = {
+        **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), COUNT),
+        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "rope_sections"), COUNT),
+        "rope_theta": POSITIVE,
+        "norm_eps": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm.decoder")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -74,7 +92,14 @@ class VisionConfig:
     patch_size: int = 14
     in_channels: int = 3
 
+    BOUNDS: ClassVar[Bounds] = {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "depth", "num_heads"), COUNT),
+        **dict.fromkeys(("patch_size", "in_channels"), COUNT),
+        "norm_eps": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm.vision")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"vision hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
@@ -102,6 +127,12 @@ class QwenVisionConfig(VisionConfig):
     merge_size: int = 2
     """merge_size x merge_size patches become one visual token."""
     out_hidden_size: int = 3584
+
+    BOUNDS: ClassVar[Bounds] = {
+        **VisionConfig.BOUNDS,
+        "full_attention_blocks": FROM_ZERO,
+        **dict.fromkeys(("window_size", "temporal_patch_size", "merge_size", "out_hidden_size"), COUNT),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +171,12 @@ class QwenVLConfig:
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
 
+    BOUNDS: ClassVar[Bounds] = dict.fromkeys(
+        ("image_token_id", "vision_start_token_id", "vision_end_token_id"), FROM_ZERO
+    )
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
         if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise UserError(
                 f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
@@ -182,6 +218,8 @@ class ClipVisionConfig(VisionConfig):
     """Side of the square images in pixels; the position embedding is learnt for this size alone."""
     feature_layer: int = -2
     """Which hidden state is handed on, counted from the end: -1 is the last block's output."""
+
+    BOUNDS: ClassVar[Bounds] = {**VisionConfig.BOUNDS, "image_size": SIDE, "feature_layer": Bound(most=-1)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,7 +274,10 @@ class LlavaConfig:
     image_token_id: int = 32000
     projector_bias: bool = True
 
+    BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
         if len(self.decoder.rope_sections) != 1 or self.decoder.qkv_bias:
             raise UserError(
                 "LLaVA's decoder has one-dimensional rotary positions and no attention biases; got "
@@ -265,11 +306,10 @@ class LoraConfig:
     dropout: float = 0.05
     targets: tuple[LoraTarget, ...] = ("q", "k", "v", "o")
 
+    BOUNDS: ClassVar[Bounds] = {"rank": COUNT, "alpha": POSITIVE, "dropout": SHARE_BELOW_ONE}
+
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"LoRA needs rank >= 1 and 0 <= dropout < 1, got rank {self.rank}, dropout {self.dropout}"
-            )
+        check_bounds(self, self.BOUNDS, "model.lora")
 
     @property
     def scaling(self) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from spacedrive_jax.bounds import COUNT, Bounds, check_bounds
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models import grid as grids
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder
 from spacedrive_jax.models.grid import GridConfig
@@ -138,6 +140,16 @@ class CoordinateDecoderConfig:
     with_current: bool = False
     """Hand the hidden state to the VAE's decoding layers beside the sample."""
     grid: GridConfig = GridConfig()
+
+    BOUNDS: ClassVar[Bounds] = {"latent_size": COUNT}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.decoder")
+        if self.whole_trajectory and self.kind not in ("mlp", "linear"):
+            raise ConfigError(
+                f"model.decoder.whole_trajectory is for the kinds mlp and linear, not model.decoder.kind "
+                f"{self.kind}"
+            )
 
     @property
     def is_grid(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from spacedrive_jax.bounds import FROM_ZERO, POSITIVE, Bound, Bounds, check_bounds
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 # Sin-cos encoding of 3D coordinates: the paper's default phi (section 3.2; `PE` in the published code).
@@ -118,6 +119,16 @@ class CoordinateEncoderConfig:
     """Initial scale of every encoding; the learned `mlp` has no scale."""
     learnable_alpha: bool = True
     """Learn alpha (one scalar shared by patches, past positions and text) or keep it fixed."""
+
+    BOUNDS: ClassVar[Bounds] = {
+        "base": POSITIVE,
+        "frequency_scaling": POSITIVE,
+        "fone_width": Bound(6),
+        "alpha": FROM_ZERO,
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.encoder")
 
 
 def frequency_table(config: CoordinateEncoderConfig, model_width: int) -> Float[np.ndarray, "F"]:

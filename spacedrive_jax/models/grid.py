@@ -7,12 +7,14 @@ the best cell, the softmax average of the 3x3 cells around it, or that of the wh
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from spacedrive_jax.bounds import ANY, POSITIVE, Bound, Bounds, check_bounds
 
 Similarity = Literal["cosine", "l2"]
 TEMPERATURE: dict[Similarity, float] = {"cosine": 1e-3, "l2": 0.1}
@@ -31,6 +33,11 @@ class GridConfig:
     """Along each axis."""
     height: float = -5.0
     """z that the published look-up returns (the floor of its volume); the encodings are those of z = 0."""
+
+    BOUNDS: ClassVar[Bounds] = {"minimum": ANY, "cell": POSITIVE, "cells": Bound(3, 8192), "height": ANY}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.decoder.grid")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+from spacedrive_jax.bounds import Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
@@ -51,9 +52,10 @@ class ModelConfig:
     state before a coordinate is decoded in training (published; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
+    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, 1000)}
+
     def __post_init__(self) -> None:
-        if self.path_points < 0:
-            raise ConfigError(f"model.path_points {self.path_points} must be 0 (no path) or more")
+        check_bounds(self, self.BOUNDS, "model")
         if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
             raise ConfigError(
                 f"model.path_points {self.path_points} needs a token per point: "

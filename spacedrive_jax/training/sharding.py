@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, resolve
 
 # Several hosts as one run: start-up from flags or from the cluster's environment.
@@ -33,11 +34,16 @@ def connect(coordinator: str | None, host_count: int | None, host_index: int | N
     """
     if coordinator is None:
         if host_count is not None or host_index is not None:
-            raise UserError("--host-count and --host-index need --coordinator HOST:PORT")
+            raise ConfigError("--host-count and --host-index need --coordinator HOST:PORT")
         return
     explicit = coordinator != "auto"
+    host, _, port = coordinator.rpartition(":")
+    if explicit and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(
+            f"--coordinator {coordinator} is no HOST:PORT of the first host, such as node0:1234, nor `auto`"
+        )
     if explicit and (host_count is None or host_index is None or not 0 <= host_index < host_count):
-        raise UserError(
+        raise ConfigError(
             f"--coordinator {coordinator} needs --host-count N and --host-index 0..N-1, got {host_count} and "
             f"{host_index}; on SLURM, GKE and Cloud TPU --coordinator auto finds all three"
         )

@@ -1,0 +1,82 @@
+"""The numbers that a flag or a field of a config may take, declared beside it and checked as one.
+
+A dataclass names the bounds of its numeric fields in `BOUNDS`; configs check them where they are made
+(`__post_init__`), commands before they run. What is out of bounds is refused by the field's dotted name or
+the flag, before anything is loaded. A test holds that no numeric field is without a bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from spacedrive_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """An interval of finite numbers."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    """`least` itself is left out."""
+    below: bool = False
+    """`most` itself is left out."""
+    also: tuple[float, ...] = ()
+    """Single values outside that mean something of their own."""
+
+    def holds(self, value: float) -> bool:
+        """Whether the value may be taken."""
+        if value in self.also:
+            return True
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below else value <= self.most
+        return math.isfinite(value) and low and high
+
+    def __str__(self) -> str:
+        """What a value must be, in words."""
+        parts = []
+        if self.least > -math.inf:
+            parts.append(f"above {self.least:g}" if self.above else f"{self.least:g} or more")
+        if self.most < math.inf:
+            parts.append(f"below {self.most:g}" if self.below else f"at most {self.most:g}")
+        words = " and ".join(parts) or "a finite number"
+        return f"{words}, or {', '.join(f'{value:g}' for value in self.also)}" if self.also else words
+
+
+ANY = Bound()
+COUNT = Bound(1)
+FROM_ZERO = Bound(0)
+POSITIVE = Bound(0, above=True)
+SHARE = Bound(0, 1)
+SHARE_BELOW_ONE = Bound(0, 1, below=True)
+SEED = Bound(0, 2**32 - 1)
+SIDE = Bound(1, 65536)
+"""Pixels of one side of an image."""
+Bounds = Mapping[str, Bound]
+
+
+def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
+    """Holds the numbers of a config or command against their bounds.
+
+    Args:
+        owner: the dataclass.
+        bounds: by field; every number of a tuple must keep to it. None, where a field takes it, is let pass.
+        place: what stands before a field's name in messages: `train` for `train.steps`; `--` for flags.
+
+    Raises:
+        ConfigError: a value is no number or out of bounds.
+    """
+    for field, bound in bounds.items():
+        value = getattr(owner, field)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is None:
+                continue
+            name = f"--{field.replace('_', '-')}" if place == "--" else f"{place}.{field}".lstrip(".")
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ConfigError(f"{name} {value!r} must be a number, {bound}")
+            if not bound.holds(number):
+                raise ConfigError(f"{name} {value!r} must be {bound}")

@@ -1,0 +1,182 @@
+"""Numbers that make no sense are refused by name, before anything is loaded."""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+
+import pytest
+
+import data_prep.cli.main
+import spacedrive_jax.cli.main
+from spacedrive_jax import console
+from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig
+from spacedrive_jax.models.config import (
+    ClipVisionConfig,
+    ComputeConfig,
+    DecoderConfig,
+    LlavaConfig,
+    LoraConfig,
+    QwenVisionConfig,
+    QwenVLConfig,
+)
+from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
+from spacedrive_jax.models.grid import GridConfig
+
+CONFIGS = [
+    ClipVisionConfig,
+    ComputeConfig,
+    Config,
+    CoordinateDecoderConfig,
+    CoordinateEncoderConfig,
+    DataConfig,
+    DecoderConfig,
+    DepthConfig,
+    DepthNetworkConfig,
+    GridConfig,
+    LlavaConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    QwenVLConfig,
+    QwenVisionConfig,
+    TrainConfig,
+]
+COMMANDS = {**spacedrive_jax.cli.main.COMMANDS, **data_prep.cli.main.COMMANDS}
+
+
+def kinds(hint):
+    """All types in an annotation."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return set()
+    return {hint} if not inner else set().union(*(kinds(each) for each in inner))
+
+
+def numeric_fields(owner):
+    hints = typing.get_type_hints(owner)
+    names = [field.name for field in dataclasses.fields(owner)]
+    return {name for name in names if kinds(hints[name]) & {int, float}}
+
+
+@pytest.mark.parametrize("owner", [*CONFIGS, *COMMANDS.values()], ids=lambda owner: owner.__name__)
+def test_every_number_has_a_bound(owner):
+    assert numeric_fields(owner) == set(getattr(owner, "BOUNDS", {}))
+
+
+def test_every_part_of_a_config_is_here():
+    parts, seen = [Config], set()
+    while parts:
+        part = parts.pop()
+        seen.add(part)
+        hints = typing.get_type_hints(part)
+        for field in dataclasses.fields(part):
+            parts += [
+                kind
+                for kind in kinds(hints[field.name])
+                if isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
+                if dataclasses.is_dataclass(kind) and kind not in seen
+            ]
+    without_numbers = {part for part in seen if not numeric_fields(part)}
+    assert seen - without_numbers <= set(CONFIGS)
+
+
+def senseless(bound):
+    """Values that the bound does not hold, not whole numbers and infinities among them."""
+    tried = (-math.inf, -1e9, -2, -1, -0.5, 0, 1, 2, 1e12, math.inf, math.nan)
+    return [value for value in tried if not bound.holds(value)]
+
+
+@pytest.mark.parametrize(
+    "owner", [each for each in CONFIGS if numeric_fields(each)], ids=lambda o: o.__name__
+)
+def test_configs_refuse_by_the_dotted_name(owner):
+    needed = {"weights": "w"} if owner is DepthNetworkConfig else {}
+    for field, bound in owner.BOUNDS.items():
+        wrong = senseless(bound)
+        assert {math.inf, -math.inf} <= set(wrong)
+        for value in wrong:
+            pair = isinstance(getattr(owner(**needed), field), tuple)
+            with pytest.raises(ConfigError, match=rf"(^|\.){field} "):
+                owner(**needed, **{field: (value, value) if pair else value})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--train.log-every 0",
+        "--train.checkpoint-every 0",
+        "--train.batch-size 0",
+        "--train.keep-checkpoints 0",
+        "--train.steps -3",
+        "--train.learning-rate nan",
+        "--train.clip-norm 0",
+        "--train.beta1 1",
+        "--train.seed -1",
+        "--mesh.data 0",
+        "--data.sequence-length 0",
+        "--data.image-size 0 640",
+        "--data.depth.far 0",
+        "--model.encoder.base 0",
+        "--model.decoder.grid.cells 1",
+        "--model.lora.rank 0",
+        "--model.path-points -1",
+    ],
+)
+def test_train_refuses_by_the_flag(flags, capsys):
+    flag, *values = flags.split()
+    assert spacedrive_jax.cli.main.main(["train", "demo", flag, *values]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag.removeprefix('--').replace('-', '_')} "), said
+    assert said.count("\n") == 1
+
+
+def needed_by(command):
+    fields = dataclasses.fields(command)
+    missing = dataclasses.MISSING
+    return {each.name: "x" for each in fields if each.default is missing and each.default_factory is missing}
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.BOUNDS])
+def test_commands_refuse_by_the_flag(name, capsys):
+    command = COMMANDS[name]
+    for field, bound in command.BOUNDS.items():
+        for value in senseless(bound):
+            wrong = (value, value) if field == "profile" else value
+            given = needed_by(command) | {field: wrong}
+            assert console.parse_and_run(functools.partial(command, **given)) == 1
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: --{field.replace('_', '-')} {wrong!r} must be "), said
+
+
+def test_a_refused_flag_is_one_line(capsys):
+    command = ["predict", "--checkpoint", "run", "--records", "records", "--batch-size", "0"]
+    assert spacedrive_jax.cli.main.main(command) == 1
+    assert capsys.readouterr().err == "error: --batch-size 0 must be 1 or more\n"
+    assert data_prep.cli.main.main(["synthesize", "--out", "world", "--scenes", "0"]) == 1
+    assert capsys.readouterr().err == "error: --scenes 0 must be 1 or more and at most 9000\n"
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "words"),
+    [
+        ("node0", "no HOST:PORT"),
+        ("node0:", "no HOST:PORT"),
+        (":1234", "no HOST:PORT"),
+        ("n:70000", "HOST:PORT"),
+    ],
+)
+def test_a_coordinator_needs_its_port(coordinator, words, capsys):
+    flags = ["--coordinator", coordinator, "--host-count", "2", "--host-index", "0"]
+    assert spacedrive_jax.cli.main.main(["train", "demo", *flags]) == 1
+    assert capsys.readouterr().err.startswith(f"error: --coordinator {coordinator} is no HOST:PORT")
+
+
+def test_a_profile_needs_steps(capsys):
+    assert spacedrive_jax.cli.main.main(["train", "demo", "--profile", "3", "0"]) == 1
+    assert capsys.readouterr().err.startswith("error: --profile 3 0: ")
