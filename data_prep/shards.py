@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -14,6 +16,8 @@ from tensorflow_datasets.core import dataset_info, example_serializer, file_adap
 
 from spacedrive_jax.data.records_folder import ends_sha256, file_sha256
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, Record, record_features
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import say
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, so that random access reads nothing else. Uncompressed, because most bytes are
@@ -60,19 +64,35 @@ def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     """Writes one shard; the file appears under its name only when whole."""
     # A name of its own: a cluster may have two workers at the same shard.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+    with _naming(path):
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     count = 0
     try:
         for record in records:
-            writer.write(record)
+            with _naming(path):
+                writer.write(record)
             count += 1
-        writer.close()
+        with _naming(path):
+            writer.close()
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     facts = ShardFacts(path.name, count, partial.stat().st_size, file_sha256(partial), ends_sha256(partial))
     os.replace(partial, path)
     return facts
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says what array_record's errors mean; it puts the operating system's into a RuntimeError's text."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        why = next((say(OSError(code, "")) for code in _CODES if os.strerror(code) in str(error)), str(error))
+        raise SpaceDriveError(f"cannot write {path}: {why}") from error
+
+
+_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardFacts]], description: str) -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.io import to_json
+from spacedrive_jax.io import say, to_json
 
 T = TypeVar("T")
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -205,6 +205,8 @@ def finish(
             traceback.print_exc()
         elif isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno and error.filename:
+            print(f"error: {error.filename}: {say(error)}", file=sys.stderr)
         else:
             print(f"error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
         return 1

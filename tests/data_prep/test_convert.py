@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import conversion, convert
+from data_prep import conversion, convert, shards
 from data_prep.cli.convert import Convert
 from data_prep.cli.main import main as run
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
@@ -24,6 +24,7 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
+from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import (
     HEIGHT,
     INTRINSICS,
@@ -433,3 +434,20 @@ def test_scene_units_survive_pickling(dataroot, tmp_path):
     assert result.tokens == (scene.keyframes[1].token, scene.keyframes[3].token)
     assert result.shard.records == 2
     assert pickle.loads(pickle.dumps(result)) == result
+
+
+def test_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device; writing x; at byte 1040384")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(SpaceDriveError, match=r"cannot write .*shard: the disk is full: free some space"):
+        shards.write_shard(tmp_path / "shard", [b"record"])
+    assert not list(tmp_path.iterdir())
