@@ -213,7 +213,7 @@ def check_heads(model: ModelConfig, heads: Mapping[str, np.ndarray], indicator: 
     shapes = {name: value.shape for name, value in heads.items()}
     try:
         check_names_and_shapes(rules, shapes, origin=origin)
-    except CheckpointError as error:
+    except SpaceDriveError as error:
         expected = {rule.source: rule.source_shape for rule in rules}
         unlike = {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}
         raise CheckpointError(f"{error}\n  which depend on {', '.join(_fields(unlike, model))}") from error

@@ -220,6 +220,8 @@ def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
 def _facts(run_dir: Path, step: int) -> dict[str, Any]:
     # Not through a manager, which tidies the folder up: a run may be writing there.
     folder = (run_dir / "checkpoints" / str(step) / "facts").resolve()
+    if not folder.is_dir():  # saved by other means than `save`: there is nothing to hold it against
+        return {}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         facts = checkpointer.restore(folder)
     if not isinstance(facts, dict):
