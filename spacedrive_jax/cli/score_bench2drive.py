@@ -97,7 +97,10 @@ def _format(facts: Mapping[str, Any]) -> str:
         f"efficiency     {number(facts['efficiency'])} %",
         f"comfort        {number(facts['comfort'])} %",
         "abilities      "
-        + ", ".join(f"{name.replace('_', ' ')} {number(rate)}" for name, rate in facts["abilities"].items()),
+        + ", ".join(
+            f"{name.replace('_0_0_3', ' (0.0.3)').replace('_', ' ')} {number(rate)}"
+            for name, rate in facts["abilities"].items()
+        ),
         f"routes         {facts['routes']} of {facts['route_set']}, {facts['missing']} missing count as zero",
     ]
     lines += [f"  {status}: {count}" for status, count in facts["statuses"].items()]

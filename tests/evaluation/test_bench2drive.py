@@ -177,6 +177,10 @@ def test_abilities(tmp_path: Path) -> None:
     rates = ability_rates(results, {"2": 0.5, "3": 0.5, "4": 0.5})
     assert rates["traffic_signs"] == pytest.approx(100 / 3)
     assert rates["mean"] == pytest.approx((100 + 0 + 100 + 100 + 100 / 3) / 5)
+    successes = [result.success for result in results if result.route in ("2", "3", "4")]
+    older = 100 * (1 + sum(successes)) / 6
+    assert rates["traffic_signs_0_0_3"] == pytest.approx(older)
+    assert rates["mean_0_0_3"] == pytest.approx((100 + 0 + 100 + 100 + older) / 5)
     with pytest.raises(UserError, match=r"route 2 .* is missing"):
         ability_rates(results, {})
     junctions = tmp_path / "junctions.json"

@@ -203,6 +203,10 @@ def ability_rates(
     running a red light or a stop sign. Only CARLA's maps tell where that junction is, so `traffic_signs` and
     the mean are None without `junctions`. Routes without a result are in no group, as published.
 
+    `traffic_signs` and `mean` are those of release 0.0.4, which counts a route once. Release 0.0.3, from
+    which the published 0.0.3 tables come, took the mean of successes and of routes that obeyed, a success
+    among them: `traffic_signs_0_0_3` and `mean_0_0_3` are that, over the groups of 0.0.4.
+
     Args:
         results: results of the routes in the set.
         junctions: route number to the completion (0..1) at which its first junction is passed.
@@ -211,6 +215,7 @@ def ability_rates(
         DataError: a failed traffic-sign route is not in `junctions`.
     """
     rates: dict[str, float | None] = {}
+    older: float | None = None
     for ability, scenarios in ABILITIES.items():
         group = [result for result in results if result.scenario in scenarios]
         signs = ability == "traffic_signs"
@@ -219,8 +224,19 @@ def ability_rates(
             continue
         passed = [result.success or (signs and _obeyed_signs(result, junctions or {})) for result in group]
         rates[ability] = 100 * sum(passed) / len(group)
+        if signs:
+            both = sum(passed) + sum(result.success for result in group)
+            older = 100 * both / (2 * len(group))
+    return rates | {
+        "mean": _mean(rates),
+        "traffic_signs_0_0_3": older,
+        "mean_0_0_3": _mean(rates | {"traffic_signs": older}),
+    }
+
+
+def _mean(rates: Mapping[str, float | None]) -> float | None:
     known = [rate for rate in rates.values() if rate is not None]
-    return rates | {"mean": sum(known) / len(known) if len(known) == len(ABILITIES) else None}
+    return sum(known) / len(known) if len(known) == len(ABILITIES) else None
 
 
 def _obeyed_signs(result: RouteResult, junctions: Mapping[str, float]) -> bool:
