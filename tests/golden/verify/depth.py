@@ -18,6 +18,7 @@ from flax import nnx
 
 from spacedrive_jax.console import UserError
 from spacedrive_jax.interop.unidepth import load_unidepth
+from spacedrive_jax.models.depth.dinov2 import Dinov2, Dinov2Block
 from spacedrive_jax.models.depth.unidepth import (
     UniDepthInference,
     UniDepthV2,
@@ -28,12 +29,16 @@ from spacedrive_jax.models.depth.unidepth import (
     to_network,
 )
 from spacedrive_jax.models.depth.unidepth_decoder import camera_parameters
+from spacedrive_jax.models.layers import scan_layers
 from spacedrive_jax.models.unprojection import pool_depth
 from tests.golden.verify.case_files import Recorded, read_arrays, read_settings
 from tests.golden.verify.check import Check, compare
 
 Arrays = dict[str, Any]
 
+STEPS = ("enc.tokens", "enc.pos", "enc.patch", "enc.block", "cam.project", "cam.aggregate", "dec.")
+STEPS += ("depth.conditioned", "depth.process", "depth.up", "depth.depth", "depth.confidence", "depth.to_")
+"""How the names of arrays inside blocks begin."""
 STRIDE = 8
 """Large arrays are recorded at every eighth pixel from this offset on."""
 OFFSET = 3
@@ -67,7 +72,9 @@ def verify_unidepth(folder: Path) -> list[Check]:
         if f"{case}.rgb" not in inputs:
             continue
         expected = {
-            key.removeprefix(f"{case}."): value for key, value in outputs.items() if key.startswith(case)
+            key.removeprefix(f"{case}."): value
+            for key, value in outputs.items()
+            if key.startswith(f"{case}.")
         }
         expected = {key: value for key, value in expected.items() if "." not in key}
         expected |= _load(folder, f"intermediates_{case}", exact=True)
@@ -78,7 +85,7 @@ def verify_unidepth(folder: Path) -> list[Check]:
             inputs[f"{case}.rgb"].transpose(0, 2, 3, 1),
             inputs.get(f"{case}.K"),
             (facts["pixel_bounds"][0], facts["pixel_bounds"][1]),
-            every_step=any(name.startswith("depth.up") for name in expected),
+            every_step=any(name.startswith(STEPS) for name in expected),
         )
         checks += [
             _check(f"{case}.{name}", recorded_part(actual, name), value, tolerance)
@@ -156,7 +163,6 @@ def _intermediates(model: UniDepthV2, images: jax.Array, intrinsics: Any, every_
     encoder, decoder, head = model.encoder, model.decoder, model.camera_head
     grid = encoder.grid(*size.network)
     tokens = encoder.embed(prepared)
-    blocks = encoder.block_outputs(tokens)
     features, class_tokens = encoder(prepared)
     adapted = model.adapt(model.feature_adapters, features)
     adapted_tokens = model.adapt(model.token_adapters, class_tokens)
@@ -201,9 +207,10 @@ def _intermediates(model: UniDepthV2, images: jax.Array, intrinsics: Any, every_
         "cam.aggregate1": first,
         "cam.aggregate2": second,
     }
+    for index, block in enumerate(_every_block(encoder, tokens)):
+        arrays[f"enc.block_out.{index}"] = block
     conditioned = decoder.condition(adapted, embedding)
     for tap in range(len(features)):
-        arrays[f"enc.block_out.{tap}"] = blocks[tap]
         arrays[f"dec.adapted_feature.{tap}"] = adapted[tap]
         arrays[f"dec.adapted_cls.{tap}"] = adapted_tokens[tap][:, None]
         arrays[f"depth.conditioned.{tap}"] = _flat(conditioned[tap])
@@ -218,6 +225,16 @@ def _intermediates(model: UniDepthV2, images: jax.Array, intrinsics: Any, every_
         arrays[f"depth.{name}_mlp"] = mixed
         arrays[f"depth.to_{name}_lr"] = _first(output_head.low(mixed))
     return arrays
+
+
+def _every_block(encoder: Dinov2, tokens: jax.Array) -> jax.Array:
+    """The output of every block, tapped or not, (L, B, P, D)."""
+
+    def apply(block: Dinov2Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        x = block(x)
+        return x, x
+
+    return scan_layers(encoder.blocks, apply, tokens, None, encoder.compute)[1]
 
 
 def _check(name: str, actual: Any, expected: np.ndarray, tolerance: Tolerance) -> Check:
