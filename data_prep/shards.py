@@ -64,21 +64,22 @@ def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
     """Writes one shard; the file appears under its name only when whole."""
     # A name of its own: a cluster may have two workers at the same shard.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with _naming(path):
-        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     count = 0
     try:
+        with _naming(path):
+            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         for record in records:
             with _naming(path):
                 writer.write(record)
             count += 1
         with _naming(path):
             writer.close()
+        size = partial.stat().st_size
+        facts = ShardFacts(path.name, count, size, file_sha256(partial), ends_sha256(partial))
+        os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    facts = ShardFacts(path.name, count, partial.stat().st_size, file_sha256(partial), ends_sha256(partial))
-    os.replace(partial, path)
     return facts
 
 

@@ -21,7 +21,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
@@ -31,6 +30,7 @@ from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import say, to_json
+from spacedrive_jax.parallel import raise_on_sigterm
 
 T = TypeVar("T")
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -217,20 +217,15 @@ def finish(
 
 @contextlib.contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM unwind the command; once, since what unwinds must not be cut off by a second one."""
+    """Makes SIGTERM unwind the command."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, stop)
+    restore = raise_on_sigterm(Terminated)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        restore()
 
 
 def run_command(command: Command) -> int:

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -70,12 +71,49 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def raise_on_sigterm(kind: type[BaseException]) -> Callable[[], None]:
+    """Makes SIGTERM raise in the main thread, where it is, so that it cleans up as on any other error.
+
+    Once: what unwinds is not cut off by a second one. An exception that meets a finaliser or a callback of
+    the garbage collector is lost (Python only reports it); then the signal is sent again.
+
+    Args:
+        kind: what to raise, with the exit status (143) as its argument.
+
+    Returns:
+        What puts everything back as it was.
+    """
+    raised = False
+    report = sys.unraisablehook
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
+            raise kind(128 + number)
+
+    def lost(unraisable: Any) -> None:
+        nonlocal raised
+        if not issubclass(unraisable.exc_type, kind):
+            report(unraisable)
+            return
+        raised = False
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    sys.unraisablehook = lost
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = report
+
+    return restore
+
+
 class _Stopped(SystemExit):
     """The parent wants the worker to end; raised where it is, so that it removes what is half written."""
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped(128 + number)
 
 
 def _work(function: Callable[[Item], Result], item: Item) -> Result:
@@ -88,7 +126,7 @@ def _work(function: Callable[[Item], Result], item: Item) -> Result:
 def _end_with_parent() -> None:
     """Ends this worker as soon as its parent is no more; leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
+    raise_on_sigterm(_Stopped)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

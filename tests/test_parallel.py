@@ -137,3 +137,19 @@ def test_sigterm_unwinds_a_command_and_leaves_the_handler_as_it_was(capsys) -> N
     assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"
+
+
+def test_sigterm_that_meets_a_finaliser_is_not_lost(capsys) -> None:
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    def action():
+        Finalised()
+        time.sleep(5)
+
+    started = time.monotonic()
+    assert console.finish(action, as_json=False, debug=False) == 143
+    assert time.monotonic() - started < 4
+    assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"

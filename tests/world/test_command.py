@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="disk on fire"):
         Synthesize(out=tmp_path / "world").run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f".world.unfinished-{socket.gethostname()}-999999999"
+    left.mkdir()
+    monkeypatch.setattr(command, "write_folder", lambda root, *_: (root / "whole").touch())
+    Synthesize(out=tmp_path / "world").run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
+    assert [path.name for path in (tmp_path / "world").iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("text", ["704", "axb", "704x", "1x1", "90000x90"])
