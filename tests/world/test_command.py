@@ -53,7 +53,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = tmp_path / f".world.unfinished-{socket.gethostname()}-999999999"
     left.mkdir()
-    monkeypatch.setattr(command, "write_folder", lambda root, *_: (root / "whole").touch())
+    monkeypatch.setattr(folder, "write_folder", lambda root, *_: (root / "whole").touch())
     Synthesize(out=tmp_path / "world").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
     assert [path.name for path in (tmp_path / "world").iterdir()] == ["whole"]
