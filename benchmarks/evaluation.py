@@ -24,9 +24,10 @@ import numpy as np
 import tyro
 from skimage.draw import polygon
 
+from spacedrive_jax.constants import EGO_LENGTH, EGO_WIDTH
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
+from spacedrive_jax.evaluation.collision import Obstacles
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores
 from spacedrive_jax.evaluation.prediction_files import read_predictions
@@ -132,8 +133,8 @@ def collide_the_published_way(plan: np.ndarray, agents: np.ndarray, rule: StepRu
     first, size = grid.first_centre, grid.cell_size
     hits = np.zeros(len(plan), bool)
     for step, point in enumerate(plan):
-        x = rule.ego_offset + COLLISION_LENGTH_M / 2 * np.array([-1, 1, 1, -1])
-        y = COLLISION_WIDTH_M / 2 * np.array([1, 1, -1, -1])
+        x = rule.ego_offset + EGO_LENGTH / 2 * np.array([-1, 1, 1, -1])
+        y = EGO_WIDTH / 2 * np.array([1, 1, -1, -1])
         cells = np.stack(polygon((x - first) / size, (y - first) / size), axis=-1) + np.float64(first / size)
         move = point - (plan[step - 1] if step else 0.0)
         angle = np.arctan2(move[1], move[0]) if np.hypot(*move) >= 1.0 else 0.0

@@ -13,6 +13,7 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
+from spacedrive_jax.data.poses import camera_to_ego
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.io import write_bytes
 
@@ -52,7 +53,7 @@ def keyframe_points(
         row, column = np.nonzero((depth > 0) & (depth < FARTHEST))
         pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
         in_camera = exact.rotate(pixels, exact.inverse_3x3(intrinsics)) * depth[row, column, None]
-        points.append(_camera_to_keyframe(record, camera, in_camera))
+        points.append(exact.transform(in_camera, camera_to_ego(record, camera)))
         colours.append(image[row, column])
     if record["lidar"]:
         sweep = lidar.sweep_points(record)
@@ -80,13 +81,3 @@ def write_ply(file: Path, points: Float[np.ndarray, "P 3"], colours: UInt8[np.nd
     header += [f"property float {name}" for name in ("x", "y", "z")]
     header += [f"property uchar {name}" for name in ("red", "green", "blue")]
     write_bytes(file, ("\n".join([*header, "end_header"]) + "\n").encode() + vertices.tobytes())
-
-
-def _camera_to_keyframe(
-    record: Record, camera: int, points: Float[np.ndarray, "P 3"]
-) -> Float[np.ndarray, "P 3"]:
-    """Camera frame at the camera's own time to the ego frame at the keyframe."""
-    camera_to_global = exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
-    return exact.transform(
-        points, exact.matmul(exact.affine_inverse(record["ego_to_global"]), camera_to_global)
-    )

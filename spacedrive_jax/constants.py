@@ -12,6 +12,12 @@ CAMERAS: tuple[str, ...] = (
 )
 """Axis N of every array with one row per camera (images, intrinsics, extrinsics, depth): nuScenes' names."""
 NUM_CAMERAS = len(CAMERAS)
+EGO_LENGTH = 4.084
+"""Metres, of the Renault Zoe that recorded nuScenes."""
+EGO_WIDTH = 1.85
+EGO_CENTRE = 1.4
+"""Metres from the origin of the ego frame, which nuScenes puts on the rear axle, forward to the middle of the
+vehicle: its box spans -0.64 to 3.44 m. (The published metrics put it elsewhere: `evaluation.protocols`.)"""
 NUM_WAYPOINTS = 6
 """T: future ego positions and agent steps, 3 s at 2 Hz."""
 NUM_PAST = 2

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_CAMERAS
+from spacedrive_jax.data.poses import camera_to_global
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 
@@ -52,10 +53,8 @@ def points_in_cameras(record: Record) -> list[Float[np.ndarray, "P 3"]]:
     lidar_to_global = exact.matmul(record["ego_to_global"], record["lidar_to_ego"])
     moved = []
     for camera in range(NUM_CAMERAS):
-        camera_to_global = exact.matmul(
-            record["camera_ego_to_global"][camera], record["camera_to_ego"][camera]
-        )
-        lidar_to_camera = exact.matmul(exact.affine_inverse(camera_to_global), lidar_to_global)
+        global_to_camera = exact.affine_inverse(camera_to_global(record, camera))
+        lidar_to_camera = exact.matmul(global_to_camera, lidar_to_global)
         moved.append(exact.transform(points, lidar_to_camera))
     return moved
 

@@ -1,4 +1,4 @@
-"""Rigid transforms from nuScenes translations and quaternions."""
+"""Rigid transforms: from nuScenes translations and quaternions, and between the frames of a record."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
+from spacedrive_jax.data.schema import Record
 
 
 def rotation_matrices(quaternions: Sequence[Sequence[float]]) -> Float[np.ndarray, "K 3 3"]:
@@ -37,3 +38,18 @@ def heading(matrices: Float[np.ndarray, "*K R R"]) -> Float[np.ndarray, " *K"]:
     `yaw_pitch_roll[0]` differs from it in second order, by less than 2e-4 rad at nuScenes' inclinations.
     """
     return np.asarray(exact.arctan2(matrices[..., 1, 0], matrices[..., 0, 0]))
+
+
+def camera_to_global(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
+    """From a camera at its own time to the global frame."""
+    return exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
+
+
+def ego_to_camera(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
+    """From the ego frame of the keyframe to a camera at its own time, the vehicle's motion included."""
+    return exact.matmul(exact.affine_inverse(camera_to_global(record, camera)), record["ego_to_global"])
+
+
+def camera_to_ego(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
+    """From a camera at its own time to the ego frame of the keyframe."""
+    return exact.matmul(exact.affine_inverse(record["ego_to_global"]), camera_to_global(record, camera))

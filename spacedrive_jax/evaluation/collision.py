@@ -14,11 +14,10 @@ from jaxtyping import Bool, Float, Int
 from skimage.draw import polygon
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import EGO_LENGTH, EGO_WIDTH
 from spacedrive_jax.evaluation.protocols import StepRule
 from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, Grid, box_corners, draw_polygon, to_cells
 
-COLLISION_LENGTH_M = 4.084
-COLLISION_WIDTH_M = 1.85
 MIN_TURNING_STEP_M = 1.0
 """Quirk Q3: a step shorter than this is tested with heading 0, not with the previous heading."""
 ROUNDING_CELLS = 6
@@ -66,8 +65,8 @@ def ego_cells(rule: StepRule) -> Int[np.ndarray, "K 2"]:
     not by OpenCV as everywhere else, and is half a cell off against it (quirk Q2).
     """
     grid = Grid(rule.resolution)
-    x = rule.ego_offset + COLLISION_LENGTH_M / 2 * np.array([-1, 1, 1, -1])
-    y = COLLISION_WIDTH_M / 2 * np.array([1, 1, -1, -1])
+    x = rule.ego_offset + EGO_LENGTH / 2 * np.array([-1, 1, 1, -1])
+    y = EGO_WIDTH / 2 * np.array([1, 1, -1, -1])
     columns, rows = polygon(
         (x - grid.first_centre) / grid.cell_size, (y - grid.first_centre) / grid.cell_size
     )
@@ -148,7 +147,7 @@ def _near(
     trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
 ) -> Bool[np.ndarray, "M A T"]:
     """Which agents' cells may meet the ego box's at a step: circles around both, with room for rounding."""
-    ego_radius = exact.hypot(COLLISION_LENGTH_M / 2 + abs(rule.ego_offset), COLLISION_WIDTH_M / 2)
+    ego_radius = exact.hypot(EGO_LENGTH / 2 + abs(rule.ego_offset), EGO_WIDTH / 2)
     reach = ego_radius + exact.norm(obstacles.size) / 2 + ROUNDING_CELLS * rule.resolution
     # A box beyond the grid is tested at its border, no farther from there than from its own centre.
     points = np.clip(trajectories, -GRID_EXTENT_M, GRID_EXTENT_M)

@@ -14,12 +14,13 @@ import shapely
 from jaxtyping import Bool, Float, UInt8
 
 from spacedrive_jax import exact
+from spacedrive_jax.constants import EGO_LENGTH, EGO_WIDTH
 from spacedrive_jax.data.schema import DRIVABLE_FINE_CELLS, Record
-from spacedrive_jax.evaluation.collision import COLLISION_LENGTH_M, COLLISION_WIDTH_M, Obstacles
+from spacedrive_jax.evaluation.collision import Obstacles
 from spacedrive_jax.evaluation.protocols import PolygonRule
 from spacedrive_jax.evaluation.rasters import GRID_EXTENT_M, MIN_STEP_M, box_corners, decode_fine, tangent_yaw
 
-EGO_SIZE_M = np.array([COLLISION_LENGTH_M, COLLISION_WIDTH_M])
+EGO_SIZE_M = np.array([EGO_LENGTH, EGO_WIDTH])
 OFF_ROAD_AREA_M2 = 0.01
 """So much of the box (one cell of the 0.1 m grid) must leave the road: maps have hairline gaps."""
 

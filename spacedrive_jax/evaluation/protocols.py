@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from spacedrive_jax.console import UserError
+from spacedrive_jax.constants import EGO_CENTRE
 
 HORIZONS_S = (1, 2, 3)
 """Seconds at which the metrics are reported."""
@@ -119,12 +120,9 @@ UNIAD = Protocol(
 """The supplement's "UniAD" protocol, Q2-Q4 and Q10 kept, and Q5: collisions accumulate up to the horizon,
 so the figure is an upper bound of UniAD's own per-step one."""
 
-EGO_CENTRE_M = 1.4
-"""From the rear axle, where nuScenes puts the ego pose, to the middle of the 4.084 m long Renault Zoe."""
-
 CORRECTED = Protocol(
     name="corrected",
-    steps=PolygonRule(ego_offset=EGO_CENTRE_M),
+    steps=PolygonRule(ego_offset=EGO_CENTRE),
     l2="endpoint",
     collision="endpoint",
     intersection="endpoint",

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 
-from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.constants import CAMERAS, EGO_WIDTH
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.reporting.projection import (
     decode_depth,
@@ -30,7 +30,7 @@ STRIP_ORDER = (
 )
 OVERLAY_WIDTH = 960
 TILE_SIZE = (320, 180)
-EGO_WIDTH_M = 1.85
+
 DEPTH_RANGE_M = (2.0, 60.0)
 PAPER = (247, 249, 251)
 
@@ -65,7 +65,7 @@ def _lay_path(
     fill: float,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Lays a ribbon as wide as the vehicle on the ground, `fill` opaque, with a dot at each waypoint."""
-    borders = [project(side, record, FRONT)[0] * scale for side in ground_ribbon(waypoints, EGO_WIDTH_M)]
+    borders = [project(side, record, FRONT)[0] * scale for side in ground_ribbon(waypoints, EGO_WIDTH)]
     visible = np.isfinite(borders[0]).all(axis=1) & np.isfinite(borders[1]).all(axis=1)
     left, right = (_to_fixed(border[visible]) for border in borders)
     layer = image.copy()

@@ -1,4 +1,4 @@
-"""Points of the ego frame in camera images, and depth images from records."""
+"""What a record shows in its cameras: points, segments and boxes of the ego frame, its images and depth."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import encoded_images
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.lidar import sweep_points
+from spacedrive_jax.data.poses import ego_to_camera
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.evaluation.rasters import box_corners
 
 MIN_DEPTH_M = 0.5
-
-
-def ego_to_camera(record: Record, camera: int) -> Float[np.ndarray, "4 4"]:
-    """Takes points in the ego frame of the keyframe to the camera frame at the camera's own time."""
-    camera_to_global = exact.matmul(record["camera_ego_to_global"][camera], record["camera_to_ego"][camera])
-    return exact.matmul(exact.affine_inverse(camera_to_global), record["ego_to_global"])
+"""Nothing nearer to a camera is drawn."""
+BOX_EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
+"""Pairs of `upright_corners`."""
 
 
 def project(
@@ -30,10 +29,55 @@ def project(
     """
     in_camera = exact.transform(points, ego_to_camera(record, camera))
     depth = in_camera[:, 2]
-    image = exact.rotate(in_camera, np.asarray(record["camera_intrinsics"][camera]))
     with np.errstate(divide="ignore", invalid="ignore"):
-        pixels = image[:, :2] / image[:, 2:]
+        pixels = _to_pixels(in_camera, record, camera)
     return np.where(depth[:, None] > MIN_DEPTH_M, pixels, np.nan), depth
+
+
+def project_segments(
+    starts: Float[np.ndarray, "n 3"], ends: Float[np.ndarray, "n 3"], record: Record, camera: int
+) -> list[Float[np.ndarray, "2 2"]]:
+    """Segments of the ego frame in a camera's image, cut off 0.5 m before it; those behind are left out.
+
+    Args:
+        starts: metres, ego frame of the keyframe.
+        ends: likewise.
+        record: the keyframe.
+        camera: index of the camera.
+
+    Returns:
+        Two pixel positions (x, y at the native image size) for each segment that is seen.
+    """
+    to_camera = ego_to_camera(record, camera)
+    segments = []
+    for start, end in zip(exact.transform(starts, to_camera), exact.transform(ends, to_camera), strict=True):
+        if max(start[2], end[2]) < MIN_DEPTH_M:
+            continue
+        if min(start[2], end[2]) < MIN_DEPTH_M:
+            share = (MIN_DEPTH_M - start[2]) / (end[2] - start[2])
+            cut = start + share * (end - start)
+            start, end = (cut, end) if start[2] < MIN_DEPTH_M else (start, cut)
+        segments.append(_to_pixels(np.stack([start, end]), record, camera))
+    return segments
+
+
+def _to_pixels(in_camera: Float[np.ndarray, "n 3"], record: Record, camera: int) -> Float[np.ndarray, "n 2"]:
+    image = exact.rotate(in_camera, np.asarray(record["camera_intrinsics"][camera]))
+    return image[:, :2] / image[:, 2:]
+
+
+def upright_corners(boxes: Float[np.ndarray, "A 7"]) -> Float[np.ndarray, "A 8 3"]:
+    """Corners of upright boxes: four at the bottom from front left clockwise, then four at the top.
+
+    Args:
+        boxes: x y z length width height yaw, centre, as `agent_boxes` of a record.
+    """
+    ground = box_corners(boxes[:, :2], boxes[:, 6], boxes[:, 3:5])
+    heights = boxes[:, 2, None] + boxes[:, 5, None] / 2 * np.array([-1, 1])
+    levels = [
+        np.concatenate([ground, np.repeat(height[:, None, None], 4, axis=1)], axis=2) for height in heights.T
+    ]
+    return np.concatenate(levels, axis=1)
 
 
 def decode_image(record: Record, camera: int) -> UInt8[np.ndarray, "H W 3"] | None:
@@ -50,7 +94,7 @@ def decode_depth(record: Record, camera: int) -> Float[np.ndarray, "H W"] | None
     """The exact depth image in metres, 0 where unknown, or None when the record has none."""
     data = record["exact_depth"][camera]
     what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
-    return encoded_images.decode_depth(data, what).astype(np.float64) if data else None
+    return encoded_images.decode_depth(data, what) if data else None
 
 
 def lidar_points(record: Record) -> Float[np.ndarray, "n 3"] | None:

@@ -31,7 +31,13 @@ BASELINES: Mapping[str, str] = {
 DRIVABLE = "#e1e7ee"
 BEYOND = "#f8f4ea"
 OFF_ROAD = "#ffffff"
-AGENT = "#9aa5b1"
+AGENTS: Mapping[str, str] = {
+    "vehicle": "#2a9d8f",
+    "cycle": "#cc79a7",
+    "human": "#d55e00",
+    "other": "#9aa5b1",
+}
+"""Road users by kind, from above and in the cameras."""
 
 SETTINGS: Mapping[str, object] = {
     "font.size": 9,

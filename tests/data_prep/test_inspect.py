@@ -6,9 +6,9 @@ from PIL import Image
 
 from data_prep.cli.convert import Convert
 from data_prep.cli.main import main as run
-from data_prep.record_picture import box_corners
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
+from spacedrive_jax.reporting.projection import upright_corners
 from tests.data_prep.tiny_nuscenes import VERSION
 
 
@@ -44,8 +44,8 @@ def test_unknown_token_and_unfinished_folder(records_folder, tmp_path, capsys):
     assert "is not a finished records folder" in capsys.readouterr().err
 
 
-def test_box_corners():
-    corners = box_corners(np.array([[10.0, 5.0, 1.0, 4.0, 2.0, 1.5, np.pi / 2]]))[0]
+def test_corners_of_boxes():
+    corners = upright_corners(np.array([[10.0, 5.0, 1.0, 4.0, 2.0, 1.5, np.pi / 2]]))[0]
     # Heading left: the front left corner is ahead in y and behind in x.
     np.testing.assert_allclose(corners[0], [9.0, 7.0, 0.25], atol=1e-12)
     np.testing.assert_allclose(corners[4], [9.0, 7.0, 1.75], atol=1e-12)

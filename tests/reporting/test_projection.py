@@ -3,7 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.reporting.projection import decode_depth, ground_ribbon, lidar_points, project
+from spacedrive_jax.constants import EGO_CENTRE
+from spacedrive_jax.evaluation.protocols import PROTOCOLS
+from spacedrive_jax.reporting.birds_eye import draw_birds_eye
+from spacedrive_jax.reporting.projection import (
+    decode_depth,
+    ground_ribbon,
+    lidar_points,
+    project,
+    project_segments,
+)
+from spacedrive_jax.reporting.style import new_figure
 from tests.record_factory import encode_png, make_record
 
 
@@ -51,3 +61,23 @@ def test_depth_and_lidar_decode_to_metres() -> None:
     sweep = np.array([[2.0, 3.0, 0.0, 9.0, 9.0]], np.float32).tobytes()
     record = make_record(np.random.default_rng(0), lidar=sweep, lidar_to_ego=lidar_to_ego)
     np.testing.assert_allclose(lidar_points(record), [[3.0, 3.0, 1.8]])
+
+
+def test_the_ego_box_is_where_the_vehicle_is():
+    """The rear axle is the origin: one box for the drawings and for what the corrected protocol tests."""
+    _, axes = new_figure(4, 4)
+    draw_birds_eye(axes, make_record(np.random.default_rng(0)))
+    boxes = [path.vertices for collection in axes.collections for path in collection.get_paths()]
+    ego = next(box for box in boxes if len(box) == 5 and np.isclose(box[:, 1].max(), 3.442))
+    np.testing.assert_allclose(ego.min(axis=0), [-0.925, -0.642])
+    assert PROTOCOLS["corrected"].steps.ego_offset == EGO_CENTRE
+
+
+def test_segments_are_cut_before_the_camera():
+    """Along the axis of the camera of `test_projection_by_hand`, from behind it to 11 m ahead."""
+    record = make_record(np.random.default_rng(0))
+    starts = np.array([[-5.0, 2.0, 0.0], [-5.0, 2.0, 0.0]])
+    ends = np.array([[11.0, 2.0, 0.0], [-1.0, 2.0, 0.0]])
+    (segment,) = project_segments(starts, ends, record, 0)
+    np.testing.assert_allclose(segment[0], [40.0 - 60 * 2 / 0.5, 22.5 + 60 * 1.5 / 0.5])
+    np.testing.assert_allclose(segment[1], [40.0 - 60 * 2 / 10, 22.5 + 60 * 1.5 / 10])
