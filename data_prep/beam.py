@@ -8,7 +8,6 @@ twice, does no harm.
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import shlex
 import shutil
@@ -16,16 +15,32 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 from data_prep import conversion
-from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
+from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.console import UserError
 
 POLL_SECONDS = 1.0
 
 
+class Unit(Protocol):
+    """What becomes one shard; picklable."""
+
+    @property
+    def shard(self) -> Path:
+        """The file to write."""
+
+    def resolved(self) -> Self:
+        """The same with absolute paths: a worker's working directory may be another."""
+
+
+U = TypeVar("U", bound=Unit)
+
+
 def convert_on_beam(
-    units: Iterable[SceneUnit],
+    units: Iterable[U],
+    convert: Callable[[U], SceneResult],
     out: Path,
     *,
     workers: int,
@@ -36,6 +51,7 @@ def convert_on_beam(
 
     Args:
         units: what to convert.
+        convert: converts one; importable by name.
         out: the records folder.
         workers: processes, where the options name no other runner.
         options: Beam's own command-line options, such as `--runner=FlinkRunner --flink_master=host:8081`.
@@ -56,7 +72,7 @@ def convert_on_beam(
         ) from None
     arguments = pipeline_arguments(options, workers)
     waiting = out / conversion.FOLDER / conversion.WAITING
-    files = _write_units(units, waiting)
+    files = _write_units(units, convert, waiting)
     try:
         with _watched(out, [file.stem for file in files], advance):
             pipeline = beam.Pipeline(argv=arguments)
@@ -101,29 +117,23 @@ def convert_unit_file(path: str) -> None:
     """
     file = Path(path)
     # Written by this conversion a moment ago, into its own folder.
-    unit: SceneUnit = pickle.loads(file.read_bytes())
+    convert, unit = pickle.loads(file.read_bytes())
     try:
-        result = convert_scene(unit)
+        result = convert(unit)
     except UserError as error:
         file.with_suffix(".problem").write_text(str(error))
         return
     conversion.save_finished_scene(unit.shard.parent, result)
 
 
-def _write_units(units: Iterable[SceneUnit], folder: Path) -> list[Path]:
+def _write_units(units: Iterable[U], convert: Callable[[U], SceneResult], folder: Path) -> list[Path]:
     """Writes units into files: a scene with its annotations is too much for a pipeline's description."""
     folder.mkdir(parents=True)
     files = []
     for unit in units:
-        # A worker's working directory may be another.
-        absolute = dataclasses.replace(
-            unit,
-            dataroot=unit.dataroot.resolve(),
-            shard=unit.shard.resolve(),
-            mask_folder=unit.mask_folder.resolve(),
-        )
+        absolute = unit.resolved()
         files.append(folder.resolve() / f"{unit.shard.name}.unit")
-        files[-1].write_bytes(pickle.dumps(absolute))
+        files[-1].write_bytes(pickle.dumps((convert, absolute)))
     return files
 
 

@@ -193,7 +193,12 @@ class Conversion:
                 from data_prep.beam import convert_on_beam
 
                 results = convert_on_beam(
-                    units, self.out, workers=self.workers, options=self.beam_options, advance=bar.update
+                    units,
+                    convert_scene,
+                    self.out,
+                    workers=self.workers,
+                    options=self.beam_options,
+                    advance=bar.update,
                 )
                 finished |= {result.shard.file: result for result in results}
             else:

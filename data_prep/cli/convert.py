@@ -1,4 +1,4 @@
-"""`python -m data_prep convert`: a nuScenes folder in, array records out."""
+"""`python -m data_prep convert`: a nuScenes or Bench2Drive folder in, array records out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, SEED, Bounds
+from spacedrive_jax.bounds import COUNT, SEED, Bound, Bounds
 from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert(Command):
-    """Turn a nuScenes folder into array records, one shard per scene.
+    """Turn a nuScenes or Bench2Drive folder into array records, one shard per scene or clip.
 
     Example: python -m data_prep convert --dataroot /data/nuscenes --version v1.0-mini --out /data/records
+    Example: python -m data_prep convert --source bench2drive --dataroot /data/bench2drive --out /data/records
 
     The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
     number of workers, on any runner and however often the conversion was interrupted.
@@ -26,11 +28,17 @@ class Convert(Command):
     when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     dataroot: Path
-    """nuScenes folder: the parent of the version folder, samples/, maps/ and can_bus/."""
-    version: str
-    """Version folder with the tables, such as v1.0-mini or v1.0-trainval."""
+    """nuScenes folder: the parent of the version folder, samples/, maps/ and can_bus/. For Bench2Drive the
+    folder with its clips, as tar files or unpacked."""
     out: Path
     """Records folder to write; must be empty or not exist."""
+    source: Literal["nuscenes", "bench2drive"] = "nuscenes"
+    """Whose folder it is."""
+    version: str = ""
+    """For nuScenes: version folder with the tables, such as v1.0-mini or v1.0-trainval."""
+    keyframe_offset: int = 0
+    """For Bench2Drive: frame number of a clip's first keyframe, 0 to 4; every fifth frame from there on is
+    one."""
     workers: int = 1
     """Processes that write shards."""
     runner: Literal["local", "beam"] = "local"
@@ -49,12 +57,18 @@ class Convert(Command):
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
 
-    BOUNDS: ClassVar[Bounds] = {"workers": COUNT, "seed": SEED}
+    BOUNDS: ClassVar[Bounds] = {"keyframe_offset": Bound(0, 4), "workers": COUNT, "seed": SEED}
 
     def run(self) -> Mapping[str, Any]:
         """Converts; see `data_prep.convert.Conversion`."""
+        if self.source == "bench2drive":
+            return self._convert_clips()
         from data_prep.convert import Conversion, summary
 
+        if not self.version:
+            raise ConfigError("give the folder with the tables, --version, such as v1.0-mini")
+        if self.keyframe_offset:
+            raise ConfigError("--keyframe-offset goes with --source bench2drive only")
         facts = Conversion(
             dataroot=self.dataroot,
             version=self.version,
@@ -65,6 +79,25 @@ class Convert(Command):
             resume=self.resume,
             missing_images=self.missing_images,
             render_size=self.render_size,
+            seed=self.seed,
+        ).run()
+        print(summary(facts))
+        return facts
+
+    def _convert_clips(self) -> Mapping[str, Any]:
+        from data_prep.bench2drive.convert import ClipConversion, summary
+
+        if self.version or self.render_size or self.missing_images == "render":
+            raise ConfigError("--version, --render-size and --missing-images render go with nuScenes only")
+        facts = ClipConversion(
+            dataroot=self.dataroot,
+            out=self.out,
+            offset=self.keyframe_offset,
+            workers=self.workers,
+            runner=self.runner,
+            beam_options=self.beam_options,
+            resume=self.resume,
+            missing_images=self.missing_images,
             seed=self.seed,
         ).run()
         print(summary(facts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.console import Command
@@ -13,7 +13,8 @@ from spacedrive_jax.console import Command
 
 @dataclasses.dataclass(frozen=True)
 class Synthesize(Command):
-    """Write a procedural driving world as a nuScenes v1.0 folder (tables, images, LiDAR, maps, CAN bus).
+    """Write a procedural driving world as a nuScenes v1.0 folder (tables, images, LiDAR, maps, CAN bus),
+    or in Bench2Drive's layout.
 
     Example: python -m data_prep synthesize --out data/synthetic --scenes 10 --keyframes 20
 
@@ -33,6 +34,9 @@ class Synthesize(Command):
     """Width x height of the camera images in pixels."""
     depth: bool = True
     """Keep the exact depth of every image under samples_depth/ (16-bit PNG, metres * 256, 0 for sky)."""
+    layout: Literal["nuscenes", "bench2drive"] = "nuscenes"
+    """Whose layout: nuScenes', or Bench2Drive's clips of ten frames a second in CARLA's axes (no exact depth,
+    no map)."""
     workers: int = 0
     """Processes; 0 takes one per core."""
 
@@ -56,9 +60,8 @@ class Synthesize(Command):
             image_size=self.image_size,
             depth=self.depth,
             workers=self.workers,
+            layout=self.layout,
         ).run()
-        print(
-            f"wrote {facts['scenes']} scenes, {facts['keyframes']} keyframes to {self.out} "
-            f"(version {VERSION})"
-        )
+        what = f"version {VERSION}" if self.layout == "nuscenes" else "Bench2Drive's layout"
+        print(f"wrote {facts['scenes']} scenes, {facts['keyframes']} keyframes to {self.out} ({what})")
         return facts

@@ -57,6 +57,15 @@ class SceneUnit:
     """Height and width of drawn images, None for the camera's own."""
     seed: int
 
+    def resolved(self) -> SceneUnit:
+        """The same with absolute paths."""
+        return dataclasses.replace(
+            self,
+            dataroot=self.dataroot.resolve(),
+            shard=self.shard.resolve(),
+            mask_folder=self.mask_folder.resolve(),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class SceneResult:

@@ -8,15 +8,18 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.synthesize import maps
+from data_prep.synthesize.bench2drive import ClipJob, record_clip
 from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
 from data_prep.synthesize.tables import fixed_tables, write_tables
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.tokens import make_token
+
+Layout = Literal["nuscenes", "bench2drive"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Synthesis:
     """Keep the exact depth of every image under samples_depth/."""
     workers: int = 0
     """Processes; 0 takes one per core."""
+    layout: Layout = "nuscenes"
+    """Whose layout: nuScenes', or Bench2Drive's clips of ten frames a second in CARLA's axes."""
 
     def run(self) -> dict[str, Any]:
         """Writes the folder; partial output never stands under its final name.
@@ -69,7 +74,11 @@ class Synthesis:
                 SceneJob(index, self.seed, self.keyframes, image_size, self.depth, unfinished)
                 for index in range(self.scenes)
             ]
-            write_folder(unfinished, jobs, self.workers or os.cpu_count() or 1)
+            workers = self.workers or os.cpu_count() or 1
+            if self.layout == "bench2drive":
+                write_clips(unfinished, jobs, workers)
+            else:
+                write_folder(unfinished, jobs, workers)
             fingerprint = folder_fingerprint(unfinished)
         keyframes = self.scenes * self.keyframes
         return {
@@ -94,6 +103,15 @@ def parse_image_size(text: str) -> tuple[int, int]:
     if not (32 <= width <= 4096 and 18 <= height <= 4096):
         raise UserError(f"--image-size {text} must lie between 32x18 and 4096x4096")
     return height, width
+
+
+def write_clips(root: Path, jobs: list[SceneJob], workers: int) -> None:
+    """Writes all scenes as Bench2Drive clips."""
+    clips = [ClipJob(job.index, job.seed, job.keyframes, job.image_size, root) for job in jobs]
+    recorded = ordered_map(record_clip, clips, min(workers, len(clips)))
+    with contextlib.closing(recorded):
+        for _ in progress(recorded, total=len(clips), desc="clips", unit="clip"):
+            pass
 
 
 def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:

@@ -62,6 +62,25 @@ def decode_grey(encoded: bytes, what: str, size: Size | None = None) -> UInt8[np
     return np.array(_decode(encoded, what, ("PNG",), ("1", "L"), size).convert("L"))
 
 
+def picture_size(encoded: bytes) -> Size | None:
+    """Height and width by the header of a JPEG or PNG, without decoding; None for anything else."""
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        width, height = encoded[16:20], encoded[20:24]
+        return (int.from_bytes(height, "big"), int.from_bytes(width, "big")) if len(height) == 4 else None
+    if encoded[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        # The frame header, any of the kinds of SOF (ISO 10918-1, B.2.2).
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = encoded[place + 5 : place + 7], encoded[place + 7 : place + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        length = int.from_bytes(encoded[place + 2 : place + 4], "big")
+        place += 1 if marker == 0xFF else 2 + max(2, length)
+    return None
+
+
 def _decode(
     encoded: bytes, what: str, formats: tuple[str, ...], modes: tuple[str, ...], size: Size | None
 ) -> Image.Image:

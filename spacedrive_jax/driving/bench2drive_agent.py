@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import math
 import os
 import urllib.parse
 from typing import Any, NamedTuple
@@ -22,6 +21,14 @@ from leaderboard.autoagents import autonomous_agent
 
 if __package__:
     from spacedrive_jax.driving.bench2drive_control import STOP, Controller, Controls, along, path_of
+    from spacedrive_jax.driving.bench2drive_rig import (
+        IMAGE_SIZE,
+        JPEG_QUALITY,
+        RIG,
+        camera_intrinsics,
+        camera_to_ego,
+        ego_numbers,
+    )
     from spacedrive_jax.driving.bench2drive_route import (
         GNSS_X,
         IMU_X,
@@ -37,6 +44,14 @@ if __package__:
     from spacedrive_jax.driving.client import PolicyClient
 else:  # the evaluator imports this file by its bare name, from its folder
     from bench2drive_control import STOP, Controller, Controls, along, path_of  # type: ignore
+    from bench2drive_rig import (  # type: ignore
+        IMAGE_SIZE,
+        JPEG_QUALITY,
+        RIG,
+        camera_intrinsics,
+        camera_to_ego,
+        ego_numbers,
+    )
     from bench2drive_route import (  # type: ignore
         GNSS_X,
         IMU_X,
@@ -55,18 +70,6 @@ TICK = 0.05
 """Seconds between two calls."""
 HISTORY_TICKS = (10, 20, 30, 40)
 """The model's past: 0.5 and 1 s ago, and as far behind those for the commands it had then."""
-IMAGE_SIZE = (1600, 900)
-JPEG_QUALITY = 20
-"""The data was saved so."""
-RIG = {
-    # x forward, y right (CARLA's), z up in metres; yaw to the right and field of view in degrees
-    "CAM_FRONT": (0.80, 0.0, 1.60, 0.0, 70.0),
-    "CAM_FRONT_LEFT": (0.27, -0.55, 1.60, -55.0, 70.0),
-    "CAM_FRONT_RIGHT": (0.27, 0.55, 1.60, 55.0, 70.0),
-    "CAM_BACK": (-2.0, 0.0, 1.60, 180.0, 110.0),
-    "CAM_BACK_LEFT": (-0.32, -0.55, 1.60, -110.0, 70.0),
-    "CAM_BACK_RIGHT": (-0.32, 0.55, 1.60, 110.0, 70.0),
-}
 ROUTE_RULES = ("near_far", "nodes")
 
 log = logging.getLogger(__name__)
@@ -130,38 +133,6 @@ def read_config(text: str) -> tuple[str, Options, str]:
         raise ValueError(f"TEAM_CONFIG: every must be 1 or more, route one of {ROUTE_RULES}")
     server = urllib.parse.urlunsplit((url.scheme, url.netloc, url.path, "", ""))
     return server, options, parts[-1] if len(parts) > 1 else ""
-
-
-def camera_intrinsics(name: str) -> Any:
-    """(3, 3), pixels of a camera's 1600x900 image."""
-    width, height = IMAGE_SIZE
-    focal = width / (2 * math.tan(math.radians(RIG[name][4]) / 2))
-    return np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
-
-
-def camera_to_ego(name: str) -> Any:
-    """(4, 4) from a camera's frame (x right, y down, z forward) to the ego frame (x forward, y left)."""
-    x, y, z, yaw, _ = RIG[name]
-    c, s = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
-    mount = np.array([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, z], [0, 0, 0, 1.0]])
-    optical = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
-    return np.diag([1.0, -1.0, 1.0, 1.0]).dot(mount).dot(optical)
-
-
-def ego_numbers(yaw: float, imu: Any, speed: float) -> Any:
-    """(13,) the ego status as the records have it: quaternion w x y z of the yaw alone, acceleration, rate,
-    velocity; CARLA's axes mirrored (a rate is an axial vector).
-
-    Args:
-        yaw: radians.
-        imu: accelerometer (m/s²) and gyroscope (rad/s), three each.
-        speed: m/s.
-    """
-    values = [float(value) if math.isfinite(value) else 0.0 for value in list(imu)[:6]]
-    ax, ay, az, wx, wy, wz = values
-    sign = 1.0 if math.cos(yaw / 2) >= 0 else -1.0
-    turn = [sign * math.cos(yaw / 2), 0.0, 0.0, sign * math.sin(yaw / 2)]
-    return np.array([*turn, ax, -ay, az, -wx, wy, -wz, speed, 0.0, 0.0])
 
 
 def moved_plan(waypoints: Any, path: Any, made: Pose, now: Pose) -> tuple[Any, Any]:

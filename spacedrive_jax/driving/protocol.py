@@ -10,15 +10,15 @@ transform that `predict` uses builds the sample.
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import navigation_command
+from spacedrive_jax.data.encoded_images import picture_size
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError
 
@@ -286,38 +286,7 @@ def image_size(data: bytes, what: str) -> np.ndarray:
     Raises:
         DataError: it is neither, or of a size no camera has.
     """
-    found = _png_size(data) if data[:8] == b"\x89PNG\r\n\x1a\n" else _jpeg_size(data)
+    found = picture_size(data)
     if found is None or not all(1 <= side <= MOST_IMAGE_SIDE for side in found):
         raise DataError(f"act: {what} is no JPEG or PNG picture with sides up to {MOST_IMAGE_SIDE}")
     return np.array(found, np.int32)
-
-
-def _png_size(data: bytes) -> tuple[int, int] | None:
-    if len(data) < 24:
-        return None
-    width, height = struct.unpack(">II", data[16:24])
-    return height, width
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Walks the segments to the frame header (SOF, ISO 10918-1 B.2.2)."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:
-            place += 1
-            continue
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
-            return height, width
-        if length < 2:
-            return None
-        place += 2 + length
-    return None
-
-
-RouteInput = Literal["none", "released", "navigation", "route"]
-"""Which command a model is told (its config's `data.command`)."""
