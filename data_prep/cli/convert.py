@@ -19,7 +19,6 @@ class Convert(Command):
     """Turn a nuScenes or Bench2Drive folder into array records, one shard per scene or clip.
 
     Example: python -m data_prep convert --dataroot /data/nuscenes --version v1.0-mini --out /data/records
-    Example: python -m data_prep convert --source bench2drive --dataroot /data/bench2drive --out /data/records
 
     The folder is finished when OUT/provenance.json exists. The records are the same, byte for byte, for any
     number of workers, on any runner and however often the conversion was interrupted.
@@ -33,7 +32,7 @@ class Convert(Command):
     out: Path
     """Records folder to write; must be empty or not exist."""
     source: Literal["nuscenes", "bench2drive"] = "nuscenes"
-    """Whose folder it is."""
+    """Whose folder it is: Bench2Drive's needs no --version."""
     version: str = ""
     """For nuScenes: version folder with the tables, such as v1.0-mini or v1.0-trainval."""
     keyframe_offset: int = 0
