@@ -81,6 +81,9 @@ def _draw(name: str, wanted: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     if name in ("scale", "bias"):  # of norms and projections, as they start
         value = jnp.full(wanted.shape, name == "scale", wanted.dtype)
         return jax.device_put(value, wanted.sharding)
+    if name == "kernel_scale":  # of integers that spread over all levels
+        value = jnp.full(wanted.shape, INIT_STD / 3 if wanted.ndim > 3 else INIT_STD / 64, wanted.dtype)
+        return jax.device_put(value, wanted.sharding)
     pieces = math.gcd(wanted.size, 64)
 
     @functools.partial(jax.jit, out_shardings=wanted.sharding)

@@ -151,7 +151,7 @@ def estimate(config: Config, topology: Topology) -> float:
     flops = train_step_flops(config)
     head = decoder.head_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
     weights = decoder.num_layers * decoder.hidden_size * (head + 3 * decoder.intermediate_size)
-    gathered = 2 * weights * compute.storage_dtype.itemsize // mesh.tensor * (mesh.fsdp - 1) // mesh.fsdp
+    gathered = 2 * weights * compute.weight_bits // 8 // mesh.tensor * (mesh.fsdp - 1) // mesh.fsdp
     samples = config.train.batch_size / (mesh.data * mesh.fsdp)
     stream = samples * config.data.sequence_length * decoder.hidden_size * compute.activation_dtype.itemsize
     passes = 3 if compute.remat == "full" else 2

@@ -7,9 +7,10 @@ stacked parameter at a time, straight into their sharding. On many hosts each re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +33,7 @@ from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names, draw_parameters
+from spacedrive_jax.models.quantization import dequantize, kernel_shape, kind_of, quantize, scales
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         """Wraps a model; nothing is computed yet."""
         self._state = dict(nnx.to_flat_state(nnx.state(model)))
         self._lora, self._new_tokens = model.decoder.lora, model.decoder.new_tokens
+        self._dtype = model.decoder.compute.storage_dtype
         tied = model.config.decoder.tied_head
         self._untied = tied and self._new_tokens is not None
         self._paths = [path for path in self._state if self._is_base(path)] + [HEAD_PATH] * self._untied
@@ -76,7 +79,9 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         """
         if path not in self._paths:
             raise KeyError(path)
-        value = self._host(EMBEDDING if self._untied and path == HEAD_PATH else path)
+        value = base_value(
+            self._state, EMBEDDING if self._untied and path == HEAD_PATH else path, self._dtype
+        )
         if self._new_tokens is not None and path in (EMBEDDING, HEAD_PATH):
             rows = self._host(("decoder", "new_embedding" if path == EMBEDDING else "new_head"))
             value = value.copy()
@@ -88,7 +93,8 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
 
     def dtype(self, path: ParameterPath) -> Any:
         """Type of a merged parameter, without computing it."""
-        return self._state[EMBEDDING if self._untied and path == HEAD_PATH else path].dtype
+        stored = self._state[EMBEDDING if self._untied and path == HEAD_PATH else path]
+        return self._dtype if scale_path(path) in self._state else stored.dtype
 
     def _with_adapter(self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         assert self._lora is not None
@@ -104,7 +110,7 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
 
     @staticmethod
     def _is_base(path: ParameterPath) -> bool:
-        return "adapter" not in path and path[-1] not in ("new_embedding", "new_head")
+        return "adapter" not in path and path[-1] not in ("new_embedding", "new_head", "kernel_scale")
 
 
 HEAD, TABLE = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -192,17 +198,46 @@ def fill(
     if absent:
         raise UserError(f"the model has no parameters {absent}; build it with the checkpoint's adapters")
     for rule in progress(rules, desc="loading weights", unit="tensor"):
-        variable = state[rule.target]
-        shape, dtype = variable.shape, variable.dtype
+        layer_axes = int(rule.layers is not None)
+        shape = kernel_shape(state[rule.target], rule.in_axes + layer_axes)
+        for path, convert in _converters(rule, state).items():
+            variable = state[path]
+            part = functools.partial(_read_part, rule, source, shape[layer_axes:], variable, convert)
+            if shardings is None:
+                value = jnp.asarray(part((slice(None),) * len(variable.shape)))
+            else:
+                placed = shardings(axis_names(variable), variable.shape)
+                value = jax.make_array_from_callback(variable.shape, placed, part)
+            state[path] = variable.replace(value)
 
-        def part(index: Any, rule: Rule = rule, shape: Any = shape, dtype: Any = dtype) -> np.ndarray:
-            return _read_part(rule, source, index, shape, dtype)
 
-        if shardings is None:
-            value = jnp.asarray(part((slice(None),) * len(shape)))
-        else:
-            value = jax.make_array_from_callback(shape, shardings(axis_names(variable), shape), part)
-        state[rule.target] = variable.replace(value)
+def base_value(state: Mapping[ParameterPath, Any], path: ParameterPath, dtype: Any) -> np.ndarray:
+    """A parameter on the host; a quantised kernel as the weights it stands for, in `dtype`."""
+    value = np.asarray(jax.device_get(state[path][...]))
+    if scale_path(path) not in state:
+        return value
+    scale = np.asarray(jax.device_get(state[scale_path(path)][...]))
+    if "layers" not in path:
+        return dequantize(value, scale, dtype)
+    return np.stack([dequantize(*layer, dtype) for layer in zip(value, scale, strict=True)])
+
+
+def scale_path(path: ParameterPath) -> ParameterPath:
+    """Where a kernel's scales stand, if it is quantised."""
+    return (*path[:-1], f"{path[-1]}_scale")
+
+
+def _converters(
+    rule: Rule, state: Mapping[ParameterPath, Any]
+) -> dict[ParameterPath, Callable[[np.ndarray], np.ndarray]]:
+    """The parameters that a rule's tensors become, and how: one as it is, or integers and scales."""
+    if scale_path(rule.target) not in state:
+        return {rule.target: lambda kernel: kernel}
+    kind = kind_of(state[rule.target])
+    return {
+        rule.target: lambda kernel: quantize(kernel, kind, rule.in_axes)[0],
+        scale_path(rule.target): lambda kernel: scales(kernel, kind, rule.in_axes),
+    }
 
 
 def to_hf(
@@ -233,6 +268,7 @@ def to_hf(
         UserError: If the folder exists or the architecture has no config.json.
     """
     state = dict(nnx.to_flat_state(nnx.state(model)))
+    dtype = model.decoder.compute.storage_dtype
     values = MergedParameters(model) if merged else None
     config = model.config if values is None else values.config
     family = family_of(config)
@@ -240,14 +276,16 @@ def to_hf(
     rules = family.rules(config)
 
     def item_bytes(path: ParameterPath) -> int:
-        return (state[path].dtype if values is None else values.dtype(path)).itemsize
+        if values is not None:
+            return values.dtype(path).itemsize
+        return (dtype if scale_path(path) in state else state[path].dtype).itemsize
 
     planned = [
         PlannedTensor(rename(name), math.prod(rule.source_shape) * item_bytes(rule.target))
         for rule in rules
         for name in rule.source_names()
     ]
-    exported = export_tensors(state if values is None else values, rules)
+    exported = export_tensors(state if values is None else values, rules, dtype)
     tensors = ((rename(name), tensor) for name, tensor in exported)
     shards = plan_shards(planned, max_shard_bytes)
     write_folder(path, tensors, shards, config=write_hf_config(config), complete=complete)
@@ -255,27 +293,47 @@ def to_hf(
 
 
 def export_tensors(
-    state: Mapping[ParameterPath, Any], rules: Iterable[Rule]
+    state: Mapping[ParameterPath, Any], rules: Iterable[Rule], dtype: Any = np.float32
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads a table backwards: checkpoint names and tensors, one stacked parameter on the host at a time."""
+    """Reads a table backwards: checkpoint names and tensors, one stacked parameter on the host at a time.
+
+    Args:
+        state: Path to parameter.
+        rules: The table.
+        dtype: What quantised kernels are written as.
+    """
     for rule in rules:
-        value = np.asarray(jax.device_get(state[rule.target][...]))
+        value = base_value(state, rule.target, dtype)
         for layer, name in enumerate(rule.source_names()):
             yield name, rule.export(value if rule.layers is None else value[layer])
 
 
 def _read_part(
-    rule: Rule, source: TensorSource, index: tuple[slice, ...], shape: tuple[int, ...], dtype: Any
+    rule: Rule,
+    source: TensorSource,
+    layout: tuple[int, ...],
+    variable: Any,
+    convert: Callable[[np.ndarray], np.ndarray],
+    index: tuple[slice, ...],
 ) -> np.ndarray:
-    """The slice `index` of a parameter, reading only the layers it covers."""
-    names = rule.source_names()
+    """The slice `index` of a parameter, reading only the layers it covers.
+
+    Args:
+        rule: Where it comes from.
+        source: Where its tensors are read.
+        layout: Shape that one of the rule's tensors is given.
+        variable: The parameter: its shape and type.
+        convert: From one layer's tensor in that layout to the parameter's.
+        index: Of the parameter.
+    """
+    names, shape, dtype = rule.source_names(), variable.shape, variable.dtype
     if rule.layers is None:
-        return rule.load(source.read(names[0]), shape)[index].astype(dtype)
+        return convert(rule.load(source.read(names[0]), layout))[index].astype(dtype)
     layers = range(*index[0].indices(rule.layers))
     rest = tuple(len(range(*each.indices(size))) for each, size in zip(index[1:], shape[1:], strict=True))
     part = np.empty((len(layers), *rest), dtype)
     for row, layer in enumerate(layers):
-        part[row] = rule.load(source.read(names[layer]), shape[1:])[index[1:]]
+        part[row] = convert(rule.load(source.read(names[layer]), layout))[index[1:]]
     return part
 
 

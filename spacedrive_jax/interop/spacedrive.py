@@ -231,7 +231,7 @@ def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
             "(model.encoder.learnable_frequencies False)"
         )
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    base = dict(export_tensors(state, base_rules(config)))
+    base = dict(export_tensors(state, base_rules(config), config.compute.storage_dtype))
     if config.new_token_rows and isinstance(config.vlm, LlavaConfig):
         # The published LLaVA trains rows of its tables, which are float32 for it.
         rows = slice(model.indicator_id, model.indicator_id + NewTokensConfig(model.indicator_id).count)

@@ -28,6 +28,7 @@ from spacedrive_jax.console import UserError
 
 LoraTarget = Literal["q", "k", "v", "o"]
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+BaseQuantization = Literal["none", "int8", "int4"]
 AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
 
 _REMAT_POLICIES = {
@@ -338,6 +339,10 @@ class ComputeConfig:
     """Activations and matrix products. Norms, softmax, rotary angles and logits are float32 always."""
     param_dtype: str = "float32"
     """Storage of the base weights. Adapters and new-token rows are float32 always."""
+    base_quantization: BaseQuantization = "none"
+    """Storage of the frozen base's projections, in decoder and vision tower: as `param_dtype` says, in
+    eight bits with a scale for every output channel, or in four with one for every 64 weights
+    (`quantization`). Embedding, head, norms and biases stay in `param_dtype`."""
     remat: RematPolicy = "none"
     """What a block keeps for the backward pass: everything, nothing, or its matrix products."""
     attention: AttentionChoice = "auto"
@@ -353,6 +358,11 @@ class ComputeConfig:
     def storage_dtype(self) -> jnp.dtype:
         """`param_dtype` as jax knows it."""
         return jnp.dtype(self.param_dtype)
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits that one weight of the base's projections is stored in, its share of a scale left out."""
+        return {"none": 8 * self.storage_dtype.itemsize, "int8": 8, "int4": 4}[self.base_quantization]
 
     def remat_policy(self) -> Callable[..., bool] | None:
         """The `jax.checkpoint` policy that `remat` names; None where nothing is recomputed."""

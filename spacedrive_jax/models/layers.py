@@ -17,6 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.partitioning import AxisNames, constrain, without_fsdp
+from spacedrive_jax.models.quantization import dequantize, kind_of, quantize, scale_names
 
 # Layers stacked into one: parameters with a leading layer axis, applied by `jax.lax.scan`.
 #
@@ -87,7 +89,6 @@ def scan_layers(
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)
 
 
-AxisNames = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 INIT_STD = 0.02
@@ -208,6 +209,8 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, bound: float
 class Projection(nnx.Module):
     """A linear map between (possibly multi-axis) feature shapes, with optional bias and LoRA.
 
+    Where `compute.base_quantization` says so the kernel is stored as integers, with `kernel_scale` beside it.
+
     Keeping heads and head channels as axes of their own lets both be named and sharded.
     """
 
@@ -225,7 +228,15 @@ class Projection(nnx.Module):
     ) -> None:
         normal = jax.nn.initializers.normal(INIT_STD)
         make = functools.partial(parameter, nnx.Param, dtype=compute.storage_dtype, rngs=rngs)
-        self.kernel = make(normal, (*in_shape, *out_shape), (*in_names, *out_names))
+        kernel = make(normal, (*in_shape, *out_shape), (*in_names, *out_names))
+        self.kernel, self.kernel_scale = kernel, None
+        if compute.base_quantization != "none":
+            kind = compute.base_quantization
+            levels, scale = quantize(kernel[...], kind, len(in_shape))
+            names = scale_names(kind, in_names, out_names)
+            self.kernel = nnx.Param(levels, out_sharding=(*in_names, *out_names), eager_sharding=False)
+            self.kernel_scale = nnx.data(nnx.Param(scale, out_sharding=names, eager_sharding=False))
+        self.kernel_names = without_fsdp((*in_names, *out_names))
         self.bias = make(jax.nn.initializers.zeros, out_shape, out_names) if bias else None
         self.adapter = (
             None
@@ -239,12 +250,22 @@ class Projection(nnx.Module):
         self, x: Float[Array, "..."], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "..."]:
         """Maps the last axes of `x` from the input shape to the output shape, in the compute dtype."""
-        y = contract(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.in_axes)
+        y = self._product(x.astype(self.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.adapter is not None:
             y = (y.astype(jnp.float32) + self.adapter(x, dropout_key)).astype(self.dtype)
         return y
+
+    def _product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.kernel_scale is None:
+            return contract(x, self.kernel[...].astype(self.dtype), self.in_axes)
+        # Gathered over fsdp as it is stored: left to itself, the partitioner sends what it was turned into.
+        levels, scale = constrain(self.kernel[...], *self.kernel_names), self.kernel_scale[...]
+        if kind_of(levels) == "int4":  # a scale for every block of inputs: the product needs the weights
+            return contract(x, dequantize(levels, scale, self.dtype), self.in_axes)
+        y = contract(x, levels.astype(self.dtype), self.in_axes)
+        return (y.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -41,6 +41,12 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 AxisNames = tuple[str | None, ...]
 
+
+def without_fsdp(names: AxisNames) -> AxisNames:
+    """The names of a parameter once it is gathered for its product: axes that lie over fsdp become whole."""
+    return tuple(None if dict(RULES).get(name or "") == ("fsdp",) else name for name in names)
+
+
 FROM_WIDTH: Mapping[str, Any] = MappingProxyType({"out_sharding": ("embed", None), "eager_sharding": False})
 """`kernel_metadata` of an `nnx.Linear` whose inputs have the model's width."""
 

@@ -56,6 +56,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model")
+        if self.compute.base_quantization != "none" and not self.use_lora:
+            raise ConfigError(
+                f"model.compute.base_quantization {self.compute.base_quantization} needs a frozen base: set "
+                "model.use_lora True, or base_quantization none"
+            )
         if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
             raise ConfigError(
                 f"model.path_points {self.path_points} needs a token per point: "

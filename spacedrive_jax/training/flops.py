@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -69,7 +70,7 @@ class Topology:
 
 
 def describe(name: str) -> Topology:
-    """Describes `v5e:4x4`, `v5p:4x4x4`, `v6e:8x8`, or `cpu:N` for N of this process's CPU devices.
+    """Describes `v5e:1x1`, `v5e:4x4`, `v5p:4x4x4`, `v6e:8x8`, or `cpu:N` for N of this process's CPU devices.
 
     Raises:
         UserError: the name is not of that form, libtpu is not installed, or it knows no such shape.
@@ -91,8 +92,10 @@ def describe(name: str) -> Topology:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -r requirements-aot.txt")
     from jax.experimental import topologies
 
+    # libtpu's hosts have four chips unless told otherwise; a machine of one chip has one host of one.
+    hosts: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts)
     except Exception as error:
         raise UserError(f"--topology {name}: libtpu does not describe it ({error})") from error
     return Topology(name, CHIPS[kind], tuple(description.devices))

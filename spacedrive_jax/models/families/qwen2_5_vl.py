@@ -198,7 +198,7 @@ class PatchMerger(nnx.Module):
     """Norm, then a two-layer MLP over the channels of the patches that make one token."""
 
     def __init__(self, config: QwenVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        merged = config.hidden_size * config.merge_size**2
+        self.merged_size = merged = config.hidden_size * config.merge_size**2
         make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
         self.norm = RMSNorm(
             config.hidden_size, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs
@@ -208,7 +208,7 @@ class PatchMerger(nnx.Module):
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I V O"]:
         """Merges every run of patches (four for merge size 2) into one token."""
-        merged = self.norm(x).reshape(x.shape[0], -1, self.hidden.kernel.shape[0])
+        merged = self.norm(x).reshape(x.shape[0], -1, self.merged_size)
         return self.out(jax.nn.gelu(self.hidden(merged), approximate=False))
 
 
