@@ -56,6 +56,12 @@ PARTS = (
     Part("train_7b", "Training step, 7B", ("benchmarks.gpu.train_step", "--model", "7b"), 130),
     Part("planning", "Planning in one pass", ("benchmarks.gpu.planning",), 130),
     Part("planning_transformers", "Planning, transformers", ("benchmarks.gpu.planning_transformers",), 80),
+    Part(
+        "train_7b_int8",
+        "Training step, 7B on a base of eight bits",
+        ("benchmarks.gpu.train_step", "--model", "7b", "--base", "int8"),
+        120,
+    ),
     Part("train_3b", "Training step, 3B", ("benchmarks.gpu.train_step", "--model", "3b"), 110),
     Part("depth", "UniDepthV2, ViT-L", ("benchmarks.gpu.depth",), 60),
     Part("tests", "Tests", ("benchmarks.gpu.tests",), 120),

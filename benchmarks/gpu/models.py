@@ -89,7 +89,10 @@ def _draw(name: str, wanted: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     @functools.partial(jax.jit, out_shardings=wanted.sharding)
     def draw(key: jax.Array) -> jax.Array:
         def piece(key: jax.Array) -> jax.Array:
-            return (INIT_STD * jax.random.normal(key, (wanted.size // pieces,))).astype(wanted.dtype)
+            size = (wanted.size // pieces,)
+            if jnp.issubdtype(wanted.dtype, jnp.integer):
+                return jax.random.bits(key, size, jnp.uint8).astype(wanted.dtype)
+            return (INIT_STD * jax.random.normal(key, size)).astype(wanted.dtype)
 
         return jax.lax.map(piece, jax.random.split(key, pieces)).reshape(wanted.shape)
 

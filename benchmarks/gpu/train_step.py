@@ -14,10 +14,10 @@ import numpy as np
 from benchmarks.gpu.models import make_config, random_state
 from benchmarks.gpu.rows import parser, tell
 from benchmarks.random_batch import random_batch
+from spacedrive_jax.aot.memory import bytes_per_chip
 from spacedrive_jax.config import Config
 from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
-from spacedrive_jax.training.state import count
 from spacedrive_jax.training.step import make_train_step
 
 BATCH = {"3b": 4, "7b": 2}
@@ -32,7 +32,6 @@ def measure(config: Config, steps: int) -> dict[str, float | int | None]:
     optimizer = step.initialize_optimizer(trainable)
     batch = place_batch(random_batch(config, seed=0), mesh)
     numbers = [jax.device_put(np.int32(number), replicated(mesh)) for number in range(steps + 1)]
-    parameters = count(trainable) + count(frozen)
     started = time.perf_counter()
     compiled = step.run.lower(trainable, optimizer, frozen, batch, numbers[0]).compile()
     compile_seconds = time.perf_counter() - started
@@ -56,7 +55,7 @@ def measure(config: Config, steps: int) -> dict[str, float | int | None]:
     flops = train_step_flops(config)
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "parameters, billions": parameters / 1e9,
+        "parameters GB": bytes_per_chip((trainable, frozen)) / 1e9,
         "step s": took,
         "tokens/s": config.train.batch_size * config.data.sequence_length / took,
         "MFU %": None if rate is None else 100 * flops.model / rate / took,
@@ -71,16 +70,21 @@ def main() -> None:
     """One row."""
     options = parser(__doc__)
     options.add_argument("--model", choices=["3b", "7b"], default="7b")
+    options.add_argument("--base", choices=["none", "int8", "int4"], default="none", help="quantisation")
     options.add_argument("--batch-size", type=int)
     options.add_argument("--remat", default="dots_no_batch", help="a policy of model.compute.remat")
     options.add_argument("--steps", type=int, default=6)
     given = options.parse_args()
     batch = given.batch_size or BATCH[given.model]
-    fields = {"train.batch_size": batch, "model.compute.remat": given.remat}
+    fields = {
+        "train.batch_size": batch,
+        "model.compute.remat": given.remat,
+        "model.compute.base_quantization": given.base,
+    }
     config = make_config(given.model, given.size, fields)
     tell(
         model=given.model,
-        base=config.model.compute.param_dtype,
+        base=config.model.compute.param_dtype if given.base == "none" else given.base,
         batch=batch,
         remat=given.remat,
         **measure(config, given.steps),

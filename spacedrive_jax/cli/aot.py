@@ -39,6 +39,8 @@ class Aot(Command):
     """Samples per step over all chips; the config's when not given."""
     remat: Literal["none", "full", "dots", "dots_no_batch"] | None = None
     """What the blocks keep for the backward pass; the config's when not given."""
+    base_quantization: Literal["none", "int8", "int4"] | None = None
+    """How the frozen base is stored; the config's when not given."""
     step: Literal["train", "plan"] = "train"
     """The training step, or answering a batch of planning questions."""
     search: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -102,5 +104,8 @@ class Aot(Command):
             train = dataclasses.replace(train, batch_size=self.batch_size)
         if self.remat is not None:
             model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, remat=self.remat))
+        if self.base_quantization is not None:
+            compute = dataclasses.replace(model.compute, base_quantization=self.base_quantization)
+            model = dataclasses.replace(model, compute=compute)
         mesh = config.mesh if self.mesh is None else parse_mesh(self.mesh)
         return dataclasses.replace(config, train=train, model=model, mesh=mesh)

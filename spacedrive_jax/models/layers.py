@@ -236,7 +236,8 @@ class Projection(nnx.Module):
             names = scale_names(kind, in_names, out_names)
             self.kernel = nnx.Param(levels, out_sharding=(*in_names, *out_names), eager_sharding=False)
             self.kernel_scale = nnx.data(nnx.Param(scale, out_sharding=names, eager_sharding=False))
-        self.kernel_names = without_fsdp((*in_names, *out_names))
+            self.kernel_names = without_fsdp((*in_names, *out_names))
+            self.scale_names = without_fsdp(names)
         self.bias = make(jax.nn.initializers.zeros, out_shape, out_names) if bias else None
         self.adapter = (
             None
@@ -261,7 +262,8 @@ class Projection(nnx.Module):
         if self.kernel_scale is None:
             return contract(x, self.kernel[...].astype(self.dtype), self.in_axes)
         # Gathered over fsdp as it is stored: left to itself, the partitioner sends what it was turned into.
-        levels, scale = constrain(self.kernel[...], *self.kernel_names), self.kernel_scale[...]
+        levels = constrain(self.kernel[...], *self.kernel_names)
+        scale = constrain(self.kernel_scale[...], *self.scale_names)
         if kind_of(levels) == "int4":  # a scale for every block of inputs: the product needs the weights
             return contract(x, dequantize(levels, scale, self.dtype), self.in_axes)
         y = contract(x, levels.astype(self.dtype), self.in_axes)

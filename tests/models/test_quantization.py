@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -164,3 +169,24 @@ def test_training_on_integers_makes_no_copy_of_the_stack(kind):
     assert stored < {"int8": 1.02, "int4": 0.56}[kind] * numbers
     # One block's weights in float32 and what is around them, not twelve blocks'.
     assert memory.temp_size_in_bytes < 4 * numbers / 12 * 3
+
+
+def test_what_fsdp_gathers_is_what_is_stored():
+    script = Path(__file__).with_name("sharded_projection.py")
+    path = os.pathsep.join(filter(None, [str(script.parents[2]), os.environ.get("PYTHONPATH")]))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert all(result["difference"] < 0.02 for result in results.values())
+    assert ["s8", "128,96"] in results["int8"]["gathered"]
+    assert ["u8", "64,96"] in results["int4"]["gathered"]
+    # Beside the scales nothing of the kernel goes over the links.
+    assert [kind for kind, shape in results["int8"]["gathered"] if shape == "128,96"] == ["s8"]
+    assert [kind for kind, shape in results["int4"]["gathered"] if shape != "2,96"] == ["u8"]
