@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from spacedrive_jax.config import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
