@@ -44,6 +44,9 @@ def main() -> None:
                 stdout=sys.stderr,
             )
             failed |= done.returncode != 0
+            if not results.exists():
+                tell(file=file, failed=f"pytest ended with {done.returncode} and no results")
+                continue
             suite = ElementTree.parse(results).getroot().find("testsuite")
         assert suite is not None
         counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}

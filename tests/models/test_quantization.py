@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
@@ -23,6 +22,7 @@ from spacedrive_jax.models.language_model import Decoder
 from spacedrive_jax.models.layers import Projection
 from spacedrive_jax.models.partitioning import axis_names
 from spacedrive_jax.models.quantization import block_size, dequantize, quantize
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.checkpoints import state_fingerprint
 
 from .conftest import GOLDEN, tiny_config
