@@ -12,9 +12,10 @@ from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.io import write_text
+from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
-from spacedrive_jax.reporting.page import Page, flatten, render_page
+from spacedrive_jax.reporting.page import METRICS, Page, Tile, flatten, interval, render_page
 from spacedrive_jax.reporting.run_files import RunFiles, read_run, with_run_depth
 
 DEFAULT_SPLIT = "val"
@@ -147,42 +148,50 @@ def _make_page(
     cases = []
     if records is not None and measured is not None:
         cases = [
-            make_case(title, token, records, measured, predictions)
+            make_case(title, token, records, measured, predictions, files.config)
             for title, token in choose_cases(measured, highlights)
         ]
     predicted = measured is not None and "prediction" in measured.errors
     return Page(
         title=str((files.config or {}).get("name") or files.directory.resolve().name),
-        summary=_summary(files),
+        summary=_summary(files, planned=predictions),
         notices=notices,
         evaluations=files.evaluations,
         horizon=horizon_plot(measured.errors) if measured is not None and predicted else None,
         cases=cases,
+        depth_scale=depth_scale() if any(case.strip and case.has_depth for case in cases) else None,
         curves=training_curves(files.steps),
-        config=files.config,
+        config=None if files.config is None else dict(flatten(files.config)),
         provenance=_provenance(files, records, predictions, measured),
     )
 
 
-def _summary(files: RunFiles) -> dict[str, str]:
-    summary = {}
+def _summary(files: RunFiles, *, planned: Predictions | None) -> list[Tile]:
+    tiles = []
     if files.steps:
         last = files.steps[-1]
-        summary["Steps"] = f"{int(last['step']):,}"
+        tiles.append(Tile("Steps", f"{int(last['step']):,}"))
         if "loss" in last:
-            summary["Last loss"] = f"{last['loss']:.4g}"
+            tiles.append(Tile("Last loss", f"{last['loss']:.4g}"))
     if files.evaluations:
         shown = next(
             (item for item in files.evaluations if item["protocol"] == "omnidrive"), files.evaluations[0]
         )
-        units = {"l2": ("L2", "m"), "collision": ("Collision", "%"), "intersection": ("Off road", "%")}
-        for metric, (name, unit) in units.items():
-            value = shown[metric]["avg"]
-            summary[f"{name}, avg ({shown['protocol']})"] = (
-                "no map" if value is None else f"{value:.2f} {unit}"
+        confidence = shown.get("confidence") or {}
+        for metric, (name, unit) in METRICS.items():
+            value, bounds = shown[metric]["avg"], confidence.get(metric, {}).get("avg")
+            tiles.append(
+                Tile(
+                    f"{name}, average ({shown['protocol']})",
+                    "no map" if value is None else f"{value:.2f} {unit}",
+                    f"95 %: {interval(bounds)}" if bounds and value is not None else "",
+                )
             )
-        summary["Scored keyframes"] = f"{shown['coverage']['counted']} of {shown['coverage']['eligible']}"
-    return summary
+        coverage = shown["coverage"]
+        tiles.append(Tile("Scored keyframes", f"{coverage['counted']} of {coverage['eligible']}"))
+    if planned is not None:
+        tiles.append(Tile("Unparsed answers", f"{len(planned.unparsed)} of {len(planned.tokens)}"))
+    return tiles
 
 
 def _provenance(

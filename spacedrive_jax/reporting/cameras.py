@@ -17,7 +17,7 @@ from spacedrive_jax.reporting.projection import (
     project,
 )
 from spacedrive_jax.reporting.run_files import run_depth
-from spacedrive_jax.reporting.style import PREDICTION, TRUTH, rgb
+from spacedrive_jax.reporting.style import PREDICTION, TRUTH, new_figure, rgb, styled, to_png
 
 FRONT = CAMERAS.index("CAM_FRONT")
 STRIP_ORDER = (
@@ -32,6 +32,7 @@ OVERLAY_WIDTH = 960
 TILE_SIZE = (320, 180)
 
 DEPTH_RANGE_M = (2.0, 60.0)
+DEPTH_TICKS_M = (2, 5, 10, 20, 40, 60)
 PAPER = (247, 249, 251)
 
 
@@ -128,6 +129,21 @@ def camera_strip(record: Record) -> UInt8[np.ndarray, "H W 3"] | None:
                 )
             )
     return np.concatenate(rows)
+
+
+@styled
+def depth_scale() -> str:
+    """The colours of the depth with their metres, as the data address of a figure."""
+    figure, axes = new_figure(4.2, 0.62)
+    depth = np.geomspace(*DEPTH_RANGE_M, 256)
+    axes.imshow(_depth_colors(depth)[None], aspect="auto", extent=(0, 1, 0, 1))
+    near, far = np.log(DEPTH_RANGE_M)
+    axes.set_xticks((np.log(DEPTH_TICKS_M) - near) / (far - near), [f"{tick} m" for tick in DEPTH_TICKS_M])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return to_png(figure)
 
 
 def _row(tiles: list[np.ndarray]) -> np.ndarray:

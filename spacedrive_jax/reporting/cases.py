@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.console import UserError
+from spacedrive_jax.data.conversation import question_turn
+from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.tokenizer import INDICATOR, POSITION
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
@@ -71,6 +74,15 @@ def image_origin(record: Record) -> ImageOrigin:
     )
 
 
+MOVING_M = 2.0
+"""A vehicle that is farther than this from its place after 3 s moves."""
+IMAGE_MARK = "<image>\n"
+TOKEN_MEANINGS: Mapping[str, str] = {
+    INDICATOR: f"{INDICATOR} announces a coordinate: the decoder reads it, in metres, from the hidden state "
+    "behind it.",
+    POSITION: f"{POSITION} is where a coordinate's encoding stands.",
+}
+"""What the two tokens that the project adds to the tokenizer mean."""
 DEPTH_TEXTS: Mapping[str, str] = {
     "run": "Depth: what the run saw on its grid of visual tokens; each camera's source is written on it.",
     "exact": "Depth: exact depth images of the records.",
@@ -88,6 +100,7 @@ class SplitErrors:
             has rows for `tokens`.
         tokens: keyframes with a whole future and a usable prediction, in record order.
         scenes: the scene of each of `tokens`.
+        driven: how far each of `tokens` is from where it stood 3 s before, metres.
         index_of: token to its index in the split, for all keyframes.
         images: where its camera images come from.
     """
@@ -95,6 +108,7 @@ class SplitErrors:
     errors: Mapping[str, Float[np.ndarray, "S T"]]
     tokens: tuple[str, ...]
     scenes: tuple[str, ...]
+    driven: tuple[float, ...]
     index_of: Mapping[str, int]
     images: ImageOrigin
 
@@ -111,6 +125,7 @@ def measure_split(
     rows: dict[str, list[np.ndarray]] = {"prediction": [], "constant_velocity": [], "standing_still": []}
     tokens: list[str] = []
     scenes: list[str] = []
+    driven: list[float] = []
     index_of: dict[str, int] = {}
     images = ImageOrigin()
     for index in track(range(len(records))):
@@ -122,13 +137,14 @@ def measure_split(
             continue
         tokens.append(record["token"])
         scenes.append(record["scene_name"])
+        driven.append(float(exact.norm(record["waypoints"][-1])))
         plans = {"constant_velocity": constant_velocity(record), "standing_still": standing_still()}
         if plan is not None:
             plans["prediction"] = plan
         for name, waypoints in plans.items():
             rows[name].append(exact.norm(waypoints - record["waypoints"]))
     errors = {name: np.stack(values) for name, values in rows.items() if values}
-    return SplitErrors(errors, tuple(tokens), tuple(scenes), index_of, images)
+    return SplitErrors(errors, tuple(tokens), tuple(scenes), tuple(driven), index_of, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +159,10 @@ class Case:
         strip: JPEG data address of the six views with depth, None without pixels.
         images: where the camera images come from, in words.
         depth: where the depth comes from, in words.
+        has_depth: whether depth is shown in the strip.
+        question: what the model was asked, "" where the run does not say.
         answer: the model's answer, "" where there is none.
+        words: what the new tokens in question and answer mean, "" where there are none.
     """
 
     title: str
@@ -153,11 +172,14 @@ class Case:
     strip: str | None
     images: str
     depth: str
+    has_depth: bool
+    question: str
     answer: str
+    words: str
 
 
 def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple[str, str]]:
-    """(title, token) of the best, median and worst keyframes by mean waypoint error, then the highlights.
+    """(title, token) of the best moving, median and worst keyframes by waypoint error, then the highlights.
 
     The three worst are shown, of different scenes where there are as many: neighbours fail alike.
 
@@ -170,7 +192,10 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
         worst: dict[str, int] = {}
         for place in order[::-1]:
             worst.setdefault(measured.scenes[place], int(place))
-        places = [("Best", order[0]), ("Median", order[len(order) // 2])]
+        # A vehicle at rest is the easiest to foresee, and a page that opens with one says little.
+        moving = next((place for place in order if measured.driven[place] > MOVING_M), None)
+        best = ("Best", order[0]) if moving is None else ("Best that moves", moving)
+        places = [best, ("Median", order[len(order) // 2])]
         places += zip(("Worst", "Second worst scene", "Third worst scene"), worst.values(), strict=False)
         chosen = [(title, measured.tokens[place]) for title, place in places]
     for token in highlights:
@@ -185,10 +210,36 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
     return [(title, token) for token, title in titles.items()]
 
 
+def question_of(record: Record, config: Mapping[str, Any] | None) -> str:
+    """What a run asks about a keyframe, the images in one word; "" where its config does not say.
+
+    Args:
+        record: the keyframe.
+        config: the run's `config.json`, if there is one.
+    """
+    command: Any = ((config or {}).get("data") or {}).get("command")
+    if command not in get_args(CommandSource):
+        return ""
+    in_words = ((config or {}).get("model") or {}).get("ego_status") == "language"
+    text = question_turn(record, command, ego_in_words=in_words).text
+    images = text.count(IMAGE_MARK)
+    return f"[{images} images] " + text.replace(IMAGE_MARK, "").strip()
+
+
+def explained(text: str) -> str:
+    """What the project's tokens that a text holds mean, in a line."""
+    return " ".join(meaning for token, meaning in TOKEN_MEANINGS.items() if token in text)
+
+
 def make_case(
-    title: str, token: str, records: Records, measured: SplitErrors, predictions: Predictions | None
+    title: str,
+    token: str,
+    records: Records,
+    measured: SplitErrors,
+    predictions: Predictions | None,
+    config: Mapping[str, Any] | None = None,
 ) -> Case:
-    """Draws one keyframe."""
+    """Draws one keyframe; `config` is the run's `config.json`, for the question."""
     record = records[measured.index_of[token]]
     plan = predictions.waypoints.get(token) if predictions else None
     front, strip = front_overlay(record, plan), camera_strip(record)
@@ -198,9 +249,11 @@ def make_case(
         error = exact.norm(plan - record["waypoints"])
         facts["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
     elif plan is None:
-        facts["error"] = "no usable prediction" if predictions else "no predictions"
+        facts["error"] = _why_no_plan(token, predictions)
     else:
         facts["error"] = "not scored: the recorded future is incomplete"
+    question = question_of(record, config)
+    answer = predictions.text.get(token, "") if predictions else ""
     return Case(
         title=title,
         facts=facts,
@@ -209,5 +262,16 @@ def make_case(
         strip=None if strip is None else to_jpeg(strip),
         images=image_origin(record).describe(read_provenance(records.directory)),
         depth=DEPTH_TEXTS[depth_source(record)],
-        answer=predictions.text.get(token, "") if predictions else "",
+        has_depth=depth_source(record) != "none",
+        question=question,
+        answer=answer,
+        words=explained(question + answer),
     )
+
+
+def _why_no_plan(token: str, predictions: Predictions | None) -> str:
+    if predictions is None:
+        return "no predictions"
+    if token in predictions.unparsed:
+        return "unparsed: the answer holds no trajectory"
+    return "no usable prediction"

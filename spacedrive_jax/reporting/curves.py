@@ -93,6 +93,35 @@ def _draw_series(
 
 
 @styled
+def compared_curves(
+    runs: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]],
+) -> list[tuple[str, str]]:
+    """One panel for each number that any of several runs logs, a line a run.
+
+    Args:
+        runs: name to its colour and its logged steps in order.
+
+    Returns:
+        (title, SVG data address) per panel.
+    """
+    names = list(dict.fromkeys(name for _, steps in runs.values() for step in steps for name in step))
+    panels = []
+    for name in names:
+        if name == "step":
+            continue
+        title = LABELS.get(name, name.replace("_", " ").capitalize())
+        figure, axes = new_figure(4.2, 2.6)
+        axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for run, (color, steps) in runs.items():
+            if any(name in step for step in steps):
+                x, y = _series(name, steps)
+                _draw_series(axes, x, y, color, run)
+        panels.append((title, to_svg(figure)))
+    return panels
+
+
+@styled
 def horizon_plot(errors: Mapping[str, Float[np.ndarray, "S T"]]) -> str:
     """Mean displacement error at each of the six waypoints, with the 10-90 % band of the prediction.
 

@@ -1,53 +1,38 @@
-"""The report as one HTML text: no script, no network, everything embedded."""
+"""The report as one HTML text: no script, no network, everything embedded.
+
+The pages are jinja2 templates (`templates/`) with autoescape on: whatever a run's files say is shown as text.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
+import markupsafe
+
+from spacedrive_jax import __version__
+from spacedrive_jax.evaluation.protocols import PROTOCOLS
 from spacedrive_jax.reporting.cases import Case
-from spacedrive_jax.reporting.style import STYLESHEET
+from spacedrive_jax.reporting.style import COLORS
 
 METRICS = {"l2": ("L2", "m"), "collision": ("Collision", "%"), "intersection": ("Off road", "%")}
 COLUMNS = ("1s", "2s", "3s", "avg")
 ROW_NAMES = {
-    "prediction": "this run",
     "standing_still": "standing still",
     "constant_velocity": "constant velocity",
     "mean_trajectory": "mean trajectory",
     "ground_truth": "recorded drive",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """Everything a page shows.
-
-    Attributes:
-        title: the run's name.
-        summary: headline figures, label to text.
-        notices: what is missing or must be known, one sentence each.
-        evaluations: objects written by `evaluate`.
-        horizon: data address of the error-over-horizon figure, None without predictions and records.
-        cases: keyframes to show.
-        curves: (title, data address) per training panel.
-        config: the resolved configuration, None when absent.
-        provenance: label to text.
-    """
-
-    title: str
-    summary: Mapping[str, str]
-    notices: Sequence[str]
-    evaluations: Sequence[Mapping[str, Any]]
-    horizon: str | None
-    cases: Sequence[Case]
-    curves: Sequence[tuple[str, str]]
-    config: Mapping[str, Any] | None
-    provenance: Mapping[str, str]
-
-
+COVERAGE_WORDS = {
+    "unparsed": "unparsed (the answer holds no trajectory)",
+    "short": "with too few waypoints",
+    "long": "with more waypoints than are scored",
+    "non_finite": "with waypoints that are no numbers",
+    "duplicates": "given twice",
+}
+"""What the counts of an evaluation's coverage mean, where the name does not say it."""
 SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -61,26 +46,113 @@ SECURITY_POLICY = "; ".join(
 should text of a run's files ever reach it as markup."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A headline figure.
+
+    Attributes:
+        label: what it is.
+        value: the figure with its unit.
+        detail: a smaller line below, such as an interval.
+    """
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Everything that the page of a run shows.
+
+    Attributes:
+        title: the run's name.
+        summary: headline figures.
+        notices: what is missing or must be known, one sentence each.
+        evaluations: objects written by `evaluate`.
+        horizon: data address of the error-over-horizon figure, None without predictions and records.
+        cases: keyframes to show.
+        depth_scale: data address of the colours of the depth, None where no keyframe is shown.
+        curves: (title, data address) per training panel.
+        config: the resolved configuration as dotted names, None when absent.
+        provenance: label to text.
+    """
+
+    title: str
+    summary: Sequence[Tile]
+    notices: Sequence[str]
+    evaluations: Sequence[Mapping[str, Any]]
+    horizon: str | None
+    cases: Sequence[Case]
+    depth_scale: str | None
+    curves: Sequence[tuple[str, str]]
+    config: Mapping[str, str] | None
+    provenance: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRow:
+    """One run in a table of several.
+
+    Attributes:
+        name: of the run.
+        color: `#rrggbb`, its own in all figures.
+        samples: keyframes counted.
+        scores: metric to horizon to value.
+        confidence: metric to horizon to interval, None where there is none.
+    """
+
+    name: str
+    color: str
+    samples: int
+    scores: Mapping[str, Mapping[str, float | None]]
+    confidence: Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRun:
+    """A run on a page of several: its name, its colour and its folder."""
+
+    name: str
+    color: str
+    directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonPage:
+    """Everything that the page of several runs shows.
+
+    Attributes:
+        title: the runs' names.
+        runs: them.
+        notices: what is missing or must be known, one sentence each.
+        protocol: under which they are scored.
+        scores: a row a run, the one the others are held against first; empty where they cannot be scored.
+        why_no_scores: why, if so.
+        differences: a row for each other run: what it differs by on the keyframes both answered.
+        curves: (title, data address) per training panel.
+        config: fields that differ, with each run's value.
+    """
+
+    title: str
+    runs: Sequence[ComparedRun]
+    notices: Sequence[str]
+    protocol: str
+    scores: Sequence[ScoreRow]
+    why_no_scores: str
+    differences: Sequence[ScoreRow]
+    curves: Sequence[tuple[str, str]]
+    config: Mapping[str, Sequence[str]]
+
+
 def render_page(page: Page) -> str:
-    """The whole page."""
-    sections = [
-        _section("scores", "Open-loop scores", _scores(page.evaluations)),
-        _section("horizon", "Error over the horizon", _horizon(page.horizon)),
-        _section("cases", "Keyframes", "".join(map(_case, page.cases)) or _absent("No keyframe is shown.")),
-        _section("training", "Training", _curves(page.curves)),
-        _section("config", "Configuration", _config(page.config)),
-        _section("provenance", "Where this comes from", _definitions(page.provenance)),
-    ]
-    title = html.escape(page.title)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{SECURITY_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLESHEET}</style></head><body>"
-        f'<header><p class="kicker">SpaceDrive run report</p><h1>{title}</h1>{_tiles(page.summary)}'
-        "</header>"
-        f"<main>{_notices(page.notices)}{''.join(sections)}</main></body></html>\n"
-    )
+    """The whole page of a run."""
+    return _environment().get_template("run.html.jinja").render(page=page, notices=page.notices)
+
+
+def render_comparison(page: ComparisonPage) -> str:
+    """The whole page of several runs."""
+    return _environment().get_template("compare.html.jinja").render(page=page, notices=page.notices)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -92,142 +164,58 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, s
             yield f"{prefix}{name}", str(item)
 
 
-def _section(anchor: str, title: str, body: str) -> str:
-    return f'<section id="{anchor}"><h2>{html.escape(title)}</h2>{body}</section>'
-
-
-def _absent(text: str) -> str:
-    return f'<p class="absent">{html.escape(text)}</p>'
-
-
-def _tiles(summary: Mapping[str, str]) -> str:
-    tiles = "".join(
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
-        for label, value in summary.items()
-    )
-    return f'<dl class="tiles">{tiles}</dl>' if tiles else ""
-
-
-def _notices(notices: Sequence[str]) -> str:
-    if not notices:
+def interval(bounds: Sequence[float] | None, unit: str = "") -> str:
+    """A 95 % interval in words; empty where there is none."""
+    if not bounds:
         return ""
-    items = "".join(f"<li>{html.escape(notice)}</li>" for notice in notices)
-    return f'<aside class="notices"><h2>Missing or to be known</h2><ul>{items}</ul></aside>'
+    return f"{bounds[0]:.2f} to {bounds[1]:.2f}" + (f" {unit}" if unit else "")
 
 
-def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    if not evaluations:
-        return _absent("There is no evaluation to show.")
-    return "".join(map(_score_table, evaluations))
-
-
-def _score_table(evaluation: Mapping[str, Any]) -> str:
-    groups = "".join(
-        f'<th colspan="{len(COLUMNS)}" scope="colgroup">{name} ({unit})</th>'
-        for name, unit in METRICS.values()
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spacedrive_jax.reporting", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    columns = "".join(f'<th scope="col"{_edge(column)}>{column}</th>' for _ in METRICS for column in COLUMNS)
-    rows = {"prediction": evaluation, **evaluation["baselines"]}
-    body = "".join(_score_row(name, scores) for name, scores in rows.items())
-    coverage = evaluation["coverage"]
-    lists = [
-        f"{item['count']} {name.replace('_', ' ')}"
-        for name, item in coverage.items()
-        if isinstance(item, Mapping) and item.get("count")
-    ]
-    counted = (
-        f"Scored {coverage['counted']} of {coverage['eligible']} keyframes that have a whole recorded future "
-        f"({100 * coverage['share']:.1f} %); the split has {coverage['records']}."
-    )
-    if lists:
-        counted += f" Not scored or noteworthy: {', '.join(lists)}."
-    recorded = "The recorded drive is scored against itself with no step excluded from collision."
-    notes = " ".join([counted, *evaluation.get("notes", ()), recorded])
-    return (
-        f"<h3>Protocol <code>{html.escape(str(evaluation['protocol']))}</code></h3>"
-        f'<div class="scroll"><table><thead><tr><th rowspan="2" scope="col">planner</th>'
-        f'<th rowspan="2" scope="col">samples</th>{groups}</tr><tr>{columns}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="note">{html.escape(notes)}</p>'
-    )
-
-
-def _score_row(name: str, scores: Mapping[str, Any]) -> str:
-    cells = "".join(
-        f"<td{_edge(column)}>{_number(scores[metric][column])}</td>"
-        for metric in METRICS
-        for column in COLUMNS
-    )
-    emphasis = ' class="run"' if name == "prediction" else ""
-    label = html.escape(ROW_NAMES.get(name, name.replace("_", " ")))
-    samples = html.escape(str(scores["samples"]))
-    return f'<tr{emphasis}><th scope="row">{label}</th><td>{samples}</td>{cells}</tr>'
-
-
-def _edge(column: str) -> str:
-    return ' class="first"' if column == COLUMNS[0] else ' class="avg"' if column == "avg" else ""
+    environment.globals |= {
+        "policy": markupsafe.Markup(SECURITY_POLICY),  # ours, and its quotes need no escape
+        "colors": COLORS,
+        "version": __version__,
+        "metrics": METRICS,
+        "columns": COLUMNS,
+        "row_names": ROW_NAMES,
+        "protocols": {name: protocol.description for name, protocol in PROTOCOLS.items()},
+    }
+    environment.filters |= {"number": _number, "range": interval, "score_notes": _score_notes}
+    return environment
 
 
 def _number(value: float | None) -> str:
-    return "&ndash;" if value is None else html.escape(f"{value:.2f}")
+    return "–" if value is None else f"{value:.2f}"
 
 
-def _horizon(figure: str | None) -> str:
-    if figure is None:
-        return _absent("Not shown: it needs the records and a prediction file.")
-    source = html.escape(figure)
-    return f'<img class="figure" src="{source}" alt="Mean displacement error at each of the six waypoints">'
-
-
-def _case(case: Case) -> str:
-    facts = " &middot; ".join(
-        f"<span>{html.escape(name)} <b>{html.escape(value)}</b></span>" for name, value in case.facts.items()
-    )
-    front = (
-        f'<img src="{html.escape(case.front)}" alt="Front view with the recorded and the predicted path">'
-        if case.front
-        else _absent("The front camera has no pixels in the records.")
-    )
-    strip = (
-        f'<img class="strip" src="{html.escape(case.strip)}" alt="Six camera views with depth">'
-        if case.strip
-        else _absent("No camera has pixels in the records.")
-    )
-    answer = f"<blockquote>{html.escape(case.answer)}</blockquote>" if case.answer else ""
-    return (
-        f'<article><h3>{html.escape(case.title)}</h3><p class="facts">{facts}</p>'
-        f'<div class="case"><figure>{front}<figcaption><i class="key predicted"></i>predicted '
-        f'<i class="key recorded"></i>recorded &middot; camera images: {html.escape(case.images)}'
-        f"</figcaption>{answer}</figure>"
-        f'<figure><img src="{html.escape(case.birds_eye)}" alt="Bird\'s-eye view of the keyframe">'
-        "<figcaption>From above: "
-        "drivable area pale grey, road users grey with their recorded paths, ego vehicle black</figcaption>"
-        "</figure></div>"
-        f"<details open><summary>Six views and depth</summary>{strip}"
-        f'<p class="note">{html.escape(case.depth)}</p></details></article>'
-    )
-
-
-def _curves(curves: Sequence[tuple[str, str]]) -> str:
-    if not curves:
-        return _absent("No training log to show.")
-    images = "".join(
-        f'<img src="{html.escape(figure)}" alt="{html.escape(title)} over steps">' for title, figure in curves
-    )
-    return f'<div class="curves">{images}</div>'
-
-
-def _config(config: Mapping[str, Any] | None) -> str:
-    if config is None:
-        return _absent("No configuration to show.")
-    table = _definitions(dict(flatten(config)))
-    return f"<details><summary>The whole resolved configuration</summary>{table}</details>"
-
-
-def _definitions(values: Mapping[str, str]) -> str:
-    if not values:
-        return _absent("Nothing is recorded.")
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
-        for name, value in values.items()
-    )
-    return f'<div class="scroll"><table class="plain"><tbody>{rows}</tbody></table></div>'
+def _score_notes(evaluation: Mapping[str, Any]) -> str:
+    """What was counted, and what a reader must know, in sentences."""
+    coverage = evaluation["coverage"]
+    sentences = [
+        f"Scored {coverage['counted']} of {coverage['eligible']} keyframes that have a whole recorded future "
+        f"({100 * coverage['share']:.1f} %); the split has {coverage['records']}."
+    ]
+    listed = [
+        f"{item['count']} {COVERAGE_WORDS.get(name, name.replace('_', ' '))}"
+        for name, item in coverage.items()
+        if isinstance(item, Mapping) and item.get("count")
+    ]
+    if listed:
+        sentences.append(f"Answers: {', '.join(listed)}.")
+    confidence = evaluation.get("confidence")
+    if confidence:
+        sentences.append(
+            f"Small: the {100 * confidence['level']:.0f} % interval of the average, over "
+            f"{confidence['scenes']} scenes drawn anew."
+        )
+    sentences += evaluation.get("notes", ())
+    sentences.append("The recorded drive is scored against itself with no step excluded from collision.")
+    return " ".join(sentences)

@@ -214,6 +214,14 @@ class _Source(msgspec.Struct):
     fingerprint: str | None = None
 
 
+class _Confidence(msgspec.Struct):
+    level: float
+    scenes: int
+    l2: dict[str, tuple[float, float] | None]
+    collision: dict[str, tuple[float, float] | None]
+    intersection: dict[str, tuple[float, float] | None]
+
+
 class _Evaluation(_Scores):
     """What the page shows of an evaluation file."""
 
@@ -222,6 +230,7 @@ class _Evaluation(_Scores):
     baselines: dict[str, _Scores]
     records: _Source
     notes: list[str] = []
+    confidence: _Confidence | None = None
 
 
 def _check_evaluation(value: Mapping[str, Any], path: Path) -> None:

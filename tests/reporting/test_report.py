@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.report import Report
 from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.reporting.build import write_report
-from spacedrive_jax.reporting.cases import image_origin
+from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, image_origin
 from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
 
 VOID = {"meta", "img", "br"}
@@ -95,7 +97,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_whole_report(run_dir: Path) -> None:
-    result = Report(run_dir).run()
+    result = Report((run_dir,)).run()
     assert result == {"file": str(run_dir / "report.html"), "notices": []}
     page = read_page(run_dir)
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
@@ -122,14 +124,15 @@ def test_whole_report(run_dir: Path) -> None:
 
 
 def test_page_stands_alone(run_dir: Path) -> None:
-    Report(run_dir).run()
+    Report((run_dir,)).run()
     text = (run_dir / "report.html").read_text()
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
-    # The horizon, three cases of three pictures, two curves: the losses together and the odd number.
-    assert len(page.images) == 1 + 4 * 3 + 2
+    # The horizon, four cases of three pictures and the scale of the depth, two curves: the losses together and
+    # the odd number.
+    assert len(page.images) == 1 + 4 * 4 + 2
     for source in page.images:
         kind, data = source.split(";base64,")
         content = base64.b64decode(data, validate=True)
@@ -141,9 +144,9 @@ def test_page_stands_alone(run_dir: Path) -> None:
 
 
 def test_same_run_same_page(run_dir: Path) -> None:
-    Report(run_dir).run()
+    Report((run_dir,)).run()
     first = (run_dir / "report.html").read_bytes()
-    Report(run_dir).run()
+    Report((run_dir,)).run()
     assert (run_dir / "report.html").read_bytes() == first
 
 
@@ -151,7 +154,7 @@ def test_missing_parts_are_named(run_dir: Path) -> None:
     for name in ("metrics.jsonl", "config.json", "evaluation.json", "predictions.jsonl"):
         (run_dir / name).unlink()
     (run_dir / "run.json").write_text(json.dumps({"records": "gone"}))
-    notices = " ".join(Report(run_dir).run()["notices"])
+    notices = " ".join(Report((run_dir,)).run()["notices"])
     page = read_page(run_dir)
     for text in (
         "config.json is absent",
@@ -181,7 +184,7 @@ def test_records_without_predictions_pixels_or_map(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"records": str(records)}))
-    Report(run).run()
+    Report((run,)).run()
     page = read_page(run)
     for text in ("First keyframe", "no pixels", "neither depth images nor a LiDAR sweep", "all 6 absent"):
         assert page.says(text), text
@@ -197,7 +200,7 @@ def test_rendered_images_are_said_to_be_rendered(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
-    notices = Report(run, records=records, highlight=("a",)).run()["notices"]
+    notices = Report((run,), records=records, highlight=("a",)).run()["notices"]
     assert any("2 photographed, 4 rendered of 6" in notice for notice in notices)
     assert read_page(run).says("camera images: 2 photographed, 4 rendered of 6")
 
@@ -255,12 +258,12 @@ def test_scores_of_other_records_are_flagged(run_dir: Path, tmp_path: Path) -> N
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     evaluation["records"]["fingerprint"] = "another"
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    notices = Report(run_dir).run()["notices"]
+    notices = Report((run_dir,)).run()["notices"]
     assert any("computed on other records (fingerprint another)" in notice for notice in notices)
 
 
 def test_scores_of_another_split_are_flagged(run_dir: Path) -> None:
-    notices = Report(run_dir, split="all").run()["notices"]
+    notices = Report((run_dir,), split="all").run()["notices"]
     assert notices == ["The omnidrive scores are of split val, the keyframes shown are of split all."]
 
 
@@ -280,18 +283,18 @@ def test_resumed_and_cut_off_logs(run_dir: Path) -> None:
 
 def test_errors_name_what_to_mend(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directory"):
-        Report(tmp_path / "nowhere").run()
+        Report((tmp_path / "nowhere",)).run()
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="does not look like a run"):
-        Report(empty).run()
+        Report((empty,)).run()
     with pytest.raises(UserError, match="--highlight unknown"):
-        Report(run_dir, highlight=("unknown",)).run()
+        Report((run_dir,), highlight=("unknown",)).run()
     with pytest.raises(UserError, match="is not a finished records folder"):
-        Report(run_dir, records=empty).run()
+        Report((run_dir,), records=empty).run()
     (run_dir / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        Report(run_dir).run()
+        Report((run_dir,)).run()
     assert not list(run_dir.glob("*.partial"))
     assert not (run_dir / "report.html").exists()
 
@@ -317,3 +320,94 @@ def test_a_browser_may_neither_run_nor_fetch_anything(run_dir: Path) -> None:
     page = write_report(run_dir).file.read_text()
     assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:" in page
     assert "script-src" not in page
+
+
+def test_a_case_shows_the_question_and_explains_the_tokens(run_dir: Path) -> None:
+    config = json.loads((run_dir / "config.json").read_text())
+    config |= {"data": {"command": "navigation"}, "model": {"ego_status": "both"}}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] = "Here is the planning trajectory [<POS_INDICATOR><POS_EMBEDDING>]."
+    (run_dir / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Report((run_dir,)).run()
+    page = read_page(run_dir)
+    assert page.says("question [6 images] You are driving in ")
+    assert page.says("Please provide the planning trajectory for the ego car")
+    assert page.says("<POS_INDICATOR> announces a coordinate: the decoder reads it, in metres")
+    assert page.says("0.1 m grid, mean L2 up to the horizon")
+
+
+def test_unparsed_answers_are_called_so(run_dir: Path) -> None:
+    lines = (run_dir / "predictions.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({"token": "token-0", "waypoints": [], "text": "no", "status": "unparsed"})
+    (run_dir / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    records = json.loads((run_dir / "run.json").read_text())["records"]
+    Evaluate(run_dir / "predictions.jsonl", Path(records), out=run_dir / "evaluation.json").run()
+    Report((run_dir,), highlight=("token-0",)).run()
+    page = read_page(run_dir)
+    assert page.says("1 unparsed (the answer holds no trajectory)")
+    assert page.says("unparsed: the answer holds no trajectory")
+    assert page.says("Unparsed answers 1 of 5".replace(" 1 of", "\n1 of").replace("\n", ""))
+
+
+def test_the_interval_stands_beside_the_average(run_dir: Path) -> None:
+    Report((run_dir,)).run()
+    low, high = json.loads((run_dir / "evaluation.json").read_text())["confidence"]["l2"]["avg"]
+    page = read_page(run_dir)
+    assert page.says(f"95 %: {low:.2f} to {high:.2f}")
+
+
+def test_the_first_case_moves() -> None:
+    errors = {"prediction": np.array([[0.0], [0.5], [0.2]])}
+    origin = image_origin(make_record(np.random.default_rng(0)))
+    measured = SplitErrors(errors, ("still", "far", "near"), ("a", "a", "a"), (0.0, 9.0, 5.0), {}, origin)
+    assert choose_cases(measured, ())[0] == ("Best that moves", "near")
+
+
+@pytest.fixture
+def second_run(run_dir: Path) -> Path:
+    """Another run on the same records: nearer to what was driven, no last answer, another learning rate."""
+    second = run_dir.parent / "second"
+    shutil.copytree(run_dir, second)
+    lines = [json.loads(line) for line in (second / "predictions.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["waypoints"] = (np.array(line["waypoints"]) - 0.4 * index).tolist()
+    (second / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    (second / "config.json").write_text(json.dumps({"model": {"width": 128}, "name": "<second>"}))
+    return second
+
+
+def test_runs_are_compared_keyframe_by_keyframe(run_dir: Path, second_run: Path) -> None:
+    facts = Report((run_dir, second_run), workers=1).run()
+    assert facts == {"file": str(run_dir / "compare.html"), "notices": []}
+    page = Page((run_dir / "compare.html").read_text())
+    # Over keyframes 0 to 3 the errors are sqrt(2) * 0.5 i and sqrt(2) * 0.1 i.
+    assert page.says(f"{-0.4 * 1.5 * 2**0.5:.2f}")
+    assert page.says("Against first, keyframe by keyframe")
+    for text in ("model.width", "64", "128"):
+        assert page.says(text), text
+    assert not page.says("model.depth")
+    assert len(page.images) == 3  # loss, position loss, the odd number
+
+
+def test_runs_that_cannot_be_scored_still_show_their_curves(run_dir: Path, second_run: Path) -> None:
+    (second_run / "predictions.jsonl").unlink()
+    notices = Report((run_dir, second_run), workers=1).run()["notices"]
+    assert notices == ["second has no predictions (predictions.jsonl) and is not scored."]
+    (run_dir / "predictions.jsonl").unlink()
+    assert any(
+        "has no predictions: `predict" in text for text in Report((run_dir, second_run)).run()["notices"]
+    )
+    page = Page((run_dir / "compare.html").read_text())
+    assert page.says("No scores: ")
+    assert len(page.images) == 3
+
+
+def test_comparing_refuses_what_makes_no_sense(run_dir: Path, second_run: Path) -> None:
+    with pytest.raises(ConfigError, match="a run is given twice"):
+        Report((run_dir, run_dir)).run()
+    with pytest.raises(ConfigError, match="go with one run"):
+        Report((run_dir, second_run), highlight=("token-0",)).run()
+    with pytest.raises(ConfigError, match="name the folder of a run"):
+        Report(()).run()
