@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.nuscenes.can_bus import pose_file
 from data_prep.nuscenes.maps import expansion_file
+from data_prep.nuscenes.route_files import route_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from data_prep.shards import ShardFacts, shard_file
@@ -239,6 +240,7 @@ def source_of(
         return ((path.name, path.stat().st_size) for path in paths if path.is_file())
 
     maps = {dataroot / scene.map_mask for scene in scenes if scene.map_mask}
+    messages = {file(dataroot, scene.name) for scene in scenes for file in (pose_file, route_file)}
     expansions = {expansion_file(dataroot, scene.location) for scene in scenes}
     return {
         "version": version,
@@ -246,7 +248,7 @@ def source_of(
         "sensor_files": digest(item for one in files for item in one.sizes.items()),
         "unusable_images": digest(item for one in files for item in one.unusable_images.items()),
         "maps": digest(sized(maps | expansions)),
-        "can_bus": digest(sized({pose_file(dataroot, scene.name) for scene in scenes})),
+        "can_bus": digest(sized(messages)),
     }
 
 

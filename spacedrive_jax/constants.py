@@ -22,6 +22,10 @@ NUM_WAYPOINTS = 6
 """T: future ego positions and agent steps, 3 s at 2 Hz."""
 NUM_PAST = 2
 """Past keyframes whose ego state is known."""
+NUM_TARGETS = 2
+"""Nodes of the route that a driver is told of."""
+NUM_PATH_POINTS = 50
+"""Points of the path ahead, one a metre."""
 CAN_BUS_SIZE = 13
 """orientation quaternion w x y z | acceleration xyz | rotation rate xyz | velocity xyz."""
 STATUS_SIZE = NUM_PAST * (1 + CAN_BUS_SIZE) + 1 + CAN_BUS_SIZE + NUM_PAST * 16

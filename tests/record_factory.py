@@ -13,7 +13,13 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, file_adapters, naming
 
-from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.constants import (
+    CAN_BUS_SIZE,
+    NUM_CAMERAS,
+    NUM_PAST,
+    NUM_PATH_POINTS,
+    NUM_WAYPOINTS,
+)
 from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
 from spacedrive_jax.data.schema import (
     DATASET_NAME,
@@ -112,11 +118,17 @@ def make_record(rng: np.random.Generator, **overrides: Any) -> Record:
         "command_navigation": 0,
         "past_command_released": np.zeros(NUM_PAST, np.int32),
         "past_command_navigation": np.zeros(NUM_PAST, np.int32),
+        "command_route": 4,
+        "past_command_route": np.full(NUM_PAST, 4, np.int32),
+        "target_points": np.array([[30.0, 0.0], [80.0, 0.0]]),
+        "route_valid": True,
         "waypoints": np.stack([speed * times, np.zeros(NUM_WAYPOINTS)], axis=1),
         "waypoint_yaw": np.zeros(NUM_WAYPOINTS),
         "waypoint_mask": np.ones(NUM_WAYPOINTS, bool),
         "waypoint_timestamp_us": timestamp
         + KEYFRAME_STEP_US * np.arange(1, NUM_WAYPOINTS + 1, dtype=np.int64),
+        "path": np.stack([np.arange(1.0, NUM_PATH_POINTS + 1), np.zeros(NUM_PATH_POINTS)], axis=1),
+        "path_mask": np.ones(NUM_PATH_POINTS, bool),
         "agent_token": [rng.bytes(16).hex() for _ in range(agents)],
         "agent_category": ["vehicle.car"] * agents,
         "agent_boxes": boxes,

@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep.nuscenes.can_bus import read_pose_messages
 from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
+from data_prep.nuscenes.route_files import read_route
 from data_prep.nuscenes.sensor_files import MOST_BYTES, SceneFiles, depth_file, whole_points
 from data_prep.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.data.keyframe import (
@@ -32,6 +33,7 @@ from spacedrive_jax.data.keyframe import (
 from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent_tracks
 from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
+from spacedrive_jax.data.keyframe_route import route_fields
 from spacedrive_jax.data.poses import heading, transforms
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
@@ -100,6 +102,7 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
     track = ego_track(scene, None if messages is None else can_bus_at(messages, times))
     agents = agent_tracks(scene)
     drivable_map = _open_map(unit)
+    route = read_route(unit.dataroot, scene.name)
     for index in unit.keyframes:
         keyframe = scene.keyframes[index]
         ego = ego_fields(track, index)
@@ -109,6 +112,7 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
             **identity_fields(scene, index),
             **_camera_fields(unit, keyframe, agents, drivable_map, counts),
             **ego,
+            **route_fields(track, index, route),
             **agent_fields(agents, keyframe.annotations, ego_to_global),
             **map_fields(drivable_map, ego_to_global[:2, 3], float(heading(ego_to_global))),
             "lidar": sweep,
@@ -116,6 +120,7 @@ def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
         }
         counts[f"lidar_{lidar_state}"] += 1
         counts["can_bus_present" if track.can_bus_valid else "can_bus_absent"] += 1
+        counts["route_known" if record["route_valid"] else "route_unknown"] += 1
         counts[f"drivable_{record['drivable_source']}"] += 1
         yield record
 

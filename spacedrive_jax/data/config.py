@@ -24,6 +24,9 @@ class DataConfig:
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The published pipeline hands BGR to everything; use `bgr` with its weights."""
     command: CommandSource = "navigation"
+    route_targets: bool = False
+    """Name the next two nodes of the route in the question, as coordinate tokens (closed loop); they count
+    towards `max_coordinates`."""
     depth: DepthConfig = DepthConfig()
     sequence_length: int = 3456
     """S; a longer conversation is an error, not a cut."""

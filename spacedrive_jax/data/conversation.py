@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax.constants import NUM_TARGETS
 from spacedrive_jax.data.chat import Turn
 from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
-from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.prompts import (
     CommandSource,
     context,
@@ -57,7 +57,12 @@ class Conversation:
 
 
 def question_turn(
-    record: Record, command_source: CommandSource, *, plan: bool = True, ego_in_words: bool = False
+    record: Record,
+    command_source: CommandSource,
+    *,
+    plan: bool = True,
+    ego_in_words: bool = False,
+    route_targets: bool = False,
 ) -> Turn:
     """The user turn that asks for the trajectory, with the command sentence that the source gives.
 
@@ -66,10 +71,25 @@ def question_turn(
         command_source: which command to name.
         plan: whether to ask for the trajectory.
         ego_in_words: say the ego status too.
+        route_targets: name the route's next nodes, as coordinate tokens.
     """
     said = ego_status_in_words(record) if ego_in_words else ""
     command = _command(record, command_source)
-    return Turn("user", planning_question(record["location"], command, plan=plan, ego_status=said))
+    question = planning_question(
+        record["location"],
+        command,
+        source=command_source,
+        plan=plan,
+        ego_status=said,
+        targets=NUM_TARGETS if route_targets else 0,
+    )
+    return Turn("user", question)
+
+
+def question_coordinates(record: Record, *, route_targets: bool) -> Float[np.ndarray, "C 2"]:
+    """What the coordinate tokens of `question_turn` stand for, float32, metres."""
+    points = record["target_points"] if route_targets else np.zeros((0, 2))
+    return np.asarray(points, np.float32)
 
 
 def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens: bool) -> Conversation:
@@ -95,6 +115,7 @@ def training_conversation(
     coordinate_tokens: int | None,
     path_points: int = 0,
     ego_in_words: bool = False,
+    route_targets: bool = False,
 ) -> Conversation:
     """The conversation of a keyframe with all answers.
 
@@ -111,6 +132,7 @@ def training_conversation(
             all coordinates as digits.
         path_points: points of the path that the planning answer gives behind the trajectory.
         ego_in_words: the planning question says the ego status.
+        route_targets: the planning question names the route's next nodes.
 
     Raises:
         UserError: a file of the language data is not laid out as it should be.
@@ -121,17 +143,21 @@ def training_conversation(
     turns: list[Turn] = []
     coordinates: list[np.ndarray] = []
     if planned:
-        turns.append(question_turn(record, command_source, ego_in_words=ego_in_words))
+        turns.append(
+            question_turn(record, command_source, ego_in_words=ego_in_words, route_targets=route_targets)
+        )
+        coordinates.append(question_coordinates(record, route_targets=route_targets))
         command = _command(record, command_source) if config.command_in_answer else None
         waypoints = np.asarray(record["waypoints"], np.float32)
         if coordinate_tokens is None:
-            answer = planning_answer_in_digits(waypoints, command=command)
+            answer = planning_answer_in_digits(waypoints, command=command, source=command_source)
         else:
-            answer = planning_answer(coordinate_tokens, command=command, path_points=path_points)
+            answer = planning_answer(
+                coordinate_tokens, command=command, source=command_source, path_points=path_points
+            )
             coordinates.append(waypoints[:coordinate_tokens])
             if path_points:
-                path = future_path(record["waypoints"], record["waypoint_yaw"], path_points)
-                coordinates.append(path.points)
+                coordinates.append(np.asarray(record["path"][:path_points], np.float32))
         turns.append(Turn("assistant", answer))
     for index, pair in enumerate(questions):
         opening = "" if turns or index else context(record["location"])

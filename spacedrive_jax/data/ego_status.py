@@ -116,7 +116,9 @@ class EgoStatus:
     """Ego origin at t-1 and t-2 in the current ego frame, metres; (0, 0, 0) where there is no memory."""
 
 
-def ego_status(record: Record, command_source: Literal["released", "navigation", "none"]) -> EgoStatus:
+def ego_status(
+    record: Record, command_source: Literal["released", "navigation", "route", "none"]
+) -> EgoStatus:
     """Builds the ego status from the record alone, as the published streaming memory would hold it.
 
     Memory is dropped as a whole at the first gap of two seconds or more (`reference_behaviour`, Ego);

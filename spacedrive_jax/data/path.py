@@ -26,8 +26,13 @@ class Path(NamedTuple):
     """The points that the recorded future reaches."""
 
 
-def future_path(waypoints: Float[np.ndarray, "T 2"], yaw: Float[np.ndarray, " T"], num_points: int) -> Path:
-    """Resamples the recorded future at every metre of its length.
+def future_path(
+    waypoints: Float[np.ndarray, "T 2"],
+    yaw: Float[np.ndarray, " T"],
+    num_points: int,
+    route_ahead: Float[np.ndarray, "M 2"] | None = None,
+) -> Path:
+    """Resamples the recorded future at every metre of its length, and the route behind its end.
 
     A cubic runs through the poses with the vehicle's heading at each (Hermite), so that a turn between two
     poses half a second apart is not cut short. The original takes its points from the planned route
@@ -37,6 +42,7 @@ def future_path(waypoints: Float[np.ndarray, "T 2"], yaw: Float[np.ndarray, " T"
         waypoints: future positions, all valid, ego frame, metres.
         yaw: headings there, radians.
         num_points: R.
+        route_ahead: points of the route beyond the last of them, ego frame, metres; the path goes on there.
     """
     poses = np.concatenate([np.zeros((1, 2)), np.asarray(waypoints, np.float64)])
     headings = np.concatenate([[0.0], np.asarray(yaw, np.float64)])
@@ -46,6 +52,11 @@ def future_path(waypoints: Float[np.ndarray, "T 2"], yaw: Float[np.ndarray, " T"
             kept.append(index)
     poses, headings = poses[kept], headings[kept]
     curve = _curve(poses, headings)
+    if route_ahead is not None and len(route_ahead):
+        curve = np.concatenate([curve, route_ahead])
+        step = curve[-1] - curve[-2]
+        headings = np.array([exact.arctan2(float(step[1]), float(step[0]))])
+        poses = curve[-2:]
     lengths = np.concatenate([[0.0], np.cumsum(exact.norm(np.diff(curve, axis=0)))])
     wanted = SPACING * np.arange(1, num_points + 1)
     along = np.minimum(wanted, lengths[-1])

@@ -68,12 +68,14 @@ def parse_coordinates(text: str) -> Float[np.ndarray, "C 2"]:
     return np.array([(float(match[1]), float(match[2])) for match in _ALL.finditer(text)]).reshape(-1, 2)
 
 
-CommandSource = Literal["released", "navigation", "none"]
+CommandSource = Literal["released", "navigation", "route", "none"]
 """Where the command sentence comes from.
 
 `released`: the record's `command_released`, computed from the ground-truth endpoint with mirrored words, as
 the published weights expect; it leaks the answer's direction. `navigation`: `command_navigation`, from the
-past only, words the right way round. `none`: no sentence (base SpaceDrive of the paper).
+past only, words the right way round. `route`: `command_route`, CARLA's commands, which say where the route
+turns within the next 50 m; without it a planner cannot know where to turn. `none`: no sentence (base
+SpaceDrive of the paper).
 """
 
 COMMAND_WORDS: tuple[str, ...] = (
@@ -87,6 +89,17 @@ COMMAND_WORDS: tuple[str, ...] = (
     "turning sharp left",
 )
 """Indexed by the record's command; a command outside it is a converter error."""
+
+ROUTE_WORDS: dict[int, str] = {
+    -1: "Its route is not known. ",
+    1: "Its route turns left. ",
+    2: "Its route turns right. ",
+    3: "Its route goes straight on over the intersection. ",
+    4: "Its route follows the lane. ",
+    5: "Its route changes to the left lane. ",
+    6: "Its route changes to the right lane. ",
+}
+"""Sentences of `command_route` (RoadOption); this project's wording, no published model takes a route."""
 
 SYSTEM = "You are a helpful assistant."
 PLANNING_QUESTION = "Please provide the planning trajectory for the ego car without reasons."
@@ -102,49 +115,82 @@ def context(location: str) -> str:
     return f"{images}You are driving in {location.split('-')[0]}. "
 
 
-def command_sentence(command: int) -> str:
-    """The command as a sentence, a space behind it; `command` is an index into `COMMAND_WORDS`."""
-    return f"The ego vehicle is {COMMAND_WORDS[command]}. "
+def command_sentence(command: int, source: CommandSource = "navigation") -> str:
+    """The command as a sentence, a space behind it.
+
+    Args:
+        command: index into `COMMAND_WORDS`, or a key of `ROUTE_WORDS` where the source is the route.
+        source: where it comes from.
+    """
+    return ROUTE_WORDS[command] if source == "route" else f"The ego vehicle is {COMMAND_WORDS[command]}. "
 
 
-def planning_question(location: str, command: int | None, *, plan: bool = True, ego_status: str = "") -> str:
+def targets_sentence(count: int) -> str:
+    """Names the route's next nodes, a coordinate token for each, a space behind it."""
+    return f"The next points of the route are {', '.join([COORDINATE] * count)}. "
+
+
+def planning_question(
+    location: str,
+    command: int | None,
+    *,
+    source: CommandSource = "navigation",
+    plan: bool = True,
+    ego_status: str = "",
+    targets: int = 0,
+) -> str:
     """The user turn of the planning task (published prompt).
 
     Args:
         location: nuScenes log location.
-        command: index into `COMMAND_WORDS`, or None for no command sentence.
+        command: see `command_sentence`, or None for no command sentence.
+        source: where the command comes from.
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
         ego_status: what is said of the ego vehicle before the command, a space behind it.
+        targets: nodes of the route to name behind the command.
     """
     if not plan:
         return context(location)
     return (
         context(location)
         + ego_status
-        + (command_sentence(command) if command is not None else "")
+        + (command_sentence(command, source) if command is not None else "")
+        + (targets_sentence(targets) if targets else "")
         + PLANNING_QUESTION
     )
 
 
-def planning_answer(num_coordinates: int = 6, *, command: int | None = None, path_points: int = 0) -> str:
+def planning_answer(
+    num_coordinates: int = 6,
+    *,
+    command: int | None = None,
+    source: CommandSource = "navigation",
+    path_points: int = 0,
+) -> str:
     """The assistant turn: the fixed frame around the coordinates.
 
     Args:
         num_coordinates: 6, or 1 where one token stands for the whole trajectory (published
             `single_token_output`, which ends without a full stop).
         command: repeats the command before the trajectory (published `load_high_level_command`).
+        source: where the command comes from.
         path_points: coordinates of the path behind it, for closed-loop driving (the published prompts of
             that task are not public; the sentence is this project's).
     """
     stop = "" if num_coordinates == 1 else "."
-    said = "" if command is None else command_sentence(command)
+    said = "" if command is None else command_sentence(command, source)
     path = f" Here is the path [{', '.join([COORDINATE] * path_points)}]." if path_points else ""
     return f"{said}Here is the planning trajectory [{', '.join([COORDINATE] * num_coordinates)}]{stop}{path}"
 
 
-def planning_answer_in_digits(waypoints: Float[np.ndarray, "T 2"], *, command: int | None = None) -> str:
+def planning_answer_in_digits(
+    waypoints: Float[np.ndarray, "T 2"],
+    *,
+    command: int | None = None,
+    source: CommandSource = "navigation",
+) -> str:
     """The assistant turn with coordinates as digits, two decimals: the baseline without coordinate tokens."""
-    said = "" if command is None else command_sentence(command)
+    said = "" if command is None else command_sentence(command, source)
     return f"{said}Here is the planning trajectory [{format_coordinates(waypoints)}]."
 
 

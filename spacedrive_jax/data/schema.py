@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.constants import (
+    CAN_BUS_SIZE,
+    NUM_CAMERAS,
+    NUM_PAST,
+    NUM_PATH_POINTS,
+    NUM_TARGETS,
+    NUM_WAYPOINTS,
+)
 
 DATASET_NAME = "nuscenes_keyframes"
 DATASET_VERSION = "1.0.0"
@@ -71,11 +78,17 @@ def record_features() -> tfds.features.FeaturesDict:
             "command_navigation": feature.Scalar(np.int32),  # 0..7, from the past only
             "past_command_released": tensor(NUM_PAST, dtype=np.int32),
             "past_command_navigation": tensor(NUM_PAST, dtype=np.int32),
+            "command_route": feature.Scalar(np.int32),  # CARLA's RoadOption, from the route; -1 without one
+            "past_command_route": tensor(NUM_PAST, dtype=np.int32),
+            "target_points": tensor(NUM_TARGETS, 2, dtype=np.float64),  # the route's next two nodes
+            "route_valid": feature.Scalar(np.bool_),  # false: no route is known, target_points are zeros
             # future of the ego vehicle
             "waypoints": tensor(NUM_WAYPOINTS, 2, dtype=np.float64),
             "waypoint_yaw": tensor(NUM_WAYPOINTS, dtype=np.float64),
             "waypoint_mask": tensor(NUM_WAYPOINTS, dtype=np.bool_),
             "waypoint_timestamp_us": tensor(NUM_WAYPOINTS, dtype=np.int64),
+            "path": tensor(NUM_PATH_POINTS, 2, dtype=np.float64),  # 1, 2, ... m along the scene's whole
+            "path_mask": tensor(NUM_PATH_POINTS, dtype=np.bool_),  # future, then the route; where known
             # agents
             "agent_token": feature.Sequence(feature.Text()),  # instance token
             "agent_category": feature.Sequence(feature.Text()),

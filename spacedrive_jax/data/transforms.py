@@ -12,11 +12,15 @@ from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, IGNORE, ChatTokens
 from spacedrive_jax.data.config import DataConfig
-from spacedrive_jax.data.conversation import Conversation, question_turn, training_conversation
+from spacedrive_jax.data.conversation import (
+    Conversation,
+    question_coordinates,
+    question_turn,
+    training_conversation,
+)
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
-from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.models.config import LlavaConfig
@@ -51,8 +55,11 @@ class SampleBuilder:
         """
         data, in_words = self.data, self.model.ego_status == "language"
         if not self.answer:
-            question = question_turn(record, data.command, ego_in_words=in_words)
-            return self.sample(record, Conversation([question], np.zeros((0, 2), np.float32)), index)
+            question = question_turn(
+                record, data.command, ego_in_words=in_words, route_targets=data.route_targets
+            )
+            points = question_coordinates(record, route_targets=data.route_targets)
+            return self.sample(record, Conversation([question], points), index)
         talk = training_conversation(
             record,
             data.conversation,
@@ -60,6 +67,7 @@ class SampleBuilder:
             coordinate_tokens=self._coordinate_tokens(),
             path_points=self.model.path_points,
             ego_in_words=in_words,
+            route_targets=data.route_targets,
         )
         return self.sample(record, talk, index)
 
@@ -98,9 +106,9 @@ class SampleBuilder:
         fields["waypoint_mask"] &= planned
         waypoints = np.where(planned, record["waypoints"], 0).astype(np.float32)
         if self.model.path_points:
-            path = future_path(waypoints, record["waypoint_yaw"], self.model.path_points)
-            fields["path"] = np.where(planned, path.points, 0).astype(np.float32)
-            fields["path_mask"] = path.mask & planned & fields["waypoint_mask"].all()
+            count = self.model.path_points
+            fields["path"] = np.where(planned, record["path"][:count], 0).astype(np.float32)
+            fields["path_mask"] = record["path_mask"][:count] & planned & fields["waypoint_mask"].all()
         depth, _ = record_patch_depth(record, grid, data.depth)
         return DrivingBatch(
             **fields,

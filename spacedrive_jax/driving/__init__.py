@@ -1,1 +1,1 @@
-"""Closed loop: the policy server and its client, the Bench2Drive agent and its controllers."""
+"""Closed loop: the world's drives and their scores; the policy server, its client, the Bench2Drive agent."""

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from spacedrive_jax.bounds import Bound, Bounds, check_bounds
+from spacedrive_jax.constants import NUM_PATH_POINTS
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
@@ -52,7 +53,7 @@ class ModelConfig:
     state before a coordinate is decoded in training (published; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
-    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, 1000)}
+    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS)}
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model")

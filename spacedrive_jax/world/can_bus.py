@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
-from spacedrive_jax.world.traffic import TIME_STEP
+from spacedrive_jax.world.traffic import TIME_STEP, Route
 from spacedrive_jax.world.vehicle import WHEEL_BASE, VehicleState, moved
 
 STEERING_RATIO = 15.0
@@ -140,9 +141,8 @@ def write_can_bus(
     folder.mkdir(parents=True, exist_ok=True)
     for kind, rows in messages.items():
         (folder / f"{name}_{kind}.json").write_text(json.dumps(rows))
-    route = scenario.ego.route
-    dense = np.arange(0.0, route.lengths[-1], 0.2)
-    (folder / f"{name}_route.json").write_text(json.dumps(route.pose(dense)[:, :2].round(6).tolist()))
+    points = route_points(scenario.ego.route).tolist()
+    (folder / f"{name}_route.json").write_text(json.dumps(points))
     titles = {"pose": "POSE", "ms_imu": "MS_IMU", "steeranglefeedback": "SteerAngleFeedback"}
     titles |= {
         "vehicle_monitor": "VEHICLE_MONITOR",
@@ -151,6 +151,12 @@ def write_can_bus(
     }
     meta = {titles[kind]: _statistics(rows) for kind, rows in messages.items()}
     (folder / f"{name}_meta.json").write_text(json.dumps(dict(sorted(meta.items()))))
+
+
+def route_points(route: Route) -> Float[np.ndarray, "K 2"]:
+    """A route as the route file holds it: 0.2 m steps, global metres."""
+    dense = np.arange(0.0, route.lengths[-1], 0.2)
+    return route.pose(dense)[:, :2].round(6)
 
 
 def _acceleration(state: dict[str, float], rng: np.random.Generator) -> list[float]:

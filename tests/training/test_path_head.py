@@ -13,7 +13,6 @@ from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import TrainConfig, change, load_preset
 from spacedrive_jax.console import UserError
-from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.inference.answers import answer_limit, expected_frame, planning_frame
@@ -74,10 +73,10 @@ def score(batch):
 
 def test_the_answer_is_laid_out_behind_the_waypoints(batch, records):
     record = open_records(records, "train")[0]
-    path = future_path(record["waypoints"], record["waypoint_yaw"], POINTS)
-    np.testing.assert_array_equal(batch.path[0], path.points)
-    np.testing.assert_array_equal(batch.path_mask[0], path.mask)
-    np.testing.assert_array_equal(batch.coordinates[0, 6:, :2], path.points)
+    path = record["path"][:POINTS].astype(np.float32)
+    np.testing.assert_array_equal(batch.path[0], path)
+    np.testing.assert_array_equal(batch.path_mask[0], record["path_mask"][:POINTS])
+    np.testing.assert_array_equal(batch.coordinates[0, 6:, :2], path)
     assert int(batch.path_places[0].min()) > int(batch.waypoint_places[0].max())
     tokenizer = SampleBuilder(CONFIG.data, CONFIG.model).tokenizer
     assert set(np.asarray(batch.token_ids)[0][batch.path_places[0]]) == {tokenizer.indicator}
