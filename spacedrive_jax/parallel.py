@@ -52,7 +52,7 @@ def ordered_map(
     remaining = iter(items)
     pending: collections.deque[Future[Result]] = collections.deque()
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     finished = False
     try:
         for item in itertools.islice(remaining, workers * _IN_FLIGHT_PER_WORKER):
@@ -123,7 +123,7 @@ def _work(function: Callable[[Item], Result], item: Item) -> Result:
         os._exit(128 + signal.SIGTERM)  # else the pool would take it for the item's error and go on
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker as soon as its parent is no more; leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_on_sigterm(_Stopped)

@@ -17,6 +17,7 @@ from data_prep.synthesize.tables import fixed_tables, write_tables
 from spacedrive_jax.console import UserError, progress
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
+from spacedrive_jax.world.rig import parse_image_size
 from spacedrive_jax.world.tokens import make_token
 
 Layout = Literal["nuscenes", "bench2drive"]
@@ -88,21 +89,6 @@ class Synthesis:
             "skipped": 0,
             "seconds": round(time.monotonic() - started, 3),
         }
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """Reads WxH; returns height and width.
-
-    Raises:
-        UserError: the text is no size, or one no camera has.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--image-size {text!r} is not WIDTHxHEIGHT, for example 704x396")
-    width, height = (int(part) for part in parts)
-    if not (32 <= width <= 4096 and 18 <= height <= 4096):
-        raise UserError(f"--image-size {text} must lie between 32x18 and 4096x4096")
-    return height, width
 
 
 def write_clips(root: Path, jobs: list[SceneJob], workers: int) -> None:

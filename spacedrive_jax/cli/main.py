@@ -6,6 +6,7 @@ import sys
 
 from spacedrive_jax import console
 from spacedrive_jax.cli.aot import Aot
+from spacedrive_jax.cli.drive import Drive
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.predict import Predict
 from spacedrive_jax.cli.report import Report
@@ -22,6 +23,7 @@ PROGRAM = "python -m spacedrive_jax"
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "predict": Predict,
+    "drive": Drive,
     "serve": Serve,
     "evaluate": Evaluate,
     "score-bench2drive": ScoreBench2Drive,

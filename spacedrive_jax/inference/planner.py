@@ -19,7 +19,7 @@ from spacedrive_jax.console import note
 from spacedrive_jax.data.chat import CHAT_LAYOUTS
 from spacedrive_jax.data.conversation import question_turn
 from spacedrive_jax.data.ego_status import insert_ego_tokens
-from spacedrive_jax.data.prompts import COMMAND_WORDS
+from spacedrive_jax.data.prompts import COMMAND_WORDS, ROUTE_WORDS
 from spacedrive_jax.data.records import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
@@ -115,10 +115,15 @@ def longest_prompt(builder: SampleBuilder, record: Record) -> int:
     rows, columns = builder.images.token_grid
     qwen = builder.tokenizer.layout == "qwen"
     lengths = []
-    for number in range(len(COMMAND_WORDS)):
-        commands = {name: np.int32(number) for name in ("command_released", "command_navigation")}
+    commands_of = ROUTE_WORDS if builder.data.command == "route" else range(len(COMMAND_WORDS))
+    for number in commands_of:
+        names = ("command_released", "command_navigation", "command_route")
+        commands = {name: np.int32(number) for name in names}
         turn = question_turn(
-            record | commands, builder.data.command, ego_in_words=builder.model.ego_status == "language"
+            record | commands,
+            builder.data.command,
+            ego_in_words=builder.model.ego_status == "language",
+            route_targets=builder.data.route_targets,
         )
         lay_out = CHAT_LAYOUTS[builder.tokenizer.layout]
         chat = lay_out(builder.tokenizer, [turn], rows * columns, generation_prompt=True)

@@ -8,9 +8,25 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
+from spacedrive_jax.errors import ConfigError
 
 NATIVE_SIZE = (900, 1600)
 """Height and width in pixels the nominal intrinsics refer to."""
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Reads `--image-size` WxH; returns height and width.
+
+    Raises:
+        ConfigError: the text is no size, or one no camera has.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--image-size {text!r} is not WIDTHxHEIGHT, for example 704x396")
+    width, height = (int(part) for part in parts)
+    if not (32 <= width <= 4096 and 18 <= height <= 4096):
+        raise ConfigError(f"--image-size {text} must lie between 32x18 and 4096x4096")
+    return height, width
 
 
 @dataclasses.dataclass(frozen=True)

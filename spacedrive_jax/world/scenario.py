@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from spacedrive_jax import exact
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.world import surroundings, traffic
 from spacedrive_jax.world.simulate import first_collisions, simulate
 from spacedrive_jax.world.step import Cast, Tracks
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
-from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Route, Signals
 from spacedrive_jax.world.vehicle import VehicleState
 
 MANOEUVRES = (
@@ -76,7 +77,7 @@ class Scenario:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Script:
+class Script:
     """The ego vehicle's part."""
 
     keys: list[str]
@@ -85,6 +86,14 @@ class _Script:
     cruise_speed: float
     signals: dict[int, tuple[tuple[float, int], ...]]
     extras: tuple[Mover, ...] = ()
+
+
+class UnplayableError(SpaceDriveError):
+    """An actor that a scenario needs would drive or walk through somebody: another draw is wanted."""
+
+
+Actors = Callable[[Route], tuple[Sequence[Mover], Sequence[Obstacle]]]
+"""From the ego vehicle's route to those who play a part in a scenario."""
 
 
 def build_scenario(town: Town, manoeuvre: str, duration: float, rng: np.random.Generator) -> Scenario:
@@ -100,7 +109,30 @@ def build_scenario(town: Town, manoeuvre: str, duration: float, rng: np.random.G
         rng: the only source of randomness.
     """
     total = WARM_UP + duration
-    script = _write_script(town, manoeuvre, total, rng)
+    return cast_scenario(town, write_script(town, manoeuvre, total, rng), manoeuvre, total, rng)
+
+
+def cast_scenario(
+    town: Town,
+    script: Script,
+    manoeuvre: str,
+    total: float,
+    rng: np.random.Generator,
+    actors: Actors | None = None,
+) -> Scenario:
+    """Puts everybody around a script, simulates it and leaves out whoever is in somebody's way.
+
+    Args:
+        town: the road network.
+        script: the ego vehicle's part.
+        manoeuvre: one of `MANOEUVRES`, which decides how free the road ahead is kept.
+        total: seconds, the warm-up included.
+        rng: the only source of randomness.
+        actors: those who play a part besides the script's own; the ego vehicle's driver then foresees them.
+
+    Raises:
+        UnplayableError: an actor cannot play its part.
+    """
     route = traffic.lane_route(town, script.keys)
     signals = Signals(
         rng.uniform(0, 100, len(town.junctions)), tuple(j.arms for j in town.junctions), script.signals
@@ -118,16 +150,24 @@ def build_scenario(town: Town, manoeuvre: str, duration: float, rng: np.random.G
         acceleration=1.6,
         headway=1.4,
         standstill_gap=3.0,
+        alert=actors is not None,
     )
-    taken = (ego, *script.extras)
+    playing: Sequence[Mover] = ()
+    props: Sequence[Obstacle] = ()
+    if actors is not None:
+        playing, props = actors(route)
+    taken = (ego, *script.extras, *playing)
     movers = taken + surroundings.moving_crowd(town, taken, signals, total, manoeuvre, rng)
-    obstacles = surroundings.standing_crowd(town, route, script.start, rng)
+    obstacles = (*props, *surroundings.standing_crowd(town, route, script.start, rng))
+    needed = {mover.key for mover in playing} | {item.key for item in props}
     cast = Cast(movers, obstacles, signals)
     while True:
         motions = simulate(town, cast, total)
         removed = first_collisions(cast, motions, total)
         if not removed:
             break
+        if removed & needed:
+            raise UnplayableError(f"{', '.join(sorted(removed & needed))} would run into somebody")
         cast = Cast(
             tuple(mover for mover in cast.movers if mover.key not in removed),
             tuple(item for item in cast.obstacles if item.key not in removed),
@@ -136,7 +176,8 @@ def build_scenario(town: Town, manoeuvre: str, duration: float, rng: np.random.G
     return Scenario(town, manoeuvre, _describe(manoeuvre, cast), cast, tuple(motions))
 
 
-def _write_script(town: Town, manoeuvre: str, total: float, rng: np.random.Generator) -> _Script:
+def write_script(town: Town, manoeuvre: str, total: float, rng: np.random.Generator) -> Script:
+    """Decides where the ego vehicle starts, which way it goes and what the signals do for it."""
     cruise = float(rng.uniform(8.0, 11.5))
     if manoeuvre in ("turn_left", "turn_right", "straight", "stop", "start"):
         return _junction_script(town, manoeuvre, total, cruise, rng)
@@ -148,13 +189,13 @@ def _write_script(town: Town, manoeuvre: str, total: float, rng: np.random.Gener
         lane = lanes[rng.integers(len(lanes))]
         start = max(4.0, _length(lane) - rng.uniform(25.0, 40.0))
         keys = extend_route(town, [lane.key], start + total * cruise + 60, rng)
-        return _Script(keys, start, cruise * 0.8, cruise, {})
+        return Script(keys, start, cruise * 0.8, cruise, {})
     lane = roads[rng.integers(len(roads))]
     start = float(rng.uniform(4.0, 12.0))
     keys = extend_route(town, [lane.key], start + total * cruise + 60, rng)
     signals = _green_wave(town, keys)
     if manoeuvre == "cruise":
-        return _Script(keys, start, cruise * rng.uniform(0.7, 1.0), cruise, signals)
+        return Script(keys, start, cruise * rng.uniform(0.7, 1.0), cruise, signals)
     slow = float(rng.uniform(3.5, 5.5))
     stop_at = float(rng.uniform(3.0, 4.5))
     if manoeuvre == "follow":
@@ -166,12 +207,12 @@ def _write_script(town: Town, manoeuvre: str, total: float, rng: np.random.Gener
     gap = float(rng.uniform(12.0, 18.0)) + size[0] / 2 + EGO_SIZE[0] / 2
     speed = slow if manoeuvre == "follow" else 7.0
     lead = Mover("lead", category, size, traffic.lane_route(town, keys), start + gap, speed, plan)
-    return _Script(keys, start, speed + 1.0, cruise, signals, (lead,))
+    return Script(keys, start, speed + 1.0, cruise, signals, (lead,))
 
 
 def _junction_script(
     town: Town, manoeuvre: str, total: float, cruise: float, rng: np.random.Generator
-) -> _Script:
+) -> Script:
     turn = manoeuvre.removeprefix("turn_") if manoeuvre.startswith("turn_") else "straight"
     if manoeuvre == "start":
         turn = str(rng.choice(["left", "right", "straight"]))
@@ -190,16 +231,16 @@ def _junction_script(
         start = _length(lane) - STOP_SETBACK - EGO_SIZE[0] / 2 - EGO_AHEAD - float(rng.uniform(0.8, 2.0))
         green = WARM_UP + float(rng.uniform(1.5, 3.5))
         signals[lane.junction] = ((-1.0, other), (green - 2.0, -1), (green, lane.arm))
-        return _Script(keys, start, 0.0, cruise, signals)
+        return Script(keys, start, 0.0, cruise, signals)
     if manoeuvre == "stop":
         start = max(3.0, _length(lane) - float(rng.uniform(45.0, 60.0)))
         signals[lane.junction] = ((-1.0, other), (WARM_UP + float(rng.uniform(9.0, 12.0)), lane.arm))
-        return _Script(keys, start, cruise * 0.85, cruise, signals)
+        return Script(keys, start, cruise * 0.85, cruise, signals)
     start = max(3.0, _length(lane) - float(rng.uniform(22.0, 34.0)))
-    return _Script(keys, start, min(cruise, 7.5), cruise, signals)
+    return Script(keys, start, min(cruise, 7.5), cruise, signals)
 
 
-def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.Generator) -> _Script:
+def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.Generator) -> Script:
     options = []
     for index, crossing in enumerate(town.crossings):
         if crossing.junction >= 0:
@@ -216,7 +257,7 @@ def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.G
         ends = town.crossings[index].walk[:: 1 if rng.random() < 0.5 else -1]
         departure = float(rng.uniform(0.0, 0.4)) + 0.7 * number
         walkers.append(surroundings.crossing_walker(f"walker{number}", ends, index, departure, rng))
-    return _Script(keys, start, cruise * 0.75, cruise, _green_wave(town, keys), tuple(walkers))
+    return Script(keys, start, cruise * 0.75, cruise, _green_wave(town, keys), tuple(walkers))
 
 
 def extend_route(town: Town, keys: list[str], length: float, rng: np.random.Generator) -> list[str]:

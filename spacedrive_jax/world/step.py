@@ -230,6 +230,7 @@ class _Moment:
             whole.radii,
             whole.on_foot,
         )
+        self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
         self.all_speeds = np.zeros(len(poses))
         self.all_speeds[: len(s)] = speed
         self.astray = 0 if off_route else -1
@@ -278,19 +279,25 @@ class _Moment:
         if not len(points):
             return np.inf, 0.0
         # Whoever is further than this from the box around the corridor cannot stand in it.
-        margins = (self.radii + mover.size[1] / 2 + 0.8)[:, None]
-        positions = self.poses[:, :2]
-        close = (positions > points.min(axis=0) - margins) & (positions < points.max(axis=0) + margins)
-        near = np.flatnonzero(close[:, 0] & close[:, 1])
-        near = near[near != i]
+        margins = self.radii + mover.size[1] / 2 + 0.8
+        x, y = points[:, 0], points[:, 1]
+        (left, low), (right, high) = points.min(axis=0), points.max(axis=0)
+        close = (self.x > left - margins) & (self.x < right + margins)
+        close &= (self.y > low - margins) & (self.y < high + margins)
+        close[i] = False
         if mover.pedestrian:
-            near = near[~self.on_foot[near]]
+            close &= ~self.on_foot
+        near = np.flatnonzero(close)
         if not len(near):
             return np.inf, 0.0
-        offsets = points[:, None] - positions[near]
-        squared = (offsets**2).sum(axis=-1)
+        squared = (x[:, None] - self.x[near]) ** 2 + (y[:, None] - self.y[near]) ** 2
         closest = squared.argmin(axis=0)
         lateral = np.sqrt(squared[closest, np.arange(len(near))])
+        # Nor can whoever is further than that from the corridor itself; few are left to look at closely.
+        beside = lateral < margins[near]
+        if not beside.any():
+            return np.inf, 0.0
+        near, closest, lateral = near[beside], closest[beside], lateral[beside]
         relative = self.poses[near, 2] - mover.route.headings[first:last][closest]
         aligned, turned = exact.cos_sin(relative)
         cos, sin = np.abs(aligned), np.abs(turned)

@@ -26,15 +26,36 @@ CROSSING_SETBACK = 1.0
 STOP_SETBACK = CROSSING_SETBACK + CROSSING_LENGTH + 1.2
 """From the junction edge back to the stop line, metres."""
 
-LATTICE = 5
-SPACING = 125.0
 MARGIN = 110.0
-TOWN_EDGE = MARGIN * 2 + SPACING * (LATTICE - 1)
+TOWN_EDGE = MARGIN * 2 + 500.0
 """Width and height of the square map canvas, metres."""
 
 RIGHT_HAND = {"boston-seaport": True, "singapore-onenorth": False}
 """Traffic side of the two locations, as in the real cities."""
 LOCATIONS = tuple(RIGHT_HAND)
+TEST_TOWN = "pittsburgh-hazelwood"
+"""A town of another geometry, in which no data set is recorded: only drives are scored there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The lattice that a town is made from."""
+
+    size: int = 5
+    """Junctions a side."""
+    shift: float = 17.0
+    """Metres by which junctions stand beside the lattice's points, at most."""
+    turn: float = 16.0
+    """Degrees by which junctions are turned, at most: how much roads bend."""
+
+    @property
+    def spacing(self) -> float:
+        """Metres between the lattice's points."""
+        return (TOWN_EDGE - 2 * MARGIN) / (self.size - 1)
+
+
+GRIDS = {TEST_TOWN: Grid(4, 26.0, 27.0)}
+"""Of the towns that differ from the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,20 +167,21 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
     """Builds the town of a location.
 
     Args:
-        location: one of `LOCATIONS`; decides the traffic side.
+        location: one of `LOCATIONS`, or `TEST_TOWN`; decides the traffic side and the geometry.
         rng: the only source of randomness.
     """
-    right_hand = RIGHT_HAND[location]
-    count = LATTICE * LATTICE
-    lattice = np.array([(i % LATTICE, i // LATTICE) for i in range(count)], dtype=np.float64)
-    centres = MARGIN + SPACING * lattice + rng.uniform(-17.0, 17.0, (count, 2))
-    turns = np.radians(rng.uniform(-16.0, 16.0, count))
-    lane_counts = {"row": rng.choice([1, 1, 2], LATTICE), "column": rng.choice([1, 1, 2], LATTICE)}
-    edges = _choose_edges(rng)
+    right_hand, grid = RIGHT_HAND.get(location, True), GRIDS.get(location, Grid())
+    size = grid.size
+    count = size * size
+    lattice = np.array([(i % size, i // size) for i in range(count)], dtype=np.float64)
+    centres = MARGIN + grid.spacing * lattice + rng.uniform(-grid.shift, grid.shift, (count, 2))
+    turns = np.radians(rng.uniform(-grid.turn, grid.turn, count))
+    lane_counts = {"row": rng.choice([1, 1, 2], size), "column": rng.choice([1, 1, 2], size)}
+    edges = _choose_edges(size, rng)
 
     lanes_at = np.ones(count, dtype=int)
     for (a, arm), b in edges.items():
-        lanes = int(lane_counts["row" if arm == 0 else "column"][a // LATTICE if arm == 0 else a % LATTICE])
+        lanes = int(lane_counts["row" if arm == 0 else "column"][a // size if arm == 0 else a % size])
         lanes_at[[a, b]] = np.maximum(lanes_at[[a, b]], lanes)
     radii = lanes_at * LANE_WIDTH + PARKING_WIDTH + 8.0
 
@@ -170,7 +192,7 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
         heading_b = turns[b] + arm * np.pi / 2
         start = centres[a] + radii[a] * np.array(exact.cos_sin(heading_a))
         end = centres[b] - radii[b] * np.array(exact.cos_sin(heading_b))
-        lanes = int(lane_counts["row" if arm == 0 else "column"][a // LATTICE if arm == 0 else a % LATTICE])
+        lanes = int(lane_counts["row" if arm == 0 else "column"][a // size if arm == 0 else a % size])
         curve = paths.resample(paths.bezier(start, heading_a, end, heading_b, 0.38), 1.0)
         parking = PARKING_WIDTH if rng.random() < 0.6 else 0.0
         roads.append(Road(index, (a, arm), (b, (arm + 2) % 4), curve, lanes, parking))
@@ -190,15 +212,15 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
     )
 
 
-def _choose_edges(rng: np.random.Generator) -> dict[tuple[int, int], int]:
+def _choose_edges(size: int, rng: np.random.Generator) -> dict[tuple[int, int], int]:
     """Lattice edges as {(junction, arm 0 or 1): neighbour}; a few removed, every junction keeps two."""
     edges: dict[tuple[int, int], int] = {}
-    for i in range(LATTICE * LATTICE):
-        if i % LATTICE < LATTICE - 1:
+    for i in range(size * size):
+        if i % size < size - 1:
             edges[(i, 0)] = i + 1
-        if i // LATTICE < LATTICE - 1:
-            edges[(i, 1)] = i + LATTICE
-    degree = np.zeros(LATTICE * LATTICE, dtype=int)
+        if i // size < size - 1:
+            edges[(i, 1)] = i + size
+    degree = np.zeros(size * size, dtype=int)
     for (a, _), b in edges.items():
         degree[[a, b]] += 1
     keys = list(edges)
@@ -206,7 +228,7 @@ def _choose_edges(rng: np.random.Generator) -> dict[tuple[int, int], int]:
     for position in rng.permutation(len(keys)):
         a, arm = keys[position]
         b = edges[(a, arm)]
-        if removed < LATTICE + 2 and degree[a] > 2 and degree[b] > 2:
+        if removed < size + 2 and degree[a] > 2 and degree[b] > 2:
             degree[[a, b]] -= 1
             del edges[(a, arm)]
             removed += 1

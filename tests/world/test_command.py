@@ -9,8 +9,9 @@ import pytest
 
 from data_prep.cli.synthesize import Synthesize
 from data_prep.synthesize import folder
-from data_prep.synthesize.folder import folder_fingerprint, parse_image_size
+from data_prep.synthesize.folder import folder_fingerprint
 from spacedrive_jax.console import UserError
+from spacedrive_jax.world.rig import parse_image_size
 from tests.world.conftest import TINY
 
 

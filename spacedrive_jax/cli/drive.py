@@ -1,0 +1,216 @@
+"""`python -m spacedrive_jax drive`: a closed loop in the embedded world."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spacedrive_jax.driving.bench import InsidePolicy
+
+TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drive(Command):
+    """Drive in the synthetic world with a model, a policy server, the expert or a baseline, and score it.
+
+    Writes results.json (Bench2Drive's format, for score-bench2drive --routes OUT/routes.json), metric_info/
+    (its comfort logs), summary.json (driving score, success rate, PDM scores with every part) and a folder
+    per drive. A drive's bytes do not depend on the number of workers; an interrupted run goes on with
+    --resume.
+
+    Example: python -m spacedrive_jax drive --checkpoint runs/demo --scenarios small --out runs/demo/drives
+    """
+
+    checkpoint: str | None = None
+    """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or ws://host:port of `serve`."""
+    policy: (
+        Literal[
+            "expert",
+            "constant_velocity",
+            "constant_yaw_rate",
+            "route_constant_speed",
+            "standing_still",
+            "recorded",
+            "mean_trajectory",
+            "ego_mlp",
+        ]
+        | None
+    ) = None
+    """Drive with this instead of a model; the last two learn from --records."""
+    scenarios: str = "small"
+    """full, unseen (a town of other geometry), small, tiny, or a JSON file: [{"kind", "town", "seed"}]."""
+    out: Path | None = None
+    """Folder to write; drives/ in the run folder, or drives-POLICY, by default."""
+    records: Path | None = None
+    """Records folder that mean_trajectory and ego_mlp learn from."""
+    workers: int = 0
+    """Processes that move the world and draw; 0 takes one per core."""
+    batch_size: int = 8
+    """Drives under way together, and questions that go through the model together."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with an interrupted run in --out (or start, when there is none)."""
+    controller: Literal["pure_pursuit", "lqr", "zoo", "simlingo", "hip_ad", "minddrive"] = "pure_pursuit"
+    """Who turns plans into steering and pedals."""
+    image_size: str = "352x198"
+    """Width x height of the camera images in pixels."""
+    lidar: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Give the policy LiDAR sweeps too."""
+    deadline: float = 60.0
+    """Seconds within which a policy server's answer counts."""
+    token: str | None = None
+    """Of the policy server; by default what SPACEDRIVE_TOKEN says."""
+    average: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Drive with the moving average of the weights that `--train.ema-decay` keeps."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
+    cache folder."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Drives; see `spacedrive_jax.driving.drive.drive_all`."""
+        if (self.checkpoint is None) == (self.policy is None):
+            raise ConfigError("give --checkpoint PATH|ws://… or --policy NAME, one of the two")
+        self._check_numbers()
+        from spacedrive_jax.driving.askers import open_asker
+        from spacedrive_jax.driving.drive import RESULTS, drive_all
+        from spacedrive_jax.driving.episode import DriveOptions
+        from spacedrive_jax.driving.scenarios import drive_set
+        from spacedrive_jax.world.rig import parse_image_size
+
+        specs = drive_set(self.scenarios)
+        sense: Literal["nothing", "status", "images"] = (
+            "images" if self.policy is None else "status" if self.policy == "ego_mlp" else "nothing"
+        )
+        options = DriveOptions(
+            image_size=parse_image_size(self.image_size),
+            sense=sense,
+            lidar=self.lidar,
+            controller=self.controller,
+        )
+        facts = {
+            "scenarios": self.scenarios,
+            "drives": [spec.name for spec in specs],
+            "policy": self.policy,
+            "checkpoint": self._checkpoint_name(),
+            "average": self.average,
+            "records": self._records_fingerprint(),
+            "options": {**dataclasses.asdict(options)},
+            "batch_size": self.batch_size,
+        }
+        folder = self._folder()
+        asker, inside = None, self._inside()
+        if self.checkpoint is not None:
+            use_compilation_cache(self.compilation_cache)
+            with advice_on_memory("lower --batch-size"):
+                asker = open_asker(
+                    self.checkpoint,
+                    batch_size=self.batch_size,
+                    deadline=self.deadline,
+                    average=self.average,
+                    token=self.token or os.environ.get(TOKEN_VARIABLE) or None,
+                )
+        try:
+            run = drive_all(
+                specs,
+                folder,
+                options,
+                facts=facts,
+                asker=asker,
+                inside=inside,
+                workers=self.workers or os.cpu_count() or 1,
+                at_a_time=self.batch_size,
+                resume=self.resume,
+            )
+        finally:
+            if asker is not None:
+                asker.close()
+        summary = run.summary
+        print(_text(summary, folder))
+        return {
+            "file": str(folder / RESULTS),
+            "drives": summary["drives"],
+            "driving_score": summary.get("driving_score"),
+            "success_rate": summary.get("success_rate"),
+            "pdm_score": summary.get("pdm_score"),
+            "seconds": round(run.seconds, 3),
+            "failures": summary.get("failures", {}),
+            "without_place": summary["without_place"],
+        }
+
+    def _check_numbers(self) -> None:
+        for name, value, low, high in (
+            ("--workers", self.workers, 0, 1024),
+            ("--batch-size", self.batch_size, 1, 4096),
+            ("--deadline", self.deadline, 0.001, 3600),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"{name} {value} is outside {low} to {high}")
+        if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
+            raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
+
+    def _folder(self) -> Path:
+        if self.out is not None:
+            return self.out
+        if self.policy is not None:
+            return Path(f"drives-{self.policy}")
+        if self.checkpoint is not None and self.checkpoint.startswith(("ws://", "wss://")):
+            raise ConfigError("a policy server is no run folder to write to: give --out DIR")
+        from spacedrive_jax.training.checkpoints import locate
+
+        return locate(Path(self.checkpoint or ""))[0] / "drives"
+
+    def _checkpoint_name(self) -> Any:
+        if self.checkpoint is None or self.checkpoint.startswith(("ws://", "wss://")):
+            return self.checkpoint
+        from spacedrive_jax.inference.open_model import name_checkpoint
+
+        return name_checkpoint(Path(self.checkpoint))
+
+    def _records_fingerprint(self) -> str | None:
+        if self.policy not in ("mean_trajectory", "ego_mlp"):
+            return None
+        from spacedrive_jax.data.records import open_records
+
+        assert self.records is not None
+        return open_records(self.records, "train").fingerprint
+
+    def _inside(self) -> InsidePolicy | None:
+        if self.policy is None:
+            return None
+        from spacedrive_jax.data.records import open_records
+        from spacedrive_jax.driving.policies import policy_named
+
+        records = None if self.records is None else open_records(self.records, "train")
+        return policy_named(self.policy, records)
+
+
+def _text(summary: Mapping[str, Any], folder: Path) -> str:
+    if not summary["drives"]:
+        return f"no drive could be staged: {folder}"
+
+    def with_interval(name: str) -> str:
+        between = summary[f"{name}_interval"]
+        return f"{summary[name]:.2f}" + (f" [{between[0]:.1f}, {between[1]:.1f}]" if between else "")
+
+    lines = [
+        f"driving score  {with_interval('driving_score')}",
+        f"success rate   {summary['success_rate']:.1f} %",
+        f"PDM score      {with_interval('pdm_score')}",
+        "parts          " + ", ".join(f"{name} {value:.2f}" for name, value in summary["pdm_parts"].items()),
+        f"drives         {summary['drives']}: "
+        + ", ".join(f"{count} {status}" for status, count in summary["statuses"].items()),
+    ]
+    if summary["failures"]:
+        failed = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
+        lines.append(f"no plan        {failed}")
+    return "\n".join([*lines, f"written to     {folder}"])

@@ -1,0 +1,237 @@
+"""Drives under way, in this process or spread over several: they ask, are answered, come back finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from spacedrive_jax.data.schema import Record
+from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, outcome
+from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError
+from spacedrive_jax.driving.results import drive_record, metric_info, trace
+from spacedrive_jax.driving.scenarios import DriveSpec
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.parallel import end_with_parent
+from spacedrive_jax.world.scenario import UnplayableError
+from spacedrive_jax.world.world import World
+
+InsidePolicy = Callable[[World, Record], Plan]
+"""A policy asked where the world is (picklable); models are asked from outside, with records alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A drive waits for a plan."""
+
+    number: int
+    decision: int
+    record: Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A drive is over."""
+
+    number: int
+    record: dict[str, Any]
+    """Of the result file."""
+    metric_info: dict[str, Any]
+    trace: dict[str, Any]
+    records: tuple[Record, ...] = ()
+    """Of its decisions, with the expert's plan from each as the target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPlace:
+    """The town has no place for the scenario."""
+
+    number: int
+    reason: str
+
+
+Event = Asked | Finished | NoPlace
+
+
+class Bench:
+    """Drives of one process."""
+
+    def __init__(
+        self, options: DriveOptions, inside: InsidePolicy | None = None, *, collect: bool = False
+    ) -> None:
+        """Args: how to drive, the policy where it is asked here, whether to keep records."""
+        self.options, self.inside, self.collect = options, inside, collect
+        self._drives: dict[int, Generator[Question, Plan | PlanError, DriveResult]] = {}
+
+    def start(self, spec: DriveSpec) -> Event:
+        """Begins a drive and goes on to its first question (to its end with a policy inside)."""
+        drive = episode(spec, self.options, keep=self.collect)
+        self._drives[spec.number] = drive
+        return self._go_on(spec.number, lambda: next(drive))
+
+    def answer(self, number: int, answer: Plan | PlanError) -> Event:
+        """Answers a drive's question and goes on to the next."""
+        drive = self._drives[number]
+        return self._go_on(number, lambda: drive.send(answer))
+
+    def _go_on(self, number: int, step: Callable[[], Question]) -> Event:
+        try:
+            question = step()
+            while self.inside is not None:
+                question = self._drives[number].send(self._ask(question))
+            return Asked(number, question.decision, question.record)
+        except StopIteration as end:
+            del self._drives[number]
+            return finished(end.value)
+        except UnplayableError as error:
+            del self._drives[number]
+            return NoPlace(number, str(error))
+
+    def _ask(self, question: Question) -> Plan | PlanError:
+        assert self.inside is not None
+        try:
+            return self.inside(question.world, question.record)
+        except PlanError as error:
+            return error
+        except Exception as error:  # a policy is somebody else's code: whatever it raises is its failure
+            return PlanError(FailureKind.CRASH, f"{type(error).__name__}: {error}")
+
+
+def finished(result: DriveResult) -> Finished:
+    """What is kept of a drive."""
+    spec = result.spec
+    record = drive_record(
+        result.log,
+        result.lanes,
+        index=spec.number,
+        number=spec.number,
+        kind=spec.kind,
+        town=spec.town,
+        ending=result.ending,
+        expert_metres=result.expert_metres,
+        failures=result.failures,
+    )
+    shown = {**trace(result.log), **outcome(result)}
+    return Finished(spec.number, record, metric_info(result.log), shown, result.records)
+
+
+class Fleet:
+    """Drives spread over processes that end with this one; one process drives in this one."""
+
+    def __init__(
+        self,
+        workers: int,
+        options: DriveOptions,
+        inside: InsidePolicy | None = None,
+        *,
+        collect: bool = False,
+    ) -> None:
+        """Starts the processes.
+
+        Args:
+            workers: how many; 1 drives here.
+            options: how to drive.
+            inside: the policy where it is asked where the world is.
+            collect: keep records.
+        """
+        self._bench = Bench(options, inside, collect=collect) if workers == 1 else None
+        self._ready: list[Event] = []
+        self._seats: dict[int, int] = {}
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        if workers > 1:
+            context: Any = multiprocessing.get_context("spawn")
+            for _ in range(workers):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(there, options, inside, collect), daemon=True)
+                process.start()
+                there.close()
+                self._pipes.append(here)
+                self._processes.append(process)
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    @property
+    def under_way(self) -> int:
+        """Drives that are begun and not finished."""
+        return len(self._seats)
+
+    def start(self, spec: DriveSpec) -> None:
+        """Begins a drive, where the fewest are."""
+        if self._bench is not None:
+            self._seats[spec.number] = 0
+            self._ready.append(self._bench.start(spec))
+            return
+        busy = [sum(seat == worker for seat in self._seats.values()) for worker in range(len(self._pipes))]
+        worker = busy.index(min(busy))
+        self._seats[spec.number] = worker
+        self._send(worker, ("start", spec))
+
+    def answer(self, answers: Mapping[int, Plan | PlanError]) -> None:
+        """Answers questions, by the drives' numbers."""
+        for number, answer in answers.items():
+            if self._bench is not None:
+                self._ready.append(self._bench.answer(number, answer))
+            else:
+                self._send(self._seats[number], ("answer", number, answer))
+
+    def events(self, count: int) -> Sequence[Event]:
+        """Waits for the next `count` events; the order is that in which they come.
+
+        Raises:
+            SpaceDriveError: a process died.
+        """
+        found: list[Event] = []
+        if self._bench is not None:
+            found, self._ready = self._ready[:count], self._ready[count:]
+        while len(found) < count:
+            for pipe in multiprocessing.connection.wait(self._pipes):
+                assert isinstance(pipe, Connection)
+                try:
+                    event = pipe.recv()
+                except (EOFError, ConnectionResetError) as error:
+                    raise SpaceDriveError("a process that drives died: run it again with --resume") from error
+                if isinstance(event, Exception):
+                    raise event
+                found.append(event)
+                if len(found) == count:
+                    break
+        for event in found:
+            if not isinstance(event, Asked):
+                del self._seats[event.number]
+        return found
+
+    def _send(self, worker: int, message: tuple[Any, ...]) -> None:
+        try:
+            self._pipes[worker].send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise SpaceDriveError("a process that drives died: run it again with --resume") from error
+
+
+def _serve(pipe: Connection, options: DriveOptions, inside: InsidePolicy | None, collect: bool) -> None:
+    """A worker's life."""
+    end_with_parent()
+    bench = Bench(options, inside, collect=collect)
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            return
+        try:
+            event: Any = (
+                bench.start(message[1]) if message[0] == "start" else bench.answer(message[1], message[2])
+            )
+        except Exception as error:  # the parent raises it
+            event = error
+        pipe.send(event)

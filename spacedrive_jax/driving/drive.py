@@ -1,0 +1,210 @@
+"""A set of drives: driven, resumed, written down and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spacedrive_jax.console import note, progress
+from spacedrive_jax.driving.askers import Asker
+from spacedrive_jax.driving.bench import Asked, Event, Finished, Fleet, InsidePolicy, NoPlace
+from spacedrive_jax.driving.episode import DriveOptions
+from spacedrive_jax.driving.results import result_file
+from spacedrive_jax.driving.scenarios import DriveSpec
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
+from spacedrive_jax.io import read_json, write_json
+
+RESULTS = "results.json"
+SUMMARY = "summary.json"
+FACTS = "run.json"
+LEVEL, RESAMPLES = 0.95, 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class DriveRun:
+    """What a run of drives came to."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    """As in summary.json."""
+    driven: int
+    """Drives of this call; a resumed one counts what was left."""
+    seconds: float
+
+
+def drive_all(
+    specs: Sequence[DriveSpec],
+    folder: Path,
+    options: DriveOptions,
+    *,
+    facts: Mapping[str, Any],
+    asker: Asker | None = None,
+    inside: InsidePolicy | None = None,
+    workers: int = 1,
+    at_a_time: int = 8,
+    resume: bool = False,
+) -> DriveRun:
+    """Drives a set and writes its results.
+
+    Args:
+        specs: the drives.
+        folder: where to write; each drive's files appear when it is over, so that an interrupted run goes on.
+        options: how to drive.
+        facts: what tells this run from others; a resumed run must have the same.
+        asker: the policy that is asked from outside,
+        inside: or the one that knows the world.
+        workers: processes that move the world and draw.
+        at_a_time: drives under way together.
+        resume: go on with an interrupted run.
+
+    Raises:
+        ConfigError: the folder holds another run, or one and `resume` is not given.
+        SpaceDriveError: a process died.
+    """
+    started = time.monotonic()
+    done = _open_folder(folder, facts, resume=resume)
+    todo = [spec for spec in specs if spec.name not in done]
+    by_number = {spec.number: spec for spec in specs}
+    with (
+        Fleet(min(workers, max(len(todo), 1)), options, inside) as fleet,
+        progress(total=len(specs), initial=len(specs) - len(todo), desc="drive", unit="drive") as bar,
+    ):
+        waiting = list(todo)
+        while waiting or fleet.under_way:
+            while waiting and fleet.under_way < at_a_time:
+                fleet.start(waiting.pop(0))
+            # With a model all drives under way are asked together; without one each ends by itself.
+            asked: list[Asked] = []
+            for event in fleet.events(fleet.under_way if asker is not None else 1):
+                if isinstance(event, Asked):
+                    asked.append(event)
+                    continue
+                write_drive(folder, by_number[event.number], event)
+                bar.update()
+            if asker is not None and asked:
+                fleet.answer(asker.plans(sorted(asked, key=lambda event: event.number)))
+    seconds = time.monotonic() - started
+    return DriveRun(folder, finish(specs, folder), len(todo), seconds)
+
+
+def _open_folder(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> set[str]:
+    """Names of the drives that are done."""
+    path = folder / FACTS
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"--out {folder} exists and is not a run of drives: choose another folder")
+        write_json(path, facts, indent=1, sort_keys=True)
+        return set()
+    if not resume:
+        raise ConfigError(
+            f"--out {folder} holds a run: go on with it with --resume, or choose another folder"
+        )
+    known = read_json(path)
+    different = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
+    if different:
+        raise ConfigError(
+            f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"
+        )
+    drives = folder / "drives"
+    return {each.parent.name for each in drives.glob("*/result.json")} if drives.is_dir() else set()
+
+
+def write_drive(folder: Path, spec: DriveSpec, event: Event) -> None:
+    """Writes a finished drive's files; result.json comes last and says that the others are whole."""
+    own = folder / "drives" / spec.name
+    if isinstance(event, NoPlace):
+        write_json(own / "result.json", {"no_place": event.reason})
+        return
+    assert isinstance(event, Finished)
+    write_json(folder / "metric_info" / event.record["save_name"] / "metric_info.json", event.metric_info)
+    write_json(own / "trace.json", event.trace)
+    write_json(own / "result.json", event.record, indent=1)
+
+
+def finish(specs: Sequence[DriveSpec], folder: Path) -> dict[str, Any]:
+    """Writes the result file and the summary of all drives that are done."""
+    records: list[dict[str, Any]] = []
+    kinds: dict[str, DriveSpec] = {}
+    without_place: list[str] = []
+    for spec in specs:
+        path = folder / "drives" / spec.name / "result.json"
+        if not path.is_file():
+            continue
+        value = read_json(path)
+        if "no_place" in value:
+            without_place.append(spec.name)
+            continue
+        records.append(value)
+        kinds[value["route_id"]] = spec
+    write_json(folder / RESULTS, result_file(records, len(records)), indent=1)
+    write_json(folder / "routes.json", [record["route_id"].split("_")[1] for record in records])
+    summary: dict[str, Any] = summarise(records, kinds, folder / RESULTS) if records else {"drives": 0}
+    summary["without_place"] = without_place
+    write_json(folder / SUMMARY, summary, indent=1)
+    if without_place:
+        note(f"no place for {len(without_place)} drives: {', '.join(without_place[:5])}")
+    return summary
+
+
+def summarise(
+    records: Sequence[Mapping[str, Any]], specs: Mapping[str, DriveSpec], results: Path
+) -> dict[str, Any]:
+    """All scores of a run, with bootstrap intervals over drives and a row per kind."""
+    scores = score_routes(read_results([results]), [record["route_id"].split("_")[1] for record in records])
+    driving = np.array([record["scores"]["score_composed"] for record in records])
+    pdm = np.array([record["pdm"]["pdms"] for record in records]) * 100
+    parts = {name: float(np.mean([record["pdm"][name] for record in records])) for name in records[0]["pdm"]}
+    failures: Counter[str] = Counter()
+    for record in records:
+        failures.update(record["failures"])
+    rows = {}
+    for kind in dict.fromkeys(specs[record["route_id"]].kind for record in records):
+        chosen = np.array([specs[record["route_id"]].kind == kind for record in records])
+        rows[kind] = {
+            "drives": int(chosen.sum()),
+            "driving_score": float(driving[chosen].mean()),
+            "pdm_score": float(pdm[chosen].mean()),
+        }
+    return {
+        "drives": len(records),
+        "driving_score": scores.driving_score,
+        "driving_score_interval": interval(driving),
+        "success_rate": scores.success_rate,
+        "efficiency": scores.efficiency,
+        "pdm_score": float(pdm.mean()),
+        "pdm_score_interval": interval(pdm),
+        "pdm_parts": parts,
+        "neuro_ncap": float(np.mean([record["neuro_ncap"] for record in records])),
+        "failures": dict(sorted(failures.items())),
+        "statuses": dict(scores.statuses),
+        "kinds": rows,
+    }
+
+
+def interval(values: np.ndarray, seed: int = 0) -> list[float] | None:
+    """95 % bootstrap interval of a mean over drives; None of a single one."""
+    if len(values) < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
+    return [float(low), float(high)]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise DataError(f"{folder} is no finished run of drives ({SUMMARY} is missing)")
+    return read_json(path)

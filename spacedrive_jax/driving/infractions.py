@@ -1,0 +1,255 @@
+"""Bench2Drive's infractions on a drive (its `atomic_criteria.py`), found in the log.
+
+A collision does not stop the vehicle: it is counted, and the drive goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from spacedrive_jax import exact
+from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
+from spacedrive_jax.world.simulate import corners
+from spacedrive_jax.world.town import LANE_WIDTH
+from spacedrive_jax.world.traffic import TIME_STEP
+
+STANDING = 0.1
+"""m/s; a collision is not counted below it."""
+SAME_COLLISION_S, SAME_COLLISION_M = 5.0, 5.0
+"""A partner is counted again only after so many seconds and so many metres."""
+OUTSIDE = LANE_WIDTH / 2 + 0.5
+"""Metres from the nearest lane's centre line beyond which the vehicle's centre is outside."""
+COMPLETE_SHARE, COMPLETE_METRES = 0.99, 10.0
+"""A route is complete from this share of it on, and nearer than this to its end."""
+DEVIATION = 30.0
+"""Metres from the route at which a drive ends."""
+BLOCKED_S = 20.0
+"""Seconds below `STANDING` after which a drive ends, red lights ahead not counted (Bench2Drive: 60 s)."""
+LIGHT_REACH = 15.0
+"""Metres before a stop line within which its red light excuses standing."""
+CHECKPOINTS = 20
+TRAFFIC_RANGE = 50.0
+"""Metres around the ego vehicle whose vehicles count as its traffic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collision:
+    """The beginning of an overlap with somebody."""
+
+    step: int
+    partner: int
+    kind: str
+    """`pedestrian`, `vehicle` or `layout` (things that are neither)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RedLight:
+    """A stop line crossed while its arm had red."""
+
+    step: int
+    junction: int
+    arm: int
+
+
+def collision_kind(category: str) -> str:
+    """Bench2Drive's kind of a nuScenes category."""
+    if category.startswith("human."):
+        return "pedestrian"
+    return "vehicle" if category.startswith("vehicle.") else "layout"
+
+
+def touches(log: DriveLog, step: int) -> Int[np.ndarray, " M"]:
+    """Everybody whose box overlaps the ego vehicle's at a step."""
+    return overlapping(log.poses[step], log.half)
+
+
+def overlapping(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> Int[np.ndarray, " M"]:
+    """Which boxes overlap the first one, by the separating axis theorem."""
+    reach = exact.norm(half)
+    near = np.flatnonzero(exact.norm(poses[1:, :2] - poses[0, :2]) < reach[1:] + reach[0]) + 1
+    if not len(near):
+        return near
+    own, others = corners(poses[:1], half[:1])[0], corners(poses[near], half[near])
+    apart = _separated(
+        others, np.repeat(poses[:1], len(near), axis=0), np.repeat(half[:1], len(near), axis=0)
+    )
+    apart |= _separated(np.broadcast_to(own, others.shape), poses[near], half[near])
+    return near[~apart]
+
+
+def _separated(
+    points: Float[np.ndarray, "M 4 2"], poses: Float[np.ndarray, "M 3"], half: Float[np.ndarray, "M 2"]
+) -> Bool[np.ndarray, " M"]:
+    """Whether a side of each box has all four points of the other before it."""
+    relative = points - poses[:, None, :2]
+    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
+    along = cos * relative[..., 0] + sin * relative[..., 1]
+    aside = cos * relative[..., 1] - sin * relative[..., 0]
+    result = np.zeros(len(points), bool)
+    for values, extent in ((along, half[:, 0]), (aside, half[:, 1])):
+        result |= (values.min(axis=1) >= extent) | (values.max(axis=1) <= -extent)
+    return result
+
+
+def collisions(log: DriveLog) -> list[Collision]:
+    """All collisions, one per partner in 5 s and 5 m, none while the ego vehicle stands."""
+    found: list[Collision] = []
+    last: dict[int, int] = {}
+    for step in range(len(log.time)):
+        if log.ego[step, 3] < STANDING:
+            continue
+        for partner in touches(log, step).tolist():
+            if partner in last:
+                since = log.time[step] - log.time[last[partner]]
+                apart = log.travelled[step] - log.travelled[last[partner]]
+                if since < SAME_COLLISION_S or apart < SAME_COLLISION_M:
+                    continue
+            last[partner] = step
+            found.append(Collision(step, partner, collision_kind(log.categories[partner])))
+    return found
+
+
+def red_lights(log: DriveLog, lanes: LaneMap) -> list[RedLight]:
+    """Stop lines that the vehicle's rear end crosses while they have red, each light once."""
+    signals = log.scenario.cast.signals
+    found: dict[tuple[int, int], RedLight] = {}
+    if not lanes.stop_lines:
+        return []
+    ends = np.stack([line.ends for line in lanes.stop_lines])
+    cos, sin = exact.cos_sin(log.poses[:, 0, 2])
+    forward = np.stack([cos, sin], axis=1)
+    length = float(log.half[0, 0])
+    tail = log.poses[:, 0, :2] - 0.8 * length * forward
+    end = log.poses[:, 0, :2] - (length + 1.0) * forward
+    for step in range(len(log.time)):
+        if log.ego[step, 3] < STANDING:
+            continue
+        for index in np.flatnonzero(_cross(tail[step], end[step], ends[:, 0], ends[:, 1])):
+            line = lanes.stop_lines[index]
+            along = ends[index, 0] - ends[index, 1]
+            # Only who comes out of the line's own lane crosses it forwards.
+            if forward[step, 0] * along[1] - forward[step, 1] * along[0] < 0:
+                continue
+            if signals.green_arm(line.junction, float(log.time[step])) != line.arm:
+                found.setdefault((line.junction, line.arm), RedLight(step, line.junction, line.arm))
+    return list(found.values())
+
+
+def _cross(
+    a: Float[np.ndarray, "2"],
+    b: Float[np.ndarray, "2"],
+    c: Float[np.ndarray, "M 2"],
+    d: Float[np.ndarray, "M 2"],
+) -> Bool[np.ndarray, " M"]:
+    """Whether the segment a-b crosses the segments c-d."""
+
+    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        return (q[..., 0] - p[..., 0]) * (r[..., 1] - p[..., 1]) - (q[..., 1] - p[..., 1]) * (
+            r[..., 0] - p[..., 0]
+        )
+
+    return (side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) <= 0)
+
+
+def outside_lanes(log: DriveLog, lanes: LaneMap) -> Bool[np.ndarray, " T"]:
+    """Steps at which the vehicle's centre is on no lane, or on one that leads the other way."""
+    centre = log.poses[:, 0, :2]
+    return (lanes.off_centre(centre) > OUTSIDE) | lanes.against(centre, log.ego[:, 2])
+
+
+def outside_metres(log: DriveLog, lanes: LaneMap) -> float:
+    """Metres driven outside lanes."""
+    steps = np.diff(log.travelled)
+    return float(np.sum(steps[outside_lanes(log, lanes)[1:]]))
+
+
+def completion(log: DriveLog) -> float:
+    """Percent of the route."""
+    length = log.goal - log.start
+    driven = float(log.progress[-1]) - log.start
+    share = min(max(driven / max(length, 1e-6), 0.0), 1.0)
+    if share >= COMPLETE_SHARE and log.goal - float(log.progress[-1]) < COMPLETE_METRES:
+        return 100.0
+    return 100.0 * share
+
+
+def waits_at_red(log: DriveLog, step: int) -> bool:
+    """Whether a red light on the route excuses standing."""
+    front = float(log.s[step]) + log.scenario.ego.reference_to_centre + float(log.half[0, 0])
+    for gate in log.scenario.ego.route.gates:
+        near = -2.5 < gate.stop - front < LIGHT_REACH
+        if near and log.scenario.cast.signals.green_arm(gate.junction, float(log.time[step])) != gate.arm:
+            return True
+    return False
+
+
+def speed_percentages(log: DriveLog) -> list[float]:
+    """The ego vehicle's mean speed in percent of its traffic's, over each twentieth of the route.
+
+    Stretches in which no vehicle moved nearby, and those that were not reached, give none.
+    """
+    vehicles = np.array([category.startswith("vehicle.") for category in log.categories])
+    vehicles[0] = False
+    vehicles[len(log.scenario.cast.movers) :] = False
+    near = exact.norm(log.poses[..., :2] - log.poses[:, :1, :2]) < TRAFFIC_RANGE
+    counted = near & vehicles
+    marks = log.start + (log.goal - log.start) * np.arange(CHECKPOINTS + 1) / CHECKPOINTS
+    percentages = []
+    for low, high in itertools.pairwise(marks.tolist()):
+        inside = (log.progress >= low) & (log.progress < high)
+        reached = float(log.progress[-1]) >= high - COMPLETE_METRES
+        if not inside.any() or not reached or not counted[inside].any():
+            continue
+        background = float(np.mean(log.speeds[inside][counted[inside]]))
+        if background > 0.0:
+            percentages.append(100.0 * float(np.mean(log.ego[inside, 3])) / background)
+    return percentages
+
+
+def messages(log: DriveLog, lanes: LaneMap) -> Mapping[str, list[str]]:
+    """All infractions as Bench2Drive's evaluator words them, by its kinds."""
+    result: dict[str, list[str]] = {
+        "collisions_layout": [],
+        "collisions_pedestrian": [],
+        "collisions_vehicle": [],
+        "red_light": [],
+        "stop_infraction": [],
+        "outside_route_lanes": [],
+        "min_speed_infractions": [],
+        "yield_emergency_vehicle_infractions": [],
+        "scenario_timeouts": [],
+        "route_dev": [],
+        "vehicle_blocked": [],
+        "route_timeout": [],
+    }
+    for hit in collisions(log):
+        x, y = log.ego[hit.step, :2]
+        result[f"collisions_{hit.kind}"].append(
+            f"Agent collided against {log.categories[hit.partner]} {log.keys[hit.partner]} at "
+            f"(x={x:.1f}, y={y:.1f}) after {log.time[hit.step] - log.time[0]:.1f} s"
+        )
+    for light in red_lights(log, lanes):
+        x, y = log.ego[light.step, :2]
+        result["red_light"].append(
+            f"Agent ran a red light of junction {light.junction}, arm {light.arm} at (x={x:.1f}, y={y:.1f})"
+        )
+    metres = outside_metres(log, lanes)
+    driven = float(log.travelled[-1])
+    if metres > 0 and driven > 0:
+        result["outside_route_lanes"].append(
+            f"Agent went outside its route lanes for about {metres:.3f} meters "
+            f"({100 * metres / driven:.2f}% of the completed route)"
+        )
+    result["min_speed_infractions"] = [
+        f"Average speed is {percent:.2f}% of the surrounding traffic's one"
+        for percent in speed_percentages(log)
+    ]
+    return result
+
+
+STEPS_BLOCKED = round(BLOCKED_S / TIME_STEP)

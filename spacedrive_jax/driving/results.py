@@ -1,0 +1,150 @@
+"""A drive's result in Bench2Drive's own files, with the PDM-style scores beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spacedrive_jax import exact
+from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
+from spacedrive_jax.driving.infractions import completion, messages
+from spacedrive_jax.driving.pdm import neuro_ncap, pdm_score
+from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+from spacedrive_jax.world.traffic import TIME_STEP
+
+ENDINGS = {
+    "deviated": ("route_dev", "Failed - Agent deviated from the route"),
+    "blocked": ("vehicle_blocked", "Failed - Agent got blocked"),
+    "timeout": ("route_timeout", "Failed - Agent timed out"),
+    "crashed": (None, "Failed - Agent crashed"),
+}
+"""Why a drive ended before its goal: the infraction it is listed under, and the status."""
+
+
+def drive_record(
+    log: DriveLog,
+    lanes: LaneMap,
+    *,
+    index: int,
+    number: int,
+    kind: str,
+    town: str,
+    ending: str,
+    expert_metres: float,
+    failures: Mapping[str, int],
+) -> dict[str, Any]:
+    """One record of a result file, as Bench2Drive's evaluator writes it.
+
+    Args:
+        log: what happened.
+        lanes: of its town.
+        index: position in the result file.
+        number: the route's number, unique in the set.
+        kind: the scenario's.
+        town: the town's name.
+        ending: `goal`, or a key of `ENDINGS`.
+        expert_metres: how far the script's driver goes.
+        failures: how many answers of the policy were none, by kind.
+    """
+    found = {name: list(texts) for name, texts in messages(log, lanes).items()}
+    share = completion(log)
+    if ending in ENDINGS:
+        listed, status = ENDINGS[ending]
+        if listed is not None:
+            found[listed].append(status.removeprefix("Failed - "))
+    else:
+        offences = [name for name, texts in found.items() if texts and name != "min_speed_infractions"]
+        status = "Completed" if offences else "Perfect"
+    name = f"RouteScenario_{number}_rep0"
+    result = RouteResult(str(number), kind, name, status, share, 0.0, found)
+    composed = result.recomputed_score()
+    pdm = pdm_score(log, lanes, expert_metres)
+    seconds = float(log.time[-1] - log.time[0])
+    length = log.goal - log.start
+    return {
+        "index": index,
+        "route_id": name,
+        "scenario_name": f"{kind}_1",
+        "weather_id": "0",
+        "save_name": f"{name}_{town}_{kind}",
+        "town_name": town,
+        "status": status,
+        "num_infractions": sum(
+            len(texts) for kind_, texts in found.items() if kind_ != "min_speed_infractions"
+        ),
+        "infractions": found,
+        "scores": {
+            "score_route": round(share, 6),
+            "score_penalty": round(composed / share, 6) if share else 1.0,
+            "score_composed": round(max(composed, 0.0), 6),
+        },
+        "meta": {"route_length": length, "duration_game": seconds, "duration_system": seconds},
+        "pdm": {**dataclasses.asdict(pdm), "pdms": pdm.pdms, "epdms": pdm.epdms},
+        "neuro_ncap": neuro_ncap(log, float(log.ego[0, 3])),
+        "failures": dict(sorted(failures.items())),
+    }
+
+
+def result_file(records: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
+    """The result file of a run, as `score-bench2drive` (and Bench2Drive's own tools) read it."""
+    return {
+        "_checkpoint": {
+            "global_record": {},
+            "progress": [len(records), total],
+            "records": [dict(record) for record in records],
+        },
+        "entry_status": "Finished" if len(records) == total else "Started",
+        "eligible": len(records) == total,
+        "sensors": [],
+        "values": [],
+        "labels": [],
+    }
+
+
+def metric_info(log: DriveLog) -> dict[str, dict[str, list[float]]]:
+    """Bench2Drive's `metric_info.json`: the vehicle's motion at every step, for its comfort score.
+
+    In CARLA's axes (y to the right), angular velocity in rad/s: the tool holds it against bounds in rad/s.
+    """
+    cos, sin = exact.cos_sin(log.ego[:, 2])
+    lateral = log.ego[:, 3] * log.yaw_rate
+    info = {}
+    for step in range(len(log.time)):
+        c, s = float(cos[step]), float(sin[step])
+        along, left = float(log.acceleration[step]), float(lateral[step])
+        x, y = along * c - left * s, along * s + left * c
+        info[str(step)] = {
+            "acceleration": [x, -y, 0.0],
+            "angular_velocity": [0.0, 0.0, -float(log.yaw_rate[step])],
+            "forward_vector": [c, -s, 0.0],
+            "right_vector": [s, c, 0.0],
+            "location": [float(log.ego[step, 0]), -float(log.ego[step, 1]), 0.0],
+            "rotation": [0.0, 0.0, -math.degrees(float(log.ego[step, 2]))],
+        }
+    return info
+
+
+def trace(log: DriveLog) -> dict[str, Any]:
+    """The drive as plain numbers for the report: who was where, ten times a second."""
+    moved = np.ptp(log.poses[:, :, :2], axis=0).max(axis=1) > 0.05
+    near = exact.norm(log.poses[..., :2] - log.poses[:, :1, :2]).min(axis=0) < 60.0
+    shown = np.flatnonzero(near)
+    return {
+        "step_s": TIME_STEP,
+        "ego": log.ego.round(4).tolist(),
+        "aside": log.aside.round(3).tolist(),
+        "others": [
+            {
+                "key": log.keys[i],
+                "category": log.categories[i],
+                "size": [round(2 * float(extent), 3) for extent in log.half[i]],
+                "poses": log.poses[:: 1 if moved[i] else len(log.time), i].round(3).tolist(),
+            }
+            for i in shown.tolist()
+            if i
+        ],
+    }

@@ -1,0 +1,178 @@
+"""The scenario kinds, the sets of drives over them, and how a drive is staged from a few numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from spacedrive_jax.driving.actors import Actor, Blocker, Crosser, CutIn, Lead, RedRunner, Stage, Standing
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.io import read_json
+from spacedrive_jax.world.scenario import (
+    MANOEUVRES,
+    WARM_UP,
+    Scenario,
+    UnplayableError,
+    build_scenario,
+    cast_scenario,
+    write_script,
+)
+from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN, Town, build_town
+from spacedrive_jax.world.traffic import Mover, Obstacle, Route
+
+TRIES = 24
+"""Draws after which a scenario counts as impossible in a town."""
+CAR = "vehicle.car"
+TEST_SEED = 9000
+"""Seed of the towns that drives are scored in; data sets are synthesized with smaller ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of scenario."""
+
+    group: Literal["manoeuvre", "bench2drive", "neuroncap"]
+    manoeuvre: str
+    """What the town's rule arranges for the ego vehicle, one of `MANOEUVRES`."""
+    actors: tuple[Actor, ...] = ()
+    """Who plays a part, with its trigger."""
+    seconds: float = 16.0
+    """From the first decision to the end of the script."""
+
+
+KINDS: Mapping[str, Kind] = {
+    **{name: Kind("manoeuvre", name, seconds=14.0) for name in MANOEUVRES},
+    "BlockedIntersection": Kind("bench2drive", "turn_right", (Blocker(),)),
+    "ControlLoss": Kind("bench2drive", "cruise"),
+    "DynamicObjectCrossing": Kind("bench2drive", "cruise", (Crosser(2.0, 2.1, 6.0, hidden_behind=CAR),)),
+    "HardBreakRoute": Kind("bench2drive", "cruise", (Lead(),)),
+    "OppositeVehicleRunningRedLight": Kind("bench2drive", "straight", (RedRunner(),)),
+    "ParkingCrossingPedestrian": Kind(
+        "bench2drive", "cruise", (Crosser(2.0, 2.15, 6.0, "human.pedestrian.child", hidden_behind=CAR),)
+    ),
+    "ParkingCutIn": Kind("bench2drive", "cruise", (CutIn(),)),
+    "PedestrianCrossing": Kind("bench2drive", "straight", (Crosser(1.3, 3.5, 12.0, where="exit"),)),
+    "T_Junction": Kind("bench2drive", "turn_left"),
+    "VanillaSignalizedTurnEncounterGreenLight": Kind("bench2drive", "turn_right"),
+    "VanillaSignalizedTurnEncounterRedLight": Kind("bench2drive", "stop", seconds=20.0),
+    "VehicleTurningRoute": Kind(
+        "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit"),)
+    ),
+    "VehicleTurningRoutePedestrian": Kind(
+        "bench2drive", "turn_left", (Crosser(1.8, 2.0, 6.0, where="exit"),)
+    ),
+    "NeuroNCAPStationary": Kind("neuroncap", "cruise", (Standing(),)),
+}
+"""Names as Bench2Drive has them where it has the scenario."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DriveSpec:
+    """One drive: everything that happens in it follows from these, and from the policy."""
+
+    number: int
+    """In its set; the route's number in result files."""
+    kind: str
+    town: str
+    """Location of the town."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.number:04d}-{self.kind}-{self.town}-{self.seed}"
+
+
+SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
+    "full": (tuple(KINDS), LOCATIONS, 5),
+    "unseen": (tuple(KINDS), (TEST_TOWN,), 5),
+    "small": (
+        ("turn_left", "turn_right", "stop", "follow", "bend", "DynamicObjectCrossing", "HardBreakRoute"),
+        LOCATIONS,
+        1,
+    ),
+    "tiny": (("straight", "start"), LOCATIONS[:1], 1),
+}
+"""Kinds, towns and seeds of the sets that `--scenarios` knows by name."""
+
+
+def drive_set(name: str) -> list[DriveSpec]:
+    """The drives of a set, or of a JSON file: a list of {"kind", "town", "seed"}.
+
+    Raises:
+        ConfigError: there is no such set.
+        DataError: the file is none, or names a kind or a town that is not there.
+    """
+    if name in SETS:
+        kinds, towns, seeds = SETS[name]
+        wanted = [(kind, town, seed) for seed in range(seeds) for town in towns for kind in kinds]
+        return [DriveSpec(number, *drive) for number, drive in enumerate(wanted)]
+    if not Path(name).is_file():
+        raise ConfigError(f"--scenarios {name!r}: choose {', '.join(SETS)}, or give a JSON file")
+    values = read_json(name, most=16 << 20)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{name} is not a list of drives")
+    return [_parse(number, value, f"{name}, drive {number}") for number, value in enumerate(values)]
+
+
+def _parse(number: int, value: object, where: str) -> DriveSpec:
+    if not isinstance(value, dict) or set(value) != {"kind", "town", "seed"}:
+        raise DataError(f'{where} must be {{"kind", "town", "seed"}}, found {str(value)[:80]}')
+    kind, town, seed = value["kind"], value["town"], value["seed"]
+    if kind not in KINDS:
+        raise DataError(f"{where}: no scenario {kind!r}; there are {', '.join(KINDS)}")
+    if town not in (*LOCATIONS, TEST_TOWN):
+        raise DataError(f"{where}: no town {town!r}; there are {', '.join((*LOCATIONS, TEST_TOWN))}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise DataError(f"{where}: the seed {seed!r} must be a whole number from 0 on")
+    return DriveSpec(number, kind, town, seed)
+
+
+def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
+    """Stages a drive.
+
+    Returns:
+        The scenario, and the place on the route at which it ends: where the script's driver is at its end.
+
+    Raises:
+        UnplayableError: the town has no place for it.
+    """
+    kind, town = KINDS[spec.kind], town_of_drives(spec.town)
+    for attempt in range(TRIES):
+        rng = np.random.default_rng([TEST_SEED, zlib.crc32(spec.kind.encode()), spec.seed, attempt, 6])
+        try:
+            scenario = _staged(kind, town, rng)
+        except UnplayableError:
+            continue
+        return scenario, goal_of(scenario, kind.seconds)
+    raise UnplayableError(f"{spec.kind} finds no place in {spec.town} with seed {spec.seed}")
+
+
+def _staged(kind: Kind, town: Town, rng: np.random.Generator) -> Scenario:
+    if not kind.actors:
+        return build_scenario(town, kind.manoeuvre, kind.seconds, rng)
+    total = WARM_UP + kind.seconds
+    script = write_script(town, kind.manoeuvre, total, rng)
+
+    def actors(route: Route) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
+        stage = Stage(town, script, route, rng)
+        cast = [actor.cast(stage, f"actor{number}") for number, actor in enumerate(kind.actors)]
+        return [m for movers, _ in cast for m in movers], [p for _, props in cast for p in props]
+
+    return cast_scenario(town, script, kind.manoeuvre, total, rng, actors)
+
+
+def goal_of(scenario: Scenario, seconds: float) -> float:
+    """Metres along the route that the script's driver reaches `seconds` after the warm-up."""
+    return scenario.motions[0].at(WARM_UP + seconds)[0]
+
+
+def town_of_drives(location: str) -> Town:
+    """The town that drives are scored in; no data set is synthesized in it."""
+    number = (*LOCATIONS, TEST_TOWN).index(location)
+    return build_town(location, np.random.default_rng([TEST_SEED, number, 1]))

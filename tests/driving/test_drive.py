@@ -1,0 +1,153 @@
+"""The loop: same bytes for any number of workers and after a resume; failures are counted, not fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.driving.bench import Asked
+from spacedrive_jax.driving.drive import drive_all
+from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions
+from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError, checked_plan
+from spacedrive_jax.driving.policies import constant_velocity, standing_still
+from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
+
+SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
+BLIND = DriveOptions(sense="nothing")
+SEEING = DriveOptions(image_size=(27, 48), depth=True)
+
+
+@dataclasses.dataclass
+class Scripted:
+    """An asker that answers what it is told, and remembers what it was asked."""
+
+    answers: Sequence[object]
+    most: int = 2
+    asked: list[Asked] = dataclasses.field(default_factory=list)
+
+    def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
+        self.asked += asked
+        result: dict[int, Plan | PlanError] = {}
+        for question in asked:
+            answer = self.answers[min(question.decision, len(self.answers) - 1)]
+            try:
+                if isinstance(answer, PlanError):
+                    raise answer
+                result[question.number] = checked_plan(answer)
+            except PlanError as error:
+                result[question.number] = error
+        return result
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drives") / "one"
+    drive_all(SPECS, folder, BLIND, facts={"set": "test"}, inside=constant_velocity, workers=1)
+    return folder
+
+
+def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Path) -> None:
+    shutil.copytree(driven, tmp_path / "two")
+    lost = tmp_path / "two" / "drives" / SPECS[1].name / "result.json"
+    lost.unlink()  # as after kill -9: result.json is a drive's last file
+    run = drive_all(
+        SPECS,
+        tmp_path / "two",
+        BLIND,
+        facts={"set": "test"},
+        inside=constant_velocity,
+        workers=2,
+        resume=True,
+    )
+    assert run.driven == 1
+    assert contents(tmp_path / "two") == contents(driven)
+
+
+def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume"):
+        drive_all(SPECS, driven, BLIND, facts={"set": "test"}, inside=constant_velocity)
+    with pytest.raises(ConfigError, match="another set"):
+        drive_all(SPECS, driven, BLIND, facts={"set": "other"}, inside=constant_velocity, resume=True)
+    (tmp_path / "file").write_text("something else")
+    with pytest.raises(ConfigError, match="not a run"):
+        drive_all(SPECS, tmp_path, BLIND, facts={}, inside=constant_velocity)
+
+
+def test_the_scorer_reads_what_was_written(driven: Path) -> None:
+    summary = json.loads((driven / "summary.json").read_text())
+    routes = json.loads((driven / "routes.json").read_text())
+    scores = score_routes(read_results([driven / "results.json"]), routes)
+    assert scores.driving_score == pytest.approx(summary["driving_score"])
+    assert not scores.inconsistent
+    names = {result.save_name for result in read_results([driven / "results.json"])}
+    assert names == {path.name for path in (driven / "metric_info").iterdir()}
+
+
+NONSENSE = [np.zeros((5, 2)), np.full((6, 2), np.nan), "no numbers", PlanError(FailureKind.LATE, "asleep")]
+
+
+def test_a_policy_that_never_answers_fails_its_drive_and_is_named(tmp_path: Path) -> None:
+    asker = Scripted(NONSENSE)
+    run = drive_all(SPECS[:1], tmp_path / "out", SEEING, facts={}, asker=asker)
+    assert run.summary["driving_score"] < 1.0
+    assert run.summary["statuses"] == {"Failed - Agent crashed": 1}
+    assert run.summary["failures"] == {"late": MOST_FAILURES - 3, "nonsense": 2, "not finite": 1}
+    assert [len(question.record["images"]) for question in asker.asked] == [6] * MOST_FAILURES
+    assert asker.asked[0].record["images"][0][:2] == b"\xff\xd8"
+
+
+def test_one_bad_answer_does_not_end_a_drive(tmp_path: Path) -> None:
+    still = np.zeros((6, 2))
+    asker = Scripted([still, np.full((6, 2), np.inf), still])
+    options = dataclasses.replace(SEEING, sense="status")
+    run = drive_all(SPECS[:1], tmp_path / "out", options, facts={}, asker=asker)
+    assert run.summary["failures"] == {"not finite": 1}
+    assert "Failed - Agent crashed" not in run.summary["statuses"]
+
+
+def raise_always(world, record) -> Plan:
+    raise ZeroDivisionError("oops")
+
+
+def test_a_crash_of_a_policy_is_a_failure_of_its_drive(tmp_path: Path) -> None:
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, facts={}, inside=raise_always)
+    assert run.summary["failures"] == {"crash": MOST_FAILURES}
+
+
+def test_standing_still_scores_next_to_nothing(tmp_path: Path) -> None:
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, facts={}, inside=standing_still)
+    assert run.summary["driving_score"] < 15
+
+
+def test_sets_and_files_of_drives(tmp_path: Path) -> None:
+    specs = drive_set("full")
+    assert len({spec.name for spec in specs}) == len(specs) >= 220
+    path = tmp_path / "set.json"
+    path.write_text('[{"kind": "start", "town": "boston-seaport", "seed": 3}]')
+    assert drive_set(str(path)) == [DriveSpec(0, "start", "boston-seaport", 3)]
+    for bad, said in (
+        ('[{"kind": "fly", "town": "boston-seaport", "seed": 3}]', "no scenario 'fly'"),
+        ('[{"kind": "start", "town": "atlantis", "seed": 3}]', "no town"),
+        ('[{"kind": "start", "town": "boston-seaport", "seed": -1}]', "seed"),
+        ('{"kind": 1}', "not a list"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(DataError, match=said):
+            drive_set(str(path))
+    with pytest.raises(ConfigError, match="choose full"):
+        drive_set("nowhere")

@@ -1,0 +1,114 @@
+"""Every PDM-style sub-score on hand-made drives, on both sides of its threshold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.driving.pdm import PdmScore, comfortable, neuro_ncap, pdm_score
+from tests.driving.hand_made import LANES, Other, cruise, make_log
+
+
+def score(log, expert_metres: float = 140.0) -> PdmScore:
+    return pdm_score(log, LANES, expert_metres)
+
+
+def test_a_clean_drive_has_all_points() -> None:
+    result = score(make_log(cruise(140.0)))
+    assert result == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert result.pdms == result.epdms == 1.0
+
+
+def test_formulas() -> None:
+    parts = PdmScore(0.5, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0, 1.0)
+    assert parts.pdms == pytest.approx(0.5 * (4 + 5 + 2) / 12)
+    assert parts.epdms == pytest.approx(0.25 * (4 + 5 + 0 + 2) / 14)
+
+
+@pytest.mark.parametrize(("category", "value"), [("vehicle.car", 0.0), ("movable_object.barrier", 0.5)])
+def test_at_fault_with_what_stands(category: str, value: float) -> None:
+    log = make_log(cruise(140.0), others=(Other(category, np.array([60.0, -1.75, 0.0])),))
+    assert score(log).no_collision == value
+
+
+def test_a_hit_from_behind_is_not_the_ego_vehicles_fault_a_hit_with_the_front_is() -> None:
+    x = cruise(60.0, speed=4.0)
+    faster = np.stack([x - 8.0 + 0.3 * np.arange(len(x)), np.full_like(x, -1.75), np.zeros_like(x)], axis=1)
+    steps = 30
+    log = make_log(x[:steps], others=(Other("vehicle.car", faster[:steps], 7.0),))
+    assert score(log).no_collision == 1.0
+    slower = np.stack([x + 8.0 - 0.3 * np.arange(len(x)), np.full_like(x, -1.75), np.zeros_like(x)], axis=1)
+    assert score(make_log(x[:steps], others=(Other("vehicle.car", slower[:steps], 1.0),))).no_collision == 0.0
+
+
+@pytest.mark.parametrize(("y", "value"), [(-1.75, 1.0), (-0.8, 0.0)])
+def test_a_hit_with_the_side_is_at_fault_only_outside_one_lane(y: float, value: float) -> None:
+    x = cruise(40.0, speed=4.0)
+    drift = np.stack([x + 0.5, np.linspace(2.5, y + 1.8, len(x)), np.zeros_like(x)], axis=1)
+    log = make_log(x, y, others=(Other("vehicle.car", drift, 4.0),))
+    assert score(log).no_collision == value
+
+
+@pytest.mark.parametrize(("edge", "value"), [(0.28, 1.0), (0.32, 0.0)])
+def test_corners_stay_on_the_road_to_within_its_tolerance(edge: float, value: float) -> None:
+    log = make_log(cruise(100.0), -3.5 - edge + 0.865)
+    assert score(log).drivable_area == value
+
+
+@pytest.mark.parametrize(("speed", "value"), [(1.9, 1.0), (2.1, 0.5), (5.9, 0.5), (6.1, 0.0)])
+def test_metres_against_traffic_within_a_second(speed: float, value: float) -> None:
+    log = make_log(cruise(30.0, speed=speed), 1.75)
+    assert score(log).driving_direction == value
+
+
+def test_a_red_light_takes_all() -> None:
+    log = make_log(cruise(200.0), green=False)
+    assert score(log).traffic_light == 0.0
+    assert score(log).epdms == 0.0
+    assert score(make_log(cruise(200.0))).traffic_light == 1.0
+
+
+@pytest.mark.parametrize(("expert", "value"), [(140.0, 0.5), (35.0, 1.0), (4.9, 1.0)])
+def test_progress_is_the_experts_share(expert: float, value: float) -> None:
+    assert score(make_log(cruise(70.0)), expert).progress == pytest.approx(value, abs=0.01)
+
+
+@pytest.mark.parametrize(("gap", "value"), [(0.9 * 8.0 + 0.3, 1.0), (0.9 * 8.0 - 0.3, 0.0)])
+def test_time_to_collision(gap: float, value: float) -> None:
+    x = cruise(24.0)
+    ahead = Other("vehicle.car", np.array([x[-1] + 3.4 + gap + 2.0, -1.75, 0.0]))
+    assert score(make_log(x, others=(ahead,))).time_to_collision == value
+    passed = Other("vehicle.car", np.array([x[0] - 6.0, -1.75, 0.0]))
+    assert score(make_log(x, others=(passed,))).time_to_collision == 1.0
+
+
+@pytest.mark.parametrize(
+    ("aside", "seconds", "value"), [(0.45, 6.0, 1.0), (0.55, 1.9, 1.0), (0.55, 2.1, 0.0)]
+)
+def test_lane_keeping(aside: float, seconds: float, value: float) -> None:
+    x = cruise(80.0)
+    away = (np.arange(len(x)) >= 20) & (np.arange(len(x)) < 20 + round(10 * seconds))
+    log = make_log(x, np.where(away, -1.75 + aside, -1.75))
+    assert score(log).lane_keeping == value
+
+
+@pytest.mark.parametrize(("acceleration", "calm"), [(2.3, True), (2.5, False), (-3.9, True), (-4.2, False)])
+def test_comfort_has_bounds(acceleration: float, calm: bool) -> None:
+    t = 0.1 * np.arange(16)
+    start = 12.0 if acceleration < 0 else 3.0
+    log = make_log(20 + start * t + 0.5 * acceleration * t**2)
+    assert comfortable(log) is calm
+
+
+@pytest.mark.parametrize(("rate", "calm"), [(0.9, True), (1.0, False)])
+def test_comfort_bounds_the_yaw_rate(rate: float, calm: bool) -> None:
+    yaw = rate * 0.1 * np.arange(30)
+    log = make_log(20 + 2 * np.sin(yaw) / rate, 2 * (1 - np.cos(yaw)) / rate, yaw=yaw)
+    assert comfortable(log) is calm
+
+
+def test_neuro_ncap_counts_what_was_braked_away() -> None:
+    wall = Other("vehicle.car", np.array([60.0, -1.75, 0.0]))
+    assert neuro_ncap(make_log(cruise(140.0)), 8.0) == 5.0
+    assert neuro_ncap(make_log(cruise(140.0), others=(wall,)), 8.0) == pytest.approx(0.0, abs=1e-6)
+    assert neuro_ncap(make_log(cruise(140.0, speed=4.0), others=(wall,)), 8.0) == pytest.approx(2.0)
