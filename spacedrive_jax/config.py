@@ -124,8 +124,12 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = -1
+    """TPU slices or GPU nodes that the devices lie on; -1 finds out. On a platform that has none (CPUs) a
+    number means processes. `data` goes over them first, then `fsdp`."""
 
     BOUNDS: ClassVar[Bounds] = {
+        "slices": Bound(1, also=(-1,)),
         "data": Bound(1, also=(-1,)),
         "fsdp": Bound(1, also=(-1,)),
         "tensor": Bound(1, also=(-1,)),

@@ -58,6 +58,9 @@ class Traffic:
 
     hbm_bytes: int
     collectives: tuple[Collective, ...]
+    """Over the links inside a slice."""
+    dcn: tuple[Collective, ...] = ()
+    """Between slices, over the data-centre network."""
 
     @property
     def interconnect_bytes(self) -> int:
@@ -84,9 +87,15 @@ def traffic(hlo: str, devices: int) -> Traffic:
     hbm = 0
     # The TPU compiler spreads one collective over several fusions; its channel says that it is the same.
     channels: dict[tuple[str, str], tuple[int, int]] = {}
+    dcn: dict[str, tuple[int, int]] = {}
     for name, times in _executions(computations, entry).items():
         for number, instruction in enumerate(computations[name]):
             hbm += times * _memory_bytes(instruction, name, computations)
+            if sent := _between_slices(instruction):
+                kind, size = sent
+                runs_so_far, total = dcn.get(kind, (0, 0))
+                dcn[kind] = (runs_so_far + times, total + times * size)
+                continue
             source, kind = _collective(instruction, computations)
             if source is None:
                 continue
@@ -101,7 +110,7 @@ def traffic(hlo: str, devices: int) -> Traffic:
         if runs:
             total = sum(times * size for times, size in runs)
             collectives.append(Collective(kind, sum(times for times, _ in runs), total))
-    return Traffic(hbm, tuple(collectives))
+    return Traffic(hbm, tuple(collectives), tuple(Collective(kind, *dcn[kind]) for kind in sorted(dcn)))
 
 
 def parse(hlo: str) -> tuple[Computations, str]:
@@ -193,6 +202,23 @@ def _collective(instruction: Instruction, computations: Computations) -> tuple[I
             sliced = each is not instruction and any(other.opcode == "dynamic-slice" for other in inner)
             return each, "reduce-scatter" if kind == "all-reduce" and sliced else kind
     return None, ""
+
+
+def _between_slices(instruction: Instruction) -> tuple[str, int] | None:
+    """Kind and bytes of a transfer that the TPU compiler hands to the hosts' network; None for all else.
+
+    It splits a collective over slices into one inside each and a send of what is left; what a chip sends for
+    its own part is counted as in a ring over the slices.
+    """
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if instruction.opcode != "send" or found is None:
+        return None
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', instruction.rest)
+    slices = len(target[1].split(",")) if target else 2
+    part = array_bytes(instruction.type.partition("}")[0])
+    kind = found[1].lower().replace("_", "-")
+    share = {"all-reduce": 2 * part * (slices - 1) // slices, "all-gather": part * (slices - 1)}
+    return kind, share.get(kind, part * (slices - 1) // slices)
 
 
 def _wire_bytes(kind: str, source: Instruction, devices: int) -> int:

@@ -30,6 +30,7 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.flops import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated
+from spacedrive_jax.training.slices import slice_of
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.step import make_train_step
 
@@ -79,6 +80,9 @@ class Plan:
     """Model FLOPs over what the chip could do in `step_seconds`."""
     compile_seconds: float
     """0 where it could not fit, by shapes alone, and was not compiled."""
+    slices: int = 1
+    dcn_collectives: tuple[Collective, ...] = ()
+    """Between slices, over the data-centre network: not part of `step_seconds`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +171,8 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
         if bound is None or flops is None or chip is None
         else flops.model / mesh.size / chip.peak_flops / bound,
         compile_seconds=measured.seconds,
+        slices=len({slice_of(device) for device in mesh.devices.flat}),
+        dcn_collectives=() if moved is None else moved.dcn,
     )
 
 

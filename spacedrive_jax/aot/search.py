@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from spacedrive_jax.aot.hlo import Collective
 from spacedrive_jax.aot.plan import Plan, StepKind, make_plan
@@ -21,6 +22,7 @@ from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
 # Which layouts of a run to try on a machine, and which is best.
 
 
+COLLECTIVE_FIELDS = ("collectives", "dcn_collectives")
 POLICIES: tuple[RematPolicy, ...] = ("full", "dots_no_batch", "dots", "none")
 """From the one that keeps least for the backward pass to the one that keeps most."""
 
@@ -183,7 +185,7 @@ def read_results(file: Path) -> dict[str, Plan]:
         return {}
     try:
         return {
-            key: Plan(**{**plan, "collectives": tuple(Collective(**each) for each in plan["collectives"])})
+            key: Plan(**plan | {name: _collectives(plan.get(name, [])) for name in COLLECTIVE_FIELDS})
             for key, plan in json.loads(file.read_text()).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,6 +238,10 @@ def trial_line(trial: Trial) -> str:
     return f"{one_line(trial.plan)}  {source}"
 
 
+def _collectives(saved: list[dict[str, Any]]) -> tuple[Collective, ...]:
+    return tuple(Collective(**each) for each in saved)
+
+
 def describe_plan(plan: Plan) -> str:
     """A plan as a page of text."""
 
@@ -256,6 +262,10 @@ def describe_plan(plan: Plan) -> str:
         f"  moved in memory     {size(plan.moved_bytes)} a step",
     ]
     rows += [f"  {each.kind:<19} {size(each.bytes)} a step in {each.count} runs" for each in plan.collectives]
+    rows += [
+        f"  {each.kind + ', DCN':<19} {size(each.bytes)} a step in {each.count} runs"
+        for each in plan.dcn_collectives
+    ]
     if plan.flops_per_chip is not None and plan.hardware_flops_per_chip is not None:
         recomputed = plan.hardware_flops_per_chip - plan.flops_per_chip
         rows.append(

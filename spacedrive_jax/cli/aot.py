@@ -33,6 +33,8 @@ class Aot(Command):
     """A preset by name (`train --list`), or a .py file that defines `config`."""
     topology: str
     """CHIP:SHAPE: v5e:4x4, v5p:4x4x4, v6e:8x8; or cpu:N, N CPU devices of this process."""
+    slices: int = 1
+    """Slices of that shape, joined by the data-centre network; what goes over it is counted apart."""
     mesh: str | None = None
     """Devices along each axis, such as data=2,fsdp=4,tensor=2; one may be -1. The config's when not given."""
     batch_size: int | None = None
@@ -50,7 +52,7 @@ class Aot(Command):
     results: Path | None = None
     """JSON file that keeps what --search has compiled, so that a search can be interrupted or widened."""
 
-    BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": COUNT}
+    BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": COUNT, "slices": COUNT}
 
     def run(self) -> Mapping[str, Any]:
         """Compiles; see `spacedrive_jax.aot.plan.make_plan`."""
@@ -64,7 +66,7 @@ class Aot(Command):
         if self.search and self.remat is not None:
             raise UserError("--search chooses the remat policy: leave --remat out")
         config = self._chosen(load_preset(self.config))
-        topology = describe(self.topology)
+        topology = describe(self.topology, self.slices)
         if self.search:
             return self._search(config, topology)
         plan = make_plan(config, topology, step=self.step)

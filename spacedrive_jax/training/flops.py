@@ -20,6 +20,7 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.images import ImageProcessor
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
 from spacedrive_jax.models.families.qwen2_5_vl import window_layout
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -69,8 +70,12 @@ class Topology:
     devices: tuple[jax.Device, ...]
 
 
-def describe(name: str) -> Topology:
+def describe(name: str, slices: int = 1) -> Topology:
     """Describes `v5e:1x1`, `v5e:4x4`, `v5p:4x4x4`, `v6e:8x8`, or `cpu:N` for N of this process's CPU devices.
+
+    Args:
+        name: the machine, or each of its slices.
+        slices: how many of them the data-centre network joins.
 
     Raises:
         UserError: the name is not of that form, libtpu is not installed, or it knows no such shape.
@@ -80,6 +85,8 @@ def describe(name: str) -> Topology:
     if not match or match[1] not in kinds:
         raise UserError(f"--topology {name}: expected CHIP:SHAPE such as v5e:4x4; chips: {', '.join(kinds)}")
     kind, count = match[1], math.prod(int(side) for side in match[2].split("x"))
+    if kind == "cpu" and slices != 1:
+        raise ConfigError(f"--slices {slices}: CPU devices have no slices, choose a TPU")
     if kind == "cpu":
         return Topology(name, None, _cpu_devices(count))
     # libtpu would look for a TPU host's metadata, lets one process at a time have the TPU, of which there is
@@ -94,10 +101,13 @@ def describe(name: str) -> Topology:
 
     # libtpu's hosts have four chips unless told otherwise; a machine of one chip has one host of one.
     hosts: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+    if slices > 1:
+        hosts["num_slices"] = slices
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts)
     except Exception as error:
         raise UserError(f"--topology {name}: libtpu does not describe it ({error})") from error
+    name = name if slices == 1 else f"{slices} x {name}"
     return Topology(name, CHIPS[kind], tuple(description.devices))
 
 

@@ -16,6 +16,7 @@ from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.console import UserError
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, resolve
+from spacedrive_jax.training.slices import slice_devices
 
 # Several hosts as one run: start-up from flags or from the cluster's environment.
 
@@ -63,10 +64,10 @@ REPLICATED_LIMIT = 0.05
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor.
+    """A mesh with axes data, fsdp, tensor; over several TPU slices or GPU nodes `data` first, then `fsdp`.
 
     Args:
-        config: how many devices along each axis.
+        config: how many devices along each axis, and slices.
         devices: all devices of the run when None; a described topology's when compiling ahead of time.
 
     Raises:
@@ -82,7 +83,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {count} "
             "devices: the axes must multiply to that (one may be -1)"
         )
+    devices = jax.devices() if devices is None else devices
     try:
+        over_slices = slice_devices(sizes, devices, config.slices)
+        if over_slices is not None:
+            return Mesh(over_slices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         return jax.make_mesh(
             tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
         )

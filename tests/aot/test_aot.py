@@ -45,6 +45,19 @@ def test_the_step_compiles_for_a_tpu():
     assert 0 < facts["mfu_bound"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_two_slices_count_what_goes_between_them():
+    done = aot("--topology", "v5e:2x2", "--slices", "2", "--mesh", "data=2,fsdp=4", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert (facts["chips"], facts["slices"]) == (8, 2)
+    between = {each["kind"]: each["bytes"] for each in facts["dcn_collectives"]}
+    # data alone goes between slices: a chip's quarter of the trained parts' gradients, not the base.
+    assert 0 < between["all-reduce"] < facts["optimizer_bytes"]
+    assert "DCN" in done.stdout
+
+
 def test_what_cannot_be_compiled_is_refused_with_a_reason(capsys):
     assert main(["aot", TINY, "--topology", "v9:4x4"]) == 1
     assert "chips: v5e, v5p, v6e, cpu" in capsys.readouterr().err

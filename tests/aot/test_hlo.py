@@ -114,3 +114,23 @@ ENTRY %main (x: f32[28,100], i: s32[]) -> f32[1,100] {
 )
 def test_bytes_of_types(type_, size):
     assert array_bytes(type_, device_memory_only=True) == size
+
+
+SEND = (
+    "%sent = (f32[2,64]{1,0}, u32[], token[]) send(%x, %token), channel_id=4, is_host_transfer=true, "
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2,3,4}x{0:15}",_xla_megascale_transfer_type="KIND"}'
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("ALL_REDUCE", 2 * 512 * 3 // 4), ("ALL_GATHER", 512 * 3), ("REDUCE_SCATTER", 512 * 3 // 4)],
+)
+def test_what_goes_between_slices_is_counted_apart(kind, size):
+    """The line as libtpu writes it for four slices of 16 chips; 512 bytes are sent for a chip's own part."""
+    lines = ["ENTRY %main (x: f32[2,64]) -> f32[2,64] {", "  %x = f32[2,64]{1,0} parameter(0)"]
+    lines += [f"  {SEND.replace('KIND', kind)}", "  ROOT %out = f32[2,64]{1,0} copy(%x)", "}"]
+    moved = traffic("\n".join(lines), 64)
+    assert moved.collectives == ()
+    assert moved.dcn == (Collective(kind.lower().replace("_", "-"), 1, size),)

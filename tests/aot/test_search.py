@@ -36,6 +36,7 @@ def pretend(config, topology, *, step, limit=None):
             "reason": "" if peak <= 80 else f"needs {peak}",
             "peak_bytes": peak,
             "collectives": (),
+            "dcn_collectives": (),
             "step_seconds": batch + 1.0 - 0.1 * POLICIES.index(remat),
             "compile_seconds": 1.0,
         }

@@ -1,0 +1,57 @@
+"""The launch recipes as far as they can be held to account without their clusters."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from spacedrive_jax.config import MeshConfig
+from spacedrive_jax.training.slices import split_over_slices
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / "configs" / "launch"
+
+
+def trained(script):
+    """The flags of the one `spacedrive_jax train` in a shell script."""
+    (command,) = re.findall(r"spacedrive_jax train ((?:[^\n]*\\\n)*[^\n|>]*)", script)
+    words = shlex.split(command.replace("\\\n", " "))
+    return {
+        word[2:]: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")
+    }
+
+
+def test_the_slurm_script_parses():
+    subprocess.run(["bash", "-n", LAUNCH / "slurm.sh"], check=True)
+
+
+@pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_tpu_slices.yaml"])
+def test_kubernetes_recipes_parse_and_end_where_preempted(name):
+    documents = list(yaml.safe_load_all((LAUNCH / name).read_text()))
+    job = documents[-1]["spec"]
+    if name == "gke_tpu_slices.yaml":
+        (slices,) = job["replicatedJobs"]
+        job = slices["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    shell, flag, script = container["command"]
+    subprocess.run([shell, "-n", flag, script], check=True)
+    assert job["completions"] == job["parallelism"] == 4
+    assert "--resume --coordinator auto" in script
+    flags = trained(script)
+    if name == "gke_tpu_slices.yaml":
+        mesh = MeshConfig(int(flags["mesh.data"]), int(flags["mesh.fsdp"]), slices=int(flags["mesh.slices"]))
+        chips = slices["replicas"] * job["completions"] * container["resources"]["limits"]["google.com/tpu"]
+        assert mesh.slices == slices["replicas"]
+        assert mesh.data * mesh.fsdp == chips == int(flags["train.batch-size"])
+        assert split_over_slices((mesh.data, mesh.fsdp, mesh.tensor), mesh.slices) == (2, 1, 1)
+
+
+def test_the_slurm_example_lies_over_its_nodes():
+    text = (LAUNCH / "slurm.sh").read_text()
+    flags = ("nodes", "mesh.data", "mesh.fsdp")
+    nodes, data, fsdp = (int(re.search(rf"--{flag} (\d+)", text)[1]) for flag in flags)
+    gpus = int(re.search(r"--gpus-per-node=(\d+)", text)[1])
+    assert nodes * gpus == data * fsdp
+    assert split_over_slices((data, fsdp, 1), nodes) == (nodes, 1, 1)
