@@ -95,6 +95,8 @@ class Options(NamedTuple):
     recorded with; `nodes`: the command of the node passed last and the next two nodes (HiP-AD)."""
     creep: str = ""
     """`simlingo` or `lead`: press the throttle after standing for long."""
+    target_point: int = 1
+    """0: never aim at the route's target point in the plan's stead, which the `zoo` preset does."""
     speed_cap: float = 0.0
     """No throttle above this speed, m/s; 0 for none."""
     token: str = ""
@@ -178,6 +180,7 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
             self.options.throttle,
             creep=self.options.creep or None,
             speed_cap=self.options.speed_cap or None,
+            target_point=bool(self.options.target_point),
         )
         self.step = -1
         self.localiser = None  # type: Localiser | None

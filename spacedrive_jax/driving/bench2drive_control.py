@@ -170,6 +170,7 @@ class Controller:
         throttle: str = "pid",
         creep: str | None = None,
         speed_cap: float | None = None,
+        target_point: bool = True,
     ) -> None:
         """Prepares a controller.
 
@@ -178,6 +179,7 @@ class Controller:
             throttle: the preset's PID, or `pdm_lite`'s regression (of the published TF++ and PDM-Lite).
             creep: a name of `CREEPS` to press the throttle when the car has stood for long; None never does.
             speed_cap: give no throttle above this speed, m/s (ORION and MindDrive: 5).
+            target_point: let the `zoo` preset aim at the route's target point in the plan's stead.
 
         Raises:
             ValueError: there is no such preset, throttle or creep.
@@ -186,6 +188,8 @@ class Controller:
             if value not in known:
                 raise ValueError("{!r} is none of {}".format(value, ", ".join(known)))
         self.preset = PRESETS[preset]
+        if not target_point:
+            self.preset = self.preset._replace(target_point=False)
         self.throttle = throttle
         self.creep = CREEPS[creep] if creep else None
         self.speed_cap = speed_cap

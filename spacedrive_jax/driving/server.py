@@ -121,7 +121,8 @@ class PolicyServer:
     def stop(self) -> None:
         """Ends `run` from any thread: requests under way are answered, then sessions are closed."""
         if self._loop is not None and self._stopping is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def _serve(self, ready: Callable[[PolicyServer], None] | None, signals: bool) -> Served:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
