@@ -28,11 +28,12 @@ from jaxtyping import Array, Float, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from spacedrive_jax.console import UserError, configure_logging, progress
+from spacedrive_jax.console import configure_logging, progress
 from spacedrive_jax.data.depth_sources import decode_exact_depth
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.inference.depth_network import keyframe_views
 from spacedrive_jax.interop.unidepth import save_unidepth
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
@@ -100,10 +101,10 @@ def record_views(record: Record) -> Views:
     """The views of a keyframe at `IMAGE_SIZE`, read as `add-depth` reads them.
 
     Raises:
-        UserError: the record has no exact depth.
+        DataError: the record has no exact depth.
     """
     if not all(record["exact_depth"]):
-        raise UserError(f"keyframe {record['token']} has no exact depth: synthesize the world with --depth")
+        raise DataError(f"keyframe {record['token']} has no exact depth: synthesize the world with --depth")
     height, width = IMAGE_SIZE
     depths = []
     for png in record["exact_depth"]:

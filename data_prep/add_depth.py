@@ -16,7 +16,7 @@ from jaxtyping import Float
 from safetensors.numpy import save
 
 from data_prep.conversion import write_json
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
@@ -24,6 +24,7 @@ from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
 from spacedrive_jax.io import write_bytes
 
@@ -63,10 +64,10 @@ def add_depth(
             device of this process the same number of images.
 
     Raises:
-        UserError: the weights cannot be read, or the folder holds a sidecar of other records.
+        ConfigError: the weights cannot be read, or the folder holds a sidecar of other records.
     """
     if keyframes_per_step is not None and keyframes_per_step < 1:
-        raise UserError(f"--keyframes-per-step {keyframes_per_step} must be 1 or more")
+        raise ConfigError(f"--keyframes-per-step {keyframes_per_step} must be 1 or more")
     step_size = keyframes_per_step or math.lcm(len(CAMERAS), jax.local_device_count()) // len(CAMERAS)
     facts = dict(provenance(network, records.fingerprint)) | {"full": full}
     name = f"{facts['kind']}-{facts['fingerprint'][:12]}" + ("-full" if full else "")
@@ -139,13 +140,13 @@ def _is_done(file: Path, facts: Mapping[str, Any]) -> bool:
     """Whether an earlier run finished the chunk.
 
     Raises:
-        UserError: the chunk belongs to other records.
+        DataError: the chunk belongs to other records.
     """
     if not file.is_file():
         return False
     metadata = chunk_metadata(file)
     if metadata.get("records_fingerprint") != facts["records_fingerprint"]:
-        raise UserError(
+        raise DataError(
             f"{file.parent} was begun for other records (these were converted again since): remove it first"
         )
     return metadata.get("fingerprint") == facts["fingerprint"]

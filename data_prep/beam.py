@@ -19,7 +19,7 @@ from typing import Protocol, Self, TypeVar
 
 from data_prep import conversion
 from data_prep.nuscenes.scene_records import SceneResult
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 
 POLL_SECONDS = 1.0
 
@@ -61,12 +61,12 @@ def convert_on_beam(
         What became of each unit, in no particular order.
 
     Raises:
-        UserError: Beam is not installed, does not know an option, or a unit cannot be converted.
+        SpaceDriveError: Beam is not installed, does not know an option, or a unit cannot be converted.
     """
     try:
         import apache_beam as beam
     except ImportError:
-        raise UserError(
+        raise SpaceDriveError(
             "--runner beam needs Apache Beam: make an environment of its own and pip install -r "
             "requirements.txt, then -r requirements-beam.txt"
         ) from None
@@ -84,10 +84,14 @@ def convert_on_beam(
             )
             pipeline.run().wait_until_finish()
         return _collect(out, files)
+    except SpaceDriveError:
+        raise
     except (RuntimeError, ValueError) as error:
         # A worker's error comes with its traceback, the message last.
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise UserError(f"the Beam pipeline failed ({reason}); --resume goes on where it stopped") from error
+        raise SpaceDriveError(
+            f"the Beam pipeline failed ({reason}); --resume goes on where it stopped"
+        ) from error
     finally:
         shutil.rmtree(waiting)
 
@@ -96,12 +100,12 @@ def pipeline_arguments(options: str, workers: int) -> list[str]:
     """Beam's options: those given, and the local runner with its processes where they name no runner.
 
     Raises:
-        UserError: the options are not text that a shell would split.
+        ConfigError: the options are not text that a shell would split.
     """
     try:
         arguments = shlex.split(options)
     except ValueError as error:
-        raise UserError(f"--beam-options {options!r}: {error}") from None
+        raise ConfigError(f"--beam-options {options!r}: {error}") from None
     if any(argument.split("=")[0] == "--runner" for argument in arguments):
         return arguments
     # Not `DirectRunner`, which first looks for a runner to download.
@@ -120,7 +124,7 @@ def convert_unit_file(path: str) -> None:
     convert, unit = pickle.loads(file.read_bytes())
     try:
         result = convert(unit)
-    except UserError as error:
+    except SpaceDriveError as error:
         file.with_suffix(".problem").write_text(str(error))
         return
     conversion.save_finished_scene(unit.shard.parent, result)
@@ -142,11 +146,11 @@ def _collect(out: Path, files: Sequence[Path]) -> list[SceneResult]:
     told = [problem.read_text() for problem in problems if problem.is_file()]
     if told:
         rest = f"\nand {len(told) - 5} more" if len(told) > 5 else ""
-        raise UserError("\n".join(told[:5]) + rest)
+        raise DataError("\n".join(told[:5]) + rest)
     results = {file.stem: conversion.finished_scene(out, file.stem) for file in files}
     lost = [shard for shard, result in results.items() if result is None]
     if lost:
-        raise UserError(
+        raise SpaceDriveError(
             f"the Beam pipeline ended without {len(lost)} of {len(files)} shards ({lost[0]}, ...): do its "
             f"workers see {out}? --resume goes on"
         )

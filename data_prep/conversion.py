@@ -23,10 +23,9 @@ from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from data_prep.shards import ShardFacts, shard_file
 from spacedrive_jax import io
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +53,10 @@ def check_output_folder(out: Path, resume: bool) -> None:
     """Refuses to write into a folder that holds something else.
 
     Raises:
-        UserError: `out` is a file, or not empty and either `resume` is false or it is no conversion.
+        ConfigError: `out` is a file, or not empty and either `resume` is false or it is no conversion.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise ConfigError(f"--out {out} is a file; name a folder")
     # A run killed before it wrote its plan leaves at most empty folders and a partial file.
     files = (path.name for path in out.rglob("*") if path.is_file())
     if all(".partial" in name or name == io.LOCK for name in files):
@@ -65,9 +64,9 @@ def check_output_folder(out: Path, resume: bool) -> None:
     has_plan = (out / FOLDER / "plan.json").is_file()
     if not resume:
         hint = "add --resume to continue the conversion in it, or" if has_plan else "remove it or"
-        raise UserError(f"--out {out} is not empty; {hint} name another folder")
+        raise ConfigError(f"--out {out} is not empty; {hint} name another folder")
     if not has_plan:
-        raise UserError(
+        raise ConfigError(
             f"--resume: {out} holds no conversion ({FOLDER}/plan.json is missing); name another folder"
         )
 
@@ -76,14 +75,14 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
     """Records the plan of a new conversion, or checks that it is the one begun in `out` before.
 
     Raises:
-        UserError: the earlier conversion had other options or another source; the message says which.
+        ConfigError: the earlier conversion had other options or another source; the message says which.
     """
     path = out / FOLDER / "plan.json"
     if path.is_file():
         before = io.read_json(path)
         differing = differences(before, json.loads(json.dumps(plan)))
         if differing:
-            raise UserError(
+            raise ConfigError(
                 f"--resume: {out} was begun with another source or other options:\n"
                 + "\n".join(f"  {line}" for line in differing[:10])
                 + ("\n  ..." if len(differing) > 10 else "")

@@ -26,10 +26,10 @@ from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images
 from data_prep.nuscenes.splits import split_scenes
 from data_prep.nuscenes.tables import read_tables
 from data_prep.shards import write_dataset_info
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import folder_lock
 from spacedrive_jax.parallel import ordered_map
 
@@ -86,7 +86,7 @@ class Conversion:
         digests = tables.digests
         del tables  # gigabytes for the whole of nuScenes
         if not scenes:
-            raise UserError(f"{self.dataroot / self.version / 'scene.json'} holds no scene")
+            raise DataError(f"{self.dataroot / self.version / 'scene.json'} holds no scene")
         check_layout(self.dataroot, scenes)
         splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
         files = [
@@ -101,7 +101,7 @@ class Conversion:
             )
         work = plan_shards(scenes, files, splits, skip=self.missing_images == "skip")
         if not work:
-            raise UserError(
+            raise DataError(
                 f"no keyframe of {self.version} has all six images; choose --missing-images empty or render"
             )
         plan = {
@@ -147,16 +147,18 @@ class Conversion:
     def _checked_options(self) -> tuple[int, int] | None:
         """Checks flags that need no data; returns the render size as (height, width)."""
         if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: must be at least 1")
+            raise ConfigError(f"--workers {self.workers}: must be at least 1")
         if self.beam_options and self.runner != "beam":
-            raise UserError("--beam-options only goes with --runner beam")
+            raise ConfigError("--beam-options only goes with --runner beam")
         if self.render_size is None:
             return None
         if self.missing_images != "render":
-            raise UserError("--render-size only goes with --missing-images render")
+            raise ConfigError("--render-size only goes with --missing-images render")
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.render_size)
         if not match:
-            raise UserError(f"--render-size {self.render_size!r}: write it as WIDTHxHEIGHT, such as 704x396")
+            raise ConfigError(
+                f"--render-size {self.render_size!r}: write it as WIDTHxHEIGHT, such as 704x396"
+            )
         return int(match[2]), int(match[1])
 
     def _write_shards(

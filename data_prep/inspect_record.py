@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.conversion import locate
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.errors import DataError
 
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70
@@ -20,7 +21,7 @@ def find_record(directory: Path, token: str | None) -> Record:
     """The record with the given token, or the middle keyframe of the first scene.
 
     Raises:
-        UserError: no record has that token.
+        DataError: no record has that token.
     """
     records = open_records(directory)
     if token is None:
@@ -36,7 +37,7 @@ def find_record(directory: Path, token: str | None) -> Record:
         record = records[index]
         if record["token"] == token:
             return record
-    raise UserError(f"{directory} has no keyframe {token!r}; `inspect` without --token shows one")
+    raise DataError(f"{directory} has no keyframe {token!r}; `inspect` without --token shows one")
 
 
 def describe_record(record: Record) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
 from spacedrive_jax.data.poses import camera_to_ego
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import write_bytes
 
 FARTHEST = 80.0
@@ -36,7 +36,7 @@ def keyframe_points(
         Points in the ego frame at the keyframe, metres, and their colours, RGB.
 
     Raises:
-        UserError: the keyframe has neither depth of every pixel nor a sweep.
+        DataError: the keyframe has neither depth of every pixel nor a sweep.
     """
     points, colours = [], []
     encoded = record["exact_depth"] if full_depth is None else full_depth
@@ -61,7 +61,7 @@ def keyframe_points(
         points.append(exact.transform(sweep, to_ego))
         colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
     if not points:
-        raise UserError(
+        raise DataError(
             f"keyframe {record['token']} has no depth of every pixel and no LiDAR: `add-depth --full` adds it"
         )
     return np.concatenate(points), np.concatenate(colours)

@@ -39,9 +39,6 @@ LOGGERS = ("spacedrive_jax", "data_prep")
 
 log = logging.getLogger(__name__)
 
-UserError = SpaceDriveError
-"""The former name, until every room raises the kind that fits."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -203,7 +200,7 @@ def finish(
     except Exception as error:
         if debug:
             traceback.print_exc()
-        elif isinstance(error, UserError):
+        elif isinstance(error, SpaceDriveError):
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno and error.filename:
             print(f"error: {error.filename}: {say(error)}", file=sys.stderr)

@@ -11,7 +11,7 @@ import data_prep.cli.main
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.cli.common import use_compilation_cache
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from tests.conftest import ROOT
 
 
@@ -44,7 +44,7 @@ def test_train_lists_the_fields_of_a_config(capsys):
 
 def test_errors_are_one_line_unless_debug(capsys):
     def fail():
-        raise UserError("file X lacks field Y: add it")
+        raise SpaceDriveError("file X lacks field Y: add it")
 
     assert console.finish(fail, as_json=True, debug=False) == 1
     captured = capsys.readouterr()

@@ -11,7 +11,7 @@ from flax import nnx
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training.losses import losses
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.train import verify_train
@@ -94,5 +94,5 @@ def test_no_future_no_position_loss(case, score):
 
 
 def test_misfitting_choices_are_refused(case):
-    with pytest.raises(UserError, match=r"train\.position_loss cosine"):
+    with pytest.raises(SpaceDriveError, match=r"train\.position_loss cosine"):
         losses(case.model, case.batch, TrainConfig(position_loss="cosine"), None)

@@ -10,8 +10,7 @@ from flax import nnx
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, preset_groups, to_json
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.state import is_trainable
@@ -54,9 +53,9 @@ def test_a_config_in_json_is_a_preset(tmp_path):
     assert load_preset(str(file)) == config
     for content in ("{", "[]", '{"model": 3}'):
         file.write_text(content)
-        with pytest.raises(UserError, match="does not hold a config"):
+        with pytest.raises(SpaceDriveError, match="does not hold a config"):
             load_preset(str(file))
-    with pytest.raises(UserError, match=r"\.py or \.json file"):
+    with pytest.raises(SpaceDriveError, match=r"\.py or \.json file"):
         load_preset(str(tmp_path / "absent.json"))
 
 
@@ -93,7 +92,7 @@ def test_frozen_scale_is_no_trainable():
 
 
 def test_unknown_fields_are_named():
-    with pytest.raises(UserError, match=r"model\.encoder\.alfa"):
+    with pytest.raises(SpaceDriveError, match=r"model\.encoder\.alfa"):
         change(load_preset("demo"), "x", {"model.encoder.alfa": 1.0})
 
 

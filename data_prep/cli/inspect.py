@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.console import Command, progress
+from spacedrive_jax.errors import DataError
 
 if TYPE_CHECKING:
     from spacedrive_jax.data.schema import Record
@@ -75,7 +76,7 @@ class Inspect(Command):
             folder = find_cache(self.directory, set(NETWORKS), self.depth_cache)
             full = DepthCache(folder, fingerprint).read(record["token"]).full
             if not full:
-                raise UserError(f"{folder} keeps patch depth only; run add-depth with --full")
+                raise DataError(f"{folder} keeps patch depth only; run add-depth with --full")
         points, colours = keyframe_points(record, full)
         write_ply(file, points, colours)
         print(f"wrote {len(points)} points to {file}")

@@ -85,7 +85,7 @@ def convert_scene(unit: SceneUnit) -> SceneResult:
     """Writes the records of one scene as one shard.
 
     Raises:
-        UserError: a CAN bus file, map or depth image is damaged; no shard is left behind.
+        DataError: a CAN bus file, map or depth image is damaged; no shard is left behind.
     """
     counts: Counter[str] = Counter()
     serialize = RecordSerializer()

@@ -14,7 +14,8 @@ from data_prep.synthesize import maps
 from data_prep.synthesize.bench2drive import ClipJob, record_clip
 from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
 from data_prep.synthesize.tables import fixed_tables, write_tables
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.rig import parse_image_size
@@ -50,7 +51,7 @@ class Synthesis:
         """Writes the folder; partial output never stands under its final name.
 
         Raises:
-            UserError: an option is out of its range, or the folder holds something.
+            ConfigError: an option is out of its range, or the folder holds something.
         """
         started = time.monotonic()
         image_size = parse_image_size(self.image_size)
@@ -61,9 +62,9 @@ class Synthesis:
             ("--workers", self.workers, 0, 1024),
         ):
             if not low <= value <= high:
-                raise UserError(f"{name} {value} is outside {low} to {high}")
+                raise ConfigError(f"{name} {value} is outside {low} to {high}")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(
+            raise ConfigError(
                 f"--out {self.out} exists and is not an empty folder: choose another or remove it"
             )
         out = self.out.absolute()

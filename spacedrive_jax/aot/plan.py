@@ -22,9 +22,9 @@ from spacedrive_jax.aot.memory import (
 )
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import chat_layout
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, expected_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.partitioning import activations_on
@@ -122,7 +122,7 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
             pass where the config's answers have a frame.
 
     Raises:
-        UserError: mesh, batch or model do not go together.
+        ConfigError: mesh, batch or model do not go together.
     """
     config = dataclasses.replace(
         config,
@@ -247,7 +247,7 @@ def _traffic(compiled: jax.stages.Compiled, devices: int) -> Traffic:
     try:
         return traffic(compiled.as_text() or "", devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
+        raise SpaceDriveError(
             "the compiled program cannot be read back: this libtpu and jaxlib do not go together, install "
             f"the one in requirements-aot.txt ({str(error).splitlines()[0][:200]})"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 from spacedrive_jax.aot.hlo import Collective
 from spacedrive_jax.aot.plan import Plan, StepKind, make_plan
 from spacedrive_jax.config import Config, MeshConfig, to_json
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.models.config import RematPolicy
 from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
 
@@ -43,13 +43,13 @@ def parse_mesh(text: str) -> MeshConfig:
     """Reads `data=2,fsdp=4,tensor=2`; axes not named are 1.
 
     Raises:
-        UserError: an axis is unknown or its size is not a number.
+        ConfigError: an axis is unknown or its size is not a number.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.lstrip("-").isdigit():
-            raise UserError(f"--mesh {text}: expected AXIS=NUMBER of {', '.join(sizes)}, got {part!r}")
+            raise ConfigError(f"--mesh {text}: expected AXIS=NUMBER of {', '.join(sizes)}, got {part!r}")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
 
@@ -111,7 +111,7 @@ def search(
             versions are taken from it instead of being compiled again.
 
     Raises:
-        UserError: `results` is something else.
+        DataError: `results` is something else.
     """
     finished = read_results(results) if results is not None else {}
     known = set(finished)
@@ -129,7 +129,7 @@ def search(
                 continue
             try:
                 plan = make_plan(config, topology, step=step)
-            except UserError as error:
+            except SpaceDriveError as error:
                 yield Trial(config, None, str(error))
                 continue
             compiled += plan.compile_seconds > 0
@@ -179,7 +179,7 @@ def read_results(file: Path) -> dict[str, Plan]:
     """Plans of earlier searches by `result_key`.
 
     Raises:
-        UserError: the file is something else.
+        DataError: the file is something else.
     """
     if not file.exists():
         return {}
@@ -189,7 +189,7 @@ def read_results(file: Path) -> dict[str, Plan]:
             for key, plan in json.loads(file.read_text()).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} does not hold plans of a search ({error}): choose another file") from error
+        raise DataError(f"{file} does not hold plans of a search ({error}): choose another file") from error
 
 
 def _write_results(file: Path, plans: dict[str, Plan]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, Bounds
-from spacedrive_jax.console import Command, UserError
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 
 if TYPE_CHECKING:
     from spacedrive_jax.config import Config
@@ -62,9 +63,9 @@ class Aot(Command):
         from spacedrive_jax.training.flops import describe
 
         if self.search and self.mesh is not None:
-            raise UserError("--search chooses the mesh: leave --mesh out")
+            raise ConfigError("--search chooses the mesh: leave --mesh out")
         if self.search and self.remat is not None:
-            raise UserError("--search chooses the remat policy: leave --remat out")
+            raise ConfigError("--search chooses the remat policy: leave --remat out")
         config = self._chosen(load_preset(self.config))
         topology = describe(self.topology, self.slices)
         if self.search:
@@ -72,7 +73,7 @@ class Aot(Command):
         plan = make_plan(config, topology, step=self.step)
         print(describe_plan(plan))
         if not plan.fits:
-            raise UserError(f"{self.config} does not fit {self.topology}: {plan.reason}")
+            raise SpaceDriveError(f"{self.config} does not fit {self.topology}: {plan.reason}")
         return dataclasses.asdict(plan)
 
     def _search(self, config: Config, topology: Topology) -> Mapping[str, Any]:
@@ -91,7 +92,7 @@ class Aot(Command):
         for plan in ranked:
             print(" ", one_line(plan))
         if not ranked:
-            raise UserError(
+            raise SpaceDriveError(
                 f"nothing tried fits {self.topology}: use more chips, a smaller batch"
                 + (f" or a --limit above {self.limit}" if untried else "")
             )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, POSITIVE, Bounds
-from spacedrive_jax.console import Command, UserError, progress
+from spacedrive_jax.console import Command, progress
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import write_json
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Evaluate(Command):
         """Scores the file, writes the JSON and prints the table.
 
         Raises:
-            UserError: the predictions, records or split cannot be read, or nothing can be scored.
+            ConfigError: the predictions, records or split cannot be read, or nothing can be scored.
         """
         # Here, not above: the record reader takes a second to import, which --help need not wait for.
         from spacedrive_jax.data.records import open_records
@@ -72,13 +73,13 @@ class Evaluate(Command):
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
         if self.out is not None and not out.parent.is_dir():
-            raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+            raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
         writable = os.access(out.parent, os.W_OK)
         if self.out is not None and not writable:
-            raise UserError(f"--out {out}: the folder {out.parent} cannot be written to")
+            raise ConfigError(f"--out {out}: the folder {out.parent} cannot be written to")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)
         if self.compare_axes is not None and self.compare is None:
-            raise UserError(
+            raise ConfigError(
                 f"--compare-axes {self.compare_axes}: says something of --compare, which is absent"
             )
         predictions = self._read(self.predictions, self.axes)

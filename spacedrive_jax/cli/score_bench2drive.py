@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from spacedrive_jax.console import Command, UserError
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import inside
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ class ScoreBench2Drive(Command):
         """Scores the run and prints the figures.
 
         Raises:
-            UserError: a file cannot be read, or names routes twice or none of the set.
+            ConfigError: a file cannot be read, or names routes twice or none of the set.
         """
         from spacedrive_jax.evaluation.bench2drive.abilities import ability_rates, read_junctions
         from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
 
         if not self.results:
-            raise UserError("name at least one result file")
+            raise ConfigError("name at least one result file")
         results = read_results(self.results)
         route_set = None if self.routes is None else read_route_set(self.routes)
         scores = score_routes(results, route_set)
@@ -71,7 +72,7 @@ def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None
     from spacedrive_jax.evaluation.bench2drive.abilities import comfort, read_motion
 
     if not folder.is_dir():
-        raise UserError(f"--metric-info {folder}: no such folder")
+        raise ConfigError(f"--metric-info {folder}: no such folder")
     values, absent = [], []
     for result in results:
         path = inside(folder, result.save_name, f"route {result.route}: save_name") / "metric_info.json"
@@ -80,10 +81,10 @@ def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None
             continue
         try:
             values.append(comfort(read_motion(path)))
-        except UserError as error:
-            raise UserError(f"route {result.route}: {error}") from None
+        except SpaceDriveError as error:
+            raise DataError(f"route {result.route}: {error}") from None
     if not values:
-        raise UserError(f"--metric-info {folder}: holds no <save name>/metric_info.json of a scored route")
+        raise DataError(f"--metric-info {folder}: holds no <save name>/metric_info.json of a scored route")
     return 100 * sum(values) / len(values), absent
 
 

@@ -35,7 +35,7 @@ class ScoreCounterfactual(Command):
         """Scores the answers and prints the tables.
 
         Raises:
-            UserError: a file cannot be read, or no keyframe has an answer and annotations.
+            DataError: a file cannot be read, or no keyframe has an answer and annotations.
         """
         from spacedrive_jax.evaluation.counterfactual import RULES, count_risks, read_items
 

@@ -12,7 +12,8 @@ import numpy as np
 import tyro
 
 from spacedrive_jax.cli.common import use_compilation_cache
-from spacedrive_jax.console import Command, UserError
+from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import to_json
 from tests.golden.verify.case_files import SETTINGS_FILE, read_settings
 from tests.golden.verify.check import Check
@@ -54,7 +55,7 @@ class Verify(Command):
         """Runs the case or cases.
 
         Raises:
-            UserError: a folder is not a case, or a tensor is out of tolerance.
+            SpaceDriveError: a folder is not a case, or a tensor is out of tolerance.
         """
         use_compilation_cache()
         if (self.case / SETTINGS_FILE).is_file():
@@ -64,12 +65,12 @@ class Verify(Command):
             problem = _problem(checks)
         else:
             if self.only:
-                raise UserError(f"--only chooses among the settings of one case; {self.case} is none")
+                raise ConfigError(f"--only chooses among the settings of one case; {self.case} is none")
             facts, problem = verify_all(*find_cases(self.case))
         if problem is not None:
             if self.json:
                 print(to_json(facts))
-            raise UserError(f"{self.case}: {problem}")
+            raise SpaceDriveError(f"{self.case}: {problem}")
         return facts
 
 
@@ -77,23 +78,26 @@ def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
     """Compares one case, or some of its settings.
 
     Raises:
-        UserError: no readable config.json, a kind this version does not know, one without named settings
-            where some are asked for, files that are missing, damaged or at odds, or nothing to compare.
+        SpaceDriveError: no readable config.json, a kind this version does not know, one without named
+            settings where some are asked for, files that are missing, damaged or at odds, or nothing to
+            compare.
     """
     kind = kind_of(case)
     module, function = VERIFIERS[kind].split(":")
     verifier = getattr(importlib.import_module(module), function)
     if only and kind not in WITH_SETTINGS:
-        raise UserError(f"{case}: a case of kind {kind} has no settings for --only to choose from")
+        raise ConfigError(f"{case}: a case of kind {kind} has no settings for --only to choose from")
     try:
         checks = verifier(case, only) if only else verifier(case)
+    except SpaceDriveError:
+        raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"{case}: {type(error).__name__}: {error}. Its arrays and settings do not fit each other, or "
             "this version does not know their layout (--debug shows where)"
         ) from error
     if not checks:
-        raise UserError(f"{case} records nothing that could be compared")
+        raise DataError(f"{case} records nothing that could be compared")
     return checks
 
 
@@ -101,11 +105,11 @@ def kind_of(case: Path) -> str:
     """What a case's config.json says it holds.
 
     Raises:
-        UserError: it cannot be read, or names no kind that this version knows.
+        DataError: it cannot be read, or names no kind that this version knows.
     """
     kind = read_settings(case).get("kind")
     if kind not in VERIFIERS:
-        raise UserError(f"{case}: kind {kind!r} is not one of {', '.join(sorted(VERIFIERS))}")
+        raise DataError(f"{case}: kind {kind!r} is not one of {', '.join(sorted(VERIFIERS))}")
     return kind
 
 
@@ -116,20 +120,20 @@ def find_cases(folder: Path) -> tuple[list[Path], list[Path]]:
         The cases, and folders that are none: their config.json is whole and names no kind (a checkpoint's).
 
     Raises:
-        UserError: there is no case.
+        DataError: there is no case.
     """
     folders = sorted(file.parent for file in folder.glob(f"*/{SETTINGS_FILE}"))
     others = [each for each in folders if _is_something_else(each)]
     cases = [each for each in folders if each not in others]
     if not cases:
-        raise UserError(f"{folder} is not a case and holds none: no {SETTINGS_FILE} with a kind")
+        raise DataError(f"{folder} is not a case and holds none: no {SETTINGS_FILE} with a kind")
     return cases, others
 
 
 def _is_something_else(folder: Path) -> bool:
     try:
         return "kind" not in read_settings(folder)
-    except UserError:
+    except SpaceDriveError:
         return False  # a damaged case: comparing it says what is wrong
 
 
@@ -149,7 +153,7 @@ def verify_all(cases: Sequence[Path], others: Sequence[Path]) -> tuple[dict[str,
         entry: dict[str, Any] = {"case": case.name}
         try:
             checks = verify_case(case)
-        except UserError as error:
+        except SpaceDriveError as error:
             print(f"{case.name:{width}}  FAILED  {error}", flush=True)
             entries.append(entry | {"passed": False, "tensors": 0, "worst": None, "error": str(error)})
             continue

@@ -135,7 +135,7 @@ def training_conversation(
         route_targets: the planning question names the route's next nodes.
 
     Raises:
-        UserError: a file of the language data is not laid out as it should be.
+        DataError: a file of the language data is not laid out as it should be.
     """
     rng = _keyframe_rng(record["token"])
     planned = bool(record["waypoint_mask"].all()) and config.tasks != "counterfactual"

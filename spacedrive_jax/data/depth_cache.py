@@ -22,10 +22,9 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.lidar import Alignment
 from spacedrive_jax.data.schema import DEPTH_SCALE
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, convert, inside, parse_json, read_json, require_regular
 
 FOLDER = "depth"
@@ -69,12 +68,12 @@ class DepthCache:
             records_fingerprint: of the records it must belong to.
 
         Raises:
-            UserError: it is unfinished, damaged, or was made from other records.
+            DataError: it is unfinished, damaged, or was made from other records.
         """
         self.folder = folder
         self.provenance = read_provenance(folder)
         if self.provenance["records_fingerprint"] != records_fingerprint:
-            raise UserError(
+            raise DataError(
                 f"{folder} was made from other records (fingerprint "
                 f"{self.provenance['records_fingerprint'][:12]}, these have {records_fingerprint[:12]}): the "
                 "records were converted again since; remove it and run `python -m data_prep add-depth`"
@@ -84,7 +83,7 @@ class DepthCache:
             file = inside(folder, name, f"{folder / PROVENANCE}: chunks:")
             metadata = chunk_metadata(file)
             if metadata.get("fingerprint") != self.provenance["fingerprint"]:
-                raise UserError(f"{file} is of another depth model than its folder says; remove {folder}")
+                raise DataError(f"{file} is of another depth model than its folder says; remove {folder}")
             if not isinstance(tokens := parse_json(metadata.get("tokens", "null"), file), list):
                 raise DataError(
                     f"{file} does not name its keyframes; remove {folder} and run add-depth again"
@@ -95,13 +94,15 @@ class DepthCache:
         """The depth of one keyframe.
 
         Raises:
-            UserError: the sidecar does not hold it.
+            DataError: the sidecar does not hold it.
         """
         if token not in self._places:
-            raise UserError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
+            raise DataError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
         file, row = self._places[token]
         try:
             return self._row(file, row)
+        except SpaceDriveError:
+            raise
         except (SafetensorError, IndexError, ValueError, TypeError) as error:
             raise DataError(
                 f"{file} is damaged ({error}); remove {self.folder} and run add-depth again"
@@ -137,13 +138,13 @@ def find_cache(records: Path, kinds: set[str], name: str | None) -> Path:
         name: its name, or its path; None takes the only one there is.
 
     Raises:
-        UserError: there is none, or several and none was named.
+        SpaceDriveError: there is none, or several and none was named.
     """
     command = f"`python -m data_prep add-depth --records {records} --model WEIGHTS`"
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else records / FOLDER / name
         if not folder.is_dir():
-            raise UserError(f"data.depth.cache {name!r} is neither a folder nor one in {records / FOLDER}")
+            raise ConfigError(f"data.depth.cache {name!r} is neither a folder nor one in {records / FOLDER}")
         return folder
     found = [
         file.parent
@@ -151,9 +152,9 @@ def find_cache(records: Path, kinds: set[str], name: str | None) -> Path:
         if read_provenance(file.parent)["kind"] in kinds
     ]
     if not found:
-        raise UserError(f"{records} has no finished depth of {' or '.join(sorted(kinds))}: run {command}")
+        raise DataError(f"{records} has no finished depth of {' or '.join(sorted(kinds))}: run {command}")
     if len(found) > 1:
-        raise UserError(
+        raise ConfigError(
             f"{records} has several depth caches: set data.depth.cache to one of "
             f"{', '.join(folder.name for folder in found)}"
         )
@@ -164,11 +165,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Reads a sidecar's provenance.json.
 
     Raises:
-        UserError: the sidecar is not finished.
+        DataError: the sidecar is not finished.
     """
     file = folder / PROVENANCE
     if not file.exists():
-        raise UserError(f"{folder} is not finished; run the same `python -m data_prep add-depth` again")
+        raise DataError(f"{folder} is not finished; run the same `python -m data_prep add-depth` again")
     content = read_json(file, most=MEBIBYTE * 64)
     advice = f"remove {folder} and run add-depth again"
     convert(content, _Provenance, file, advice)
@@ -179,7 +180,7 @@ def chunk_metadata(file: Path) -> Mapping[str, str]:
     """What a chunk says of itself: `fingerprint`, `records_fingerprint`, `tokens` (JSON).
 
     Raises:
-        UserError: it is missing or damaged.
+        DataError: it is missing or damaged.
     """
     with _open(file) as tensors:
         return tensors.metadata() or {}
@@ -199,4 +200,4 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {error}; remove it and run add-depth again") from error
+        raise DataError(f"cannot read {file}: {error}; remove it and run add-depth again") from error

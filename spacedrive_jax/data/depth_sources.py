@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.bounds import POSITIVE, Bounds, check_bounds
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
 from spacedrive_jax.data.encoded_images import decode_depth
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
 DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
@@ -56,8 +56,8 @@ def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, i
         grid: rows and columns of visual tokens that depth is wanted for.
 
     Raises:
-        UserError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
-            grid or pooling.
+        SpaceDriveError: there is no such sidecar, it belongs to other records, or it holds patch depth of
+            another grid or pooling.
     """
     cache = open_depth_cache(records, config)
     if cache is None:
@@ -72,7 +72,7 @@ def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None
     """The sidecar that the configured sources need; None where none of them is a network's.
 
     Raises:
-        UserError: there is no such sidecar, or it belongs to other records.
+        ConfigError: there is no such sidecar, or it belongs to other records.
     """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
@@ -81,7 +81,7 @@ def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None
     cache = DepthCache(folder, records.fingerprint)
     kind = cache.provenance["kind"]
     if asked and kind not in asked:
-        raise UserError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+        raise ConfigError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
     return cache
 
 
@@ -99,7 +99,7 @@ def record_patch_depth(
         Depth, metres, float32, and which source each camera's came from.
 
     Raises:
-        UserError: a camera has no depth from any of the configured sources, or the cached depth is for
+        DataError: a camera has no depth from any of the configured sources, or the cached depth is for
             another grid or pooling.
     """
     depth = np.empty((NUM_CAMERAS, *grid), np.float32)
@@ -118,7 +118,7 @@ def record_patch_depth(
                 used.append(source)
                 break
         else:
-            raise UserError(
+            raise DataError(
                 f"keyframe {record['token']} has no depth for {CAMERAS[camera]} from "
                 f"{' or '.join(config.sources)}: set data.depth.sources to a source the records have, or "
                 "convert with --missing-images render"
@@ -180,7 +180,7 @@ def _pooled(
 
 def _check_grid(held: tuple[int, ...], pooling: str, grid: tuple[int, int], config: DepthConfig) -> None:
     if held != grid or pooling != config.pooling:
-        raise UserError(
+        raise ConfigError(
             f"the depth cache holds {pooling}-pooled depth of {held[0]}x{held[1]} tokens, the run "
             f"needs {config.pooling} of {grid[0]}x{grid[1]}: run add-depth with --run CONFIG, or with --full"
         )

@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from spacedrive_jax.errors import DataError
+
 # transformers announces at import that torch is absent; its processors do not need it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.schema import Record
@@ -79,12 +80,12 @@ class ImageProcessor:
         """Patches of the record's views, 0..255.
 
         Raises:
-            UserError: an image is absent or cannot be decoded.
+            DataError: an image is absent or cannot be decoded.
         """
         images = []
         for camera, encoded in zip(CAMERAS, record["images"], strict=True):
             if not encoded:
-                raise UserError(
+                raise DataError(
                     f"keyframe {record['token']} has no {camera} image: it was converted with "
                     "--missing-images empty; convert with `render`, or `skip` such keyframes"
                 )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.prompts import format_number
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, inside, read_json
@@ -95,7 +94,7 @@ class LanguageData:
             rng: draws the question to which the description is the answer.
 
         Raises:
-            UserError: a file is not laid out as it should be.
+            DataError: a file is not laid out as it should be.
         """
         pairs = []
         path, action = self._read("keywords", token)
@@ -111,7 +110,7 @@ class LanguageData:
         """The two counterfactual pairs of a keyframe (published `counter_only`).
 
         Raises:
-            UserError: the file is not laid out as it should be.
+            DataError: the file is not laid out as it should be.
         """
         return self._pairs("vqa", token)[COUNTERFACTUAL_PAIRS]
 
@@ -119,7 +118,7 @@ class LanguageData:
         """The counterfactual test of a keyframe; empty where there is none.
 
         Raises:
-            UserError: the file holds anything but plain values, or is not laid out as it should be.
+            DataError: the file holds anything but plain values, or is not laid out as it should be.
         """
         path = inside(self.root, f"eval_cf/{token}.pkl", "the keyframe token")
         if not path.exists():
@@ -128,7 +127,7 @@ class LanguageData:
         for item in _list(read_pickle(path), path):
             risks = item.get("status") if isinstance(item, dict) else None
             if not isinstance(risks, list | tuple):
-                raise UserError(f"{path}: every item needs `traj`, a text, and `status`, a list of risks")
+                raise DataError(f"{path}: every item needs `traj`, a text, and `status`, a list of risks")
             items.append(Counterfactual(_field(item, "traj", path), tuple(map(str, risks))))
         return items
 
@@ -152,19 +151,19 @@ class LanguageData:
 
 def _list(content: Any, path: Path) -> list[Any]:
     if not isinstance(content, list):
-        raise UserError(f"{path} must hold a list, not {type(content).__name__}")
+        raise DataError(f"{path} must hold a list, not {type(content).__name__}")
     return content
 
 
 def _field(item: Any, name: str, path: Path) -> str:
     if not isinstance(item, dict) or name not in item:
-        raise UserError(f"{path}: {str(item)[:60]!r} lacks the field `{name}`")
+        raise DataError(f"{path}: {str(item)[:60]!r} lacks the field `{name}`")
     return _text(item[name], path, f"`{name}`")
 
 
 def _text(value: Any, path: Path, name: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{path}: {name} must be a text, not {type(value).__name__}")
+        raise DataError(f"{path}: {name} must be a text, not {type(value).__name__}")
     return value
 
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.console import UserError, note, progress
+from spacedrive_jax.console import note, progress
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import with_network_depth
@@ -141,7 +141,7 @@ def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, spli
         split: of the records.
 
     Raises:
-        UserError: the records are missing, or nothing is left to train on.
+        ConfigError: the records are missing, or nothing is left to train on.
     """
     builder = SampleBuilder(data, model)
     records = open_records(data.records, split)
@@ -150,7 +150,7 @@ def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, spli
     if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records)).tolist()
     if len(indices) < batch_size:
-        raise UserError(
+        raise ConfigError(
             f"{data.records} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
         )
     _check_questions(records, indices, data.conversation)
@@ -221,11 +221,11 @@ def training_iterator(
         seed: of the shuffle.
 
     Raises:
-        UserError: the global batch does not divide over the hosts.
+        ConfigError: the global batch does not divide over the hosts.
     """
     hosts, host = jax.process_count(), jax.process_index()
     if batch_size % hosts:
-        raise UserError(f"train.batch_size {batch_size} does not divide over {hosts} hosts")
+        raise ConfigError(f"train.batch_size {batch_size} does not divide over {hosts} hosts")
     endless = grain.MapDataset.source(samples).seed(seed).shuffle().repeat()
     share = batch_size // hosts
     dataset = HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack)

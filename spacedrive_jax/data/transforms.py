@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.batch import DrivingBatch, Slot
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, IGNORE, ChatTokens
 from spacedrive_jax.data.config import DataConfig
@@ -23,6 +22,7 @@ from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.config import LlavaConfig
 from spacedrive_jax.models.positions import ImageSpan, mrope_positions
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
@@ -50,7 +50,7 @@ class SampleBuilder:
         """One sample, numpy arrays without a batch axis.
 
         Raises:
-            UserError: the record lacks an image or depth, or the conversation does not fit the config's
+            SpaceDriveError: the record lacks an image or depth, or the conversation does not fit the config's
                 fixed shapes.
         """
         data, in_words = self.data, self.model.ego_status == "language"
@@ -75,7 +75,7 @@ class SampleBuilder:
         """One sample with a conversation of the caller's; `index` is the sample's.
 
         Raises:
-            UserError: as when called.
+            SpaceDriveError: as when called.
         """
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
@@ -99,8 +99,8 @@ class SampleBuilder:
                 path_points=self.model.path_points,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
-        except UserError as error:
-            raise UserError(f"keyframe {record['token']}: {error}") from error
+        except SpaceDriveError as error:
+            raise type(error)(f"keyframe {record['token']}: {error}") from error
         # Without a planning turn the answers' first coordinates, if any, are not waypoints.
         planned = bool(record["waypoint_mask"].all()) and data.conversation.tasks != "counterfactual"
         fields["waypoint_mask"] &= planned
@@ -136,10 +136,10 @@ def padded_coordinates(
     """BEV points as 3D points at z = 0, float32, zeros behind the last.
 
     Raises:
-        UserError: more points than fit.
+        ConfigError: more points than fit.
     """
     if len(points) > max_coordinates:
-        raise UserError(
+        raise ConfigError(
             f"{len(points)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
         )
     return np.pad(points, ((0, max_coordinates - len(points)), (0, 1))).astype(np.float32)
@@ -173,12 +173,12 @@ def token_fields(
         The fields of `DrivingBatch` that follow from the tokens alone.
 
     Raises:
-        UserError: the conversation does not fit S or M.
+        ConfigError: the conversation does not fit S or M.
     """
     chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input, image_delimiters=image_delimiters)
     length = len(chat.token_ids)
     if length > sequence_length:
-        raise UserError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
+        raise ConfigError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
     tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
     spans = [ImageSpan(start, *grid) for start in chat.image_starts]
     positions, offset = mrope_positions(length, spans if image_delimiters else [])
@@ -191,7 +191,7 @@ def token_fields(
 
     supervised = np.flatnonzero(labels != IGNORE)
     if len(supervised) > max_targets:
-        raise UserError(
+        raise ConfigError(
             f"{len(supervised)} supervised tokens are more than data.max_targets {max_targets}: raise it"
         )
     # The first six indicators of the answers are the planning turn's (published rule), then the path's.
@@ -238,11 +238,11 @@ def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:
     """Refuses a tokenizer whose ids do not fit the model.
 
     Raises:
-        UserError: an id lies outside the model's vocabulary.
+        ConfigError: an id lies outside the model's vocabulary.
     """
     vocabulary = model.vlm.decoder.vocab_size
     if max(tokenizer.indicator, tokenizer.position, tokenizer.vocabulary_size - 1) >= vocabulary:
-        raise UserError(
+        raise ConfigError(
             f"the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but model.vlm.decoder.vocab_size "
             f"is {vocabulary}: give the model's own tokenizer in data.tokenizer"
         )

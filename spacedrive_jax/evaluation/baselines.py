@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.evaluation.predictions import Predictions, read_splits
 
 # Planners without a model. A number that does not beat these says little (open-loop scores flatter them).
@@ -41,13 +41,13 @@ def constant_velocity(record: Record) -> Float[np.ndarray, "T 2"]:
         Waypoints in metres, ego frame.
 
     Raises:
-        UserError: the previous keyframe is not earlier than this one.
+        DataError: the previous keyframe is not earlier than this one.
     """
     if not record["past_mask"][0]:
         return standing_still()
     seconds = (int(record["timestamp_us"]) - int(record["past_timestamp_us"][0])) * 1e-6
     if seconds <= 0:
-        raise UserError(f"record {record['token']}: past_timestamp_us is not before timestamp_us")
+        raise DataError(f"record {record['token']}: past_timestamp_us is not before timestamp_us")
     velocity = -record["past_to_ego"][0, :2, 3] / seconds
     return velocity * (STEP_S * np.arange(1, NUM_WAYPOINTS + 1))[:, None]
 
@@ -59,7 +59,7 @@ def mean_trajectory(records: Iterable[Record]) -> Float[np.ndarray, "T 2"]:
         records: the training split (never the one that is scored).
 
     Raises:
-        UserError: some step has no valid waypoint in any record.
+        DataError: some step has no valid waypoint in any record.
     """
     total = np.zeros((NUM_WAYPOINTS, 2))
     count = np.zeros((NUM_WAYPOINTS, 1), np.int64)
@@ -68,7 +68,7 @@ def mean_trajectory(records: Iterable[Record]) -> Float[np.ndarray, "T 2"]:
         total += np.where(mask, record["waypoints"], 0.0)
         count += mask
     if not count.all():
-        raise UserError("a waypoint step is valid in none of the training records")
+        raise DataError("a waypoint step is valid in none of the training records")
     return total / count
 
 
@@ -133,7 +133,7 @@ def gather_planners(records: Records, files: Mapping[str, Predictions]) -> Plann
     chosen = range(0, len(train), math.ceil(len(train) / MEAN_KEYFRAMES))
     try:
         mean = mean_trajectory(train[index] for index in chosen)
-    except UserError as error:
+    except SpaceDriveError as error:
         return Planners(files, None, (f"No mean trajectory baseline: {error}.",))
     part = f"{len(chosen)} evenly spaced of the " if len(chosen) < len(train) else "the "
     notes = [f"The mean trajectory is that of {part}{len(train)} keyframes of the train split."]

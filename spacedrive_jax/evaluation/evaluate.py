@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.records_folder import read_provenance
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.baselines import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, stack_scores, summarize
 from spacedrive_jax.evaluation.predictions import Coverage, Predictions, cover
@@ -112,7 +112,7 @@ def evaluate(
         Protocol name to its evaluation.
 
     Raises:
-        UserError: no prediction can be counted.
+        DataError: no prediction can be counted.
     """
     files = {PREDICTION: predictions} | ({} if compare is None else {COMPARED: compare})
     planners = gather_planners(records, files)
@@ -133,7 +133,7 @@ def _evaluate_protocol(
     eligible = {keyframe.facts.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
         if not planned[name].facts:
-            raise UserError(
+            raise DataError(
                 f"none of the {len(file.tokens)} predictions in {file.path} can be scored on split "
                 f"{records.split!r} of {records.directory}, which has {len(eligible)} keyframes with a "
                 f"whole future ({len(file.tokens & seen)} predicted tokens are in the split); "
@@ -167,7 +167,7 @@ def _combine(
     """Every planner's scores by the protocol's rules."""
     eligible = [keyframe for keyframe in keyframes if keyframe.eligible]
     if not eligible:
-        raise UserError("no keyframe of the split has a whole future (six more keyframes in its scene)")
+        raise DataError("no keyframe of the split has a whole future (six more keyframes in its scene)")
     steps = stack_scores([keyframe.steps[protocol.steps] for keyframe in eligible])
     owner = np.array([name for keyframe in eligible for name in keyframe.planners])
     failed = np.array([failure for keyframe in eligible for failure in keyframe.failed])
@@ -193,12 +193,12 @@ def compare_planners(ours: PlannerScores, theirs: PlannerScores, file: str) -> C
     """Pairs two planners' scores keyframe by keyframe.
 
     Raises:
-        UserError: no keyframe counts for both.
+        DataError: no keyframe counts for both.
     """
     place = {token: row for row, token in enumerate(theirs.tokens)}
     pairs = [(row, place[token]) for row, token in enumerate(ours.tokens) if token in place]
     if not pairs:
-        raise UserError(f"--compare {file}: it shares no scored keyframe with the predictions")
+        raise DataError(f"--compare {file}: it shares no scored keyframe with the predictions")
     here, there = np.array(pairs).T
     return Comparison(
         file=file,

@@ -85,7 +85,7 @@ def drivable_area(record: Record) -> DrivableArea | None:
     """The record's drivable area: its map polygons if it has any, else its fine raster; None without a map.
 
     Raises:
-        UserError: the record claims a map but its fine raster is missing or unreadable.
+        DataError: the record claims a map but its fine raster is missing or unreadable.
     """
     if record["drivable_source"] == "none":
         return None

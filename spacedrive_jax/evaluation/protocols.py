@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import EGO_CENTRE
+from spacedrive_jax.errors import ConfigError
 
 HORIZONS_S = (1, 2, 3)
 """Seconds at which the metrics are reported."""
@@ -147,15 +147,15 @@ def protocol_named(name: str, *, pedestrians: bool = False) -> Protocol:
         pedestrians: count people as obstacles too; `corrected` only.
 
     Raises:
-        UserError: there is no such protocol, or it has no say about pedestrians.
+        ConfigError: there is no such protocol, or it has no say about pedestrians.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"--protocol {name!r} is not one of {', '.join(PROTOCOLS)}")
+        raise ConfigError(f"--protocol {name!r} is not one of {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
     if not pedestrians:
         return protocol
     if not isinstance(protocol.steps, PolygonRule):
-        raise UserError(
+        raise ConfigError(
             f"--pedestrians: the {name} protocol counts vehicles only; use it with --protocol corrected"
         )
     return dataclasses.replace(protocol, steps=dataclasses.replace(protocol.steps, pedestrians=True))

@@ -172,7 +172,7 @@ def drivable_rasters(record: Record, grids: Sequence[Grid]) -> dict[Grid, UInt8[
     the centre of each cell.
 
     Raises:
-        UserError: the record claims a map but its fine raster is missing or unreadable.
+        DataError: the record claims a map but its fine raster is missing or unreadable.
     """
     if record["drivable_source"] == "none":
         return None

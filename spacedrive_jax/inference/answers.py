@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.config import Config, config_changes
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.chat import CHAT_LAYOUTS, Turn
 from spacedrive_jax.data.prompts import context, parse_coordinates, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import read_bytes, read_json, say, to_json, write_bytes, write_json
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
@@ -67,7 +66,7 @@ def planning_frame(
         path_points: likewise.
 
     Raises:
-        UserError: this tokenizer runs the header and the answer's first letters together, so that an answer
+        ConfigError: this tokenizer runs the header and the answer's first letters together, so that an answer
             does not begin where the prompt ends.
     """
     question = Turn("user", context("boston"))
@@ -76,7 +75,7 @@ def planning_frame(
     prompt = lay_out(tokenizer, [question], 1, generation_prompt=True).token_ids
     whole = lay_out(tokenizer, [question, answer_turn], 1).token_ids
     if whole[: len(prompt)] != prompt:
-        raise UserError("the tokenizer merges the assistant's header with the answer: no frame can be made")
+        raise ConfigError("the tokenizer merges the assistant's header with the answer: no frame can be made")
     answer = whole[len(prompt) :]
     return tuple(answer[: answer.index(tokenizer.turn_end) + 1])
 

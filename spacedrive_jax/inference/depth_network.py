@@ -19,12 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
@@ -65,14 +65,14 @@ class DepthNetworkConfig:
         """Reads a JSON file with fields of this class.
 
         Raises:
-            UserError: it is damaged, has an unknown field or lacks `weights`.
+            ConfigError: it is damaged, has an unknown field or lacks `weights`.
         """
         try:
             fields = json.loads(file.read_text())
             pairs = {name: tuple(fields[name]) for name in ("image_size", "grid") if name in fields}
             return cls(**(fields | pairs))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file} does not describe a depth network: {error}") from error
+            raise ConfigError(f"{file} does not describe a depth network: {error}") from error
 
     def kind(self) -> NetworkKind:
         """Which network the weights are of."""
@@ -85,7 +85,7 @@ class DepthNetworkConfig:
         """SHA-256 over the settings and the contents of the weights.
 
         Raises:
-            UserError: there are no weights.
+            CheckpointError: there are no weights.
         """
         located = weight_file(self.weights)
         folder = located if located.is_dir() else located.parent
@@ -179,7 +179,7 @@ def keyframe_views(
     An absent image is black.
 
     Raises:
-        UserError: an image cannot be decoded.
+        DataError: an image cannot be decoded.
     """
     height, width = image_size
     views = np.zeros((len(CAMERAS), height, width, 3), np.uint8)

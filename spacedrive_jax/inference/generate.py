@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.inference.progress import (
@@ -56,10 +56,10 @@ def generate(
             coordinates are written as digits.
 
     Raises:
-        UserError: a limit or penalty that makes no sense.
+        ConfigError: a limit or penalty that makes no sense.
     """
     if max_new_tokens < 1 or repetition_penalty <= 0:
-        raise UserError(
+        raise ConfigError(
             f"max_new_tokens must be at least 1 and repetition_penalty positive, got {max_new_tokens} and "
             f"{repetition_penalty}"
         )

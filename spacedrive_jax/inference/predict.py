@@ -68,7 +68,8 @@ def predict(
         overwrite: replace `out`.
 
     Raises:
-        UserError: something is missing, the run keeps no average, or `out` exists or was begun otherwise.
+        SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
+            otherwise.
     """
     config = open_config(checkpoint)
     check_batch_size(batch_size, make_mesh(config.mesh))

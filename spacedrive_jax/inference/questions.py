@@ -15,13 +15,14 @@ import numpy as np
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.answers import Generation, answer_file, answer_text
 from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
@@ -107,8 +108,8 @@ def answer_counterfactual(
         overwrite: replace `out`.
 
     Raises:
-        UserError: something is missing, the language data asks nothing about this split, or `out` exists or
-            was begun otherwise.
+        SpaceDriveError: something is missing, the language data asks nothing about this split, or `out`
+            exists or was begun otherwise.
     """
     config = open_config(checkpoint)
     check_batch_size(batch_size, make_mesh(config.mesh))
@@ -152,12 +153,12 @@ def answer_counterfactual(
 def _folder(given: Path | None, config: Config) -> LanguageData:
     named = config.data.conversation.language_data
     if given is None and named is None:
-        raise UserError(
+        raise ConfigError(
             "the counterfactual test needs OmniDrive's language data: give --language-data FOLDER"
         )
     root = Path(named or "") if given is None else given
     if not (root / "eval_cf").is_dir():
-        raise UserError(f"{root} has no folder eval_cf with the counterfactual test: give --language-data")
+        raise ConfigError(f"{root} has no folder eval_cf with the counterfactual test: give --language-data")
     return LanguageData(root)
 
 
@@ -170,7 +171,7 @@ def _questions(records: Records, data: LanguageData) -> tuple[list[Question], in
         without += not candidates
         questions += [Question(index, token, candidate.trajectory) for candidate in candidates]
     if not questions:
-        raise UserError(
+        raise DataError(
             f"{data.root / 'eval_cf'} holds nothing about these {len(records)} keyframes: is it of another "
             "split or data set?"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.inference.open_model import open_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.peft import save_adapter
@@ -34,7 +34,7 @@ def export_hf(source: Path, out: Path) -> Mapping[str, Any]:
         Facts for `--json`.
 
     Raises:
-        UserError: If `source` is none of these, `out` exists, or transformers cannot express the model.
+        CheckpointError: If `source` is none of these, `out` exists, or transformers cannot express the model.
     """
     opened = open_model(source)
     decoder = opened.model.decoder
@@ -59,12 +59,12 @@ def export_peft(source: Path, out: Path) -> Mapping[str, Any]:
         Facts for `--json`.
 
     Raises:
-        UserError: If `source` is none of these, has no adapters, or `out` exists.
+        CheckpointError: If `source` is none of these, has no adapters, or `out` exists.
     """
     opened = open_model(source)
     lora, new_tokens = opened.model.decoder.lora, opened.model.decoder.new_tokens
     if lora is None:
-        raise UserError(f"{source} has no adapters; --to hf writes the whole model")
+        raise CheckpointError(f"{source} has no adapters; --to hf writes the whole model")
 
     def add_new_tokens(folder: Path) -> None:
         if new_tokens is None:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.families import family_of, read_hf_config, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.safetensors_folder import (
@@ -150,7 +151,8 @@ def from_hf(
         The model.
 
     Raises:
-        UserError: If files are missing or damaged, or tensors are missing, unknown or misshapen (all named).
+        CheckpointError: If files are missing or damaged, or tensors are missing, unknown or misshapen
+            (all named).
     """
     check_folder(Path(path))
     config = read_hf_config(path)
@@ -191,12 +193,14 @@ def fill(
         shardings: Placement of each parameter; None puts them on the default device.
 
     Raises:
-        UserError: If the model has no parameter that a rule asks for (adapters that were not built, say).
+        CheckpointError: If the model has no parameter that a rule asks for (adapters not built, say).
     """
     rules = tuple(rules)
     absent = [".".join(map(str, rule.target)) for rule in rules if rule.target not in state]
     if absent:
-        raise UserError(f"the model has no parameters {absent}; build it with the checkpoint's adapters")
+        raise CheckpointError(
+            f"the model has no parameters {absent}; build it with the checkpoint's adapters"
+        )
     for rule in progress(rules, desc="loading weights", unit="tensor"):
         layer_axes = int(rule.layers is not None)
         shape = kernel_shape(state[rule.target], rule.in_axes + layer_axes)
@@ -265,7 +269,7 @@ def to_hf(
         The architecture written (a tied head may have been untied by merging).
 
     Raises:
-        UserError: If the folder exists or the architecture has no config.json.
+        CheckpointError: If the folder exists or the architecture has no config.json.
     """
     state = dict(nnx.to_flat_state(nnx.state(model)))
     dtype = model.decoder.compute.storage_dtype

@@ -12,8 +12,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import to_json
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.families import family_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_published_source
@@ -78,18 +77,18 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         The facts of the folder, and notes on what had to be assumed.
 
     Raises:
-        UserError: no base is given, `out` exists, the file is damaged or holds anything but tensors and
+        SpaceDriveError: no base is given, `out` exists, the file is damaged or holds anything but tensors and
             plain containers, or its tensors do not fit the base's config or the run it means.
     """
     if options.base is None:
-        raise UserError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
+        raise ConfigError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
     check_published_source(source)
     parts = split_checkpoint(read_torch_file(source), str(source))
     family = family_of(read_hf_config(options.base))
     base = {family.canonical_name(name): value for name, value in parts.base.items()}
     table = base.get("model.language_model.embed_tokens.weight")
     if table is None:
-        raise UserError(f"{source} has no token embeddings under the published names")
+        raise CheckpointError(f"{source} has no token embeddings under the published names")
     fields = with_vocabulary(options.base, len(table))
     config = read_hf_config(fields)
     rules, lora = family.rules(config), _lora(parts, isinstance(config, LlavaConfig))
@@ -103,7 +102,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
     with new_folder(out) as folder:
         tokens = extend_tokenizer(options.tokenizer or options.base, folder)
         if tokens.indicator is None or tokens.indicator + 2 > len(table):
-            raise UserError(
+            raise CheckpointError(
                 f"{options.tokenizer or options.base} gives the coordinate tokens the ids {tokens.indicator} "
                 f"and the next, but the checkpoint's table has {len(table)} rows: give its --tokenizer"
             )
@@ -142,7 +141,7 @@ def _lora(parts: Parts, is_llava: bool) -> LoraConfig:
     """The adapters' rank is a shape; the scaling is that of the published training."""
     ranks = {value.shape[0] for name, value in parts.adapters.items() if ".lora_A." in name}
     if len(ranks) != 1:
-        raise UserError(f"the checkpoint's adapters have the ranks {sorted(ranks)}, expected one")
+        raise CheckpointError(f"the checkpoint's adapters have the ranks {sorted(ranks)}, expected one")
     rank = ranks.pop()
     return LoraConfig.llava_1_5(rank) if is_llava else LoraConfig(rank=rank)
 
@@ -156,8 +155,8 @@ def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
         out: file to create.
 
     Raises:
-        UserError: the folder is neither, the run's model has parts that the published one has not, or `out`
-            exists.
+        CheckpointError: the folder is neither, the run's model has parts that the published one has not, or
+            `out` exists.
     """
     content = _imported(source) if (source / LAYOUT_FILE).is_file() else _trained(source)
     write_torch_file(out, content)
@@ -208,7 +207,7 @@ def _imported(source: Path) -> dict[str, Any]:
 def _trained(source: Path) -> dict[str, Any]:
     """A training run as the published code would have saved it, without its optimiser and depth network."""
     if not (source / "checkpoints").is_dir() and source.parent.name != "checkpoints":
-        raise UserError(
+        raise CheckpointError(
             f"{source} is neither a training run nor was it imported with --from spacedrive "
             f"(it lacks {LAYOUT_FILE})"
         )
@@ -222,11 +221,11 @@ def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
     """A model's tensors under the names of the published checkpoints.
 
     Raises:
-        UserError: the model has no adapters, or learned parts that the published model has not.
+        ConfigError: the model has no adapters, or learned parts that the published model has not.
     """
     config = model.config
     if not config.use_lora or config.encoder.learnable_frequencies:
-        raise UserError(
+        raise ConfigError(
             "the published layout has adapters (model.use_lora True) and no learned frequencies "
             "(model.encoder.learnable_frequencies False)"
         )

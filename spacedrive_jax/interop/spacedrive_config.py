@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_PAST
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
 from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
@@ -53,17 +52,19 @@ def read_published_config(path: Path) -> PublishedConfig:
         path: an mmcv config (.py), or JSON: the constructor's arguments, alone or under `model`.
 
     Raises:
-        UserError: the file cannot be read or does not say how the model is built.
+        ConfigError: the file cannot be read or does not say how the model is built.
     """
     try:
         text = read_text(path, most=MEBIBYTE)
     except DataError as error:
-        raise UserError(f"cannot read the published config {path}: {error}") from error
+        raise ConfigError(f"cannot read the published config {path}: {error}") from error
     if path.suffix == ".py":
         return parse_published_config(text, str(path))
     content = parse_json(text, path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object of constructor arguments, not {type(content).__name__}")
+        raise ConfigError(
+            f"{path} must hold an object of constructor arguments, not {type(content).__name__}"
+        )
     return PublishedConfig(content.get("model", content), _loader(content))
 
 
@@ -77,18 +78,18 @@ def parse_published_config(text: str, origin: str) -> PublishedConfig:
         origin: what to call it in messages.
 
     Raises:
-        UserError: it is not Python, or does not assign a `model` that can be read without running it.
+        ConfigError: it is not Python, or does not assign a `model` that can be read without running it.
     """
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{origin} is not a Python config: {error}") from error
+        raise ConfigError(f"{origin} is not a Python config: {error}") from error
     names: dict[str, Any] = {}
     unread: dict[str, _NotLiteralError] = {}
     budget = 50 * MOST_PARTS
     for statement in tree.body:
         if budget < 0:
-            raise UserError(f"{origin} comes to more than a config of a model has")
+            raise ConfigError(f"{origin} comes to more than a config of a model has")
         if not isinstance(statement, ast.Assign):
             continue
         for target in statement.targets:
@@ -105,7 +106,7 @@ def parse_published_config(text: str, origin: str) -> PublishedConfig:
                     unread[target.id] = _NotLiteralError(str(said))
     if not isinstance(names.get("model"), dict):
         reason = f" ({unread['model']})" if "model" in unread else ", also where a `_base_` file does"
-        raise UserError(f"{origin} does not assign `model = dict(...)` in values that can be read{reason}")
+        raise ConfigError(f"{origin} does not assign `model = dict(...)` in values that can be read{reason}")
     return PublishedConfig(names["model"], _loader(names))
 
 
@@ -225,11 +226,11 @@ def encoder_config(arguments: Mapping[str, Any]) -> CoordinateEncoderConfig:
     """The coordinate encoder of `pe_*` arguments; absent ones take the published class's defaults.
 
     Raises:
-        UserError: an encoding that this project does not know.
+        ConfigError: an encoding that this project does not know.
     """
     kind = arguments.get("pe_type", "transformer")
     if kind not in ENCODERS:
-        raise UserError(f"pe_type {kind!r} is none of {', '.join(ENCODERS)}")
+        raise ConfigError(f"pe_type {kind!r} is none of {', '.join(ENCODERS)}")
     learned = bool(arguments.get("input_pe_mlp", False))
     default = CoordinateEncoderConfig()
     return CoordinateEncoderConfig(
@@ -250,7 +251,7 @@ def check_arguments(arguments: Mapping[str, Any], lora: LoraConfig) -> None:
         lora: the adapters there are.
 
     Raises:
-        UserError: naming all of them.
+        ConfigError: naming all of them.
     """
     method, ego = arguments["pe_decode_method"], arguments.get("ego_status") or ""
     learned, vae = arguments.get("input_pe_mlp"), arguments.get("use_vae_to_replace_mlp")
@@ -284,7 +285,7 @@ def check_arguments(arguments: Mapping[str, Any], lora: LoraConfig) -> None:
     if arguments.get("frozen") or not arguments.get("use_lora", True):
         problems.append("frozen True or use_lora False: there are no adapters to read (use model.use_lora)")
     if problems:
-        raise UserError(f"published arguments: {'; '.join(problems)}")
+        raise ConfigError(f"published arguments: {'; '.join(problems)}")
 
 
 def model_config(
@@ -296,7 +297,7 @@ def model_config(
     changes nothing: without it the published code cannot train, and still answers an indicator as with it.
 
     Raises:
-        UserError: an argument or a combination that this project does not know, or that the published code
+        ConfigError: an argument or a combination that this project does not know, or that the published code
             itself cannot run.
     """
     arguments = DEFAULTS | dict(arguments)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from spacedrive_jax.config import Config, TrainConfig, load_preset
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.importing import ImportOptions
 from spacedrive_jax.interop.spacedrive_config import (
     PublishedConfig,
@@ -51,7 +51,7 @@ def published_run(
         The run, and what had to be assumed.
 
     Raises:
-        UserError: the published config cannot be read or means nothing this project knows, or the
+        CheckpointError: the published config cannot be read or means nothing this project knows, or the
             checkpoint's frequencies are not its encoder's.
     """
     preset = load_preset(options.preset or _preset_of(parts, vlm))
@@ -67,7 +67,7 @@ def published_run(
         run = dataclasses.replace(preset, model=model)
     else:
         if not published.model.get("io_3d_pos", False):
-            raise UserError(
+            raise CheckpointError(
                 f"{origin}: its config has io_3d_pos False, with which the published code cannot train"
             )
         model = model_config(published.model, vlm, lora, preset.model.compute)
@@ -103,7 +103,7 @@ def check_frequencies(model: ModelConfig, buffers: Mapping[str, np.ndarray], ori
     """Compares the encoder's frequencies with those that the checkpoint keeps.
 
     Raises:
-        UserError: they differ, naming the fields.
+        CheckpointError: they differ, naming the fields.
     """
     held = buffers.get(FREQUENCIES)
     if held is None:
@@ -114,7 +114,7 @@ def check_frequencies(model: ModelConfig, buffers: Mapping[str, np.ndarray], ori
     )
     if not same:
         encoder = model.encoder
-        raise UserError(
+        raise CheckpointError(
             f"{origin}: {FREQUENCIES} runs from {held.flat[0]:.6g} to {held.flat[-1]:.6g} ({held.size}), but "
             f"model.encoder.kind {encoder.kind}, base {encoder.base:g} and frequency_scaling "
             f"{encoder.frequency_scaling:g} (published pe_type, pe_freq_coeff, pe_freq_scaling) give "

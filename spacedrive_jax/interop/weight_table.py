@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.models.config import DecoderConfig, LoraConfig, NewTokensConfig
 
 ParameterPath = tuple[str | int, ...]
@@ -192,7 +192,7 @@ def check_names_and_shapes(
         ignore: Canonical names that may be there or not.
 
     Raises:
-        UserError: With every missing, unknown and misshapen tensor at once.
+        CheckpointError: With every missing, unknown and misshapen tensor at once.
     """
     expected = {name: rule.source_shape for rule in rules for name in rule.source_names()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
@@ -207,4 +207,4 @@ def check_names_and_shapes(
         shown = "\n  ".join(problems[:40]) + (
             f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
         )
-        raise UserError(f"{origin} does not fit the model ({len(problems)} tensors):\n  {shown}")
+        raise CheckpointError(f"{origin} does not fit the model ({len(problems)} tensors):\n  {shown}")

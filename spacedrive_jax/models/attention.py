@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import AttentionChoice
 from spacedrive_jax.models.partitioning import current_mesh, resolve
 
@@ -102,7 +102,7 @@ def attend(
             heads.
 
     Raises:
-        UserError: The kernel asked for does not run on this machine or with this type.
+        ConfigError: The kernel asked for does not run on this machine or with this type.
     """
     length, head_dim = k.shape[1], k.shape[3]
     platform = target_platform()
@@ -147,7 +147,7 @@ def choose_kernel(
         masked: Whether some token does not see all others; the CPU's `blocks` know no mask.
 
     Raises:
-        UserError: A fused kernel is asked for by name where it does not run.
+        ConfigError: A fused kernel is asked for by name where it does not run.
     """
     half = dtype in (jnp.bfloat16, jnp.float16)
     if choice == "xla":
@@ -155,11 +155,11 @@ def choose_kernel(
     if choice == "auto" and platform not in ("gpu", "tpu"):
         return "blocks" if length >= SHORTEST_FOR_BLOCKS and not masked else "xla"
     if choice == "splash" and platform != "tpu":
-        raise UserError(
+        raise ConfigError(
             f"model.compute.attention is splash, a TPU kernel, but this runs on {platform}: take auto"
         )
     if choice == "cudnn" and (platform != "gpu" or not half or head_dim % 8 or head_dim > 128):
-        raise UserError(
+        raise ConfigError(
             "model.compute.attention is cudnn, which needs an NVIDIA GPU, model.compute.dtype bfloat16 or "
             f"float16 and heads of at most 128 channels in steps of 8; this is {platform}, {dtype}, "
             f"{head_dim} channels: take auto"

@@ -24,7 +24,7 @@ from spacedrive_jax.bounds import (
     Bounds,
     check_bounds,
 )
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 
 LoraTarget = Literal["q", "k", "v", "o"]
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
@@ -71,11 +71,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm.decoder")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(
+            raise ConfigError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
             )
         if 2 * sum(self.rope_sections) != self.head_dim or not 1 <= len(self.rope_sections) <= 3:
-            raise UserError(
+            raise ConfigError(
                 f"rope_sections {self.rope_sections} must be one to three numbers that sum to half of "
                 f"head_dim ({self.head_dim})"
             )
@@ -102,7 +102,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm.vision")
         if self.hidden_size % self.num_heads:
-            raise UserError(
+            raise ConfigError(
                 f"vision hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
             )
 
@@ -138,16 +138,16 @@ class QwenVisionConfig(VisionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_dim % 4:
-            raise UserError(
+            raise ConfigError(
                 f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
                 "multiple of 4: the rotary embedding has two axes"
             )
         if any(not 0 <= block < self.depth for block in self.full_attention_blocks):
-            raise UserError(
+            raise ConfigError(
                 f"full_attention_blocks {self.full_attention_blocks} must lie in 0..{self.depth - 1}"
             )
         if self.window_tokens < 1:
-            raise UserError(
+            raise ConfigError(
                 f"window_size {self.window_size} holds no token of {self.patch_size * self.merge_size} pixels"
             )
 
@@ -179,7 +179,7 @@ class QwenVLConfig:
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm")
         if self.vision.out_hidden_size != self.decoder.hidden_size:
-            raise UserError(
+            raise ConfigError(
                 f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
                 f"({self.decoder.hidden_size})"
             )
@@ -225,11 +225,11 @@ class ClipVisionConfig(VisionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size % self.patch_size:
-            raise UserError(
+            raise ConfigError(
                 f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})"
             )
         if not -self.depth - 1 <= self.feature_layer <= -1:
-            raise UserError(f"feature_layer {self.feature_layer} must lie in -{self.depth + 1}..-1")
+            raise ConfigError(f"feature_layer {self.feature_layer} must lie in -{self.depth + 1}..-1")
 
     @property
     def patch_channels(self) -> int:
@@ -280,7 +280,7 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm")
         if len(self.decoder.rope_sections) != 1 or self.decoder.qkv_bias:
-            raise UserError(
+            raise ConfigError(
                 "LLaVA's decoder has one-dimensional rotary positions and no attention biases; got "
                 f"rope_sections {self.decoder.rope_sections}, qkv_bias {self.decoder.qkv_bias}"
             )

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.language_model import KVCache
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
@@ -43,14 +43,14 @@ def generate(
         The new ids, without the prompt.
 
     Raises:
-        UserError: If `max_new_tokens` is not positive, a prompt is empty, or images and ids do not fit.
+        ConfigError: If `max_new_tokens` is not positive, a prompt is empty, or images and ids do not fit.
     """
     token_ids = np.asarray(token_ids)
     valid = np.full(len(token_ids), token_ids.shape[1]) if lengths is None else np.asarray(lengths)
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if (valid < 1).any() or (valid > token_ids.shape[1]).any():
-        raise UserError(f"prompt lengths {valid.tolist()} must lie in 1..{token_ids.shape[1]}")
+        raise ConfigError(f"prompt lengths {valid.tolist()} must lie in 1..{token_ids.shape[1]}")
     images_per_sample = 0 if images is None else images.shape[1]
     positions, deltas = model.positions(token_ids, images_per_sample, image_grid, lengths=valid)
     graph, state = nnx.split(model)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import attend
 from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.layers import (
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
             new_tokens: Ids with trainable rows of their own; None for none.
 
         Raises:
-            UserError: If the new tokens lie outside the vocabulary.
+            ConfigError: If the new tokens lie outside the vocabulary.
         """
         self.config = config
         self.compute = compute
@@ -360,7 +360,7 @@ class Decoder(nnx.Module):
 def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:
     last = new_tokens.first_id + new_tokens.count - 1
     if not 0 <= new_tokens.first_id <= last < vocab_size:
-        raise UserError(
+        raise ConfigError(
             f"new tokens {new_tokens.first_id}..{last} must lie in the vocabulary of {vocab_size}; enlarge "
             "decoder.vocab_size or mend new_tokens"
         )

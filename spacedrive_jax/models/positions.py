@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 
 # Rotary position embeddings: 1-D and multimodal (three axes) for the decoder, 2-D for the vision tower.
 #
@@ -121,13 +121,13 @@ def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> MropePosit
         Positions on the axes time, row, column (int32) and the offset for generated tokens.
 
     Raises:
-        UserError: If spans overlap, are out of order or leave the sequence.
+        ConfigError: If spans overlap, are out of order or leave the sequence.
     """
     pieces: list[np.ndarray] = []
     index = position = 0
     for span in image_spans:
         if span.start < index or span.stop > length or span.length < 1:
-            raise UserError(
+            raise ConfigError(
                 f"image span {tuple(span)} must start at or behind token {index} and end by token {length}"
             )
         text = np.arange(span.start - index) + position
@@ -157,7 +157,7 @@ def find_image_spans(
         One span per image.
 
     Raises:
-        UserError: If the number or lengths of the runs differ from the grids.
+        ConfigError: If the number or lengths of the runs differ from the grids.
     """
     is_image = np.concatenate([[False], np.asarray(token_ids) == image_token_id, [False]])
     edges = np.flatnonzero(is_image[1:] != is_image[:-1])
@@ -165,7 +165,7 @@ def find_image_spans(
     found = (stops - starts).tolist()
     expected = [rows * columns for rows, columns in merged_grids]
     if found != expected:
-        raise UserError(
+        raise ConfigError(
             f"the text has runs of {found} image tokens (id {image_token_id}) but the images have {expected} "
             "visual tokens; give one placeholder run per image"
         )

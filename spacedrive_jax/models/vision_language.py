@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
 from spacedrive_jax.models.language_model import Decoder, KVCache
 from spacedrive_jax.models.partitioning import constrain
@@ -74,7 +74,7 @@ class VisionLanguageModel(nnx.Module):
             Visual tokens in row-major order.
 
         Raises:
-            UserError: If the pixels do not fit the grid, or the tower cannot take it.
+            ConfigError: If the pixels do not fit the grid, or the tower cannot take it.
         """
 
     @abc.abstractmethod
@@ -91,7 +91,7 @@ class VisionLanguageModel(nnx.Module):
             Positions and the offset for generated tokens.
 
         Raises:
-            UserError: If the placeholders do not fit the images.
+            ConfigError: If the placeholders do not fit the images.
         """
 
     def embed(
@@ -160,7 +160,7 @@ class VisionLanguageModel(nnx.Module):
             Logits, float32.
 
         Raises:
-            UserError: If the placeholders do not fit the images.
+            ConfigError: If the placeholders do not fit the images.
         """
         images_per_sample = 0 if images is None else images.shape[1]
         positions, _ = self.positions(token_ids, images_per_sample, image_grid, lengths=lengths)
@@ -180,10 +180,10 @@ class VisionLanguageModel(nnx.Module):
         """Visual tokens of all images of each sample in one row (F = N * V).
 
         Raises:
-            UserError: If no grid is given.
+            ConfigError: If no grid is given.
         """
         if grid is None:
-            raise UserError("image_grid (patch rows, patch columns) is needed with images")
+            raise ConfigError("image_grid (patch rows, patch columns) is needed with images")
         features = self.encode_images(images.reshape(-1, *images.shape[2:]), grid)
         return features.reshape(images.shape[0], -1, features.shape[-1])
 
@@ -207,7 +207,7 @@ class VisionLanguageModel(nnx.Module):
             Positions (zero in the padding) and each sample's offset for generated tokens.
 
         Raises:
-            UserError: If the placeholders do not fit the images.
+            ConfigError: If the placeholders do not fit the images.
         """
         token_ids = np.asarray(token_ids)
         batch, length = token_ids.shape

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.io import write_text
@@ -53,13 +54,13 @@ def write_report(
         out: the page; `run_dir/report.html` by default.
 
     Raises:
-        UserError: the directory is no run, a file in it is damaged, or something named by an argument does
+        ConfigError: the directory is no run, a file in it is damaged, or something named by an argument does
             not exist.
     """
     files = read_run(run_dir, predictions)
     out = out or run_dir / "report.html"
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     notices = list(files.missing)
     opened = _open_records(files, records, split or str(files.facts.get("split", DEFAULT_SPLIT)), notices)
     planned = _open_predictions(files, predictions, notices)
@@ -69,7 +70,7 @@ def write_report(
         measured = measure_split(opened, planned, lambda rows: progress(rows, desc="report", unit="keyframe"))
         notices += _check_match(opened, files, planned, measured)
     elif highlights:
-        raise UserError("--highlight needs records: give --records DIR")
+        raise ConfigError("--highlight needs records: give --records DIR")
     page = _make_page(files, opened, planned, measured, highlights, notices)
     write_text(out, render_page(page))
     return WrittenReport(out, tuple(notices))

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.conversation import question_turn
 from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import INDICATOR, POSITION
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
@@ -184,7 +184,7 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
     The three worst are shown, of different scenes where there are as many: neighbours fail alike.
 
     Raises:
-        UserError: a highlighted token is not in the split.
+        ConfigError: a highlighted token is not in the split.
     """
     chosen: list[tuple[str, str]] = []
     if "prediction" in measured.errors:
@@ -200,7 +200,7 @@ def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple
         chosen = [(title, measured.tokens[place]) for title, place in places]
     for token in highlights:
         if token not in measured.index_of:
-            raise UserError(f"--highlight {token}: no such keyframe in the split")
+            raise ConfigError(f"--highlight {token}: no such keyframe in the split")
         chosen.append(("Highlighted", token))
     if not chosen and measured.index_of:
         chosen = [("First keyframe", next(iter(measured.index_of)))]

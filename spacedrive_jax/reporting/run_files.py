@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.depth_sources import (
     CACHED,
     DepthConfig,
@@ -22,7 +21,7 @@ from spacedrive_jax.data.depth_sources import (
 )
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.io import read_json, read_text
 
 # The depth that a run saw, where a network gave it: from the sidecar that its config names.
@@ -44,7 +43,7 @@ def with_run_depth(records: Records, config: Mapping[str, Any] | None, notices: 
     depth = DepthConfig(**(settings | {"sources": tuple(settings.get("sources", DepthConfig().sources))}))
     try:
         cache = open_depth_cache(records, depth)
-    except UserError as error:
+    except SpaceDriveError as error:
         notices.append(f"The depth that the run saw is not shown: {error}.")
         return records
     if cache is None:

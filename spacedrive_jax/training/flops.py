@@ -17,10 +17,9 @@ from typing import Any
 import jax
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.images import ImageProcessor
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
 from spacedrive_jax.models.families.qwen2_5_vl import window_layout
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -78,12 +77,14 @@ def describe(name: str, slices: int = 1) -> Topology:
         slices: how many of them the data-centre network joins.
 
     Raises:
-        UserError: the name is not of that form, libtpu is not installed, or it knows no such shape.
+        SpaceDriveError: the name is not of that form, libtpu is not installed, or it knows no such shape.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     kinds = [*CHIPS, "cpu"]
     if not match or match[1] not in kinds:
-        raise UserError(f"--topology {name}: expected CHIP:SHAPE such as v5e:4x4; chips: {', '.join(kinds)}")
+        raise ConfigError(
+            f"--topology {name}: expected CHIP:SHAPE such as v5e:4x4; chips: {', '.join(kinds)}"
+        )
     kind, count = match[1], math.prod(int(side) for side in match[2].split("x"))
     if kind == "cpu" and slices != 1:
         raise ConfigError(f"--slices {slices}: CPU devices have no slices, choose a TPU")
@@ -96,7 +97,9 @@ def describe(name: str, slices: int = 1) -> Topology:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -r requirements-aot.txt")
+        raise SpaceDriveError(
+            "compiling for TPUs needs libtpu (and no TPU): pip install -r requirements-aot.txt"
+        )
     from jax.experimental import topologies
 
     # libtpu's hosts have four chips unless told otherwise; a machine of one chip has one host of one.
@@ -106,7 +109,7 @@ def describe(name: str, slices: int = 1) -> Topology:
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts)
     except Exception as error:
-        raise UserError(f"--topology {name}: libtpu does not describe it ({error})") from error
+        raise ConfigError(f"--topology {name}: libtpu does not describe it ({error})") from error
     name = name if slices == 1 else f"{slices} x {name}"
     return Topology(name, CHIPS[kind], tuple(description.devices))
 
@@ -114,7 +117,7 @@ def describe(name: str, slices: int = 1) -> Topology:
 def _cpu_devices(count: int) -> tuple[jax.Device, ...]:
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise UserError(
+        raise ConfigError(
             f"--topology cpu:{count} needs {count} CPU devices, there are {len(devices)}: set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.coordinate_decoder import VaeDecoder
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.spacedrive import Outputs, SpaceDrive
@@ -125,7 +125,7 @@ def losses(
         sees_truth: the `vae` decodes its future distribution; False scores its inference.
 
     Raises:
-        UserError: the config's decoder and losses do not fit each other.
+        ConfigError: the config's decoder and losses do not fit each other.
     """
     check_choices(model, config)
     waypoints, path = select(model, batch, config), select_path(batch)
@@ -233,30 +233,30 @@ def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
     """Refuses a decoder and losses that cannot train each other.
 
     Raises:
-        UserError: naming the two fields.
+        ConfigError: naming the two fields.
     """
     decoder = model.config.decoder
     in_embedding = config.position_loss in EMBEDDING_LOSSES
     if decoder.is_grid and not in_embedding:
-        raise UserError(
+        raise ConfigError(
             f"model.decoder.kind {decoder.kind} searches a grid and has no gradient in metres (nor does the "
             f"published code train it so): set train.position_loss to cosine or embedding_l2, not "
             f"{config.position_loss}"
         )
     if in_embedding and not decoder.is_grid:
-        raise UserError(
+        raise ConfigError(
             f"train.position_loss {config.position_loss} would leave model.decoder.kind {decoder.kind} "
             "untrained: choose huber, l1 or l2, or a grid_* decoder"
         )
     if model.config.path_points and config.supervision != "planning":
-        raise UserError(
+        raise ConfigError(
             f"model.path_points {model.config.path_points} needs train.supervision planning, not "
             f"{config.supervision}"
         )
     if decoder.whole_trajectory and (
         config.supervision != "planning" or decoder.kind not in ("mlp", "linear")
     ):
-        raise UserError(
+        raise ConfigError(
             "model.decoder.whole_trajectory needs model.decoder.kind mlp or linear and train.supervision "
             f"planning, not {decoder.kind} and {config.supervision}"
         )

@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, resolve
 from spacedrive_jax.training.slices import slice_devices
 
@@ -31,7 +30,7 @@ def connect(coordinator: str | None, host_count: int | None, host_index: int | N
         host_index: this host, from 0.
 
     Raises:
-        UserError: the three do not go together, or the hosts do not find each other.
+        SpaceDriveError: the three do not go together, or the hosts do not find each other.
     """
     if coordinator is None:
         if host_count is not None or host_index is not None:
@@ -54,7 +53,7 @@ def connect(coordinator: str | None, host_count: int | None, host_index: int | N
         else:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the hosts of the run could not be joined: {error}") from error
+        raise SpaceDriveError(f"the hosts of the run could not be joined: {error}") from error
 
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         devices: all devices of the run when None; a described topology's when compiling ahead of time.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices, or do not follow their links.
+        ConfigError: the axes do not multiply to the number of devices, or do not follow their links.
     """
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count() if devices is None else len(devices)
@@ -79,7 +78,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes.count(-1) == 1 and known > 0:
         sizes[sizes.index(-1)] = count // known
     if -1 in sizes or math.prod(sizes) != count:
-        raise UserError(
+        raise ConfigError(
             f"mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {count} "
             "devices: the axes must multiply to that (one may be -1)"
         )
@@ -92,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
         )
     except NotImplementedError as error:
-        raise UserError(
+        raise ConfigError(
             f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not lie along the machine's "
             f"links: {error}"
         ) from error
@@ -124,7 +123,7 @@ def check_replication(state: nnx.State, mesh: Mesh, *, limit: float = REPLICATED
         limit: largest share of the numbers that may be whole everywhere.
 
     Raises:
-        UserError: naming the largest such tensors.
+        ConfigError: naming the largest such tensors.
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
@@ -133,7 +132,7 @@ def check_replication(state: nnx.State, mesh: Mesh, *, limit: float = REPLICATED
     total, kept = sum(leaf.size for _, leaf in leaves), sum(size for size, _ in whole)
     if kept > limit * total:
         largest = ", ".join(f"{name} ({size:,})" for size, name in sorted(whole, reverse=True)[:8])
-        raise UserError(
+        raise ConfigError(
             f"{kept:,} of {total:,} parameters ({kept / total:.1%}, limit {limit:.1%}) would lie whole on "
             f"every device of mesh {dict(mesh.shape)}: {largest}. Choose mesh axes that divide the model's "
             "widths, or name their axes in RULES of spacedrive_jax/models/partitioning.py"
@@ -162,12 +161,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, pieces: int = 1) -> None:
     """Refuses a batch that does not divide over the devices, in every piece of it.
 
     Raises:
-        UserError: naming the numbers.
+        ConfigError: naming the numbers.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (ways * pieces):
         accumulated = f" in {pieces} pieces (train.accumulation)" if pieces > 1 else ""
-        raise UserError(
+        raise ConfigError(
             f"batch size {batch_size} does not divide over {ways} devices (mesh axes data x fsdp)"
             f"{accumulated}"
         )

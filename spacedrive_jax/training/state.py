@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import chat_layout
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.trained_parts import check_trained_parts, fill_trained_parts
 from spacedrive_jax.models.language_model import NewTokenParam
@@ -55,7 +55,7 @@ def check_start(config: Config) -> None:
     """Refuses weights that a run of this config could not start from; reads no tensors.
 
     Raises:
-        UserError: naming the fields.
+        ConfigError: naming the fields.
     """
     if config.model.weights is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model))
@@ -106,7 +106,7 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
         seed=config.train.seed,
     )
     if vlm.config != model.vlm:
-        raise UserError(
+        raise ConfigError(
             f"model.weights {weights} holds {vlm.config}, but model.vlm says {model.vlm}: choose the "
             "preset of that size"
         )

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, to_json
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
@@ -79,8 +79,8 @@ def train(
         profile: steps to trace; None for none.
 
     Raises:
-        UserError: the run folder is taken or cannot be written, the config of a resumed run differs, the disk
-            is full, or the data is not there.
+        SpaceDriveError: the run folder is taken or cannot be written, the config of a resumed run differs,
+            the disk is full, or the data is not there.
         FloatingPointError: the loss or gradient became nan or infinite too often.
     """
     started = time.monotonic()
@@ -105,7 +105,7 @@ def train(
     checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
     missing = run_folder.lack_of_room(run_dir, checkpoint_bytes)
     if missing:
-        raise UserError(missing)
+        raise SpaceDriveError(missing)
     trainable, frozen = start_state(config, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
 
@@ -192,7 +192,7 @@ def train(
                 named = facts | {"trainable_fingerprint": checkpoints.trainable_fingerprint(trainable)}
                 checkpoints.save(manager, done, trainable, optimizer_state, where, named)
             if short_of_room and not finished:
-                raise UserError(f"stopped and saved at step {done}: {short_of_room}")
+                raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started
     return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
 

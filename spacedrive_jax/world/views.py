@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.world import ground, scenery, shapes, stage
 from spacedrive_jax.world.stage import Backdrop, Participant
 from spacedrive_jax.world.weather import WEATHERS, Light
@@ -63,11 +63,11 @@ def prepare_ground(ground_raster: GroundRaster, seed: int) -> Backdrop:
         seed: chooses the light; use one per scene.
 
     Raises:
-        UserError: the raster is empty or its resolution is not positive.
+        ConfigError: the raster is empty or its resolution is not positive.
     """
     drivable = np.asarray(ground_raster.drivable)
     if drivable.ndim != 2 or min(drivable.shape) < 2 or not ground_raster.resolution > 0:
-        raise UserError(
+        raise ConfigError(
             f"ground raster has shape {drivable.shape} at {ground_raster.resolution} m per cell: "
             "give at least 2 x 2 cells and a positive resolution"
         )
@@ -103,16 +103,16 @@ def draw_view(
         seed: chooses the light and sensor noise; use one per scene.
 
     Raises:
-        UserError: the calibration has wrong shapes, or the camera is not above the ground.
+        ConfigError: the calibration has wrong shapes, or the camera is not above the ground.
     """
     intrinsics, camera_to_global = (np.asarray(a, dtype=np.float64) for a in (intrinsics, camera_to_global))
     if intrinsics.shape != (3, 3) or camera_to_global.shape != (4, 4):
-        raise UserError(
+        raise ConfigError(
             f"intrinsics {intrinsics.shape} and camera_to_global {camera_to_global.shape} "
             "must be (3, 3) and (4, 4)"
         )
     if not camera_to_global[2, 3] > 0.1:
-        raise UserError(f"the camera is at z = {camera_to_global[2, 3]:.2f} m, not above the ground z = 0")
+        raise ConfigError(f"the camera is at z = {camera_to_global[2, 3]:.2f} m, not above the ground z = 0")
     backdrop = ground_raster if isinstance(ground_raster, Backdrop) else prepare_ground(ground_raster, seed)
     light = light_of(seed)
     parts = [backdrop.quads]

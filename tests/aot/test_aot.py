@@ -8,7 +8,7 @@ import pytest
 
 from spacedrive_jax.aot.search import parse_mesh
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training.flops import describe
 from tests.conftest import ROOT
 
@@ -63,13 +63,13 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(capsys):
     assert "chips: v5e, v5p, v6e, cpu" in capsys.readouterr().err
     assert main(["aot", TINY, "--topology", "cpu:1", "--mesh", "fsdp=3"]) == 1
     assert "does not fit 1 devices" in capsys.readouterr().err
-    with pytest.raises(UserError, match="got 'rows=2'"):
+    with pytest.raises(SpaceDriveError, match="got 'rows=2'"):
         parse_mesh("rows=2")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_the_way_to_get_it_is_named():
-    with pytest.raises(UserError, match=r"pip install -r requirements-aot\.txt"):
+    with pytest.raises(SpaceDriveError, match=r"pip install -r requirements-aot\.txt"):
         describe("v5e:2x2")
 
 

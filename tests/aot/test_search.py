@@ -8,7 +8,7 @@ from spacedrive_jax.aot import search as searching
 from spacedrive_jax.aot.plan import Plan
 from spacedrive_jax.aot.search import POLICIES, cost, estimate, read_results, search, search_space
 from spacedrive_jax.config import MeshConfig, load_preset
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training.flops import Topology
 from tests.conftest import ROOT
 
@@ -20,7 +20,7 @@ def pretend(config, topology, *, step, limit=None):
     """A plan by formula: larger batches and policies that keep more take more memory and less time."""
     mesh, batch, remat = config.mesh, config.train.batch_size, config.model.compute.remat
     if mesh.tensor == 2:
-        raise UserError("does not lie along the machine's links")
+        raise ConfigError("does not lie along the machine's links")
     kept = batch * (1 + POLICIES.index(remat)) / (mesh.data * mesh.fsdp)
     peak = int(100 / mesh.fsdp + 10 * kept)
     fields = dict.fromkeys((field.name for field in dataclasses.fields(Plan)), 0)

@@ -6,10 +6,10 @@ import pytest
 
 from data_prep.add_depth import add_depth
 from data_prep.cli.add_depth import AddDepth
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.depth_sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 from tests.models.depth.sweeps import walls_around
 from tests.models.depth.tiny_unidepth import save_tiny
@@ -62,7 +62,7 @@ def test_cached_depth_is_the_networks_and_fusion_fits_it_to_lidar(records, netwo
     assert used == ["unidepth"] * 6
     only = DepthConfig(sources=("fused",))
     without_sweep = with_network_depth(opened, only, GRID)[1]
-    with pytest.raises(UserError, match="no depth for CAM_FRONT from fused"):
+    with pytest.raises(SpaceDriveError, match="no depth for CAM_FRONT from fused"):
         record_patch_depth(without_sweep, GRID, only)
 
 
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(records, network, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         add_depth(broken, network)
     config = DepthConfig(sources=("unidepth",))
-    with pytest.raises(UserError, match="no finished depth of unidepth"):
+    with pytest.raises(SpaceDriveError, match="no finished depth of unidepth"):
         with_network_depth(opened, config, GRID)
     added = add_depth(opened, network)
     assert added.reused == 1
@@ -101,19 +101,19 @@ def test_foreign_and_unfit_caches_are_refused(records, network):
     add_depth(opened, network)
     config = DepthConfig(sources=("unidepth",))
     converted_again = dataclasses.replace(opened, fingerprint="0" * 16)
-    with pytest.raises(UserError, match="made from other records"):
+    with pytest.raises(SpaceDriveError, match="made from other records"):
         with_network_depth(converted_again, config, GRID)
-    with pytest.raises(UserError, match="begun for other records"):
+    with pytest.raises(SpaceDriveError, match="begun for other records"):
         add_depth(converted_again, network)
     add_depth(opened, network)
-    with pytest.raises(UserError, match="2x3 tokens, the run needs min of 4x4"):
+    with pytest.raises(SpaceDriveError, match="2x3 tokens, the run needs min of 4x4"):
         with_network_depth(opened, config, (4, 4))
-    with pytest.raises(UserError, match="min-pooled depth of 2x3 tokens, the run needs mean of 2x3"):
+    with pytest.raises(SpaceDriveError, match="min-pooled depth of 2x3 tokens, the run needs mean of 2x3"):
         with_network_depth(opened, dataclasses.replace(config, pooling="mean"), GRID)
-    with pytest.raises(UserError, match="no finished depth of depth_anything"):
+    with pytest.raises(SpaceDriveError, match="no finished depth of depth_anything"):
         with_network_depth(opened, DepthConfig(sources=("depth_anything",)), GRID)
     add_depth(opened, dataclasses.replace(network, channel_order="bgr"))
-    with pytest.raises(UserError, match="several depth caches"):
+    with pytest.raises(SpaceDriveError, match="several depth caches"):
         with_network_depth(opened, config, GRID)
 
 
@@ -124,13 +124,13 @@ def test_command(records, network, tmp_path):
     assert (facts["keyframes"], facts["cameras"]) == (2, 12)
     assert facts["fingerprint"] == network.fingerprint()
     file.write_text('{"weight": "x"}')
-    with pytest.raises(UserError, match="does not describe a depth network"):
+    with pytest.raises(SpaceDriveError, match="does not describe a depth network"):
         AddDepth(records, file).run()
 
 
 def test_flags_that_make_no_sense_are_refused(records, weights):
-    with pytest.raises(UserError, match="--keyframes-per-step 0 must be 1 or more"):
+    with pytest.raises(SpaceDriveError, match="--keyframes-per-step 0 must be 1 or more"):
         AddDepth(records, weights, keyframes_per_step=0).run()
-    with pytest.raises(UserError, match="need --coordinator HOST:PORT"):
+    with pytest.raises(SpaceDriveError, match="need --coordinator HOST:PORT"):
         AddDepth(records, weights, host_count=2).run()
     assert not (records / "depth").exists()

@@ -8,13 +8,12 @@ import pytest
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import load_preset
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
 from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageData, pseudo_coordinate_questions
 from spacedrive_jax.data.prompts import parse_coordinates
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
 
@@ -134,7 +133,7 @@ def test_damaged_language_data_is_named(record, language_data):
         ('[{"question": "a", "answer": 3}]', "`answer` must be a text"),
     ):
         path.write_text(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(SpaceDriveError, match=message):
             talk_about(record, tasks="planning_and_questions", language_data=str(language_data))
 
 
@@ -151,14 +150,14 @@ def test_counterfactual_test_is_read_without_executing(tmp_path):
             return Path.touch, (tmp_path / "executed",)
 
     (folder / "b.pkl").write_bytes(pickle.dumps([Evil()]))
-    with pytest.raises(UserError, match="only plain values"):
+    with pytest.raises(SpaceDriveError, match="only plain values"):
         data.counterfactual_test("b")
     assert not (tmp_path / "executed").exists()
     (folder / "c.pkl").write_bytes(b"\x80\x04junk")
-    with pytest.raises(UserError, match="not a pickle"):
+    with pytest.raises(SpaceDriveError, match="not a pickle"):
         data.counterfactual_test("c")
     (folder / "d.pkl").write_bytes(pickle.dumps([{"traj": "x"}]))
-    with pytest.raises(UserError, match="every item needs"):
+    with pytest.raises(SpaceDriveError, match="every item needs"):
         data.counterfactual_test("d")
 
 
@@ -191,7 +190,7 @@ def test_sample_with_questions(record, language_data):
     assert not alone.waypoint_mask.any()
     assert alone.target_mask.any()
     short = dataclasses.replace(data, max_coordinates=8)
-    with pytest.raises(UserError, match=r"data\.max_coordinates 8"):
+    with pytest.raises(SpaceDriveError, match=r"data\.max_coordinates 8"):
         SampleBuilder(short, CONFIG.model)(record, 0)
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.chat import IGNORE, Turn, llava_chat_tokens, llava_labels
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import planning_frame
 from tests.conftest import ROOT
 
@@ -76,5 +76,5 @@ def test_ego_tokens_follow_the_last_image(llava):
 
 
 def test_a_qwen_tokenizer_is_refused(golden):
-    with pytest.raises(UserError, match=r"lacks the special token .* of the llava chat"):
+    with pytest.raises(SpaceDriveError, match=r"lacks the special token .* of the llava chat"):
         load_tokenizer(golden / "prompts" / "tokenizer.json", "llava")

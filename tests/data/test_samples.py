@@ -5,10 +5,10 @@ import pytest
 
 from spacedrive_jax.batch import Slot
 from spacedrive_jax.config import load_preset
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.spacedrive import PIXEL_MEAN, PIXEL_STD, normalise
 from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
@@ -79,18 +79,18 @@ def test_prompt_for_prediction_ends_in_the_assistant_header(record):
 
 def test_what_does_not_fit_is_an_error(record):
     short = dataclasses.replace(CONFIG.data, sequence_length=64)
-    with pytest.raises(UserError, match=r"more than data\.sequence_length 64"):
+    with pytest.raises(SpaceDriveError, match=r"more than data\.sequence_length 64"):
         SampleBuilder(short, CONFIG.model)(record, 0)
     few = dataclasses.replace(CONFIG.data, max_targets=4)
-    with pytest.raises(UserError, match=r"more than data\.max_targets 4"):
+    with pytest.raises(SpaceDriveError, match=r"more than data\.max_targets 4"):
         SampleBuilder(few, CONFIG.model)(record, 0)
-    with pytest.raises(UserError, match="has no CAM_FRONT image"):
+    with pytest.raises(SpaceDriveError, match="has no CAM_FRONT image"):
         SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": [b""] * 6}, 0)
-    with pytest.raises(UserError, match="has no depth for CAM_FRONT from exact or lidar"):
+    with pytest.raises(SpaceDriveError, match="has no depth for CAM_FRONT from exact or lidar"):
         SampleBuilder(CONFIG.data, CONFIG.model)({**record, "exact_depth": [b""] * 6}, 0)
     decoder = dataclasses.replace(CONFIG.model.vlm.decoder, vocab_size=256)
     vlm = dataclasses.replace(CONFIG.model.vlm, decoder=decoder)
-    with pytest.raises(UserError, match="give the model's own tokenizer"):
+    with pytest.raises(SpaceDriveError, match="give the model's own tokenizer"):
         SampleBuilder(CONFIG.data, dataclasses.replace(CONFIG.model, vlm=vlm))
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_sources import DepthConfig, record_patch_depth
+from spacedrive_jax.errors import SpaceDriveError
 from tests.models.depth.sweeps import sweep
 from tests.record_factory import encode_png, make_record
 
@@ -43,7 +43,7 @@ def test_sources_are_tried_in_order_and_none_is_an_error():
     record = make_record(np.random.default_rng(0), exact_depth=depth, lidar=sweep(around))
     _, used = record_patch_depth(record, (2, 3), DepthConfig())
     assert used == ["exact"] + ["lidar"] * 5
-    with pytest.raises(UserError, match="no depth for CAM_FRONT_RIGHT from exact:"):
+    with pytest.raises(SpaceDriveError, match="no depth for CAM_FRONT_RIGHT from exact:"):
         record_patch_depth(record, (2, 3), DepthConfig(sources=("exact",)))
 
 

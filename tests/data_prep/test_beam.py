@@ -14,7 +14,7 @@ from data_prep import conversion, convert
 from data_prep.beam import convert_unit_file, pipeline_arguments
 from data_prep.cli.convert import Convert
 from data_prep.nuscenes.scene_records import SceneUnit
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from tests.conftest import ROOT
 from tests.data_prep.tiny_nuscenes import VERSION, TinyNuScenes
 
@@ -77,7 +77,7 @@ def test_what_a_user_must_mend_comes_back_from_the_workers(source, tmp_path):
     dataroot = Path(shutil.copytree(source, tmp_path / "nuscenes"))
     broken = next((dataroot / "can_bus").glob("*pose.json"))
     broken.write_text("{")
-    with pytest.raises(UserError, match=broken.name):
+    with pytest.raises(SpaceDriveError, match=broken.name):
         convert_tiny(dataroot, tmp_path / "out", runner="beam")
     assert not (tmp_path / "out" / "conversion" / "units").exists()
     assert len(list((tmp_path / "out" / "conversion").glob("*.array_record-*.json"))) == 2
@@ -85,7 +85,7 @@ def test_what_a_user_must_mend_comes_back_from_the_workers(source, tmp_path):
 
 @needs_beam
 def test_a_runner_that_is_not_there_is_named_in_one_line(source, tmp_path):
-    with pytest.raises(UserError, match=r"pipeline failed \(.*NoSuchRunner.*\); --resume") as told:
+    with pytest.raises(SpaceDriveError, match=r"pipeline failed \(.*NoSuchRunner.*\); --resume") as told:
         convert_tiny(source, tmp_path / "out", runner="beam", beam_options="--runner=NoSuchRunner")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out" / "provenance.json").exists()
@@ -127,13 +127,13 @@ def test_the_local_runner_is_the_default_and_options_go_through():
         "--job_name=nuScenes records",
     ]
     assert pipeline_arguments("--job_name=x", 1)[-1] == "--job_name=x"
-    with pytest.raises(UserError, match="--beam-options"):
+    with pytest.raises(SpaceDriveError, match="--beam-options"):
         pipeline_arguments("--job_name='x", 1)
 
 
 def test_flags_that_do_not_go_together_are_refused(source, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--beam-options only goes with --runner beam"):
+    with pytest.raises(SpaceDriveError, match="--beam-options only goes with --runner beam"):
         convert_tiny(source, tmp_path / "out", beam_options="--runner=FlinkRunner")
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"requirements-beam\.txt"):
+    with pytest.raises(SpaceDriveError, match=r"requirements-beam\.txt"):
         convert_tiny(source, tmp_path / "out", runner="beam")

@@ -20,7 +20,6 @@ from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
@@ -179,9 +178,9 @@ def test_interrupted_conversion_resumes_to_the_same_bytes(dataroot, converted, t
     with pytest.raises(KeyboardInterrupt):
         convert_tiny(dataroot, out)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="is not a finished records folder"):
+    with pytest.raises(SpaceDriveError, match="is not a finished records folder"):
         open_records(out)
-    with pytest.raises(UserError, match="not empty; add --resume"):
+    with pytest.raises(SpaceDriveError, match="not empty; add --resume"):
         convert_tiny(dataroot, out)
     before = {
         path.name: path.stat().st_mtime_ns
@@ -219,24 +218,24 @@ def test_resume_into_an_absent_folder_starts(dataroot, tmp_path):
 
 
 def test_resume_refuses_other_options_and_sources(dataroot, converted, tiny):
-    with pytest.raises(UserError, match=r"options.seed: 0 -> 5"):
+    with pytest.raises(SpaceDriveError, match=r"options.seed: 0 -> 5"):
         convert_tiny(dataroot, converted, resume=True, seed=5)
-    with pytest.raises(UserError, match=r"options.missing_images: stop -> empty"):
+    with pytest.raises(SpaceDriveError, match=r"options.missing_images: stop -> empty"):
         convert_tiny(dataroot, converted, resume=True, missing_images="empty")
     table = dataroot / VERSION / "scene.json"
     table.write_text(table.read_text().replace("parked car", "parked van"))
-    with pytest.raises(UserError, match=r"source.tables.scene: [0-9a-f]+ -> [0-9a-f]+"):
+    with pytest.raises(SpaceDriveError, match=r"source.tables.scene: [0-9a-f]+ -> [0-9a-f]+"):
         convert_tiny(dataroot, converted, resume=True)
 
 
 def test_foreign_folders_are_refused(dataroot, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty; remove it or name another"):
+    with pytest.raises(SpaceDriveError, match="is not empty; remove it or name another"):
         convert_tiny(dataroot, tmp_path / "mine")
-    with pytest.raises(UserError, match="holds no conversion"):
+    with pytest.raises(SpaceDriveError, match="holds no conversion"):
         convert_tiny(dataroot, tmp_path / "mine", resume=True)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(SpaceDriveError, match="is a file"):
         convert_tiny(dataroot, tmp_path / "mine" / "thesis.txt")
     assert content(tmp_path / "mine") == {"thesis.txt": b"precious"}
 
@@ -261,7 +260,7 @@ def damage(tiny, dataroot: Path, damaged: bytes | None) -> None:
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_stop_lists_bad_images_before_writing(tiny, dataroot, tmp_path, kind):
     damage(tiny, dataroot, DAMAGES[kind])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SpaceDriveError) as caught:
         convert_tiny(dataroot, tmp_path / "out")
     message = str(caught.value)
     assert "CAM_BACK: 1 of 12" in message
@@ -297,14 +296,14 @@ def test_version_without_scenes(dataroot, tmp_path):
     (dataroot / VERSION / "scene.json").write_text("[]")
     for table in ("sample", "sample_annotation", "sample_data"):
         (dataroot / VERSION / f"{table}.json").write_text("[]")
-    with pytest.raises(UserError, match=r"scene\.json holds no scene"):
+    with pytest.raises(SpaceDriveError, match=r"scene\.json holds no scene"):
         convert_tiny(dataroot, tmp_path / "out")
 
 
 def test_skip_with_nothing_left(tiny, dataroot, tmp_path):
     for path in dataroot.glob("samples/CAM_FRONT/*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no keyframe of v1\.0-tiny has all six images"):
+    with pytest.raises(SpaceDriveError, match=r"no keyframe of v1\.0-tiny has all six images"):
         convert_tiny(dataroot, tmp_path / "out", missing_images="skip")
 
 
@@ -360,7 +359,7 @@ def test_exact_depth_beside_an_image_is_stored(tiny, dataroot, tmp_path):
     assert record["exact_depth"] == [depth_png(WIDTH)] + [b""] * 5
     for wrong in (depth_png(WIDTH + 1), depth_png(WIDTH, np.uint8), b"nonsense"):
         path.write_bytes(wrong)
-        with pytest.raises(UserError, match=r"samples_depth/CAM_FRONT/scene-2001__CAM_FRONT__0\.png"):
+        with pytest.raises(SpaceDriveError, match=r"samples_depth/CAM_FRONT/scene-2001__CAM_FRONT__0\.png"):
             convert_tiny(dataroot, tmp_path / f"out-{len(wrong)}")
 
 
@@ -389,7 +388,7 @@ def test_command_line_prints_one_json_object(dataroot, tmp_path, capsys):
     ],
 )
 def test_impossible_options(dataroot, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         convert_tiny(dataroot, tmp_path / "out", **options)
 
 

@@ -14,9 +14,8 @@ from PIL import Image
 from data_prep.nuscenes import mask_png
 from data_prep.nuscenes.maps import MaskMap, open_expansion
 from data_prep.nuscenes.mask_png import cache_mask_bits
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe_map import map_fields
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from tests.data_prep.tiny_nuscenes import road_expansion
 
 HALF_PI = np.pi / 2
@@ -99,7 +98,7 @@ def test_damaged_masks_are_refused_and_leave_nothing(tmp_path):
     }
     for message, content in cases.items():
         (tmp_path / "m.png").write_bytes(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(SpaceDriveError, match=message):
             cache_mask_bits(tmp_path / "m.png", tmp_path / "m.npy")
         assert not (tmp_path / "m.npy").exists()
 
@@ -176,7 +175,7 @@ def test_no_map():
 @pytest.mark.parametrize("content", ["{", "{}", '{"node": [], "polygon": [], "drivable_area": [{}]}'])
 def test_broken_expansion_is_named(tmp_path, content):
     (tmp_path / "town.json").write_text(content)
-    with pytest.raises(UserError, match=r"town\.json"):
+    with pytest.raises(SpaceDriveError, match=r"town\.json"):
         open_expansion(tmp_path / "town.json")
 
 

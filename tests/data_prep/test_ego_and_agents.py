@@ -6,10 +6,10 @@ import pytest
 from data_prep.nuscenes.can_bus import read_pose_messages
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.tables import read_tables
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.keyframe_agents import agent_fields, agent_tracks, box_velocity, future_rows
 from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.poses import inverse, transforms
+from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import KEYFRAMES, START_US, STEP_US, TURN_RATE, VERSION, ego_at
 
 
@@ -87,7 +87,7 @@ def test_can_bus_is_off_by_one(tiny, scene):
 def test_broken_can_bus_file_is_named(dataroot, content):
     path = dataroot / "can_bus" / "scene-2001_pose.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"scene-2001_pose\.json"):
+    with pytest.raises(SpaceDriveError, match=r"scene-2001_pose\.json"):
         read_pose_messages(dataroot, "scene-2001")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.tables import LINKS, TABLES, EgoPose, SampleData, read_tables
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import VERSION, TinyNuScenes, token
 
 
@@ -23,21 +23,21 @@ def test_keeps_keyframe_rows_only(tiny, tmp_path):
 
 
 def test_missing_version_names_those_found(dataroot):
-    with pytest.raises(UserError, match=f"v1.0-nope does not exist; versions found .*{VERSION}"):
+    with pytest.raises(SpaceDriveError, match=f"v1.0-nope does not exist; versions found .*{VERSION}"):
         read_tables(dataroot, "v1.0-nope")
 
 
 def test_missing_tables_are_named(dataroot):
     (dataroot / VERSION / "instance.json").unlink()
     (dataroot / VERSION / "map.json").unlink()
-    with pytest.raises(UserError, match=r"lacks instance\.json, map\.json"):
+    with pytest.raises(SpaceDriveError, match=r"lacks instance\.json, map\.json"):
         read_tables(dataroot, VERSION)
 
 
 @pytest.mark.parametrize("content", ["[{", '{"token": "a"}', "[1]", "[" * 5000, "", "\udcff"])
 def test_unreadable_table_is_named(dataroot, content):
     (dataroot / VERSION / "sample.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"sample\.json"):
+    with pytest.raises(SpaceDriveError, match=r"sample\.json"):
         read_tables(dataroot, VERSION)
 
 
@@ -45,7 +45,9 @@ def test_unreadable_table_is_named(dataroot, content):
 def test_broken_link_names_table_row_and_field(tiny, tmp_path, table, field):
     row = tiny.tables[table][0]
     row[field] = "nowhere"
-    with pytest.raises(UserError, match=f"broken link: {table}.json row '{row['token']}', field '{field}'"):
+    with pytest.raises(
+        SpaceDriveError, match=f"broken link: {table}.json row '{row['token']}', field '{field}'"
+    ):
         read_tables(tiny.write(tmp_path / "n"), VERSION)
 
 
@@ -79,19 +81,19 @@ def test_broken_link_names_table_row_and_field(tiny, tmp_path, table, field):
 def test_wrong_value_names_table_row_and_field(tiny, tmp_path, table, field, value):
     tiny.tables[table][0][field] = value
     row = tiny.tables[table][0]["token"]
-    with pytest.raises(UserError, match=f"{table}.json: row '{row}', field '{field}'"):
+    with pytest.raises(SpaceDriveError, match=f"{table}.json: row '{row}', field '{field}'"):
         read_tables(tiny.write(tmp_path / "n"), VERSION)
 
 
 def test_missing_field_is_named(tiny, tmp_path):
     del tiny.tables["scene"][1]["nbr_samples"]
-    with pytest.raises(UserError, match=r"scene.json: row .* has no field 'nbr_samples'"):
+    with pytest.raises(SpaceDriveError, match=r"scene.json: row .* has no field 'nbr_samples'"):
         read_tables(tiny.write(tmp_path / "n"), VERSION)
 
 
 def test_token_occurring_twice(tiny, tmp_path):
     tiny.tables["log"] *= 2
-    with pytest.raises(UserError, match=r"log.json: token .* occurs twice"):
+    with pytest.raises(SpaceDriveError, match=r"log.json: token .* occurs twice"):
         read_tables(tiny.write(tmp_path / "n"), VERSION)
 
 
@@ -203,7 +205,7 @@ def spoil_instance(tiny: TinyNuScenes) -> None:
 def test_inconsistent_scene(tiny, tmp_path, spoil, message):
     spoil(tiny)
     tables = read_tables(tiny.write(tmp_path / "n"), VERSION)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         list(read_scenes(tables))
 
 

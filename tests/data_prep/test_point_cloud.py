@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from data_prep.point_cloud import LIDAR_COLOUR, keyframe_points, write_ply
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data import lidar
+from spacedrive_jax.errors import SpaceDriveError
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
 
@@ -37,5 +37,5 @@ def test_pixels_and_returns_of_one_wall_lie_on_it(tmp_path):
 
 
 def test_a_keyframe_without_depth_is_refused():
-    with pytest.raises(UserError, match="add-depth --full"):
+    with pytest.raises(SpaceDriveError, match="add-depth --full"):
         keyframe_points(make_record(np.random.default_rng(0)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive.abilities import ABILITIES, ability_rates, comfort
 from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
 
@@ -91,14 +91,14 @@ def test_route_set_from_a_file(results: Path, tmp_path: Path, capsys: pytest.Cap
 )
 def test_bad_route_sets(tmp_path: Path, name: str, content: str, problem: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         read_route_set(tmp_path / name)
 
 
 def test_shards_are_one_run(results: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "shard.json", record(5))
     assert ScoreBench2Drive((results, other)).run()["routes"] == 5
-    with pytest.raises(UserError, match="route 1 occurs twice"):
+    with pytest.raises(SpaceDriveError, match="route 1 occurs twice"):
         read_results([results, results])
 
 
@@ -115,22 +115,22 @@ def test_shards_are_one_run(results: Path, tmp_path: Path) -> None:
 )
 def test_bad_records(tmp_path: Path, bad: dict[str, Any], problem: str) -> None:
     path = write(tmp_path / "r.json", record(1), record(2) | bad if "route_id" in bad else record(2, **bad))
-    with pytest.raises(UserError, match=r"r\.json, record 1: ") as caught:
+    with pytest.raises(SpaceDriveError, match=r"r\.json, record 1: ") as caught:
         read_results([path])
     assert problem in str(caught.value)
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(SpaceDriveError, match="cannot read"):
         read_results([tmp_path / "absent.json"])
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(UserError, match="no Bench2Drive result file"):
+    with pytest.raises(SpaceDriveError, match="no Bench2Drive result file"):
         read_results([tmp_path / "list.json"])
-    with pytest.raises(UserError, match="221 results for a set of 220"):
+    with pytest.raises(SpaceDriveError, match="221 results for a set of 220"):
         score_routes(read_results([write(tmp_path / "many.json", *map(record, range(221)))]))
-    with pytest.raises(UserError, match="no result of a route in the set"):
+    with pytest.raises(SpaceDriveError, match="no result of a route in the set"):
         score_routes([], ["1"])
-    with pytest.raises(UserError, match="no percentage in min_speed_infractions"):
+    with pytest.raises(SpaceDriveError, match="no percentage in min_speed_infractions"):
         ScoreBench2Drive(
             (write(tmp_path / "x.json", record(1, infractions={"min_speed_infractions": ["slow"]})),)
         ).run()
@@ -181,13 +181,13 @@ def test_abilities(tmp_path: Path) -> None:
     older = 100 * (1 + sum(successes)) / 6
     assert rates["traffic_signs_0_0_3"] == pytest.approx(older)
     assert rates["mean_0_0_3"] == pytest.approx((100 + 0 + 100 + 100 + older) / 5)
-    with pytest.raises(UserError, match=r"route 2 .* is missing"):
+    with pytest.raises(SpaceDriveError, match=r"route 2 .* is missing"):
         ability_rates(results, {})
     junctions = tmp_path / "junctions.json"
     junctions.write_text('{"2": 0.5, "3": 0.5, "4": 0.5}')
     assert ScoreBench2Drive((path,), junctions=junctions).run()["abilities"] == rates
     junctions.write_text('{"2": "far"}')
-    with pytest.raises(UserError, match="must be an object of route number"):
+    with pytest.raises(SpaceDriveError, match="must be an object of route number"):
         ScoreBench2Drive((path,), junctions=junctions).run()
 
 
@@ -210,7 +210,7 @@ def test_comfort() -> None:
     jump[50:] = motion(10, acceleration=2.5)
     assert comfort(jump[:59]) == 1  # the tail of 19 steps is dropped
     assert comfort(motion(10)) == 1
-    with pytest.raises(UserError, match="at least 3 steps"):
+    with pytest.raises(SpaceDriveError, match="at least 3 steps"):
         comfort(motion(2))
 
 
@@ -226,7 +226,7 @@ def test_comfort_from_logs(results: Path, tmp_path: Path) -> None:
     assert facts["comfort"] == 50
     assert facts["without_motion"] == ["3", "4"]
     (folder / "metric_info.json").write_text('{"0": {"acceleration": [0, 0]}}')
-    with pytest.raises(UserError, match=r"route 2: .*every step must have acceleration"):
+    with pytest.raises(SpaceDriveError, match=r"route 2: .*every step must have acceleration"):
         ScoreBench2Drive((results,), metric_info=tmp_path / "logs").run()
 
 
@@ -252,5 +252,5 @@ def test_published_runs(name: str, routes: int, score: float, success: float, ef
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 5000, b'{"_checkpoint": 1, "_checkpoint": 2}'])
 def test_damaged_result_files_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read .*r\.json"):
+    with pytest.raises(SpaceDriveError, match=r"cannot read .*r\.json"):
         read_results([tmp_path / "r.json"])

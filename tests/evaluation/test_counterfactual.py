@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.counterfactual import (
     RULES,
     Candidate,
@@ -127,5 +127,5 @@ def test_command_on_folders_and_files(
 def test_bad_files(tmp_path: Path, answers: object, annotations: object, problem: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answers))
     (tmp_path / "b.json").write_text(json.dumps(annotations))
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         ScoreCounterfactual(tmp_path / "a.json", tmp_path / "b.json").run()

@@ -9,9 +9,9 @@ import pytest
 import shapely
 
 from spacedrive_jax.cli.evaluate import Evaluate
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
@@ -151,7 +151,9 @@ def test_coverage_lists_everything_not_scored(folder: Path, tmp_path: Path) -> N
 
 def test_nothing_to_score_is_an_error(folder: Path, tmp_path: Path) -> None:
     path = predict(tmp_path / "p.jsonl", {"t0": ahead(1.0), "last": ahead(1.0)})
-    with pytest.raises(UserError, match=r"none of the 2 predictions .*1 predicted tokens are in the split"):
+    with pytest.raises(
+        SpaceDriveError, match=r"none of the 2 predictions .*1 predicted tokens are in the split"
+    ):
         evaluate(open_records(folder, "val"), read_predictions(path), [protocol_named("omnidrive")])
 
 
@@ -205,7 +207,7 @@ def test_command_writes_what_it_returns(
         assert text in table
     Evaluate(path, folder, out=tmp_path / "elsewhere.json").run()
     assert json.loads((tmp_path / "elsewhere.json").read_text())["protocol"] == "omnidrive"
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(SpaceDriveError, match="does not exist"):
         Evaluate(path, folder, out=tmp_path / "no" / "where.json").run()
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -219,7 +221,7 @@ def test_constant_velocity(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(constant_velocity(record)[5], [15.0, -3.0])
     start = make_record(rng, past_mask=np.zeros(2, bool), past_to_ego=np.zeros((2, 4, 4)))
     assert not constant_velocity(start).any()
-    with pytest.raises(UserError, match="past_timestamp_us is not before"):
+    with pytest.raises(SpaceDriveError, match="past_timestamp_us is not before"):
         constant_velocity({**record, "past_timestamp_us": np.array([now, 0])})
 
 
@@ -231,7 +233,7 @@ def test_mean_trajectory_uses_valid_waypoints_only(rng: np.random.Generator) -> 
     mean = mean_trajectory(records)
     np.testing.assert_allclose(mean[:5], ahead(2.0)[:5])
     np.testing.assert_allclose(mean[5], [6.0, 0.0])
-    with pytest.raises(UserError, match="valid in none of the training records"):
+    with pytest.raises(SpaceDriveError, match="valid in none of the training records"):
         mean_trajectory(records[1:])
 
 
@@ -263,7 +265,7 @@ def test_damaged_drivable_raster_is_an_error(rng: np.random.Generator) -> None:
             if isinstance(damaged, np.ndarray)
             else damaged
         )
-        with pytest.raises(UserError, match="keyframe bad: drivable_fine"):
+        with pytest.raises(SpaceDriveError, match="keyframe bad: drivable_fine"):
             drivable_rasters(record, [Grid(0.1)])
 
 
@@ -320,7 +322,7 @@ def test_pedestrians_are_obstacles_on_request(folder: Path, tmp_path: Path) -> N
     facts = Evaluate(path, folder, protocol="corrected", pedestrians=True).run()
     assert facts["collision"]["2s"] == 100
     assert facts["pedestrians"] is True
-    with pytest.raises(UserError, match="use it with --protocol corrected"):
+    with pytest.raises(SpaceDriveError, match="use it with --protocol corrected"):
         Evaluate(path, folder, pedestrians=True).run()
 
 
@@ -335,7 +337,7 @@ def test_comparison_is_paired(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert comparison["nearer_share"] == {"1s": 1, "2s": 1, "3s": 1}
     assert "here - there" in capsys.readouterr().out
     apart = predict(tmp_path / "r.jsonl", {"person": ahead(0.0)})
-    with pytest.raises(UserError, match="shares no scored keyframe"):
+    with pytest.raises(SpaceDriveError, match="shares no scored keyframe"):
         Evaluate(path, folder, compare=apart).run()
 
 
@@ -376,5 +378,5 @@ def test_read_only_predictions(
     assert facts["file"] is None
     assert "not written" in capsys.readouterr().out
     assert not list(tmp_path.glob("p.omnidrive.json"))
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(SpaceDriveError, match="cannot be written to"):
         Evaluate(path, folder, out=tmp_path / "x.json").run()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.cli.verify import Verify
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.metrics import horizon_scores
 from spacedrive_jax.evaluation.protocols import VAD
 from tests.golden.verify.check import Check
@@ -73,13 +73,13 @@ def test_a_changed_number_is_found(folder: Path, tmp_path: Path, name: str, entr
     outputs[entry] = outputs[entry].copy()
     outputs[entry][1] += 1e-3 if outputs[entry].dtype == np.float64 else 1
     np.savez(case / "outputs.npz", **outputs)
-    with pytest.raises(UserError, match=f"1 tensors out of tolerance, first {name}"):
+    with pytest.raises(SpaceDriveError, match=f"1 tensors out of tolerance, first {name}"):
         Verify(case).run()
 
 
 def test_incomplete_case(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
-    with pytest.raises(UserError, match=r"cannot read .*inputs\.npz"):
+    with pytest.raises(SpaceDriveError, match=r"cannot read .*inputs\.npz"):
         Verify(tmp_path).run()
 
 

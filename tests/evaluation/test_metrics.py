@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.collision import Obstacles, box_cells, collides, ego_cells, step_headings
 from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, summarize
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, StepRule, protocol_named
@@ -202,5 +202,5 @@ def test_devkit_polygons_refill_holes() -> None:
 def test_protocol_names() -> None:
     assert list(PROTOCOLS) == ["omnidrive", "vad", "uniad", "corrected"]
     assert protocol_named("vad") is VAD
-    with pytest.raises(UserError, match="omnidrive, vad, uniad, corrected"):
+    with pytest.raises(SpaceDriveError, match="omnidrive, vad, uniad, corrected"):
         protocol_named("stp3")

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.evaluation.prediction_files import parse_answer, read_predictions
 
 PATH = [[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.3], [5.0, 0.4], [6.0, 0.5]]
@@ -64,15 +63,15 @@ def test_every_line_is_used_or_listed(tmp_path: Path) -> None:
 )
 def test_malformed_lines_name_the_line(tmp_path: Path, line: object, problem: str) -> None:
     path = write(tmp_path / "p.jsonl", entry("first"), line)
-    with pytest.raises(UserError, match=r"p\.jsonl, line 2: ") as caught:
+    with pytest.raises(SpaceDriveError, match=r"p\.jsonl, line 2: ") as caught:
         read_predictions(path)
     assert problem in str(caught.value)
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prediction file"):
+    with pytest.raises(SpaceDriveError, match="no prediction file"):
         read_predictions(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="holds no prediction"):
+    with pytest.raises(SpaceDriveError, match="holds no prediction"):
         read_predictions(write(tmp_path / "empty.jsonl", ""))
 
 
@@ -97,10 +96,10 @@ def test_published_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(predictions.waypoints["good"], PATH)
     assert predictions.unparsed == ("talk",)
     (folder / "bad").write_text("{}")
-    with pytest.raises(UserError, match=r"bad: expected a JSON list"):
+    with pytest.raises(SpaceDriveError, match=r"bad: expected a JSON list"):
         read_predictions(folder)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="holds no prediction"):
+    with pytest.raises(SpaceDriveError, match="holds no prediction"):
         read_predictions(tmp_path / "none")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 
 PATH = np.array([[1.0, 0.1], [2.0, 0.2], [3.0, 0.3], [4.0, 0.4], [5.0, 0.5], [6.0, 0.6]])
@@ -71,7 +71,7 @@ def test_pickles_cannot_run_anything(
     tmp_path: Path, content: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"p\.pkl is not a pickle of .*it (asks for|holds an array of)"):
+    with pytest.raises(SpaceDriveError, match=r"p\.pkl is not a pickle of .*it (asks for|holds an array of)"):
         read_predictions(pickled(tmp_path / "p.pkl", content))
     assert not (tmp_path / "attacked").exists()
 
@@ -88,19 +88,19 @@ def test_pickles_cannot_run_anything(
     ],
 )
 def test_what_is_no_trajectory_is_named(tmp_path: Path, content: object, problem: str) -> None:
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         read_predictions(pickled(tmp_path / "p.pkl", content))
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "p.pkl").write_bytes(b"\x80\x04 nothing")
-    with pytest.raises(UserError, match="is not a pickle"):
+    with pytest.raises(SpaceDriveError, match="is not a pickle"):
         read_predictions(tmp_path / "p.pkl")
     (tmp_path / "p.json").write_text("[1, 2")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(SpaceDriveError, match="is not JSON"):
         read_predictions(tmp_path / "p.json")
     (tmp_path / "p.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="expected an object of token to waypoints, found list"):
+    with pytest.raises(SpaceDriveError, match="expected an object of token to waypoints, found list"):
         read_predictions(tmp_path / "p.json")
 
 
@@ -145,5 +145,5 @@ def test_pickles_reach_no_memory_but_their_own(tmp_path: Path, content: bytes, p
     if problem is None:  # a memo entry of number 2^28, which the machine in C makes room for
         assert read_predictions(tmp_path / "p.pkl").unparsed == ("tok",)
         return
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         read_predictions(tmp_path / "p.pkl")

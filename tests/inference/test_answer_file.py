@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference import predict as predict_module
 from spacedrive_jax.inference.answers import answer_file
 from tests.training.runs import make_records, save_untrained, tiny
@@ -34,7 +34,7 @@ def test_appears_when_whole(tmp_path):
     assert write(out, [1, 2, 3]) == 0
     assert contents(out) == [1, 2, 3]
     assert list(out.parent.iterdir()) == [out]
-    with pytest.raises(UserError, match="exists: give another --out, or --overwrite"):
+    with pytest.raises(SpaceDriveError, match="exists: give another --out, or --overwrite"):
         write(out, [4])
     assert contents(out) == [1, 2, 3]
     write(out, [4], overwrite=True)
@@ -46,9 +46,9 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(out, [1, 2, 3, 4, 5], fail_after=4)
     assert not out.exists()
-    with pytest.raises(UserError, match="--resume goes on, --overwrite starts anew"):
+    with pytest.raises(SpaceDriveError, match="--resume goes on, --overwrite starts anew"):
         write(out, [1, 2, 3, 4, 5])
-    with pytest.raises(UserError, match=r"asking\.frame"):
+    with pytest.raises(SpaceDriveError, match=r"asking\.frame"):
         write(out, [1, 2, 3, 4, 5], resume=True, facts=FACTS | {"asking": {"frame": (1, 3)}})
     assert write(out, [1, 2, 3, 4, 5], resume=True) == 4
     assert contents(out) == [1, 2, 3, 4, 5]

@@ -12,10 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from spacedrive_jax.batch import LENGTH_STEP, prompt_length, stack, without_padding
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.transforms import token_fields
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, answer_text, planning_frame, prediction_line
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.coordinate_decoder import make_decoder
@@ -182,7 +182,7 @@ def test_limits(case, answer):
         np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
         assert not fast.in_one_pass.any()
     for limit, penalty in ((0, 1.0), (5, 0.0)):
-        with pytest.raises(UserError, match="must be"):
+        with pytest.raises(SpaceDriveError, match="must be"):
             generate(case.model, batch, case.tokenizer, limit, repetition_penalty=penalty)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.spacedrive_config import (
     data_config,
     model_config,
@@ -55,7 +55,7 @@ def model_of(**changes):
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         model_of(**changes)
 
 
@@ -105,21 +105,21 @@ def test_json_arguments(tmp_path):
 
 
 def test_configs_that_cannot_be_read_are_errors(tmp_path):
-    with pytest.raises(UserError, match="line 1: 'load\\(\\)'"):
+    with pytest.raises(SpaceDriveError, match="line 1: 'load\\(\\)'"):
         parse_published_config("model = dict(a=load())", "it")
-    with pytest.raises(UserError, match="_base_"):
+    with pytest.raises(SpaceDriveError, match="_base_"):
         parse_published_config("pe_scaling = 1", "it")
-    with pytest.raises(UserError, match="not a Python config"):
+    with pytest.raises(SpaceDriveError, match="not a Python config"):
         parse_published_config("model = (", "it")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(SpaceDriveError, match="cannot read"):
         read_published_config(tmp_path / "absent.json")
     for content in (b"\xff", b"[" * 5000, b"[]"):
         (tmp_path / "a.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.json"):
+        with pytest.raises(SpaceDriveError, match=r"a\.json"):
             read_published_config(tmp_path / "a.json")
 
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(UserError, match="object of constructor arguments"):
+    with pytest.raises(SpaceDriveError, match="object of constructor arguments"):
         read_published_config(tmp_path / "a.json")
 
 
@@ -136,5 +136,5 @@ def test_configs_that_cannot_be_read_are_errors(tmp_path):
     ],
 )
 def test_a_few_lines_cannot_ask_for_much(text):
-    with pytest.raises(UserError, match=r"cannot be|can be read|not a Python config"):
+    with pytest.raises(SpaceDriveError, match=r"cannot be|can be read|not a Python config"):
         parse_published_config(text, "it")

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import spacedrive_jax.cli.main
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import open_model
 from spacedrive_jax.interop.families import family_of
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
@@ -218,11 +218,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(checkpoint, tmp_path, 
 
 
 def test_an_existing_folder_is_not_touched(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(SpaceDriveError, match="exists"):
         import_hf(checkpoint("qwen_plus_train"), tmp_path, ImportOptions())
     source = checkpoint("llava_plus_train")
     save_adapter(adapted(source), tmp_path / "adapter", base_model=str(source))
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(SpaceDriveError, match="exists"):
         import_peft(tmp_path / "adapter", tmp_path, ImportOptions())
 
 
@@ -230,10 +230,10 @@ def test_damaged_facts_are_named(checkpoint, tmp_path):
     import_hf(checkpoint("qwen_plus_train"), tmp_path / "weights", ImportOptions())
     file = tmp_path / "weights" / "weights.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9}))
-    with pytest.raises(UserError, match="format 9"):
+    with pytest.raises(SpaceDriveError, match="format 9"):
         open_model(tmp_path / "weights")
     file.write_text("{")
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(SpaceDriveError, match="not readable"):
         open_model(tmp_path / "weights")
 
 
@@ -283,9 +283,9 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path, wrong):
     name = sorted(tensors)[0]
     tensors[name].flat[7] = wrong
     save_file(tensors, file)
-    with pytest.raises(UserError, match=f"{name} holds nan or infinity"):
+    with pytest.raises(SpaceDriveError, match=f"{name} holds nan or infinity"):
         import_hf(source, tmp_path / "w", ImportOptions())
-    with pytest.raises(UserError, match="nan or infinity"):
+    with pytest.raises(SpaceDriveError, match="nan or infinity"):
         from_hf(source)
     assert not [each.name for each in tmp_path.iterdir() if "w" in each.name.split(".")[:2]]
 
@@ -311,7 +311,7 @@ def test_a_tokenizer_cannot_make_the_table_grow(checkpoint, tmp_path, vocabulary
     content = json.loads((source / "tokenizer.json").read_text())
     content["model"]["vocab"] = {"word0": 0} | vocabulary
     (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         import_hf(source, tmp_path / "w", ImportOptions())
 
 
@@ -319,7 +319,7 @@ def test_a_tokenizer_cannot_make_the_table_grow(checkpoint, tmp_path, vocabulary
 def test_a_damaged_tokenizer_is_named(checkpoint, tmp_path, content):
     source = checkpoint("qwen_plus_train")
     (source / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with pytest.raises(SpaceDriveError, match=r"tokenizer\.json"):
         import_hf(source, tmp_path / "w", ImportOptions())
 
 

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import spacedrive_jax.cli.main
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import load_preset, to_json
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import open_config, open_model, open_trained_model
 from spacedrive_jax.interop.families import read_hf_config
@@ -183,7 +183,7 @@ def test_what_does_not_change_the_tensors_meaning_may_differ(imported):
         "position_input_training": "zeros",
     }
     check_model(imported, dataclasses.replace(model, **alike))
-    with pytest.raises(UserError, match=r"model\.ego_status: both -> feature"):
+    with pytest.raises(SpaceDriveError, match=r"model\.ego_status: both -> feature"):
         check_model(imported, dataclasses.replace(model, ego_status="feature"))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.dinov2 import export_module
 from spacedrive_jax.interop.torch_file import open_tensors, write_torch_file
 from spacedrive_jax.interop.unidepth import load_unidepth, unidepth_rules
@@ -22,8 +22,8 @@ def test_the_same_parameters_as_from_safetensors(golden, tmp_path, wrapped):
 
 def test_other_content_is_named(tmp_path):
     write_torch_file(tmp_path / "weights.pth", {"model": {"a": 1}})
-    with pytest.raises(UserError, match="does not hold tensors by name"):
+    with pytest.raises(SpaceDriveError, match="does not hold tensors by name"):
         open_tensors(tmp_path / "weights.pth")
     (tmp_path / "other.pth").write_bytes(b"junk")
-    with pytest.raises(UserError, match="not a zip file"):
+    with pytest.raises(SpaceDriveError, match="not a zip file"):
         open_tensors(tmp_path / "other.pth")

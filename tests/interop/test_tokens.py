@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.importing import extend_tokenizer, with_mean_rows
 from tests.interop.conftest import write_tokenizer
 
@@ -50,7 +50,7 @@ def test_the_extended_tokenizer_serves_the_data_pipeline(tmp_path, golden):
 
 
 def test_no_tokenizer_is_an_error_unless_nothing_is_added(tmp_path):
-    with pytest.raises(UserError, match="--no-add-tokens"):
+    with pytest.raises(SpaceDriveError, match="--no-add-tokens"):
         extend_tokenizer(tmp_path, tmp_path)
     assert extend_tokenizer(tmp_path, tmp_path, add=False) == (None, False)
 
@@ -61,7 +61,7 @@ def test_ids_that_are_not_in_a_row_are_refused(tmp_path):
     tokenizer.add_special_tokens(["<POS_EMBEDDING>", "<POS_INDICATOR>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "target").mkdir()
-    with pytest.raises(UserError, match="not the next one"):
+    with pytest.raises(SpaceDriveError, match="not the next one"):
         extend_tokenizer(tmp_path, tmp_path / "target")
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models import attention
 from spacedrive_jax.models.attention import attend, choose_kernel, splash_attention, splash_blocks
 
@@ -123,7 +123,7 @@ def test_auto_takes_the_machines_kernel():
 @pytest.mark.parametrize("choice", ["splash", "cudnn"])
 def test_a_kernel_that_is_not_there_is_an_error(choice):
     q = heads(0, 1, 8, 2)
-    with pytest.raises(UserError, match=f"model.compute.attention is {choice}"):
+    with pytest.raises(SpaceDriveError, match=f"model.compute.attention is {choice}"):
         attend(q, q, q, choice=choice)
 
 

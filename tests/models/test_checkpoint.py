@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.qwen2_5_vl import canonical_name, hub_name, qwen_rules
 from spacedrive_jax.interop.weight_table import lora_rules
@@ -82,7 +82,7 @@ def test_every_bad_tensor_is_reported_at_once(checkpoint):
     del tensors["model.language_model.layers.2.mlp.up_proj.weight"]
     tensors["model.visual.blocks.0.norm1.weight"] = np.zeros(7, np.float32)
     tensors["model.visual.blocks.9.norm1.weight"] = np.zeros(32, np.float32)
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(SpaceDriveError) as raised:
         from_hf(save())
     message = str(raised.value)
     assert "(3 tensors)" in message
@@ -94,7 +94,7 @@ def test_every_bad_tensor_is_reported_at_once(checkpoint):
 def test_hub_and_transformers_names_may_not_both_be_there(checkpoint):
     tensors, save = checkpoint
     tensors["visual.merger.ln_q.weight"] = np.zeros(32, np.float32)
-    with pytest.raises(UserError, match="comes twice"):
+    with pytest.raises(SpaceDriveError, match="comes twice"):
         from_hf(save())
 
 
@@ -103,14 +103,14 @@ def test_damaged_and_absent_files_are_named(checkpoint, tmp_path):
     folder = save()
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+    with pytest.raises(SpaceDriveError, match=r"cannot read .*model\.safetensors"):
         from_hf(folder)
     file.unlink()
-    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(SpaceDriveError, match=r"neither model\.safetensors nor"):
         from_hf(folder)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="model-00001-of-00001"):
+    with pytest.raises(SpaceDriveError, match="model-00001-of-00001"):
         from_hf(folder)
 
 
@@ -118,13 +118,13 @@ def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch):
     import spacedrive_jax.interop.safetensors_folder as module
 
     monkeypatch.setattr(module, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match=r"cannot write .*exported: disk full"):
+    with pytest.raises(SpaceDriveError, match=r"cannot write .*exported: disk full"):
         to_hf(model, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_overwritten(model, tmp_path):
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(SpaceDriveError, match="exists"):
         to_hf(model, tmp_path)
 
 

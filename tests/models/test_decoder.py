@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import TRAINABLE
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
@@ -142,7 +142,7 @@ def test_new_tokens_have_rows_of_their_own(adapted):
 
 
 def test_new_tokens_outside_the_vocabulary_are_refused():
-    with pytest.raises(UserError, match=r"95\.\.96.*vocabulary of 96"):
+    with pytest.raises(SpaceDriveError, match=r"95\.\.96.*vocabulary of 96"):
         build(new_tokens=NewTokensConfig(first_id=95, count=2))
 
 
@@ -316,5 +316,5 @@ def test_names_do_not_disturb_under_a_mesh():
     ],
 )
 def test_impossible_decoders_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         dataclasses.replace(CONFIG, **change)

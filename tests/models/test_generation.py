@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.generation import generate
 
 GRID = (4, 6)
@@ -68,11 +68,11 @@ def test_images_matter(tiny_model, prompts, generated):
 
 def test_bad_requests_are_refused(tiny_model, prompts):
     token_ids, _, images = prompts
-    with pytest.raises(UserError, match="max_new_tokens"):
+    with pytest.raises(SpaceDriveError, match="max_new_tokens"):
         generate(tiny_model, token_ids[:, 8:], max_new_tokens=0)
-    with pytest.raises(UserError, match="prompt lengths"):
+    with pytest.raises(SpaceDriveError, match="prompt lengths"):
         generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, lengths=np.array([6, 0]))
-    with pytest.raises(UserError, match="runs of"):
+    with pytest.raises(SpaceDriveError, match="runs of"):
         generate(tiny_model, token_ids, max_new_tokens=1)
-    with pytest.raises(UserError, match="image_grid"):
+    with pytest.raises(SpaceDriveError, match="image_grid"):
         generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, images=jnp.asarray(images[:, :0]))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.models.config import QwenVLConfig
 
@@ -103,17 +103,17 @@ def test_what_is_not_supported_is_refused(change, message):
     values = {**HUB_7B, **change}
     if "hidden_size" in change:
         values["num_attention_heads"] = 16
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         read_hf_config(values)
 
 
 def test_missing_sizes_and_files_are_named(tmp_path):
     values = {name: value for name, value in HUB_7B.items() if name != "vocab_size"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"config\.json: field 'vocab_size' is missing"):
+    with pytest.raises(SpaceDriveError, match=r"config\.json: field 'vocab_size' is missing"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(SpaceDriveError, match="cannot read"):
         read_hf_config(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_fields_beside_text_config_are_read_where_it_lacks_them():
 def test_two_places_that_disagree_are_refused(change, problem):
     values = nested(rope_scaling=HUB_7B["rope_scaling"])
     values["text_config"] |= change.get("text_config", {})
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         read_hf_config(values | {name: value for name, value in change.items() if name != "text_config"})
 
 
@@ -167,12 +167,12 @@ def test_two_places_that_disagree_are_refused(change, problem):
     ],
 )
 def test_values_that_cannot_be_are_named(change, problem):
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(SpaceDriveError, match=problem):
         read_hf_config(HUB_7B | change)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b"[" * 5000 + b"]" * 5000])
 def test_a_damaged_config_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(SpaceDriveError, match=r"config\.json"):
         read_hf_config(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf, to_hf
 from spacedrive_jax.interop.llava import canonical_name, hub_name, llava_rules
@@ -162,7 +162,7 @@ def test_old_buffers_are_passed_over_and_bad_tensors_reported(tmp_path):
     del tensors["model.multi_modal_projector.linear_1.weight"]
     tensors["lm_head.weight"] = np.zeros((511, 96), np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(SpaceDriveError) as raised:
         from_hf(tmp_path)
     assert "(2 tensors)" in str(raised.value)
     assert "missing model.multi_modal_projector.linear_1.weight (96, 32)" in str(raised.value)
@@ -222,7 +222,7 @@ def test_config_survives_writing_and_takes_the_hubs_short_form():
 def test_features_that_are_not_here_are_refused(part, change, message):
     fields = json.loads((GOLDEN / "config.json").read_text())
     (fields if part is None else fields[part]).update(change)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         read_hf_config(fields)
 
 
@@ -250,15 +250,15 @@ def test_two_images_may_stand_side_by_side_and_padding_changes_nothing(model):
 
 def test_images_that_do_not_fit_are_refused(model):
     patches = np.zeros((1, 1, 16, 588), np.float32)
-    with pytest.raises(UserError, match=r"15 image tokens .* 16 visual tokens"):
+    with pytest.raises(SpaceDriveError, match=r"15 image tokens .* 16 visual tokens"):
         model.logits(np.full((1, 15), IMAGE), images=patches, image_grid=(4, 4))
-    with pytest.raises(UserError, match="grid 2x8 must be 4x4"):
+    with pytest.raises(SpaceDriveError, match="grid 2x8 must be 4x4"):
         model.logits(np.full((1, 16), IMAGE), images=patches, image_grid=(2, 8))
-    with pytest.raises(UserError, match="flatten_patches"):
+    with pytest.raises(SpaceDriveError, match="flatten_patches"):
         model.encode_images(jnp.zeros((1, 16, 3)), (4, 4))
-    with pytest.raises(UserError, match="do not divide"):
+    with pytest.raises(SpaceDriveError, match="do not divide"):
         flatten_patches(np.zeros((3, 50, 56)), 14)
-    with pytest.raises(UserError, match="feature_layer"):
+    with pytest.raises(SpaceDriveError, match="feature_layer"):
         ClipVisionConfig(feature_layer=0)
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
@@ -77,7 +77,7 @@ def test_hub_names_are_understood(saved):
     ],
 )
 def test_a_model_built_otherwise_is_refused(saved, lora):
-    with pytest.raises(UserError, match="was built with"):
+    with pytest.raises(SpaceDriveError, match="was built with"):
         load_adapter(build(lora), saved[1])
 
 
@@ -114,7 +114,7 @@ def test_other_adapters_are_refused(saved, change, message):
     _, folder = saved
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         load_adapter(build(), folder)
 
 
@@ -122,21 +122,21 @@ def test_a_config_that_belies_its_tensors_is_refused(saved):
     _, folder = saved
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 4}))
-    with pytest.raises(UserError, match=r"asks for \(4, 32\)"):
+    with pytest.raises(SpaceDriveError, match=r"asks for \(4, 32\)"):
         load_adapter(build(read_peft_config(folder)), folder)
 
 
 def test_missing_pieces_are_named(saved, tmp_path):
     model, folder = saved
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(SpaceDriveError, match="exists"):
         save_adapter(model, folder, base_model="tiny")
-    with pytest.raises(UserError, match="no adapters"):
+    with pytest.raises(SpaceDriveError, match="no adapters"):
         save_adapter(build(lora=None), tmp_path / "none", base_model="tiny")
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not there"):
+    with pytest.raises(SpaceDriveError, match=r"adapter_model\.safetensors is not there"):
         load_adapter(model, folder)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*adapter_config\.json"):
+    with pytest.raises(SpaceDriveError, match=r"cannot read .*adapter_config\.json"):
         read_peft_config(folder)
 
 
@@ -180,7 +180,7 @@ def test_rank_stabilised_adapters_keep_their_scale(saved):
 def test_a_damaged_config_is_named(saved, content):
     _, folder = saved
     (folder / "adapter_config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=r"adapter_config\.json"):
+    with pytest.raises(SpaceDriveError, match=r"adapter_config\.json"):
         read_peft_config(folder)
 
 
@@ -190,5 +190,5 @@ def test_weights_that_are_no_numbers_are_refused(saved):
     tensors = load_file(file)
     name = sorted(tensors)[0]
     save_file(tensors | {name: tensors[name] * np.nan}, file)
-    with pytest.raises(UserError, match=f"{name} holds nan or infinity"):
+    with pytest.raises(SpaceDriveError, match=f"{name} holds nan or infinity"):
         load_adapter(model, folder)

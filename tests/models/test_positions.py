@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.positions import ImageSpan, find_image_spans, mrope_positions
 
 
@@ -33,7 +33,7 @@ def test_sequence_may_end_with_an_image():
 
 @pytest.mark.parametrize("spans", [[(3, 2, 2), (5, 1, 1)], [(8, 1, 3)], [(5, 1, 1), (2, 1, 1)], [(1, 0, 4)]])
 def test_spans_must_lie_in_order_within_the_sequence(spans):
-    with pytest.raises(UserError, match="image span"):
+    with pytest.raises(SpaceDriveError, match="image span"):
         mrope_positions(10, [ImageSpan(*span) for span in spans])
 
 
@@ -46,5 +46,5 @@ def test_runs_are_found_by_id():
 
 @pytest.mark.parametrize("grids", [[(1, 2)], [(1, 2), (1, 3)], [(1, 2), (2, 2), (1, 1), (1, 1)]])
 def test_runs_must_fit_the_images(grids):
-    with pytest.raises(UserError, match="runs of"):
+    with pytest.raises(SpaceDriveError, match="runs of"):
         find_image_spans(np.array([9, 9, 1, 9, 9, 9, 9, 2, 9]), grids, 9)

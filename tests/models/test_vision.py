@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVision, window_layout
 
@@ -79,12 +79,12 @@ def test_six_hundred_forty_pixel_grid_has_ragged_windows():
 
 
 def test_grid_must_divide_into_merged_tokens():
-    with pytest.raises(UserError, match="5x4 patches"):
+    with pytest.raises(SpaceDriveError, match="5x4 patches"):
         window_layout((5, 4), 2, 4)
 
 
 def test_pixels_must_fit_the_grid(tower):
-    with pytest.raises(UserError, match=r"\(1, 16, 96\).*4x6"):
+    with pytest.raises(SpaceDriveError, match=r"\(1, 16, 96\).*4x6"):
         tower(pixels(1, (4, 4)), (4, 6))
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.report import Report
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.reporting.build import write_report
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, image_origin
 from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
@@ -130,7 +129,7 @@ def test_page_stands_alone(run_dir: Path) -> None:
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
-    # The horizon, four cases of three pictures and the depth's scale, two curves: the losses and the odd number.
+    # The horizon, four cases of three pictures and the depth's scale, two curves: losses and the odd number.
     assert len(page.images) == 1 + 4 * 4 + 2
     for source in page.images:
         kind, data = source.split(";base64,")
@@ -276,23 +275,23 @@ def test_resumed_and_cut_off_logs(run_dir: Path) -> None:
     assert [step["loss"] for step in files.steps] == [3, 1.5]
     assert any("last line of metrics.jsonl is cut off" in text for text in files.missing)
     (run_dir / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "loss": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not JSON"):
+    with pytest.raises(SpaceDriveError, match=r"metrics\.jsonl, line 1: not JSON"):
         read_run(run_dir)
 
 
 def test_errors_name_what_to_mend(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(SpaceDriveError, match="no run directory"):
         Report((tmp_path / "nowhere",)).run()
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="does not look like a run"):
+    with pytest.raises(SpaceDriveError, match="does not look like a run"):
         Report((empty,)).run()
-    with pytest.raises(UserError, match="--highlight unknown"):
+    with pytest.raises(SpaceDriveError, match="--highlight unknown"):
         Report((run_dir,), highlight=("unknown",)).run()
-    with pytest.raises(UserError, match="is not a finished records folder"):
+    with pytest.raises(SpaceDriveError, match="is not a finished records folder"):
         Report((run_dir,), records=empty).run()
     (run_dir / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    with pytest.raises(SpaceDriveError, match=r"config\.json is not JSON"):
         Report((run_dir,)).run()
     assert not list(run_dir.glob("*.partial"))
     assert not (run_dir / "report.html").exists()
@@ -311,7 +310,7 @@ def test_numbers_of_an_evaluation_file_are_numbers(run_dir: Path, place: tuple[s
         inner = inner[part]
     inner[name] = "<script>alert(1)</script>"
     file.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"is not what evaluate wrote \(Expected .* - at `\$\."):
+    with pytest.raises(SpaceDriveError, match=r"is not what evaluate wrote \(Expected .* - at `\$\."):
         write_report(run_dir)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from spacedrive_jax.config import MeshConfig
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.training.checkpoints import state_fingerprint
@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_its_base_from_anywhere_and_with_no_other(tmp_path):
     name = next(name for name in sorted(tensors) if "mlp" in name and "visual" not in name)
     tensors[name] = tensors[name] + np.float32(0.01)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="base_fingerprint"):
+    with pytest.raises(SpaceDriveError, match="base_fingerprint"):
         train(config(other, 2), resume=True)
 
     moved = weights.rename(tmp_path / "moved")
@@ -66,6 +66,6 @@ def test_a_run_goes_on_with_its_base_from_anywhere_and_with_no_other(tmp_path):
     assert open_trained_model(run_dir).config.model.weights == str(moved)
     shutil.rmtree(moved)
     other.rename(moved)
-    with pytest.raises(UserError, match="base_fingerprint"):
+    with pytest.raises(SpaceDriveError, match="base_fingerprint"):
         open_trained_model(run_dir)
     assert len(losses_of(run_dir)) == 2

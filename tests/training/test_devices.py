@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import load_preset
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.partitioning import resolve
 from spacedrive_jax.training.sharding import check_replication
 from spacedrive_jax.training.state import abstract_state
@@ -116,7 +116,7 @@ def test_a_replicated_model_is_refused_by_name():
         return nnx.State({"table": nnx.Param(leaf)})
 
     check_replication(state(PartitionSpec("fsdp")), devices)
-    with pytest.raises(UserError, match=r"512 of 512 parameters .* table \(512\)"):
+    with pytest.raises(SpaceDriveError, match=r"512 of 512 parameters .* table \(512\)"):
         check_replication(state(PartitionSpec()), devices)
 
 
@@ -131,7 +131,7 @@ def test_the_published_model_is_split_on_every_mesh_that_is_let_through():
     for sizes in ((1, 16, 1), (1, 4, 4), (4, 1, 4)):
         check_replication(*placed(*sizes))
     # 28 heads, 4 of keys and values, do not go eight ways: the attention's weights would stay whole.
-    with pytest.raises(UserError, match=r"attention\.[qo]\.kernel .*attention\.[qo]\.kernel "):
+    with pytest.raises(SpaceDriveError, match=r"attention\.[qo]\.kernel .*attention\.[qo]\.kernel "):
         check_replication(*placed(1, 1, 8))
 
 

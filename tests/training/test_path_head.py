@@ -12,9 +12,9 @@ from flax import nnx
 from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import TrainConfig, change, load_preset
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import answer_limit, expected_frame, planning_frame
 from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
@@ -165,10 +165,10 @@ def test_misfitting_choices_are_named():
         {"coordinate_tokens": False},
         {"decoder": CoordinateDecoderConfig(whole_trajectory=True)},
     ):
-        with pytest.raises(UserError, match=r"model\.path_points 20 needs a token per point"):
+        with pytest.raises(SpaceDriveError, match=r"model\.path_points 20 needs a token per point"):
             ModelConfig(path_points=20, **changes)
-    with pytest.raises(UserError, match="must be 0"):
+    with pytest.raises(SpaceDriveError, match="must be 0"):
         ModelConfig(path_points=-1)
     model = nnx.eval_shape(lambda: make_model(CONFIG, nnx.Rngs(0)))
-    with pytest.raises(UserError, match=r"train\.supervision planning, not all"):
+    with pytest.raises(SpaceDriveError, match=r"train\.supervision planning, not all"):
         check_choices(model, TrainConfig(supervision="all"))

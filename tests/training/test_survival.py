@@ -15,8 +15,7 @@ import pytest
 from flax import nnx
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
@@ -97,18 +96,18 @@ def test_a_filling_disk_stops_the_run_with_its_work_saved(records, tmp_path, mon
     config = tiny(records, run_dir, steps=STEPS, checkpoint_every=100)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1 << 20))
-        with pytest.raises(UserError, match="make room"):
+        with pytest.raises(SpaceDriveError, match="make room"):
             train(config)
         free = iter([1 << 40, 1 << 40, 1 << 40, 1 << 20])
         patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, next(free)))
-        with pytest.raises(UserError, match="stopped and saved at step 3"):
+        with pytest.raises(SpaceDriveError, match="stopped and saved at step 3"):
             train(config, resume=True)
     assert checkpoints.locate(run_dir)[1] == 3
 
 
 def test_an_unwritable_folder_is_refused_before_training(records, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(SpaceDriveError, match="cannot be written"):
         train(tiny(records, tmp_path / "file" / "run"))
 
 
@@ -126,7 +125,7 @@ def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path)
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     changed = tiny(records, run_dir, steps=STEPS + 1, log_every=2)
-    with pytest.raises(UserError, match=r"another config: train\.steps: 6 -> 7\. .*--accept-changes"):
+    with pytest.raises(SpaceDriveError, match=r"another config: train\.steps: 6 -> 7\. .*--accept-changes"):
         train(changed, resume=True)
     assert train(changed, resume=True, accept_changes=True).step == STEPS + 1
     assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == ["train.steps: 6 -> 7"]
@@ -135,7 +134,7 @@ def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path)
     elsewhere = dataclasses.replace(changed, data=dataclasses.replace(changed.data, records=str(others)))
     elsewhere = dataclasses.replace(elsewhere, train=dataclasses.replace(elsewhere.train, steps=STEPS + 2))
     run_folder.claim(run_dir, elsewhere, resume=True, accept_changes=True)
-    with pytest.raises(UserError, match="records_fingerprint"):
+    with pytest.raises(SpaceDriveError, match="records_fingerprint"):
         train(elsewhere, resume=True)
 
 
@@ -210,7 +209,7 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, keep):
-    with pytest.raises(UserError, match="keep_checkpoints"):
+    with pytest.raises(SpaceDriveError, match="keep_checkpoints"):
         train(tiny(records, tmp_path / "run", steps=2, keep_checkpoints=keep))
     assert not (tmp_path / "run").exists()
 

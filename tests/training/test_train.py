@@ -13,8 +13,8 @@ import pytest
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import config_changes, from_json, load_preset, to_json
-from spacedrive_jax.console import UserError
 from spacedrive_jax.data.loader import SampleClock
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
@@ -62,9 +62,9 @@ def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path, c
     assert all(" samples/s, " in line and "waiting for data" in line for line in lines)
     assert result.step == 30
     assert losses[-1][1] < 0.5 * losses[0][1]
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(SpaceDriveError, match="holds a run already"):
         train(tiny(records, run_dir, steps=30))
-    with pytest.raises(UserError, match=r"train.learning_rate: 0.005 -> 0.001"):
+    with pytest.raises(SpaceDriveError, match=r"train.learning_rate: 0.005 -> 0.001"):
         train(tiny(records, run_dir, steps=30, learning_rate=1e-3), resume=True)
 
 
@@ -83,9 +83,9 @@ def test_the_pipelines_headroom_is_measured_while_it_works(records, tmp_path):
 
 def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capfd):
     run_dir = tmp_path / "run"
-    with pytest.raises(UserError, match="not a finished records folder"):
+    with pytest.raises(SpaceDriveError, match="not a finished records folder"):
         train(tiny(tmp_path / "nowhere", run_dir))
-    with pytest.raises(UserError, match=r"fewer than train\.batch_size 16"):
+    with pytest.raises(SpaceDriveError, match=r"fewer than train\.batch_size 16"):
         train(tiny(records, run_dir, batch_size=16))
     assert not run_dir.exists()
     assert main(["train", "no_such_preset"]) == 1
@@ -106,7 +106,7 @@ def test_config_round_trip_and_changes():
     assert from_json(to_json(config)) == config
     old, new = json.loads(to_json(config)), json.loads(to_json(dataclasses.replace(config, name="other")))
     assert config_changes(old, new) == ["name: demo -> other"]
-    with pytest.raises(UserError, match="unknown fields surprise"):
+    with pytest.raises(SpaceDriveError, match="unknown fields surprise"):
         from_json(json.dumps({**old, "surprise": 1}))
 
 

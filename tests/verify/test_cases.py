@@ -8,7 +8,7 @@ import pytest
 
 from spacedrive_jax.cli import main
 from spacedrive_jax.cli.verify import verify_case
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from tests.published_case import GOLDEN
 
 
@@ -74,12 +74,12 @@ def test_unknown_kinds_and_folders_are_named(tmp_path, capsys):
 def test_what_is_missing_is_named(copy):
     case = copy("spacedrive_train")
     change(case / "inputs.npz", f1__data__lidar2img=None)
-    with pytest.raises(UserError, match=r"inputs.npz lacks 'f1/data/lidar2img'"):
+    with pytest.raises(SpaceDriveError, match=r"inputs.npz lacks 'f1/data/lidar2img'"):
         verify_case(case)
     settings = json.loads((case / "config.json").read_text())
     del settings["vlm_config"]
     (case / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"config.json lacks 'vlm_config'"):
+    with pytest.raises(SpaceDriveError, match=r"config.json lacks 'vlm_config'"):
         verify_case(case)
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named(copy, file):
         if file.endswith("safetensors") and len(damaged) == len(content):
             continue  # carries no checksums
         (case / file).write_bytes(damaged)
-        with pytest.raises(UserError, match=file):
+        with pytest.raises(SpaceDriveError, match=file):
             verify_case(case)
 
 
@@ -100,7 +100,7 @@ def test_arrays_that_do_not_fit_the_settings_are_an_error_not_a_pass(copy):
     case = copy("spacedrive_train")
     pixels = np.load(case / "inputs.npz")["f1/pixel_values"]
     change(case / "inputs.npz", f1__pixel_values=pixels[..., :-3])
-    with pytest.raises(UserError):
+    with pytest.raises(SpaceDriveError):
         verify_case(case)
 
 

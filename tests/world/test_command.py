@@ -10,7 +10,7 @@ import pytest
 from data_prep.cli.synthesize import Synthesize
 from data_prep.synthesize import folder
 from data_prep.synthesize.folder import folder_fingerprint
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.world.rig import parse_image_size
 from tests.world.conftest import TINY
 
@@ -35,7 +35,7 @@ def test_fingerprint_sees_names_and_contents(tmp_path: Path) -> None:
 
 def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(SpaceDriveError, match="not an empty folder"):
         Synthesize(out=tmp_path).run()
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -62,7 +62,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("text", ["704", "axb", "704x", "1x1", "90000x90"])
 def test_bad_image_size_is_explained(text: str) -> None:
-    with pytest.raises(UserError, match="--image-size"):
+    with pytest.raises(SpaceDriveError, match="--image-size"):
         parse_image_size(text)
 
 
@@ -72,5 +72,5 @@ def test_image_size_is_width_by_height() -> None:
 
 @pytest.mark.parametrize("flags", [{"scenes": 0}, {"keyframes": 0}, {"seed": -1}, {"workers": -2}])
 def test_flags_out_of_range_name_the_flag(tmp_path: Path, flags: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
+    with pytest.raises(SpaceDriveError, match=f"--{next(iter(flags))}"):
         Synthesize(out=tmp_path / "world", **flags).run()  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.world.views import DrawnBox, GroundRaster, draw_view, prepare_ground
 
 INTRINSICS = np.array([[200.0, 0, 160.0], [0, 200.0, 90.0], [0, 0, 1]])
@@ -86,7 +86,7 @@ def test_bad_input_is_explained(
         "camera_to_global": camera_to_global,
         "image_size": SIZE,
     }
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SpaceDriveError, match=message):
         draw_view(**(arguments | change))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config
 from spacedrive_jax.models.depth.layers import DepthPrediction, PatchUpsample, bilinear, convolution
@@ -35,7 +35,7 @@ class DepthAnythingConfig:
 
     def __post_init__(self) -> None:
         if len(self.encoder.taps) != NUM_LEVELS or len(self.neck_widths) != NUM_LEVELS:
-            raise UserError(
+            raise ConfigError(
                 f"Depth Anything reads {NUM_LEVELS} taps: {self.encoder.taps} with widths {self.neck_widths}"
             )
 

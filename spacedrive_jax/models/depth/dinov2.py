@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.layers import bicubic
@@ -44,9 +44,9 @@ class Dinov2Config:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"width {self.width} must be a multiple of heads {self.heads}")
+            raise ConfigError(f"width {self.width} must be a multiple of heads {self.heads}")
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 1 or self.taps[-1] != self.depth:
-            raise UserError(f"taps {self.taps} must rise from 1 or more to depth {self.depth}")
+            raise ConfigError(f"taps {self.taps} must rise from 1 or more to depth {self.depth}")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Dinov2Config:
@@ -148,11 +148,11 @@ class Dinov2(nnx.Module):
         """Patch rows and columns of an image.
 
         Raises:
-            UserError: the image is not a whole number of patches.
+            ConfigError: the image is not a whole number of patches.
         """
         patch = self.config.patch_size
         if height % patch or width % patch:
-            raise UserError(f"image {height}x{width} must be a multiple of {patch} on both sides")
+            raise ConfigError(f"image {height}x{width} must be a multiple of {patch} on both sides")
         return height // patch, width // patch
 
     def resized_positions(self, grid: tuple[int, int]) -> Float[Array, "P D"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config, linear
 from spacedrive_jax.models.depth.layers import DepthPrediction, bilinear
@@ -70,15 +70,15 @@ def inference_size(
         resolution_level: 0..9 narrows the pixel bounds to that tenth; None keeps them.
 
     Raises:
-        UserError: the level is out of range or the image is empty.
+        ConfigError: the level is out of range or the image is empty.
     """
     height, width = image
     if height < 1 or width < 1:
-        raise UserError(f"an image of {height}x{width} pixels has no depth")
+        raise ConfigError(f"an image of {height}x{width} pixels has no depth")
     low, high = pixel_bounds
     if resolution_level is not None:
         if not 0 <= resolution_level < 10:
-            raise UserError(f"resolution_level {resolution_level} must be 0..9")
+            raise ConfigError(f"resolution_level {resolution_level} must be 0..9")
         step = (high - low) / 10
         low, high = low + resolution_level * step, low + (resolution_level + 1) * step
     ratio = width / height
@@ -177,9 +177,9 @@ class UniDepthConfig:
 
     def __post_init__(self) -> None:
         if len(self.encoder.taps) != NUM_TAPS:
-            raise UserError(f"UniDepthV2 reads {NUM_TAPS} taps of its encoder, not {self.encoder.taps}")
+            raise ConfigError(f"UniDepthV2 reads {NUM_TAPS} taps of its encoder, not {self.encoder.taps}")
         if self.width % self.heads or self.width % 8:
-            raise UserError(f"decoder width {self.width} must be a multiple of 8 and of heads {self.heads}")
+            raise ConfigError(f"decoder width {self.width} must be a multiple of 8 and of heads {self.heads}")
 
     @classmethod
     def named(cls, name: str) -> UniDepthConfig:
@@ -321,12 +321,14 @@ class UniDepthV2(nnx.Module):
             intrinsics: pixels of the images.
 
         Raises:
-            UserError: the shapes do not fit.
+            ConfigError: the shapes do not fit.
         """
         if images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(f"images {images.shape} must be (batch, height, width, 3)")
+            raise ConfigError(f"images {images.shape} must be (batch, height, width, 3)")
         if intrinsics is not None and intrinsics.shape != (images.shape[0], 3, 3):
-            raise UserError(f"intrinsics {intrinsics.shape} must be ({images.shape[0]}, 3, 3), one per image")
+            raise ConfigError(
+                f"intrinsics {intrinsics.shape} must be ({images.shape[0]}, 3, 3), one per image"
+            )
         size = self.config.inference_size((images.shape[1], images.shape[2]))
         camera = None if intrinsics is None else to_network(intrinsics, size)
         output = self.network(self.prepare(images, size), camera)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ClipVisionConfig, ComputeConfig, LlavaConfig
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
@@ -118,17 +118,17 @@ class ClipVision(nnx.Module):
             The patches' hidden states at `feature_layer`, in row-major order.
 
         Raises:
-            UserError: If the grid is not the tower's or the pixels do not fit it.
+            ConfigError: If the grid is not the tower's or the pixels do not fit it.
         """
         config = self.config
         side = config.grid_side
         if tuple(grid) != (side, side):
-            raise UserError(
+            raise ConfigError(
                 f"image grid {grid[0]}x{grid[1]} must be {side}x{side} patches: CLIP's positions are learnt "
                 f"for images of {config.image_size}x{config.image_size} pixels"
             )
         if pixel_values.ndim != 3 or pixel_values.shape[1:] != (side * side, config.patch_channels):
-            raise UserError(
+            raise ConfigError(
                 f"pixel_values {pixel_values.shape} must be (images, {side * side}, "
                 f"{config.patch_channels}): flattened patches (vlm.flatten_patches)"
             )
@@ -166,11 +166,11 @@ def flatten_patches(
         Patches in row-major order, each channels x rows x columns in one axis.
 
     Raises:
-        UserError: If the image does not divide into patches.
+        ConfigError: If the image does not divide into patches.
     """
     *lead, channels, height, width = pixel_values.shape
     if height % patch_size or width % patch_size:
-        raise UserError(f"images of {height}x{width} pixels do not divide into patches of {patch_size}")
+        raise ConfigError(f"images of {height}x{width} pixels do not divide into patches of {patch_size}")
     rows, columns = height // patch_size, width // patch_size
     cut = pixel_values.reshape(*lead, channels, rows, patch_size, columns, patch_size)
     count = len(lead)
@@ -215,7 +215,7 @@ class Llava(VisionLanguageModel):
         expected = sum(rows * columns for rows, columns in visual_grids)
         found = int(np.count_nonzero(np.asarray(token_ids) == self.config.image_token_id))
         if found != expected:
-            raise UserError(
+            raise ConfigError(
                 f"the text has {found} image tokens (id {self.config.image_token_id}) but the "
                 f"{len(visual_grids)} images have {expected} visual tokens"
             )

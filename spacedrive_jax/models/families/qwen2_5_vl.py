@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig, QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
@@ -74,11 +74,11 @@ def window_layout(grid: tuple[int, int], merge_size: int, window_tokens: int) ->
         The layout.
 
     Raises:
-        UserError: If the grid does not divide into merged tokens.
+        ConfigError: If the grid does not divide into merged tokens.
     """
     height, width = grid
     if height < 1 or width < 1 or height % merge_size or width % merge_size:
-        raise UserError(
+        raise ConfigError(
             f"an image grid of {height}x{width} patches does not divide into {merge_size}x{merge_size} "
             "merged tokens; resize the image so that both sides are multiples"
         )
@@ -251,12 +251,12 @@ class QwenVision(nnx.Module):
             Visual tokens in row-major order of the merged grid, in the decoder's width.
 
         Raises:
-            UserError: If the pixels do not fit the grid or the grid does not divide into merged tokens.
+            ConfigError: If the pixels do not fit the grid or the grid does not divide into merged tokens.
         """
         config = self.config
         layout = window_layout(grid, config.merge_size, config.window_tokens)
         if pixel_values.ndim != 3 or pixel_values.shape[1:] != (grid[0] * grid[1], config.patch_channels):
-            raise UserError(
+            raise ConfigError(
                 f"pixel_values {pixel_values.shape} must be (images, {grid[0] * grid[1]}, "
                 f"{config.patch_channels}) for a grid of {grid[0]}x{grid[1]} patches"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import ConfigError, DataError
 
 SETTINGS_FILE = "config.json"
 
@@ -30,14 +30,14 @@ class Recorded(dict[str, Any]):
         self.origin = origin
 
     def __missing__(self, name: str) -> Any:
-        raise UserError(f"{self.origin} lacks {name!r}: the case is incomplete")
+        raise DataError(f"{self.origin} lacks {name!r}: the case is incomplete")
 
 
 def read_settings(folder: Path) -> Recorded:
     """config.json of a case, whose `kind` says what the case holds.
 
     Raises:
-        UserError: it is missing or damaged, or no JSON object.
+        DataError: it is missing or damaged, or no JSON object.
     """
     file = folder / SETTINGS_FILE
     try:
@@ -45,9 +45,9 @@ def read_settings(folder: Path) -> Recorded:
             file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: Recorded(str(file), pairs)
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a case: {error}") from error
+        raise DataError(f"{folder} is not a case: {error}") from error
     if not isinstance(settings, Recorded):
-        raise UserError(f"{file} is no JSON object; a case's settings are")
+        raise DataError(f"{file} is no JSON object; a case's settings are")
     return settings
 
 
@@ -55,7 +55,7 @@ def read_arrays(path: Path) -> Recorded:
     """All arrays of an npz file.
 
     Raises:
-        UserError: it is missing or damaged.
+        DataError: it is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -63,17 +63,17 @@ def read_arrays(path: Path) -> Recorded:
                 raise ValueError("it is no npz file")
             return Recorded(str(path), {name: file[name] for name in file.files})
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; the case is incomplete") from error
+        raise DataError(f"cannot read {path}: {error}; the case is incomplete") from error
 
 
 def choose(names: Iterable[str], only: Collection[str], folder: Path) -> list[str]:
     """The settings of a case that were asked for, in the case's order; all where none were.
 
     Raises:
-        UserError: a name that the case does not have.
+        ConfigError: a name that the case does not have.
     """
     known = list(names)
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise UserError(f"{folder} has no {', '.join(unknown)}; --only takes {', '.join(known)}")
+        raise ConfigError(f"{folder} has no {', '.join(unknown)}; --only takes {', '.join(known)}")
     return [name for name in known if not only or name in only]

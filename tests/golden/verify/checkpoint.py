@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.families import family_of, read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
 from spacedrive_jax.interop.spacedrive_tensors import (
@@ -46,12 +46,12 @@ def verify_checkpoint(folder: Path) -> list[Check]:
     """Names, types and sums as recorded; file to model to file bit for bit.
 
     Raises:
-        UserError: there is no checkpoint, or its tensors do not fit the model.
+        DataError: there is no checkpoint, or its tensors do not fit the model.
     """
     settings = read_settings(folder)
     file = next(iter(sorted(folder.glob("*.pth"))), None)
     if file is None:
-        raise UserError(f"{folder} holds no .pth file")
+        raise DataError(f"{folder} holds no .pth file")
     content = read_torch_file(file)
     state = content["state_dict"]
     checks = [_listing(settings, state)]
@@ -89,7 +89,7 @@ def through_model(parts: Parts, vlm_config: dict) -> Parts:
     """Puts a checkpoint into a model and takes it out again (the depth network and buffers pass by).
 
     Raises:
-        UserError: with every missing, unknown or misshapen tensor.
+        DataError: with every missing, unknown or misshapen tensor.
     """
     config, indicator = checkpoint_config(parts, vlm_config)
     family = family_of(config.vlm)

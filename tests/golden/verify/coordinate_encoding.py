@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import encoder_config as published_encoder
 from spacedrive_jax.interop.spacedrive_tensors import vae_rules
@@ -107,7 +107,7 @@ def _grid_config(arguments: Mapping[str, Any]) -> grids.GridConfig:
     low, low_y, _, high, high_y, _ = arguments["pc_range"]
     cell, cell_y, _ = arguments["voxel_size"]
     if (low_y, high_y, cell_y) != (low, high, cell):
-        raise UserError(f"pc_range {arguments['pc_range']}: the grid must be the same in y as in x")
+        raise DataError(f"pc_range {arguments['pc_range']}: the grid must be the same in y as in x")
     return grids.GridConfig(
         minimum=low, cell=cell, cells=round((high - low) / cell), height=arguments["pc_range"][2]
     )

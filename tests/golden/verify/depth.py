@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.unidepth import load_unidepth
 from spacedrive_jax.models.depth.dinov2 import Dinov2, Dinov2Block
 from spacedrive_jax.models.depth.unidepth import (
@@ -59,12 +59,12 @@ def verify_unidepth(folder: Path) -> list[Check]:
     """Compares every recorded output and intermediate of every case.
 
     Raises:
-        UserError: weights or inputs are missing.
+        DataError: weights or inputs are missing.
     """
     settings = read_settings(folder)
     inputs = _load(folder, "inputs")
     if not inputs:
-        raise UserError(f"{folder} has no inputs*.npz")
+        raise DataError(f"{folder} has no inputs*.npz")
     outputs = _load(folder, "outputs")
     model = load_unidepth(folder if (folder / "model.safetensors.index.json").is_file() else _single(folder))
     checks: list[Check] = []
@@ -141,7 +141,7 @@ def recorded_part(arrays: Arrays, name: str) -> Any:
     """Our counterpart of a recorded array; suffixes of the name say which part was recorded.
 
     Raises:
-        UserError: the name is not known.
+        DataError: the name is not known.
     """
     parts: Mapping[str, Callable[[Any], Any]] = {
         "_image0": lambda array: array[:1],
@@ -152,7 +152,7 @@ def recorded_part(arrays: Arrays, name: str) -> Any:
         if name.endswith(suffix):
             return take(recorded_part(arrays, name.removesuffix(suffix)))
     if name not in arrays:
-        raise UserError(f"nothing here corresponds to the recorded array {name}")
+        raise DataError(f"nothing here corresponds to the recorded array {name}")
     return arrays[name]
 
 
@@ -266,7 +266,7 @@ def _load(folder: Path, stem: str, *, exact: bool = False) -> Recorded:
 def _single(folder: Path) -> Path:
     file = folder / "weights.safetensors"
     if not file.is_file():
-        raise UserError(f"{folder} has neither weights.safetensors nor a sharded checkpoint")
+        raise DataError(f"{folder} has neither weights.safetensors nor a sharded checkpoint")
     return file
 
 

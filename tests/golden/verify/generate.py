@@ -51,7 +51,7 @@ def verify_generate(folder: Path, only: Collection[str] = ()) -> list[Check]:
     """Every recorded run of a case, or those named in `only`.
 
     Raises:
-        UserError: an unknown name, or an incomplete case.
+        DataError: an unknown name, or an incomplete case.
     """
     case = Case.open(folder)
     runs = {variant.name or "default": variant for variant in variants(case)}

@@ -34,7 +34,7 @@ def verify_metrics(folder: Path) -> list[Check]:
     """Compares every recorded piece, sum, printed number and parsed text.
 
     Raises:
-        UserError: a file of the case is missing.
+        DataError: a file of the case is missing.
     """
     case = read_case(folder)
     checks: list[Check] = []

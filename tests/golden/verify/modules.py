@@ -22,7 +22,7 @@ def read_module(build: Callable[[], Module], rules: Iterable[Rule], source: Tens
         source: the recorded tensors.
 
     Raises:
-        UserError: the module lacks a parameter that a rule names.
+        DataError: the module lacks a parameter that a rule names.
     """
     graph, abstract = nnx.split(nnx.eval_shape(build))
     state = dict(nnx.to_flat_state(abstract))

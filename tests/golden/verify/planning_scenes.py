@@ -102,7 +102,7 @@ def read_case(folder: Path) -> Case:
     """Reads a case; of two sets of outputs, the one the installed OpenCV draws like.
 
     Raises:
-        UserError: a file is missing.
+        DataError: a file is missing.
     """
     # OpenCV 4.12 and 5 fill some border cells differently from 4.10.
     newer = tuple(map(int, cv2.__version__.split(".")[:2])) >= (4, 12)

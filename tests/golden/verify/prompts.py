@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens, llava_labels
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
@@ -25,6 +24,7 @@ from spacedrive_jax.data.prompts import (
 )
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tokenizer
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.models.config import QwenVisionConfig
 from spacedrive_jax.models.spacedrive import normalise
 from tests.golden.verify.case_files import read_arrays, read_settings
@@ -41,7 +41,7 @@ def verify_prompts(folder: Path) -> list[Check]:
     """Checks a case of kind `prompts`.
 
     Raises:
-        UserError: a file of the case is missing or damaged.
+        DataError: a file of the case is missing or damaged.
     """
     settings, outputs = read_settings(folder), read_arrays(folder / "outputs.npz")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -182,19 +182,19 @@ def _command(sentence: str) -> int:
     """The command that a recorded sentence names.
 
     Raises:
-        UserError: none of the published words.
+        DataError: none of the published words.
     """
     for index, words in enumerate(COMMAND_WORDS):
         if sentence.strip() == f"The ego vehicle is {words}.":
             return index
-    raise UserError(f"{sentence!r} names none of the commands {', '.join(COMMAND_WORDS)}")
+    raise DataError(f"{sentence!r} names none of the commands {', '.join(COMMAND_WORDS)}")
 
 
 def _spell_out(decoded: str, coordinates: np.ndarray) -> str:
     """The recorded trajectory with digits for its tokens: what the question was made from."""
     found = re.search(r"If you follow the trajectory (.*), what would happen\?", decoded)
     if found is None:
-        raise UserError(f"no counterfactual question in {decoded[-200:]!r}")
+        raise DataError(f"no counterfactual question in {decoded[-200:]!r}")
     digits = iter(format_coordinates(coordinates[index : index + 1]) for index in range(len(coordinates)))
     return re.sub(COORDINATE, lambda _: next(digits), found[1])
 

@@ -17,12 +17,12 @@ from tokenizers.models import BPE
 
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.console import UserError
 from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.data.chat import IGNORE, ChatTokens
 from spacedrive_jax.data.ego_status import EgoStatus, ego_status
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.families import read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import fill
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
@@ -53,7 +53,7 @@ class Case:
         """Reads config.json and inputs.npz.
 
         Raises:
-            UserError: a file is missing or damaged.
+            DataError: a file is missing or damaged.
         """
         return cls(folder, read_settings(folder), read_arrays(folder / "inputs.npz"))
 
@@ -67,12 +67,12 @@ class Case:
         """Numbers of the frames, in the order they were run.
 
         Raises:
-            UserError: there is none.
+            DataError: there is none.
         """
         found = (re.match(r"f(\d+)/data/", name) for name in self.inputs)
         numbers = sorted({int(match[1]) for match in found if match})
         if not numbers:
-            raise UserError(f"{self.inputs.origin} has no frame (arrays f0/data/... and so on)")
+            raise DataError(f"{self.inputs.origin} has no frame (arrays f0/data/... and so on)")
         return numbers
 
     @property
@@ -128,7 +128,7 @@ class Weights:
         for file in reversed(self.files):
             if name in file.places:
                 return file.read(name)
-        raise UserError(f"{self.files[0].path} lacks {name}: the case is incomplete")
+        raise DataError(f"{self.files[0].path} lacks {name}: the case is incomplete")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of every tensor."""
@@ -139,7 +139,7 @@ def build_model(config: ModelConfig, indicator_id: int, weights: Weights) -> Spa
     """The model with recorded weights.
 
     Raises:
-        UserError: naming every tensor that is missing or has another shape than the settings ask for.
+        DataError: naming every tensor that is missing or has another shape than the settings ask for.
     """
 
     def build() -> SpaceDrive:

@@ -15,7 +15,8 @@ from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.console import UserError, progress
+from spacedrive_jax.console import progress
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.spacedrive_tensors import head_rules
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from tests.golden.verify.case_files import Recorded, choose, read_arrays
@@ -33,7 +34,7 @@ def verify_variants(folder: Path, only: Collection[str] = ()) -> list[Check]:
     Settings that the published code could not run recorded an error and nothing to compare.
 
     Raises:
-        UserError: an unknown name or option, or an incomplete case.
+        DataError: an unknown name or option, or an incomplete case.
     """
     case = Case.open(folder)
     runnable = [name for name, entry in case.settings["variants"].items() if "spacedrive_args" in entry]
@@ -48,7 +49,7 @@ def verify_variants(folder: Path, only: Collection[str] = ()) -> list[Check]:
 def _variant_checks(case: Case, name: str, variant: Mapping[str, Any]) -> list[Check]:
     options = variant.get("opts", {})
     if unknown := options.keys() - KNOWN_OPTIONS:
-        raise UserError(f"{case.folder}: setting {name} has unknown opts {', '.join(sorted(unknown))}")
+        raise DataError(f"{case.folder}: setting {name} has unknown opts {', '.join(sorted(unknown))}")
     config, training = case.choices(variant["spacedrive_args"])
     extra = case.settings.get("extra_weights_file_of_variant", {}).get(name)
     weights = Weights([case.folder / file for file in ("weights.safetensors", extra) if file])

@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from spacedrive_jax.console import UserError
-from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.unidepth import (
     UNUSED,
     config_from_json,
@@ -72,7 +71,7 @@ def test_each_image_has_its_own_camera(tiny):
     np.testing.assert_allclose(both.depth, swapped.depth[::-1], rtol=1e-4)
     crossed = infer(tiny, images, cameras[::-1].astype(np.float32))
     assert np.abs(np.log(both.depth / crossed.depth)).max() > 1e-3
-    with pytest.raises(UserError, match="one per image"):
+    with pytest.raises(SpaceDriveError, match="one per image"):
         tiny.infer(images, cameras[:1])
 
 
@@ -143,12 +142,14 @@ def test_released_checkpoints_are_told_from_our_own(tiny, golden, tmp_path):
 def test_older_architectures_and_missing_tensors_are_named(tiny, tmp_path):
     older = {"pixel_encoder.cls_token": np.zeros((1, 1, 384), np.float32), "pixel_decoder.old": np.zeros(1)}
     save_file(older, tmp_path / "older.safetensors")
-    with pytest.raises(UserError, match="older UniDepth architecture"):
+    with pytest.raises(SpaceDriveError, match="older UniDepth architecture"):
         load_unidepth(tmp_path / "older.safetensors")
     save_unidepth(tiny, tmp_path / "saved")
-    with pytest.raises(UserError, match="resolution_level 11 must be"):
+    with pytest.raises(SpaceDriveError, match="resolution_level 11 must be"):
         dataclasses.replace(TINY, resolution_level=11).inference_size((640, 640))
-    with pytest.raises(UserError, match=r"missing pixel_decoder.depth_layer.ups.0.convs.1.conv1.weight"):
+    with pytest.raises(
+        SpaceDriveError, match=r"missing pixel_decoder.depth_layer.ups.0.convs.1.conv1.weight"
+    ):
         load_unidepth(tmp_path / "saved", config=dataclasses.replace(TINY, units=(2, 1, 1)))
 
 

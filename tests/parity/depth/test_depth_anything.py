@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.console import UserError
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.depth_anything import load_depth_anything
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
@@ -85,5 +85,5 @@ def test_input_size_and_pixels(tmp_path, image):
 
 def test_relative_depth_is_refused(tmp_path):
     tiny_checkpoint(tmp_path / "checkpoint", depth_estimation_type="relative")
-    with pytest.raises(UserError, match="relative depth"):
+    with pytest.raises(SpaceDriveError, match="relative depth"):
         load_depth_anything(tmp_path / "checkpoint")
