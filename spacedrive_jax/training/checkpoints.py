@@ -120,6 +120,10 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
 
+TRAINABLE, OPTIMIZER = "trainable_fingerprint", "optimizer_fingerprint"
+"""Facts that name the numbers saved beside them."""
+
+
 def save(
     manager: ocp.CheckpointManager,
     step: int,
@@ -136,11 +140,15 @@ def save(
         trainable: what training changes.
         optimizer: the optimiser's state.
         position: of the data iterator (`loader.position`).
-        facts: config and fingerprints of data and base weights.
+        facts: config and fingerprints of data and base weights; those of trainables and optimiser join them.
 
     Raises:
         CheckpointError: the folder cannot be written; the newest whole checkpoint is named.
     """
+    facts = facts | {
+        TRAINABLE: arrays_fingerprint(_named(nnx.to_pure_dict(trainable))),
+        OPTIMIZER: arrays_fingerprint(_named(optimizer)),
+    }
     with naming_the_newest(manager):
         manager.save(
             step,
@@ -206,13 +214,18 @@ def restore(
                 facts=ocp.args.JsonRestore(),
             ),
         )
-        check_trainable(restored["trainable"], restored["facts"])
+        check_saved(restored["trainable"], restored["facts"], TRAINABLE)
+        check_saved(restored["optimizer"], restored["facts"], OPTIMIZER)
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
     return trainable, restored["optimizer"], restored["position"], restored["facts"]
 
 
 def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
-    """Reads the facts that a checkpoint was saved with."""
+    """Reads the facts that a checkpoint was saved with.
+
+    Raises:
+        CheckpointError: they are damaged, or not there: nothing could be held against them.
+    """
     with naming_the_whole(run_dir, step):
         return _facts(run_dir, step)
 
@@ -220,8 +233,8 @@ def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
 def _facts(run_dir: Path, step: int) -> dict[str, Any]:
     # Not through a manager, which tidies the folder up: a run may be writing there.
     folder = (run_dir / "checkpoints" / str(step) / "facts").resolve()
-    if not folder.is_dir():  # saved by other means than `save`: there is nothing to hold it against
-        return {}
+    if not folder.is_dir():
+        raise ValueError("it lacks `facts`, which say what it was trained on and from which config")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         facts = checkpointer.restore(folder)
     if not isinstance(facts, dict):
@@ -229,20 +242,20 @@ def _facts(run_dir: Path, step: int) -> dict[str, Any]:
     return facts
 
 
-def check_trainable(values: Any, facts: Mapping[str, Any]) -> None:
-    """Compares restored trainables with the fingerprint that was taken when they were saved.
+def check_saved(values: Any, facts: Mapping[str, Any], name: str) -> None:
+    """Compares restored numbers with the fingerprint that was taken when they were saved.
+
+    Args:
+        values: trainables, or the optimiser's state.
+        facts: of the checkpoint.
+        name: the fact that is their fingerprint.
 
     Raises:
         ValueError: they are not the ones that were saved.
     """
-    saved = facts.get("trainable_fingerprint")
-    if saved is not None and saved != arrays_fingerprint(_named(values)):
-        raise ValueError("its trainables are not those that were saved: it is mixed up or damaged")
-
-
-def trainable_fingerprint(trainable: nnx.State) -> str:
-    """Names the values of trainables; `facts` keep it beside them."""
-    return arrays_fingerprint(_named(nnx.to_pure_dict(trainable)))
+    if facts.get(name) != arrays_fingerprint(_named(values)):
+        what = "trainables" if name == TRAINABLE else "optimiser's numbers"
+        raise ValueError(f"its {what} are not those that were saved: it is mixed up or damaged")
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -280,7 +293,7 @@ def _is_whole(run_dir: Path, step: int) -> bool:
         with ocp.StandardCheckpointer() as checkpointer:
             values = checkpointer.restore(folder / "trainable")
             checkpointer.restore(folder / "optimizer")
-        check_trainable(values, _facts(run_dir, step))
+        check_saved(values, _facts(run_dir, step), TRAINABLE)
     except Exception:
         return False
     return True
@@ -334,7 +347,7 @@ def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.Sta
     folder = (run_dir / "checkpoints" / str(step) / "trainable").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
-        check_trainable(restored, _facts(run_dir, step))
+        check_saved(restored, _facts(run_dir, step), TRAINABLE)
     nnx.replace_by_pure_dict(trainable, restored)
     return trainable
 
@@ -358,6 +371,7 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
     folder = (run_dir / "checkpoints" / str(step) / "optimizer").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(optimizer))
+        check_saved(restored, _facts(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")
 
 

@@ -92,7 +92,9 @@ def check_config(
         CheckpointError: naming what differs.
     """
     if not isinstance(saved.get("config"), str):
-        return
+        raise CheckpointError(
+            f"{checkpoint} is damaged: its facts do not hold the config it was trained with"
+        )
     then = json.loads(to_json(from_json(saved["config"])))  # through this version's fields
     allowed = (*FREE_TO_CHANGE, *(change.partition(":")[0] + ":" for change in accepted))
     changes = [

@@ -189,8 +189,7 @@ def train(
                 # What has been done is saved while there still is room for it.
                 guard.settle()
                 where = position(iterator, config.train.batch_size)
-                named = facts | {"trainable_fingerprint": checkpoints.trainable_fingerprint(trainable)}
-                checkpoints.save(manager, done, trainable, optimizer_state, where, named)
+                checkpoints.save(manager, done, trainable, optimizer_state, where, facts)
             if short_of_room and not finished:
                 raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started

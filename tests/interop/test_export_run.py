@@ -7,7 +7,6 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
@@ -15,6 +14,8 @@ from safetensors.numpy import load_file
 import spacedrive_jax.cli.main
 from spacedrive_jax.config import MeshConfig, to_json
 from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, start_state
 from tests.tiny_config import config as tiny
@@ -38,8 +39,11 @@ def run_dir(tmp_path_factory):
     )
     folder.mkdir()
     (folder / "config.json").write_text(to_json(config))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoints" / "3" / "trainable", nnx.to_pure_dict(moved))
+    facts = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    manager = checkpoints.open_manager(folder, keep=1)
+    checkpoints.save(manager, 3, moved, {"step": np.int32(3)}, {"samples": 0}, facts)
+    with checkpoints.closing(manager):
+        pass
     return folder, nnx.merge(graph, moved, frozen).vlm
 
 

@@ -46,7 +46,7 @@ def save_untrained(config: Config) -> Path:
     (config.directory / "config.json").write_text(to_json(config))
     mesh = make_mesh(config.mesh)
     trainable, frozen = start_state(config, mesh)
-    facts = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    facts = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
     manager = checkpoints.open_manager(config.directory, keep=1)
     checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, facts)
     with checkpoints.closing(manager):

@@ -207,6 +207,33 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
         open_trained_model(run)
 
 
+@pytest.mark.parametrize("lost", ["facts", "config"])
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole, tmp_path, lost):
+    run = copied(whole, tmp_path / "run")
+    facts = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "facts"
+    if lost == "facts":
+        shutil.rmtree(facts)
+    else:
+        (file,) = (each for each in facts.iterdir() if b"trainable_fingerprint" in each.read_bytes())
+        kept = json.loads(file.read_text())
+        del kept["config"]
+        file.write_text(json.dumps(kept))
+    for use in (open_trained_model, open_config, open_model):
+        with pytest.raises(CheckpointError, match=f"is damaged.*{lost}"):
+            use(run)
+    with pytest.raises(CheckpointError, match=f"is damaged.*{lost}"):
+        train(tiny(records, run, steps=STEPS), resume=True)
+
+
+def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    older, newest = (run / "checkpoints" / str(step) / "optimizer" for step in checkpoints.steps_of(run)[-2:])
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    with pytest.raises(CheckpointError, match="its optimiser's numbers are not those that were saved"):
+        train(tiny(records, run, steps=STEPS), resume=True)
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, keep):
     with pytest.raises(SpaceDriveError, match="keep_checkpoints"):
