@@ -8,9 +8,10 @@ the flag, before anything is loaded. A test holds that no numeric field is witho
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from spacedrive_jax.errors import ConfigError
 
@@ -68,8 +69,9 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
         place: what stands before a field's name in messages: `train` for `train.steps`; `--` for flags.
 
     Raises:
-        ConfigError: a value is no number or out of bounds.
+        ConfigError: a value is no number, no whole one where the field's type is int, or out of bounds.
     """
+    whole = _whole_fields(type(owner))
     for field, bound in bounds.items():
         value = getattr(owner, field)
         for number in value if isinstance(value, tuple | list) else (value,):
@@ -80,3 +82,17 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
                 raise ConfigError(f"{name} {value!r} must be a number, {bound}")
             if not bound.holds(number):
                 raise ConfigError(f"{name} {value!r} must be {bound}")
+            if field in whole and not isinstance(number, int):
+                raise ConfigError(f"{name} {value!r} must be a whole number")
+
+
+@functools.cache
+def _whole_fields(owner: type) -> frozenset[str]:
+    """Fields whose type has int and no float; Python itself does not hold a dataclass to its types."""
+    kinds = {name: _kinds(hint) for name, hint in get_type_hints(owner).items()}
+    return frozenset(name for name, found in kinds.items() if int in found and float not in found)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """All types in an annotation."""
+    return {get_origin(hint) or hint}.union(*map(_kinds, get_args(hint)))

@@ -13,6 +13,7 @@ import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.lidar import FusionConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from spacedrive_jax.models.config import (
@@ -26,6 +27,9 @@ from spacedrive_jax.models.config import (
 )
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
+from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
+from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.unidepth import UniDepthConfig
 from spacedrive_jax.models.grid import GridConfig
 
 CONFIGS = [
@@ -36,8 +40,11 @@ CONFIGS = [
     CoordinateEncoderConfig,
     DataConfig,
     DecoderConfig,
+    DepthAnythingConfig,
     DepthConfig,
     DepthNetworkConfig,
+    Dinov2Config,
+    FusionConfig,
     GridConfig,
     LlavaConfig,
     LoraConfig,
@@ -46,6 +53,7 @@ CONFIGS = [
     QwenVLConfig,
     QwenVisionConfig,
     TrainConfig,
+    UniDepthConfig,
 ]
 COMMANDS = {**spacedrive_jax.cli.main.COMMANDS, **data_prep.cli.main.COMMANDS}
 
@@ -104,6 +112,21 @@ def test_configs_refuse_by_the_dotted_name(owner):
             pair = isinstance(getattr(owner(**needed), field), tuple)
             with pytest.raises(ConfigError, match=rf"(^|\.){field} "):
                 owner(**needed, **{field: (value, value) if pair else value})
+
+
+@pytest.mark.parametrize(
+    "owner", [each for each in CONFIGS if numeric_fields(each)], ids=lambda o: o.__name__
+)
+def test_a_count_that_is_no_whole_number_is_refused(owner):
+    hints = typing.get_type_hints(owner)
+    needed = {"weights": "w"} if owner is DepthNetworkConfig else {}
+    for field, bound in owner.BOUNDS.items():
+        value = next((each for each in (1.5, 2.5, 0.5, 32.5) if bound.holds(each)), None)
+        if value is None or kinds(hints[field]) & {float}:
+            continue
+        pair = isinstance(getattr(owner(**needed), field), tuple)
+        with pytest.raises(ConfigError, match=rf"(^|\.){field} .*whole number"):
+            owner(**needed, **{field: (value, value) if pair else value})
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ numbers per camera, kept beside pooled network depth, are all that fusion needs.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
 from spacedrive_jax import exact
+from spacedrive_jax.bounds import COUNT, POSITIVE, Bound, Bounds, check_bounds
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.poses import camera_to_global
 from spacedrive_jax.data.schema import Record
@@ -106,6 +107,17 @@ class FusionConfig:
     min_spread: float = 1.5
     """90th over 10th percentile of the network's depth below which only the scale is fitted."""
     iterations: int = 20
+
+    BOUNDS: ClassVar[Bounds] = {
+        "min_points": Bound(2),
+        "max_depth": POSITIVE,
+        "scale_bounds": POSITIVE,
+        "min_spread": Bound(1),
+        "iterations": COUNT,
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS)
 
 
 class Alignment(NamedTuple):

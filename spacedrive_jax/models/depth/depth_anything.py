@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from spacedrive_jax.bounds import POSITIVE, SIDE, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config
@@ -33,7 +35,16 @@ class DepthAnythingConfig:
     image_sized_output: bool = True
     """Resize the depth to the images; SpaceDrive pools it at the network's size."""
 
+    BOUNDS: ClassVar[Bounds] = {
+        "neck_widths": SIDE,
+        "fusion_width": SIDE,
+        "head_hidden": SIDE,
+        "max_depth": POSITIVE,
+        "input_side": SIDE,
+    }
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS)
         if len(self.encoder.taps) != NUM_LEVELS or len(self.neck_widths) != NUM_LEVELS:
             raise ConfigError(
                 f"Depth Anything reads {NUM_LEVELS} taps: {self.encoder.taps} with widths {self.neck_widths}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from spacedrive_jax.bounds import COUNT, POSITIVE, SIDE, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig
@@ -42,10 +43,23 @@ class Dinov2Config:
     block_norm_eps: float = 1e-6
     final_norm_eps: float = 1e-6
 
+    BOUNDS: ClassVar[Bounds] = {
+        "width": SIDE,
+        "depth": SIDE,
+        "heads": SIDE,
+        "taps": COUNT,
+        "patch_size": SIDE,
+        "position_grid": SIDE,
+        "mlp_ratio": SIDE,
+        "block_norm_eps": POSITIVE,
+        "final_norm_eps": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS)
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 1 or self.taps[-1] != self.depth:
+        if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[-1] != self.depth:
             raise ConfigError(f"taps {self.taps} must rise from 1 or more to depth {self.depth}")
 
     @classmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from spacedrive_jax.bounds import POSITIVE, SIDE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config, linear
@@ -175,7 +176,23 @@ class UniDepthConfig:
     resolution_level: int | None = None
     """0..9 narrows `pixel_bounds` to that tenth; the released models leave it open."""
 
+    BOUNDS: ClassVar[Bounds] = {
+        "width": SIDE,
+        "heads": SIDE,
+        "expansion": SIDE,
+        "units": Bound(0, 1024),
+        "head_hidden": SIDE,
+        "ratio_bounds": POSITIVE,
+        "pixel_bounds": Bound(1, 1e9),
+        "resolution_level": Bound(0, 9),
+    }
+
     def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS)
+        for name in ("ratio_bounds", "pixel_bounds"):
+            limits = getattr(self, name)
+            if len(limits) != 2 or limits[0] > limits[1]:
+                raise ConfigError(f"{name} {limits} must be a smallest and a largest value")
         if len(self.encoder.taps) != NUM_TAPS:
             raise ConfigError(f"UniDepthV2 reads {NUM_TAPS} taps of its encoder, not {self.encoder.taps}")
         if self.width % self.heads or self.width % 8:
