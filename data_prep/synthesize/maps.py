@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row
 from spacedrive_jax import exact
+from spacedrive_jax.io import to_json, write_text
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
 from spacedrive_jax.world.tokens import make_token
@@ -34,8 +34,7 @@ def write_mask(town: Town, path: Path) -> None:
 
 def write_expansion(town: Town, seed: int, path: Path) -> None:
     """Writes the vector map that the devkit's NuScenesMap reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_Expansion(town, seed).build(), separators=(",", ":")))
+    write_text(path, to_json(_Expansion(town, seed).build(), separators=(",", ":")))
 
 
 class _Expansion:

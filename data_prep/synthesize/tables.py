@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from spacedrive_jax.io import to_json, write_text
 from spacedrive_jax.world import rig
 from spacedrive_jax.world.tokens import make_token
 
@@ -136,6 +136,5 @@ def link(rows: list[Row]) -> None:
 def write_tables(root: Path, tables: dict[str, list[Row]]) -> None:
     """Writes all 13 tables as JSON under `root / VERSION`."""
     folder = root / VERSION
-    folder.mkdir(parents=True, exist_ok=True)
     for name in TABLES:
-        (folder / f"{name}.json").write_text(json.dumps(tables[name], indent=0))
+        write_text(folder / f"{name}.json", to_json(tables[name], indent=0))

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from spacedrive_jax.aot.hlo import Collective
 from spacedrive_jax.aot.plan import Plan, StepKind, make_plan
 from spacedrive_jax.config import Config, MeshConfig, to_json
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, read_json, write_json
 from spacedrive_jax.models.config import RematPolicy
 from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
 
@@ -186,16 +186,14 @@ def read_results(file: Path) -> dict[str, Plan]:
     try:
         return {
             key: Plan(**plan | {name: _collectives(plan.get(name, [])) for name in COLLECTIVE_FIELDS})
-            for key, plan in json.loads(file.read_text()).items()
+            for key, plan in read_json(file, most=256 * MEBIBYTE).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} does not hold plans of a search ({error}): choose another file") from error
 
 
 def _write_results(file: Path, plans: dict[str, Plan]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps({key: dataclasses.asdict(plan) for key, plan in plans.items()}, indent=1))
-    os.replace(partial, file)
+    write_json(file, {key: dataclasses.asdict(plan) for key, plan in plans.items()}, indent=1)
 
 
 def _takes_more(config: Config, *, than: Config) -> bool:

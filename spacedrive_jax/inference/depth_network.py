@@ -24,10 +24,11 @@ from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
+from spacedrive_jax.io import MEBIBYTE, convert, read_json
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
@@ -68,18 +69,20 @@ class DepthNetworkConfig:
             ConfigError: it is damaged, has an unknown field or lacks `weights`.
         """
         try:
-            fields = json.loads(file.read_text())
-            pairs = {name: tuple(fields[name]) for name in ("image_size", "grid") if name in fields}
-            return cls(**(fields | pairs))
-        except (OSError, ValueError, TypeError) as error:
+            fields = read_json(file, most=MEBIBYTE)
+            known = {field.name for field in dataclasses.fields(cls)}
+            if isinstance(fields, dict) and (unknown := sorted(set(fields) - known)):
+                raise ConfigError(f"unknown fields {', '.join(unknown)}")
+            return convert(fields, cls, "it")
+        except SpaceDriveError as error:
             raise ConfigError(f"{file} does not describe a depth network: {error}") from error
 
     def kind(self) -> NetworkKind:
         """Which network the weights are of."""
         file = Path(self.weights) / "config.json"
-        if file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE:
-            return "depth_anything"
-        return "unidepth"
+        content = read_json(file, most=16 * MEBIBYTE) if file.is_file() else None
+        named = content.get("model_type") if isinstance(content, dict) else None
+        return "depth_anything" if named == MODEL_TYPE else "unidepth"
 
     def fingerprint(self) -> str:
         """SHA-256 over the settings and the contents of the weights.

@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.io import read_json, read_text, write_json, write_text
+from spacedrive_jax.io import parse_json, read_json, read_text, write_json, write_text
 from spacedrive_jax.io import to_json as json_line
 
 FREE_TO_CHANGE = (
@@ -188,7 +188,7 @@ def _open_behind(path: Path, start: int) -> Any:
     kept = []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= start:
+            if parse_json(line, path)["step"] <= start:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):  # the line that was being written when the process died
             break

@@ -7,7 +7,6 @@ real data; the others are derived from the same motion with a kinematic bicycle.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
+from spacedrive_jax.io import to_json, write_text
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
 from spacedrive_jax.world.traffic import TIME_STEP, Route
 from spacedrive_jax.world.vehicle import WHEEL_BASE, VehicleState, moved
@@ -140,9 +140,9 @@ def write_can_bus(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, rows in messages.items():
-        (folder / f"{name}_{kind}.json").write_text(json.dumps(rows))
+        write_text(folder / f"{name}_{kind}.json", to_json(rows))
     points = route_points(scenario.ego.route).tolist()
-    (folder / f"{name}_route.json").write_text(json.dumps(points))
+    write_text(folder / f"{name}_route.json", to_json(points))
     titles = {"pose": "POSE", "ms_imu": "MS_IMU", "steeranglefeedback": "SteerAngleFeedback"}
     titles |= {
         "vehicle_monitor": "VEHICLE_MONITOR",
@@ -150,7 +150,7 @@ def write_can_bus(
         "zoesensors": "ZoeSensors",
     }
     meta = {titles[kind]: _statistics(rows) for kind, rows in messages.items()}
-    (folder / f"{name}_meta.json").write_text(json.dumps(dict(sorted(meta.items()))))
+    write_text(folder / f"{name}_meta.json", to_json(dict(sorted(meta.items()))))
 
 
 def route_points(route: Route) -> Float[np.ndarray, "K 2"]:

@@ -9,7 +9,6 @@ zero. Comfort and abilities, which need more than the result file, are in `comfo
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import xml.etree.ElementTree
@@ -19,7 +18,7 @@ from typing import Any
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import is_unicode
-from spacedrive_jax.io import MEBIBYTE, read_json, read_text, reason
+from spacedrive_jax.io import MEBIBYTE, parse_json, read_json, read_text, reason
 
 # Which routes a Bench2Drive score is over: the route file of the benchmark, or a plain list.
 
@@ -67,10 +66,7 @@ def _from_xml(path: Path, text: str) -> list[str]:
 
 
 def _from_json(path: Path, text: str) -> list[str]:
-    try:
-        routes = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"--routes {path}: is not JSON ({error})") from None
+    routes = parse_json(text, f"--routes {path}")
     if not isinstance(routes, list) or not all(isinstance(route, str | int) for route in routes):
         raise DataError(f"--routes {path}: must be a list of route numbers")
     return [str(route) for route in routes]

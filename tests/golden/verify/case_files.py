@@ -44,7 +44,7 @@ def read_settings(folder: Path) -> Recorded:
         settings = json.loads(
             file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: Recorded(str(file), pairs)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder} is not a case: {error}") from error
     if not isinstance(settings, Recorded):
         raise DataError(f"{file} is no JSON object; a case's settings are")

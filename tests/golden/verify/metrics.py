@@ -7,7 +7,6 @@ pieces per step, its sums per sample, what it printed, and how it reads answers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from spacedrive_jax.evaluation.metrics import StepScores
 from spacedrive_jax.evaluation.prediction_files import parse_answer
 from spacedrive_jax.evaluation.predictions import discretize, sort_predictions
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, UNIAD, VAD, Protocol, StepRule
+from spacedrive_jax.io import read_json
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.planning_scenes import STEPS, Case, Scene, read_case, sort_corners
 from tests.golden.verify.planning_scripts import SUMS, ScriptSums, add_up
@@ -180,7 +180,7 @@ def _counterfactual(case: Case, folder: Path) -> Iterator[Check]:
         return
     items = [
         Item(entry["id"], entry["pred"][0]["Q"], entry["pred"][0]["C"], parse_candidates(entry["annos"]))
-        for entry in json.loads(path.read_text(encoding="utf-8"))
+        for entry in read_json(path)
         if entry["pred"]
     ]
     counts, unmatched = count_risks(items, "published")
