@@ -71,7 +71,7 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
     Raises:
         ConfigError: a value is no number, no whole one where the field's type is int, or out of bounds.
     """
-    whole = _whole_fields(type(owner))
+    whole = _whole_fields(owner.__class__)
     for field, bound in bounds.items():
         value = getattr(owner, field)
         for number in value if isinstance(value, tuple | list) else (value,):

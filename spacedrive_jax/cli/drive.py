@@ -6,10 +6,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
@@ -76,11 +77,17 @@ class Drive(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BOUNDS: ClassVar[Bounds] = {
+        "workers": Bound(0, 1024),
+        "batch_size": Bound(1, 4096),
+        "deadline": Bound(0.001, 3600),
+    }
+
     def run(self) -> Mapping[str, Any]:
         """Drives; see `spacedrive_jax.driving.drive.drive_all`."""
         if (self.checkpoint is None) == (self.policy is None):
             raise ConfigError("give --checkpoint PATH|ws://… or --policy NAME, one of the two")
-        self._check_numbers()
+        self._check_flags()
         from spacedrive_jax.driving.askers import open_asker
         from spacedrive_jax.driving.drive import RESULTS, drive_all
         from spacedrive_jax.driving.episode import DriveOptions
@@ -147,14 +154,7 @@ class Drive(Command):
             "without_place": summary["without_place"],
         }
 
-    def _check_numbers(self) -> None:
-        for name, value, low, high in (
-            ("--workers", self.workers, 0, 1024),
-            ("--batch-size", self.batch_size, 1, 4096),
-            ("--deadline", self.deadline, 0.001, 3600),
-        ):
-            if not low <= value <= high:
-                raise ConfigError(f"{name} {value} is outside {low} to {high}")
+    def _check_flags(self) -> None:
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
             raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
 

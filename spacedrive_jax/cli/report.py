@@ -6,10 +6,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from spacedrive_jax.bounds import COUNT, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -41,6 +42,8 @@ class Report(Command):
     """Of several runs: processes that share the keyframes."""
     out: Path | None = None
     """The page to write; RUN_DIR/report.html by default, of several runs compare.html in the first."""
+
+    BOUNDS: ClassVar[Bounds] = {"workers": COUNT}
 
     def run(self) -> Mapping[str, Any]:
         """Writes the page.

@@ -105,7 +105,7 @@ def test_a_worker_notes_a_finished_unit_or_what_is_wrong_with_it(source, tmp_pat
         convert_tiny(dataroot, tmp_path / "out")
     files = [tmp_path / f"{unit.shard.name}.unit" for unit in units]
     for file, unit in zip(files, units, strict=True):
-        file.write_bytes(pickle.dumps(unit))
+        file.write_bytes(pickle.dumps((convert.convert_scene, unit)))
         convert_unit_file(str(file))
     done = [conversion.finished_scene(tmp_path / "out", unit.shard.name) for unit in units]
     problems = [file.with_suffix(".problem") for file in files]
