@@ -83,6 +83,8 @@ class TrainConfig:
     """Of the indicator token in the cross-entropy. The published code passes 3, which never acts."""
     seed: int = 888
     log_every: int = 10
+    trackers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl", "tensorboard")
+    """Where metrics go: RUN/metrics.jsonl, which `report` reads, TensorBoard events, Weights & Biases."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
@@ -207,7 +209,7 @@ def load_preset(name: str) -> Config:
         if name in presets:
             return presets[name]
     listed = "; ".join(f"{group}: {', '.join(presets)}" for group, (_, presets) in groups.items())
-    raise ConfigError(f"no config {name!r} (presets are {listed}), and no .py or .json file of that name")
+    raise ConfigError(f"no config {name!r}; presets: {listed} (or give a .py or .json file)")
 
 
 def _preset_of_file(path: Path, chosen: str) -> Config:

@@ -238,6 +238,41 @@ def write_json(path: str | os.PathLike[str], value: Any, **options: Any) -> None
     write_text(path, to_json(value, **options) + "\n")
 
 
+class LineFile:
+    """A text file that grows by whole lines, each on the disk's way before `write` returns.
+
+    A process that dies leaves at most its last line cut off, which readers of such a file leave out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the file to go on behind what it holds; its folder must be there.
+
+        Raises:
+            SpaceDriveError: the operating system refuses.
+        """
+        self._path = Path(path)
+        try:
+            self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
+
+    def write(self, line: str) -> None:
+        """Adds a line.
+
+        Raises:
+            SpaceDriveError: the operating system refuses.
+        """
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SpaceDriveError(f"cannot write {self._path}: {say(error)}") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name when it is complete, and not at all when anything fails.

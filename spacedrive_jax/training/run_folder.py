@@ -1,4 +1,4 @@
-"""What a run leaves on disk beside its checkpoints: config, provenance, metrics, offending batches."""
+"""What a run leaves on disk beside its checkpoints: config, provenance, offending batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
 
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.io import parse_json, read_json, read_text, write_json, write_text
-from spacedrive_jax.io import to_json as json_line
+from spacedrive_jax.io import read_json, write_json, write_text
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -29,6 +27,7 @@ FREE_TO_CHANGE = (
     "data.prefetch_batches",
     "data.cache_in_memory",
     "train.log_every",
+    "train.trackers",
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )
@@ -155,42 +154,3 @@ def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[
     file = run_dir / "nonfinite" / f"step_{step}.host_{jax.process_index()}.json"
     write_json(file, {"step": step, "tokens": tokens, "metrics": values}, indent=2)
     return file
-
-
-class MetricsLog:
-    """metrics.jsonl and TensorBoard events; on hosts other than the first it writes nothing."""
-
-    def __init__(self, run_dir: Path, start: int) -> None:
-        """Opens the log behind step `start`: lines of steps that will be run again are dropped."""
-        self._file = self._board = None
-        if is_main_host():
-            self._file = _open_behind(run_dir / "metrics.jsonl", start)
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line."""
-        if self._file is None or self._board is None:
-            return
-        self._file.write(json_line({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes both."""
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
-
-
-def _open_behind(path: Path, start: int) -> Any:
-    lines = read_text(path).splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if parse_json(line, path)["step"] <= start:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):  # the line that was being written when the process died
-            break
-    write_text(path, "".join(line + "\n" for line in kept))
-    return path.open("a")

@@ -30,6 +30,7 @@ from spacedrive_jax.training.sharding import (
 from spacedrive_jax.training.state import check_start, count, start_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import Throughput, interval_line, opening_line
+from spacedrive_jax.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def train(
             steps=settings.steps,
         )
         log.info("%s", opening)
-    metrics_log = run_folder.MetricsLog(run_dir, start)
+    tracker = Trackers(run_dir, config, start)
 
     done, loss, stopped = start, float("nan"), False
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
@@ -150,7 +151,7 @@ def train(
     with (
         PreemptionWatch() as watch,
         checkpoints.closing(manager),
-        contextlib.closing(metrics_log),
+        contextlib.closing(tracker),
         progress(total=settings.steps, initial=start, unit="step", logged=False) as bar,
     ):
         while done < settings.steps and not stopped:
@@ -178,7 +179,7 @@ def train(
                 values |= throughput.window()
                 if values.pop("finite"):
                     loss = values["loss"]
-                    metrics_log.write(done, values)
+                    tracker.write(done, values)
                     if run_folder.is_main_host():
                         log.info("%s", interval_line(done, settings.steps, values))
                 short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)

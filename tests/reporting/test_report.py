@@ -129,7 +129,7 @@ def test_page_stands_alone(run_dir: Path) -> None:
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
-    # The horizon, four cases of three pictures and the depth's scale, two curves: losses and the odd number.
+    # The horizon, four cases of three pictures and a depth scale, two curves: the losses and the odd number.
     assert len(page.images) == 1 + 4 * 4 + 2
     for source in page.images:
         kind, data = source.split(";base64,")

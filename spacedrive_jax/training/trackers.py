@@ -1,0 +1,198 @@
+"""Where the metrics of a run go: JSON Lines, TensorBoard, Weights & Biases.
+
+A tracker is chosen by name (`--train.trackers`). JSON Lines keep the metrics' own names, which `report`
+reads; the others get them in groups (`loss/position`, `speed/step_seconds`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from tensorboardX import SummaryWriter
+
+from spacedrive_jax.config import Config, to_json
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.io import LineFile, parse_json, read_json, read_text, write_json, write_text
+from spacedrive_jax.io import to_json as json_line
+from spacedrive_jax.training.run_folder import is_main_host
+
+METRICS_FILE = "metrics.jsonl"
+GROUPS: Mapping[str, str] = {
+    "loss": "loss/total",
+    "displacement_m": "waypoints/displacement_m",
+    "grad_norm": "optimizer/grad_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "step_seconds": "speed/step_seconds",
+    "samples_per_second": "speed/samples_per_second",
+    "data_wait": "speed/data_wait",
+    "data_headroom": "speed/data_headroom",
+    "goodput": "speed/goodput",
+    "mfu": "speed/mfu",
+}
+"""Tags of the metrics; `loss_NAME` becomes `loss/NAME`, a name with a slash keeps its group."""
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes the metrics of a run, step by step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step.
+
+        Args:
+            step: how many steps are done, growing from call to call.
+            values: metric to value.
+        """
+
+    def close(self) -> None:
+        """Writes what is left, and ends."""
+
+
+def tag(name: str) -> str:
+    """The metric's name with its group in front."""
+    if name in GROUPS:
+        return GROUPS[name]
+    if "/" in name:
+        return name
+    if name.startswith("loss_"):
+        return "loss/" + name.removeprefix("loss_")
+    return f"other/{name}"
+
+
+class JsonLinesTracker:
+    """RUN/metrics.jsonl: an object a step, with the metrics' own names."""
+
+    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+        """Opens the file behind step `start`: lines of steps that will be run again are dropped."""
+        file = run_dir / METRICS_FILE
+        _drop_behind(file, start)
+        self._lines = LineFile(file)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line."""
+        self._lines.write(json_line({"step": step, **values}))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+class TensorBoardTracker:
+    """Events below RUN/tensorboard, in a folder of the run's name, which TensorBoard shows."""
+
+    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+        """Opens an event file; events of steps behind `start`, which will be run again, are hidden."""
+        self._board = SummaryWriter(str(run_dir / "tensorboard" / run_dir.resolve().name), purge_step=start)
+        # TensorBoard shows text as Markdown: four spaces make it a block of code.
+        self._board.add_text("config", "    " + to_json(config).replace("\n", "\n    "), start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one event a metric."""
+        for name, value in values.items():
+            self._board.add_scalar(tag(name), value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._board.close()
+
+
+class WandbTracker:
+    """Weights & Biases, with files below RUN/wandb; a resumed run goes on under the same id.
+
+    What W&B reads from the environment holds: WANDB_MODE=offline needs no network and no key (`wandb sync`
+    uploads later), WANDB_PROJECT, WANDB_ENTITY and WANDB_API_KEY say where.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+        """Opens the run.
+
+        Raises:
+            ConfigError: wandb is not installed, or cannot begin.
+        """
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                "--train.trackers wandb needs Weights & Biases: pip install -r requirements-wandb.txt"
+            ) from error
+        settings = run_dir / "wandb.json"
+        if start and settings.is_file():
+            identity = str(read_json(settings)["id"])
+        else:
+            identity = secrets.token_hex(4)
+            write_json(settings, {"id": identity})
+        try:
+            self._run = wandb.init(
+                project=None if "WANDB_PROJECT" in os.environ else "spacedrive_jax",
+                name=run_dir.resolve().name,
+                id=identity,
+                resume="allow",
+                dir=str(run_dir),
+                config=json.loads(to_json(config)),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"Weights & Biases cannot begin ({error}): `wandb login`, or WANDB_MODE=offline"
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics of a step."""
+        self._run.log({tag(name): value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Ends the run, waiting for what is being sent."""
+        self._run.finish()
+
+
+class Trackers:
+    """Several trackers as one; on hosts other than the first, none."""
+
+    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+        """Opens the trackers that `config.train.trackers` names.
+
+        Args:
+            run_dir: the run's folder.
+            config: the run.
+            start: steps that are done.
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        names = list(dict.fromkeys(config.train.trackers)) if is_main_host() else []
+        self._trackers = [TRACKERS[name](run_dir, config, start) for name in names]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hands the metrics to each."""
+        for tracker in self._trackers:
+            tracker.write(step, values)
+
+    def close(self) -> None:
+        """Closes each."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+TRACKERS: Mapping[str, Callable[[Path, Config, int], Tracker]] = {
+    "jsonl": JsonLinesTracker,
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+"""By the names that `--train.trackers` takes."""
+
+
+def _drop_behind(path: Path, start: int) -> None:
+    lines = read_text(path).splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if parse_json(line, path)["step"] <= start:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):  # the line that was being written when the process died
+            break
+    write_text(path, "".join(line + "\n" for line in kept))
