@@ -20,20 +20,19 @@ from data_prep.bench2drive.clips import Clip, read_clip
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.shards import RecordSerializer, write_shard
 from spacedrive_jax import exact
-from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import navigation_command, released_command
 from spacedrive_jax.data.encoded_images import picture_size
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.data.path import future_path
 from spacedrive_jax.data.poses import heading
-from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import say
 
 STEP = 5
 """Frames between two keyframes: 0.5 s."""
 FRAME_US = 100_000
-NUM_PATH_POINTS = 50
 LOCATION = "carla"
 """What the prompt names: at test time nobody tells the car which town it is in."""
 MissingImages = Literal["stop", "skip", "empty"]
@@ -111,7 +110,7 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
         counts["drivable_none"] += 1
         counts["lidar_absent"] += 1
         counts["can_bus_present"] += 1
-        whole: Record = {
+        yield {
             "token": f"{clip.name}-{number:05d}",
             "scene_name": clip.name,
             "scene_description": _description(clip),
@@ -125,7 +124,6 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
             "lidar": b"",
             "lidar_to_ego": np.eye(4),
         }
-        yield {name: whole[name] for name in record_features()}
 
 
 def _description(clip: Clip) -> str:

@@ -16,7 +16,8 @@ class DataConfig:
     """From records to batches."""
 
     records: str = "data/records"
-    """Folder written by `python -m data_prep convert`."""
+    """Folder written by `python -m data_prep convert`; or several with their shares of the samples,
+    `A:0.7,B:0.3`."""
     tokenizer: str | None = None
     """tokenizer.json or its folder; None takes the project's small one."""
     image_size: tuple[int, int] = (640, 640)

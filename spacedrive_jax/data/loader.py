@@ -21,6 +21,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.language_data import KINDS, LanguageData
+from spacedrive_jax.data.mixture import MixedRecords, mixed_order, records_sources
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -111,6 +112,8 @@ class Samples(Sequence[DrivingBatch]):
     indices: list[int]
     """Which records, in order."""
     keep: bool = False
+    offset: int = 0
+    """Added to a record's row to make its sample's `index`, where several folders are mixed."""
 
     def __post_init__(self) -> None:
         self._kept: dict[int, DrivingBatch] = {}
@@ -124,15 +127,39 @@ class Samples(Sequence[DrivingBatch]):
         if index in self._kept:
             return self._kept[index]
         started = time.monotonic()
-        sample = self.builder(self.records[index], index)
+        sample = self.builder(self.records[index], self.offset + index)
         self.clock.add(time.monotonic() - started)
         if self.keep:
             self._kept[index] = sample
         return sample
 
 
-def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train") -> Samples:
-    """The samples a run trains on.
+class MixedSamples(Sequence[DrivingBatch]):
+    """The samples of several records folders, one behind the other, and their shares of a run."""
+
+    def __init__(self, parts: Sequence[Samples], weights: Sequence[float]) -> None:
+        """Args: each folder's samples, and its share of what a run sees."""
+        self.parts, self.weights = list(parts), list(weights)
+        self.records = MixedRecords([part.records for part in parts])
+        self.clock = SampleClock()
+        for part in self.parts:
+            part.clock = self.clock
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, position: int) -> DrivingBatch:  # type: ignore[override]
+        for part in self.parts:
+            if position < len(part):
+                return part[position]
+            position -= len(part)
+        raise IndexError(position)
+
+
+def training_samples(
+    data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train"
+) -> Samples | MixedSamples:
+    """The samples a run trains on: of one records folder, or of several (see `data.mixture`).
 
     Args:
         data: what to read and how.
@@ -143,18 +170,29 @@ def training_samples(data: DataConfig, model: ModelConfig, batch_size: int, spli
     Raises:
         ConfigError: the records are missing, or nothing is left to train on.
     """
+    sources = records_sources(data.records)
     builder = SampleBuilder(data, model)
-    records = open_records(data.records, split)
+    parts, offset = [], 0
+    for folder, _ in sources:
+        parts.append(_folder_samples(folder, data, builder, batch_size, split, offset))
+        offset += len(parts[-1].records)
+    return parts[0] if len(parts) == 1 else MixedSamples(parts, [weight for _, weight in sources])
+
+
+def _folder_samples(
+    folder: str, data: DataConfig, builder: SampleBuilder, batch_size: int, split: str, offset: int
+) -> Samples:
+    records = open_records(folder, split)
     records = with_network_depth(records, data.depth, builder.images.token_grid)
     indices = list(range(len(records)))
     if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records)).tolist()
     if len(indices) < batch_size:
         raise ConfigError(
-            f"{data.records} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
+            f"{folder} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
         )
     _check_questions(records, indices, data.conversation)
-    return Samples(records, builder, indices, data.cache_in_memory)
+    return Samples(records, builder, indices, data.cache_in_memory, offset)
 
 
 def _check_questions(records: Records, indices: Sequence[int], config: ConversationConfig) -> None:
@@ -207,7 +245,7 @@ class HostShare(grain.MapDataset):
 
 
 def training_iterator(
-    samples: Samples, data: DataConfig, *, batch_size: int, seed: int
+    samples: Samples | MixedSamples, data: DataConfig, *, batch_size: int, seed: int
 ) -> grain.DatasetIterator:
     """An endless, checkpointable iterator of this host's share of every global batch.
 
@@ -226,7 +264,10 @@ def training_iterator(
     hosts, host = jax.process_count(), jax.process_index()
     if batch_size % hosts:
         raise ConfigError(f"train.batch_size {batch_size} does not divide over {hosts} hosts")
-    endless = grain.MapDataset.source(samples).seed(seed).shuffle().repeat()
+    if isinstance(samples, MixedSamples):
+        endless = mixed_order(samples.parts, samples.weights, seed)
+    else:
+        endless = mixed_order([samples], [1.0], seed)
     share = batch_size // hosts
     dataset = HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack)
     options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)

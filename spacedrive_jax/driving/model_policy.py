@@ -17,6 +17,7 @@ from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_WAYPOIN
 from spacedrive_jax.data.depth_cache import CachedDepth, NetworkKind
 from spacedrive_jax.data.depth_sources import CACHED, NETWORKS, record_patch_depth
 from spacedrive_jax.data.lidar import UNALIGNED
+from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.client import PROTOCOL
 from spacedrive_jax.driving.protocol import LOCATION_LENGTH, PAST_SECONDS, blank_record, partial_record
@@ -174,6 +175,7 @@ def warm_up_record() -> Record:
         "past_timestamp_us": np.array([9_500_000, 9_000_000], np.int64),
         "can_bus": np.full(13, -188.88),
         "can_bus_valid": True,
+        "command_route": np.int32(RoadOption.LANE_FOLLOW),
     }
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import navigation_command
 from spacedrive_jax.data.encoded_images import picture_size
+from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError
 
@@ -151,21 +152,24 @@ def partial_record(message: Mapping[str, Any]) -> Record:
 
 
 def _route_fields(message: Mapping[str, Any], arrays: Mapping[str, Any], record: Record) -> Record:
-    """What the message says of the route, in the features that this version's records have."""
+    """What the message says of the route."""
     command = message.get("command")
     if command is not None:
         command = int(_number(message, "command", least=-1, most=6))
     targets, past = arrays["target_points"], arrays["past_command"]
-    given: dict[str, Any] = {"route_valid": command is not None and targets is not None}
+    given: dict[str, Any] = {"command_route": np.int32(RoadOption.VOID)}
+    given["route_valid"] = command is not None and targets is not None
     if command is not None:
-        given["command_route"] = np.int32(4 if command < 1 else command)
+        given["command_route"] = np.int32(RoadOption.LANE_FOLLOW if command < 1 else command)
     if past is not None:
         if not ((past >= -1) & (past <= 6)).all():
             raise DataError(f"act: past_command {past.tolist()} holds no RoadOption numbers")
-        given["past_command_route"] = np.where(past < 0, 4, past).astype(np.int32) * record["past_mask"]
+        given["past_command_route"] = (
+            np.where(past < 0, RoadOption.LANE_FOLLOW, past).astype(np.int32) * record["past_mask"]
+        )
     if targets is not None:
         given["target_points"] = targets
-    return {name: value for name, value in given.items() if name in record}
+    return given
 
 
 def act_message(record: Record, step: int, time_s: float) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def act_message(record: Record, step: int, time_s: float) -> dict[str, Any]:
         ("past_command_route", "past_command"),
         ("target_points", "target_points"),
     ):
-        if name in record and record.get("route_valid", False):
+        if record["route_valid"]:
             value = record[name]
             message[sent] = int(value) if sent == "command" else np.asarray(value)
     return message

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.data.loader import Samples
+from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.training.run_folder import save_batch_tokens
 from spacedrive_jax.training.step import Metrics
 
@@ -55,7 +55,7 @@ class NonfiniteGuard:
     The step itself leaves the trainables alone when it is not finite, so a late look loses nothing.
     """
 
-    def __init__(self, run_dir: Path, samples: Samples, allowed: int) -> None:
+    def __init__(self, run_dir: Path, samples: Samples | MixedSamples, allowed: int) -> None:
         """Tolerates `allowed` such steps."""
         self._run_dir, self._samples, self._allowed = run_dir, samples, allowed
         self._pending: tuple[int, DrivingBatch, Metrics] | None = None

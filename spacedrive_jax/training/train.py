@@ -16,7 +16,8 @@ from flax import nnx
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
@@ -112,7 +113,7 @@ def train(
 
     facts = {
         "config": to_json(config),
-        "records": str(Path(config.data.records).resolve()),
+        "records": _resolved(config.data.records),
         "records_fingerprint": samples.records.fingerprint,
         "weights": config.model.weights,
         "base_fingerprint": base_fingerprint(config, frozen, mesh),
@@ -195,6 +196,14 @@ def train(
                 raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started
     return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
+
+
+def _resolved(records: str) -> str:
+    """The records folders with absolute paths, written as the config has them."""
+    sources = records_sources(records)
+    if len(sources) == 1:
+        return str(Path(records).resolve())
+    return ",".join(f"{Path(folder).resolve()}:{weight}" for folder, weight in sources)
 
 
 def _bytes(tree: Any) -> int:

@@ -28,18 +28,30 @@ def test_a_message_tells_what_its_record_said():
         past_can_bus=np.arange(26.0).reshape(2, 13),
         timestamp_us=7_500_000,
         past_timestamp_us=np.array([7_000_000, 6_500_000]),
+        command_route=2,
+        past_command_route=np.array([4, 2], np.int32),
+        target_points=np.array([[12.0, -3.0], [20.0, -14.0]]),
+        route_valid=True,
         exact_depth=[encode_png(np.full((45, 80), 9000, np.uint16))] * 6,
     )
     told = partial_record(act_message(record, 150, 7.5))
     for name in (
         *("camera_intrinsics", "camera_to_ego", "can_bus", "past_can_bus", "past_to_ego", "past_mask"),
-        *("image_size", "timestamp_us", "past_timestamp_us"),
+        *("image_size", "timestamp_us", "past_timestamp_us", "command_route", "past_command_route"),
+        *("target_points", "route_valid"),
     ):
         np.testing.assert_array_equal(told[name], record[name], err_msg=name)
     assert told["images"] == record["images"]
     assert told["exact_depth"] == record["exact_depth"]
     assert told["location"] == record["location"]
     assert not told["waypoint_mask"].any()
+
+
+def test_without_a_route_the_command_is_void():
+    told = partial_record(observation(command=None, target_points=None, past_command=None))
+    assert told["command_route"] == -1
+    assert not told["route_valid"]
+    assert partial_record(observation(command=-1))["command_route"] == 4  # CARLA's VOID follows the lane
 
 
 def test_the_past_is_masked_from_its_first_gap_on():
