@@ -20,6 +20,7 @@ from typing import Protocol, Self, TypeVar
 from data_prep import conversion
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
+from spacedrive_jax.io import write_bytes, write_text
 
 POLL_SECONDS = 1.0
 
@@ -125,7 +126,7 @@ def convert_unit_file(path: str) -> None:
     try:
         result = convert(unit)
     except SpaceDriveError as error:
-        file.with_suffix(".problem").write_text(str(error))
+        write_text(file.with_suffix(".problem"), str(error))
         return
     conversion.save_finished_scene(unit.shard.parent, result)
 
@@ -137,7 +138,7 @@ def _write_units(units: Iterable[U], convert: Callable[[U], SceneResult], folder
     for unit in units:
         absolute = unit.resolved()
         files.append(folder.resolve() / f"{unit.shard.name}.unit")
-        files[-1].write_bytes(pickle.dumps((convert, absolute)))
+        write_bytes(files[-1], pickle.dumps((convert, absolute)))
     return files
 
 

@@ -17,7 +17,7 @@ from tensorflow_datasets.core import dataset_info, example_serializer, file_adap
 from spacedrive_jax.data.records_folder import ends_sha256, file_sha256
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, Record, record_features
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.io import say
+from spacedrive_jax.io import put_in_place, say
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, so that random access reads nothing else. Uncompressed, because most bytes are
@@ -76,7 +76,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
             writer.close()
         size = partial.stat().st_size
         facts = ShardFacts(path.name, count, size, file_sha256(partial), ends_sha256(partial))
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -76,11 +76,11 @@ class TrainConfig:
     state and the true coordinate's encoding."""
     supervision: Literal["planning", "first", "all"] = "planning"
     """Which coordinates have a position loss: the six waypoints; the first alone, held against all six
-    (published `single_coords_only`); or every coordinate of the answers."""
+    (published `single_coords_only`, fidelity Q18); or every coordinate of the answers."""
     vae_weight: float = 1.0
     """Of the divergence that the `vae` decoder adds."""
     indicator_weight: float = 1.0
-    """Of the indicator token in the cross-entropy. The published code passes 3, which never acts."""
+    """Of the indicator token in the cross-entropy. The published 3 never acts (fidelity Q11)."""
     seed: int = 888
     log_every: int = 10
     trackers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl", "tensorboard")

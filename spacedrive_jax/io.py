@@ -238,6 +238,38 @@ def write_json(path: str | os.PathLike[str], value: Any, **options: Any) -> None
     write_text(path, to_json(value, **options) + "\n")
 
 
+def write_part(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Writes a file inside a folder that is being made and appears as a whole (`atomic_folder`).
+
+    Args:
+        path: the file; its folder is made.
+        data: bytes, or text to be written as UTF-8 with line feeds.
+
+    Raises:
+        SpaceDriveError: the operating system refuses.
+    """
+    final = Path(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        final.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    except OSError as error:
+        raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def put_in_place(partial: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
+    """Gives a file that is complete its name, over an older one.
+
+    For files that another library or a long run writes, where `atomic_write` cannot be used.
+
+    Raises:
+        SpaceDriveError: the operating system refuses.
+    """
+    try:
+        os.replace(partial, final)
+    except OSError as error:
+        raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
 class LineFile:
     """A text file that grows by whole lines, each on the disk's way before `write` returns.
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from spacedrive_jax.data.encoded_images import decode_grey
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import require_regular, say
+from spacedrive_jax.io import put_in_place, require_regular, say
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BAND_BYTES = 8 << 20
@@ -59,7 +59,7 @@ def cache_mask_bits(png: Path, cache: Path) -> None:
                 first += len(band)
             bits.flush()
             del bits
-        os.replace(partial, cache)
+        put_in_place(partial, cache)
     except OSError as error:
         if isinstance(error, SpaceDriveError):
             raise

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row
 from spacedrive_jax import exact
-from spacedrive_jax.io import to_json, write_text
+from spacedrive_jax.io import to_json, write_bytes, write_text
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
 from spacedrive_jax.world.tokens import make_token
@@ -27,9 +27,8 @@ def write_mask(town: Town, path: Path) -> None:
     cells = round(TOWN_EDGE / MASK_RESOLUTION)
     canvas = SurfaceMap(np.zeros((cells, cells), dtype=np.uint8), (0.0, 0.0), MASK_RESOLUTION)
     ground.rasterise(town.drivable, canvas, canvas.classes, 255)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), canvas.classes[::-1]):
-        raise RuntimeError(f"OpenCV could not write {path}")
+    _, png = cv2.imencode(".png", canvas.classes[::-1])
+    write_bytes(path, png.tobytes())
 
 
 def write_expansion(town: Town, seed: int, path: Path) -> None:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from data_prep.synthesize.tables import Row, link, visibility_token
+from spacedrive_jax.io import write_part
 from spacedrive_jax.world import can_bus, rig
 from spacedrive_jax.world.filming import Film, Shot, Sighting, Take, annotated_span
 from spacedrive_jax.world.scenario import MANOEUVRES, Scenario, build_scenario
@@ -226,5 +227,4 @@ class _Recorder:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    write_part(path, data)

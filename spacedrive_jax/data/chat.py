@@ -134,7 +134,7 @@ def llava_labels(
     the assistant's.
 
     So the begin-of-text token, the colon behind `ASSISTANT` and, in a conversation without an answer, the
-    whole question are supervised (reference_behaviour 12).
+    whole question are supervised (fidelity Q22).
 
     Args:
         token_ids: a conversation.

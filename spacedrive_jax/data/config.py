@@ -23,7 +23,7 @@ class DataConfig:
     image_size: tuple[int, int] = (640, 640)
     """Height and width each view is squashed to before the image processor."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    """The published pipeline hands BGR to everything; use `bgr` with its weights."""
+    """The published pipeline hands BGR to everything (fidelity Q26); use `bgr` with its weights."""
     command: CommandSource = "navigation"
     route_targets: bool = False
     """Name the next two nodes of the route in the question, as coordinate tokens (closed loop); they count

@@ -31,7 +31,7 @@ HORIZON = 3.0
 def angle_class(degrees: float) -> int:
     """The command class of an angle: 2..4 for positive angles, 5..7 for negative ones.
 
-    The bounds (0.4, 2, 10 and 20 degrees) belong to the inner class (nuscenes_fields spec, stage C).
+    The bounds (0.4, 2, 10 and 20 degrees) belong to the inner class (fidelity Q37).
     """
     magnitude = abs(degrees)
     if magnitude <= 0.4:
@@ -46,7 +46,7 @@ def released_command(endpoint: Float[np.ndarray, "3"]) -> int:
     """The command of the published data: from the ground-truth endpoint, words mirrored.
 
     The published script calls a positive angle "right" although +y is left in the ego frame; published
-    checkpoints were trained with these words, so parity needs them (nuscenes_fields spec, stage C).
+    checkpoints were trained with these words, so parity needs them (fidelity Q37).
 
     Args:
         endpoint: x, y (metres) and yaw (radians) of the ego vehicle three seconds ahead in the current ego
@@ -121,7 +121,7 @@ def ego_status(
 ) -> EgoStatus:
     """Builds the ego status from the record alone, as the published streaming memory would hold it.
 
-    Memory is dropped as a whole at the first gap of two seconds or more (`reference_behaviour`, Ego);
+    Memory is dropped as a whole at the first gap of two seconds or more (fidelity Q16);
     missing history is zero matrices and zero CAN values. With no command sentence the command number is 0,
     so that nothing of the ground truth reaches the model.
     """
@@ -182,8 +182,8 @@ def insert_ego_tokens(
 ) -> tuple[ChatTokens, list[int]]:
     """Inserts the ego tokens after the last image, as the published code does.
 
-    First [vision_end, image, vision_end] for the feature token (the published constant for vision_start
-    holds vision_end's id), then [indicator, image, indicator, image] for the past positions. Inserted
+    First [vision_end, image, vision_end] for the feature token (fidelity Q12: the published constant for
+    vision_start holds vision_end's id), then [indicator, image] twice for the past positions. Inserted
     tokens are not supervised, and their image ids count as text for the rotary positions.
 
     Args:

@@ -74,7 +74,7 @@ class ImageProcessor:
         """Visual tokens per view, rows and columns."""
         self.intrinsics_size = image_size
         """(height, width) in whose pixels the published code counts intrinsics: the squashed view's, even
-        where the processor changes it once more (Qwen: 640 to 644)."""
+        where the processor changes it once more (Qwen: 640 to 644; fidelity Q15)."""
 
     def __call__(self, record: Record) -> UInt8[np.ndarray, "N P K"]:
         """Patches of the record's views, 0..255.

@@ -1,7 +1,7 @@
 """Ego-vehicle fields of a record: past poses, future waypoints, CAN bus, commands.
 
 Everything is derived from the scene's ego poses at LIDAR_TOP time. Waypoints are positions of the ego
-origin in the current ego frame with its full 3-D rotation (nuscenes_fields spec, stage B).
+origin in the current ego frame with its full 3-D rotation (fidelity Q39).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def can_bus_at(
     """The CAN-bus vector at each keyframe.
 
     orientation quaternion w x y z | acceleration xyz (m/s^2) | rotation rate xyz (rad/s) | velocity xyz
-    (m/s). As published (nuscenes_fields spec, stage B), the orientation is of the last message at or
+    (m/s). As published (fidelity Q38), the orientation is of the last message at or
     before the keyframe, but the other nine numbers are of the first message after it (the last one when
     none follows; the first message serves for both when all are later).
 

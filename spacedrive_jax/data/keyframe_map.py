@@ -70,7 +70,7 @@ class PolygonMap:
         """Draws the polygons as the devkit's `get_map_mask` does; see `DrivableMap.raster`.
 
         Vertices are rounded to cells, `cv2.fillPoly` draws boundary cells too, and each map polygon's holes
-        are cut before the next polygon is drawn (open_loop spec, 3.3 d).
+        are cut before the next polygon is drawn (fidelity Q40).
         """
         canvas = np.zeros((cells, cells), np.uint8)
         scale = cells / (2 * extent)

@@ -15,7 +15,7 @@ from spacedrive_jax.data.tokenizer import COORDINATE
 
 
 # Decimals may be signed and may lack the digits before the point; integers may not be signed: `(3, -4)`
-# stays text (published, reference_behaviour 13).
+# stays text (published: fidelity Q23).
 _NUMBER = r"([-+]?\d*\.\d+|\d+)"
 _TUPLE = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _ALL = re.compile(_TUPLE)
@@ -53,7 +53,7 @@ def replace_coordinates(text: str, *, keep_velocities: bool) -> ReplacedText:
 
 def format_number(number: float, decimals: int = 1) -> str:
     """A signed number as the published texts write it: `+4.10`, `-0.05`, and `0.0` where it rounds to no
-    more than 0.01.
+    more than 0.01 (fidelity Q24).
     """
     return "0.0" if abs(round(number, decimals)) <= 1e-2 else f"{number:+.{decimals}f}"
 

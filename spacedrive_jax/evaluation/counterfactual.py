@@ -179,7 +179,7 @@ def parse_candidates(content: Any) -> list[Candidate]:
 
 
 ANSWER_KEYS = ("C", "A")
-"""The published script reads "C", which the published model does not write; it writes "A"."""
+"""The published script reads "C", which the published model does not write (fidelity Q42); it writes "A"."""
 
 
 @dataclasses.dataclass(frozen=True)

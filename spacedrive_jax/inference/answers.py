@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +20,7 @@ from spacedrive_jax.data.prompts import context, parse_coordinates, planning_ans
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import read_bytes, read_json, say, to_json, write_bytes, write_json
+from spacedrive_jax.io import put_in_place, read_bytes, read_json, say, to_json, write_bytes, write_json
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
 
@@ -222,7 +221,7 @@ def answer_file(
     write_bytes(partial, kept)
     with partial.open("a", encoding="utf-8") as lines:
         yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, facts)
-    os.replace(partial, out)
+    put_in_place(partial, out)
     facts_file.unlink()
 
 

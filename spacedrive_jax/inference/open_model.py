@@ -27,7 +27,7 @@ from spacedrive_jax.interop.trained_parts import (
     trained_rules,
 )
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
-from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text
+from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, write_part
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 from spacedrive_jax.training import checkpoints, run_folder
@@ -130,7 +130,7 @@ def _open_run(source: Path) -> OpenedModel:
     tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).tokenizer
 
     def write_tokenizer(folder: Path) -> None:
-        tokenizer.save(str(folder / "tokenizer.json"))
+        write_part(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
     weights = config.model.weights
     is_folder = weights is not None and (Path(weights) / FACTS_FILE).is_file()

@@ -91,8 +91,8 @@ def coordinate_places(
     As published, by the raw ids, discarded ones included: an indicator in a discarded place starts no run of
     its own, and what was decoded further down a run does not count. One that ends the answer has no place
     for a coordinate. The published code finds a run's first indicator by rolling the answer round by one
-    place, so an answer that begins and ends with an indicator loses its first coordinate (`docs/fidelity.md`,
-    kept though odd); with one indicator alone nothing is rolled.
+    place, so an answer that begins and ends with an indicator loses its first coordinate (fidelity Q35);
+    with one indicator alone nothing is rolled.
 
     Args:
         token_ids: raw ids, as `Generation` has them.

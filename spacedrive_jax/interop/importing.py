@@ -28,7 +28,7 @@ from spacedrive_jax.interop.safetensors_folder import (
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
-from spacedrive_jax.io import read_json, require_regular, write_json
+from spacedrive_jax.io import read_json, require_regular, write_json, write_part
 
 # Adds the two coordinate tokens to a released vocabulary: tokenizer, embedding table and head.
 
@@ -98,7 +98,7 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
     known = [tokenizer.token_to_id(token) for token in tokens]
     if add and None in known:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-        tokenizer.save(str(file))
+        write_part(file, tokenizer.to_str(pretty=True))
     indicator, position = (tokenizer.token_to_id(token) for token in tokens)
     if indicator is None:
         return Extension(None, added=False)

@@ -44,7 +44,7 @@ TABLE_ROWS: Mapping[str, ParameterPath] = MappingProxyType(
         "lm_head.weight": ("vlm", "decoder", "new_head"),
     }
 )
-"""The tables whose rows the published LLaVA trains for the new tokens, and where ours keep them."""
+"""Tables whose rows the published LLaVA trains for the new tokens (fidelity Q28), and where ours are."""
 NOT_COMPARED = ("weights", "compute.", "vlm.", "lora.dropout", "path_points", "position_input_training")
 """Fields of a model that may differ from what a checkpoint was trained with: they do not change what its
 tensors mean, or are checked against the base's config."""

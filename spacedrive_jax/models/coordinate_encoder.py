@@ -169,7 +169,7 @@ class CoordinateEncoder(nnx.Module):
         return self.scale * self.waves(points) if self.hidden is None else self.learned(points)
 
     def past(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
-        """Past ego positions keep the scaled waves even where an `mlp` encodes all else, as published."""
+        """Past ego positions keep the scaled waves even where an `mlp` encodes all else (fidelity Q34)."""
         return self.scale * self.waves(points)
 
     @property

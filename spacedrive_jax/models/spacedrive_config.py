@@ -47,10 +47,10 @@ class ModelConfig:
     """Feed the encoding of a coordinate at its position token (the published default does not)."""
     position_input_training: Literal["encodings", "zeros"] = "encodings"
     """What position input feeds in training. The published code feeds zeros there, by mistake, and
-    encodings at test time."""
+    encodings at test time (fidelity Q13)."""
     semantic_position: bool = False
     """Add the position token's own embedding to what position input feeds, and take it from the hidden
-    state before a coordinate is decoded in training (published; the test decode does not)."""
+    state before a coordinate is decoded in training (published, fidelity Q20; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
     BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS)}

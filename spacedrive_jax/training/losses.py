@@ -75,7 +75,7 @@ class Losses:
 
     total: Float[Array, ""]
     language: Float[Array, ""]
-    """Sum of the supervised tokens' cross-entropy over the batch size, as the published code reduces it."""
+    """Sum of the supervised tokens' cross-entropy over the batch size, as published (fidelity Q32)."""
     position: Float[Array, ""]
     """Mean position loss over the valid coordinates' x and y; exactly 0 when there is none."""
     path: Float[Array, ""]

@@ -138,7 +138,6 @@ def write_can_bus(
         "zoe_veh_info": [_vehicle_info(ego_state(scenario, time), stamp(time)) for time in times(100)],
         "zoesensors": [_pedals(ego_state(scenario, time), stamp(time)) for time in times(100)],
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for kind, rows in messages.items():
         write_text(folder / f"{name}_{kind}.json", to_json(rows))
     points = route_points(scenario.ego.route).tolist()

@@ -25,8 +25,8 @@ class Control:
 class Limits:
     """What the actuators can do.
 
-    Steering angle and acceleration are this project's choice (`closed_loop_embedded` spec, section 3); nuPlan
-    has lags of 0.2 s on the acceleration and 0.05 s on the steering (its `batch_kinematic_bicycle`).
+    Steering angle and acceleration are this project's choice; nuPlan has
+    lags of 0.2 s on the acceleration and 0.05 s on the steering (its `batch_kinematic_bicycle`).
     """
 
     steer: float = 0.55

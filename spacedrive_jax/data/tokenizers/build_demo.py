@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from spacedrive_jax.data.prompts import COMMAND_WORDS, SYSTEM, planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER, INDICATOR, POSITION
+from spacedrive_jax.io import write_text
 
 VOCABULARY = 512
 SPECIAL = (
@@ -55,5 +56,5 @@ def build() -> Tokenizer:
 
 
 if __name__ == "__main__":
-    DEMO_TOKENIZER.write_text(build().to_str(pretty=True) + "\n")
+    write_text(DEMO_TOKENIZER, build().to_str(pretty=True) + "\n")
     print(f"wrote {DEMO_TOKENIZER}")

@@ -331,7 +331,7 @@ class UniDepthV2(nnx.Module):
     ) -> UniDepthInference:
         """The published `infer`, whole.
 
-        The published code takes one camera for all images of a batch; here each image has its own.
+        The published code takes one camera for all images of a batch (fidelity Q29); here each has its own.
 
         Args:
             images: RGB, 0..255, any real type.

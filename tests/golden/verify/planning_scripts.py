@@ -3,7 +3,7 @@
 `evaluation` computes what the scripts mean; their printed numbers also hold two slips of the VAD-style
 script, which only a comparison with its output has use for. The sum of the off-road share is overwritten by
 every sample that leaves the road. And a variable that only such samples set is read when another one collides
-or starts off the road, which raises and loses the sample's remaining terms. (spec open_loop, Q6.)
+or starts off the road, which raises and loses the sample's remaining terms. (Fidelity Q6.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SpaceDrive in plain torch around transformers' models.
 
-Follows `reference_behaviour` (section Spec) and shares no code with the project, so that widths, batch sizes,
+Written from what the release was seen to do, it shares no code with the project, so that widths, batch sizes,
 clocks and options nobody recorded can be compared as well.
 """
 
