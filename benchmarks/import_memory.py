@@ -26,7 +26,7 @@ import numpy as np
 from spacedrive_jax.interop.families import write_hf_config
 from spacedrive_jax.interop.qwen2_5_vl import hub_name, qwen_rules
 from spacedrive_jax.interop.safetensors_folder import PlannedTensor, plan_shards, write_folder
-from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 SHARD_BYTES = 4 * 1000**3
 

@@ -34,7 +34,6 @@ import tyro
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.data.chat import ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
@@ -42,9 +41,11 @@ from spacedrive_jax.inference.answers import Generation, planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import start
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.chat import ChatTokens, Message
+from spacedrive_jax.models.config import DecoderConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.partitioning import initialize
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -116,9 +117,11 @@ def make_batch(
     vision = config.vlm.vision
     patches = (side * vision.merge_size) ** 2
     rng = np.random.default_rng(0)
-    turns = [Turn("user", planning_question("boston", 1))]
-    turns += [Turn("assistant", planning_answer())] if answer else []
-    chat: ChatTokens = chat_tokens(tokenizer, turns, side**2, generation_prompt=not answer)
+    turns = [Message("user", planning_question("boston", 1))]
+    turns += [Message("assistant", planning_answer())] if answer else []
+    chat: ChatTokens = tokenizer.chat.apply_chat_template(
+        tokenizer, turns, side**2, add_generation_prompt=not answer
+    )
     length = len(chat.token_ids)
     fields = token_fields(
         tokenizer, chat, (side, side), "none", sequence_length=length, max_targets=40 if answer else 1

@@ -11,7 +11,7 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import EGO_SLOTS
-from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.models.positions import ImageSpan, mrope_positions
 from spacedrive_jax.training.sharding import make_mesh
 

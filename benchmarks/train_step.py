@@ -32,14 +32,9 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
-from spacedrive_jax.models.config import (
-    ComputeConfig,
-    DecoderConfig,
-    LoraConfig,
-    QwenVisionConfig,
-    QwenVLConfig,
-)
-from spacedrive_jax.models.spacedrive import normalise
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.flops import train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import msgspec
 
@@ -34,6 +34,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
 from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.families import FAMILIES, family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 
@@ -238,14 +239,6 @@ def _defined_presets(module: ModuleType, path: Path) -> Mapping[str, Config]:
     return presets
 
 
-def _family_template(current: Any, values: dict[str, Any]) -> Any:
-    """The vision-language config of the family whose fields the values have; others keep their type."""
-    if not isinstance(current, get_args(VLConfig)):
-        return current
-    kinds = [kind for kind in get_args(VLConfig) if {f.name for f in dataclasses.fields(kind)} == set(values)]
-    return kinds[0]() if kinds else current
-
-
 def change(config: Config, name: str, fields: dict[str, Any]) -> Config:
     """A config that differs from another in a few fields.
 
@@ -282,9 +275,26 @@ def _load_module(path: Path, name: str) -> ModuleType:
     return module
 
 
+TAG = "family"
+"""Key under which JSON names the family of a vision-language config: one of `models.families.FAMILIES`."""
+
+
+def to_plain(value: Any) -> Any:
+    """A config (or a part of one) as JSON values; vision-language configs carry their family's name."""
+    if isinstance(value, VLConfig):
+        return {TAG: family_of(value).name, **_fields(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _fields(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
 def to_json(config: Config) -> str:
     """The resolved config as JSON text, keys sorted; `from_json` reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+    return json.dumps(to_plain(config), indent=2, sort_keys=True) + "\n"
 
 
 def config_changes(old: Any, new: Any, place: str = "") -> list[str]:
@@ -309,6 +319,12 @@ def from_json(text: str) -> Config:
 def _build(template: Any, values: Any, place: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{place} is {str(values)[:40]!r}, expected an object")
+    if isinstance(template, VLConfig):
+        name = values.get(TAG)
+        if name not in FAMILIES:
+            raise ConfigError(f"{place}.{TAG} is {name!r}, expected one of {', '.join(FAMILIES)}")
+        template = FAMILIES[name].config()  # type: ignore[call-arg]  # families give every field a default
+        values = {key: value for key, value in values.items() if key != TAG}
     known = {field.name for field in dataclasses.fields(template)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -318,7 +334,7 @@ def _build(template: Any, values: Any, place: str) -> Any:
     for name, value in values.items():
         current = getattr(template, name)
         if dataclasses.is_dataclass(current):
-            changes[name] = _build(_family_template(current, value), value, f"{place}.{name}")
+            changes[name] = _build(current, value, f"{place}.{name}")
         else:
             try:
                 changes[name] = msgspec.convert(value, types[name])

@@ -11,26 +11,22 @@ import pytest
 import data_prep.cli.main
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
-from spacedrive_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig
+from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.lidar import FusionConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
-from spacedrive_jax.models.config import (
-    ClipVisionConfig,
-    ComputeConfig,
-    DecoderConfig,
-    LlavaConfig,
-    LoraConfig,
-    QwenVisionConfig,
-    QwenVLConfig,
-)
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig
+from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.grid import GridConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 CONFIGS = [
     ClipVisionConfig,

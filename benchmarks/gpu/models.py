@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from benchmarks.gpu.rows import Size
 from spacedrive_jax.config import Config, change, load_preset
-from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.models.layers import INIT_STD
 from spacedrive_jax.models.partitioning import draw_parameters
 from spacedrive_jax.training.sharding import parameter_sharding

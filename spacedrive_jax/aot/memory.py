@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
-from spacedrive_jax.data.images import ImageProcessor
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training.sharding import batch_sharding
 
 # The shapes of a batch, from the config alone.
@@ -23,7 +23,7 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
     """A batch without its numbers: what `place_batch` returns for `batch_size` samples of the config."""
     sharding = batch_sharding(mesh)
     data, vision = config.data, config.model.vlm.vision
-    images = ImageProcessor(vision, data.image_size)
+    images = family_of(config.model.vlm).image_processor(vision, data.image_size)
     length, targets = data.sequence_length, data.max_targets
     points = config.model.path_points
 

@@ -23,10 +23,10 @@ from spacedrive_jax.aot.memory import (
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.data.transforms import chat_layout
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, expected_frame
 from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.flops import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated
@@ -193,7 +193,7 @@ def _training(config: Config, mesh: Mesh) -> _Program:
 
 def _planning(config: Config, mesh: Mesh) -> _Program:
     graph, trainable, frozen = abstract_state(config, mesh)
-    tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model))
+    tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
     frame = expected_frame(config, tokenizer)
     batch = abstract_batch(config, config.train.batch_size, mesh)
 

@@ -92,11 +92,25 @@ class ExportWeights(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.interop.exporting`."""
-        from spacedrive_jax.interop.exporting import WRITERS
-        from spacedrive_jax.interop.spacedrive import export_spacedrive
+        if self.format == "spacedrive":
+            facts = self._for_published_code()
+        else:
+            from spacedrive_jax.inference.open_model import open_vlm
+            from spacedrive_jax.interop.exporting import export_hf, export_peft
 
-        writers = {**WRITERS, "spacedrive": export_spacedrive}
-        facts = writers[self.format](self.source, self.out)
+            write = {"hf": export_hf, "peft": export_peft}[self.format]
+            facts = write(open_vlm(self.source), self.out)
         left_out = facts.get("left_out")
         print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
         return facts
+
+    def _for_published_code(self) -> Mapping[str, Any]:
+        from spacedrive_jax.inference.open_model import open_trained_model
+        from spacedrive_jax.interop.spacedrive import export_imported, export_trained
+        from spacedrive_jax.interop.trained_parts import is_imported
+        from spacedrive_jax.training.checkpoints import locate
+
+        if is_imported(self.source):
+            return export_imported(self.source, self.out)
+        _, step = locate(self.source)
+        return export_trained(open_trained_model(self.source).model, step, self.out)

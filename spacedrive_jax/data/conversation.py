@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.constants import NUM_TARGETS
-from spacedrive_jax.data.chat import Turn
 from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
 from spacedrive_jax.data.prompts import (
@@ -25,6 +24,7 @@ from spacedrive_jax.data.prompts import (
     replace_coordinates,
 )
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.models.chat import Message
 
 Tasks = Literal["planning", "planning_and_questions", "counterfactual"]
 """What a conversation consists of: the planning turn; that and all of OmniDrive's questions; or its two
@@ -51,7 +51,7 @@ class ConversationConfig:
 class Conversation:
     """Turns, and the coordinates that their position tokens stand for."""
 
-    turns: list[Turn]
+    turns: list[Message]
     coordinates: Float[np.ndarray, "C 2"]
     """Metres, ego frame, in the order of the tokens, float32."""
 
@@ -63,7 +63,7 @@ def question_turn(
     plan: bool = True,
     ego_in_words: bool = False,
     route_targets: bool = False,
-) -> Turn:
+) -> Message:
     """The user turn that asks for the trajectory, with the command sentence that the source gives.
 
     Args:
@@ -83,7 +83,7 @@ def question_turn(
         ego_status=said,
         targets=NUM_TARGETS if route_targets else 0,
     )
-    return Turn("user", question)
+    return Message("user", question)
 
 
 def question_coordinates(record: Record, *, route_targets: bool) -> Float[np.ndarray, "C 2"]:
@@ -104,7 +104,7 @@ def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens:
     points = np.zeros((0, 2), np.float32)
     if coordinate_tokens:
         question, points = replace_coordinates(question, keep_velocities=False)
-    return Conversation([Turn("user", question)], points)
+    return Conversation([Message("user", question)], points)
 
 
 def training_conversation(
@@ -140,7 +140,7 @@ def training_conversation(
     rng = _keyframe_rng(record["token"])
     planned = bool(record["waypoint_mask"].all()) and config.tasks != "counterfactual"
     questions = _questions(record["token"], config, rng)
-    turns: list[Turn] = []
+    turns: list[Message] = []
     coordinates: list[np.ndarray] = []
     if planned:
         turns.append(
@@ -158,14 +158,14 @@ def training_conversation(
             coordinates.append(waypoints[:coordinate_tokens])
             if path_points:
                 coordinates.append(np.asarray(record["path"][:path_points], np.float32))
-        turns.append(Turn("assistant", answer))
+        turns.append(Message("assistant", answer))
     for index, pair in enumerate(questions):
         opening = "" if turns or index else context(record["location"])
-        for turn in (Turn("user", opening + pair.question), Turn("assistant", pair.answer)):
+        for turn in (Message("user", opening + pair.question), Message("assistant", pair.answer)):
             asked_only = config.tasks == "counterfactual" and turn.role == "assistant"
             if coordinate_tokens is not None and not asked_only:
-                text, found = replace_coordinates(turn.text, keep_velocities=True)
-                turn = Turn(turn.role, text)
+                text, found = replace_coordinates(turn.content, keep_velocities=True)
+                turn = Message(turn.role, text)
                 coordinates.append(found)
             turns.append(turn)
     if not turns:

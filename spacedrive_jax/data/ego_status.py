@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PAST
-from spacedrive_jax.data.chat import IGNORE, ChatTokens
 from spacedrive_jax.data.prompts import format_coordinates, format_number
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
+from spacedrive_jax.models.chat import IGNORE, ChatTokens
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput
 
 # The two driving-command rules: the published one, which sees the future, and one that cannot.
@@ -177,21 +177,17 @@ def insert_ego_tokens(
     tokenizer: DrivingTokenizer,
     chat: ChatTokens,
     ego_input: EgoStatusInput,
-    *,
-    image_delimiters: bool = True,
 ) -> tuple[ChatTokens, list[int]]:
     """Inserts the ego tokens after the last image, as the published code does.
 
-    First [vision_end, image, vision_end] for the feature token (fidelity Q12: the published constant for
-    vision_start holds vision_end's id), then [indicator, image] twice for the past positions. Inserted
-    tokens are not supervised, and their image ids count as text for the rotary positions.
+    First the feature token as the family writes it (`ChatTemplate.ego_feature`), then [indicator, image,
+    indicator, image] for the past positions. Inserted tokens are not supervised, and their image ids count
+    as text for the rotary positions.
 
     Args:
         tokenizer: gives the special ids.
         chat: the conversation.
         ego_input: which tokens to insert.
-        image_delimiters: images stand between vision_start and vision_end (Qwen); LLaVA has bare image
-            tokens, and its feature token is one too.
 
     Returns:
         The longer conversation, and the indices of its ego slots in order feature, t-1, t-2 (those that
@@ -200,15 +196,15 @@ def insert_ego_tokens(
     inserted: list[int] = []
     slots: list[int] = []
     if ego_input in ("feature", "both"):
-        slots.append(len(inserted) + image_delimiters)
-        feature = [tokenizer.vision_end, tokenizer.image, tokenizer.vision_end]
-        inserted += feature if image_delimiters else [tokenizer.image]
+        feature, slot = tokenizer.chat.ego_feature(tokenizer)
+        slots.append(slot)
+        inserted += feature
     if ego_input in ("positions", "both"):
         for _ in range(NUM_PAST):
             slots.append(len(inserted) + 1)
             inserted += [tokenizer.indicator, tokenizer.image]
     reverse = chat.token_ids[::-1]
-    place = len(reverse) - reverse.index(tokenizer.vision_end if image_delimiters else tokenizer.image)
+    place = len(reverse) - reverse.index(tokenizer.chat.image_end(tokenizer))
     token_ids = chat.token_ids[:place] + inserted + chat.token_ids[place:]
     labels = chat.labels[:place] + [IGNORE] * len(inserted) + chat.labels[place:]
     return ChatTokens(token_ids, labels, chat.image_starts), [place + slot for slot in slots]

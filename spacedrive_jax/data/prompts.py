@@ -101,7 +101,6 @@ ROUTE_WORDS: dict[int, str] = {
 }
 """Sentences of `command_route` (RoadOption); this project's wording, no published model takes a route."""
 
-SYSTEM = "You are a helpful assistant."
 PLANNING_QUESTION = "Please provide the planning trajectory for the ego car without reasons."
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import parse_json, read_text
+from spacedrive_jax.models.chat import ChatTemplate
+from spacedrive_jax.models.families import qwen2_5_vl
 
 INDICATOR = "<POS_INDICATOR>"
 """Indicator token: a coordinate follows; the next hidden state is regressed."""
 POSITION = "<POS_EMBEDDING>"
 """Position token: the slot where a coordinate's encoding stands."""
 COORDINATE = INDICATOR + POSITION
-
-ChatLayout = Literal["qwen", "llava"]
-"""How a conversation is written, and so which special tokens a tokenizer must have."""
-
-NO_TOKEN = -1
-"""Stands for an id that a chat layout does not have."""
 
 DEMO_TOKENIZER = Path(__file__).parent / "tokenizers" / "demo.json"
 
@@ -31,18 +27,27 @@ class DrivingTokenizer:
     """A tokenizer with a chat vocabulary plus the two coordinate tokens."""
 
     tokenizer: Tokenizer
-    turn_end: int
-    image: int
-    padding: int
+    chat: ChatTemplate
+    """Which chat it is for."""
+    special: Mapping[str, int]
+    """Ids of the chat's special tokens, by the names in `ChatTemplate.special_tokens`."""
     indicator: int
     position: int
-    turn_start: int = NO_TOKEN
-    vision_start: int = NO_TOKEN
-    """Qwen: stands before an image's tokens."""
-    vision_end: int = NO_TOKEN
-    begin: int = NO_TOKEN
-    """LLaVA: stands before the first turn."""
-    layout: ChatLayout = "qwen"
+
+    @property
+    def image(self) -> int:
+        """Id of one visual token."""
+        return self.special["image"]
+
+    @property
+    def turn_end(self) -> int:
+        """Id that ends an answer."""
+        return self.special["turn_end"]
+
+    @property
+    def padding(self) -> int:
+        """Id that fills sequences up."""
+        return self.special["padding"]
 
     @property
     def vocabulary_size(self) -> int:
@@ -90,18 +95,20 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") -> DrivingTokenizer:
+def load_tokenizer(
+    path: Path | str | None = None, chat: ChatTemplate = qwen2_5_vl.FAMILY.chat
+) -> DrivingTokenizer:
     """Loads a `tokenizer.json` (or the folder that holds it) and adds the coordinate tokens it lacks.
 
     On the released Qwen2.5 vocabulary the two new tokens get the ids 151665 and 151666.
 
     Args:
         path: file or folder; when None the project's own small tokenizer, which has Qwen's special tokens
-            and is given LLaVA's for its layout.
-        layout: which chat the tokenizer is for.
+            and is given those of another chat.
+        chat: which chat the tokenizer is for.
 
     Raises:
-        DataError: no such file, or a special token of the chat layout is missing from it.
+        DataError: no such file, or a special token of the chat is missing from it.
     """
     file = DEMO_TOKENIZER if path is None else Path(path)
     if file.is_dir():
@@ -109,9 +116,7 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
     if not file.is_file():
         raise DataError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
     tokenizer = read_tokenizer(file)
-    added = [INDICATOR, POSITION]
-    if path is None and layout == "llava":
-        added += ["<s>", "</s>", "<pad>", "<image>"]
+    added = [INDICATOR, POSITION, *(chat.added_tokens if path is None else ())]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
 
     def special(*names: str) -> int:
@@ -120,31 +125,14 @@ def load_tokenizer(path: Path | str | None = None, layout: ChatLayout = "qwen") 
             if found is not None:
                 return found
         raise DataError(
-            f"{file} lacks the special token {names[0]} of the {layout} chat: give the model's own tokenizer "
+            f"{file} lacks the special token {names[0]} of the model's chat: give the model's own tokenizer "
             "in data.tokenizer"
         )
 
-    indicator, position = special(INDICATOR), special(POSITION)
-    if layout == "llava":
-        return DrivingTokenizer(
-            tokenizer=tokenizer,
-            turn_end=special("</s>"),
-            image=special("<image>"),
-            padding=special("<pad>", "<unk>"),
-            indicator=indicator,
-            position=position,
-            begin=special("<s>"),
-            layout=layout,
-        )
     return DrivingTokenizer(
         tokenizer=tokenizer,
-        turn_start=special("<|im_start|>"),
-        turn_end=special("<|im_end|>"),
-        image=special("<|image_pad|>"),
-        padding=special("<|endoftext|>", "<|pad|>"),
-        indicator=indicator,
-        position=position,
-        vision_start=special("<|vision_start|>"),
-        vision_end=special("<|vision_end|>"),
-        layout=layout,
+        chat=chat,
+        special={name: special(*spellings) for name, spellings in chat.special_tokens.items()},
+        indicator=special(INDICATOR),
+        position=special(POSITION),
     )

@@ -9,7 +9,6 @@ from jaxtyping import Float
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS
-from spacedrive_jax.data.chat import CHAT_LAYOUTS, IGNORE, ChatTokens
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import (
     Conversation,
@@ -19,12 +18,14 @@ from spacedrive_jax.data.conversation import (
 )
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
-from spacedrive_jax.data.images import ImageProcessor, scaled_intrinsics
+from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.tokenizer import ChatLayout, DrivingTokenizer, load_tokenizer
+from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.models.config import LlavaConfig
-from spacedrive_jax.models.positions import ImageSpan, mrope_positions
+from spacedrive_jax.models.chat import IGNORE, ChatTokens
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.family import Family
+from spacedrive_jax.models.positions import ImageSpan
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 
 
@@ -42,8 +43,11 @@ class SampleBuilder:
         self.data = data
         self.model = model
         self.answer = answer
-        self.tokenizer: DrivingTokenizer = load_tokenizer(data.tokenizer, chat_layout(model))
-        self.images = ImageProcessor(model.vlm.vision, data.image_size, channel_order=data.channel_order)
+        self.family = family_of(model.vlm)
+        self.tokenizer: DrivingTokenizer = load_tokenizer(data.tokenizer, self.family.chat)
+        self.images = ViewProcessor(
+            self.family.image_processor(model.vlm.vision, data.image_size), channel_order=data.channel_order
+        )
         check_vocabulary(self.tokenizer, model)
 
     def __call__(self, record: Record, index: int) -> DrivingBatch:
@@ -79,23 +83,22 @@ class SampleBuilder:
         """
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
-        lay_out = CHAT_LAYOUTS[self.tokenizer.layout]
-        chat = lay_out(
+        chat = self.family.chat.apply_chat_template(
             self.tokenizer,
             talk.turns,
             grid[0] * grid[1],
-            generation_prompt=not self.answer,
+            add_generation_prompt=not self.answer,
             supervise_positions=data.conversation.supervise_position_tokens,
         )
         try:
             fields = token_fields(
+                self.family,
                 self.tokenizer,
                 chat,
                 grid,
                 self.model.ego_status,
                 sequence_length=data.sequence_length,
                 max_targets=data.max_targets,
-                image_delimiters=self.tokenizer.layout == "qwen",
                 path_points=self.model.path_points,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
@@ -146,6 +149,7 @@ def padded_coordinates(
 
 
 def token_fields(
+    family: Family,
     tokenizer: DrivingTokenizer,
     chat: ChatTokens,
     grid: tuple[int, int],
@@ -153,20 +157,18 @@ def token_fields(
     *,
     sequence_length: int,
     max_targets: int,
-    image_delimiters: bool = True,
     path_points: int = 0,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
 
     Args:
+        family: the model's, which says how positions count.
         tokenizer: gives the special ids.
         chat: the conversation; every image has as many visual tokens as the grid.
         grid: rows and columns of an image's visual tokens.
         ego_input: which ego tokens to insert.
         sequence_length: S.
         max_targets: M.
-        image_delimiters: Qwen's layout, with rotary positions in time, row and column; False for LLaVA's,
-            bare image tokens and plain positions.
         path_points: R; indicators behind the waypoints' that belong to the path.
 
     Returns:
@@ -175,13 +177,13 @@ def token_fields(
     Raises:
         ConfigError: the conversation does not fit S or M.
     """
-    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input, image_delimiters=image_delimiters)
+    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input)
     length = len(chat.token_ids)
     if length > sequence_length:
         raise ConfigError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
     tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
     spans = [ImageSpan(start, *grid) for start in chat.image_starts]
-    positions, offset = mrope_positions(length, spans if image_delimiters else [])
+    positions, offset = family.position_ids(length, spans)
 
     slots = np.full(length, Slot.TEXT)
     for span in spans:
@@ -227,11 +229,6 @@ EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
     "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,
 }
 """What the inserted ego tokens stand for, in order."""
-
-
-def chat_layout(model: ModelConfig) -> ChatLayout:
-    """The chat layout of a model's family."""
-    return "llava" if isinstance(model.vlm, LlavaConfig) else "qwen"
 
 
 def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:

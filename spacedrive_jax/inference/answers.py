@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.config import Config, config_changes
 from spacedrive_jax.constants import NUM_WAYPOINTS
-from spacedrive_jax.data.chat import CHAT_LAYOUTS, Turn
 from spacedrive_jax.data.prompts import context, parse_coordinates, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import put_in_place, read_bytes, read_json, say, to_json, write_bytes, write_json
+from spacedrive_jax.models.chat import Message
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
 
@@ -68,11 +68,11 @@ def planning_frame(
         ConfigError: this tokenizer runs the header and the answer's first letters together, so that an answer
             does not begin where the prompt ends.
     """
-    question = Turn("user", context("boston"))
-    answer_turn = Turn("assistant", planning_answer(num_coordinates, path_points=path_points))
-    lay_out = CHAT_LAYOUTS[tokenizer.layout]
-    prompt = lay_out(tokenizer, [question], 1, generation_prompt=True).token_ids
-    whole = lay_out(tokenizer, [question, answer_turn], 1).token_ids
+    question = Message("user", context("boston"))
+    answer_turn = Message("assistant", planning_answer(num_coordinates, path_points=path_points))
+    apply = tokenizer.chat.apply_chat_template
+    prompt = apply(tokenizer, [question], 1, add_generation_prompt=True).token_ids
+    whole = apply(tokenizer, [question, answer_turn], 1).token_ids
     if whole[: len(prompt)] != prompt:
         raise ConfigError("the tokenizer merges the assistant's header with the answer: no frame can be made")
     answer = whole[len(prompt) :]

@@ -26,7 +26,7 @@ from spacedrive_jax import io
 from spacedrive_jax.batch import DrivingBatch, stack, without_padding
 from spacedrive_jax.config import from_json
 from spacedrive_jax.console import note
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation

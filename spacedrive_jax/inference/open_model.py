@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from spacedrive_jax.config import Config, from_json
+from spacedrive_jax.config import Config, MeshConfig, from_json
+from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.interop.exporting import Exportable
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.importing import copy_tokenizer
@@ -28,8 +29,9 @@ from spacedrive_jax.interop.trained_parts import (
 )
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
 from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, write_part
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
-from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
@@ -39,20 +41,7 @@ from spacedrive_jax.training.step import make_train_step
 # Opens the vision-language model of whatever folder holds one.
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedModel:
-    """A model and what belongs to it."""
-
-    model: VisionLanguageModel
-    base_name: str
-    """What the base checkpoint is called."""
-    write_tokenizer: Callable[[Path], None]
-    """Puts the tokenizer's files into a folder."""
-    left_out: tuple[str, ...] = ()
-    """Modules of a trained model that are no part of the vision-language model."""
-
-
-def open_model(source: Path) -> OpenedModel:
+def open_vlm(source: Path) -> Exportable:
     """Loads a vision-language model in the types it is stored in.
 
     Args:
@@ -70,11 +59,11 @@ def open_model(source: Path) -> OpenedModel:
     if is_imported(source):
         return _open_imported(source)
     if (source / FACTS_FILE).is_file():
-        return OpenedModel(load(source), _base_name(source), tokenizer)
+        return Exportable(load(source), _base_name(source), tokenizer)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         return _open_run(source)
     if (source / "config.json").is_file():
-        return OpenedModel(from_hf(source), str(source), tokenizer)
+        return Exportable(from_hf(source), str(source), tokenizer)
     check_folder(source)
     raise CheckpointError(
         f"{source} is neither a weights folder (import-weights), nor a transformers checkpoint, nor a run"
@@ -91,7 +80,7 @@ def _base_name(source: Path) -> str:
     return named if (Path(named) / "config.json").is_file() else str(source)
 
 
-def _open_imported(source: Path) -> OpenedModel:
+def _open_imported(source: Path) -> Exportable:
     """A published SpaceDrive's vision-language model with the rows it trained for the new tokens."""
     facts, config = WeightsFacts.read(source), imported_config(source).model
     assert facts.new_tokens is not None
@@ -101,18 +90,10 @@ def _open_imported(source: Path) -> OpenedModel:
     nnx.update(model, nnx.from_flat_state([(path[1:], value) for path, value in state.items()]))
     heads = {str(rule.target[0]) for rule in trained_rules(config, facts.new_tokens)} - {"vlm"}
     tokenizer = functools.partial(copy_tokenizer, source)
-    return OpenedModel(model, _base_name(source), tokenizer, tuple(sorted(heads)))
+    return Exportable(model, _base_name(source), tokenizer, tuple(sorted(heads)))
 
 
-def _open_run(source: Path) -> OpenedModel:
-    # Imported late: the weights package serves training, and only this looks back at it.
-    from spacedrive_jax.config import MeshConfig, from_json
-    from spacedrive_jax.data.tokenizer import load_tokenizer
-    from spacedrive_jax.data.transforms import chat_layout
-    from spacedrive_jax.training import checkpoints, run_folder
-    from spacedrive_jax.training.sharding import make_mesh
-    from spacedrive_jax.training.state import abstract_state, frozen_state
-
+def _open_run(source: Path) -> Exportable:
     run_dir, step = checkpoints.locate(source)
     config = from_json(read_text(run_dir / "config.json"))
     run_folder.check_config(
@@ -127,7 +108,7 @@ def _open_run(source: Path) -> OpenedModel:
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     model = nnx.merge(graph, trainable, frozen)
     modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
-    tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).tokenizer
+    tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat).tokenizer
 
     def write_tokenizer(folder: Path) -> None:
         write_part(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
@@ -136,7 +117,7 @@ def _open_run(source: Path) -> OpenedModel:
     is_folder = weights is not None and (Path(weights) / FACTS_FILE).is_file()
     named = weights or f"random weights of {run_dir}"
     base = _base_name(Path(named)) if is_folder else named
-    return OpenedModel(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
+    return Exportable(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +130,11 @@ class TrainedModel:
     graph: nnx.GraphDef
     trainable: nnx.State
     frozen: nnx.State
+
+    @property
+    def model(self) -> SpaceDrive:
+        """Graph and states put together."""
+        return nnx.merge(self.graph, self.trainable, self.frozen)
 
 
 def open_config(checkpoint: Path) -> Config:

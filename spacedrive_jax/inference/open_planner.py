@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, to_json
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_frame

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from spacedrive_jax.batch import LENGTH_STEP, DrivingBatch, stack, without_padding
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import note
-from spacedrive_jax.data.chat import CHAT_LAYOUTS
 from spacedrive_jax.data.conversation import question_turn
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import COMMAND_WORDS, ROUTE_WORDS
-from spacedrive_jax.data.records import Record
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation, prediction_line
@@ -113,7 +112,6 @@ def longest_prompt(builder: SampleBuilder, record: Record) -> int:
         record: its texts and numbers as long as they may become; pictures do not matter.
     """
     rows, columns = builder.images.token_grid
-    qwen = builder.tokenizer.layout == "qwen"
     lengths = []
     commands_of = ROUTE_WORDS if builder.data.command == "route" else range(len(COMMAND_WORDS))
     for number in commands_of:
@@ -125,9 +123,10 @@ def longest_prompt(builder: SampleBuilder, record: Record) -> int:
             ego_in_words=builder.model.ego_status == "language",
             route_targets=builder.data.route_targets,
         )
-        lay_out = CHAT_LAYOUTS[builder.tokenizer.layout]
-        chat = lay_out(builder.tokenizer, [turn], rows * columns, generation_prompt=True)
-        chat, _ = insert_ego_tokens(builder.tokenizer, chat, builder.model.ego_status, image_delimiters=qwen)
+        chat = builder.family.chat.apply_chat_template(
+            builder.tokenizer, [turn], rows * columns, add_generation_prompt=True
+        )
+        chat, _ = insert_ego_tokens(builder.tokenizer, chat, builder.model.ego_status)
         lengths.append(len(chat.token_ids))
     return min(-(-max(lengths) // LENGTH_STEP) * LENGTH_STEP, builder.data.sequence_length)
 

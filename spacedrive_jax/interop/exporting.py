@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,42 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.inference.open_model import open_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.interop.safetensors_folder import save_tensors
 from spacedrive_jax.interop.weight_table import new_token_rules
 from spacedrive_jax.models.language_model import NewTokenParam
+from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 NEW_TOKENS_FILE = "new_tokens.safetensors"
 
-Writer = Callable[[Path, Path], Mapping[str, Any]]
-"""(source, target folder to create) to the facts of what was written."""
+
+@dataclasses.dataclass(frozen=True)
+class Exportable:
+    """A vision-language model and what belongs to it."""
+
+    model: VisionLanguageModel
+    base_name: str
+    """What the base checkpoint is called."""
+    write_tokenizer: Callable[[Path], None]
+    """Puts the tokenizer's files into a folder."""
+    left_out: tuple[str, ...] = ()
+    """Modules of a trained model that are no part of the vision-language model."""
 
 
-def export_hf(source: Path, out: Path) -> Mapping[str, Any]:
+def export_hf(opened: Exportable, out: Path) -> Mapping[str, Any]:
     """Writes the whole vision-language model for transformers, adapters and new-token rows folded in.
 
     Args:
-        source: A weights folder, a transformers checkpoint, or a training run; see `open_model`.
+        opened: the model; see `inference.open_model`.
         out: Folder to create.
 
     Returns:
         Facts for `--json`.
 
     Raises:
-        CheckpointError: If `source` is none of these, `out` exists, or transformers cannot express the model.
+        CheckpointError: If `out` exists, or transformers cannot express the model.
     """
-    opened = open_model(source)
     decoder = opened.model.decoder
     written = to_hf(opened.model, out, merged=True, complete=opened.write_tokenizer)
     return {
@@ -48,23 +58,22 @@ def export_hf(source: Path, out: Path) -> Mapping[str, Any]:
     }
 
 
-def export_peft(source: Path, out: Path) -> Mapping[str, Any]:
+def export_peft(opened: Exportable, out: Path) -> Mapping[str, Any]:
     """Writes the adapters for PEFT, and trained new-token rows beside them, which PEFT has no place for.
 
     Args:
-        source: As in `export_hf`.
+        opened: as in `export_hf`.
         out: Folder to create; `new_tokens.safetensors` in it holds the rows under their published names.
 
     Returns:
         Facts for `--json`.
 
     Raises:
-        CheckpointError: If `source` is none of these, has no adapters, or `out` exists.
+        CheckpointError: If the model has no adapters, or `out` exists.
     """
-    opened = open_model(source)
     lora, new_tokens = opened.model.decoder.lora, opened.model.decoder.new_tokens
     if lora is None:
-        raise CheckpointError(f"{source} has no adapters; --to hf writes the whole model")
+        raise CheckpointError(f"{opened.base_name} has no adapters; --to hf writes the whole model")
 
     def add_new_tokens(folder: Path) -> None:
         if new_tokens is None:
@@ -81,7 +90,3 @@ def export_peft(source: Path, out: Path) -> Mapping[str, Any]:
         "new_tokens": None if new_tokens is None else new_tokens.first_id,
         "left_out": list(opened.left_out),
     }
-
-
-WRITERS: dict[str, Writer] = {"hf": export_hf, "peft": export_peft}
-"""By the name that `export-weights --to` takes."""

@@ -1,70 +1,42 @@
-"""Reads and writes transformers' config.json; the families' fields are in `*_hf_config.py`."""
+"""The families' files: which module knows them, and config.json of any family."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.interop import llava, qwen2_5_vl
-from spacedrive_jax.interop.hf_fields import Fields
-from spacedrive_jax.interop.llava import read_llava_config, write_llava_config
-from spacedrive_jax.interop.qwen2_5_vl import read_qwen_config, write_qwen_config
-from spacedrive_jax.interop.weight_table import Rule
+from spacedrive_jax.interop.format import Format, Published
 from spacedrive_jax.io import MEBIBYTE, read_json, reason
-from spacedrive_jax.models.config import LlavaConfig, QwenVLConfig, VLConfig
-from spacedrive_jax.models.families.llava import Llava
-from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
-from spacedrive_jax.models.vision_language import VisionLanguageModel
-
-# The families of models, and what sets each apart: its class, its tables, its names.
+from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.families import FAMILIES, family_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One row of the table below."""
-
-    config: type[VLConfig]
-    model: Callable[..., VisionLanguageModel]
-    """Constructor: (config, *, compute, rngs, lora=None, new_tokens=None)."""
-    rules: Callable[[Any], tuple[Rule, ...]]
-    """From the config to the conversion table of the base weights."""
-    read_config: Callable[[Fields, str], VLConfig]
-    """From the parsed config.json and its name."""
-    write_config: Callable[[Any], dict[str, Any]]
-    canonical_name: Callable[[str], str]
-    """From any name a tensor goes by to the one in `rules`."""
-    hub_name: Callable[[str], str]
+def format_named(name: str) -> Format:
+    """The format of a family by transformers' `model_type`."""
+    # The module's name stands with the family, so that a family is registered in one place.
+    return importlib.import_module(FAMILIES[name].interop).FORMAT
 
 
-FAMILIES = {
-    "qwen2_5_vl": Family(
-        config=QwenVLConfig,
-        model=QwenVL,
-        rules=qwen2_5_vl.qwen_rules,
-        read_config=read_qwen_config,
-        write_config=write_qwen_config,
-        canonical_name=qwen2_5_vl.canonical_name,
-        hub_name=qwen2_5_vl.hub_name,
-    ),
-    "llava": Family(
-        config=LlavaConfig,
-        model=Llava,
-        rules=llava.llava_rules,
-        read_config=read_llava_config,
-        write_config=write_llava_config,
-        canonical_name=llava.canonical_name,
-        hub_name=llava.hub_name,
-    ),
-}
-"""By transformers' `model_type`."""
+def format_of(config: VLConfig) -> Format:
+    """The format of the family that a config belongs to."""
+    return format_named(family_of(config).name)
 
 
-def family_of(config: VLConfig) -> Family:
-    """The family a config belongs to."""
-    return next(family for family in FAMILIES.values() if isinstance(config, family.config))
+def published_of(config: VLConfig) -> Published:
+    """The published SpaceDrive on a base.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    published = format_of(config).published
+    if published is None:
+        raise ConfigError(
+            f"there is no published SpaceDrive on {family_of(config).name}: import its base with --from hf"
+        )
+    return published
 
 
 def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
@@ -82,12 +54,11 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
     """
     fields, origin = _load(source)
     kind = fields.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         expected = " or ".join(repr(name) for name in FAMILIES)
         raise ConfigError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
     try:
-        return family.read_config(fields, origin)
+        return format_named(kind).read_config(fields, origin)
     except SpaceDriveError as error:
         if str(origin) in str(error):
             raise
@@ -100,7 +71,7 @@ def write_hf_config(config: VLConfig) -> dict[str, Any]:
     Raises:
         ConfigError: If transformers cannot express the architecture.
     """
-    return family_of(config).write_config(config)
+    return format_of(config).write_config(config)
 
 
 def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.families import family_of, read_hf_config, write_hf_config
+from spacedrive_jax.interop.families import format_of, read_hf_config, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.safetensors_folder import (
     Complete,
@@ -32,6 +32,7 @@ from spacedrive_jax.interop.safetensors_folder import (
 )
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names, draw_parameters
 from spacedrive_jax.models.quantization import dequantize, kernel_shape, kind_of, quantize, scales
@@ -156,16 +157,16 @@ def from_hf(
     """
     check_folder(Path(path))
     config = read_hf_config(path)
-    family = family_of(config)
-    folder = SafetensorsFolder(path, rename=family.canonical_name)
+    form = format_of(config)
+    folder = SafetensorsFolder(path, rename=form.canonical_name)
     folder.check_flavour()
     config = with_own_head(config, folder)
     compute = compute or ComputeConfig(param_dtype=folder.float_type())
-    rules = family.rules(config)
+    rules = form.rules(config)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path), ignore=without_content(config, folder))
 
     def build(rngs: nnx.Rngs) -> VisionLanguageModel:
-        return family.model(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+        return family_of(config).model(config, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
 
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
     state = dict(nnx.to_flat_state(abstract))
@@ -275,9 +276,9 @@ def to_hf(
     dtype = model.decoder.compute.storage_dtype
     values = MergedParameters(model) if merged else None
     config = model.config if values is None else values.config
-    family = family_of(config)
-    rename = family.hub_name if naming == "hub" else str
-    rules = family.rules(config)
+    form = format_of(config)
+    rename = form.hub_name if naming == "hub" else str
+    rules = form.rules(config)
 
     def item_bytes(path: ParameterPath) -> int:
         if values is not None:

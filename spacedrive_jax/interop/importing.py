@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_tokenizer
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.families import family_of, read_hf_config
+from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head, without_content
 from spacedrive_jax.interop.peft import base_of, open_adapter, read_peft_config, write_adapter
@@ -29,6 +29,7 @@ from spacedrive_jax.interop.safetensors_folder import (
 from spacedrive_jax.interop.weight_table import check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
 from spacedrive_jax.io import read_json, require_regular, write_json, write_part
+from spacedrive_jax.models.families import family_of
 
 # Adds the two coordinate tokens to a released vocabulary: tokenizer, embedding table and head.
 
@@ -223,11 +224,11 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
     """Checks a checkpoint against its config and writes it, with the two tokens, into an open folder."""
     check_folder(source)
     config = read_hf_config(source)
-    family = family_of(config)
-    tensors = SafetensorsFolder(source, rename=family.canonical_name)
+    form = format_of(config)
+    tensors = SafetensorsFolder(source, rename=form.canonical_name)
     tensors.check_flavour()
     config = with_own_head(config, tensors)
-    rules = family.rules(config)
+    rules = form.rules(config)
     ignore = without_content(config, tensors)
     check_names_and_shapes(rules, tensors.shapes(), origin=str(source), ignore=ignore)
     tokens = extend_tokenizer(options.tokenizer or source, folder, add=options.add_tokens)
@@ -251,20 +252,20 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
             value = tensors.read(name)
             if tokens.added and tokens.indicator is not None and name in TABLES:
                 value = with_mean_rows(value, tokens.indicator, 2)
-            yield family.hub_name(name), value
+            yield form.hub_name(name), value
 
     def size(name: str) -> int:
         place = tensors.places[name]
         return place.nbytes * rows // place.shape[0] if name in TABLES else place.nbytes
 
-    planned = [PlannedTensor(family.hub_name(name), size(name)) for name in names]
+    planned = [PlannedTensor(form.hub_name(name), size(name)) for name in names]
     fields = with_vocabulary(source, rows)
     if not config.decoder.tied_head and read_hf_config(source).decoder.tied_head:
         fields = untied(fields)
     write_json(folder / "config.json", fields, indent=2)
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
-    return WeightsFacts.of(family, source, fingerprint, new_tokens=tokens.indicator)
+    return WeightsFacts.of(family_of(config).name, source, fingerprint, new_tokens=tokens.indicator)
 
 
 def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.interop.format import Format, Published
 from spacedrive_jax.interop.hf_fields import (
     MOST_LAYERS,
     Fields,
@@ -31,7 +32,8 @@ from spacedrive_jax.interop.weight_table import (
     reversed_prefixes,
     with_prefix,
 )
-from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig
+from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 
 # The two-way table of LLaVA-1.5 and the names its tensors go by.
 #
@@ -213,3 +215,17 @@ def _vision(vision: Fields, layer: int, origin: str) -> ClipVisionConfig:
         feature_layer=layer,
         norm_eps=real(vision, "layer_norm_eps", origin, 1e-5),
     )
+
+
+FORMAT = Format(
+    rules=llava_rules,
+    read_config=read_llava_config,
+    write_config=write_llava_config,
+    canonical_name=canonical_name,
+    hub_name=hub_name,
+    published=Published(
+        presets=("base_vlm_llava", "base_vlm_plus_llava"),
+        trains_table_rows=True,
+        ignores=frozenset({"use_rope", "include_semantic_posemb"}),
+    ),
+)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.families import family_of
+from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.peft_options import read_lora_options
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
@@ -85,7 +85,7 @@ def open_adapter(
         CheckpointError: If tensors are missing, unknown or misshapen.
     """
     rules = lora_rules(config.decoder, lora)
-    folder = _open(path, family_of(config).canonical_name)
+    folder = _open(path, format_of(config).canonical_name)
     check_names_and_shapes(rules, folder.shapes(), origin=str(path))
     return rules, folder
 

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.interop.format import Format, Published
 from spacedrive_jax.interop.hf_fields import (
     MOST_LAYERS,
     Fields,
@@ -33,7 +34,8 @@ from spacedrive_jax.interop.weight_table import (
     reversed_prefixes,
     with_prefix,
 )
-from spacedrive_jax.models.config import DecoderConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 
 # The two-way table of Qwen2.5-VL and the names its tensors go by.
 #
@@ -197,3 +199,13 @@ def _vision(vision: Fields, origin: str) -> QwenVisionConfig:
         merge_size=size(vision, "spatial_merge_size", origin, 2),
         out_hidden_size=size(vision, "out_hidden_size", origin, 3584),
     )
+
+
+FORMAT = Format(
+    rules=qwen_rules,
+    read_config=read_qwen_config,
+    write_config=write_qwen_config,
+    canonical_name=canonical_name,
+    hub_name=hub_name,
+    published=Published(presets=("spacedrive_qwen_7b", "table1_spacedrive_plus")),
+)

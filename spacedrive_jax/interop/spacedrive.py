@@ -13,8 +13,7 @@ from flax import nnx
 
 from spacedrive_jax.config import to_json
 from spacedrive_jax.errors import CheckpointError, ConfigError
-from spacedrive_jax.inference.open_model import open_trained_model
-from spacedrive_jax.interop.families import family_of, read_hf_config
+from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_published_source
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
 from spacedrive_jax.interop.importing import ImportOptions, extend_tokenizer, with_vocabulary
@@ -51,14 +50,15 @@ from spacedrive_jax.interop.trained_parts import (
     check_heads,
     pointed_at,
     trained_rules,
+    trains_table_rows,
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
 from spacedrive_jax.io import read_bytes, write_json, write_text
-from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.spacedrive import SpaceDrive
-from spacedrive_jax.training.checkpoints import locate
 
 # The published SpaceDrive checkpoint into a weights folder, bit for bit.
 #
@@ -84,20 +84,20 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         raise ConfigError(f"{source} holds no architecture: give --base FOLDER with its base's config.json")
     check_published_source(source)
     parts = split_checkpoint(read_torch_file(source), str(source))
-    family = family_of(read_hf_config(options.base))
-    base = {family.canonical_name(name): value for name, value in parts.base.items()}
+    form = format_of(read_hf_config(options.base))
+    base = {form.canonical_name(name): value for name, value in parts.base.items()}
     table = base.get("model.language_model.embed_tokens.weight")
     if table is None:
         raise CheckpointError(f"{source} has no token embeddings under the published names")
     fields = with_vocabulary(options.base, len(table))
     config = read_hf_config(fields)
-    rules, lora = family.rules(config), _lora(parts, isinstance(config, LlavaConfig))
+    rules, lora = form.rules(config), family_of(config).lora(_rank(parts))
     adapter = lora_rules(config.decoder, lora)
     shapes = {name: value.shape for name, value in (base | parts.adapters).items()}
     check_names_and_shapes((*rules, *adapter), shapes, origin=str(source))
     run, notes = published_run(parts, config, lora, options, str(source))
     names = [name for rule in rules for name in rule.source_names()]
-    planned = [PlannedTensor(family.hub_name(name), base[name].nbytes) for name in names]
+    planned = [PlannedTensor(form.hub_name(name), base[name].nbytes) for name in names]
     fingerprint = Fingerprint()
     with new_folder(out) as folder:
         tokens = extend_tokenizer(options.tokenizer or options.base, folder)
@@ -109,7 +109,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         check_heads(run.model, parts.heads, tokens.indicator, str(source))
         write_text(folder / RUN_FILE, to_json(pointed_at(run, out)))
         write_json(folder / "config.json", fields, indent=2)
-        stream = fingerprint.watch((family.hub_name(name), base[name]) for name in names)
+        stream = fingerprint.watch((form.hub_name(name), base[name]) for name in names)
         write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
         adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
         write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, base_model=str(options.base))
@@ -126,7 +126,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
         write_json(folder / LAYOUT_FILE, layout, default=_plain)
         facts = WeightsFacts.of(
-            family, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
+            family_of(config).name, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
         )
         facts.write(folder)
     return {**dataclasses.asdict(facts), "notes": notes}
@@ -137,28 +137,44 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
 
 
-def _lora(parts: Parts, is_llava: bool) -> LoraConfig:
-    """The adapters' rank is a shape; the scaling is that of the published training."""
+def _rank(parts: Parts) -> int:
+    """The adapters' rank is a shape; their scaling is that of the published training."""
     ranks = {value.shape[0] for name, value in parts.adapters.items() if ".lora_A." in name}
     if len(ranks) != 1:
         raise CheckpointError(f"the checkpoint's adapters have the ranks {sorted(ranks)}, expected one")
-    rank = ranks.pop()
-    return LoraConfig.llava_1_5(rank) if is_llava else LoraConfig(rank=rank)
+    return ranks.pop()
 
 
-def export_spacedrive(source: Path, out: Path) -> Mapping[str, Any]:
-    """Writes a SpaceDrive in the published layout.
+def export_imported(source: Path, out: Path) -> Mapping[str, Any]:
+    """Writes what `import_spacedrive` read back into one file, bit for bit.
 
     Args:
-        source: a weights folder that `import_spacedrive` wrote (bit for bit what it came from), or a training
-            run with adapters.
+        source: the weights folder it made.
         out: file to create.
 
     Raises:
-        CheckpointError: the folder is neither, the run's model has parts that the published one has not, or
-            `out` exists.
+        CheckpointError: the folder is damaged.
+        SpaceDriveError: `out` exists.
     """
-    content = _imported(source) if (source / LAYOUT_FILE).is_file() else _trained(source)
+    return _write(out, _imported(source))
+
+
+def export_trained(model: SpaceDrive, step: int, out: Path) -> Mapping[str, Any]:
+    """Writes a model as the published code would have saved it, without its optimiser and depth network.
+
+    Args:
+        model: with adapters.
+        step: steps it was trained for.
+        out: file to create.
+
+    Raises:
+        ConfigError: the model has parts that the published one has not.
+        SpaceDriveError: `out` exists.
+    """
+    return _write(out, {"meta": {"iter": step}, "state_dict": published_state(model)})
+
+
+def _write(out: Path, content: dict[str, Any]) -> Mapping[str, Any]:
     write_torch_file(out, content)
     return {"out": str(out), "tensors": len(content["state_dict"])}
 
@@ -181,8 +197,8 @@ def _layout(file: Path) -> _Layout:
 def _imported(source: Path) -> dict[str, Any]:
     """What an imported folder came from."""
     layout = _layout(source / LAYOUT_FILE)
-    family = family_of(read_hf_config(source))
-    base = SafetensorsFolder(source, rename=family.canonical_name)
+    form = format_of(read_hf_config(source))
+    base = SafetensorsFolder(source, rename=form.canonical_name)
     adapters = SafetensorsFolder(source / ADAPTER_FOLDER / "adapter_model.safetensors")
     extras = SafetensorsFolder(source / EXTRAS_FILE)
     separate: dict[str, dict[str, np.ndarray]] = {part: {} for part in EXTRAS}
@@ -194,7 +210,7 @@ def _imported(source: Path) -> dict[str, Any]:
         network = SafetensorsFolder(source / DEPTH_FOLDER)
         depth = {name: network.read(name) for name in network.places}
     parts = Parts(
-        base={name: base.read(family.canonical_name(name)) for name in layout.base},
+        base={name: base.read(form.canonical_name(name)) for name in layout.base},
         adapters={name: adapters.read(name) for name in adapters.places},
         **separate,
         depth=depth,
@@ -202,19 +218,6 @@ def _imported(source: Path) -> dict[str, Any]:
         meta=layout.meta,
     )
     return join_checkpoint(parts)
-
-
-def _trained(source: Path) -> dict[str, Any]:
-    """A training run as the published code would have saved it, without its optimiser and depth network."""
-    if not (source / "checkpoints").is_dir() and source.parent.name != "checkpoints":
-        raise CheckpointError(
-            f"{source} is neither a training run nor was it imported with --from spacedrive "
-            f"(it lacks {LAYOUT_FILE})"
-        )
-    trained = open_trained_model(source)
-    model = nnx.merge(trained.graph, trained.trainable, trained.frozen)
-    _, step = locate(source)
-    return {"meta": {"iter": step}, "state_dict": published_state(model)}
 
 
 def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
@@ -231,7 +234,7 @@ def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
         )
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     base = dict(export_tensors(state, base_rules(config), config.compute.storage_dtype))
-    if config.new_token_rows and isinstance(config.vlm, LlavaConfig):
+    if config.new_token_rows and trains_table_rows(config):
         # The published LLaVA trains rows of its tables, which are float32 for it.
         rows = slice(model.indicator_id, model.indicator_id + NewTokensConfig(model.indicator_id).count)
         for name, path in TABLE_ROWS.items():

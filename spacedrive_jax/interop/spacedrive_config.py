@@ -15,8 +15,9 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
 from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.interop.families import published_of
 from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
-from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig, VLConfig
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
@@ -302,15 +303,17 @@ def model_config(
     """
     arguments = DEFAULTS | dict(arguments)
     check_arguments(arguments, lora)
-    is_llava = isinstance(vlm, LlavaConfig)
+    published = published_of(vlm)
     semantic = bool(arguments.get("include_semantic_posemb", False))
+    semantic_ignored = "include_semantic_posemb" in published.ignores
     position_input = bool(arguments.get("enable_pe_input", False))
-    rotary = bool(arguments.get("use_rope", False)) and not is_llava
+    rotary = bool(arguments.get("use_rope", False)) and "use_rope" not in published.ignores
     visual: Literal["add", "rotate"] = "rotate" if rotary else "add"
     return ModelConfig(
         vlm=vlm,
         lora=lora,
-        new_token_rows=is_llava or NEW_TOKEN_SUFFIX in str(arguments.get("lm_head", NEW_TOKEN_SUFFIX)),
+        new_token_rows=published.trains_table_rows
+        or NEW_TOKEN_SUFFIX in str(arguments.get("lm_head", NEW_TOKEN_SUFFIX)),
         encoder=encoder_config(arguments),
         decoder=CoordinateDecoderConfig(
             kind="vae"
@@ -322,9 +325,9 @@ def model_config(
         visual_positions=visual if arguments["vis_3d_pos"] else "none",
         ego_status=EGO_STATUS[arguments.get("ego_status") or ""],
         # LLaVA feeds the semantic embedding plus zeros, which is no position input.
-        position_input=position_input and not (is_llava and semantic),
+        position_input=position_input and not (semantic and semantic_ignored),
         position_input_training="zeros",
-        semantic_position=semantic and not is_llava,
+        semantic_position=semantic and not semantic_ignored,
         compute=compute,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from spacedrive_jax.config import Config, TrainConfig, load_preset
 from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.interop.families import published_of
 from spacedrive_jax.interop.importing import ImportOptions
 from spacedrive_jax.interop.spacedrive_config import (
     PublishedConfig,
@@ -19,7 +20,7 @@ from spacedrive_jax.interop.spacedrive_config import (
     train_config,
 )
 from spacedrive_jax.interop.spacedrive_tensors import Parts
-from spacedrive_jax.models.config import LlavaConfig, LoraConfig, VLConfig
+from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -90,9 +91,7 @@ def _published_config(parts: Parts, options: ImportOptions, origin: str) -> Publ
 def _preset_of(parts: Parts, vlm: VLConfig) -> str:
     """The published run of the family, with ego status where the checkpoint has its MLP."""
     has_ego = any(name.startswith("ego_status_mlp") for name in parts.heads)
-    if isinstance(vlm, LlavaConfig):
-        return "base_vlm_plus_llava" if has_ego else "base_vlm_llava"
-    return "table1_spacedrive_plus" if has_ego else "spacedrive_qwen_7b"
+    return published_of(vlm).presets[has_ego]
 
 
 def _with_losses(train: TrainConfig, losses: TrainConfig) -> TrainConfig:

@@ -19,7 +19,7 @@ import numpy as np
 
 from spacedrive_jax.config import Config, config_changes, from_json
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.interop.families import family_of
+from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.hf_checkpoint import fill
 from spacedrive_jax.interop.peft import open_adapter, read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
@@ -27,7 +27,7 @@ from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, ne
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts
 from spacedrive_jax.io import read_text
-from spacedrive_jax.models.config import LlavaConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.config import LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -145,9 +145,15 @@ def trained_rules(model: ModelConfig, indicator: int) -> tuple[Rule, ...]:
     return (*_row_rules(model, indicator), *head_rules(model))
 
 
+def trains_table_rows(model: ModelConfig) -> bool:
+    """Whether the published SpaceDrive on this base trains rows of its full tables for the new tokens."""
+    published = format_of(model.vlm).published
+    return published is not None and published.trains_table_rows
+
+
 def _row_rules(model: ModelConfig, indicator: int) -> tuple[Rule, ...]:
     """Of the new tokens' rows; the published LLaVA trains rows of its tables, which are no part of it."""
-    own_rows = model.new_token_rows and not isinstance(model.vlm, LlavaConfig)
+    own_rows = model.new_token_rows and not trains_table_rows(model)
     return new_row_rules(model, NewTokensConfig(indicator) if own_rows else None)
 
 
@@ -160,10 +166,10 @@ def fill_new_rows(
     """
     if not model.new_token_rows:
         return
-    if not isinstance(model.vlm, LlavaConfig):
+    if not trains_table_rows(model):
         fill(state, _row_rules(model, indicator), _heads(folder), shardings)
         return
-    tables = SafetensorsFolder(folder, rename=family_of(model.vlm).canonical_name)
+    tables = SafetensorsFolder(folder, rename=format_of(model.vlm).canonical_name)
     rows = slice(indicator, indicator + NewTokensConfig(indicator).count)
     for source, path in TABLE_ROWS.items():
         value = np.asarray(tables.read(source)[rows], np.float32)

@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.families import FAMILIES, Family
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config
 from spacedrive_jax.io import MEBIBYTE, read_bytes, write_json
@@ -56,16 +55,16 @@ class WeightsFacts:
     @classmethod
     def of(
         cls,
-        family: Family,
+        family: str,
         source: Path,
         base: Fingerprint,
         *,
         new_tokens: int | None,
         adapter_rank: int | None = None,
     ) -> WeightsFacts:
-        """The facts of a folder whose base has passed through `base`."""
+        """The facts of a folder whose base, of the family of this name, has passed through `base`."""
         return cls(
-            family=next(name for name, each in FAMILIES.items() if each is family),
+            family=family,
             source=str(source),
             tensors=base.tensors,
             parameters=base.parameters,

@@ -11,24 +11,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
-from spacedrive_jax.interop.families import family_of
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.rotary_features import rotate_features
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import ego_to_image, patch_centres, unproject
 from spacedrive_jax.models.vision_language import place_rows
-
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's normalisation, which Qwen2.5-VL uses; after division by 255."""
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +158,9 @@ class SpaceDrive(nnx.Module):
         """
         samples, cameras, rows, columns = batch.patch_depth.shape
         merge = self.config.vlm.vision.merge_size
-        patches = normalise(batch.pixel_values).reshape(samples * cameras, *batch.pixel_values.shape[2:])
+        processor = family_of(self.config.vlm).image_processor
+        patches = normalise(batch.pixel_values, processor.mean, processor.std)
+        patches = patches.reshape(samples * cameras, *batch.pixel_values.shape[2:])
         features = self.vlm.encode_images(patches, (rows * merge, columns * merge))
         features = features.reshape(samples, cameras * rows * columns, -1)
         if self.config.visual_positions == "none":
@@ -186,17 +184,3 @@ def new_token_rows(config: ModelConfig, indicator_id: int) -> NewTokensConfig | 
     if not (config.use_lora and config.new_token_rows):
         return None
     return NewTokensConfig(first_id=indicator_id)
-
-
-def normalise(patches: UInt8[Array, "... K"] | Float[Array, "... K"]) -> Float[Array, "... K"]:
-    """Rescales and normalises raw patches; floats are taken to be normalised already.
-
-    Args:
-        patches: K runs over channel, then time and pixels, as the image processor lays patches out.
-    """
-    if patches.dtype != jnp.uint8:
-        return patches
-    per_channel = patches.shape[-1] // 3
-    mean = jnp.asarray(np.repeat(np.asarray(PIXEL_MEAN, np.float32), per_channel))
-    std = jnp.asarray(np.repeat(np.asarray(PIXEL_STD, np.float32), per_channel))
-    return (patches.astype(jnp.float32) / 255.0 - mean) / std

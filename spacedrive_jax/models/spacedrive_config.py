@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 from spacedrive_jax.bounds import Bound, Bounds, check_bounds
 from spacedrive_jax.constants import NUM_PATH_POINTS
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig, VLConfig
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 EgoStatusInput = Literal["none", "feature", "positions", "both", "language"]
 """SpaceDrive (`none`), or SpaceDrive+: feature token, past-position tokens, both (`feature+PE`), or a

@@ -221,7 +221,7 @@ def question_of(record: Record, config: Mapping[str, Any] | None) -> str:
     if command not in get_args(CommandSource):
         return ""
     in_words = ((config or {}).get("model") or {}).get("ego_status") == "language"
-    text = question_turn(record, command, ego_in_words=in_words).text
+    text = question_turn(record, command, ego_in_words=in_words).content
     images = text.count(IMAGE_MARK)
     return f"[{images} images] " + text.replace(IMAGE_MARK, "").strip()
 

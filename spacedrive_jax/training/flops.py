@@ -18,10 +18,9 @@ import jax
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
-from spacedrive_jax.data.images import ImageProcessor
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.models.config import ClipVisionConfig, DecoderConfig, LlavaConfig, QwenVisionConfig
-from spacedrive_jax.models.families.qwen2_5_vl import window_layout
+from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Chips with their published rates, and descriptions of machines that need not be there.
@@ -206,32 +205,6 @@ def adapter_flops(model: ModelConfig, length: int) -> int:
 
 def vision_flops(model: ModelConfig, image_size: tuple[int, int]) -> int:
     """One forward pass of the vision tower over one image, up to the decoder's width."""
-    vlm = model.vlm
-    if isinstance(vlm, LlavaConfig):
-        return _clip_flops(vlm.vision, vlm.decoder.hidden_size)
-    return _qwen_vision_flops(vlm.vision, image_size)
-
-
-def _clip_flops(vision: ClipVisionConfig, decoder_width: int) -> int:
-    patches, width = vision.grid_side**2, vision.hidden_size
-    tokens = patches + 1  # the class token
-    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
-    scores = 4 * tokens**2 * width
-    projector = 2 * patches * decoder_width * (width + decoder_width)
-    embedding = 2 * patches * vision.patch_channels * width
-    return vision.used_blocks * (block + scores) + projector + embedding
-
-
-def _qwen_vision_flops(vision: QwenVisionConfig, image_size: tuple[int, int]) -> int:
-    grid = ImageProcessor(vision, image_size).patch_grid
-    patches, width = grid[0] * grid[1], vision.hidden_size
-    layout = window_layout(grid, vision.merge_size, vision.window_tokens)
-    windows, capacity = layout.slots.shape
-    full = len(vision.full_attention_blocks)
-    block = 2 * patches * (4 * width * width + 3 * width * vision.intermediate_size)
-    scores = full * patches**2 + (vision.depth - full) * windows * capacity**2
-    merged = width * vision.merge_size**2
-    tokens = patches // vision.merge_size**2
-    merger = 2 * tokens * merged * (merged + vision.out_hidden_size)
-    embedding = 2 * patches * vision.patch_channels * width
-    return vision.depth * block + 4 * scores * width + merger + embedding
+    family = family_of(model.vlm)
+    grid = family.image_processor(model.vlm.vision, image_size).patch_grid
+    return family.vision_flops(model.vlm, grid)

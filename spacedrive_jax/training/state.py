@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.data.transforms import chat_layout
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.trained_parts import check_trained_parts, fill_trained_parts
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
@@ -36,7 +36,7 @@ def is_trainable(use_lora: bool) -> Any:
 
 def make_model(config: Config, rngs: nnx.Rngs) -> SpaceDrive:
     """A freshly drawn model."""
-    indicator = load_tokenizer(config.data.tokenizer, chat_layout(config.model)).indicator
+    indicator = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat).indicator
     return SpaceDrive(config.model, indicator_id=indicator, rngs=rngs)
 
 
@@ -58,7 +58,7 @@ def check_start(config: Config) -> None:
         ConfigError: naming the fields.
     """
     if config.model.weights is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer, chat_layout(config.model))
+        tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
         check_trained_parts(Path(config.model.weights), config.model, tokenizer.indicator)
 
 
@@ -95,7 +95,7 @@ def _draw(config: Config, mesh: Mesh, wanted: Any) -> nnx.State:
 def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
     """The base from released safetensors, adapters and heads where the folder has them, the rest drawn."""
     model = config.model
-    indicator = load_tokenizer(config.data.tokenizer, chat_layout(model)).indicator
+    indicator = load_tokenizer(config.data.tokenizer, family_of(model.vlm).chat).indicator
     shardings = functools.partial(parameter_sharding, mesh=mesh)
     vlm = from_hf(
         weights,

@@ -11,8 +11,9 @@ from jax.extend.core import jaxprs_in_params
 from spacedrive_jax.aot.memory import abstract_batch
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.models.config import ClipVisionConfig, ComputeConfig, LlavaConfig, LoraConfig
-from spacedrive_jax.models.families.llava import Llava
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
+from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.language_model import Decoder
 from spacedrive_jax.training.flops import (
     adapter_flops,
@@ -73,7 +74,7 @@ def llava():
         hidden_size=16, intermediate_size=24, depth=3, num_heads=2, image_size=56, feature_layer=-3
     )
     vlm = LlavaConfig(decoder=decoder, vision=vision, image_token_id=config.model.vlm.image_token_id)
-    lora = LoraConfig.llava_1_5(rank=4)
+    lora = llava_lora(4)
     model = dataclasses.replace(config.model, vlm=vlm, lora=lora)
     return dataclasses.replace(
         config, model=model, data=dataclasses.replace(config.data, sequence_length=256)

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.chat import IGNORE, Turn, chat_tokens
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.models.chat import IGNORE, Message
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -27,8 +27,10 @@ def cases(golden):
 def test_layout_and_labels_equal_published(golden, toy, cases, name):
     case = cases[name]
     published = np.load(golden / "prompts" / "outputs.npz")
-    turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in case["conversation"]]
-    chat = chat_tokens(toy, turns, case["n_image_tokens"][0], generation_prompt=name == "test")
+    turns = [Message(ROLES[turn["from"]], turn["value"]) for turn in case["conversation"]]
+    chat = toy.chat.apply_chat_template(
+        toy, turns, case["n_image_tokens"][0], add_generation_prompt=name == "test"
+    )
     np.testing.assert_array_equal(chat.token_ids, published[f"{name}/input_ids"])
     labels = published[f"{name}/labels"].copy()
     labels[labels == toy.position] = IGNORE  # the published code masks these when it computes the loss
@@ -39,28 +41,29 @@ def test_planning_prompt_equals_published(golden, toy):
     published = np.load(golden / "prompts" / "outputs.npz")
     right = 3
     turns = [
-        Turn("user", planning_question("boston-seaport", right)),
-        Turn("assistant", planning_answer()),
+        Message("user", planning_question("boston-seaport", right)),
+        Message("assistant", planning_answer()),
     ]
-    chat = chat_tokens(toy, turns, 6)
+    chat = toy.chat.apply_chat_template(toy, turns, 6)
     np.testing.assert_array_equal(chat.token_ids, published["full/train_default/input_ids"])
-    without = [Turn("user", planning_question("boston-seaport", None)), turns[1]]
+    without = [Message("user", planning_question("boston-seaport", None)), turns[1]]
     np.testing.assert_array_equal(
-        chat_tokens(toy, without, 6).token_ids, published["full/train_no_command/input_ids"]
+        toy.chat.apply_chat_template(toy, without, 6).token_ids, published["full/train_no_command/input_ids"]
     )
-    test = chat_tokens(toy, turns[:1], 6, generation_prompt=True)
+    test = toy.chat.apply_chat_template(toy, turns[:1], 6, add_generation_prompt=True)
     np.testing.assert_array_equal(test.token_ids, published["full/test_planning/input_ids"])
-    nothing = [Turn("user", planning_question("boston-seaport", right, plan=False))]
+    nothing = [Message("user", planning_question("boston-seaport", right, plan=False))]
     np.testing.assert_array_equal(
-        chat_tokens(toy, nothing, 6).token_ids, published["full/train_invalid_mask/input_ids"]
+        toy.chat.apply_chat_template(toy, nothing, 6).token_ids,
+        published["full/train_invalid_mask/input_ids"],
     )
 
 
 def test_ego_tokens_follow_the_last_image(toy):
-    chat = chat_tokens(toy, [Turn("user", planning_question("boston", None))], 4)
+    chat = toy.chat.apply_chat_template(toy, [Message("user", planning_question("boston", None))], 4)
     longer, slots = insert_ego_tokens(toy, chat, "both")
     start = slots[0] - 2
-    end, image, indicator = toy.vision_end, toy.image, toy.indicator
+    end, image, indicator = toy.special["vision_end"], toy.image, toy.indicator
     assert longer.token_ids[start : start + 8] == [end, end, image, end, indicator, image, indicator, image]
     assert [longer.token_ids[slot] for slot in slots] == [image] * 3
     assert len(longer.labels) == len(longer.token_ids)

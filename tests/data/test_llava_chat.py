@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from spacedrive_jax.data.chat import IGNORE, Turn, llava_chat_tokens, llava_labels
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import planning_frame
+from spacedrive_jax.models.chat import IGNORE, Message
+from spacedrive_jax.models.families.llava import FAMILY, llava_labels
 from tests.conftest import ROOT
 
 RULES = json.loads((ROOT / "tests" / "golden" / "prompts" / "config.json").read_text())["llava_label_rule"]
@@ -22,7 +23,7 @@ def llava(golden, tmp_path_factory):
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     path = tmp_path_factory.mktemp("llava") / "tokenizer.json"
     tokenizer.save(str(path))
-    return load_tokenizer(path, "llava")
+    return load_tokenizer(path, FAMILY.chat)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -38,18 +39,18 @@ def test_labels_equal_published(name):
 
 def test_layout(llava):
     turns = [
-        Turn("user", planning_question("boston-seaport", None)),
-        Turn("assistant", planning_answer()),
-        Turn("user", "And then?"),
-        Turn("assistant", "Stop."),
+        Message("user", planning_question("boston-seaport", None)),
+        Message("assistant", planning_answer()),
+        Message("user", "And then?"),
+        Message("assistant", "Stop."),
     ]
-    chat = llava_chat_tokens(llava, turns, 3)
+    chat = llava.chat.apply_chat_template(llava, turns, 3)
     text = llava.decode(chat.token_ids)
     assert text.startswith("<s>USER: " + "<image>" * 18 + "\nYou are driving in boston. ")
     assert text.endswith("].</s>USER: And then? ASSISTANT: Stop.</s>")
     assert chat.image_starts == list(range(chat.image_starts[0], chat.image_starts[0] + 18, 3))
     supervised = [token for token in chat.labels if token != IGNORE]
-    assert supervised[0] == llava.begin  # published, as is the colon behind ASSISTANT
+    assert supervised[0] == llava.special["begin"]  # published, as is the colon behind ASSISTANT
     said = llava.decode(supervised[1:])
     frame = planning_answer().replace("<POS_EMBEDDING>", "")
     assert said == f": {frame}</s>: Stop.</s>"
@@ -57,18 +58,18 @@ def test_layout(llava):
 
 
 def test_prompt_ends_where_the_answer_begins(llava):
-    turns = [Turn("user", planning_question("boston", None)), Turn("assistant", planning_answer())]
-    prompt = llava_chat_tokens(llava, turns[:1], 2, generation_prompt=True)
+    turns = [Message("user", planning_question("boston", None)), Message("assistant", planning_answer())]
+    prompt = llava.chat.apply_chat_template(llava, turns[:1], 2, add_generation_prompt=True)
     assert llava.decode(prompt.token_ids).endswith(" ASSISTANT:")
-    whole = llava_chat_tokens(llava, turns, 2)
+    whole = llava.chat.apply_chat_template(llava, turns, 2)
     frame = planning_frame(llava)
     assert tuple(whole.token_ids[len(prompt.token_ids) :]) == frame
     assert frame[-1] == llava.turn_end
 
 
 def test_ego_tokens_follow_the_last_image(llava):
-    chat = llava_chat_tokens(llava, [Turn("user", planning_question("boston", None))], 2)
-    longer, slots = insert_ego_tokens(llava, chat, "both", image_delimiters=False)
+    chat = llava.chat.apply_chat_template(llava, [Message("user", planning_question("boston", None))], 2)
+    longer, slots = insert_ego_tokens(llava, chat, "both")
     start = chat.image_starts[-1] + 2
     image, indicator = llava.image, llava.indicator
     assert longer.token_ids[start : start + 5] == [image, indicator, image, indicator, image]
@@ -76,5 +77,5 @@ def test_ego_tokens_follow_the_last_image(llava):
 
 
 def test_a_qwen_tokenizer_is_refused(golden):
-    with pytest.raises(SpaceDriveError, match=r"lacks the special token .* of the llava chat"):
-        load_tokenizer(golden / "prompts" / "tokenizer.json", "llava")
+    with pytest.raises(SpaceDriveError, match=r"lacks the special token .* of the model's chat"):
+        load_tokenizer(golden / "prompts" / "tokenizer.json", FAMILY.chat)

@@ -9,7 +9,7 @@ from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.models.spacedrive import PIXEL_MEAN, PIXEL_STD, normalise
+from spacedrive_jax.models.image_processor import CLIP_MEAN, CLIP_STD, normalise
 from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
 from tests.record_factory import encode_jpeg, encode_png, make_record
@@ -101,7 +101,7 @@ def test_pixels_reach_the_model_as_the_image_processor_would_hand_them_over(reco
     sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": images}, 0)
     patches = np.asarray(normalise(sample.pixel_values)).reshape(6, -1, 3, 2 * 14 * 14)
     for channel, value in enumerate((200, 100, 10)):
-        expected = (value / 255 - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
+        expected = (value / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
         np.testing.assert_allclose(patches[:, :, channel], expected, atol=0.1)  # JPEG moves a few levels
 
 

@@ -12,12 +12,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from spacedrive_jax.batch import LENGTH_STEP, prompt_length, stack, without_padding
-from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens
 from spacedrive_jax.data.prompts import planning_question
 from spacedrive_jax.data.transforms import token_fields
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, answer_text, planning_frame, prediction_line
 from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.models.chat import IGNORE, ChatTokens, Message
 from spacedrive_jax.models.coordinate_decoder import make_decoder
 from tests.published_case import GOLDEN, load_case
 
@@ -80,7 +80,7 @@ def prompt_fields(case, chat, ego_status):
 
 def published_prompt(case, ego_status):
     ids = np.load(FOLDER / "inputs.npz")["f1/input_ids"][0].tolist()
-    starts = [index + 1 for index, token in enumerate(ids) if token == case.tokenizer.vision_start]
+    starts = [index + 1 for index, token in enumerate(ids) if token == case.tokenizer.special["vision_start"]]
     fields = prompt_fields(case, ChatTokens(ids, [IGNORE] * len(ids), starts), ego_status)
     return dataclasses.replace(case.batch, **jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], fields))
 
@@ -120,7 +120,9 @@ def random_batch(case, rng, size):
         question = planning_question(
             str(rng.choice(["boston", "singapore"])), None if command == 8 else command
         )
-        chat = chat_tokens(case.tokenizer, [Turn("user", question)], 15, generation_prompt=True)
+        chat = case.tokenizer.chat.apply_chat_template(
+            case.tokenizer, [Message("user", question)], 15, add_generation_prompt=True
+        )
         fields = prompt_fields(case, chat, str(rng.choice(["both", "none", "feature"], p=[0.6, 0.2, 0.2])))
         first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), case.batch)
         pixels = first.pixel_values + rng.normal(0, rng.choice([0.3, 1, 2]), first.pixel_values.shape)

@@ -14,7 +14,8 @@ from spacedrive_jax.interop.spacedrive_config import (
     read_published_config,
     train_config,
 )
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig, QwenVLConfig
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = json.loads((GOLDEN / "spacedrive_train" / "config.json").read_text())["spacedrive_args"]

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import spacedrive_jax.cli.main
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.inference.open_model import open_model
-from spacedrive_jax.interop.families import family_of
+from spacedrive_jax.inference.open_model import open_vlm
+from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.importing import ImportOptions, import_hf, import_peft
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
@@ -35,7 +35,7 @@ def facts_of(capsys) -> dict:
 
 def tensors_of(folder):
     """Canonical name to value."""
-    family = family_of(from_hf(folder).config)
+    family = format_of(from_hf(folder).config)
     files = [load_file(file) for file in sorted(folder.glob("model*.safetensors"))]
     return {family.canonical_name(name): value for tensors in files for name, value in tensors.items()}
 
@@ -231,10 +231,10 @@ def test_damaged_facts_are_named(checkpoint, tmp_path):
     file = tmp_path / "weights" / "weights.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9}))
     with pytest.raises(SpaceDriveError, match="format 9"):
-        open_model(tmp_path / "weights")
+        open_vlm(tmp_path / "weights")
     file.write_text("{")
     with pytest.raises(SpaceDriveError, match="not readable"):
-        open_model(tmp_path / "weights")
+        open_vlm(tmp_path / "weights")
 
 
 def save_tied(checkpoint, head):
@@ -332,4 +332,4 @@ def test_an_exported_adapter_names_a_base_that_can_be_loaded(checkpoint, tmp_pat
     assert named == str(base)
     import_peft(tmp_path / "b", tmp_path / "w2", ImportOptions())
     base.rename(tmp_path / "elsewhere")
-    assert open_model(tmp_path / "w").base_name == str(tmp_path / "w")
+    assert open_vlm(tmp_path / "w").base_name == str(tmp_path / "w")

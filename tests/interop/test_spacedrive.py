@@ -24,7 +24,7 @@ from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.open_model import open_config, open_model, open_trained_model
+from spacedrive_jax.inference.open_model import open_config, open_trained_model, open_vlm
 from spacedrive_jax.interop.families import read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
@@ -32,7 +32,8 @@ from spacedrive_jax.interop.spacedrive import published_state
 from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
 from spacedrive_jax.interop.trained_parts import check_model
 from spacedrive_jax.interop.unidepth import load_unidepth
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from tests.conftest import ROOT
 from tests.published_case import load_case
@@ -226,7 +227,7 @@ def test_exported_for_transformers_it_keeps_the_trained_rows(qwen, imported, tmp
     np.testing.assert_allclose(
         from_hf(tmp_path / "full").logits(ids), expected, atol=2e-5 * np.abs(expected).max()
     )
-    np.testing.assert_allclose(open_model(imported).model.logits(ids), expected, atol=1e-5)
+    np.testing.assert_allclose(open_vlm(imported).model.logits(ids), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_llava(records, tmp_path):
     """The other family: its new rows are rows of its tables, trained in float32 amid a bfloat16 base."""
     config = load_preset(str(TINY))
     vlm = read_hf_config(GOLDEN / "llava_plus_train")
-    lora = LoraConfig.llava_1_5(4)
+    lora = llava_lora(4)
     model = dataclasses.replace(config.model, vlm=vlm, lora=lora, use_lora=True, compute=ComputeConfig())
     made = nnx.jit(lambda: SpaceDrive(model, indicator_id=INDICATOR, rngs=nnx.Rngs(5)))()
     generator = np.random.default_rng(0)

@@ -10,15 +10,8 @@ from flax import nnx
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules, new_token_rules
-from spacedrive_jax.models.config import (
-    ComputeConfig,
-    DecoderConfig,
-    LoraConfig,
-    NewTokensConfig,
-    QwenVisionConfig,
-    QwenVLConfig,
-)
-from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVL, QwenVLConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen_plus_train"
 GOLDEN_LORA = LoraConfig(rank=4, alpha=16.0, dropout=0.05)

@@ -14,8 +14,8 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.qwen2_5_vl import canonical_name, hub_name, qwen_rules
 from spacedrive_jax.interop.weight_table import lora_rules
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, QwenVLConfig
-from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVL, QwenVLConfig
 
 from .conftest import GOLDEN
 

@@ -6,7 +6,7 @@ import pytest
 
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
-from spacedrive_jax.models.config import QwenVLConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 from .conftest import GOLDEN, tiny_config
 

@@ -18,8 +18,8 @@ from spacedrive_jax.interop.hf_checkpoint import fill, from_hf, to_hf
 from spacedrive_jax.interop.llava import canonical_name, hub_name, llava_rules
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
-from spacedrive_jax.models.config import ClipVisionConfig, ComputeConfig, LlavaConfig, LoraConfig
-from spacedrive_jax.models.families.llava import Llava, flatten_patches
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig, flatten_patches
 from spacedrive_jax.models.generation import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_plus_train"

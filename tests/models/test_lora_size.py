@@ -7,8 +7,11 @@ import math
 import pytest
 from flax import nnx
 
-from spacedrive_jax.interop.families import family_of
-from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig, QwenVLConfig
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.families.llava import LlavaConfig
+from spacedrive_jax.models.families.llava import lora as llava_lora
+from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 
 def sizes(config, kind, lora, new_tokens=None):
@@ -29,7 +32,7 @@ def test_adapters_of_qwen_7b(rank, millions):
 
 def test_adapters_of_llava_7b():
     """k, v, o of 32 layers, each 4096 to 4096, rank r on both sides."""
-    found = sizes(LlavaConfig.llava_1_5_7b(), nnx.LoRAParam, LoraConfig.llava_1_5(16))
+    found = sizes(LlavaConfig.llava_1_5_7b(), nnx.LoRAParam, llava_lora(16))
     assert sum(found) == 32 * 3 * 16 * (4096 + 4096)
 
 

@@ -16,7 +16,13 @@ from flax import nnx
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
+from spacedrive_jax.inference.open_model import (
+    name_checkpoint,
+    open_config,
+    open_model,
+    open_trained_model,
+    open_vlm,
+)
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.sharding import make_mesh
@@ -169,7 +175,7 @@ def test_a_checkpoint_of_another_run_is_refused(records, whole, tmp_path):
     mixed = copied(whole, tmp_path / "mixed")
     shutil.rmtree(mixed / "checkpoints")
     shutil.copytree(other / "checkpoints", mixed / "checkpoints")
-    for use in (open_trained_model, open_config, open_model):
+    for use in (open_trained_model, open_config, open_vlm):
         with pytest.raises(CheckpointError, match=r"belongs to another run .*train.seed: 3 -> 888"):
             use(mixed)
     config = tiny(records, mixed, steps=STEPS)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from spacedrive_jax.data.prompts import COMMAND_WORDS, SYSTEM, planning_answer, planning_question
+from spacedrive_jax.data.prompts import COMMAND_WORDS, planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER, INDICATOR, POSITION
 from spacedrive_jax.io import write_text
+from spacedrive_jax.models.families.qwen2_5_vl import QwenChat
 
 VOCABULARY = 512
 SPECIAL = (
@@ -27,7 +28,7 @@ SPECIAL = (
 
 def corpus() -> Iterator[str]:
     """Every prompt the project can produce, and coordinates as text."""
-    yield f"system\n{SYSTEM}"
+    yield f"system\n{QwenChat.system}"
     for city in ("boston", "singapore"):
         for command in (None, *range(len(COMMAND_WORDS))):
             yield f"user\n{planning_question(city, command)}".replace("<image>", "")

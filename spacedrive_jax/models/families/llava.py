@@ -2,23 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from spacedrive_jax.bounds import FROM_ZERO, SIDE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
-from spacedrive_jax.models.config import ClipVisionConfig, ComputeConfig, LlavaConfig
+from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.family import Family
+from spacedrive_jax.models.image_processor import ImageProcessor, bicubic
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import MropePositions
+from spacedrive_jax.models.positions import ImageSpan, MropePositions, mrope_positions
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig(VisionConfig):
+    """The CLIP vision transformer (Radford et al. 2021), as LLaVA uses it; the defaults are ViT-L/14-336."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    depth: int = 24
+    num_heads: int = 16
+    norm_eps: float = 1e-5
+    image_size: int = 336
+    """Side of the square images in pixels; the position embedding is learnt for this size alone."""
+    feature_layer: int = -2
+    """Which hidden state is handed on, counted from the end: -1 is the last block's output."""
+
+    BOUNDS: ClassVar[Bounds] = {**VisionConfig.BOUNDS, "image_size": SIDE, "feature_layer": Bound(most=-1)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_size != 1:
+            raise ConfigError(
+                f"LLaVA's visual tokens are single patches: merge_size {self.merge_size} must be 1"
+            )
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})"
+            )
+        if not -self.depth - 1 <= self.feature_layer <= -1:
+            raise ConfigError(f"feature_layer {self.feature_layer} must lie in -{self.depth + 1}..-1")
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that run; those behind are kept for the checkpoint's sake only."""
+        return self.depth + 1 + self.feature_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig(VLConfig):
+    """LLaVA-1.5 (Liu et al. 2024): CLIP, a two-layer projector and a LLaMA decoder.
+
+    The defaults are those of LLaVA-1.5-7B.
+    """
+
+    decoder: DecoderConfig = DecoderConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=10_000.0,
+        rope_sections=(64,),
+        norm_eps=1e-5,
+        qkv_bias=False,
+    )
+    vision: ClipVisionConfig = ClipVisionConfig()
+    image_token_id: int = 32000
+    projector_bias: bool = True
+
+    BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
+        if len(self.decoder.rope_sections) != 1 or self.decoder.qkv_bias:
+            raise ConfigError(
+                "LLaVA's decoder has one-dimensional rotary positions and no attention biases; got "
+                f"rope_sections {self.decoder.rope_sections}, qkv_bias {self.decoder.qkv_bias}"
+            )
+
+    @classmethod
+    def llava_1_5_7b(cls) -> LlavaConfig:
+        """Dimensions of LLaVA-1.5-7B."""
+        return cls()
+
 
 # The CLIP vision transformer as LLaVA-1.5 uses it (Radford et al. 2021; Liu et al. 2024, section 3).
 #
@@ -221,3 +308,149 @@ class Llava(VisionLanguageModel):
             )
         places = np.arange(len(token_ids), dtype=np.int32)
         return MropePositions(np.broadcast_to(places, (3, len(places))), 0)
+
+
+class LlavaChat(ChatTemplate):
+    """`<s>USER: question ASSISTANT: answer</s>USER: …`; all images stand together before the question."""
+
+    special_tokens: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {
+            "begin": ("<s>",),
+            "turn_end": ("</s>",),
+            "image": ("<image>",),
+            "padding": ("<pad>", "<unk>"),
+        }
+    )
+    added_tokens = ("<s>", "</s>", "<pad>", "<image>")
+    user_header = "USER:"
+    assistant_header = " ASSISTANT:"
+
+    def apply_chat_template(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tokens_per_image: int,
+        *,
+        add_generation_prompt: bool = False,
+        supervise_positions: bool = False,
+    ) -> ChatTokens:
+        """Lays out a conversation with the published labels (`llava_labels`); see `ChatTemplate`."""
+        image, end = tokenizer.special["image"], tokenizer.special["turn_end"]
+        images = re.compile(f"(?:{IMAGE_PLACEHOLDER}\\n)+")
+
+        def spread(match: re.Match[str]) -> str:
+            return tokenizer.decode([image]) * (match[0].count(IMAGE_PLACEHOLDER) * tokens_per_image) + "\n"
+
+        text = ""
+        for message in messages:
+            if message.role == "user":
+                text += f"{self.user_header} {images.sub(spread, message.content)}"
+            else:
+                text += f"{self.assistant_header} {message.content}{tokenizer.decode([end])}"
+        if add_generation_prompt:
+            text += self.assistant_header
+        begin = tokenizer.special.get("begin")  # a vocabulary without one begins with the text
+        token_ids = [] if begin is None else [begin]
+        token_ids += tokenizer.encode(text)
+        labels = llava_labels(
+            token_ids,
+            user_header=tokenizer.encode(self.user_header),
+            assistant_header=tokenizer.encode(self.assistant_header.lstrip()),
+            image=image,
+        )
+        if not supervise_positions:
+            labels = [IGNORE if label == tokenizer.position else label for label in labels]
+        first = [index for index, token in enumerate(token_ids) if token == image]
+        return ChatTokens(token_ids, labels, first[::tokens_per_image])
+
+    def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+        """One bare image token."""
+        return [tokenizer.special["image"]], 0
+
+    def image_end(self, tokenizer: Tokenizer) -> int:
+        """The image token itself."""
+        return tokenizer.special["image"]
+
+
+def llava_labels(
+    token_ids: Sequence[int], *, user_header: Sequence[int], assistant_header: Sequence[int], image: int
+) -> list[int]:
+    """The published label rule: everything is supervised but images and what runs from a user's header to
+    the assistant's.
+
+    So the begin-of-text token, the colon behind `ASSISTANT` and, in a conversation without an answer, the
+    whole question are supervised (fidelity Q22).
+
+    Args:
+        token_ids: a conversation.
+        user_header: ids of `USER:`.
+        assistant_header: ids of `ASSISTANT:`, the colon last.
+        image: id of an image token.
+
+    Returns:
+        The id at each supervised position, IGNORE elsewhere.
+    """
+    labels = [IGNORE if token == image else token for token in token_ids]
+    starts, ends = (_places(token_ids, header) for header in (user_header, assistant_header))
+    for start, end in zip(starts, ends, strict=False):
+        if end > start:
+            stop = end + len(assistant_header) - 1
+            labels[start:stop] = [IGNORE] * (stop - start)
+    return labels
+
+
+def _places(token_ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    width = len(wanted)
+    starts = range(len(token_ids) - width + 1)
+    return [start for start in starts if list(token_ids[start : start + width]) == list(wanted)]
+
+
+class LlavaImageProcessor(ImageProcessor):
+    """Bicubic resize to the one size that the tower's position embedding knows, then patches."""
+
+    def __init__(self, vision: ClipVisionConfig, image_size: tuple[int, int]) -> None:
+        """See `ImageProcessor`."""
+        super().__init__(vision, image_size)
+        self.patch_grid = self.token_grid = (vision.grid_side, vision.grid_side)
+        self.intrinsics_size = (vision.image_size, vision.image_size)
+
+    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+        """Patches in row-major order; K is channel, row, column."""
+        resized = np.stack([bicubic(image, *self.intrinsics_size) for image in images])
+        return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
+
+
+def vision_flops(config: LlavaConfig, patch_grid: tuple[int, int]) -> int:
+    """Operations of the tower's forward pass over one image, projector included."""
+    vision, decoder_width = config.vision, config.decoder.hidden_size
+    patches, width = patch_grid[0] * patch_grid[1], vision.hidden_size
+    tokens = patches + 1  # the class token
+    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
+    scores = 4 * tokens**2 * width
+    projector = 2 * patches * decoder_width * (width + decoder_width)
+    embedding = 2 * patches * vision.patch_channels * width
+    return vision.used_blocks * (block + scores) + projector + embedding
+
+
+def position_ids(length: int, images: Sequence[ImageSpan]) -> MropePositions:
+    """Plain positions 0, 1, 2, … on every axis, images or not."""
+    del images
+    return mrope_positions(length, [])
+
+
+def lora(rank: int) -> LoraConfig:
+    """SpaceDrive's adapters: k, v, o, always with scaling 1."""
+    return LoraConfig(rank=rank, alpha=float(rank), targets=("k", "v", "o"))
+
+
+FAMILY = Family(
+    name="llava",
+    config=LlavaConfig,
+    model=Llava,
+    chat=LlavaChat(),
+    image_processor=LlavaImageProcessor,
+    position_ids=position_ids,
+    vision_flops=vision_flops,
+    lora=lora,
+    interop="spacedrive_jax.interop.llava",
+)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
-from spacedrive_jax.models.config import ComputeConfig, QwenVisionConfig, QwenVLConfig
+from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
+from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.family import Family
+from spacedrive_jax.models.image_processor import ImageProcessor, bicubic
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import (
@@ -27,99 +33,102 @@ from spacedrive_jax.models.positions import (
     vision_rotary,
 )
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-
-# Where each patch of a fixed grid stands in window order: integer tables, worked out on the host.
-#
-# The vision tower runs in *window order*: all patches of one attention window next to each other, the 2x2
-# patches of a merged token next to each other within it. Windows at the right and lower border may be
-# smaller than the rest.
+from spacedrive_jax.models.windows import WindowLayout, full_attention_flags, window_layout
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WindowLayout:
-    """The tables of one grid. P patches, V merged tokens, W windows of at most `capacity` patches.
+@dataclasses.dataclass(frozen=True)
+class QwenVisionConfig(VisionConfig):
+    """The Qwen2.5-VL vision tower: windowed attention in most blocks, full attention in a few."""
 
-    `patch_order[p]` is the processor's index of the patch at place p in window order, `token_order[v]` the
-    row-major index of merged token v in window order and `token_inverse` the way back. `rows` and `columns`
-    are patch coordinates in window order. `slots[w, s]` is the place of patch s of window w (its last patch
-    again where the window is not full), `window_lengths[w]` its number of patches, and `places[p]` the slot
-    of place p among the W * capacity. `ragged` tells whether any window is not full.
-    """
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    depth: int = 32
+    num_heads: int = 16
+    norm_eps: float = 1e-6
+    full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    window_size: int = 112
+    """Side of an attention window in pixels."""
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    out_hidden_size: int = 3584
 
-    patch_order: Int[np.ndarray, " P"]
-    token_order: Int[np.ndarray, " V"]
-    token_inverse: Int[np.ndarray, " V"]
-    rows: Int[np.ndarray, " P"]
-    columns: Int[np.ndarray, " P"]
-    slots: Int[np.ndarray, "W capacity"]
-    window_lengths: Int[np.ndarray, " W"]
-    places: Int[np.ndarray, " P"]
+    BOUNDS: ClassVar[Bounds] = {
+        **VisionConfig.BOUNDS,
+        "full_attention_blocks": FROM_ZERO,
+        **dict.fromkeys(("window_size", "temporal_patch_size", "out_hidden_size"), COUNT),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim % 4:
+            raise ConfigError(
+                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
+                "multiple of 4: the rotary embedding has two axes"
+            )
+        if any(not 0 <= block < self.depth for block in self.full_attention_blocks):
+            raise ConfigError(
+                f"full_attention_blocks {self.full_attention_blocks} must lie in 0..{self.depth - 1}"
+            )
+        if self.window_tokens < 1:
+            raise ConfigError(
+                f"window_size {self.window_size} holds no token of {self.patch_size * self.merge_size} pixels"
+            )
 
     @property
-    def ragged(self) -> bool:
-        """Whether some window is smaller than the rest."""
-        return bool((self.window_lengths != self.slots.shape[1]).any())
+    def patch_channels(self) -> int:
+        """Length of one flattened patch as the image processor hands it over."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of an attention window in merged tokens."""
+        return self.window_size // self.merge_size // self.patch_size
 
 
-@functools.lru_cache(maxsize=64)
-def window_layout(grid: tuple[int, int], merge_size: int, window_tokens: int) -> WindowLayout:
-    """Works out window order for a grid of patches.
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig(VLConfig):
+    """Qwen2.5-VL: vision tower, decoder and the token ids that tie them together."""
 
-    Args:
-        grid: Patch rows and columns of the image.
-        merge_size: Side of a merged token in patches.
-        window_tokens: Side of a window in merged tokens.
+    decoder: DecoderConfig = DecoderConfig()
+    vision: QwenVisionConfig = QwenVisionConfig()
+    image_token_id: int = 151655
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
 
-    Returns:
-        The layout.
-
-    Raises:
-        ConfigError: If the grid does not divide into merged tokens.
-    """
-    height, width = grid
-    if height < 1 or width < 1 or height % merge_size or width % merge_size:
-        raise ConfigError(
-            f"an image grid of {height}x{width} patches does not divide into {merge_size}x{merge_size} "
-            "merged tokens; resize the image so that both sides are multiples"
-        )
-    token_rows, token_columns = np.indices((height // merge_size, width // merge_size)).reshape(2, -1)
-    windows_across = -(-width // (merge_size * window_tokens))
-    window_of_token = token_rows // window_tokens * windows_across + token_columns // window_tokens
-    token_order = np.argsort(window_of_token, kind="stable")  # row-major within a window
-
-    merged_patches = merge_size**2
-    patch_order = (token_order[:, None] * merged_patches + np.arange(merged_patches)).reshape(-1)
-    inner_rows, inner_columns = np.indices((merge_size, merge_size)).reshape(2, -1)
-    rows = (token_rows[token_order, None] * merge_size + inner_rows).reshape(-1)
-    columns = (token_columns[token_order, None] * merge_size + inner_columns).reshape(-1)
-
-    window_lengths = np.bincount(window_of_token) * merged_patches
-    capacity = int(window_lengths.max())
-    starts = np.cumsum(window_lengths) - window_lengths
-    slots = starts[:, None] + np.minimum(np.arange(capacity), window_lengths[:, None] - 1)
-    window_of_place = np.repeat(np.arange(len(window_lengths)), window_lengths)
-    places = window_of_place * capacity + np.arange(height * width) - starts[window_of_place]
-    return WindowLayout(
-        patch_order=patch_order,
-        token_order=token_order,
-        token_inverse=np.argsort(token_order),
-        rows=rows,
-        columns=columns,
-        slots=slots,
-        window_lengths=window_lengths,
-        places=places,
+    BOUNDS: ClassVar[Bounds] = dict.fromkeys(
+        ("image_token_id", "vision_start_token_id", "vision_end_token_id"), FROM_ZERO
     )
 
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
+        if self.vision.out_hidden_size != self.decoder.hidden_size:
+            raise ConfigError(
+                f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
+                f"({self.decoder.hidden_size})"
+            )
 
-def full_attention_flags(depth: int, blocks: tuple[int, ...]) -> Bool[np.ndarray, " depth"]:
-    """One flag per block: True where it attends to the whole image."""
-    flags = np.zeros(depth, dtype=bool)
-    flags[list(blocks)] = True
-    return flags
+    @classmethod
+    def qwen2_5_vl_3b(cls) -> QwenVLConfig:
+        """Dimensions of Qwen2.5-VL-3B."""
+        return cls(
+            decoder=DecoderConfig(
+                vocab_size=151936,
+                hidden_size=2048,
+                intermediate_size=11008,
+                num_layers=36,
+                num_heads=16,
+                num_kv_heads=2,
+                tied_head=True,
+            ),
+            vision=QwenVisionConfig(out_hidden_size=2048),
+        )
+
+    @classmethod
+    def qwen2_5_vl_7b(cls) -> QwenVLConfig:
+        """Dimensions of Qwen2.5-VL-7B."""
+        return cls()
 
 
-# The Qwen2.5-VL vision tower (Bai et al. 2025, section 2.1.1).
-#
 # Patches to visual tokens: patch embedding, blocks with 2-D rotary embedding that attend within windows (a
 # few to the whole image), and a merger of 2x2 patches into one token of the decoder's width. Shapes are
 # static for a grid; images of one call share it, and a caller with several grids loops over them.
@@ -293,3 +302,167 @@ class QwenVL(VisionLanguageModel):
         """Multimodal positions; every run of image tokens is an image."""
         spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
         return mrope_positions(len(token_ids), spans)
+
+
+class QwenChat(ChatTemplate):
+    """`<|im_start|>role`, newline, text, `<|im_end|>`, newline; images between vision_start and vision_end.
+
+    Everything but assistant turns is ignored by the loss, and of those the three header ids and every
+    position token (unless asked for). `<|im_end|>` and the newline behind it are supervised, as published.
+    """
+
+    special_tokens: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {
+            "turn_start": ("<|im_start|>",),
+            "turn_end": ("<|im_end|>",),
+            "image": ("<|image_pad|>",),
+            "padding": ("<|endoftext|>", "<|pad|>"),
+            "vision_start": ("<|vision_start|>",),
+            "vision_end": ("<|vision_end|>",),
+        }
+    )
+    system = "You are a helpful assistant."
+    header_tokens = 3
+    """`<|im_start|>`, `assistant`, newline: the first three ids of an assistant turn are not supervised."""
+
+    def apply_chat_template(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tokens_per_image: int,
+        *,
+        add_generation_prompt: bool = False,
+        supervise_positions: bool = False,
+    ) -> ChatTokens:
+        """Lays out a conversation behind the system turn; see `ChatTemplate`."""
+        image = f"<|vision_start|>{'<|image_pad|>' * tokens_per_image}<|vision_end|>"
+        token_ids: list[int] = []
+        labels: list[int] = []
+        for message in (Message("system", self.system), *messages):
+            content = message.content.replace(IMAGE_PLACEHOLDER, image)
+            ids = tokenizer.encode(f"<|im_start|>{message.role}\n{content}<|im_end|>\n")
+            token_ids += ids
+            if message.role == "assistant":
+                ignored = None if supervise_positions else tokenizer.position
+                labels += [IGNORE] * self.header_tokens
+                labels += [IGNORE if token == ignored else token for token in ids[self.header_tokens :]]
+            else:
+                labels += [IGNORE] * len(ids)
+        if add_generation_prompt:
+            header = tokenizer.encode("<|im_start|>assistant\n")
+            token_ids += header
+            labels += [IGNORE] * len(header)
+        start = tokenizer.special["vision_start"]
+        return ChatTokens(
+            token_ids, labels, [index + 1 for index, token in enumerate(token_ids) if token == start]
+        )
+
+    def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+        """[vision_end, image, vision_end]: the published vision_start holds vision_end's id (fidelity Q12)."""
+        end = tokenizer.special["vision_end"]
+        return [end, tokenizer.special["image"], end], 1
+
+    def image_end(self, tokenizer: Tokenizer) -> int:
+        """vision_end."""
+        return tokenizer.special["vision_end"]
+
+
+class QwenImageProcessor(ImageProcessor):
+    """Bicubic resize to whole visual tokens, then patches of two equal frames, window-free order.
+
+    transformers' Qwen2VLImageProcessor written out: rescaling and normalisation are left to the device.
+    """
+
+    max_pixels = 28 * 28 * 16384
+    """Larger images are scaled down (released Qwen2.5-VL settings)."""
+
+    def __init__(self, vision: QwenVisionConfig, image_size: tuple[int, int]) -> None:
+        """See `ImageProcessor`.
+
+        Raises:
+            ConfigError: the image is more than 200 times as long as it is wide.
+        """
+        super().__init__(vision, image_size)
+        side = vision.patch_size * vision.merge_size
+        self.resized = smart_resize(
+            *image_size, factor=side, min_pixels=min(56 * 56, side * side), max_pixels=self.max_pixels
+        )
+        self.patch_grid = (self.resized[0] // vision.patch_size, self.resized[1] // vision.patch_size)
+        self.token_grid = (self.resized[0] // side, self.resized[1] // side)
+        # Published (fidelity Q15): intrinsics count the pixels of the image handed in, even where the
+        # processor resizes it once more (640 to 644).
+        self.intrinsics_size = image_size
+
+    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+        """Patches in the order of merged tokens; K is channel, frame (two equal ones), row, column."""
+        vision, (rows, columns) = self.vision, self.token_grid
+        merge, side = vision.merge_size, vision.patch_size
+        resized = np.stack([bicubic(image, *self.resized) for image in images])
+        cut = resized.reshape(len(images), rows, merge, side, columns, merge, side, 3)
+        cut = cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)[..., None, :, :]
+        frames = np.broadcast_to(cut, (*cut.shape[:-3], vision.temporal_patch_size, side, side))
+        return frames.reshape(len(images), rows * columns * merge * merge, -1)
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size Qwen's processor resizes to: whole tokens, about the same shape, pixels within bounds.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        factor: side of a visual token in pixels.
+        min_pixels: of the result.
+        max_pixels: likewise.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ConfigError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ConfigError(f"an image of {height}x{width} pixels is too long for Qwen's image processor")
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor * factor > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
+    elif rows * columns * factor * factor < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) for side in (height, width))
+    return rows * factor, columns * factor
+
+
+def vision_flops(config: QwenVLConfig, patch_grid: tuple[int, int]) -> int:
+    """Operations of the tower's forward pass over one image, merger included."""
+    vision = config.vision
+    patches, width = patch_grid[0] * patch_grid[1], vision.hidden_size
+    layout = window_layout(patch_grid, vision.merge_size, vision.window_tokens)
+    windows, capacity = layout.slots.shape
+    full = len(vision.full_attention_blocks)
+    block = 2 * patches * (4 * width * width + 3 * width * vision.intermediate_size)
+    scores = full * patches**2 + (vision.depth - full) * windows * capacity**2
+    merged = width * vision.merge_size**2
+    tokens = patches // vision.merge_size**2
+    merger = 2 * tokens * merged * (merged + vision.out_hidden_size)
+    embedding = 2 * patches * vision.patch_channels * width
+    return vision.depth * block + 4 * scores * width + merger + embedding
+
+
+def lora(rank: int) -> LoraConfig:
+    """SpaceDrive's adapters: q, k, v, o with alpha 16."""
+    return LoraConfig(rank=rank)
+
+
+FAMILY = Family(
+    name="qwen2_5_vl",
+    config=QwenVLConfig,
+    model=QwenVL,
+    chat=QwenChat(),
+    image_processor=QwenImageProcessor,
+    position_ids=mrope_positions,
+    vision_flops=vision_flops,
+    lora=lora,
+    interop="spacedrive_jax.interop.qwen2_5_vl",
+)

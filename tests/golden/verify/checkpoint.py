@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.interop.families import family_of, read_hf_config
+from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
 from spacedrive_jax.interop.spacedrive_tensors import (
     Parts,
@@ -22,7 +22,9 @@ from spacedrive_jax.interop.spacedrive_tensors import (
 )
 from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
-from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig
+from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.families.llava import LlavaConfig
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from tests.golden.verify.case_files import read_settings
@@ -92,8 +94,8 @@ def through_model(parts: Parts, vlm_config: dict) -> Parts:
         DataError: with every missing, unknown or misshapen tensor.
     """
     config, indicator = checkpoint_config(parts, vlm_config)
-    family = family_of(config.vlm)
-    names = {family.canonical_name(name): name for name in parts.base}
+    form = format_of(config.vlm)
+    names = {form.canonical_name(name): name for name in parts.base}
     base = {canonical: parts.base[name] for canonical, name in names.items()}
     found = base | parts.adapters | parts.heads
     own_rows = None if isinstance(config.vlm, LlavaConfig) else new_token_rows(config, indicator)
@@ -129,7 +131,7 @@ def checkpoint_config(parts: Parts, vlm_config: dict) -> tuple[ModelConfig, int]
     """
     vlm = read_hf_config(vlm_config)
     rank = next(value.shape[0] for name, value in parts.adapters.items() if ".lora_A." in name)
-    lora = LoraConfig.llava_1_5(rank) if isinstance(vlm, LlavaConfig) else LoraConfig(rank=rank)
+    lora = family_of(vlm).lora(rank)
     has_ego = "ego_status_mlp.0.weight" in parts.heads
     # LLaVA's tables are trained in float32 amid a bfloat16 base; float32 holds both.
     types = {str(value.dtype) for value in parts.base.values()}

@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.constants import NUM_PAST, STATUS_SIZE
-from spacedrive_jax.data.chat import ChatTokens
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import EGO_STATUS, encoder_config
 from spacedrive_jax.interop.spacedrive_tensors import linear_rules
+from spacedrive_jax.models.chat import ChatTokens
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.models.families import llava, qwen2_5_vl
 from spacedrive_jax.models.unprojection import patch_centres, pool_depth, unproject
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.check import Check, compare
@@ -49,7 +50,9 @@ def _sequence(
     ego_input = EGO_STATUS[sequence["ego_status"]]
     mlp = _ego_encoder(name, width, weights) if ego_input in ("feature", "both") else None
     numbers = dict(part.split("=") for part in sequence["note"].split()[1:])
-    tokenizer = _tokenizer({key: int(value) for key, value in numbers.items()}, case.folder)
+    tokenizer = _tokenizer(
+        {key: int(value) for key, value in numbers.items()}, case.folder, sequence["lm"] == "llava"
+    )
     checks: list[Check] = []
     for frame in range(len(sequence["timestamps"])):
         at = f"{name}/f{frame}"
@@ -62,8 +65,7 @@ def _sequence(
             ego_status(_record(case.inputs, name, frame, row), "released") for row in range(sequence["B"])
         ]
         checks += memory_checks(f"{at}/", np.stack([state.status for state in states]), expected)
-        is_llava = sequence["lm"] == "llava"
-        checks += _tokens(at, inputs, tokenizer, ego_input, expected, image_delimiters=not is_llava)
+        checks += _tokens(at, inputs, tokenizer, ego_input, expected)
         features = []
         if mlp is not None:
             features.append(mlp(jnp.asarray(np.stack([state.status for state in states])))[:, None])
@@ -105,8 +107,6 @@ def _tokens(
     tokenizer: DrivingTokenizer,
     ego_input: Any,
     expected: Arrays,
-    *,
-    image_delimiters: bool,
 ) -> list[Check]:
     """Ids, labels and mask after the ego tokens are in, padding included."""
     if f"{at}/input_ids" not in expected:
@@ -115,9 +115,7 @@ def _tokens(
     ours = {key: np.zeros_like(value) for key, value in theirs.items()}
     for row, length in enumerate(inputs["lengths"]):
         ids, labels = (inputs[key][row, :length].tolist() for key in ("input_ids_padded", "labels_padded"))
-        chat, _ = insert_ego_tokens(
-            tokenizer, ChatTokens(ids, labels, []), ego_input, image_delimiters=image_delimiters
-        )
+        chat, _ = insert_ego_tokens(tokenizer, ChatTokens(ids, labels, []), ego_input)
         count = len(chat.token_ids)
         ours["input_ids"][row, :count] = chat.token_ids
         ours["labels"][row, :count] = chat.labels
@@ -143,7 +141,7 @@ def _ego_encoder(name: str, width: int, weights: SafetensorsFolder) -> EgoStatus
     return read_module(lambda: EgoStatusEncoder(STATUS_SIZE, width, rngs=nnx.Rngs(0)), rules, weights)
 
 
-def _tokenizer(ids: dict[str, int], folder: Path) -> DrivingTokenizer:
+def _tokenizer(ids: dict[str, int], folder: Path, is_llava: bool) -> DrivingTokenizer:
     """The special ids that the sequence's note names; the rest does not matter here."""
     names = {
         "vision_end": "vision_end",
@@ -153,4 +151,5 @@ def _tokenizer(ids: dict[str, int], folder: Path) -> DrivingTokenizer:
         "pad": "pad",
     }
     known = {key: ids[name] for key, name in names.items()}
-    return case_tokenizer({"im_start": -1, "im_end": -1, "vision_start": -1, **known}, folder)
+    chat = (llava if is_llava else qwen2_5_vl).FAMILY.chat
+    return case_tokenizer({"im_start": -1, "im_end": -1, "vision_start": -1, **known}, folder, chat)

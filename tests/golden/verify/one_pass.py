@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.data.transforms import chat_layout
 from spacedrive_jax.inference.answers import Generation, planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.spacedrive import SpaceDrive
@@ -36,7 +33,7 @@ def one_pass_checks(
         answer: made token by token.
     """
     if tokenizer.vocabulary_size > 0:
-        frame = planning_frame(dataclasses.replace(tokenizer, layout=chat_layout(model.config)))
+        frame = planning_frame(tokenizer)
     else:
         count = int(answer.lengths[0])
         fed = np.where(answer.is_position, tokenizer.position, answer.token_ids)[0, :count]

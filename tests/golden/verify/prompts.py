@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from spacedrive_jax.constants import NUM_WAYPOINTS
-from spacedrive_jax.data.chat import IGNORE, ChatTokens, Turn, chat_tokens, llava_labels
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
-from spacedrive_jax.data.images import MAX_PIXELS, ImageProcessor, scaled_intrinsics
+from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.prompts import (
     COMMAND_WORDS,
     CommandSource,
@@ -25,8 +23,10 @@ from spacedrive_jax.data.prompts import (
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.models.config import QwenVisionConfig
-from spacedrive_jax.models.spacedrive import normalise
+from spacedrive_jax.models.chat import IGNORE, ChatTokens, Message
+from spacedrive_jax.models.families.llava import llava_labels
+from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor, QwenVisionConfig, smart_resize
+from spacedrive_jax.models.image_processor import normalise
 from tests.golden.verify.case_files import read_arrays, read_settings
 from tests.golden.verify.check import Check, compare
 
@@ -68,10 +68,10 @@ def _equal(name: str, actual: Any, expected: Any) -> Check:
 
 def _token_ids(ids: dict[str, int], tokenizer: DrivingTokenizer) -> list[Check]:
     ours = {
-        "im_start": tokenizer.turn_start,
+        "im_start": tokenizer.special["turn_start"],
         "im_end": tokenizer.turn_end,
-        "vision_start": tokenizer.vision_start,
-        "vision_end": tokenizer.vision_end,
+        "vision_start": tokenizer.special["vision_start"],
+        "vision_end": tokenizer.special["vision_end"],
         "image_pad": tokenizer.image,
         "pad": tokenizer.padding,
         "pos_indicator": tokenizer.indicator,
@@ -111,12 +111,12 @@ def _chat(
     conversation: dict[str, Any], tokenizer: DrivingTokenizer, outputs: dict[str, np.ndarray]
 ) -> list[Check]:
     name = conversation["name"]
-    turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in conversation["conversation"]]  # type: ignore[arg-type]
-    chat = chat_tokens(
+    turns = [Message(ROLES[turn["from"]], turn["value"]) for turn in conversation["conversation"]]  # type: ignore[arg-type]
+    chat = tokenizer.chat.apply_chat_template(
         tokenizer,
         turns,
         conversation["n_image_tokens"][0],
-        generation_prompt=conversation.get("add_generation_prompt", False),
+        add_generation_prompt=conversation.get("add_generation_prompt", False),
     )
     text = _equal(f"chat/{name}/text", tokenizer.decode(chat.token_ids), conversation["decoded"])
     return [text, *_ids_and_labels(name, chat, tokenizer, outputs)]
@@ -159,7 +159,7 @@ def _full(
         else:
             question = planning_question(inputs["location"], command)
         text, found = replace_coordinates(question, keep_velocities=False)
-        turns = [Turn("user", text)]
+        turns = [Message("user", text)]
     else:
         source: CommandSource = "none" if "no_command" in name else "released"
         tokens = None if "text_coords" in name else 1 if "single_token" in name else NUM_WAYPOINTS
@@ -168,8 +168,8 @@ def _full(
         turns, found = talk.turns, talk.coordinates
         if tokens == 1:  # the one token stands for the whole trajectory
             found = record["waypoints"]
-    chat = chat_tokens(
-        tokenizer, turns, rows * columns // merge**2, generation_prompt=name.startswith("test")
+    chat = tokenizer.chat.apply_chat_template(
+        tokenizer, turns, rows * columns // merge**2, add_generation_prompt=name.startswith("test")
     )
     return [
         _equal(f"full/{name}/text", tokenizer.decode(chat.token_ids), expected["decoded"]),
@@ -203,12 +203,14 @@ def _images(settings: dict[str, Any], outputs: dict[str, np.ndarray]) -> list[Ch
     checks = []
     limits = settings.get("imgproc", {})
     for case in settings.get("smart_resize", []):
-        size = smart_resize(*case["hw"], factor=28, min_pixels=limits["min_pixels"], max_pixels=MAX_PIXELS)
+        size = smart_resize(
+            *case["hw"], factor=28, min_pixels=limits["min_pixels"], max_pixels=QwenImageProcessor.max_pixels
+        )
         checks.append(_equal(f"smart_resize/{'x'.join(map(str, case['hw']))}", size, case["out"]))
     for key in sorted(outputs):
         if key.startswith("imgproc/") and key.endswith("/image"):
             name, image = key.removesuffix("/image"), outputs[key]
-            processor = ImageProcessor(QwenVisionConfig(), image.shape[:2])
+            processor = QwenImageProcessor(QwenVisionConfig(), image.shape[:2])
             patches = normalise(processor.patches([image])[0])
             checks += [
                 _equal(f"{name}/grid", [(1, *processor.patch_grid)], outputs[f"{name}/grid"]),

@@ -18,7 +18,6 @@ from tokenizers.models import BPE
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
-from spacedrive_jax.data.chat import IGNORE, ChatTokens
 from spacedrive_jax.data.ego_status import EgoStatus, ego_status
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
@@ -29,8 +28,10 @@ from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import model_config, train_config
 from spacedrive_jax.interop.spacedrive_tensors import adapter_rules, base_rules, head_rules, new_row_rules
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
-from spacedrive_jax.models.config import ComputeConfig, LlavaConfig, LoraConfig
-from spacedrive_jax.models.families.llava import flatten_patches
+from spacedrive_jax.models.chat import IGNORE, ChatTemplate, ChatTokens
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
+from spacedrive_jax.models.families import family_of, llava, qwen2_5_vl
+from spacedrive_jax.models.families.llava import LlavaConfig, flatten_patches
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import pool_depth
@@ -84,12 +85,13 @@ class Case:
         """The adapters."""
         settings = self.settings["lora"]
         if self.is_llava:
-            return LoraConfig.llava_1_5(settings["r"])
+            return llava.FAMILY.lora(settings["r"])
         return LoraConfig(rank=settings["r"], alpha=settings["alpha"])
 
     def tokenizer(self) -> DrivingTokenizer:
         """The special ids, and the words where the case or the `prompts` case beside it has them."""
-        return case_tokenizer(self.settings["token_ids"], self.folder)
+        chat = (llava if self.is_llava else qwen2_5_vl).FAMILY.chat
+        return case_tokenizer(self.settings["token_ids"], self.folder, chat)
 
     def choices(self, arguments: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """The config that the published constructor's arguments stand for, in float32."""
@@ -97,18 +99,21 @@ class Case:
         return model_config(arguments, vlm, self.lora(), ComputeConfig()), train_config(arguments)
 
 
-def case_tokenizer(ids: Mapping[str, int], folder: Path) -> DrivingTokenizer:
+def case_tokenizer(ids: Mapping[str, int], folder: Path, chat: ChatTemplate) -> DrivingTokenizer:
     """Special ids as a case names them, with the words of tokenizer.json beside it or in `../prompts`."""
     files = [folder / "tokenizer.json", folder.parent / "prompts" / "tokenizer.json"]
     file = next((file for file in files if file.is_file()), None)
     return DrivingTokenizer(
         tokenizer=Tokenizer(BPE()) if file is None else load_tokenizer(file).tokenizer,
-        turn_start=ids["im_start"],
-        turn_end=ids["im_end"],
-        vision_start=ids["vision_start"],
-        vision_end=ids["vision_end"],
-        image=ids["image_pad"],
-        padding=ids["pad"],
+        chat=chat,
+        special={
+            "turn_start": ids["im_start"],
+            "turn_end": ids["im_end"],
+            "vision_start": ids["vision_start"],
+            "vision_end": ids["vision_end"],
+            "image": ids["image_pad"],
+            "padding": ids["pad"],
+        },
         indicator=ids["pos_indicator"],
         position=ids["pos_embedding"],
     )
@@ -221,13 +226,13 @@ def build_batch(
     samples = []
     for row, chat in enumerate(conversations):
         fields = token_fields(
+            family_of(config.vlm),
             tokenizer,
             chat,
             grid,
             config.ego_status,
             sequence_length=max(longest, sequence_length),
             max_targets=max(targets, max_targets, 1),
-            image_delimiters=not case.is_llava,
         )
         future = inputs.get(f"{at}/data/has_gt_planning", np.ones(size, bool))[row]
         future = future if has_future is None else has_future
@@ -267,7 +272,7 @@ def _conversation(case: Case, texts: Arrays, row: int, supervise_positions: bool
         images = np.flatnonzero(ids == tokenizer.image)
         starts = images[:: case.settings["grid"][0] * case.settings["grid"][1]]
     else:
-        starts = np.flatnonzero(ids == tokenizer.vision_start) + 1
+        starts = np.flatnonzero(ids == tokenizer.special["vision_start"]) + 1
     return ChatTokens(ids.tolist(), labels.tolist(), starts.tolist())
 
 

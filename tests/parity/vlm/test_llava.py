@@ -11,8 +11,8 @@ import pytest
 
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
-from spacedrive_jax.models.config import LoraConfig
 from spacedrive_jax.models.families.llava import Llava, flatten_patches
+from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.generation import generate
 from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients
 
@@ -202,7 +202,7 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     adapted.save_pretrained(tmp_path / "theirs")
 
     lora = read_peft_config(tmp_path / "theirs")
-    assert (lora.rank, lora.scaling, set(lora.targets)) == (4, 1.0, set(LoraConfig.llava_1_5().targets))
+    assert (lora.rank, lora.scaling, set(lora.targets)) == (4, 1.0, set(llava_lora(16).targets))
     model = from_hf(pair.folder, lora=lora)
     load_adapter(model, tmp_path / "theirs")
     inputs = make_inputs(pair.case, seed=3)
