@@ -93,7 +93,7 @@ class TrainConfig:
         "steps": COUNT,
         "batch_size": COUNT,
         "accumulation": COUNT,
-        "learning_rate": POSITIVE,
+        "learning_rate": FROM_ZERO,
         "vlm_rate": FROM_ZERO,
         "head_rate": FROM_ZERO,
         "warmup_steps": FROM_ZERO,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, Bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 
@@ -53,7 +53,7 @@ class Aot(Command):
     results: Path | None = None
     """JSON file that keeps what --search has compiled, so that a search can be interrupted or widened."""
 
-    BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": COUNT, "slices": COUNT}
+    BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": FROM_ZERO, "slices": COUNT}
 
     def run(self) -> Mapping[str, Any]:
         """Compiles; see `spacedrive_jax.aot.plan.make_plan`."""

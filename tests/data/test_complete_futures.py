@@ -20,6 +20,9 @@ class Unreadable:
     def __getitem__(self, index):
         raise AssertionError("records were read again")
 
+    def decode(self, index, features):
+        raise AssertionError("records were read again")
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -63,15 +63,15 @@ def without_future(record):
 def test_planning_comes_first_then_every_question(record, language_data):
     talk = talk_about(record, tasks="planning_and_questions", language_data=str(language_data))
     assert [turn.role for turn in talk.turns] == ["user", "assistant"] * 8
-    assert "planning trajectory" in talk.turns[1].text
-    answers = {turn.text for turn in talk.turns[3::2]}
+    assert "planning trajectory" in talk.turns[1].content
+    answers = {turn.content for turn in talk.turns[3::2]}
     assert {"go straight", "A sunny road.", "No.", "Safe."} <= answers
     assert f"A car at {COORDINATE}, velocity: (+1.00, 0.0)." in answers
-    asked = {turn.text for turn in talk.turns[2::2]}
+    asked = {turn.content for turn in talk.turns[2::2]}
     assert "Please shortly describe your driving action." in asked
     assert asked & set(DESCRIPTION_QUESTIONS)
-    assert sum("<image>" in turn.text for turn in talk.turns) == 1
-    count = sum(turn.text.count(COORDINATE) for turn in talk.turns)
+    assert sum("<image>" in turn.content for turn in talk.turns) == 1
+    count = sum(turn.content.count(COORDINATE) for turn in talk.turns)
     assert len(talk.coordinates) == count == 6 + 5
     np.testing.assert_array_equal(talk.coordinates[:6], record["waypoints"].astype(np.float32))
     # The same every time, another order for another keyframe.
@@ -84,30 +84,30 @@ def test_coordinates_follow_their_tokens(record, language_data):
     known = {"A car at": (5, -2), "Is it wet": (2, 3), "Crash": (3, 4)}
     points = iter(talk.coordinates[6:])
     for turn in talk.turns[2:]:
-        for _ in range(turn.text.count(COORDINATE)):
+        for _ in range(turn.content.count(COORDINATE)):
             point = next(points)
             for words, expected in known.items():
-                if words in turn.text:
+                if words in turn.content:
                     np.testing.assert_array_equal(point, expected)
 
 
 def test_counterfactual_questions_alone(record, language_data):
     talk = talk_about(record, tasks="counterfactual", language_data=str(language_data))
     assert len(talk.turns) == 4
-    assert talk.turns[0].text.count("<image>") == 6
-    assert {turn.text for turn in talk.turns[1::2]} == {"Crash at (+3.00, +4.00).", "Safe."}
+    assert talk.turns[0].content.count("<image>") == 6
+    assert {turn.content for turn in talk.turns[1::2]} == {"Crash at (+3.00, +4.00).", "Safe."}
     assert sorted(talk.coordinates[:, 0]) == [1, 9]
 
 
 def test_nothing_is_asked_without_a_future(record, language_data):
     lonely = talk_about(without_future(record))
     assert [turn.role for turn in lonely.turns] == ["user"]
-    assert "trajectory" not in lonely.turns[0].text
+    assert "trajectory" not in lonely.turns[0].content
     asked = talk_about(
         without_future(record), tasks="planning_and_questions", language_data=str(language_data)
     )
     assert len(asked.turns) == 14
-    assert asked.turns[0].text.startswith("<image>")
+    assert asked.turns[0].content.startswith("<image>")
 
 
 def test_absent_files_are_no_questions(record, tmp_path):
@@ -117,11 +117,11 @@ def test_absent_files_are_no_questions(record, tmp_path):
 
 def test_answer_styles(record):
     digits = talk_about(record, tokens=None, command_in_answer=True)
-    np.testing.assert_allclose(parse_coordinates(digits.turns[1].text), record["waypoints"], atol=0.0101)
-    assert digits.turns[1].text.startswith("The ego vehicle is")
+    np.testing.assert_allclose(parse_coordinates(digits.turns[1].content), record["waypoints"], atol=0.0101)
+    assert digits.turns[1].content.startswith("The ego vehicle is")
     assert not len(digits.coordinates)
     single = talk_about(record, tokens=1)
-    assert single.turns[1].text == f"Here is the planning trajectory [{COORDINATE}]"
+    assert single.turns[1].content == f"Here is the planning trajectory [{COORDINATE}]"
 
 
 def test_damaged_language_data_is_named(record, language_data):

@@ -19,6 +19,7 @@ from spacedrive_jax.inference.answers import Generation, answer_text, planning_f
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.chat import IGNORE, ChatTokens, Message
 from spacedrive_jax.models.coordinate_decoder import make_decoder
+from spacedrive_jax.models.families import family_of
 from tests.published_case import GOLDEN, load_case
 
 FOLDER = GOLDEN / "spacedrive_generate"
@@ -75,7 +76,15 @@ def double_head():
 def prompt_fields(case, chat, ego_status):
     rows, columns = case.settings["grid"]
     grid = (rows // 2, columns // 2)
-    return token_fields(case.tokenizer, chat, grid, ego_status, sequence_length=300, max_targets=96)
+    return token_fields(
+        family_of(case.model.config.vlm),
+        case.tokenizer,
+        chat,
+        grid,
+        ego_status,
+        sequence_length=300,
+        max_targets=96,
+    )
 
 
 def published_prompt(case, ego_status):

@@ -127,10 +127,10 @@ def test_the_prompt_follows_the_test_rule(config, records):
     record = open_records(records, "val")[0]
     text = "PT, [(+1.00, +2.00)], velocity: (+3.00, 0.0)"
     talk = counterfactual_prompt(record, text, coordinate_tokens=True)
-    assert talk.turns[0].text.count(COORDINATE) == 2
+    assert talk.turns[0].content.count(COORDINATE) == 2
     np.testing.assert_array_equal(talk.coordinates, [[1, 2], [3, 0]])
     digits = counterfactual_prompt(record, text, coordinate_tokens=False)
-    assert digits.turns[0].text.endswith(f"If you follow the trajectory {text}, what would happen?")
+    assert digits.turns[0].content.endswith(f"If you follow the trajectory {text}, what would happen?")
     assert not len(digits.coordinates)
 
 
