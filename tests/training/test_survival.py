@@ -19,7 +19,6 @@ from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.inference.open_model import (
     name_checkpoint,
     open_config,
-    open_model,
     open_trained_model,
     open_vlm,
 )
