@@ -358,7 +358,7 @@ class QwenChat(ChatTemplate):
         )
 
     def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """[vision_end, image, vision_end]: the published vision_start holds vision_end's id (fidelity Q12)."""
+        """[vision_end, image, vision_end]: vision_start holds vision_end's id (fidelity Q12)."""
         end = tokenizer.special["vision_end"]
         return [end, tokenizer.special["image"], end], 1
 
