@@ -4,7 +4,8 @@
 #   BENCH2DRIVE=~/Bench2Drive CARLA_ROOT=~/carla GPUS="0 1 2 3" configs/launch/bench2drive_workers.sh 8 \
 #       'ws://127.0.0.1:8000?controller=simlingo' eval/first
 #
-# The server runs already (python -m spacedrive_jax serve --checkpoint RUN): it puts the workers' requests together.
+# The server runs already, and puts the workers' requests together:
+#   python -m spacedrive_jax serve --checkpoint RUN
 # Run the same line again to go on.
 set -euo pipefail
 workers=$1 server=$2 out=$3

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.batch import DrivingBatch, Slot
-from spacedrive_jax.constants import NUM_PAST, NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import (
     Conversation,
@@ -112,7 +112,11 @@ class SampleBuilder:
             count = self.model.path_points
             fields["path"] = np.where(planned, record["path"][:count], 0).astype(np.float32)
             fields["path_mask"] = record["path_mask"][:count] & planned & fields["waypoint_mask"].all()
-        depth, _ = record_patch_depth(record, grid, data.depth)
+        if self.model.visual_positions == "none":
+            # No visual token knows where it is: depth is not read, and records need none.
+            depth = np.zeros((NUM_CAMERAS, *grid), np.float32)
+        else:
+            depth, _ = record_patch_depth(record, grid, data.depth)
         return DrivingBatch(
             **fields,
             pixel_values=self.images(record),

@@ -119,6 +119,8 @@ def check_depth(config: Config, network: DepthNetwork | None) -> None:
     Raises:
         ConfigError: naming the sources and the flag.
     """
+    if config.model.visual_positions == "none":
+        return  # nothing reads it
     sources = config.data.depth.sources
     wanted = [source for source in sources if source in NETWORKS]
     if "fused" in sources and not wanted:
