@@ -1,4 +1,4 @@
-"""Compiles the 7B steps for TPU machines and writes the tables of docs/scaling.md.
+"""Compiles the 7B steps for TPU machines and writes the tables of docs/how-to/scaling.md.
 
     pip install -r requirements-aot.txt
     python benchmarks/aot_tables.py            # minutes per row on a few CPU cores

@@ -2,7 +2,7 @@
 
 Records' views are drawn up to nuScenes' 1600 x 900 and encoded anew; the pipeline then reads, decodes,
 squashes them to 640 x 640, cuts patches, moves the LiDAR sweep and lays out tokens, in batches, as in
-training. Compare with the samples a second that a host's devices take (docs/scaling.md).
+training. Compare with the samples a second that a host's devices take (docs/how-to/scaling.md).
 
     PYTHONPATH=. python benchmarks/input_pipeline.py --records demo/records --out input_pipeline.md
 """

@@ -1,6 +1,6 @@
 """SpaceDrive on Qwen2.5-VL-7B: every row of the paper's tables.
 
-Give the released weights with `--model.weights DIR --data.tokenizer DIR`. docs/presets.md has the
+Give the released weights with `--model.weights DIR --data.tokenizer DIR`. docs/reference/presets.md has the
 figures that the paper prints for each.
 """
 

@@ -126,6 +126,7 @@ OTHERS = {  # flags that no command of ours declares: whose they are
     "--direct_num_workers": "Beam",
     "--direct_running_mode": "Beam",
     "--local-dir": "hf download",
+    "--logdir": "TensorBoard",
     "--safe_serialization": "optimum",
     "--requirement": "pip",
     "--help": "every program",

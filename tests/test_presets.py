@@ -40,7 +40,7 @@ def test_trainable_adapters_are_the_papers(name, millions):
 
 
 def test_every_preset_is_in_the_table_of_the_docs():
-    table = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+    table = (Path(__file__).parents[1] / "docs" / "reference" / "presets.md").read_text()
     assert [name for name in PRESETS if f"`{name}`" not in table] == []
     named = set(re.findall(r"`((?:table|base_vlm|spacedrive_)[a-z0-9_]+)`", table))
     assert sorted(named - set(PRESETS)) == []

@@ -1,7 +1,7 @@
 """One training step of SpaceDrive+ on Qwen2.5-VL: tokens a second, model FLOPs utilisation, peak memory.
 
 Six views of 640 x 640, sequences of 3456 tokens without padding, adapters of rank 16, bfloat16. The formula
-of MFU is in docs/scaling.md. Peak memory is the compiler's: what the step takes and allocates.
+of MFU is in docs/how-to/scaling.md. Peak memory is the compiler's: what the step takes and allocates.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class PolicyClient:
         """Asks for a plan.
 
         Args:
-            observation: the fields of an `act` message (see docs/bench2drive.md), without `kind`.
+            observation: the fields of an `act` message (see docs/how-to/bench2drive.md), without `kind`.
 
         Returns:
             `waypoints` (6, 2) and `path` (20, 2) in metres in the ego frame (x forward, y left; empty where

@@ -1,4 +1,4 @@
-"""The policy server: plans for whoever drives, over websockets (messages: `protocol`, docs/bench2drive.md).
+"""The policy server: plans for whoever drives, over websockets (docs/how-to/bench2drive.md, `protocol`).
 
 The event loop only moves messages. Pictures are decoded in a few threads, the model runs in one, over
 batches of whatever sessions have asked meanwhile. A session has one request under way at a time, so that a
