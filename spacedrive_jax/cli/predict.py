@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -14,6 +14,9 @@ from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,16 @@ class Predict(Command):
     """Go on with an interrupted prediction of the same file (or start, when there is none)."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the file if it exists, or start an interrupted one anew."""
+    mesh: str | None = None
+    """Devices along each axis, such as data=4,fsdp=2 (one may be -1). By default the run's where it fits the
+    devices there are, else all of them along fsdp."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host. Each prepares its
+    share, the first one writes the file."""
+    host_count: int | None = None
+    """Hosts, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
@@ -70,6 +83,8 @@ class Predict(Command):
         "batch_size": COUNT,
         "max_new_tokens": COUNT,
         "repetition_penalty": POSITIVE,
+        "host_count": COUNT,
+        "host_index": FROM_ZERO,
     }
 
     def run(self) -> Mapping[str, Any]:
@@ -78,6 +93,9 @@ class Predict(Command):
             checkpoint = self.checkpoint / "checkpoints" / str(self.step)
             return dataclasses.replace(self, checkpoint=checkpoint, step=None).run()
         use_compilation_cache(self.compilation_cache)
+        from spacedrive_jax.training.sharding import connect, is_first_host
+
+        connect(self.coordinator, self.host_count, self.host_index)
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.interop.trained_parts import is_imported
         from spacedrive_jax.training.checkpoints import locate
@@ -100,8 +118,9 @@ class Predict(Command):
                 average=self.average,
                 resume=self.resume,
                 overwrite=self.overwrite,
+                mesh=self._mesh(),
             )
-        if self.out is None:
+        if self.out is None and is_first_host():
             _note_predictions(out.parent, self.records, self.split, out)
         rate = result.samples / max(result.seconds, 1e-9)
         print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
@@ -112,6 +131,12 @@ class Predict(Command):
             "in_one_pass": result.in_one_pass,
             "samples_per_second": rate,
         }
+
+    def _mesh(self) -> Mesh | None:
+        from spacedrive_jax.aot.search import parse_mesh
+        from spacedrive_jax.training.sharding import make_mesh
+
+        return None if self.mesh is None else make_mesh(parse_mesh(self.mesh))
 
     def _ask(self, out: Path) -> Mapping[str, Any]:
         from spacedrive_jax.inference.questions import answer_counterfactual
@@ -129,6 +154,7 @@ class Predict(Command):
                 average=self.average,
                 resume=self.resume,
                 overwrite=self.overwrite,
+                mesh=self._mesh(),
             )
         print(
             f"{result.questions} questions about {result.keyframes} keyframes, {result.without_candidates} "

@@ -275,17 +275,24 @@ def training_iterator(
 
 
 def evaluation_batches(
-    samples: Sequence[DrivingBatch], batch_size: int
+    samples: Sequence[DrivingBatch], batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[tuple[DrivingBatch, int]]:
     """All samples once, in order; the last batch is filled up by repeating its last sample.
 
+    Args:
+        samples: what to go through.
+        batch_size: of a whole batch.
+        rows: the places of every batch that are wanted, this host's; None for all.
+
     Yields:
-        A batch and how many of its samples count.
+        Those places of a batch, and how many samples of the whole batch count.
     """
+    wanted = range(batch_size) if rows is None else rows
     for start in range(0, len(samples), batch_size):
-        chosen = [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
-        count = len(chosen)
-        yield stack(chosen + [chosen[-1]] * (batch_size - count)), count
+        count = min(batch_size, len(samples) - start)
+        places = [start + min(row, count - 1) for row in wanted]
+        made = {place: samples[place] for place in sorted(set(places))}
+        yield stack([made[place] for place in places]), count
 
 
 def position(iterator: grain.DatasetIterator, batch_size: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.config import Config, config_changes
@@ -185,6 +186,18 @@ class AnswerFile:
             raise SpaceDriveError(f"cannot write {self._lines.name}: {say(error)}; then --resume") from error
 
 
+@dataclasses.dataclass
+class OtherHost:
+    """What the hosts that do not write have in place of an `AnswerFile`; the fields mean the same."""
+
+    done: int
+    length: int
+
+    def write(self, lines: Iterable[Mapping[str, Any]], length: int) -> None:
+        """The first host has the same lines and writes them."""
+        self.length = length
+
+
 @contextlib.contextmanager
 def answer_file(
     out: Path, facts: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
@@ -223,6 +236,36 @@ def answer_file(
         yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, facts)
     put_in_place(partial, out)
     facts_file.unlink()
+
+
+@contextlib.contextmanager
+def answer_file_of_hosts(
+    out: Path, facts: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
+) -> Iterator[AnswerFile | OtherHost]:
+    """`answer_file` on the first host of a run; the others learn where it stands and write nothing.
+
+    Raises:
+        SpaceDriveError: as `answer_file`; on the other hosts that the first one refused.
+    """
+    opened = answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite)
+    if jax.process_count() == 1:
+        with opened as file:
+            yield file
+        return
+    if jax.process_index() == 0:
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(opened)
+            except BaseException:
+                multihost_utils.broadcast_one_to_all(np.array([-1, 0], np.int32))
+                raise
+            multihost_utils.broadcast_one_to_all(np.array([file.done, file.length], np.int32))
+            yield file
+        return
+    done, length = (int(each) for each in multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)))
+    if done < 0:
+        raise SpaceDriveError(f"the first host cannot write {out}; it says why")
+    yield OtherHost(done, length)
 
 
 def _interrupted(

@@ -34,7 +34,7 @@ from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
-from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
 from spacedrive_jax.training.step import make_train_step
 
@@ -102,7 +102,7 @@ def _open_run(source: Path) -> Exportable:
         run_dir / "checkpoints" / str(step),
         run_folder.accepted_changes(run_dir),
     )
-    mesh = make_mesh(MeshConfig())
+    mesh = mesh_here(config.mesh)
     graph, trainable, _ = abstract_state(config, mesh)
     frozen = frozen_state(config, mesh)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)
@@ -197,20 +197,22 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return {"path": path} | {name: facts.get(name) for name in names}
 
 
-def open_trained_model(checkpoint: Path, *, average: bool = False) -> TrainedModel:
+def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | None = None) -> TrainedModel:
     """Loads a trained model.
 
     Args:
         checkpoint: a run folder (its newest checkpoint), `RUN/checkpoints/STEP`, or a weights folder that
             `import-weights --from spacedrive` wrote.
         average: take the moving average of the trainables (`train.ema_decay`) instead of the last ones.
+        mesh: where to put it; None for the run's own where it fits the devices there are, else all of them
+            along `fsdp` (`mesh_here`).
 
     Raises:
         CheckpointError: it is none of these, or damaged, holds no average, or its base is no longer the one
             it was trained on.
     """
     config = open_config(checkpoint)
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_here(config.mesh) if mesh is None else mesh
     graph, trainable, _ = abstract_state(config, mesh)
     if is_imported(checkpoint):
         if average:

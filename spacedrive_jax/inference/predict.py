@@ -7,15 +7,22 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.loader import Samples
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.inference.answers import answer_file, answer_limit, expected_frame, prediction_line
+from spacedrive_jax.inference.answers import (
+    answer_file_of_hosts,
+    answer_limit,
+    expected_frame,
+    prediction_line,
+)
 from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
-from spacedrive_jax.training.sharding import check_batch_size, make_mesh
+from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 Decoding = Literal["one-pass", "token-by-token"]
 """How answers are generated: the whole framed answer in one forward, falling back where a sample leaves the
@@ -50,6 +57,7 @@ def predict(
     average: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    mesh: Mesh | None = None,
 ) -> PredictResult:
     """Predicts every keyframe of a split.
 
@@ -66,13 +74,16 @@ def predict(
         average: predict with the moving average of the weights instead of the last ones.
         resume: go on with an interrupted prediction, see `answer_file`.
         overwrite: replace `out`.
+        mesh: to predict on; None for `mesh_here`. On several hosts each prepares its share and the first
+            writes the file.
 
     Raises:
         SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
             otherwise.
     """
     config = open_config(checkpoint)
-    check_batch_size(batch_size, make_mesh(config.mesh))
+    mesh = mesh_here(config.mesh) if mesh is None else mesh
+    check_batch_size(batch_size, mesh)
     builder = SampleBuilder(config.data, config.model, answer=False)
     records = open_records(records_dir, split)
     records = with_network_depth(records, config.data.depth, builder.images.token_grid)
@@ -87,20 +98,22 @@ def predict(
         "asking": dataclasses.asdict(asking),
     }
     unparsed, in_one_pass, timed = 0, 0, 0
-    with answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+    with answer_file_of_hosts(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
         samples = Samples(records, builder, list(range(file.done, len(records))))
-        trained = open_trained_model(checkpoint, average=average)
+        trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         started = time.monotonic()
         with progress(total=len(records), initial=file.done, desc=f"predict {split}", unit="sample") as bar:
             answers = answered_batches(trained, samples, builder.tokenizer, asking, length=file.length)
-            for number, (batch, count, generated) in enumerate(answers):
+            for number, answered in enumerate(answers):
+                count, generated = answered.count, answered.generated
                 in_one_pass += int(generated.in_one_pass[:count].sum())
+                indices = samples.indices[answered.first : answered.first + count]
                 lines = [
-                    prediction_line(builder, records[int(batch.index[row])]["token"], generated, row)
-                    for row in range(count)
+                    prediction_line(builder, records[index]["token"], generated, row)
+                    for row, index in enumerate(indices)
                 ]
                 unparsed += sum(line["status"] != "ok" for line in lines)
-                file.write(lines, batch.token_ids.shape[1])
+                file.write(lines, answered.length)
                 bar.update(count)
                 if number == 0 and len(samples) > count:
                     started = time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, Slot
 from spacedrive_jax.config import Config
@@ -23,10 +24,10 @@ from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.inference.answers import Generation, answer_file, answer_text
+from spacedrive_jax.inference.answers import Generation, answer_file_of_hosts, answer_text
 from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
-from spacedrive_jax.training.sharding import check_batch_size, make_mesh
+from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ def answer_counterfactual(
     average: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    mesh: Mesh | None = None,
 ) -> QuestionsResult:
     """Asks about every candidate trajectory of a split's keyframes.
 
@@ -106,13 +108,15 @@ def answer_counterfactual(
         average: answer with the moving average of the weights.
         resume: go on with an interrupted call, see `answer_file`.
         overwrite: replace `out`.
+        mesh: to answer on; None for `mesh_here`.
 
     Raises:
         SpaceDriveError: something is missing, the language data asks nothing about this split, or `out`
             exists or was begun otherwise.
     """
     config = open_config(checkpoint)
-    check_batch_size(batch_size, make_mesh(config.mesh))
+    mesh = mesh_here(config.mesh) if mesh is None else mesh
+    check_batch_size(batch_size, mesh)
     records = open_records(records_dir, split)
     questions, without = _questions(records, _folder(language_data, config))
     builder = SampleBuilder(config.data, config.model, answer=False)
@@ -127,25 +131,25 @@ def answer_counterfactual(
         "asking": dataclasses.asdict(asking),
     }
     started = time.monotonic()
-    with answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+    with answer_file_of_hosts(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
         prompts = Prompts(with_depth, builder, questions[file.done :])
-        trained = open_trained_model(checkpoint, average=average)
+        trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         with progress(
             total=len(questions), initial=file.done, desc=f"ask about {split}", unit="question"
         ) as bar:
             answers = answered_batches(trained, prompts, builder.tokenizer, asking, length=file.length)
-            for batch, count, generated in answers:
-                asked = [prompts.questions[int(number)] for number in batch.index[:count]]
+            for answered in answers:
+                asked = prompts.questions[answered.first : answered.first + answered.count]
                 lines = [
                     {
                         "token": question.token,
                         "Q": counterfactual_text(question.trajectory),
-                        "A": _answer(builder, generated, row),
+                        "A": _answer(builder, answered.generated, row),
                     }
                     for row, question in enumerate(asked)
                 ]
-                file.write(lines, batch.token_ids.shape[1])
-                bar.update(count)
+                file.write(lines, answered.length)
+                bar.update(answered.count)
     keyframes = len({question.token for question in questions})
     return QuestionsResult(out, len(prompts), keyframes, without, time.monotonic() - started)
 

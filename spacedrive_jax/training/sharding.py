@@ -56,6 +56,11 @@ def connect(coordinator: str | None, host_count: int | None, host_index: int | N
         raise SpaceDriveError(f"the hosts of the run could not be joined: {error}") from error
 
 
+def is_first_host() -> bool:
+    """Whether this host writes what a run has one of."""
+    return jax.process_index() == 0
+
+
 log = logging.getLogger(__name__)
 
 REPLICATED_LIMIT = 0.05
@@ -95,6 +100,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not lie along the machine's "
             f"links: {error}"
         ) from error
+
+
+def mesh_here(config: MeshConfig) -> Mesh:
+    """A run's mesh where it fits the devices there are, else all of them along `fsdp`: for a model that was
+    trained elsewhere.
+
+    Args:
+        config: the run's.
+    """
+    try:
+        return make_mesh(config)
+    except SpaceDriveError as error:
+        log.info("%s; all %d devices along fsdp instead", error, jax.device_count())
+        return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
 def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -155,6 +174,33 @@ def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
     )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The samples of a global batch that this host's devices hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for place in places for row in range(*place[0].indices(batch_size))})  # type: ignore[index]
+
+
+def place_rows(batch: DrivingBatch, rows: Sequence[int], batch_size: int, mesh: Mesh) -> DrivingBatch:
+    """Puts this host's samples on its devices as part of a global batch, wherever the mesh wants them.
+
+    Args:
+        batch: the samples of `rows`.
+        rows: from `local_rows`.
+        batch_size: of the global batch.
+        mesh: from `make_mesh`.
+    """
+    sharding, places = batch_sharding(mesh), {row: place for place, row in enumerate(rows)}
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return leaf[[places[row] for row in range(*index[0].indices(batch_size))]]
+
+        return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(lambda leaf: place(np.asarray(leaf)), batch)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, pieces: int = 1) -> None:
