@@ -11,7 +11,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from spacedrive_jax.config import Config, MeshConfig, from_json
+from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.exporting import Exportable
