@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +145,23 @@ def save_finished_scene(out: Path, result: SceneResult) -> None:
     write_json(out / FOLDER / f"{result.shard.file}.json", dataclasses.asdict(result))
 
 
+def finished_scenes(directory: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Split, scene and keyframe tokens of every shard, in the order in which a split is read."""
+    for path in sorted((directory / FOLDER).glob("*.array_record-*.json")):
+        saved = io.convert(io.read_json(path), SceneResult, path, "convert with --resume writes it again")
+        yield split_of(saved.shard.file), saved.scene, saved.tokens
+
+
 def locate(directory: Path, token: str) -> tuple[str, int] | None:
     """Where a keyframe is: its split and its index therein; None when the folder does not tell.
 
     Saves reading a large records folder from the start to find one token.
     """
     before: Counter[str] = Counter()
-    for path in sorted((directory / FOLDER).glob("*.array_record-*.json")):
-        saved = io.convert(io.read_json(path), SceneResult, path, "convert with --resume writes it again")
-        split = split_of(saved.shard.file)
-        if token in saved.tokens:
-            return split, before[split] + saved.tokens.index(token)
-        before[split] += saved.shard.records
+    for split, _, tokens in finished_scenes(directory):
+        if token in tokens:
+            return split, before[split] + tokens.index(token)
+        before[split] += len(tokens)
     return None
 
 

@@ -2,28 +2,85 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.conversion import locate
+from data_prep.conversion import finished_scenes, locate
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError
 
+_FEW_SCENES = 6
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70
 
 
-def find_record(directory: Path, token: str | None) -> Record:
-    """The record with the given token, or the middle keyframe of the first scene.
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A keyframe of a records folder.
+
+    Attributes:
+        split: `train` or `val`.
+        index: its place in that split.
+        scene: its scene's name.
+        token: its nuScenes token.
+    """
+
+    split: str
+    index: int
+    scene: str
+    token: str
+
+
+def list_keyframes(directory: Path, scene: str | None = None) -> list[Listed]:
+    """The keyframes of a records folder, split by split in the order of the records.
+
+    What the conversion noted is read; a folder without those notes is read record by record.
+
+    Args:
+        directory: the records folder.
+        scene: a scene's name; None lists all.
 
     Raises:
-        DataError: no record has that token.
+        DataError: it is no finished records folder, or has no such scene.
     """
     records = open_records(directory)
+    found: list[Listed] = []
+    places: Counter[str] = Counter()
+    for split, name, tokens in finished_scenes(directory):
+        found += [Listed(split, places[split] + place, name, token) for place, token in enumerate(tokens)]
+        places[split] += len(tokens)
+    if len(found) != len(records):
+        found = []
+        for split in ("train", "val"):
+            part = open_records(directory, split)
+            for index in progress(range(len(part)), desc=f"list {split}", unit="record"):
+                record = part[index]
+                found.append(Listed(split, index, record["scene_name"], record["token"]))
+    chosen = [one for one in found if scene in (None, one.scene)]
+    if not chosen:
+        scenes = list(dict.fromkeys(one.scene for one in found))
+        few = ", ".join(scenes[:_FEW_SCENES]) + (", …" if len(scenes) > _FEW_SCENES else "")
+        raise DataError(f"{directory} has no scene {scene!r}; it has {few}")
+    return chosen
+
+
+def find_record(directory: Path, token: str | None, scene: str | None = None) -> Record:
+    """The record with the given token, or the middle keyframe of a scene (the first by default).
+
+    Raises:
+        DataError: no record has that token, or there is no such scene.
+    """
+    records = open_records(directory)
+    if token is None and scene is not None:
+        keyframes = list_keyframes(directory, scene)
+        middle = keyframes[len(keyframes) // 2]
+        return open_records(directory, middle.split)[middle.index]
     if token is None:
         first = records[0]["scene_name"]
         count = 1
@@ -37,7 +94,7 @@ def find_record(directory: Path, token: str | None) -> Record:
         record = records[index]
         if record["token"] == token:
             return record
-    raise DataError(f"{directory} has no keyframe {token!r}; `inspect` without --token shows one")
+    raise DataError(f"{directory} has no keyframe {token!r}; `inspect --list` names them")
 
 
 def describe_record(record: Record) -> str:

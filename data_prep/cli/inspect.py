@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from spacedrive_jax.console import Command, progress
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from spacedrive_jax.data.schema import Record
@@ -26,7 +26,11 @@ class Inspect(Command):
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECORDS")]
     """Records folder written by `python -m data_prep convert`."""
     token: str | None = None
-    """Keyframe to show; default: the middle one of the first scene."""
+    """Keyframe to show; default: the middle one of the scene."""
+    scene: str | None = None
+    """Name of a scene (scene-0103); default: the first."""
+    list: tyro.conf.FlagCreatePairsOff[bool] = False
+    """List split, scene and token of every keyframe (of --scene, if given) instead of showing one."""
     image: Path | None = None
     """PNG to write: the six cameras with boxes and waypoints, and a bird's-eye view."""
     points: Path | None = None
@@ -46,12 +50,16 @@ class Inspect(Command):
                 shards = check_contents(self.directory, lambda _: bar.update())
             print(f"{self.directory}: {shards} shards are whole")
         provenance = read_provenance(self.directory)
-        record = find_record(self.directory, self.token)
+        if self.token is not None and self.scene is not None:
+            raise ConfigError("--token names a keyframe and --scene a scene: give one of them")
         print(
             f"{self.directory}: {provenance['records']} records "
             f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
             f"fingerprint {provenance['fingerprint'][:12]}"
         )
+        if self.list:
+            return self._list(provenance["records"])
+        record = find_record(self.directory, self.token, self.scene)
         print(describe_record(record))
         facts: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
         if self.image is not None:
@@ -64,6 +72,17 @@ class Inspect(Command):
         if self.points is not None:
             facts["points"] = self._write_points(self.points, record, provenance["fingerprint"])
         return facts
+
+    def _list(self, count: int) -> Mapping[str, Any]:
+        from data_prep.inspect_record import list_keyframes
+
+        if self.token is not None or self.image is not None or self.points is not None:
+            raise ConfigError("--list shows no keyframe: leave --token, --image and --points out")
+        keyframes = list_keyframes(self.directory, self.scene)
+        width = max(len(each.scene) for each in keyframes)
+        for each in keyframes:
+            print(f"{each.split:5} {each.scene:{width}} {each.token}")
+        return {"records": count, "keyframes": [dataclasses.asdict(each) for each in keyframes]}
 
     def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
         # These import jax, which the text and the picture can do without.

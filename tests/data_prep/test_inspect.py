@@ -1,11 +1,15 @@
 """Looking at records."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.cli.convert import Convert
 from data_prep.cli.main import main as run
+from data_prep.inspect_record import find_record, list_keyframes
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.reporting.projection import upright_corners
@@ -56,3 +60,37 @@ def test_default_keyframe_is_in_the_first_scene(records_folder, capsys):
     run(["inspect", str(records_folder), "--json"])
     first = open_records(records_folder)[0]["scene_name"]
     assert f"{'scene_name':<24} {'text':<22} {first}" in capsys.readouterr().out
+
+
+def test_lists_keyframes_in_the_order_of_the_records(records_folder, capsys):
+    assert run(["inspect", str(records_folder), "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])["keyframes"]
+    for split in ("train", "val"):
+        records = open_records(records_folder, split)
+        of_split = [one for one in listed if one["split"] == split]
+        assert [one["index"] for one in of_split] == list(range(len(records)))
+        for one in of_split:
+            record = records[one["index"]]
+            assert (one["token"], one["scene"]) == (record["token"], record["scene_name"])
+
+
+def test_lists_a_folder_without_the_notes_of_its_conversion(records_folder):
+    noted = list_keyframes(records_folder)
+    shutil.rmtree(records_folder / "conversion")
+    assert list_keyframes(records_folder) == noted
+
+
+def test_a_scene_by_name(records_folder, capsys):
+    scene = open_records(records_folder, "val")[0]["scene_name"]
+    assert run(["inspect", str(records_folder), "--scene", scene]) == 0
+    assert f"{'scene_name':<24} {'text':<22} {scene}" in capsys.readouterr().out
+    keyframes = list_keyframes(records_folder, scene)
+    assert {one.scene for one in keyframes} == {scene}
+    shown = find_record(records_folder, None, scene)
+    assert shown["token"] == keyframes[len(keyframes) // 2].token
+    assert run(["inspect", str(records_folder), "--scene", "scene-9"]) == 1
+    assert "has no scene 'scene-9'; it has scene-" in capsys.readouterr().err
+    assert run(["inspect", str(records_folder), "--scene", scene, "--token", "x"]) == 1
+    assert "give one of them" in capsys.readouterr().err
+    assert run(["inspect", str(records_folder), "--list", "--token", "x"]) == 1
+    assert "--list shows no keyframe" in capsys.readouterr().err
