@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import Bound, Bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
 from spacedrive_jax.console import Command
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +92,23 @@ class ExportWeights(Command):
     """Whom the weights are for."""
     out: Path
     """Folder (for spacedrive: file) to create; one that exists is never touched."""
+    mesh: str | None = None
+    """Of a run: devices along each axis, such as data=1,fsdp=8. By default the run's where it fits the
+    devices there are, else all of them along fsdp."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host, which writes."""
+    host_count: int | None = None
+    """Hosts, with --coordinator HOST:PORT."""
+    host_index: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
+
+    BOUNDS: ClassVar[Bounds] = {"host_count": COUNT, "host_index": FROM_ZERO}
 
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.interop.exporting`."""
+        from spacedrive_jax.training.sharding import connect
+
+        connect(self.coordinator, self.host_count, self.host_index)
         if self.format == "spacedrive":
             facts = self._for_published_code()
         else:
@@ -99,10 +116,16 @@ class ExportWeights(Command):
             from spacedrive_jax.interop.exporting import export_hf, export_peft
 
             write = {"hf": export_hf, "peft": export_peft}[self.format]
-            facts = write(open_vlm(self.source), self.out)
+            facts = write(open_vlm(self.source, self._mesh()), self.out)
         left_out = facts.get("left_out")
         print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
         return facts
+
+    def _mesh(self) -> Mesh | None:
+        from spacedrive_jax.aot.search import parse_mesh
+        from spacedrive_jax.training.sharding import make_mesh
+
+        return None if self.mesh is None else make_mesh(parse_mesh(self.mesh))
 
     def _for_published_code(self) -> Mapping[str, Any]:
         from spacedrive_jax.inference.open_model import open_trained_model
@@ -113,4 +136,4 @@ class ExportWeights(Command):
         if is_imported(self.source):
             return export_imported(self.source, self.out)
         _, step = locate(self.source)
-        return export_trained(open_trained_model(self.source).model, step, self.out)
+        return export_trained(open_trained_model(self.source, mesh=self._mesh()).model, step, self.out)

@@ -41,12 +41,13 @@ from spacedrive_jax.training.step import make_train_step
 # Opens the vision-language model of whatever folder holds one.
 
 
-def open_vlm(source: Path) -> Exportable:
+def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
     """Loads a vision-language model in the types it is stored in.
 
     Args:
         source: A weights folder, a transformers checkpoint, a training run (its newest checkpoint) or
             `RUN/checkpoints/STEP`.
+        mesh: where a run's model is put; None for `mesh_here`. Others go to the default device.
 
     Returns:
         The model.
@@ -61,7 +62,7 @@ def open_vlm(source: Path) -> Exportable:
     if (source / FACTS_FILE).is_file():
         return Exportable(load(source), _base_name(source), tokenizer)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
-        return _open_run(source)
+        return _open_run(source, mesh)
     if (source / "config.json").is_file():
         return Exportable(from_hf(source), str(source), tokenizer)
     check_folder(source)
@@ -93,7 +94,7 @@ def _open_imported(source: Path) -> Exportable:
     return Exportable(model, _base_name(source), tokenizer, tuple(sorted(heads)))
 
 
-def _open_run(source: Path) -> Exportable:
+def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     run_dir, step = checkpoints.locate(source)
     config = from_json(read_text(run_dir / "config.json"))
     run_folder.check_config(
@@ -102,7 +103,7 @@ def _open_run(source: Path) -> Exportable:
         run_dir / "checkpoints" / str(step),
         run_folder.accepted_changes(run_dir),
     )
-    mesh = mesh_here(config.mesh)
+    mesh = mesh_here(config.mesh) if mesh is None else mesh
     graph, trainable, _ = abstract_state(config, mesh)
     frozen = frozen_state(config, mesh)
     trainable = checkpoints.restore_trainable(run_dir, step, trainable)

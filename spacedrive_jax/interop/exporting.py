@@ -16,6 +16,7 @@ from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.interop.safetensors_folder import save_tensors
 from spacedrive_jax.interop.weight_table import new_token_rules
 from spacedrive_jax.models.language_model import NewTokenParam
+from spacedrive_jax.models.partitioning import to_host
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 NEW_TOKENS_FILE = "new_tokens.safetensors"
@@ -75,13 +76,15 @@ def export_peft(opened: Exportable, out: Path) -> Mapping[str, Any]:
     if lora is None:
         raise CheckpointError(f"{opened.base_name} has no adapters; --to hf writes the whole model")
 
-    def add_new_tokens(folder: Path) -> None:
-        if new_tokens is None:
-            return
+    rows: dict[str, np.ndarray] = {}
+    if new_tokens is not None:
         state = dict(nnx.to_flat_state(nnx.state(opened.model, NewTokenParam)))
         rules = new_token_rules(opened.model.config.decoder, new_tokens)
-        rows = {rule.source: np.asarray(state[rule.target][...]) for rule in rules}
-        save_tensors(rows, folder / NEW_TOKENS_FILE)
+        rows = {rule.source: to_host(state[rule.target][...]) for rule in rules}
+
+    def add_new_tokens(folder: Path) -> None:
+        if rows:
+            save_tensors(rows, folder / NEW_TOKENS_FILE)
 
     save_adapter(opened.model, out, base_model=opened.base_name, complete=add_new_tokens)
     return {

@@ -34,7 +34,7 @@ from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
-from spacedrive_jax.models.partitioning import ShardingOf, axis_names, draw_parameters
+from spacedrive_jax.models.partitioning import ShardingOf, axis_names, draw_parameters, to_host
 from spacedrive_jax.models.quantization import dequantize, kernel_shape, kind_of, quantize, scales
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
@@ -108,7 +108,7 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         return merged
 
     def _host(self, path: ParameterPath) -> np.ndarray:
-        return np.asarray(jax.device_get(self._state[path][...]))
+        return to_host(self._state[path][...])
 
     @staticmethod
     def _is_base(path: ParameterPath) -> bool:
@@ -218,10 +218,10 @@ def fill(
 
 def base_value(state: Mapping[ParameterPath, Any], path: ParameterPath, dtype: Any) -> np.ndarray:
     """A parameter on the host; a quantised kernel as the weights it stands for, in `dtype`."""
-    value = np.asarray(jax.device_get(state[path][...]))
+    value = to_host(state[path][...])
     if scale_path(path) not in state:
         return value
-    scale = np.asarray(jax.device_get(state[scale_path(path)][...]))
+    scale = to_host(state[scale_path(path)][...])
     if "layers" not in path:
         return dequantize(value, scale, dtype)
     return np.stack([dequantize(*layer, dtype) for layer in zip(value, scale, strict=True)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -275,6 +277,8 @@ def write_folder(
 ) -> None:
     """Writes a checkpoint folder; it appears under its name only when it is complete.
 
+    Of several hosts that call it together the first one writes.
+
     Args:
         path: Folder to create.
         tensors: Names and values in the order of `shards`; held one shard at a time.
@@ -287,6 +291,11 @@ def write_folder(
     Raises:
         CheckpointError: If `path` exists.
     """
+    if jax.process_index() > 0:  # the first host writes; the others bring their parts of every tensor
+        if Path(path).exists():
+            raise CheckpointError(f"{path} exists")
+        collections.deque(tensors, maxlen=0)
+        return
     with new_folder(path) as folder:
         write_json(folder / config_file, dict(config), indent=2)
         write_tensors(folder, tensors, shards, stem=stem)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import msgspec
 import numpy as np
 from flax import nnx
@@ -58,6 +59,7 @@ from spacedrive_jax.io import read_bytes, write_json, write_text
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.partitioning import to_host
 from spacedrive_jax.models.spacedrive import SpaceDrive
 
 # The published SpaceDrive checkpoint into a weights folder, bit for bit.
@@ -175,7 +177,8 @@ def export_trained(model: SpaceDrive, step: int, out: Path) -> Mapping[str, Any]
 
 
 def _write(out: Path, content: dict[str, Any]) -> Mapping[str, Any]:
-    write_torch_file(out, content)
+    if jax.process_index() == 0:  # of several hosts, all of which have the content by now
+        write_torch_file(out, content)
     return {"out": str(out), "tensors": len(content["state_dict"])}
 
 
@@ -239,7 +242,7 @@ def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
         rows = slice(model.indicator_id, model.indicator_id + NewTokensConfig(model.indicator_id).count)
         for name, path in TABLE_ROWS.items():
             base[name] = base[name].astype(np.float32)
-            base[name][rows] = np.asarray(state[path][...])
+            base[name][rows] = to_host(state[path][...])
     adapters = dict(export_tensors(state, adapter_rules(config)))
     heads = dict(export_tensors(state, trained_rules(config, model.indicator_id)))
     wrapper = "base_model.model."

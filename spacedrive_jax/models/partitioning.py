@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -84,6 +85,17 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh that the traced step opened; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) else mesh
+
+
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on this host. Where several hosts hold it, all of them have to ask for it."""
+    if isinstance(array, np.ndarray):
+        return array
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        assert isinstance(array.sharding, NamedSharding)
+        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=whole)(array)
+    return np.asarray(jax.device_get(array))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

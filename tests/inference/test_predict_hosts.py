@@ -99,3 +99,21 @@ def test_two_hosts_and_two_devices_write_the_file_of_one(tmp_path):
         for host in running:
             host.kill()
     assert hosts.read_bytes() == one.read_bytes()
+
+    def export(kind, out, *flags):
+        program = [sys.executable, "-m", "spacedrive_jax", "export-weights"]
+        return [*program, "--to", kind, str(run_dir), "--out", str(out), *flags]
+
+    subprocess.run(export("hf", tmp_path / "one"), cwd=ROOT, env=environment, check=True)
+    joined = ("--mesh", "data=1,fsdp=2", *joined[2:])
+    running = [
+        subprocess.Popen(export("hf", tmp_path / "both", *joined, str(index)), cwd=ROOT, env=environment)
+        for index in range(2)
+    ]
+    try:
+        assert [host.wait(400) for host in running] == [0, 0]
+    finally:
+        for host in running:
+            host.kill()
+    files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()}
