@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from data_prep.synthesize.recorder import town_of
 from spacedrive_jax import exact
@@ -231,14 +231,38 @@ def describe_frame(
 
 def photograph(scenario: Scenario, film: Film, number: int, name: str, job: ClipJob) -> bytes:
     """The JPEG of one camera at a frame, of the quality that the real data has."""
-    time = frame_time(number)
+    noise = job.index * 100_000 + number * 6 + list(RIG).index(name)
+    pose, time = ego_pose(scenario, number), frame_time(number)
+    pixels = view(scenario, film, pose, time, name, job.image_size, noise)[..., ::-1]
+    _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return data.tobytes()
+
+
+def view(
+    scenario: Scenario,
+    film: Film,
+    pose: Float[np.ndarray, "4 4"],
+    time: float,
+    name: str,
+    image_size: tuple[int, int],
+    noise: int,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """What a camera of the rig sees, RGB, from wherever the ego vehicle is.
+
+    Args:
+        scenario: who takes part.
+        film: its light and backdrop.
+        pose: ego_to_global, the origin in the box centre.
+        time: seconds since the start of the simulation.
+        name: of the camera.
+        image_size: height and width.
+        noise: seed of the sensor's noise.
+    """
     moving = stage.moving_participants(scenario, time)
     signals = stage.signal_quads(scenario, time)
-    height, width = job.image_size
+    height, width = image_size
     camera = stage.camera_of(
-        camera_intrinsics(name, (width, height)),
-        exact.matmul(ego_pose(scenario, number), camera_to_ego(name)),
-        job.image_size,
+        camera_intrinsics(name, (width, height)), exact.matmul(pose, camera_to_ego(name)), image_size
     )
     picture = stage.take_picture(
         film.backdrop,
@@ -246,12 +270,10 @@ def photograph(scenario: Scenario, film: Film, number: int, name: str, job: Clip
         stage.frame_shadows(film.backdrop, moving, film.light),
         camera,
         film.light,
-        job.index * 100_000 + number * 6 + list(RIG).index(name),
+        noise,
         with_depth=False,
     )
-    pixels = decode_photo(picture.jpeg, name)[..., ::-1]
-    _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return data.tobytes()
+    return decode_photo(picture.jpeg, name)
 
 
 def _camera(name: str, ego: Float[np.ndarray, "4 4"], size: tuple[int, int]) -> dict[str, Any]:

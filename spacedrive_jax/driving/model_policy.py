@@ -20,12 +20,14 @@ from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.client import PROTOCOL
-from spacedrive_jax.driving.protocol import LOCATION_LENGTH, PAST_SECONDS, blank_record, partial_record
+from spacedrive_jax.driving.protocol import PAST_SECONDS, blank_record, partial_record
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.planner import Plan, Planner
 
 NATIVE_SIZE = (900, 1600)
 """Height and width of the pictures that the warm-up uses."""
+LONGEST_LOCATION = "singapore"
+"""Prompts are compiled for a place of so many letters, rounded up to `LENGTH_STEP` tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def warm_up_record() -> Record:
     past[:, :2, 3] = -188.88
     return blank_record() | {
         "token": "warm-up",
-        "location": "W" * LOCATION_LENGTH,
+        "location": LONGEST_LOCATION,
         "timestamp_us": 10_000_000,
         "images": [jpeg.tobytes()] * NUM_CAMERAS,
         "image_size": np.tile(np.array(NATIVE_SIZE, np.int32), (NUM_CAMERAS, 1)),

@@ -3,13 +3,16 @@
 import gzip
 import json
 import math
+import pickle
 import shutil
 import tarfile
 
 import numpy as np
 import pytest
 
+from data_prep.beam import convert_unit_file
 from data_prep.bench2drive.annotations import category_of
+from data_prep.bench2drive.clip_records import ClipUnit, convert_clip
 from data_prep.bench2drive.clips import Clip, find_clips
 from data_prep.bench2drive.convert import ClipConversion
 from data_prep.bench2drive.splits import VALIDATION, split_clips
@@ -210,6 +213,20 @@ def test_same_bytes_from_folders_tars_and_workers(folder, records, tmp_path):
             archive.add(clip.path, arcname=f"deeper/{clip.name}")
     facts = ClipConversion(dataroot=tars, out=tmp_path / "records", workers=2).run()
     assert facts["fingerprint"] == records[1]["fingerprint"]
+
+
+def test_a_beam_worker_converts_a_clip(folder, records, tmp_path):
+    """What a worker gets is a file with the function and the unit; its shard is the one of any other way."""
+    clip = find_clips(folder)[0]
+    shard = sorted(records[2].glob("*.array_record-*"))[0]
+    unit = ClipUnit(clip, 0, "stop", tmp_path / "out" / shard.name).resolved()
+    unit.shard.parent.mkdir()
+    (unit.shard.parent / "conversion").mkdir()
+    file = tmp_path / f"{shard.name}.unit"
+    file.write_bytes(pickle.dumps((convert_clip, unit)))
+    convert_unit_file(str(file))
+    same = [one for one in records[2].glob("*.array_record-*") if one.read_bytes() == unit.shard.read_bytes()]
+    assert len(same) == 1
 
 
 def test_goes_on_after_an_interruption(folder, records, tmp_path):

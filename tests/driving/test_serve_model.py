@@ -1,5 +1,6 @@
 """A checkpoint that is served answers what `predict` writes, and so does its export."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,12 +9,15 @@ import sys
 
 import pytest
 
+from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.client import PolicyClient
 from spacedrive_jax.driving.model_policy import ModelPolicy, warm_up_record
 from spacedrive_jax.driving.protocol import act_message
-from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.inference.export import open_exported
+from spacedrive_jax.inference.open_model import open_config
 from spacedrive_jax.inference.open_planner import export_planner, open_planner
 from spacedrive_jax.inference.predict import predict
 from tests.conftest import ROOT
@@ -89,11 +93,18 @@ def test_exported_runs_without_the_models_source(case, tmp_path):
         open_exported(folder)
 
 
+def test_a_model_without_visual_positions_needs_no_depth(case):
+    run, _, _ = case
+    config = open_config(run)
+    record = warm_up_record() | {"exact_depth": [b""] * 6}
+    with pytest.raises(SpaceDriveError, match="no depth"):
+        SampleBuilder(config.data, config.model, answer=False)(record, 0)
+    model = dataclasses.replace(config.model, visual_positions="none")
+    sample = SampleBuilder(config.data, model, answer=False)(record, 0)
+    assert not sample.patch_depth.any()
+
+
 def test_depth_that_nobody_gives_is_refused(case, tmp_path):
-    import dataclasses
-
-    from spacedrive_jax.data.depth_sources import DepthConfig
-
     run, _, _ = case
     planner = open_planner(run, warm_up_record(), most=1)
     for sources, said in ((("unidepth",), "--depth-model WEIGHTS"), (("fused",), "cannot be served")):

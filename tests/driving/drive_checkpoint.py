@@ -1,0 +1,80 @@
+"""Drives a checkpoint in the stand-in evaluator, through the world's pictures, and scores it; no test.
+
+PYTHONPATH=. python tests/driving/drive_checkpoint.py runs/mine --out drives
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data_prep.synthesize.bench2drive import ClipJob, script, view
+from spacedrive_jax.cli.main import main as spacedrive
+from spacedrive_jax.world.filming import Film
+from spacedrive_jax.world.rig import pose_matrix
+from spacedrive_jax.world.scenario import WARM_UP
+from tests.driving.evaluator import DROPPED_TICKS, TICK, Car, Drive, Evaluator
+
+LENGTH = 60.0
+"""Metres of a route."""
+
+
+def drive_of(number: int, seed: int, every: int, size: tuple[int, int]) -> Drive:
+    """A route over the world's own script; the pictures are new when the agent asks."""
+    job = ClipJob(number, seed, 40, size, Path())
+    scenario = script(job)
+    film = Film(job.take, scenario)
+    shown: dict[str, np.ndarray] = {}
+
+    def picture(name: str, car: Car, tick: int) -> np.ndarray:
+        if name not in shown or (tick - DROPPED_TICKS - 1) % every == 0:
+            pose = pose_matrix(*car.origin, car.yaw)
+            seen = view(scenario, film, pose, WARM_UP + tick * TICK, name, size, tick)
+            big = cv2.resize(seen[..., ::-1], (1600, 900), interpolation=cv2.INTER_LINEAR)
+            shown[name] = np.dstack([big, np.full(big.shape[:2], 255, np.uint8)])
+        return shown[name]
+
+    route, start = scenario.ego.route, float(scenario.ego.start)
+    end = min(start + LENGTH, float(route.lengths[-1]) - 5)
+    name = job.manoeuvre.title().replace("_", "")
+    return Drive(number, name, route, start, end, start_speed=float(scenario.ego.speed), picture=picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--routes", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=7, help="a world that nothing was trained on")
+    parser.add_argument("--controller", default="simlingo")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True)
+    command = [sys.executable, "-m", "spacedrive_jax", "serve", "--checkpoint", str(arguments.checkpoint)]
+    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        evaluator = Evaluator(f"{url}?controller={arguments.controller}")
+        for number in range(arguments.routes):
+            record = evaluator.run(drive_of(number, arguments.seed, 10, (99, 176)))
+            score = record["scores"]["score_route"]
+            off = f"{score:.1f} %, off {evaluator.farthest:.1f} m"
+            print(f"{record['scenario_name']}: {record['status']}, {off}", flush=True)
+    finally:
+        process.terminate()
+        process.wait(60)
+    results, routes = arguments.out / "results.json", arguments.out / "routes.txt"
+    evaluator.write(results)
+    routes.write_text("".join(f"{number}\n" for number in range(arguments.routes)))
+    spacedrive(["score-bench2drive", str(results), "--routes", str(routes)])
+
+
+if __name__ == "__main__":
+    main()
