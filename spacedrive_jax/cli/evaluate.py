@@ -6,13 +6,13 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from spacedrive_jax.bounds import COUNT, POSITIVE, Bounds
 from spacedrive_jax.console import Command, progress
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import write_json
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spacedrive_jax.evaluation.predictions import Predictions
 
 METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
+PREDICTIONS = "predictions.jsonl"
 COLUMNS = ("1s", "2s", "3s", "avg")
 
 
@@ -27,19 +28,20 @@ COLUMNS = ("1s", "2s", "3s", "avg")
 class Evaluate(Command):
     """Score predicted trajectories on recorded drives (open loop) and compare them with simple baselines.
 
-    Writes the numbers as JSON, beside the predictions unless --out says otherwise, and prints a table.
+    Writes the numbers as JSON, beside the predictions unless --out says otherwise, and prints a table. Of a
+    run folder (evaluate RUN_DIR) the newest predictions are scored on what they were made on.
 
     Example: python -m spacedrive_jax evaluate --predictions runs/base/predictions.jsonl
     --records data/nuscenes --split val --protocol omnidrive
     """
 
-    predictions: Path
+    predictions: Path | None = None
     """JSON Lines file written by `predict`, a folder of the published code's (one file per token), or a
-    .json or .pkl dictionary of token to waypoints."""
-    records: Path
-    """Records folder written by `python -m data_prep`."""
-    split: Literal["train", "val", "all"] = "val"
-    """Which keyframes to score on."""
+    .json or .pkl dictionary of token to waypoints; the run's by default."""
+    records: Path | None = None
+    """Records folder written by `python -m data_prep`; those that the run was predicted on by default."""
+    split: Literal["train", "val", "all"] | None = None
+    """Which keyframes to score on; those that the run was predicted on by default, else val."""
     protocol: Literal["omnidrive", "vad", "uniad", "corrected"] = "omnidrive"
     """How steps are scored and combined; omnidrive is the paper's main table."""
     pedestrians: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -57,6 +59,8 @@ class Evaluate(Command):
     out: Path | None = None
     """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default, if that
     folder can be written to."""
+    run_dir: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")] = None
+    """Folder of a run that `predict` has written to, instead of --predictions and --records."""
 
     BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": COUNT}
 
@@ -67,6 +71,10 @@ class Evaluate(Command):
             ConfigError: the predictions, records or split cannot be read, or nothing can be scored.
         """
         # Here, not above: the record reader takes a second to import, which --help need not wait for.
+        if self.run_dir is not None:
+            return self._of_run(self.run_dir).run()
+        if self.predictions is None or self.records is None:
+            raise ConfigError("name a run folder, or give --predictions FILE and --records DIR")
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
         from spacedrive_jax.evaluation.protocols import protocol_named
@@ -85,7 +93,7 @@ class Evaluate(Command):
         predictions = self._read(self.predictions, self.axes)
         compare_axes = self.compare_axes or self.axes
         compare = None if self.compare is None else self._read(self.compare, compare_axes)
-        records = open_records(self.records, self.split)
+        records = open_records(self.records, self.split or "val")
         evaluation = evaluate(
             records,
             predictions,
@@ -110,6 +118,34 @@ class Evaluate(Command):
         print(format_table(facts))
         print(f"written to {out}" if writable else f"not written: {out.parent} is read-only, give --out FILE")
         return facts
+
+    def _of_run(self, run_dir: Path) -> Evaluate:
+        """The same with what the run's newest predictions are and were made on, where no flag says it.
+
+        Raises:
+            DataError: the folder is no run, or nothing was predicted there.
+        """
+        from spacedrive_jax.reporting.run_files import read_run
+
+        files = read_run(run_dir)
+        predictions = self.predictions or files.resolve(str(files.facts.get("predictions", PREDICTIONS)))
+        if not predictions.exists():
+            raise DataError(
+                f"{run_dir} has no {predictions.name}: predict first (predict --checkpoint {run_dir})"
+            )
+        named = files.facts.get("records")
+        if self.records is None and not named:
+            raise DataError(f"{run_dir / 'run.json'} names no records: give --records DIR")
+        split: Any = self.split or files.facts.get("split")
+        if split not in (None, "train", "val", "all"):
+            raise DataError(f"{run_dir / 'run.json'}: split {split!r} is none of train, val, all")
+        return dataclasses.replace(
+            self,
+            run_dir=None,
+            predictions=predictions,
+            records=self.records or files.resolve(str(named)),
+            split=split,
+        )
 
     def _read(self, path: Path, axes: AxesName) -> Predictions:
         from spacedrive_jax.evaluation.prediction_files import read_predictions

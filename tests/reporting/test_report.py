@@ -409,3 +409,16 @@ def test_comparing_refuses_what_makes_no_sense(run_dir: Path, second_run: Path) 
         Report((run_dir, second_run), highlight=("token-0",)).run()
     with pytest.raises(ConfigError, match="name the folder of a run"):
         Report(()).run()
+
+
+def test_a_run_folder_is_scored_on_what_it_was_predicted_on(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "evaluation.json").unlink()
+    facts = Evaluate(run_dir=run_dir).run()
+    assert facts["file"] == str(run_dir / "predictions.omnidrive.json")
+    assert (facts["samples"], facts["records"]["split"]) == (5, "val")
+    assert Report((run_dir,)).run()["notices"] == []
+    with pytest.raises(ConfigError, match="name a run folder, or give --predictions"):
+        Evaluate(predictions=run_dir / "predictions.jsonl").run()
+    (run_dir / "predictions.jsonl").unlink()
+    with pytest.raises(DataError, match=r"has no predictions\.jsonl: predict first"):
+        Evaluate(run_dir=run_dir).run()
