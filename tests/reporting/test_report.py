@@ -13,7 +13,7 @@ import pytest
 
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.report import Report
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.reporting.build import write_report
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, image_origin
 from tests.record_factory import encode_jpeg, encode_png, make_record, write_records
