@@ -22,7 +22,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from benchmarks.train_depth import FACTS_FILE, FARTHEST, IMAGE_SIZE, WEIGHTS, Views, load_views, record_views
+from benchmarks.train_depth import (
+    FARTHEST,
+    IMAGE_SIZE,
+    METADATA_FILE,
+    WEIGHTS,
+    Views,
+    load_views,
+    record_views,
+)
 from data_prep.add_depth import camera_alignments
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
@@ -175,7 +183,7 @@ def draw(methods: Methods, records: Records, file: Path, count: int) -> None:
 
 def table(options: Options, rows: Mapping[str, Mapping[str, float]], aligned: float, held_out: int) -> str:
     """The results page."""
-    facts: dict[str, Any] = json.loads((options.run / FACTS_FILE).read_text())
+    facts: dict[str, Any] = json.loads((options.run / METADATA_FILE).read_text())
     training = (
         f"{facts['steps']} steps of {facts['batch_size']} images of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} from "
         f"{facts['keyframes']} keyframes, {facts['seconds'] / 60:.0f} min on two shared cores"

@@ -42,7 +42,7 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import start
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.models.chat import ChatTokens, Message
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
@@ -75,7 +75,7 @@ class Arguments:
 
 def model_config(tokenizer: DrivingTokenizer, layers: int) -> ModelConfig:
     """About 100 million parameters (with 12 layers) in the proportions of the 7B model."""
-    decoder = DecoderConfig(
+    decoder = LanguageModelConfig(
         vocab_size=8192,
         hidden_size=768,
         intermediate_size=3072,
@@ -83,7 +83,7 @@ def model_config(tokenizer: DrivingTokenizer, layers: int) -> ModelConfig:
         num_heads=12,
         num_kv_heads=2,
         head_dim=64,
-        rope_sections=(8, 12, 12),
+        mrope_section=(8, 12, 12),
     )
     vision = QwenVisionConfig(
         hidden_size=256,
@@ -152,7 +152,7 @@ def teach_answer(model: SpaceDrive, batch: DrivingBatch) -> None:
     @jax.jit
     def states(state: nnx.State, batch: DrivingBatch) -> jax.Array:
         hidden = nnx.merge(graph, state)(batch).hidden
-        return jnp.take_along_axis(hidden, batch.target_places[..., None], axis=1)
+        return jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
 
     mask = np.asarray(batch.target_mask)
     features = np.asarray(states(state, batch), np.float64)[mask]

@@ -59,7 +59,7 @@ NETWORK = UniDepthConfig(
     pixel_bounds=(IMAGE_SIZE[0] * IMAGE_SIZE[1],) * 2,
 )
 SCALE_INVARIANT_WEIGHT, CONFIDENCE_WEIGHT, CAMERA_WEIGHT = 0.5, 0.1, 0.2
-STATE_FILE, FACTS_FILE, WEIGHTS = "state.safetensors", "training.json", "weights"
+STATE_FILE, METADATA_FILE, WEIGHTS = "state.safetensors", "training.json", "weights"
 REPORT_EVERY = 50
 
 
@@ -248,7 +248,7 @@ def main(options: Options) -> None:
     facts |= {"keyframes": len(records), "parameters": parameters}
     facts |= {"seconds": done.seconds, "losses": done.losses}
     save_unidepth(model, options.out / WEIGHTS)
-    (options.out / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    (options.out / METADATA_FILE).write_text(json.dumps(facts, indent=1) + "\n")
     print(f"loss {done.losses[-1]}; {options.out / WEIGHTS}")
 
 

@@ -32,13 +32,13 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.flops import train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
-from spacedrive_jax.training.state import abstract_state, count, start_state
+from spacedrive_jax.training.state import abstract_state, count, init_train_state
 from spacedrive_jax.training.step import make_train_step
 
 CHECKED = 3
@@ -50,7 +50,7 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
     """SpaceDrive without depth and ego status, whose inputs transformers' own model understands."""
     large = size == "100m"
     width = 768 if large else 64
-    decoder = DecoderConfig(
+    decoder = LanguageModelConfig(
         vocab_size=32768 if large else 1024,
         hidden_size=width,
         intermediate_size=8 * width // 3,
@@ -58,8 +58,8 @@ def make_config(size: str, weights: str, batch_size: int) -> Config:
         num_heads=width // 64,
         num_kv_heads=width // 64 // 3 or 1,
         head_dim=64,
-        rope_sections=(8, 12, 12),
-        tied_head=False,
+        mrope_section=(8, 12, 12),
+        tie_word_embeddings=False,
     )
     vision = QwenVisionConfig(
         hidden_size=256 if large else 32,
@@ -116,7 +116,7 @@ def torch_base(config: Config) -> Any:
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": decoder.rope_theta,
-                    "mrope_section": list(decoder.rope_sections),
+                    "mrope_section": list(decoder.mrope_section),
                 },
                 "tie_word_embeddings": False,
             },
@@ -143,7 +143,7 @@ class JaxSide:
     def __init__(self, config: Config, batch: DrivingBatch) -> None:
         self.mesh = make_mesh(config.mesh)
         self.step = make_train_step(config, self.mesh)
-        self.trainable, self.frozen = start_state(config, self.mesh)
+        self.trainable, self.frozen = init_train_state(config, self.mesh)
         self.optimizer = self.step.initialize_optimizer(self.trainable)
         self.batch, self.done = place_batch(batch, self.mesh), 0
 
@@ -176,10 +176,10 @@ class TorchSide:
         settings = config.train
         adapters = [value for value in self.model.parameters() if value.requires_grad]
         weights, biases = ([v for v in self.decoder.parameters() if (v.ndim > 1) == many] for many in (1, 0))
-        head = settings.learning_rate * settings.head_rate
+        head = settings.learning_rate * settings.head_lr_mult
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": adapters, "lr": settings.learning_rate * settings.vlm_rate},
+                {"params": adapters, "lr": settings.learning_rate * settings.vlm_lr_mult},
                 {"params": weights, "lr": head},
                 {"params": biases, "lr": head, "weight_decay": 0.0},
             ],
@@ -200,10 +200,10 @@ class TorchSide:
             "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]] * (samples * cameras)),
             "mm_token_type_ids": images.long(),
         }
-        answer = int(batch.target_places[0, 0]) + 1
+        answer = int(batch.target_indices[0, 0]) + 1
         self.labels = ids.clone()
         self.labels[:, :answer] = -100
-        self.indicators = torch.tensor(batch.waypoint_places, dtype=torch.long)
+        self.indicators = torch.tensor(batch.waypoint_indices, dtype=torch.long)
         self.waypoints = torch.tensor(batch.waypoints)
 
     def __call__(self) -> float:

@@ -144,14 +144,14 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return loss.detach().numpy()
 
     graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
-    positions, _ = model.positions(token_ids, IMAGES, GRID)
+    position_ids, _ = model.position_ids(token_ids, IMAGES, GRID)
 
     @jax.jit
     def step(adapters: nnx.State, rest: nnx.State) -> Any:
         def loss(adapters: nnx.State) -> jax.Array:
             whole = nnx.merge(graph, adapters, rest)
             features = whole.encode_image_batch(images, GRID)
-            hidden, _ = whole.decode(whole.embed(jnp.asarray(token_ids), features), jnp.asarray(positions))
+            hidden, _ = whole.decode(whole.embed(jnp.asarray(token_ids), features), jnp.asarray(position_ids))
             scores = jax.nn.log_softmax(whole.decoder.logits(hidden[:, :-1]))
             return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 

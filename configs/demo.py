@@ -6,7 +6,7 @@ released weights to adapt, so everything trains, at one rate.
 
 from spacedrive_jax.config import Config, TrainConfig
 from spacedrive_jax.data.config import DataConfig
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -16,7 +16,7 @@ DEMO = Config(
     name="demo",
     model=ModelConfig(
         vlm=QwenVLConfig(
-            decoder=DecoderConfig(
+            decoder=LanguageModelConfig(
                 vocab_size=512,
                 hidden_size=WIDTH,
                 intermediate_size=3 * WIDTH,
@@ -24,8 +24,8 @@ DEMO = Config(
                 num_heads=4,
                 num_kv_heads=2,
                 head_dim=32,
-                rope_sections=(4, 6, 6),
-                tied_head=True,
+                mrope_section=(4, 6, 6),
+                tie_word_embeddings=True,
             ),
             vision=QwenVisionConfig(
                 hidden_size=64,
@@ -58,8 +58,8 @@ DEMO = Config(
         steps=500,
         batch_size=8,
         learning_rate=1e-3,
-        vlm_rate=1.0,
-        head_rate=1.0,
+        vlm_lr_mult=1.0,
+        head_lr_mult=1.0,
         warmup_steps=50,
         weight_decay=1e-2,
         clip_norm=10.0,

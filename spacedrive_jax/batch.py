@@ -17,7 +17,7 @@ Leaf = Any
 """numpy on the host, jax on the devices."""
 
 
-class Slot(enum.IntEnum):
+class TokenType(enum.IntEnum):
     """What stands at a place of the token sequence instead of, or besides, its token's embedding."""
 
     TEXT = 0
@@ -44,12 +44,12 @@ class DrivingBatch:
     """Right-padded."""
     lengths: Int[Leaf, "*B"]
     """Valid tokens."""
-    positions: Int[Leaf, "*B 3 S"]
+    position_ids: Int[Leaf, "*B 3 S"]
     """Rotary positions (time, row, column), 0 in the padding."""
-    position_offset: Int[Leaf, "*B"]
+    rope_delta: Int[Leaf, "*B"]
     """The generated token at index i has rotary position i + offset."""
-    slots: Int[Leaf, "*B S"]
-    """`Slot` of every place."""
+    token_type_ids: Int[Leaf, "*B S"]
+    """`TokenType` of every place."""
 
     pixel_values: UInt8[Leaf, "*B N P K"] | Float[Leaf, "*B N P K"]
     """Flattened patches of the image processor: 0..255 before its rescaling and normalisation (done on
@@ -66,12 +66,12 @@ class DrivingBatch:
 
     coordinates: Float[Leaf, "*B C 3"]
     """The coordinates that the COORDINATE slots stand for, in order; zeros behind the last."""
-    target_places: Int[Leaf, "*B M"]
+    target_indices: Int[Leaf, "*B M"]
     """Places whose hidden state predicts a supervised token (the one before it); 0 where unused."""
     target_ids: Int[Leaf, "*B M"]
     target_mask: Bool[Leaf, "*B M"]
 
-    waypoint_places: Int[Leaf, "*B T"]
+    waypoint_indices: Int[Leaf, "*B T"]
     """Places of the answer's indicators, whose hidden states are regressed."""
     waypoints: Float[Leaf, "*B T 2"]
     waypoint_mask: Bool[Leaf, "*B T"]
@@ -80,7 +80,7 @@ class DrivingBatch:
     index: Int[Leaf, "*B"]
     """Row of the keyframe in its records split."""
 
-    path_places: Int[Leaf, "*B R"] | None = None
+    path_indices: Int[Leaf, "*B R"] | None = None
     """Places of the path's indicators, behind the waypoints'; None (and the next two) without a path."""
     path: Float[Leaf, "*B R 2"] | None = None
     """Every metre of the future path."""
@@ -111,6 +111,6 @@ def without_padding(batch: DrivingBatch, length: int) -> DrivingBatch:
     return dataclasses.replace(
         batch,
         token_ids=batch.token_ids[:, :length],
-        positions=batch.positions[:, :, :length],
-        slots=batch.slots[:, :length],
+        position_ids=batch.position_ids[:, :, :length],
+        token_type_ids=batch.token_type_ids[:, :length],
     )

@@ -45,13 +45,13 @@ class TrainConfig:
     steps: int = 21096
     batch_size: int = 8
     """Samples per step, over all devices."""
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     """Work the batch out in this many pieces, one after the other: less memory, the same samples per step."""
     learning_rate: float = 5e-5
     """Base rate; the parameter groups multiply it."""
-    vlm_rate: float = 0.1
+    vlm_lr_mult: float = 0.1
     """Multiplier inside the vision-language model (adapters, new-token rows)."""
-    head_rate: float = 4.0
+    head_lr_mult: float = 4.0
     """Multiplier of every other trainable (coordinate decoder, ego MLP, alpha)."""
     warmup_steps: int = 500
     warmup_start: float = 1 / 3
@@ -87,15 +87,15 @@ class TrainConfig:
     trackers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl", "tensorboard")
     """Where metrics go: RUN/metrics.jsonl, which `report` reads, TensorBoard events, Weights & Biases."""
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    max_to_keep: int = 2
 
     BOUNDS: ClassVar[Bounds] = {
         "steps": COUNT,
         "batch_size": COUNT,
-        "accumulation": COUNT,
+        "grad_accum_steps": COUNT,
         "learning_rate": FROM_ZERO,
-        "vlm_rate": FROM_ZERO,
-        "head_rate": FROM_ZERO,
+        "vlm_lr_mult": FROM_ZERO,
+        "head_lr_mult": FROM_ZERO,
         "warmup_steps": FROM_ZERO,
         "warmup_start": SHARE,
         "final_fraction": SHARE,
@@ -113,7 +113,7 @@ class TrainConfig:
         "seed": SEED,
         "log_every": COUNT,
         "checkpoint_every": COUNT,
-        "keep_checkpoints": COUNT,
+        "max_to_keep": COUNT,
     }
 
     def __post_init__(self) -> None:

@@ -188,7 +188,7 @@ def finish(
     configure_logging(log_level)
     try:
         with _raising_on_sigterm():
-            facts = action()
+            outcome = action()
     except KeyboardInterrupt:
         print(f"interrupted; {when_stopped}", file=sys.stderr)
         return 130
@@ -208,7 +208,7 @@ def finish(
             print(f"error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
         return 1
     if as_json:
-        print(to_json(facts, default=str), flush=True)
+        print(to_json(outcome, default=str), flush=True)
     return 0
 
 

@@ -17,7 +17,13 @@ from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.lidar import FusionConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    VisionConfig,
+    VLConfig,
+)
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
@@ -35,7 +41,7 @@ CONFIGS = [
     CoordinateDecoderConfig,
     CoordinateEncoderConfig,
     DataConfig,
-    DecoderConfig,
+    LanguageModelConfig,
     DepthAnythingConfig,
     DepthConfig,
     DepthNetworkConfig,
@@ -132,7 +138,7 @@ def test_a_count_that_is_no_whole_number_is_refused(owner):
         "--train.log-every 0",
         "--train.checkpoint-every 0",
         "--train.batch-size 0",
-        "--train.keep-checkpoints 0",
+        "--train.max-to-keep 0",
         "--train.steps -3",
         "--train.learning-rate nan",
         "--train.clip-norm 0",
@@ -192,7 +198,7 @@ def test_a_refused_flag_is_one_line(capsys):
     ],
 )
 def test_a_coordinator_needs_its_port(coordinator, words, capsys):
-    flags = ["--coordinator", coordinator, "--host-count", "2", "--host-index", "0"]
+    flags = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", "0"]
     assert spacedrive_jax.cli.main.main(["train", "demo", *flags]) == 1
     assert capsys.readouterr().err.startswith(f"error: --coordinator {coordinator} is no HOST:PORT")
 

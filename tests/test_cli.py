@@ -174,7 +174,7 @@ def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
     assert spacedrive_jax.cli.main.main(["train", "demo", "--data.records", "records"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: the devices ran out of memory (RESOURCE_EXHAUSTED: Out of memory alloc")
-    assert "--train.accumulation" in said
+    assert "--train.grad-accum-steps" in said
     assert said.count("\n") == 1
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.batch import Slot
+from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training.losses import losses
@@ -67,21 +67,21 @@ def test_indicator_weight_acts_on_indicators_alone(score):
 
 
 def test_position_input_feeds_encodings_or_zeros(case):
-    slots = np.asarray(case.batch.slots) == Slot.COORDINATE
+    token_type_ids = np.asarray(case.batch.token_type_ids) == TokenType.COORDINATE
     model, config = case.model, case.model.config
     try:
         model.config = dataclasses.replace(config, position_input=True, position_input_training="encodings")
-        fed = np.asarray(model.embeddings(case.batch))[slots]
+        fed = np.asarray(model.embeddings(case.batch))[token_type_ids]
         expected = np.asarray(model.encoder(case.batch.coordinates))[0, : len(fed)]
         np.testing.assert_allclose(fed, expected, atol=1e-6)
         model.config = dataclasses.replace(model.config, position_input_training="zeros")
-        assert not np.asarray(model.embeddings(case.batch))[slots].any()
+        assert not np.asarray(model.embeddings(case.batch))[token_type_ids].any()
     finally:
         model.config = config
 
 
 def test_supervising_all_coordinates_of_the_answers(case, score):
-    coordinates = int(np.sum(np.asarray(case.batch.slots) == Slot.COORDINATE))
+    coordinates = int(np.sum(np.asarray(case.batch.token_type_ids) == TokenType.COORDINATE))
     assert coordinates > 6  # the second turn has one in its question and some in its answer
     assert float(score(supervision="all").position) != float(score().position)
 

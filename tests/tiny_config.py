@@ -13,7 +13,7 @@ _decoder = dataclasses.replace(
     num_heads=2,
     num_kv_heads=1,
     head_dim=16,
-    rope_sections=(2, 3, 3),
+    mrope_section=(2, 3, 3),
 )
 _vision = dataclasses.replace(
     _demo.model.vlm.vision,

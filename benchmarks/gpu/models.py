@@ -39,7 +39,7 @@ def make_config(model: Model, size: Size, fields: dict[str, Any]) -> Config:
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            rope_sections=(2, 3, 3),
+            mrope_section=(2, 3, 3),
         )
         vision = dataclasses.replace(
             vlm.vision,

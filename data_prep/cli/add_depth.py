@@ -45,12 +45,12 @@ class AddDepth(Command):
     device the same number of images."""
     coordinator: str | None = None
     """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
-    host_count: int | None = None
+    num_processes: int | None = None
     """Hosts that share the work, with --coordinator HOST:PORT."""
-    host_index: int | None = None
+    process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
 
-    BOUNDS: ClassVar[Bounds] = {"keyframes_per_step": COUNT, "host_count": COUNT, "host_index": FROM_ZERO}
+    BOUNDS: ClassVar[Bounds] = {"keyframes_per_step": COUNT, "num_processes": COUNT, "process_id": FROM_ZERO}
 
     def run(self) -> Mapping[str, Any]:
         """Writes the sidecar; returns its folder, fingerprint and counts."""
@@ -63,7 +63,7 @@ class AddDepth(Command):
         from spacedrive_jax.training.sharding import connect
 
         started = time.monotonic()
-        connect(self.coordinator, self.host_count, self.host_index)
+        connect(self.coordinator, self.num_processes, self.process_id)
         records = open_records(self.records)
         # Hosts share the folder: each holds a lock of its own against a second job of the same share.
         with folder_lock(records.directory / FOLDER, name=f".in-use-{jax.process_index()}.json"):

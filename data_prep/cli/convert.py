@@ -68,7 +68,7 @@ class Convert(Command):
             raise ConfigError("give the folder with the tables, --version, such as v1.0-mini")
         if self.keyframe_offset:
             raise ConfigError("--keyframe-offset goes with --source bench2drive only")
-        facts = Conversion(
+        outcome = Conversion(
             dataroot=self.dataroot,
             version=self.version,
             out=self.out,
@@ -80,15 +80,15 @@ class Convert(Command):
             render_size=self.render_size,
             seed=self.seed,
         ).run()
-        print(summary(facts))
-        return facts
+        print(summary(outcome))
+        return outcome
 
     def _convert_clips(self) -> Mapping[str, Any]:
         from data_prep.bench2drive.convert import ClipConversion, summary
 
         if self.version or self.render_size or self.missing_images == "render":
             raise ConfigError("--version, --render-size and --missing-images render go with nuScenes only")
-        facts = ClipConversion(
+        outcome = ClipConversion(
             dataroot=self.dataroot,
             out=self.out,
             offset=self.keyframe_offset,
@@ -99,5 +99,5 @@ class Convert(Command):
             missing_images=self.missing_images,
             seed=self.seed,
         ).run()
-        print(summary(facts))
-        return facts
+        print(summary(outcome))
+        return outcome

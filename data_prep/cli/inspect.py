@@ -61,17 +61,17 @@ class Inspect(Command):
             return self._list(provenance["records"])
         record = find_record(self.directory, self.token, self.scene)
         print(describe_record(record))
-        facts: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
+        outcome: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
         if self.image is not None:
             # matplotlib takes a second to import; the text needs none of it.
             from data_prep.record_picture import draw_record
 
             draw_record(record, self.image)
             print(f"drew {self.image}")
-            facts["image"] = str(self.image)
+            outcome["image"] = str(self.image)
         if self.points is not None:
-            facts["points"] = self._write_points(self.points, record, provenance["fingerprint"])
-        return facts
+            outcome["points"] = self._write_points(self.points, record, provenance["fingerprint"])
+        return outcome
 
     def _list(self, count: int) -> Mapping[str, Any]:
         from data_prep.inspect_record import list_keyframes

@@ -52,7 +52,7 @@ class Synthesize(Command):
         from data_prep.synthesize.folder import Synthesis
         from data_prep.synthesize.tables import VERSION
 
-        facts = Synthesis(
+        outcome = Synthesis(
             out=self.out,
             scenes=self.scenes,
             keyframes=self.keyframes,
@@ -63,5 +63,5 @@ class Synthesize(Command):
             layout=self.layout,
         ).run()
         what = f"version {VERSION}" if self.layout == "nuscenes" else "Bench2Drive's layout"
-        print(f"wrote {facts['scenes']} scenes, {facts['keyframes']} keyframes to {self.out} ({what})")
-        return facts
+        print(f"wrote {outcome['scenes']} scenes, {outcome['keyframes']} keyframes to {self.out} ({what})")
+        return outcome

@@ -34,9 +34,9 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
     return DrivingBatch(
         token_ids=array(np.int32, length),
         lengths=array(np.int32),
-        positions=array(np.int32, 3, length),
-        position_offset=array(np.int32),
-        slots=array(np.int32, length),
+        position_ids=array(np.int32, 3, length),
+        rope_delta=array(np.int32),
+        token_type_ids=array(np.int32, length),
         pixel_values=array(np.uint8, NUM_CAMERAS, rows * columns, vision.patch_channels),
         patch_depth=array(np.float32, NUM_CAMERAS, *images.token_grid),
         intrinsics=array(np.float32, NUM_CAMERAS, 3, 3),
@@ -44,14 +44,14 @@ def abstract_batch(config: Config, batch_size: int, mesh: Mesh) -> DrivingBatch:
         ego_status=array(np.float32, STATUS_SIZE),
         past_positions=array(np.float32, NUM_PAST, 3),
         coordinates=array(np.float32, data.max_coordinates, 3),
-        target_places=array(np.int32, targets),
+        target_indices=array(np.int32, targets),
         target_ids=array(np.int32, targets),
         target_mask=array(np.bool_, targets),
-        waypoint_places=array(np.int32, NUM_WAYPOINTS),
+        waypoint_indices=array(np.int32, NUM_WAYPOINTS),
         waypoints=array(np.float32, NUM_WAYPOINTS, 2),
         waypoint_mask=array(np.bool_, NUM_WAYPOINTS),
         index=array(np.int32),
-        path_places=array(np.int32, points) if points else None,
+        path_indices=array(np.int32, points) if points else None,
         path=array(np.float32, points, 2) if points else None,
         path_mask=array(np.bool_, points) if points else None,
     )
@@ -120,5 +120,5 @@ def out_of_memory(message: str) -> tuple[int, str] | None:
 
 
 def _samples_per_chip(config: Config, mesh: Mesh) -> int:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulation
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
     return max(config.train.batch_size // ways, 1)

@@ -130,7 +130,7 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
         model=dataclasses.replace(config.model, weights=None),
     )
     mesh = make_mesh(config.mesh, topology.devices)
-    pieces = config.train.accumulation if step == "train" else 1
+    pieces = config.train.grad_accum_steps if step == "train" else 1
     check_batch_size(config.train.batch_size, mesh, pieces=pieces)
     program = _training(config, mesh) if step == "train" else _planning(config, mesh)
     check_replication(nnx.merge_state(*program.parameters), mesh)

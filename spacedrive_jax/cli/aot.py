@@ -96,8 +96,8 @@ class Aot(Command):
                 f"nothing tried fits {self.topology}: use more chips, a smaller batch"
                 + (f" or a --limit above {self.limit}" if untried else "")
             )
-        facts = {"tried": len(compiled), "refused": len(trials) - len(compiled), "untried": untried}
-        return dataclasses.asdict(ranked[0]) | facts | {"ranked": list(map(one_line, ranked))}
+        outcome = {"tried": len(compiled), "refused": len(trials) - len(compiled), "untried": untried}
+        return dataclasses.asdict(ranked[0]) | outcome | {"ranked": list(map(one_line, ranked))}
 
     def _chosen(self, config: Config) -> Config:
         from spacedrive_jax.aot.search import parse_mesh

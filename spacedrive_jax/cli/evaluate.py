@@ -104,7 +104,7 @@ class Evaluate(Command):
                 keyframes, total=len(records), desc=f"evaluate ({self.protocol})", unit="keyframe"
             ),
         )[self.protocol]
-        facts = {
+        outcome = {
             **evaluation.to_json(),
             "predictions": str(self.predictions),
             "axes": self.axes,
@@ -114,10 +114,10 @@ class Evaluate(Command):
             "file": str(out) if writable else None,
         }
         if writable:
-            write_json(out, facts, indent=2)
-        print(format_table(facts))
+            write_json(out, outcome, indent=2)
+        print(format_table(outcome))
         print(f"written to {out}" if writable else f"not written: {out.parent} is read-only, give --out FILE")
-        return facts
+        return outcome
 
     def _of_run(self, run_dir: Path) -> Evaluate:
         """The same with what the run's newest predictions are and were made on, where no flag says it.
@@ -157,20 +157,21 @@ class Evaluate(Command):
         return discretize(predictions, self.discrete_coords)
 
 
-def format_table(facts: Mapping[str, Any]) -> str:
+def format_table(outcome: Mapping[str, Any]) -> str:
     """The scores against the baselines as text, with what was and was not counted below."""
-    rows = {"prediction": facts}
-    comparison = facts["comparison"]
+    rows = {"prediction": outcome}
+    comparison = outcome["comparison"]
     if comparison is not None:
         common = {"samples": comparison["samples"]}
         rows["both: here"] = common | comparison["here"]
         rows["both: there"] = common | comparison["there"]
         rows["here - there"] = common | comparison["difference"]
-    rows |= facts["baselines"]
+    rows |= outcome["baselines"]
     width = max(map(len, rows))
     group = 7 * len(COLUMNS)
     lines = [
-        f"{facts['protocol']} protocol, split {facts['records']['split']} of {facts['records']['directory']}",
+        f"{outcome['protocol']} protocol, split {outcome['records']['split']} of "
+        f"{outcome['records']['directory']}",
         "",
         " " * (width + 8) + "".join(f"  {title:^{group}}" for title in METRICS.values()),
         f"{'':{width}} {'samples':>7}"
@@ -179,10 +180,10 @@ def format_table(facts: Mapping[str, Any]) -> str:
     for name, scores in rows.items():
         cells = ("  " + "".join(_cell(scores[metric][column]) for column in COLUMNS) for metric in METRICS)
         lines.append(f"{name:{width}} {scores['samples']:>7}" + "".join(cells))
-    lines += ["", _interval_line("average", facts["confidence"])]
+    lines += ["", _interval_line("average", outcome["confidence"])]
     if comparison is not None:
         lines.append(_interval_line("difference", comparison["confidence"]))
-    coverage = facts["coverage"]
+    coverage = outcome["coverage"]
     lines += [
         f"coverage: {coverage['counted']} of {coverage['eligible']} keyframes with a whole future "
         f"({100 * coverage['share']:.1f} %); the split has {coverage['records']}",
@@ -192,7 +193,7 @@ def format_table(facts: Mapping[str, Any]) -> str:
         for name, item in coverage.items()
         if isinstance(item, dict) and item["count"]
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+    return "\n".join([*lines, *(f"note: {note}" for note in outcome["notes"])])
 
 
 def _interval_line(what: str, confidence: Mapping[str, Any] | None) -> str:

@@ -70,9 +70,9 @@ class Predict(Command):
     coordinator: str | None = None
     """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host. Each prepares its
     share, the first one writes the file."""
-    host_count: int | None = None
+    num_processes: int | None = None
     """Hosts, with --coordinator HOST:PORT."""
-    host_index: int | None = None
+    process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
@@ -83,8 +83,8 @@ class Predict(Command):
         "batch_size": COUNT,
         "max_new_tokens": COUNT,
         "repetition_penalty": POSITIVE,
-        "host_count": COUNT,
-        "host_index": FROM_ZERO,
+        "num_processes": COUNT,
+        "process_id": FROM_ZERO,
     }
 
     def run(self) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ class Predict(Command):
         use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.training.sharding import connect, is_first_host
 
-        connect(self.coordinator, self.host_count, self.host_index)
+        connect(self.coordinator, self.num_processes, self.process_id)
         from spacedrive_jax.inference.predict import predict
         from spacedrive_jax.interop.trained_parts import is_imported
         from spacedrive_jax.training.checkpoints import locate
@@ -172,8 +172,8 @@ class Predict(Command):
 def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:
     """Tells `report` what the run folder's predictions were made on."""
     file = run_dir / "run.json"
-    facts = io.read_json(file) if file.is_file() else {}
-    if not isinstance(facts, dict):
+    outcome = io.read_json(file) if file.is_file() else {}
+    if not isinstance(outcome, dict):
         raise DataError(f"{file} holds no JSON object: write it again (train --resume)")
-    facts |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
-    io.write_json(file, facts, indent=2)
+    outcome |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
+    io.write_json(file, outcome, indent=2)

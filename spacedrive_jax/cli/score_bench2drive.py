@@ -55,7 +55,7 @@ class ScoreBench2Drive(Command):
         smooth, without_motion = (
             (None, []) if self.metric_info is None else _comfort(counted, self.metric_info)
         )
-        facts = {
+        outcome = {
             **dataclasses.asdict(scores),
             "comfort": smooth,
             "without_motion": without_motion,
@@ -63,8 +63,8 @@ class ScoreBench2Drive(Command):
             "route_file": None if self.routes is None else str(self.routes),
             "results": [str(path) for path in self.results],
         }
-        print(_format(facts))
-        return facts
+        print(_format(outcome))
+        return outcome
 
 
 def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None, list[str]]:
@@ -88,23 +88,24 @@ def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None
     return 100 * sum(values) / len(values), absent
 
 
-def _format(facts: Mapping[str, Any]) -> str:
+def _format(outcome: Mapping[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
     lines = [
-        f"driving score  {number(facts['driving_score'])}",
-        f"success rate   {number(facts['success_rate'])} %",
-        f"efficiency     {number(facts['efficiency'])} %",
-        f"comfort        {number(facts['comfort'])} %",
+        f"driving score  {number(outcome['driving_score'])}",
+        f"success rate   {number(outcome['success_rate'])} %",
+        f"efficiency     {number(outcome['efficiency'])} %",
+        f"comfort        {number(outcome['comfort'])} %",
         "abilities      "
         + ", ".join(
             f"{name.replace('_0_0_3', ' (0.0.3)').replace('_', ' ')} {number(rate)}"
-            for name, rate in facts["abilities"].items()
+            for name, rate in outcome["abilities"].items()
         ),
-        f"routes         {facts['routes']} of {facts['route_set']}, {facts['missing']} missing count as zero",
+        f"routes         {outcome['routes']} of {outcome['route_set']}, "
+        f"{outcome['missing']} missing count as zero",
     ]
-    lines += [f"  {status}: {count}" for status, count in facts["statuses"].items()]
+    lines += [f"  {status}: {count}" for status, count in outcome["statuses"].items()]
     for name, what in (
         ("missing_routes", "without a result"),
         ("foreign_routes", "not in the set and not counted"),
@@ -112,6 +113,6 @@ def _format(facts: Mapping[str, Any]) -> str:
         ("without_motion", "left out of the comfort: no metric_info.json"),
         ("inconsistent", "note: stored score does not follow from the infractions"),
     ):
-        if facts[name]:
-            lines.append(f"{what}: {', '.join(facts[name])}")
+        if outcome[name]:
+            lines.append(f"{what}: {', '.join(outcome[name])}")
     return "\n".join(lines)

@@ -121,11 +121,11 @@ class Serve(Command):
 
         if self.checkpoint is None:
             raise ConfigError("--export needs --checkpoint PATH")
-        facts = export_planner(
+        outcome = export_planner(
             self.checkpoint, folder, warm_up_record(), average=self.average, most=self.batch_size
         )
-        print(f"exported {facts['model']} for batches of {facts['batch']} to {folder}")
-        return facts
+        print(f"exported {outcome['model']} for batches of {outcome['batch']} to {folder}")
+        return outcome
 
     def _depth_network(self, config: Config) -> DepthNetwork | None:
         if self.depth_model is None:

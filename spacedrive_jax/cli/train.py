@@ -43,9 +43,9 @@ class Train(Command):
     """First step and number of steps to trace with jax's profiler, into RUN/profile."""
     coordinator: str | None = None
     """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
-    host_count: int | None = None
+    num_processes: int | None = None
     """Hosts of the run, with --coordinator HOST:PORT."""
-    host_index: int | None = None
+    process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
@@ -56,8 +56,8 @@ class Train(Command):
         "step": FROM_ZERO,
         "skip_nonfinite": FROM_ZERO,
         "profile": FROM_ZERO,
-        "host_count": COUNT,
-        "host_index": FROM_ZERO,
+        "num_processes": COUNT,
+        "process_id": FROM_ZERO,
     }
 
     def run(self) -> Mapping[str, Any]:
@@ -85,7 +85,7 @@ class Train(Command):
         from spacedrive_jax.training.sharding import connect
         from spacedrive_jax.training.train import ProfileWindow, train
 
-        connect(self.coordinator, self.host_count, self.host_index)
+        connect(self.coordinator, self.num_processes, self.process_id)
         with advice_on_memory(_TRAIN_LESS):
             result = train(
                 config,
@@ -110,8 +110,8 @@ class Train(Command):
 
 _TRAIN_LESS = (
     "keep less for the backward pass (--model.compute.remat full), cut the batch into pieces "
-    "(--train.accumulation 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them without "
-    "the machine"
+    "(--train.grad-accum-steps 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them "
+    "without the machine"
 )
 
 

@@ -61,17 +61,17 @@ class Verify(Command):
         if (self.case / SETTINGS_FILE).is_file():
             checks = verify_case(self.case, self.only)
             print_table(checks)
-            facts: dict[str, Any] = summary(checks)
+            outcome: dict[str, Any] = summary(checks)
             problem = _problem(checks)
         else:
             if self.only:
                 raise ConfigError(f"--only chooses among the settings of one case; {self.case} is none")
-            facts, problem = verify_all(*find_cases(self.case))
+            outcome, problem = verify_all(*find_cases(self.case))
         if problem is not None:
             if self.json:
-                print(to_json(facts))
+                print(to_json(outcome))
             raise SpaceDriveError(f"{self.case}: {problem}")
-        return facts
+        return outcome
 
 
 def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
@@ -170,8 +170,8 @@ def verify_all(cases: Sequence[Path], others: Sequence[Path]) -> tuple[dict[str,
     bad = [entry["case"] for entry in entries if not entry["passed"]]
     print(f"{len(cases) - len(bad)} of {len(cases)} cases passed")
     left_out = [folder.name for folder in others]
-    facts = summary(everything) | {"passed": not bad, "cases": entries, "left_out": left_out}
-    return facts, f"{len(bad)} cases failed: {', '.join(bad)}" if bad else None
+    outcome = summary(everything) | {"passed": not bad, "cases": entries, "left_out": left_out}
+    return outcome, f"{len(bad)} cases failed: {', '.join(bad)}" if bad else None
 
 
 def print_table(checks: Sequence[Check]) -> None:

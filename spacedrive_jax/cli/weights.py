@@ -67,11 +67,11 @@ class ImportWeights(Command):
             self.config,
         )
         readers = {**READERS, "spacedrive": import_spacedrive}
-        facts = readers[self.format](self.source, self.out, options)
-        print(f"imported {facts['tensors']} tensors, {facts['parameters']:,} parameters: {self.out}")
-        for note in facts.get("notes", ()):
+        outcome = readers[self.format](self.source, self.out, options)
+        print(f"imported {outcome['tensors']} tensors, {outcome['parameters']:,} parameters: {self.out}")
+        for note in outcome.get("notes", ()):
             print(f"note: {note}")
-        return {"out": str(self.out), **facts}
+        return {"out": str(self.out), **outcome}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +97,29 @@ class ExportWeights(Command):
     devices there are, else all of them along fsdp."""
     coordinator: str | None = None
     """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host, which writes."""
-    host_count: int | None = None
+    num_processes: int | None = None
     """Hosts, with --coordinator HOST:PORT."""
-    host_index: int | None = None
+    process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
 
-    BOUNDS: ClassVar[Bounds] = {"host_count": COUNT, "host_index": FROM_ZERO}
+    BOUNDS: ClassVar[Bounds] = {"num_processes": COUNT, "process_id": FROM_ZERO}
 
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.interop.exporting`."""
         from spacedrive_jax.training.sharding import connect
 
-        connect(self.coordinator, self.host_count, self.host_index)
+        connect(self.coordinator, self.num_processes, self.process_id)
         if self.format == "spacedrive":
-            facts = self._for_published_code()
+            outcome = self._for_published_code()
         else:
             from spacedrive_jax.inference.open_model import open_vlm
             from spacedrive_jax.interop.exporting import export_hf, export_peft
 
             write = {"hf": export_hf, "peft": export_peft}[self.format]
-            facts = write(open_vlm(self.source, self._mesh()), self.out)
-        left_out = facts.get("left_out")
+            outcome = write(open_vlm(self.source, self._mesh()), self.out)
+        left_out = outcome.get("left_out")
         print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
-        return facts
+        return outcome
 
     def _mesh(self) -> Mesh | None:
         from spacedrive_jax.aot.search import parse_mesh

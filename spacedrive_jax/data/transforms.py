@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import (
@@ -181,19 +181,19 @@ def token_fields(
     Raises:
         ConfigError: the conversation does not fit S or M.
     """
-    chat, ego_places = insert_ego_tokens(tokenizer, chat, ego_input)
+    chat, ego_indices = insert_ego_tokens(tokenizer, chat, ego_input)
     length = len(chat.token_ids)
     if length > sequence_length:
         raise ConfigError(f"{length} tokens are more than data.sequence_length {sequence_length}: raise it")
     tokens, labels = np.asarray(chat.token_ids), np.asarray(chat.labels)
     spans = [ImageSpan(start, *grid) for start in chat.image_starts]
-    positions, offset = family.position_ids(length, spans)
+    position_ids, rope_delta = family.position_ids(length, spans)
 
-    slots = np.full(length, Slot.TEXT)
+    token_type_ids = np.full(length, TokenType.TEXT)
     for span in spans:
-        slots[span.start : span.stop] = Slot.IMAGE
-    slots[ego_places] = EGO_SLOTS[ego_input]
-    slots[tokens == tokenizer.position] = Slot.COORDINATE
+        token_type_ids[span.start : span.stop] = TokenType.IMAGE
+    token_type_ids[ego_indices] = EGO_TOKEN_TYPES[ego_input]
+    token_type_ids[tokens == tokenizer.position] = TokenType.COORDINATE
 
     supervised = np.flatnonzero(labels != IGNORE)
     if len(supervised) > max_targets:
@@ -209,28 +209,28 @@ def token_fields(
         width = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
         return np.pad(values, width, constant_values=fill).astype(np.int32)
 
-    path = {"path_places": padded(on_path, path_points)} if path_points else {}
+    path = {"path_indices": padded(on_path, path_points)} if path_points else {}
     return {
         **path,
         "token_ids": padded(tokens, sequence_length, tokenizer.padding),
         "lengths": np.int32(length),
-        "positions": padded(positions, sequence_length),
-        "position_offset": np.int32(offset),
-        "slots": padded(slots, sequence_length),
-        "target_places": padded(supervised - 1, max_targets),
+        "position_ids": padded(position_ids, sequence_length),
+        "rope_delta": np.int32(rope_delta),
+        "token_type_ids": padded(token_type_ids, sequence_length),
+        "target_indices": padded(supervised - 1, max_targets),
         "target_ids": padded(labels[supervised], max_targets),
         "target_mask": np.arange(max_targets) < len(supervised),
-        "waypoint_places": padded(indicators, NUM_WAYPOINTS),
+        "waypoint_indices": padded(indicators, NUM_WAYPOINTS),
         "waypoint_mask": np.arange(NUM_WAYPOINTS) < len(indicators),
     }
 
 
-EGO_SLOTS: dict[EgoStatusInput, list[Slot]] = {
+EGO_TOKEN_TYPES: dict[EgoStatusInput, list[TokenType]] = {
     "none": [],
     "language": [],
-    "feature": [Slot.EGO_FEATURE],
-    "positions": [Slot.EGO_POSITION] * NUM_PAST,
-    "both": [Slot.EGO_FEATURE] + [Slot.EGO_POSITION] * NUM_PAST,
+    "feature": [TokenType.EGO_FEATURE],
+    "positions": [TokenType.EGO_POSITION] * NUM_PAST,
+    "both": [TokenType.EGO_FEATURE] + [TokenType.EGO_POSITION] * NUM_PAST,
 }
 """What the inserted ego tokens stand for, in order."""
 

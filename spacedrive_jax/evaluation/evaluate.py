@@ -16,7 +16,7 @@ from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, sta
 from spacedrive_jax.evaluation.predictions import Coverage, Predictions, cover
 from spacedrive_jax.evaluation.protocols import PolygonRule, Protocol
 from spacedrive_jax.evaluation.scoring import KeyframeScores, score_split
-from spacedrive_jax.evaluation.statistics import Comparison, KeyframeFacts, break_down, confidence
+from spacedrive_jax.evaluation.statistics import Comparison, Situation, break_down, confidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PlannerScores:
         with_map: how many of them have a drivable area.
     """
 
-    facts: tuple[KeyframeFacts, ...]
+    facts: tuple[Situation, ...]
     horizons: HorizonScores
     failures: int
     with_map: int

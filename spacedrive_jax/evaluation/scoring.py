@@ -18,7 +18,7 @@ from spacedrive_jax.evaluation.metrics import Drivable, StepScores, score_steps
 from spacedrive_jax.evaluation.polygons import drivable_area
 from spacedrive_jax.evaluation.protocols import PolygonRule, StepRule
 from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
-from spacedrive_jax.evaluation.statistics import KeyframeFacts, facts_of
+from spacedrive_jax.evaluation.statistics import Situation, situation_of
 from spacedrive_jax.parallel import ordered_map
 
 Rule = StepRule | PolygonRule
@@ -38,7 +38,7 @@ class KeyframeScores:
         steps: scores by rule; empty when the keyframe is not eligible (some future pose is missing).
     """
 
-    facts: KeyframeFacts
+    facts: Situation
     planners: tuple[str, ...] = ()
     failed: tuple[bool, ...] = ()
     steps: Mapping[Rule, StepScores] = dataclasses.field(default_factory=dict)
@@ -70,7 +70,7 @@ def obstacles_of(record: Record, *, pedestrians: bool = False) -> Obstacles:
 def score_keyframe(record: Record, planners: Planners, rules: Sequence[Rule]) -> KeyframeScores:
     """Scores every planner's answer for one keyframe under every rule."""
     if not np.all(record["waypoint_mask"]):
-        return KeyframeScores(facts_of(record))
+        return KeyframeScores(situation_of(record))
     plans = planners.plans(record)
     waypoints = np.stack([plan.waypoints for plan in plans.values()])
     grids = [Grid(rule.resolution) for rule in rules if isinstance(rule, StepRule)]
@@ -85,7 +85,7 @@ def score_keyframe(record: Record, planners: Planners, rules: Sequence[Rule]) ->
             obstacles = obstacles_of(record)
         steps[rule] = score_steps(waypoints, record["waypoints"], obstacles, drivable, rule)
     return KeyframeScores(
-        facts_of(record), tuple(plans), tuple(plan.failed for plan in plans.values()), steps
+        situation_of(record), tuple(plans), tuple(plan.failed for plan in plans.values()), steps
     )
 
 

@@ -39,7 +39,7 @@ TURN_BOUNDS_DEGREES = (5.0, 15.0, 45.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyframeFacts:
+class Situation:
     """What situation a keyframe is.
 
     Attributes:
@@ -59,11 +59,11 @@ class KeyframeFacts:
     agents: int = 0
 
 
-def facts_of(record: Record) -> KeyframeFacts:
+def situation_of(record: Record) -> Situation:
     """Reads a record's situation."""
     step = constant_velocity(record)[0]
     known = bool(record["past_mask"][0])
-    return KeyframeFacts(
+    return Situation(
         token=record["token"],
         scene=record["scene_name"],
         command=int(record["command_released"]),
@@ -73,7 +73,7 @@ def facts_of(record: Record) -> KeyframeFacts:
     )
 
 
-def break_down(horizons: HorizonScores, facts: Sequence[KeyframeFacts]) -> dict[str, dict[str, Any]]:
+def break_down(horizons: HorizonScores, facts: Sequence[Situation]) -> dict[str, dict[str, Any]]:
     """Scores per group of keyframes.
 
     Args:

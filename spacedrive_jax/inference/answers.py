@@ -41,7 +41,7 @@ class Generation:
     coordinates: Float[Array, "B G 3"]
     """The coordinate decoded at each place that counts, metres, ego frame; zeros elsewhere."""
     is_coordinate: Bool[Array, "B G"]
-    """Places whose coordinate counts (`coordinate_places`)."""
+    """Places whose coordinate counts (`coordinate_indices`)."""
     is_position: Bool[Array, "B G"]
     """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
     fed in its stead. In a run of indicators not all of them count."""
@@ -200,7 +200,7 @@ class OtherHost:
 
 @contextlib.contextmanager
 def answer_file(
-    out: Path, facts: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
+    out: Path, metadata: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
 ) -> Iterator[AnswerFile]:
     """Opens a file of answers; `out` appears when the block ends without an error.
 
@@ -209,7 +209,7 @@ def answer_file(
 
     Args:
         out: file to write.
-        facts: what the answers depend on (JSON values).
+        metadata: what the answers depend on (JSON values).
         batch_size: answers of a batch; an interrupted run's unfinished last batch is made again.
         resume: go on with an interrupted run, or start where there is none.
         overwrite: replace what is there.
@@ -222,32 +222,32 @@ def answer_file(
         raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
     partial = out.with_name(f".{out.name}.partial")
     facts_file = out.with_name(f".{out.name}.partial.json")
-    facts = json.loads(to_json(facts))
+    metadata = json.loads(to_json(metadata))
     kept, length = b"", 0
     if facts_file.is_file() and not overwrite:
         if not resume:
             raise SpaceDriveError(
                 f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew"
             )
-        kept, length = _interrupted(partial, facts_file, facts, batch_size)
-    write_json(facts_file, {"facts": facts, "length": length}, indent=2)
+        kept, length = _interrupted(partial, facts_file, metadata, batch_size)
+    write_json(facts_file, {"facts": metadata, "length": length}, indent=2)
     write_bytes(partial, kept)
     with partial.open("a", encoding="utf-8") as lines:
-        yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, facts)
+        yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, metadata)
     put_in_place(partial, out)
     facts_file.unlink()
 
 
 @contextlib.contextmanager
 def answer_file_of_hosts(
-    out: Path, facts: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
+    out: Path, metadata: Mapping[str, Any], *, batch_size: int, resume: bool, overwrite: bool
 ) -> Iterator[AnswerFile | OtherHost]:
     """`answer_file` on the first host of a run; the others learn where it stands and write nothing.
 
     Raises:
         SpaceDriveError: as `answer_file`; on the other hosts that the first one refused.
     """
-    opened = answer_file(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite)
+    opened = answer_file(out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite)
     if jax.process_count() == 1:
         with opened as file:
             yield file
@@ -269,13 +269,13 @@ def answer_file_of_hosts(
 
 
 def _interrupted(
-    partial: Path, facts_file: Path, facts: Mapping[str, Any], batch_size: int
+    partial: Path, facts_file: Path, metadata: Mapping[str, Any], batch_size: int
 ) -> tuple[bytes, int]:
     """The whole batches that an interrupted run wrote, and the length it had come to."""
     saved = read_json(facts_file)
     if not isinstance(saved, dict) or not isinstance(saved.get("length"), int) or "facts" not in saved:
         raise DataError(f"{facts_file} is damaged: --overwrite starts anew")
-    changes = config_changes(saved["facts"], facts)
+    changes = config_changes(saved["facts"], metadata)
     if changes:
         raise SpaceDriveError(
             f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "

@@ -89,7 +89,7 @@ def write_export(
         note(f"no program for any batch size ({str(error).splitlines()[0][:200]}): one for each size")
         sizes = doubled_sizes(1, most)
         programs = {f"planning-{size}.stablehlo": exported(size) for size in sizes}
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "version": VERSION,
         "config": json.loads(config_json),
         "model": json.loads(config_json)["name"],
@@ -102,13 +102,13 @@ def write_export(
     with io.atomic_folder(folder) as unfinished:
         for name, program in programs.items():
             data = bytes(program.serialize())
-            facts["files"][name] = hashlib.sha256(data).hexdigest()
+            metadata["files"][name] = hashlib.sha256(data).hexdigest()
             io.write_bytes(unfinished / name, data)
         save_file(dict(weights), str(unfinished / WEIGHTS))
         with (unfinished / WEIGHTS).open("rb") as stream:
-            facts["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
-        io.write_json(unfinished / FACTS, facts, indent=2)
-    return facts
+            metadata["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
+        io.write_json(unfinished / FACTS, metadata, indent=2)
+    return metadata
 
 
 def open_exported(folder: Path, *, most: int = 8) -> Planner:
@@ -122,29 +122,29 @@ def open_exported(folder: Path, *, most: int = 8) -> Planner:
         CheckpointError: it is not such a folder, is damaged, or was exported for another kind of device.
         ConfigError: it holds no program for so small a batch.
     """
-    facts = _facts(folder)
-    config = from_json(json.dumps(facts["config"]))
+    metadata = _facts(folder)
+    config = from_json(json.dumps(metadata["config"]))
     builder = SampleBuilder(config.data, config.model, answer=False)
     programs = {
-        name: jax_export.deserialize(bytearray(_checked(folder, facts, name)))
-        for name in facts["files"]
+        name: jax_export.deserialize(bytearray(_checked(folder, metadata, name)))
+        for name in metadata["files"]
         if name != WEIGHTS
     }
     platform = jax.default_backend()
-    if platform not in [_platform(name) for name in facts["platforms"]]:
+    if platform not in [_platform(name) for name in metadata["platforms"]]:
         raise CheckpointError(
-            f"{folder} was exported for {', '.join(facts['platforms'])}, this machine has {platform}: export "
-            "it on such a machine"
+            f"{folder} was exported for {', '.join(metadata['platforms'])}, this machine has {platform}: "
+            "export it on such a machine"
         )
-    _checked(folder, facts, WEIGHTS, read=False)
+    _checked(folder, metadata, WEIGHTS, read=False)
     weights = load_file(str(folder / WEIGHTS))
-    if facts["batch"] == "any":
+    if metadata["batch"] == "any":
         sizes = doubled_sizes(1, most)
         calls = dict.fromkeys(sizes, jax.jit(programs["planning.stablehlo"].call))
     else:
-        sizes = [size for size in facts["batch"] if size <= most]
+        sizes = [size for size in metadata["batch"] if size <= most]
         if not sizes:
-            raise ConfigError(f"{folder} has programs for batches of {facts['batch']}, none up to {most}")
+            raise ConfigError(f"{folder} has programs for batches of {metadata['batch']}, none up to {most}")
         calls = {size: jax.jit(programs[f"planning-{size}.stablehlo"].call) for size in sizes}
 
     def answer(batch: DrivingBatch) -> Generation:
@@ -152,7 +152,7 @@ def open_exported(folder: Path, *, most: int = 8) -> Planner:
         found = jax.device_get(calls[batch.size](weights, fields))
         return Generation(**{**_NO_TRAJECTORY, **found})
 
-    return Planner(config, builder, answer, sizes, facts["length"])
+    return Planner(config, builder, answer, sizes, metadata["length"])
 
 
 def export_example(builder: SampleBuilder, record: Record) -> DrivingBatch:
@@ -177,17 +177,17 @@ def _platform(name: str) -> str:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts = io.read_json(folder / FACTS, most=MOST_FACTS_BYTES)
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+    metadata = io.read_json(folder / FACTS, most=MOST_FACTS_BYTES)
+    if not isinstance(metadata, dict) or metadata.get("version") != VERSION:
         raise CheckpointError(f"{folder / FACTS} is not of this version of the project: export it again")
-    return facts
+    return metadata
 
 
-def _checked(folder: Path, facts: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:
+def _checked(folder: Path, metadata: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:
     path = io.inside(folder, name, f"{folder / FACTS}: file")
     io.require_regular(path)
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != facts["files"].get(name):
+    if digest != metadata["files"].get(name):
         raise CheckpointError(f"{path} is not what was exported (its SHA-256 differs): export it again")
     return io.read_bytes(path) if read else b""

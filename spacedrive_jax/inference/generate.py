@@ -2,7 +2,7 @@
 
 After the indicator token is fed, its hidden state is decoded to metres; the id predicted there is kept in
 the raw output but not fed: the position token takes its place. Which of the coordinates count is read from
-the finished answer (`coordinate_places`), as the published code does. An answer
+the finished answer (`coordinate_indices`), as the published code does. An answer
 whose frame is known can be run in one pass first (`one_pass`); what the frame does not explain is generated
 token by token, here.
 """
@@ -18,11 +18,11 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.inference.progress import (
-    Progress,
-    coordinate_places,
+    DecodeState,
+    apply_repetition_penalty,
+    coordinate_indices,
     decode_points,
     mark_seen,
-    penalise,
     position_embedding,
     start,
 )
@@ -69,11 +69,11 @@ def generate(
         progress = start(model, batch, tokenizer, max_new_tokens, repetition_penalty)
     in_frame = progress.finished
 
-    def proceed(progress: Progress) -> Progress:
+    def proceed(progress: DecodeState) -> DecodeState:
         return _step(model, batch, tokenizer, max_new_tokens, repetition_penalty, progress)
 
     end = jax.lax.while_loop(lambda progress: ~jnp.all(progress.finished), proceed, progress)
-    counts = end.is_position & coordinate_places(end.token_ids, end.count, tokenizer.indicator)
+    counts = end.is_position & coordinate_indices(end.token_ids, end.count, tokenizer.indicator)
     points = jnp.where(counts[..., None, None], end.points, 0.0)
     whole = model.config.decoder.whole_trajectory
     return Generation(
@@ -93,12 +93,14 @@ def _step(
     tokenizer: DrivingTokenizer,
     max_new_tokens: int,
     repetition_penalty: float,
-    progress: Progress,
-) -> Progress:
+    progress: DecodeState,
+) -> DecodeState:
     """Chooses one id for every unfinished sample and feeds it, or the position token in its place."""
     rows = jnp.arange(batch.size)
     active, discarded = ~progress.finished, progress.after_indicator
-    scores = penalise(model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty)
+    scores = apply_repetition_penalty(
+        model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty
+    )
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     points = decode_points(model, progress.hidden)
     # Out of range where finished: dropped.
@@ -112,15 +114,15 @@ def _step(
     if model.config.position_input:
         encoded = position_embedding(model, progress.hidden)[:, None]
         embedding = jnp.where(discarded[:, None, None], encoded.astype(embedding.dtype), embedding)
-    positions = (progress.cache.lengths + batch.position_offset)[None, :, None]
+    position_ids = (progress.cache.lengths + batch.rope_delta)[None, :, None]
     hidden, cache = model.vlm.decode(
         embedding,
-        jnp.broadcast_to(positions, (3, batch.size, 1)),
+        jnp.broadcast_to(position_ids, (3, batch.size, 1)),
         lengths=(~finished).astype(jnp.int32),
         cache=progress.cache,
     )
     assert cache is not None
-    return Progress(
+    return DecodeState(
         cache=cache,
         hidden=hidden[:, 0],
         after_indicator=~discarded & (chosen == tokenizer.indicator) & model.config.coordinate_tokens,

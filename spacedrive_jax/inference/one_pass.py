@@ -25,11 +25,11 @@ from jaxtyping import Array, Bool, Float, Int
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.progress import (
-    Progress,
+    DecodeState,
     Seen,
+    apply_repetition_penalty,
     decode_points,
     mark_seen,
-    penalise,
     points_of_token,
     position_embedding,
     prefill,
@@ -51,7 +51,7 @@ def run_frame(
     frame: tuple[int, ...],
     max_new_tokens: int,
     repetition_penalty: float,
-) -> Progress:
+) -> DecodeState:
     """Runs prompts with the frame behind them and keeps what each sample agrees with.
 
     Args:
@@ -91,7 +91,7 @@ def run_frame(
     token_ids = jnp.where(kept, chosen, tokenizer.padding)
     rest = max_new_tokens + 1 - length
     last = jnp.minimum(count, length - 1)
-    return Progress(
+    return DecodeState(
         cache=dataclasses.replace(cache, lengths=batch.lengths + count),
         hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
         after_indicator=jnp.asarray(discarded)[last],
@@ -120,7 +120,7 @@ def _choose(
     def step(
         seen: Bool[Array, "B vocabulary"], scores: Float[Array, "B vocabulary"]
     ) -> tuple[Bool[Array, "B vocabulary"], tuple[Array, Array]]:
-        ids, margin = best(penalise(scores, seen, penalty))
+        ids, margin = best(apply_repetition_penalty(scores, seen, penalty))
         return seen.at[jnp.arange(len(ids)), ids].set(True), (ids, margin)
 
     _, (ids, margin) = jax.lax.scan(step, seen, jnp.swapaxes(scores, 0, 1))
@@ -152,10 +152,10 @@ def _hidden_states(
         ids, count = piece
         embeddings = model.vlm.embed(jnp.broadcast_to(ids, (batch.size, width)))
         encoded = position_embedding(model, at_indicator).astype(embeddings.dtype)
-        positions = cache.lengths[:, None] + batch.position_offset[:, None] + jnp.arange(width)
+        position_ids = cache.lengths[:, None] + batch.rope_delta[:, None] + jnp.arange(width)
         hidden, grown = model.vlm.decode(
             embeddings.at[:, 0].set(encoded),
-            jnp.broadcast_to(positions, (3, *positions.shape)),
+            jnp.broadcast_to(position_ids, (3, *position_ids.shape)),
             lengths=jnp.full(batch.size, count),
             cache=cache,
         )
@@ -188,13 +188,13 @@ def _run_with_prompt(
     rows, behind = jnp.arange(batch.size)[:, None], batch.lengths[:, None] + jnp.arange(width)
     text = model.vlm.embed(jnp.broadcast_to(jnp.asarray(piece, jnp.int32), (batch.size, width)))
     embeddings = jnp.pad(model.embeddings(batch), ((0, 0), (0, width), (0, 0)))
-    positions = jnp.pad(batch.positions, ((0, 0), (0, 0), (0, width)))
-    counted = jnp.broadcast_to((behind + batch.position_offset[:, None])[:, None], (batch.size, 3, width))
+    position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
+    counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
     longer = dataclasses.replace(
         batch,
         lengths=batch.lengths + width,
-        positions=jax.vmap(lambda row, at, new: row.at[:, at].set(new))(positions, behind, counted),
+        position_ids=jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted),
     )
     hidden, cache = prefill(model, longer, embeddings.at[rows, behind].set(text), room - width)
-    places = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
-    return jnp.take_along_axis(hidden, places[..., None], axis=1), cache
+    indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
+    return jnp.take_along_axis(hidden, indices[..., None], axis=1), cache

@@ -27,7 +27,7 @@ from spacedrive_jax.interop.trained_parts import (
     is_imported,
     trained_rules,
 )
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts, load
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata, load
 from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, write_part
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
@@ -35,7 +35,7 @@ from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
-from spacedrive_jax.training.state import abstract_state, frozen_state, start_state
+from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
 
 # Opens the vision-language model of whatever folder holds one.
@@ -59,7 +59,7 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
     tokenizer = functools.partial(copy_tokenizer, source)
     if is_imported(source):
         return _open_imported(source)
-    if (source / FACTS_FILE).is_file():
+    if (source / METADATA_FILE).is_file():
         return Exportable(load(source), _base_name(source), tokenizer)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         return _open_run(source, mesh)
@@ -77,19 +77,19 @@ def _base_name(source: Path) -> str:
     The folder's base lies in it too, so it serves where the base has no name or is no longer there.
     """
     named = base_of(source / ADAPTER_FOLDER) if (source / ADAPTER_FOLDER).is_dir() else None
-    named = named or WeightsFacts.read(source).source
+    named = named or WeightsMetadata.read(source).source
     return named if (Path(named) / "config.json").is_file() else str(source)
 
 
 def _open_imported(source: Path) -> Exportable:
     """A published SpaceDrive's vision-language model with the rows it trained for the new tokens."""
-    facts, config = WeightsFacts.read(source), imported_config(source).model
-    assert facts.new_tokens is not None
+    metadata, config = WeightsMetadata.read(source), imported_config(source).model
+    assert metadata.new_tokens is not None
     model = load(source, trainable_tokens=config.new_token_rows)
     state = {("vlm", *path): value for path, value in nnx.to_flat_state(nnx.state(model, NewTokenParam))}
-    fill_new_rows(state, source, config, facts.new_tokens)
+    fill_new_rows(state, source, config, metadata.new_tokens)
     nnx.update(model, nnx.from_flat_state([(path[1:], value) for path, value in state.items()]))
-    heads = {str(rule.target[0]) for rule in trained_rules(config, facts.new_tokens)} - {"vlm"}
+    heads = {str(rule.target[0]) for rule in trained_rules(config, metadata.new_tokens)} - {"vlm"}
     tokenizer = functools.partial(copy_tokenizer, source)
     return Exportable(model, _base_name(source), tokenizer, tuple(sorted(heads)))
 
@@ -98,7 +98,7 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     run_dir, step = checkpoints.locate(source)
     config = from_json(read_text(run_dir / "config.json"))
     run_folder.check_config(
-        checkpoints.read_facts(run_dir, step),
+        checkpoints.read_metadata(run_dir, step),
         config,
         run_dir / "checkpoints" / str(step),
         run_folder.accepted_changes(run_dir),
@@ -115,7 +115,7 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
         write_part(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
     weights = config.model.weights
-    is_folder = weights is not None and (Path(weights) / FACTS_FILE).is_file()
+    is_folder = weights is not None and (Path(weights) / METADATA_FILE).is_file()
     named = weights or f"random weights of {run_dir}"
     base = _base_name(Path(named)) if is_folder else named
     return Exportable(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
@@ -154,7 +154,7 @@ def open_config(checkpoint: Path) -> Config:
     run_dir, step = checkpoints.locate(checkpoint)
     config = config_of_run(run_dir)
     run_folder.check_config(
-        checkpoints.read_facts(run_dir, step),
+        checkpoints.read_metadata(run_dir, step),
         config,
         run_dir / "checkpoints" / str(step),
         run_folder.accepted_changes(run_dir),
@@ -188,14 +188,14 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
             digest.update(hashlib.sha256(read_bytes(file)).digest())
         return {
             "path": str(checkpoint.resolve()),
-            "base_fingerprint": WeightsFacts.read(checkpoint).fingerprint,
+            "base_fingerprint": WeightsMetadata.read(checkpoint).fingerprint,
             "trainable_fingerprint": digest.hexdigest(),
         }
     run_dir, step = checkpoints.locate(checkpoint)
-    facts = checkpoints.read_facts(run_dir, step)
+    metadata = checkpoints.read_metadata(run_dir, step)
     names = ("config", "base_fingerprint", "trainable_fingerprint")
     path = str(run_dir.resolve() / "checkpoints" / str(step))
-    return {"path": path} | {name: facts.get(name) for name in names}
+    return {"path": path} | {name: metadata.get(name) for name in names}
 
 
 def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | None = None) -> TrainedModel:
@@ -220,11 +220,11 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
             raise CheckpointError(
                 f"{checkpoint} was imported and holds no moving average: leave --average out"
             )
-        return TrainedModel(config, mesh, graph, *start_state(config, mesh))
+        return TrainedModel(config, mesh, graph, *init_train_state(config, mesh))
     frozen = frozen_state(config, mesh)
     run_dir, step = checkpoints.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)
-    checkpoints.check_facts(checkpoints.read_facts(run_dir, step), {"base_fingerprint": base})
+    checkpoints.check_metadata(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
     if average:
         optimizer = make_train_step(config, mesh).optimizer_state
         trainable = checkpoints.restore_average(run_dir, step, optimizer)

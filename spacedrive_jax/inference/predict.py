@@ -90,7 +90,7 @@ def predict(
     limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
     asking = Asking(batch_size, limit, repetition_penalty, frame)
-    facts = {
+    metadata = {
         "checkpoint": name_checkpoint(checkpoint),
         "records": records.fingerprint,
         "split": split,
@@ -98,7 +98,9 @@ def predict(
         "asking": dataclasses.asdict(asking),
     }
     unparsed, in_one_pass, timed = 0, 0, 0
-    with answer_file_of_hosts(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+    with answer_file_of_hosts(
+        out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
+    ) as file:
         samples = Samples(records, builder, list(range(file.done, len(records))))
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         started = time.monotonic()

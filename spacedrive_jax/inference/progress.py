@@ -20,7 +20,7 @@ Seen = Bool[Array, "B vocabulary"] | None
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class DecodeState:
     """An answer in the making; the fields that `Generation` has too mean the same."""
 
     cache: KVCache
@@ -44,11 +44,11 @@ def start(
     tokenizer: DrivingTokenizer,
     max_new_tokens: int,
     repetition_penalty: float,
-) -> Progress:
+) -> DecodeState:
     """Runs the prompts; nothing is generated yet."""
     size, total = batch.size, max_new_tokens + 1
     hidden, cache = prefill(model, batch, model.embeddings(batch), total)
-    return Progress(
+    return DecodeState(
         cache=cache,
         hidden=jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0],
         after_indicator=jnp.zeros(size, bool),
@@ -65,8 +65,8 @@ def prefill(
     model: SpaceDrive, batch: DrivingBatch, embeddings: Float[Array, "B S D"], room: int
 ) -> tuple[Float[Array, "B S D"], KVCache]:
     """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them."""
-    positions = jnp.swapaxes(batch.positions, 0, 1)
-    return model.vlm.prefill(embeddings, positions, lengths=batch.lengths, room=room)
+    position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
+    return model.vlm.prefill(embeddings, position_ids, lengths=batch.lengths, room=room)
 
 
 def points_of_token(model: SpaceDrive) -> int:
@@ -83,7 +83,7 @@ def decode_points(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Arr
     return model.decode_coordinates(hidden)[..., None, :]
 
 
-def coordinate_places(
+def coordinate_indices(
     token_ids: Int[Array, "B G"], lengths: Int[Array, " B"], indicator: int
 ) -> Bool[Array, "B G"]:
     """Where a finished answer has its coordinates: behind the first indicator of every run.
@@ -99,14 +99,14 @@ def coordinate_places(
         lengths: of the answers.
         indicator: the indicator's id.
     """
-    places = jnp.arange(token_ids.shape[1])
-    is_indicator = (token_ids == indicator) & (places < lengths[:, None])
+    indices = jnp.arange(token_ids.shape[1])
+    is_indicator = (token_ids == indicator) & (indices < lengths[:, None])
     ends_with_one = jnp.take_along_axis(is_indicator, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
     before = jnp.concatenate([ends_with_one, is_indicator[:, :-1]], axis=1)
     several = is_indicator.sum(axis=1, keepdims=True) > 1
     first_of_run = is_indicator & ~(before & several)
     behind = jnp.pad(first_of_run[:, :-1], ((0, 0), (1, 0)))
-    return behind & (places < lengths[:, None])
+    return behind & (indices < lengths[:, None])
 
 
 def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -135,11 +135,11 @@ def mark_seen(seen: Seen, token_ids: Int[Array, "B K"], valid: Bool[Array, "B K"
     """Adds the valid ids."""
     if seen is None:
         return None
-    places = jnp.where(valid, token_ids, seen.shape[-1])  # out of range where invalid: dropped
-    return seen.at[jnp.arange(len(seen))[:, None], places].set(True, mode="drop")
+    indices = jnp.where(valid, token_ids, seen.shape[-1])  # out of range where invalid: dropped
+    return seen.at[jnp.arange(len(seen))[:, None], indices].set(True, mode="drop")
 
 
-def penalise(
+def apply_repetition_penalty(
     scores: Float[Array, "B vocabulary"], seen: Seen, penalty: float
 ) -> Float[Array, "B vocabulary"]:
     """Lowers the scores of ids already seen: positive ones divided, negative ones multiplied."""

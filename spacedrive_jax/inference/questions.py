@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
@@ -74,8 +74,10 @@ class Prompts(Sequence[DrivingBatch]):
         model = self.builder.model
         if model.position_input and model.position_input_training == "zeros":
             # As published: what a coordinate feeds at test time is fed in answers, not in prompts.
-            slots = np.where(sample.slots == Slot.COORDINATE, Slot.TEXT, sample.slots).astype(np.int32)
-            return dataclasses.replace(sample, slots=slots)
+            token_type_ids = np.where(
+                sample.token_type_ids == TokenType.COORDINATE, TokenType.TEXT, sample.token_type_ids
+            ).astype(np.int32)
+            return dataclasses.replace(sample, token_type_ids=token_type_ids)
         return sample
 
 
@@ -122,7 +124,7 @@ def answer_counterfactual(
     builder = SampleBuilder(config.data, config.model, answer=False)
     with_depth = with_network_depth(records, config.data.depth, builder.images.token_grid)
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
-    facts = {
+    metadata = {
         "checkpoint": name_checkpoint(checkpoint),
         "records": records.fingerprint,
         "split": split,
@@ -131,7 +133,9 @@ def answer_counterfactual(
         "asking": dataclasses.asdict(asking),
     }
     started = time.monotonic()
-    with answer_file_of_hosts(out, facts, batch_size=batch_size, resume=resume, overwrite=overwrite) as file:
+    with answer_file_of_hosts(
+        out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
+    ) as file:
         prompts = Prompts(with_depth, builder, questions[file.done :])
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         with progress(

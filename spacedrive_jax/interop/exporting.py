@@ -54,7 +54,7 @@ def export_hf(opened: Exportable, out: Path) -> Mapping[str, Any]:
         "out": str(out),
         "merged_adapter_rank": None if decoder.lora is None else decoder.lora.rank,
         "new_tokens": None if decoder.new_tokens is None else decoder.new_tokens.first_id,
-        "untied_head": written.decoder.tied_head != decoder.config.tied_head,
+        "untied_head": written.decoder.tie_word_embeddings != decoder.config.tie_word_embeddings,
         "left_out": list(opened.left_out),
     }
 

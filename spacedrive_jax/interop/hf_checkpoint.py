@@ -60,10 +60,10 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         self._state = dict(nnx.to_flat_state(nnx.state(model)))
         self._lora, self._new_tokens = model.decoder.lora, model.decoder.new_tokens
         self._dtype = model.decoder.compute.storage_dtype
-        tied = model.config.decoder.tied_head
+        tied = model.config.decoder.tie_word_embeddings
         self._untied = tied and self._new_tokens is not None
         self._paths = [path for path in self._state if self._is_base(path)] + [HEAD_PATH] * self._untied
-        decoder = dataclasses.replace(model.config.decoder, tied_head=tied and not self._untied)
+        decoder = dataclasses.replace(model.config.decoder, tie_word_embeddings=tied and not self._untied)
         self.config: VLConfig = dataclasses.replace(model.config, decoder=decoder)
         """Architecture of the merged model."""
 
@@ -175,7 +175,7 @@ def from_hf(
         state.update(nnx.to_flat_state(drawn))
     fill(state, rules, folder, shardings)
     if new_tokens is not None:
-        _copy_new_rows(state, new_tokens, tied=config.decoder.tied_head)
+        _copy_new_rows(state, new_tokens, tied=config.decoder.tie_word_embeddings)
     return nnx.merge(graph, nnx.from_flat_state(state))
 
 
@@ -353,7 +353,7 @@ def with_own_head(config: VLConfig, folder: SafetensorsFolder) -> VLConfig:
         folder: the checkpoint, under the table's names.
     """
     head, table = folder.places.get(HEAD), folder.places.get(TABLE)
-    if not config.decoder.tied_head or head is None or table is None:
+    if not config.decoder.tie_word_embeddings or head is None or table is None:
         return config
     if head.shape == table.shape and head.dtype == table.dtype:
         own, repeated = folder.read(HEAD), folder.read(TABLE)
@@ -364,13 +364,13 @@ def with_own_head(config: VLConfig, folder: SafetensorsFolder) -> VLConfig:
         folder.path,
         head.name,
     )
-    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tied_head=False))
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_word_embeddings=False))
 
 
 def without_content(config: VLConfig, folder: SafetensorsFolder) -> list[str]:
     """Tensors that may be there though they carry nothing: fixed tables, the head of a tied model."""
     ignored = [name for name in folder.places if name.endswith(("inv_freq", "position_ids"))]
-    return [*ignored, HEAD] if config.decoder.tied_head else ignored
+    return [*ignored, HEAD] if config.decoder.tie_word_embeddings else ignored
 
 
 def _copy_new_rows(state: dict[ParameterPath, Any], new_tokens: NewTokensConfig, *, tied: bool) -> None:

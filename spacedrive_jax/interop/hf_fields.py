@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 
 Fields = Mapping[str, Any]
 
@@ -149,7 +149,7 @@ def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: A
         raise ConfigError(f"{origin}: {name} {found!r} is not supported, only {supported!r}")
 
 
-def decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
+def decoder_fields(decoder: LanguageModelConfig) -> dict[str, Any]:
     """What both families write of the decoder."""
     return {
         "vocab_size": decoder.vocab_size,
@@ -161,7 +161,7 @@ def decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": decoder.norm_eps,
         "rope_theta": decoder.rope_theta,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
     }
 
 

@@ -27,7 +27,7 @@ from spacedrive_jax.interop.safetensors_folder import (
     write_tensors,
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsMetadata
 from spacedrive_jax.io import read_json, require_regular, write_json, write_part
 from spacedrive_jax.models.families import family_of
 
@@ -192,9 +192,9 @@ def import_hf(source: Path, out: Path, options: ImportOptions) -> Mapping[str, A
             misshapen.
     """
     with new_folder(out) as folder:
-        facts = _import_base(source, folder, options)
-        facts.write(folder)
-    return dataclasses.asdict(facts)
+        metadata = _import_base(source, folder, options)
+        metadata.write(folder)
+    return dataclasses.asdict(metadata)
 
 
 def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:
@@ -208,19 +208,19 @@ def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str,
     check_folder(base)
     rules, adapter = open_adapter(source, read_hf_config(base), lora)
     with new_folder(out) as folder:
-        facts = dataclasses.replace(
+        metadata = dataclasses.replace(
             _import_base(base, folder, options), adapter_rank=lora.rank, adapter_source=str(source)
         )
         tensors = ((name, adapter.read(name)) for rule in rules for name in rule.source_names())
         write_adapter(folder / ADAPTER_FOLDER, tensors, lora, rules, base_model=str(base))
-        facts.write(folder)
-    return dataclasses.asdict(facts)
+        metadata.write(folder)
+    return dataclasses.asdict(metadata)
 
 
 READERS: dict[str, Reader] = {"hf": import_hf, "peft": import_peft}
 
 
-def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsFacts:
+def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsMetadata:
     """Checks a checkpoint against its config and writes it, with the two tokens, into an open folder."""
     check_folder(source)
     config = read_hf_config(source)
@@ -260,12 +260,12 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsF
 
     planned = [PlannedTensor(form.hub_name(name), size(name)) for name in names]
     fields = with_vocabulary(source, rows)
-    if not config.decoder.tied_head and read_hf_config(source).decoder.tied_head:
+    if not config.decoder.tie_word_embeddings and read_hf_config(source).decoder.tie_word_embeddings:
         fields = untied(fields)
     write_json(folder / "config.json", fields, indent=2)
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
-    return WeightsFacts.of(family_of(config).name, source, fingerprint, new_tokens=tokens.indicator)
+    return WeightsMetadata.of(family_of(config).name, source, fingerprint, new_tokens=tokens.indicator)
 
 
 def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:

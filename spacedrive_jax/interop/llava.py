@@ -32,7 +32,7 @@ from spacedrive_jax.interop.weight_table import (
     reversed_prefixes,
     with_prefix,
 )
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 
 # The two-way table of LLaVA-1.5 and the names its tensors go by.
@@ -151,7 +151,7 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": vision.feature_layer,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         "text_config": {
             "model_type": "llama",
             "head_dim": decoder.head_dim,
@@ -172,7 +172,7 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def _decoder(text: Fields, origin: str) -> DecoderConfig:
+def _decoder(text: Fields, origin: str) -> LanguageModelConfig:
     expect(text, "model_type", "llama", origin)
     expect(text, "hidden_act", "silu", origin)
     expect(text, "attention_bias", False, origin)
@@ -184,7 +184,7 @@ def _decoder(text: Fields, origin: str) -> DecoderConfig:
     hidden = size(text, "hidden_size", origin, 4096)
     heads = size(text, "num_attention_heads", origin, 32)
     head_dim = head_size(text, origin, hidden, heads)
-    return DecoderConfig(
+    return LanguageModelConfig(
         vocab_size=size(text, "vocab_size", origin, 32000),
         hidden_size=hidden,
         intermediate_size=size(text, "intermediate_size", origin, 11008),
@@ -193,11 +193,11 @@ def _decoder(text: Fields, origin: str) -> DecoderConfig:
         num_kv_heads=size(text, "num_key_value_heads", origin, heads),
         head_dim=head_dim,
         rope_theta=rotary_theta(text, origin, 10_000.0),
-        rope_sections=(head_dim // 2,),
+        mrope_section=(head_dim // 2,),
         norm_eps=real(text, "rms_norm_eps", origin, 1e-6),
         qkv_bias=False,
         # The outer field is no guide: transformers 4 writes its own default there.
-        tied_head=bool(text.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
     )
 
 

@@ -34,7 +34,7 @@ from spacedrive_jax.interop.weight_table import (
     reversed_prefixes,
     with_prefix,
 )
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 
 # The two-way table of Qwen2.5-VL and the names its tensors go by.
@@ -128,11 +128,11 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
         "image_token_id": config.image_token_id,
         "vision_start_token_id": config.vision_start_token_id,
         "vision_end_token_id": config.vision_end_token_id,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         "text_config": {
             "model_type": "qwen2_5_vl_text",
             **decoder_fields(decoder),
-            "rope_scaling": {"rope_type": "default", "mrope_section": list(decoder.rope_sections)},
+            "rope_scaling": {"rope_type": "default", "mrope_section": list(decoder.mrope_section)},
         },
         "vision_config": {
             "model_type": "qwen2_5_vl",
@@ -152,7 +152,7 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
     }
 
 
-def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
+def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
     kind = rotary_type(text, origin)
     if kind not in ("default", "mrope"):
         raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported, only plain M-RoPE")
@@ -168,7 +168,7 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
         raise ConfigError(
             f"{origin}: mrope_section {list(sections)} does not sum to half of head_dim {head_dim}"
         )
-    return DecoderConfig(
+    return LanguageModelConfig(
         vocab_size=size(text, "vocab_size", origin),
         hidden_size=hidden,
         intermediate_size=size(text, "intermediate_size", origin),
@@ -177,10 +177,10 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> DecoderConfig:
         num_kv_heads=size(text, "num_key_value_heads", origin, heads),
         head_dim=head_dim,
         rope_theta=rotary_theta(text, origin, 1_000_000.0),
-        rope_sections=sections,
+        mrope_section=sections,
         norm_eps=real(text, "rms_norm_eps", origin, 1e-5),
         qkv_bias=True,
-        tied_head=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tie_word_embeddings=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
 
 

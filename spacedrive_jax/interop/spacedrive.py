@@ -54,7 +54,7 @@ from spacedrive_jax.interop.trained_parts import (
     trains_table_rows,
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsFacts
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsMetadata
 from spacedrive_jax.io import read_bytes, write_json, write_text
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
@@ -127,11 +127,11 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
             save_tensors(depth, folder / DEPTH_FOLDER / SINGLE_FILE)
         layout = {"meta": dict(parts.meta), "order": parts.order, "base": list(parts.base)}
         write_json(folder / LAYOUT_FILE, layout, default=_plain)
-        facts = WeightsFacts.of(
+        metadata = WeightsMetadata.of(
             family_of(config).name, source, fingerprint, new_tokens=tokens.indicator, adapter_rank=lora.rank
         )
-        facts.write(folder)
-    return {**dataclasses.asdict(facts), "notes": notes}
+        metadata.write(folder)
+    return {**dataclasses.asdict(metadata), "notes": notes}
 
 
 def _plain(value: Any) -> Any:

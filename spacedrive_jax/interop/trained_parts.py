@@ -25,7 +25,7 @@ from spacedrive_jax.interop.peft import open_adapter, read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, new_row_rules
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, FACTS_FILE, WeightsFacts
+from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata
 from spacedrive_jax.io import read_text
 from spacedrive_jax.models.config import LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
@@ -92,10 +92,10 @@ def check_trained_parts(folder: Path, model: ModelConfig, indicator: int) -> Non
         CheckpointError: the folder's parts were trained under other settings than the model's, naming the
             fields.
     """
-    if not (folder / FACTS_FILE).is_file():
+    if not (folder / METADATA_FILE).is_file():
         return
-    facts = WeightsFacts.read(folder)
-    if facts.adapter_rank is not None:
+    metadata = WeightsMetadata.read(folder)
+    if metadata.adapter_rank is not None:
         if not model.use_lora:
             raise CheckpointError(
                 f"{folder} holds adapters, which model.use_lora False would leave out: fold them in with "
@@ -105,9 +105,9 @@ def check_trained_parts(folder: Path, model: ModelConfig, indicator: int) -> Non
     if not is_imported(folder):
         return
     check_model(folder, model)
-    if facts.new_tokens != indicator:
+    if metadata.new_tokens != indicator:
         raise CheckpointError(
-            f"{folder} has the indicator token at {facts.new_tokens}, data.tokenizer at {indicator}: set "
+            f"{folder} has the indicator token at {metadata.new_tokens}, data.tokenizer at {indicator}: set "
             f"data.tokenizer to {folder}"
         )
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.models.config import DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.config import LanguageModelConfig, LoraConfig, NewTokensConfig
 
 ParameterPath = tuple[str | int, ...]
 Shape = tuple[int, ...]
@@ -98,7 +98,7 @@ def reversed_prefixes(prefixes: Iterable[tuple[str, str]]) -> tuple[tuple[str, s
     return tuple((new, old) for old, new in prefixes)
 
 
-def decoder_rules(config: DecoderConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
+def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
     """The table of a Qwen2.5 or LLaMA decoder.
 
     Args:
@@ -137,13 +137,13 @@ def decoder_rules(config: DecoderConfig, prefix: str = "model.language_model") -
         )
         if config.qkv_bias:
             rules.append(block(f"self_attn.{name}_proj.bias", f"attention.{name}.bias", (size,)))
-    if not config.tied_head:
+    if not config.tie_word_embeddings:
         rules.append(Rule("lm_head.weight", ("decoder", "head"), (config.vocab_size, width)))
     return tuple(rules)
 
 
 def lora_rules(
-    config: DecoderConfig, lora: LoraConfig, prefix: str = "base_model.model.model.language_model"
+    config: LanguageModelConfig, lora: LoraConfig, prefix: str = "base_model.model.model.language_model"
 ) -> tuple[Rule, ...]:
     """The table of the decoder's adapters under PEFT's names.
 
@@ -171,7 +171,7 @@ def lora_rules(
     return tuple(rules)
 
 
-def new_token_rules(config: DecoderConfig, new_tokens: NewTokensConfig) -> tuple[Rule, ...]:
+def new_token_rules(config: LanguageModelConfig, new_tokens: NewTokensConfig) -> tuple[Rule, ...]:
     """The table of the new tokens' rows under the names of the published SpaceDrive code."""
     shape = (new_tokens.count, config.hidden_size)
     return (

@@ -3,7 +3,7 @@
     config.json, model*.safetensors   the base, as transformers has it, in the types it came in
     tokenizer.json, ...               the tokenizer with the two coordinate tokens
     adapter/                          low-rank adapters, as PEFT has them (only if there are any)
-    weights.json                      what this is: `WeightsFacts`
+    weights.json                      what this is: `WeightsMetadata`
 
 transformers and PEFT load it as it stands.
 """
@@ -26,13 +26,13 @@ from spacedrive_jax.models.config import ComputeConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
-FACTS_FILE = "weights.json"
+METADATA_FILE = "weights.json"
 ADAPTER_FOLDER = "adapter"
 FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightsFacts:
+class WeightsMetadata:
     """What a weights folder says about itself."""
 
     family: str
@@ -61,7 +61,7 @@ class WeightsFacts:
         *,
         new_tokens: int | None,
         adapter_rank: int | None = None,
-    ) -> WeightsFacts:
+    ) -> WeightsMetadata:
         """The facts of a folder whose base, of the family of this name, has passed through `base`."""
         return cls(
             family=family,
@@ -76,27 +76,27 @@ class WeightsFacts:
 
     def write(self, folder: Path) -> None:
         """Writes weights.json."""
-        write_json(folder / FACTS_FILE, dataclasses.asdict(self), indent=2)
+        write_json(folder / METADATA_FILE, dataclasses.asdict(self), indent=2)
 
     @classmethod
-    def read(cls, folder: Path) -> WeightsFacts:
+    def read(cls, folder: Path) -> WeightsMetadata:
         """Reads weights.json.
 
         Raises:
             CheckpointError: If it is missing, damaged or of another version.
         """
-        file = Path(folder) / FACTS_FILE
+        file = Path(folder) / METADATA_FILE
         try:
-            facts = msgspec.json.decode(read_bytes(file, most=MEBIBYTE), type=cls)
+            metadata = msgspec.json.decode(read_bytes(file, most=MEBIBYTE), type=cls)
         except (DataError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{file} is not readable ({error}); give a folder that import-weights wrote"
             ) from error
-        if facts.format != FORMAT:
+        if metadata.format != FORMAT:
             raise CheckpointError(
-                f"{file} has format {facts.format}, this version reads {FORMAT}: import again"
+                f"{file} has format {metadata.format}, this version reads {FORMAT}: import again"
             )
-        return dataclasses.replace(facts, dtypes=tuple(facts.dtypes))
+        return dataclasses.replace(metadata, dtypes=tuple(metadata.dtypes))
 
 
 class Fingerprint:
@@ -146,10 +146,12 @@ def load(
         CheckpointError: If the folder is not one, or its files are damaged or do not fit each other.
     """
     folder = Path(folder)
-    facts = WeightsFacts.read(folder)
+    metadata = WeightsMetadata.read(folder)
     adapter = folder / ADAPTER_FOLDER
-    lora = None if facts.adapter_rank is None else read_peft_config(adapter)
-    rows = NewTokensConfig(facts.new_tokens) if trainable_tokens and facts.new_tokens is not None else None
+    lora = None if metadata.adapter_rank is None else read_peft_config(adapter)
+    rows = (
+        NewTokensConfig(metadata.new_tokens) if trainable_tokens and metadata.new_tokens is not None else None
+    )
     model = from_hf(folder, compute=compute, lora=lora, new_tokens=rows, shardings=shardings)
     if lora is not None:
         load_adapter(model, adapter)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import AttentionChoice
-from spacedrive_jax.models.partitioning import current_mesh, resolve
+from spacedrive_jax.models.partitioning import current_mesh, logical_to_mesh_axes
 
 # Attention for CPUs: a block of one head's queries at a time, so that its scores stay in the cache.
 #
@@ -182,10 +182,10 @@ def _on_shards(
     if mesh is None:
         return kernel(q, k, v, lengths)
     rows, heads, kv_heads = axes
-    queries = resolve((rows, None, heads, None), q.shape, mesh)
-    keys = resolve((rows, None, kv_heads, None), k.shape, mesh)
+    queries = logical_to_mesh_axes((rows, None, heads, None), q.shape, mesh)
+    keys = logical_to_mesh_axes((rows, None, kv_heads, None), k.shape, mesh)
     if queries != keys:  # the groups of heads do not lie on the same devices
-        queries = keys = resolve((rows, None, None, None), q.shape, mesh)
+        queries = keys = logical_to_mesh_axes((rows, None, None, None), q.shape, mesh)
     sharded = jax.shard_map(
         kernel,
         mesh=mesh,

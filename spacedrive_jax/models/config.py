@@ -1,6 +1,6 @@
 """What a vision-language model is made of, as frozen, hashable values.
 
-`DecoderConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
+`LanguageModelConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
 multimodal rotary embedding) and LLaMA (no biases, one-dimensional rotary embedding) alike.
 Reading and writing transformers' config.json lives in `hf_config.py`.
 """
@@ -36,7 +36,7 @@ _REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class LanguageModelConfig:
     """A causal language decoder with pre-norm blocks, grouped-query attention and SwiGLU.
 
     The defaults are those of Qwen2.5-VL-7B.
@@ -50,17 +50,17 @@ class DecoderConfig:
     num_kv_heads: int = 4
     head_dim: int = 128
     rope_theta: float = 1_000_000.0
-    rope_sections: tuple[int, ...] = (16, 24, 24)
+    mrope_section: tuple[int, ...] = (16, 24, 24)
     """How many rotary frequencies turn with each position axis (time, row, column). One section is the
     ordinary one-dimensional embedding, which then follows the first axis only."""
     norm_eps: float = 1e-6
     qkv_bias: bool = True
-    tied_head: bool = False
+    tie_word_embeddings: bool = False
     """The head is the embedding table."""
 
     BOUNDS: ClassVar[Bounds] = {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), COUNT),
-        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "rope_sections"), COUNT),
+        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "mrope_section"), COUNT),
         "rope_theta": POSITIVE,
         "norm_eps": POSITIVE,
     }
@@ -71,9 +71,9 @@ class DecoderConfig:
             raise ConfigError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
             )
-        if 2 * sum(self.rope_sections) != self.head_dim or not 1 <= len(self.rope_sections) <= 3:
+        if 2 * sum(self.mrope_section) != self.head_dim or not 1 <= len(self.mrope_section) <= 3:
             raise ConfigError(
-                f"rope_sections {self.rope_sections} must be one to three numbers that sum to half of "
+                f"mrope_section {self.mrope_section} must be one to three numbers that sum to half of "
                 f"head_dim ({self.head_dim})"
             )
 
@@ -120,7 +120,7 @@ class VisionConfig:
 class VLConfig:
     """A vision-language model; each family derives its own, with its defaults (`models.families`)."""
 
-    decoder: DecoderConfig
+    decoder: LanguageModelConfig
     vision: VisionConfig
     image_token_id: int
 

@@ -9,7 +9,7 @@ from typing import Any
 from spacedrive_jax.models.chat import ChatTemplate
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.image_processor import ImageProcessor
-from spacedrive_jax.models.positions import ImageSpan, MropePositions
+from spacedrive_jax.models.positions import ImageSpan, RopePositions
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 
@@ -24,7 +24,7 @@ class Family:
     """Constructor: (config, *, compute, rngs, lora=None, new_tokens=None)."""
     chat: ChatTemplate
     image_processor: type[ImageProcessor]
-    position_ids: Callable[[int, Sequence[ImageSpan]], MropePositions]
+    position_ids: Callable[[int, Sequence[ImageSpan]], RopePositions]
     """From a sequence's length and its images to the rotary positions."""
     vision_flops: Callable[[Any, tuple[int, int]], int]
     """From the config and the patch grid to the operations of the tower's forward pass over one image."""

@@ -52,7 +52,7 @@ def generate(
     if (valid < 1).any() or (valid > token_ids.shape[1]).any():
         raise ConfigError(f"prompt lengths {valid.tolist()} must lie in 1..{token_ids.shape[1]}")
     images_per_sample = 0 if images is None else images.shape[1]
-    positions, deltas = model.positions(token_ids, images_per_sample, image_grid, lengths=valid)
+    position_ids, deltas = model.position_ids(token_ids, images_per_sample, image_grid, lengths=valid)
     graph, state = nnx.split(model)
     return np.asarray(
         _generate(
@@ -60,7 +60,7 @@ def generate(
             state,
             jnp.asarray(token_ids, jnp.int32),
             images,
-            jnp.asarray(positions),
+            jnp.asarray(position_ids),
             jnp.asarray(deltas),
             jnp.asarray(valid, jnp.int32),
             image_grid=image_grid,
@@ -87,7 +87,7 @@ def _generate(
     state: nnx.State,
     token_ids: Int[Array, "B S"],
     images: Float[Array, "B N P C"] | None,
-    positions: Int[Array, "3 B S"],
+    position_ids: Int[Array, "3 B S"],
     deltas: Int[Array, " B"],
     lengths: Int[Array, " B"],
     *,
@@ -123,7 +123,7 @@ def _generate(
 
     features = None if images is None else model.encode_image_batch(images, image_grid)
     embeddings = model.embed(token_ids, features)
-    hidden, filled = model.prefill(embeddings, positions, lengths=lengths, room=max_new_tokens)
+    hidden, filled = model.prefill(embeddings, position_ids, lengths=lengths, room=max_new_tokens)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     nothing = _Progress(
         step=jnp.zeros((), jnp.int32),

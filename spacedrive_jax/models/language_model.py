@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import attend
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.layers import (
     INIT_STD,
     Projection,
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
     """Causal grouped-query self-attention with rotary embedding."""
 
     def __init__(
-        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+        self, config: LanguageModelConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
     ) -> None:
         model, head = (config.hidden_size,), config.head_dim
         query, key_value = (config.num_heads, head), (config.num_kv_heads, head)
@@ -140,7 +140,7 @@ class DecoderLayer(nnx.Module):
     """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: DecoderConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
+        self, config: LanguageModelConfig, *, lora: LoraConfig | None, compute: ComputeConfig, rngs: nnx.Rngs
     ) -> None:
         norm = functools.partial(
             RMSNorm, config.hidden_size, config.norm_eps, name="embed", compute=compute, rngs=rngs
@@ -166,12 +166,12 @@ class DecoderLayer(nnx.Module):
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), memory
 
 
-class Decoder(nnx.Module):
+class LanguageModel(nnx.Module):
     """Embedding table, stacked blocks, final norm and language-model head."""
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: LanguageModelConfig,
         *,
         compute: ComputeConfig,
         rngs: nnx.Rngs,
@@ -206,7 +206,7 @@ class Decoder(nnx.Module):
             rngs,
         )
         self.final_norm = RMSNorm(width, config.norm_eps, name="embed", compute=compute, rngs=rngs)
-        self.head = None if config.tied_head else table(dtype=compute.storage_dtype)
+        self.head = None if config.tie_word_embeddings else table(dtype=compute.storage_dtype)
         if new_tokens is not None:
             _check_new_tokens(new_tokens, config.vocab_size)
 
@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
         cache: KVCache | None = None,
@@ -243,7 +243,7 @@ class Decoder(nnx.Module):
 
         Args:
             embeddings: Input embeddings, right-padded.
-            positions: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
+            position_ids: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
             lengths: Valid tokens per sample among the S given; None when all are. Hidden states behind them
                 are finite but mean nothing.
             cache: Tokens seen so far. The given tokens stand behind them and are added to it.
@@ -252,13 +252,13 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the final norm, and the grown cache (None without one).
         """
-        hidden, cache, _ = self._run(embeddings, positions, lengths, cache, dropout_key)
+        hidden, cache, _ = self._run(embeddings, position_ids, lengths, cache, dropout_key)
         return self.final_norm(hidden), cache
 
     def prefill(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
         room: int,
@@ -267,7 +267,7 @@ class Decoder(nnx.Module):
 
         Args:
             embeddings: Input embeddings, right-padded.
-            positions: Position ids on the axes time, row, column.
+            position_ids: Position ids on the axes time, row, column.
             lengths: Valid tokens per sample; None when all are.
             room: Tokens that the cache can take behind the S given.
 
@@ -279,7 +279,7 @@ class Decoder(nnx.Module):
             keys, values = (jnp.pad(each, ((0, 0), (0, room), (0, 0), (0, 0))) for each in memory)
             return keys, values
 
-        hidden, _, (keys, values) = self._run(embeddings, positions, lengths, None, None, keep=with_room)
+        hidden, _, (keys, values) = self._run(embeddings, position_ids, lengths, None, None, keep=with_room)
         batch, length = embeddings.shape[:2]
         filled = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
         return self.final_norm(hidden), KVCache(keys, values, filled)
@@ -287,13 +287,13 @@ class Decoder(nnx.Module):
     def hidden_states(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "L+1 B S D"]:
         """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
         hidden, _, layers = self._run(
-            embeddings, positions, lengths, None, None, keep=lambda hidden, memory: hidden
+            embeddings, position_ids, lengths, None, None, keep=lambda hidden, memory: hidden
         )
         first = embeddings.astype(hidden.dtype)[None]
         return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
@@ -301,7 +301,7 @@ class Decoder(nnx.Module):
     def _run(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         lengths: Int[Array, " B"] | None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
@@ -310,7 +310,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
         """Runs all blocks; `keep` says what of each (output, second result) is stacked."""
         config, new_tokens = self.config, embeddings.shape[1]
-        rotary = decoder_rotary(positions, config.rope_sections, config.rope_theta)
+        rotary = decoder_rotary(position_ids, config.mrope_section, config.rope_theta)
         cache_mask = None if cache is None else cache.attention_mask(new_tokens)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, (config.num_layers, 4))
 

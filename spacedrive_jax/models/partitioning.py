@@ -52,7 +52,9 @@ FROM_WIDTH: Mapping[str, Any] = MappingProxyType({"out_sharding": ("embed", None
 """`kernel_metadata` of an `nnx.Linear` whose inputs have the model's width."""
 
 
-def resolve(names: AxisNames, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def logical_to_mesh_axes(
+    names: AxisNames, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """Mesh axes of one array.
 
     Args:
@@ -103,7 +105,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = current_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolve(names, x.shape, mesh)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, logical_to_mesh_axes(names, x.shape, mesh))
+    )
 
 
 Module = TypeVar("Module", bound=nnx.Module)

@@ -34,14 +34,16 @@ def inverse_frequencies(count: int, theta: float) -> Float[np.ndarray, " count"]
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
-def decoder_rotary(positions: Int[Array, "A B S"], sections: tuple[int, ...], theta: float) -> RotaryTables:
+def decoder_rotary(
+    position_ids: Int[Array, "A B S"], sections: tuple[int, ...], theta: float
+) -> RotaryTables:
     """Rotary tables of the decoder: each section of the frequencies follows its own position axis.
 
     With three sections this is the multimodal embedding of Qwen2-VL (Wang et al. 2024, section 2.1); with
     one it is the ordinary 1-D embedding on the first axis.
 
     Args:
-        positions: Position of every token on each axis (time, row, column); text has the same on all.
+        position_ids: Position of every token on each axis (time, row, column); text has the same on all.
         sections: Number of frequencies that follow each axis; sums to half of the head size.
         theta: Base of the frequencies.
 
@@ -50,7 +52,7 @@ def decoder_rotary(positions: Int[Array, "A B S"], sections: tuple[int, ...], th
     """
     axis_of_frequency = np.repeat(np.arange(len(sections)), sections)
     frequencies = inverse_frequencies(sum(sections), theta)
-    per_frequency = jnp.moveaxis(positions.astype(jnp.float32)[axis_of_frequency], 0, -1)
+    per_frequency = jnp.moveaxis(position_ids.astype(jnp.float32)[axis_of_frequency], 0, -1)
     angles = per_frequency * frequencies
     return RotaryTables(jnp.cos(angles), jnp.sin(angles))
 
@@ -102,15 +104,15 @@ class ImageSpan(NamedTuple):
         return self.start + self.length
 
 
-class MropePositions(NamedTuple):
+class RopePositions(NamedTuple):
     """Position ids and how to go on from them."""
 
-    positions: Int[np.ndarray, "3 S"]
-    delta: int
+    position_ids: Int[np.ndarray, "3 S"]
+    rope_delta: int
     """The token at index i >= S, text, has position i + delta on every axis."""
 
 
-def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> MropePositions:
+def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> RopePositions:
     """Position ids of one sequence.
 
     Args:
@@ -139,8 +141,8 @@ def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> MropePosit
         index = span.stop
     text = np.arange(length - index) + position
     pieces.append(np.broadcast_to(text, (3, len(text))))
-    positions = np.concatenate(pieces, axis=1).astype(np.int32)
-    return MropePositions(positions, position + len(text) - length)
+    position_ids = np.concatenate(pieces, axis=1).astype(np.int32)
+    return RopePositions(position_ids, position + len(text) - length)
 
 
 def find_image_spans(

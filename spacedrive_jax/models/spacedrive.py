@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
@@ -71,7 +71,7 @@ class SpaceDrive(nnx.Module):
         batch: DrivingBatch,
         *,
         dropout_key: jax.Array | None = None,
-        places: Int[Array, "B C"] | None = None,
+        indices: Int[Array, "B C"] | None = None,
         truth: Float[Array, "B C 2"] | None = None,
         noise: Float[Array, "B C Z"] | None = None,
     ) -> Outputs:
@@ -80,18 +80,18 @@ class SpaceDrive(nnx.Module):
         Args:
             batch: a batch with answers.
             dropout_key: key of the adapters' dropout; None switches it off.
-            places: indicators to decode at; None takes the six waypoints'.
+            indices: indicators to decode at; None takes the six waypoints'.
             truth: the true coordinates there, which the `vae` decoder sees in training.
             noise: standard normal for the `vae` decoder; None decodes without.
         """
         hidden, _ = self.vlm.decode(
             self.embeddings(batch),
-            jnp.swapaxes(batch.positions, 0, 1),
+            jnp.swapaxes(batch.position_ids, 0, 1),
             lengths=batch.lengths,
             dropout_key=dropout_key,
         )
-        places = batch.waypoint_places if places is None else places
-        at_indicators = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        indices = batch.waypoint_indices if indices is None else indices
+        at_indicators = jnp.take_along_axis(hidden, indices[..., None], axis=1)
         at_indicators = self.without_semantics(at_indicators)
         return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, truth, noise))
 
@@ -137,18 +137,20 @@ class SpaceDrive(nnx.Module):
         """Token embeddings with everything spatial in its place."""
         config = self.config
         embeddings = self.vlm.embed(batch.token_ids)
-        embeddings = place_rows(embeddings, self.visual_tokens(batch), batch.slots == Slot.IMAGE)
+        embeddings = place_rows(
+            embeddings, self.visual_tokens(batch), batch.token_type_ids == TokenType.IMAGE
+        )
         if self.ego_encoder is not None:
             feature = self.ego_encoder(batch.ego_status)[:, None]
-            embeddings = place_rows(embeddings, feature, batch.slots == Slot.EGO_FEATURE)
+            embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)
-            embeddings = place_rows(embeddings, past, batch.slots == Slot.EGO_POSITION)
+            embeddings = place_rows(embeddings, past, batch.token_type_ids == TokenType.EGO_POSITION)
         if config.position_input:
             coordinates = self.embed_coordinates(batch.coordinates)
             if config.position_input_training == "zeros":
                 coordinates = jnp.zeros_like(coordinates)
-            embeddings = place_rows(embeddings, coordinates, batch.slots == Slot.COORDINATE)
+            embeddings = place_rows(embeddings, coordinates, batch.token_type_ids == TokenType.COORDINATE)
         return embeddings
 
     def visual_tokens(self, batch: DrivingBatch) -> Float[Array, "B NV D"]:

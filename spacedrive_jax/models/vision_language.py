@@ -18,16 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
-from spacedrive_jax.models.language_model import Decoder, KVCache
+from spacedrive_jax.models.language_model import KVCache, LanguageModel
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import MropePositions
+from spacedrive_jax.models.positions import RopePositions
 
 
 class VisionLanguageModel(nnx.Module):
     """A vision tower whose tokens stand in a language decoder's sequence."""
 
     config: VLConfig
-    decoder: Decoder
+    decoder: LanguageModel
 
     def __init__(
         self,
@@ -49,7 +49,9 @@ class VisionLanguageModel(nnx.Module):
         """
         self.config = config
         self.draw_vision(compute=compute, rngs=rngs)
-        self.decoder = Decoder(config.decoder, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens)
+        self.decoder = LanguageModel(
+            config.decoder, compute=compute, rngs=rngs, lora=lora, new_tokens=new_tokens
+        )
 
     @abc.abstractmethod
     def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
@@ -80,7 +82,7 @@ class VisionLanguageModel(nnx.Module):
     @abc.abstractmethod
     def sequence_positions(
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> MropePositions:
+    ) -> RopePositions:
         """Position ids of one sequence without padding, on the host.
 
         Args:
@@ -120,25 +122,25 @@ class VisionLanguageModel(nnx.Module):
     def decode(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Final-normed hidden states and the grown cache; see `Decoder`."""
-        return self.decoder(embeddings, positions, lengths=lengths, cache=cache, dropout_key=dropout_key)
+        return self.decoder(embeddings, position_ids, lengths=lengths, cache=cache, dropout_key=dropout_key)
 
     def prefill(
         self,
         embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "3 B S"],
+        position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
         room: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Final-normed hidden states and a new cache with room for more; see `Decoder.prefill`."""
-        return self.decoder.prefill(embeddings, positions, lengths=lengths, room=room)
+        return self.decoder.prefill(embeddings, position_ids, lengths=lengths, room=room)
 
     def logits(
         self,
@@ -163,13 +165,13 @@ class VisionLanguageModel(nnx.Module):
             ConfigError: If the placeholders do not fit the images.
         """
         images_per_sample = 0 if images is None else images.shape[1]
-        positions, _ = self.positions(token_ids, images_per_sample, image_grid, lengths=lengths)
+        position_ids, _ = self.position_ids(token_ids, images_per_sample, image_grid, lengths=lengths)
         device_lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
         return _logits(
             *nnx.split(self),
             jnp.asarray(token_ids, jnp.int32),
             images,
-            jnp.asarray(positions),
+            jnp.asarray(position_ids),
             device_lengths,
             image_grid=image_grid,
         )
@@ -187,7 +189,7 @@ class VisionLanguageModel(nnx.Module):
         features = self.encode_images(images.reshape(-1, *images.shape[2:]), grid)
         return features.reshape(images.shape[0], -1, features.shape[-1])
 
-    def positions(
+    def position_ids(
         self,
         token_ids: Int[np.ndarray, "B S"],
         images_per_sample: int,
@@ -214,13 +216,13 @@ class VisionLanguageModel(nnx.Module):
         valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
         merge = self.config.vision.merge_size
         grids = [] if image_grid is None else [(image_grid[0] // merge, image_grid[1] // merge)]
-        positions = np.zeros((3, batch, length), np.int32)
+        position_ids = np.zeros((3, batch, length), np.int32)
         deltas = np.zeros(batch, np.int32)
         for row, count in enumerate(valid):
-            positions[:, row, :count], deltas[row] = self.sequence_positions(
+            position_ids[:, row, :count], deltas[row] = self.sequence_positions(
                 token_ids[row, :count], grids * images_per_sample
             )
-        return positions, deltas
+        return position_ids, deltas
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "image_grid"))
@@ -229,14 +231,14 @@ def _logits(
     state: nnx.State,
     token_ids: Int[Array, "B S"],
     images: Float[Array, "B N P C"] | None,
-    positions: Int[Array, "3 B S"],
+    position_ids: Int[Array, "3 B S"],
     lengths: Int[Array, " B"] | None,
     *,
     image_grid: tuple[int, int] | None,
 ) -> Float[Array, "B S vocabulary"]:
     model: VisionLanguageModel = nnx.merge(graph, state)
     features = None if images is None else model.encode_image_batch(images, image_grid)
-    hidden, _ = model.decode(model.embed(token_ids, features), positions, lengths=lengths)
+    hidden, _ = model.decode(model.embed(token_ids, features), position_ids, lengths=lengths)
     return model.decoder.logits(hidden)
 
 

@@ -109,7 +109,7 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
         ConfigError: none would stay.
     """
     if keep < 1:
-        raise ConfigError(f"train.keep_checkpoints is {keep}: at least the newest must stay, give 1 or more")
+        raise ConfigError(f"train.max_to_keep is {keep}: at least the newest must stay, give 1 or more")
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
@@ -130,7 +130,7 @@ def save(
     trainable: nnx.State,
     optimizer: Any,
     position: dict[str, int],
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> None:
     """Starts writing a checkpoint; training goes on while it is written.
 
@@ -140,12 +140,13 @@ def save(
         trainable: what training changes.
         optimizer: the optimiser's state.
         position: of the data iterator (`loader.position`).
-        facts: config and fingerprints of data and base weights; those of trainables and optimiser join them.
+        metadata: config and fingerprints of data and base weights; those of trainables and optimiser
+            join them.
 
     Raises:
         CheckpointError: the folder cannot be written; the newest whole checkpoint is named.
     """
-    facts = facts | {
+    metadata = metadata | {
         TRAINABLE: arrays_fingerprint(_named(nnx.to_pure_dict(trainable))),
         OPTIMIZER: arrays_fingerprint(_named(optimizer)),
     }
@@ -156,7 +157,7 @@ def save(
                 trainable=ocp.args.StandardSave(nnx.to_pure_dict(trainable)),
                 optimizer=ocp.args.StandardSave(optimizer),
                 position=ocp.args.JsonSave(position),
-                facts=ocp.args.JsonSave(facts),
+                metadata=ocp.args.JsonSave(metadata),
             ),
         )
 
@@ -211,7 +212,7 @@ def restore(
                 trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
                 optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
                 position=ocp.args.JsonRestore(),
-                facts=ocp.args.JsonRestore(),
+                metadata=ocp.args.JsonRestore(),
             ),
         )
         check_saved(restored["trainable"], restored["facts"], TRAINABLE)
@@ -220,7 +221,7 @@ def restore(
     return trainable, restored["optimizer"], restored["position"], restored["facts"]
 
 
-def read_facts(run_dir: Path, step: int) -> dict[str, Any]:
+def read_metadata(run_dir: Path, step: int) -> dict[str, Any]:
     """Reads the facts that a checkpoint was saved with.
 
     Raises:
@@ -236,24 +237,24 @@ def _facts(run_dir: Path, step: int) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError("it lacks `facts`, which say what it was trained on and from which config")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        facts = checkpointer.restore(folder)
-    if not isinstance(facts, dict):
+        metadata = checkpointer.restore(folder)
+    if not isinstance(metadata, dict):
         raise ValueError("its facts are no JSON object")
-    return facts
+    return metadata
 
 
-def check_saved(values: Any, facts: Mapping[str, Any], name: str) -> None:
+def check_saved(values: Any, metadata: Mapping[str, Any], name: str) -> None:
     """Compares restored numbers with the fingerprint that was taken when they were saved.
 
     Args:
         values: trainables, or the optimiser's state.
-        facts: of the checkpoint.
+        metadata: of the checkpoint.
         name: the fact that is their fingerprint.
 
     Raises:
         ValueError: they are not the ones that were saved.
     """
-    if facts.get(name) != arrays_fingerprint(_named(values)):
+    if metadata.get(name) != arrays_fingerprint(_named(values)):
         what = "trainables" if name == TRAINABLE else "optimiser's numbers"
         raise ValueError(f"its {what} are not those that were saved: it is mixed up or damaged")
 
@@ -320,7 +321,7 @@ def go_back_to(run_dir: Path, step: int) -> None:
         (run_dir / "checkpoints" / str(later)).rename(target)
 
 
-def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to use a checkpoint's trainables on other records or on another base.
 
     Args:

@@ -19,7 +19,7 @@ import jax
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.models.config import DecoderConfig
+from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
@@ -185,7 +185,7 @@ def plan_step_flops(config: Config, answer_length: int) -> StepFlops:
     return StepFlops(vision, batch * sum(decoder_flops(decoder, length)), adapters, head, 0, 0)
 
 
-def decoder_flops(config: DecoderConfig, length: int) -> tuple[int, int]:
+def decoder_flops(config: LanguageModelConfig, length: int) -> tuple[int, int]:
     """One forward pass over a sequence: the products with weights, and attention's own."""
     width, head = config.hidden_size, config.head_dim
     attention_weights = 2 * width * head * (config.num_heads + config.num_kv_heads)

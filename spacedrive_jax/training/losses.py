@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.coordinate_decoder import VaeDecoder
@@ -91,7 +91,7 @@ class Losses:
 class Supervised:
     """The coordinates that have a position loss."""
 
-    places: Int[Array, "B C"]
+    indices: Int[Array, "B C"]
     """Indicators to decode at."""
     truth: Float[Array, "B R 2"]
     """Metres. R = C, or R = T where one indicator is held against the whole trajectory."""
@@ -131,19 +131,19 @@ def losses(
     waypoints, path = select(model, batch, config), select_path(batch)
     supervised = waypoints if path is None else waypoints.followed_by(path)
     vae = isinstance(model.decoder, VaeDecoder)
-    drawn_for = supervised.truth[:, : supervised.places.shape[1]] if vae else None
+    drawn_for = supervised.truth[:, : supervised.indices.shape[1]] if vae else None
     if vae and noise is None and dropout_key is not None:
-        shape = (*supervised.places.shape, model.config.decoder.latent_size)
+        shape = (*supervised.indices.shape, model.config.decoder.latent_size)
         noise = jax.random.normal(jax.random.fold_in(dropout_key, 0), shape)
     outputs = model(
         batch,
         dropout_key=dropout_key,
-        places=supervised.places,
+        indices=supervised.indices,
         truth=drawn_for if sees_truth else None,
         noise=noise,
     )
     language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
-    count = None if path is None else waypoints.places.shape[1]
+    count = None if path is None else waypoints.indices.shape[1]
     position = position_loss(model, _part(outputs, slice(count)), waypoints, config)
     along_path = jnp.zeros(())
     if path is not None:
@@ -176,7 +176,7 @@ def cross_entropy(
     model: SpaceDrive, batch: DrivingBatch, hidden: Float[Array, "B S D"], indicator_weight: float
 ) -> Float[Array, ""]:
     """Next-token cross-entropy, summed over the supervised tokens, over the batch size."""
-    predicting = jnp.take_along_axis(hidden, batch.target_places[..., None], axis=1)
+    predicting = jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
     per_token = label_cross_entropy(model.vlm.decoder.logits, predicting, batch.target_ids)
     if indicator_weight != 1.0:
         per_token *= jnp.where(batch.target_ids == model.indicator_id, indicator_weight, 1.0)
@@ -187,24 +187,24 @@ def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Super
     """Chooses the coordinates that `config.supervision` names."""
     if config.supervision == "all":
         # Every supervised indicator; its coordinate is that of the position token behind it.
-        places = batch.target_places + 1
+        indices = batch.target_indices + 1
         mask = batch.target_mask & (batch.target_ids == model.indicator_id)
-        before = jnp.cumsum(batch.slots == Slot.COORDINATE, axis=1)
-        row = jnp.take_along_axis(before, places, axis=1)
+        before = jnp.cumsum(batch.token_type_ids == TokenType.COORDINATE, axis=1)
+        row = jnp.take_along_axis(before, indices, axis=1)
         row = jnp.clip(row, 0, batch.coordinates.shape[1] - 1)
         truth = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]
-        return Supervised(places, truth, mask)
+        return Supervised(indices, truth, mask)
     if config.supervision == "first" or model.config.decoder.whole_trajectory:
         mask = jnp.broadcast_to(batch.waypoint_mask[:, :1], batch.waypoint_mask.shape)
-        return Supervised(batch.waypoint_places[:, :1], batch.waypoints, mask)
-    return Supervised(batch.waypoint_places, batch.waypoints, batch.waypoint_mask)
+        return Supervised(batch.waypoint_indices[:, :1], batch.waypoints, mask)
+    return Supervised(batch.waypoint_indices, batch.waypoints, batch.waypoint_mask)
 
 
 def select_path(batch: DrivingBatch) -> Supervised | None:
     """The path points, where the batch has any."""
-    if batch.path_places is None or batch.path is None or batch.path_mask is None:
+    if batch.path_indices is None or batch.path is None or batch.path_mask is None:
         return None
-    return Supervised(batch.path_places, batch.path, batch.path_mask)
+    return Supervised(batch.path_indices, batch.path, batch.path_mask)
 
 
 def position_loss(

@@ -51,7 +51,7 @@ def make_optimizer(config: TrainConfig, trainable: Any) -> optax.GradientTransfo
         optax.scale_by_adam(config.beta1, config.beta2),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.multi_transform(
-            {"vlm": optax.scale(config.vlm_rate), "heads": optax.scale(config.head_rate)}, groups
+            {"vlm": optax.scale(config.vlm_lr_mult), "heads": optax.scale(config.head_lr_mult)}, groups
         ),
         optax.scale_by_learning_rate(learning_rate(config)),
         optax.identity() if config.ema_decay is None else moving_average(config.ema_decay),

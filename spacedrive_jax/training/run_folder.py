@@ -29,7 +29,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.trackers",
     "train.checkpoint_every",
-    "train.keep_checkpoints",
+    "train.max_to_keep",
 )
 """Fields that a resumed run may change without saying so: they do not change what is learnt.
 (What is in the folders of records and weights is held against the checkpoint's fingerprints.)"""

@@ -14,27 +14,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, resolve
+from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, logical_to_mesh_axes
 from spacedrive_jax.training.slices import slice_devices
 
 # Several hosts as one run: start-up from flags or from the cluster's environment.
 
 
-def connect(coordinator: str | None, host_count: int | None, host_index: int | None) -> None:
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the hosts of a run; call it before anything touches a device.
 
     Args:
         coordinator: `auto` reads the cluster's environment (SLURM, Open MPI, GKE and Cloud TPU, Kubernetes);
             `HOST:PORT` of the first host goes with the other two; None is a single host.
-        host_count: hosts in the run.
-        host_index: this host, from 0.
+        num_processes: hosts in the run.
+        process_id: this host, from 0.
 
     Raises:
         SpaceDriveError: the three do not go together, or the hosts do not find each other.
     """
     if coordinator is None:
-        if host_count is not None or host_index is not None:
-            raise ConfigError("--host-count and --host-index need --coordinator HOST:PORT")
+        if num_processes is not None or process_id is not None:
+            raise ConfigError("--num-processes and --process-id need --coordinator HOST:PORT")
         return
     explicit = coordinator != "auto"
     host, _, port = coordinator.rpartition(":")
@@ -42,14 +42,14 @@ def connect(coordinator: str | None, host_count: int | None, host_index: int | N
         raise ConfigError(
             f"--coordinator {coordinator} is no HOST:PORT of the first host, such as node0:1234, nor `auto`"
         )
-    if explicit and (host_count is None or host_index is None or not 0 <= host_index < host_count):
+    if explicit and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
         raise ConfigError(
-            f"--coordinator {coordinator} needs --host-count N and --host-index 0..N-1, got {host_count} and "
-            f"{host_index}; on SLURM, GKE and Cloud TPU --coordinator auto finds all three"
+            f"--coordinator {coordinator} needs --num-processes N and --process-id 0..N-1, got "
+            f"{num_processes}, {process_id}; on SLURM, GKE and Cloud TPU --coordinator auto finds all three"
         )
     try:
         if explicit:
-            jax.distributed.initialize(coordinator, host_count, host_index)
+            jax.distributed.initialize(coordinator, num_processes, process_id)
         else:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
@@ -124,7 +124,7 @@ def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> 
         shape: an axis that does not divide over its mesh axis stays whole, and the log says so.
         mesh: from `make_mesh`.
     """
-    spec = resolve(names, shape, mesh)
+    spec = logical_to_mesh_axes(names, shape, mesh)
     for name, axis in zip(names, spec, strict=False):
         if axis is None and any(mesh.shape[wanted] > 1 for wanted in dict(RULES).get(name or "", ())):
             log.info("axis %s of %s %s stays whole on mesh %s", name, names, shape, dict(mesh.shape))
@@ -211,7 +211,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, pieces: int = 1) -> None:
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (ways * pieces):
-        accumulated = f" in {pieces} pieces (train.accumulation)" if pieces > 1 else ""
+        accumulated = f" in {pieces} pieces (train.grad_accum_steps)" if pieces > 1 else ""
         raise ConfigError(
             f"batch size {batch_size} does not divide over {ways} devices (mesh axes data x fsdp)"
             f"{accumulated}"

@@ -62,7 +62,7 @@ def check_start(config: Config) -> None:
         check_trained_parts(Path(config.model.weights), config.model, tokenizer.indicator)
 
 
-def start_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
+def init_train_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
     """Trainable and frozen numbers at step 0, each straight into its shards.
 
     The base comes from `config.model.weights` where that is set, with the adapters and heads of an imported
@@ -79,7 +79,7 @@ def frozen_state(config: Config, mesh: Mesh) -> nnx.State:
     if not config.model.use_lora:
         return nnx.State({})
     if config.model.weights is not None:
-        return start_state(config, mesh)[1]
+        return init_train_state(config, mesh)[1]
     return _draw(config, mesh, nnx.Not(is_trainable(use_lora=True)))
 
 

@@ -84,7 +84,7 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout else None
         with activations_on(mesh):
             gradients, metrics = accumulate(
-                jax.grad(loss, has_aux=True), trainable, frozen, batch, key, settings.accumulation
+                jax.grad(loss, has_aux=True), trainable, frozen, batch, key, settings.grad_accum_steps
             )
         metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)

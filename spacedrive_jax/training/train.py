@@ -28,7 +28,7 @@ from spacedrive_jax.training.sharding import (
     place_batch,
     replicated,
 )
-from spacedrive_jax.training.state import check_start, count, start_state
+from spacedrive_jax.training.state import check_start, count, init_train_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import Throughput, interval_line, opening_line
 from spacedrive_jax.training.trackers import Trackers
@@ -87,13 +87,13 @@ def train(
     """
     started = time.monotonic()
     settings = config.train
-    if settings.keep_checkpoints < 1:
+    if settings.max_to_keep < 1:
         raise ConfigError(
-            f"train.keep_checkpoints is {settings.keep_checkpoints}: at least the newest must stay, give 1 "
-            "or more (--train.keep-checkpoints)"
+            f"train.max_to_keep is {settings.max_to_keep}: at least the newest must stay, give 1 "
+            "or more (--train.max-to-keep)"
         )
     mesh = make_mesh(config.mesh)
-    check_batch_size(settings.batch_size, mesh, pieces=settings.accumulation)
+    check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
     check_start(config)
     samples = training_samples(config.data, config.model, config.train.batch_size)
     iterator = training_iterator(
@@ -108,10 +108,10 @@ def train(
     missing = run_folder.lack_of_room(run_dir, checkpoint_bytes)
     if missing:
         raise SpaceDriveError(missing)
-    trainable, frozen = start_state(config, mesh)
+    trainable, frozen = init_train_state(config, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
 
-    facts = {
+    metadata = {
         "config": to_json(config),
         "records": _resolved(config.data.records),
         "records_fingerprint": samples.records.fingerprint,
@@ -122,17 +122,17 @@ def train(
     }
     if step is not None and run_folder.is_main_host():
         checkpoints.go_back_to(run_dir, step)
-    manager = checkpoints.open_manager(run_dir, keep=settings.keep_checkpoints)
+    manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
     start = manager.latest_step() or 0
     if start:
         if not accept_changes:
-            saved = checkpoints.read_facts(run_dir, start)
-            checkpoints.check_facts(saved, facts)
+            saved = checkpoints.read_metadata(run_dir, start)
+            checkpoints.check_metadata(saved, metadata)
             run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
         trainable, optimizer_state, where, _ = checkpoints.restore(manager, start, trainable, optimizer_state)
         seek(iterator, where, config.train.batch_size)
     if run_folder.is_main_host():
-        shown = {name: value for name, value in facts.items() if name != "config"}
+        shown = {name: value for name, value in metadata.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
         opening = opening_line(
             name=config.name,
@@ -191,7 +191,7 @@ def train(
                 # What has been done is saved while there still is room for it.
                 guard.settle()
                 where = position(iterator, config.train.batch_size)
-                checkpoints.save(manager, done, trainable, optimizer_state, where, facts)
+                checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
             if short_of_room and not finished:
                 raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started

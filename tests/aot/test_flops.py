@@ -14,7 +14,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.families.llava import lora as llava_lora
-from spacedrive_jax.models.language_model import Decoder
+from spacedrive_jax.models.language_model import LanguageModel
 from spacedrive_jax.training.flops import (
     adapter_flops,
     decoder_flops,
@@ -50,7 +50,7 @@ def test_decoder_count_is_that_of_the_traced_program():
 
     def forward(lora):
         decoder = nnx.eval_shape(
-            lambda: Decoder(config, compute=ComputeConfig(), rngs=nnx.Rngs(0), lora=lora)
+            lambda: LanguageModel(config, compute=ComputeConfig(), rngs=nnx.Rngs(0), lora=lora)
         )
         graph, state = nnx.split(decoder)
 
@@ -69,7 +69,7 @@ def test_decoder_count_is_that_of_the_traced_program():
 def llava():
     """The tiny config on a tiny LLaVA."""
     config = load_preset(str(TINY))
-    decoder = dataclasses.replace(config.model.vlm.decoder, rope_sections=(8,), qkv_bias=False)
+    decoder = dataclasses.replace(config.model.vlm.decoder, mrope_section=(8,), qkv_bias=False)
     vision = ClipVisionConfig(
         hidden_size=16, intermediate_size=24, depth=3, num_heads=2, image_size=56, feature_layer=-3
     )

@@ -97,7 +97,7 @@ def two_hosts(records: Path, network: Path, die_after: tuple[int, int]) -> list[
         port = probe.getsockname()[1]
     script = str(ROOT / "tests" / "data" / "add_depth_process.py")
     command = ["add-depth", "--records", str(records), "--model", str(network), "--json"]
-    command += ["--coordinator", f"localhost:{port}", "--host-count", "2", "--host-index"]
+    command += ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
     return [launch([script, str(die_after[host]), *command, str(host)], devices=1) for host in range(2)]
 
 

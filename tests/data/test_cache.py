@@ -132,5 +132,5 @@ def test_flags_that_make_no_sense_are_refused(records, weights):
     with pytest.raises(SpaceDriveError, match="--keyframes-per-step 0 must be 1 or more"):
         AddDepth(records, weights, keyframes_per_step=0).run()
     with pytest.raises(SpaceDriveError, match="need --coordinator HOST:PORT"):
-        AddDepth(records, weights, host_count=2).run()
+        AddDepth(records, weights, num_processes=2).run()
     assert not (records / "depth").exists()

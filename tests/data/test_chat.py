@@ -61,14 +61,14 @@ def test_planning_prompt_equals_published(golden, toy):
 
 def test_ego_tokens_follow_the_last_image(toy):
     chat = toy.chat.apply_chat_template(toy, [Message("user", planning_question("boston", None))], 4)
-    longer, slots = insert_ego_tokens(toy, chat, "both")
-    start = slots[0] - 2
+    longer, token_type_ids = insert_ego_tokens(toy, chat, "both")
+    start = token_type_ids[0] - 2
     end, image, indicator = toy.special["vision_end"], toy.image, toy.indicator
     assert longer.token_ids[start : start + 8] == [end, end, image, end, indicator, image, indicator, image]
-    assert [longer.token_ids[slot] for slot in slots] == [image] * 3
+    assert [longer.token_ids[slot] for slot in token_type_ids] == [image] * 3
     assert len(longer.labels) == len(longer.token_ids)
-    only_positions, slots = insert_ego_tokens(toy, chat, "positions")
-    assert len(slots) == 2
+    only_positions, token_type_ids = insert_ego_tokens(toy, chat, "positions")
+    assert len(token_type_ids) == 2
     assert len(only_positions.token_ids) == len(chat.token_ids) + 4
 
 

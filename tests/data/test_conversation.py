@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spacedrive_jax.batch import Slot
+from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
 from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageData, pseudo_coordinate_questions
@@ -181,10 +181,10 @@ def test_sample_with_questions(record, language_data):
     )
     builder = SampleBuilder(data, CONFIG.model)
     sample = builder(record, 0)
-    used = int((sample.slots == Slot.COORDINATE).sum())
+    used = int((sample.token_type_ids == TokenType.COORDINATE).sum())
     assert used == np.flatnonzero(sample.coordinates.any(axis=1)).max() + 1 > 11
     assert sample.waypoint_mask.all()
-    assert (sample.waypoint_places < np.flatnonzero(sample.slots == Slot.COORDINATE)[6]).all()
+    assert (sample.waypoint_indices < np.flatnonzero(sample.token_type_ids == TokenType.COORDINATE)[6]).all()
     # Questions alone have coordinates in their answers, but no waypoints.
     alone = builder(without_future(record), 0)
     assert not alone.waypoint_mask.any()

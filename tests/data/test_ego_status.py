@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spacedrive_jax.batch import Slot
+from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.constants import STATUS_SIZE
 from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words
@@ -88,6 +88,6 @@ def test_the_question_says_it_and_no_tokens_are_inserted():
             builder = SampleBuilder(data, model, answer=answer)
             sample = builder(record, 0)
             texts[setting] = builder.tokenizer.decode(sample.token_ids[: sample.lengths].tolist())
-            assert not np.isin(sample.slots, [Slot.EGO_FEATURE, Slot.EGO_POSITION]).any()
+            assert not np.isin(sample.slots, [TokenType.EGO_FEATURE, TokenType.EGO_POSITION]).any()
         assert said in texts["language"]
         assert texts["language"].replace(said, "") == texts["none"]

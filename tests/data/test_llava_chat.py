@@ -69,11 +69,11 @@ def test_prompt_ends_where_the_answer_begins(llava):
 
 def test_ego_tokens_follow_the_last_image(llava):
     chat = llava.chat.apply_chat_template(llava, [Message("user", planning_question("boston", None))], 2)
-    longer, slots = insert_ego_tokens(llava, chat, "both")
+    longer, token_type_ids = insert_ego_tokens(llava, chat, "both")
     start = chat.image_starts[-1] + 2
     image, indicator = llava.image, llava.indicator
     assert longer.token_ids[start : start + 5] == [image, indicator, image, indicator, image]
-    np.testing.assert_array_equal(slots, [start, start + 2, start + 4])
+    np.testing.assert_array_equal(token_type_ids, [start, start + 2, start + 4])
 
 
 def test_a_qwen_tokenizer_is_refused(golden):

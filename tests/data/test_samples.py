@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spacedrive_jax.batch import Slot
+from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
@@ -32,18 +32,22 @@ def test_sample_is_laid_out_for_the_model(record):
     rows, columns = builder.images.token_grid
     assert (rows, columns) == (2, 2)
     assert sample.index == 7
-    counts = {slot: int((sample.slots == slot).sum()) for slot in Slot}
-    assert counts[Slot.IMAGE] == 6 * rows * columns
-    assert (counts[Slot.EGO_FEATURE], counts[Slot.EGO_POSITION], counts[Slot.COORDINATE]) == (1, 2, 6)
+    counts = {slot: int((sample.token_type_ids == slot).sum()) for slot in TokenType}
+    assert counts[TokenType.IMAGE] == 6 * rows * columns
+    assert (counts[TokenType.EGO_FEATURE], counts[TokenType.EGO_POSITION], counts[TokenType.COORDINATE]) == (
+        1,
+        2,
+        6,
+    )
     assert sample.pixel_values.dtype == np.uint8
     np.testing.assert_allclose(sample.patch_depth, 12.5)
     np.testing.assert_allclose(sample.waypoints, record["waypoints"].astype(np.float32))
     assert sample.waypoint_mask.all()
     tokenizer = builder.tokenizer
-    assert set(sample.token_ids[sample.waypoint_places]) == {tokenizer.indicator}
+    assert set(sample.token_ids[sample.waypoint_indices]) == {tokenizer.indicator}
     # Supervised tokens are predicted from the place before them.
     targets = sample.target_ids[sample.target_mask]
-    np.testing.assert_array_equal(sample.token_ids[sample.target_places[sample.target_mask] + 1], targets)
+    np.testing.assert_array_equal(sample.token_ids[sample.target_indices[sample.target_mask] + 1], targets)
     assert tokenizer.decode(targets.tolist()).startswith("Here is the planning trajectory [")
 
 
@@ -55,7 +59,7 @@ def test_position_tokens_can_be_supervised(record):
     added = supervised.target_ids[supervised.target_mask] == builder.tokenizer.position
     assert added.sum() == 6
     assert supervised.target_mask.sum() == plain.target_mask.sum() + 6
-    np.testing.assert_array_equal(supervised.waypoint_places, plain.waypoint_places)
+    np.testing.assert_array_equal(supervised.waypoint_indices, plain.waypoint_indices)
 
 
 def test_missing_future_gives_no_supervision(record):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.evaluation.metrics import HorizonScores
-from spacedrive_jax.evaluation.statistics import Comparison, KeyframeFacts, break_down, confidence, facts_of
+from spacedrive_jax.evaluation.statistics import Comparison, Situation, break_down, confidence, situation_of
 from tests.record_factory import make_record
 
 
@@ -13,8 +13,8 @@ def scores(l2: list[float]) -> HorizonScores:
     return HorizonScores(errors, (errors > 3).astype(float), np.full_like(errors, np.nan))
 
 
-def fact(speed: float = 1.0, turn: float = 0.0, command: int = 0) -> KeyframeFacts:
-    return KeyframeFacts("token", "scene", command, speed, turn)
+def fact(speed: float = 1.0, turn: float = 0.0, command: int = 0) -> Situation:
+    return Situation("token", "scene", command, speed, turn)
 
 
 def test_facts_of_a_record() -> None:
@@ -26,11 +26,11 @@ def test_facts_of_a_record() -> None:
         waypoint_yaw=np.linspace(0, -np.pi / 6, 6),
         command_released=6,
     )
-    facts = facts_of(record)
+    facts = situation_of(record)
     assert facts.speed == pytest.approx(10.0)
     assert facts.turn == pytest.approx(30.0)
     assert facts.command == 6
-    assert np.isnan(facts_of({**record, "past_mask": np.zeros(2, bool)}).speed)
+    assert np.isnan(situation_of({**record, "past_mask": np.zeros(2, bool)}).speed)
 
 
 def test_groups_are_disjoint_and_complete() -> None:

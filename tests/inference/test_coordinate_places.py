@@ -5,14 +5,14 @@ import pytest
 
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import answer_text
-from spacedrive_jax.inference.progress import coordinate_places
+from spacedrive_jax.inference.progress import coordinate_indices
 
 WORD, INDICATOR, END = 1, 2, 3
 
 
-def places(ids, room=3):
+def indices(ids, room=3):
     padded = np.array([ids + [INDICATOR] * room])  # what stands behind the answer must not matter
-    return np.flatnonzero(coordinate_places(padded, np.array([len(ids)]), INDICATOR)[0]).tolist()
+    return np.flatnonzero(coordinate_indices(padded, np.array([len(ids)]), INDICATOR)[0]).tolist()
 
 
 def run(length):
@@ -21,33 +21,33 @@ def run(length):
 
 @pytest.mark.parametrize("length", [2, 3, 4, 20, 21])
 def test_a_run_has_one_coordinate(length):
-    assert places([WORD, *run(length), WORD, END]) == [2]
-    assert places([*run(length), WORD, END]) == [1]
-    assert places([WORD, *run(length)]) == [2]
-    assert places([WORD, *run(length), WORD, *run(length), END]) == [2, length + 3]
+    assert indices([WORD, *run(length), WORD, END]) == [2]
+    assert indices([*run(length), WORD, END]) == [1]
+    assert indices([WORD, *run(length)]) == [2]
+    assert indices([WORD, *run(length), WORD, *run(length), END]) == [2, length + 3]
 
 
 def test_an_indicator_at_the_end_has_no_coordinate():
-    assert places([INDICATOR]) == []
-    assert places([WORD, INDICATOR]) == []
-    assert places([WORD, INDICATOR, WORD, INDICATOR]) == [2]
-    assert places([WORD, END]) == []
+    assert indices([INDICATOR]) == []
+    assert indices([WORD, INDICATOR]) == []
+    assert indices([WORD, INDICATOR, WORD, INDICATOR]) == [2]
+    assert indices([WORD, END]) == []
 
 
 def test_the_roll_goes_round():
     # As published: an answer that begins and ends with an indicator loses its first coordinate.
-    assert places(run(2)) == []
-    assert places(run(20)) == []
-    assert places([INDICATOR, WORD, WORD, INDICATOR]) == []
-    assert places([INDICATOR, WORD, INDICATOR, WORD, INDICATOR, INDICATOR]) == [3, 5]
-    assert places([INDICATOR, WORD]) == [1]
+    assert indices(run(2)) == []
+    assert indices(run(20)) == []
+    assert indices([INDICATOR, WORD, WORD, INDICATOR]) == []
+    assert indices([INDICATOR, WORD, INDICATOR, WORD, INDICATOR, INDICATOR]) == [3, 5]
+    assert indices([INDICATOR, WORD]) == [1]
 
 
 def test_equals_the_published_masks_on_random_answers():
     rng = np.random.default_rng(0)
     answers = rng.choice([WORD, INDICATOR], (3000, 12), p=[0.4, 0.6])
     lengths = rng.integers(1, 13, 3000)
-    ours = np.asarray(coordinate_places(answers, lengths, INDICATOR))
+    ours = np.asarray(coordinate_indices(answers, lengths, INDICATOR))
     for ids, length, got in zip(answers, lengths, ours, strict=True):
         mask = ids[:length] == INDICATOR
         if mask.sum() > 1:
@@ -75,7 +75,7 @@ def test_text_of_runs_and_stray_position_tokens():
     trailing = [word, indicator, indicator]
     for ids in (run_of_four, stray, trailing, [position], [indicator]):
         ids = np.array(ids)
-        decoded = np.asarray(coordinate_places(ids[None], np.array([len(ids)]), indicator))[0]
+        decoded = np.asarray(coordinate_indices(ids[None], np.array([len(ids)]), indicator))[0]
         points = np.where(decoded[:, None], np.arange(3.0 * len(ids)).reshape(-1, 3) - 4.125, 0)
         text = answer_text(tokenizer, ids, points, decoded)
         assert text == published_text(tokenizer, ids, points, decoded)

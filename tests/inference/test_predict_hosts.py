@@ -88,7 +88,15 @@ def test_two_hosts_and_two_devices_write_the_file_of_one(tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     hosts = tmp_path / "hosts.jsonl"
-    joined = ("--mesh", "data=2", "--coordinator", f"localhost:{port}", "--host-count", "2", "--host-index")
+    joined = (
+        "--mesh",
+        "data=2",
+        "--coordinator",
+        f"localhost:{port}",
+        "--num-processes",
+        "2",
+        "--process-id",
+    )
     running = [
         subprocess.Popen(command(run_dir, records, hosts, *joined, str(index)), cwd=ROOT, env=environment)
         for index in range(2)

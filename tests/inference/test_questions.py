@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 
-from spacedrive_jax.batch import Slot
+from spacedrive_jax.batch import TokenType
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import change, load_preset
 from spacedrive_jax.data.conversation import counterfactual_prompt
@@ -134,11 +134,11 @@ def test_the_prompt_follows_the_test_rule(config, records):
     assert not len(digits.coordinates)
 
 
-@pytest.mark.parametrize(("training", "slots"), [("encodings", 2), ("zeros", 0)])
-def test_position_input_of_a_prompt(config, records, training, slots):
+@pytest.mark.parametrize(("training", "token_type_ids"), [("encodings", 2), ("zeros", 0)])
+def test_position_input_of_a_prompt(config, records, training, token_type_ids):
     model = dataclasses.replace(config.model, position_input=True, position_input_training=training)
     builder = SampleBuilder(config.data, model, answer=False)
     question = Question(0, "t", TRAJECTORIES[0])
     sample = Prompts(open_records(records, "val"), builder, [question])[0]
-    assert int((sample.slots == Slot.COORDINATE).sum()) == slots
+    assert int((sample.token_type_ids == TokenType.COORDINATE).sum()) == token_type_ids
     np.testing.assert_allclose(sample.coordinates[:2, :2], [[1.2, 0.1], [2.4, 0.2]], rtol=1e-6)

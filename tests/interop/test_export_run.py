@@ -17,7 +17,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import abstract_state, start_state
+from spacedrive_jax.training.state import abstract_state, init_train_state
 from tests.tiny_config import config as tiny
 
 
@@ -29,7 +29,7 @@ def run_dir(tmp_path_factory):
     config = dataclasses.replace(tiny, run_dir=str(folder), model=model)
     mesh = make_mesh(MeshConfig())
     graph, _, _ = abstract_state(config, mesh)
-    trainable, frozen = start_state(config, mesh)
+    trainable, frozen = init_train_state(config, mesh)
     generator = np.random.default_rng(0)
     moved = nnx.from_flat_state(
         [
@@ -39,9 +39,9 @@ def run_dir(tmp_path_factory):
     )
     folder.mkdir()
     (folder / "config.json").write_text(to_json(config))
-    facts = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    metadata = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
     manager = checkpoints.open_manager(folder, keep=1)
-    checkpoints.save(manager, 3, moved, {"step": np.int32(3)}, {"samples": 0}, facts)
+    checkpoints.save(manager, 3, moved, {"step": np.int32(3)}, {"samples": 0}, metadata)
     with checkpoints.closing(manager):
         pass
     return folder, nnx.merge(graph, moved, frozen).vlm
@@ -52,12 +52,12 @@ def test_the_merged_model_computes_what_the_run_does(run_dir, tmp_path, capsys):
     out = tmp_path / "exported"
     arguments = ["export-weights", "--to", "hf", str(folder), "--out", str(out), "--json"]
     assert spacedrive_jax.cli.main.main(arguments) == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["merged_adapter_rank"] == model.decoder.lora.rank
-    assert facts["new_tokens"] == model.decoder.new_tokens.first_id
-    assert {"decoder", "ego_encoder"} <= set(facts["left_out"])
+    metadata = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert metadata["merged_adapter_rank"] == model.decoder.lora.rank
+    assert metadata["new_tokens"] == model.decoder.new_tokens.first_id
+    assert {"decoder", "ego_encoder"} <= set(metadata["left_out"])
     assert (out / "tokenizer.json").is_file()
-    ids = np.array([[20, 21, facts["new_tokens"], facts["new_tokens"] + 1, 30, 31]])
+    ids = np.array([[20, 21, metadata["new_tokens"], metadata["new_tokens"] + 1, 30, 31]])
     expected = np.asarray(model.logits(ids))
     merged = np.asarray(from_hf(out).logits(ids))
     assert np.abs(merged - expected).max() < 2e-5 * np.abs(expected).max()

@@ -16,7 +16,7 @@ from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.importing import ImportOptions, import_hf, import_peft
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
-from spacedrive_jax.interop.weights_folder import WeightsFacts, load
+from spacedrive_jax.interop.weights_folder import WeightsMetadata, load
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
 from tests.interop.conftest import FAMILIES
@@ -29,7 +29,7 @@ def run(*arguments: object) -> int:
     return spacedrive_jax.cli.main.main([str(each) for each in arguments])
 
 
-def facts_of(capsys) -> dict:
+def situation_of(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -66,7 +66,7 @@ def test_import_keeps_every_tensor_and_adds_two_mean_rows(checkpoint, tmp_path, 
     source = checkpoint(name)
     out = tmp_path / "weights"
     assert run("import-weights", "--from", "hf", source, "--out", out, "--json") == 0
-    facts = facts_of(capsys)
+    metadata = situation_of(capsys)
     before, after = tensors_of(source), tensors_of(out)
     assert before.keys() == after.keys()
     tables = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
@@ -78,10 +78,10 @@ def test_import_keeps_every_tensor_and_adds_two_mean_rows(checkpoint, tmp_path, 
         expected = before[tensor][:510].astype(np.float64).mean(0)
         np.testing.assert_allclose(after[tensor][510:512], [expected] * 2, atol=1e-6)
         np.testing.assert_array_equal(before[tensor][512:], after[tensor][512:])
-    assert facts["new_tokens"] == 510
-    assert facts["tensors"] == len(before)
-    assert facts["parameters"] == sum(each.size for each in before.values())
-    assert {**facts, "dtypes": ["float32"]} == {
+    assert metadata["new_tokens"] == 510
+    assert metadata["tensors"] == len(before)
+    assert metadata["parameters"] == sum(each.size for each in before.values())
+    assert {**metadata, "dtypes": ["float32"]} == {
         "out": str(out),
         **json.loads((out / "weights.json").read_text()),
     }
@@ -122,8 +122,8 @@ def test_half_precision_stays_half(checkpoint, tmp_path):
     source = checkpoint("llava_plus_train")
     for file in source.glob("model-*.safetensors"):
         save_file({name: value.astype(jnp.bfloat16) for name, value in load_file(file).items()}, file)
-    facts = import_hf(source, tmp_path / "weights", ImportOptions())
-    assert facts["dtypes"] == ("bfloat16",)
+    metadata = import_hf(source, tmp_path / "weights", ImportOptions())
+    assert metadata["dtypes"] == ("bfloat16",)
     model = load(tmp_path / "weights")
     assert {str(leaf.dtype) for _, leaf in nnx.to_flat_state(nnx.state(model))} == {"bfloat16"}
     assert model.decoder.compute.dtype == "float32"
@@ -135,13 +135,13 @@ def test_adapters_go_in_and_out_bit_for_bit(checkpoint, tmp_path, capsys, name):
     model = adapted(source)
     save_adapter(model, tmp_path / "adapter", base_model=str(source))
     assert run("import-weights", "--from", "peft", tmp_path / "adapter", "--out", tmp_path / "weights") == 0
-    assert WeightsFacts.read(tmp_path / "weights").adapter_rank == 2
+    assert WeightsMetadata.read(tmp_path / "weights").adapter_rank == 2
     loaded = load(tmp_path / "weights")
     assert np.abs(logits_of(loaded) - logits_of(from_hf(source))).max() > 1e-3
     capsys.readouterr()
     back = tmp_path / "back"
     assert run("export-weights", "--to", "peft", tmp_path / "weights", "--out", back, "--json") == 0
-    assert facts_of(capsys)["adapter_rank"] == 2
+    assert situation_of(capsys)["adapter_rank"] == 2
     assert read_peft_config(back) == read_peft_config(tmp_path / "adapter")
     before, after = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("adapter", "back"))
     assert before.keys() == after.keys()
@@ -161,7 +161,7 @@ def test_the_merged_model_computes_the_same(checkpoint, tmp_path, capsys, name):
     capsys.readouterr()
     full = tmp_path / "full"
     assert run("export-weights", "--to", "hf", tmp_path / "weights", "--out", full, "--json") == 0
-    assert facts_of(capsys)["merged_adapter_rank"] == 2
+    assert situation_of(capsys)["merged_adapter_rank"] == 2
     assert (full / "tokenizer.json").is_file()
     expected = logits_of(load(tmp_path / "weights"))
     merged = from_hf(full)
@@ -172,7 +172,7 @@ def test_the_merged_model_computes_the_same(checkpoint, tmp_path, capsys, name):
 def test_trained_rows_are_merged_and_untie_a_tied_head(tmp_path):
     model = random_module(
         lambda: QwenVL(
-            tiny_config(tied_head=True),
+            tiny_config(tie_word_embeddings=True),
             compute=ComputeConfig(),
             rngs=nnx.Rngs(0),
             lora=LORA,
@@ -182,7 +182,7 @@ def test_trained_rows_are_merged_and_untie_a_tied_head(tmp_path):
     ids = np.array([[3, 80, 81, 5, 7]])
     expected = np.asarray(model.logits(ids))
     config = to_hf(model, tmp_path / "merged", merged=True)
-    assert not config.decoder.tied_head
+    assert not config.decoder.tie_word_embeddings
     merged = from_hf(tmp_path / "merged")
     assert merged.config == config
     assert np.abs(np.asarray(merged.logits(ids)) - expected).max() < 2e-5 * np.abs(expected).max()
@@ -264,7 +264,7 @@ def test_a_head_of_its_own_is_kept_though_the_config_ties_it(checkpoint, tmp_pat
         after["lm_head.weight"][:510], -after["model.language_model.embed_tokens.weight"][:510]
     )
     model = load(tmp_path / "w")
-    assert not model.decoder.config.tied_head
+    assert not model.decoder.config.tie_word_embeddings
     np.testing.assert_array_equal(logits_of(from_hf(tmp_path / "w")), logits_of(model))
 
 

@@ -48,7 +48,7 @@ def run(*arguments: object) -> int:
     return spacedrive_jax.cli.main.main([str(each) for each in arguments])
 
 
-def facts_of(capsys) -> dict:
+def situation_of(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -122,7 +122,7 @@ def test_predict_answers_with_the_imported_heads(qwen, imported, records, tmp_pa
     out = tmp_path / "predictions.jsonl"
     command = ("predict", "--checkpoint", imported, "--records", records, "--batch-size", 3)
     assert run(*command, "--out", out, "--json") == 0
-    assert facts_of(capsys)["samples"] == 3
+    assert situation_of(capsys)["samples"] == 3
     assert check_answers(model, imported, records, out, limit=100) >= 6
     assert run(*command) == 1
     assert "give --out FILE" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_a_run_starts_from_the_imported_heads_and_goes_back(imported, records, t
     ]
     steps = ["--train.steps", 1, "--train.batch-size", 2, "--train.learning-rate", 0.0]
     assert run(*command, *steps) == 0
-    assert facts_of(capsys)["step"] == 1
+    assert situation_of(capsys)["step"] == 1
     # The learning rate is 0: what was trained is what was imported, and the published layout has it again.
     assert run("export-weights", "--to", "spacedrive", folder, "--out", tmp_path / "again.pth") == 0
     before, after = (
@@ -221,7 +221,7 @@ def _keywords(arguments):
 def test_exported_for_transformers_it_keeps_the_trained_rows(qwen, imported, tmp_path, capsys):
     _, model = qwen
     assert run("export-weights", "--to", "hf", imported, "--out", tmp_path / "full", "--json") == 0
-    assert facts_of(capsys)["left_out"] == ["decoder", "ego_encoder", "encoder"]
+    assert situation_of(capsys)["left_out"] == ["decoder", "ego_encoder", "encoder"]
     ids = np.array([[20, 21, INDICATOR, INDICATOR + 1, 30]])
     expected = np.asarray(model.vlm.logits(ids))
     np.testing.assert_allclose(
@@ -254,7 +254,7 @@ def test_arguments_that_the_tensors_contradict(qwen, tmp_path, capsys, changes, 
 def test_what_is_not_known_is_said(qwen, tmp_path, capsys):
     folder, _ = qwen
     assert import_qwen(folder, tmp_path / "weights", "--json") == 0
-    assert "model.position_input False" in facts_of(capsys)["notes"][0]
+    assert "model.position_input False" in situation_of(capsys)["notes"][0]
 
 
 def test_a_file_that_would_be_run_is_refused(qwen, tmp_path, capsys):

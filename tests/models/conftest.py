@@ -10,7 +10,7 @@ from flax import nnx
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules, new_token_rules
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVL, QwenVLConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen_plus_train"
@@ -46,10 +46,10 @@ def tiny_config(**decoder: object) -> QwenVLConfig:
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 8,
-        "rope_sections": (1, 1, 2),
+        "mrope_section": (1, 1, 2),
     }
     return QwenVLConfig(
-        decoder=DecoderConfig(**{**sizes, **decoder}),
+        decoder=LanguageModelConfig(**{**sizes, **decoder}),
         vision=QwenVisionConfig(
             hidden_size=16,
             intermediate_size=24,

@@ -15,7 +15,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.models.config import LoraConfig
 from spacedrive_jax.models.families.llava import flatten_patches
 from spacedrive_jax.models.generation import generate
-from spacedrive_jax.models.partitioning import activations_on, resolve
+from spacedrive_jax.models.partitioning import activations_on, logical_to_mesh_axes
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
 """Devices along data, fsdp, tensor."""
@@ -39,7 +39,7 @@ def inputs_of(config, golden: Path, batch: int):
 
 
 def parameter_sharding(names, shape, *, mesh):
-    return jax.sharding.NamedSharding(mesh, resolve(names, shape, mesh))
+    return jax.sharding.NamedSharding(mesh, logical_to_mesh_axes(names, shape, mesh))
 
 
 def main(golden: Path) -> None:

@@ -13,7 +13,7 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import TRAINABLE
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
-from spacedrive_jax.models.language_model import Decoder, NewTokenParam
+from spacedrive_jax.models.language_model import LanguageModel, NewTokenParam
 from spacedrive_jax.models.layers import LowRankAdapter
 
 from .conftest import random_module, tiny_config
@@ -23,79 +23,79 @@ LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.5)
 COMPUTE = ComputeConfig()
 
 
-def build(compute=COMPUTE, lora=None, new_tokens=None, config=CONFIG, seed=0) -> Decoder:
+def build(compute=COMPUTE, lora=None, new_tokens=None, config=CONFIG, seed=0) -> LanguageModel:
     def construct():
-        return Decoder(config, compute=compute, rngs=nnx.Rngs(0), lora=lora, new_tokens=new_tokens)
+        return LanguageModel(config, compute=compute, rngs=nnx.Rngs(0), lora=lora, new_tokens=new_tokens)
 
     return random_module(construct, seed)
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
+def decoder() -> LanguageModel:
     return build()
 
 
 @pytest.fixture(scope="module")
-def adapted() -> Decoder:
+def adapted() -> LanguageModel:
     return build(lora=LORA, new_tokens=NewTokensConfig(first_id=80, count=2))
 
 
 def inputs(batch=2, length=9, seed=0):
     generator = np.random.default_rng(seed)
     token_ids = jnp.asarray(generator.integers(0, 80, (batch, length)), jnp.int32)
-    positions = jnp.asarray(generator.integers(0, 12, (3, batch, length)), jnp.int32)
-    return token_ids, positions
+    position_ids = jnp.asarray(generator.integers(0, 12, (3, batch, length)), jnp.int32)
+    return token_ids, position_ids
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(graph, state, token_ids, positions, options):
+def _run(graph, state, token_ids, position_ids, options):
     model = nnx.merge(graph, state)
-    return model(model.embed(token_ids), positions, **options)
+    return model(model.embed(token_ids), position_ids, **options)
 
 
-def run(model: Decoder, token_ids, positions, **options):
-    return _run(*nnx.split(model), token_ids, positions, options)
+def run(model: LanguageModel, token_ids, position_ids, **options):
+    return _run(*nnx.split(model), token_ids, position_ids, options)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "room"))
-def _prefill(graph, state, token_ids, positions, lengths, room):
+def _prefill(graph, state, token_ids, position_ids, lengths, room):
     model = nnx.merge(graph, state)
-    return model.prefill(model.embed(token_ids), positions, lengths=lengths, room=room)
+    return model.prefill(model.embed(token_ids), position_ids, lengths=lengths, room=room)
 
 
-def prefill(model: Decoder, token_ids, positions, *, lengths=None, room):
-    return _prefill(*nnx.split(model), token_ids, positions, lengths, room)
+def prefill(model: LanguageModel, token_ids, position_ids, *, lengths=None, room):
+    return _prefill(*nnx.split(model), token_ids, position_ids, lengths, room)
 
 
 def test_later_tokens_and_padding_change_nothing(decoder):
-    token_ids, positions = inputs()
-    reference, cache = run(decoder, token_ids, positions)
+    token_ids, position_ids = inputs()
+    reference, cache = run(decoder, token_ids, position_ids)
     assert cache is None
     changed = token_ids.at[:, 6:].set(3)
-    later, _ = run(decoder, changed, positions)
+    later, _ = run(decoder, changed, position_ids)
     np.testing.assert_array_equal(later[:, :6], reference[:, :6])
     assert np.abs(later[:, 6:] - reference[:, 6:]).max() > 1e-3
-    padded, _ = run(decoder, changed, positions, lengths=jnp.array([6, 4]))
+    padded, _ = run(decoder, changed, position_ids, lengths=jnp.array([6, 4]))
     np.testing.assert_allclose(padded[0, :6], reference[0, :6], atol=1e-6)
     np.testing.assert_allclose(padded[1, :4], reference[1, :4], atol=1e-6)
     assert np.isfinite(padded).all()
 
 
 def test_every_position_axis_turns_its_own_frequencies(decoder):
-    token_ids, positions = inputs()
-    reference, _ = run(decoder, token_ids, positions)
+    token_ids, position_ids = inputs()
+    reference, _ = run(decoder, token_ids, position_ids)
     for axis in range(3):
-        moved, _ = run(decoder, token_ids, positions.at[axis, :, 4].add(5))
+        moved, _ = run(decoder, token_ids, position_ids.at[axis, :, 4].add(5))
         assert np.abs(moved[:, 4:] - reference[:, 4:]).max() > 1e-5
         np.testing.assert_array_equal(moved[:, :4], reference[:, :4])
 
 
 def test_cached_steps_equal_the_whole_sequence_at_unequal_lengths(adapted):
-    token_ids, positions = inputs(length=12)
+    token_ids, position_ids = inputs(length=12)
     lengths = np.array([7, 4])
-    whole, _ = run(adapted, token_ids, positions)
+    whole, _ = run(adapted, token_ids, position_ids)
     first, cache = prefill(
-        adapted, token_ids[:, :8], positions[:, :, :8], lengths=jnp.asarray(lengths), room=4
+        adapted, token_ids[:, :8], position_ids[:, :, :8], lengths=jnp.asarray(lengths), room=4
     )
     assert cache.capacity == 12
     for row, length in enumerate(lengths):
@@ -103,28 +103,28 @@ def test_cached_steps_equal_the_whole_sequence_at_unequal_lengths(adapted):
     rows = np.arange(2)
     for _ in range(4):
         at = np.asarray(cache.lengths)
-        new_ids, new_positions = token_ids[rows, at][:, None], positions[:, rows, at][..., None]
+        new_ids, new_positions = token_ids[rows, at][:, None], position_ids[:, rows, at][..., None]
         hidden, cache = run(adapted, new_ids, new_positions, cache=cache)
         np.testing.assert_allclose(hidden[:, 0], whole[rows, at], atol=2e-6)
     np.testing.assert_array_equal(cache.lengths, lengths + 4)
 
 
 def test_several_tokens_can_be_added_to_a_cache_at_once(decoder):
-    token_ids, positions = inputs(length=10)
-    whole, _ = run(decoder, token_ids, positions)
-    hidden, cache = prefill(decoder, token_ids[:, :3], positions[:, :, :3], room=8)
+    token_ids, position_ids = inputs(length=10)
+    whole, _ = run(decoder, token_ids, position_ids)
+    hidden, cache = prefill(decoder, token_ids[:, :3], position_ids[:, :, :3], room=8)
     np.testing.assert_allclose(hidden, whole[:, :3], atol=2e-6)
     for start, stop in ((3, 8), (8, 10)):
-        hidden, cache = run(decoder, token_ids[:, start:stop], positions[:, :, start:stop], cache=cache)
+        hidden, cache = run(decoder, token_ids[:, start:stop], position_ids[:, :, start:stop], cache=cache)
         np.testing.assert_allclose(hidden, whole[:, start:stop], atol=2e-6)
 
 
 def test_hidden_states_begin_with_the_input_and_end_with_the_output(decoder):
-    token_ids, positions = inputs()
-    layers = decoder.hidden_states(decoder.embed(token_ids), positions)
+    token_ids, position_ids = inputs()
+    layers = decoder.hidden_states(decoder.embed(token_ids), position_ids)
     assert layers.shape == (CONFIG.num_layers + 1, 2, 9, CONFIG.hidden_size)
     np.testing.assert_array_equal(layers[0], decoder.embed(token_ids))
-    np.testing.assert_allclose(layers[-1], run(decoder, token_ids, positions)[0], atol=1e-6)
+    np.testing.assert_allclose(layers[-1], run(decoder, token_ids, position_ids)[0], atol=1e-6)
 
 
 def test_new_tokens_have_rows_of_their_own(adapted):
@@ -147,14 +147,14 @@ def test_new_tokens_outside_the_vocabulary_are_refused():
 
 
 def test_tied_head_is_the_embedding():
-    tied = build(config=dataclasses.replace(CONFIG, tied_head=True))
+    tied = build(config=dataclasses.replace(CONFIG, tie_word_embeddings=True))
     hidden = jnp.eye(CONFIG.hidden_size)
     np.testing.assert_allclose(tied.logits(hidden), tied.embedding[...].T, atol=1e-6)
     assert ("head",) not in dict(nnx.to_flat_state(nnx.state(tied)))
 
 
 def test_fresh_adapters_change_nothing_until_trained(adapted):
-    token_ids, positions = inputs()
+    token_ids, position_ids = inputs()
     shape = (2, CONFIG.hidden_size), nnx.Rngs(1)
     fresh = LowRankAdapter(shape[0][1:], (5,), ("embed",), ("mlp",), lora=LORA, rngs=shape[1])
     x = jax.random.normal(jax.random.key(0), shape[0])
@@ -166,13 +166,13 @@ def test_fresh_adapters_change_nothing_until_trained(adapted):
     plain = build()
     nnx.update(plain, nnx.state(adapted, nnx.Not(TRAINABLE)))
     for key in (None, jax.random.key(0)):
-        hidden, _ = run(silent, token_ids, positions, dropout_key=key)
-        np.testing.assert_array_equal(hidden, run(plain, token_ids, positions)[0])
+        hidden, _ = run(silent, token_ids, position_ids, dropout_key=key)
+        np.testing.assert_array_equal(hidden, run(plain, token_ids, position_ids)[0])
 
 
 def test_adapters_equal_folded_weights(adapted):
     """W + scaling * A B in place of the adapter gives the same model."""
-    token_ids, positions = inputs()
+    token_ids, position_ids = inputs()
     folded = build()
     merged = dict(nnx.to_flat_state(nnx.state(folded)))
     source = dict(nnx.to_flat_state(nnx.state(adapted)))
@@ -184,33 +184,33 @@ def test_adapters_equal_folded_weights(adapted):
             change = jnp.einsum("l...r,lrz->l...z", a, b.reshape(*b.shape[:2], -1))
             merged[path] = variable.replace(source[path][...] + LORA.scaling * change.reshape(variable.shape))
     nnx.update(folded, nnx.from_flat_state(merged))
-    expected, _ = run(folded, token_ids, positions)
-    hidden, _ = run(adapted, token_ids, positions)
+    expected, _ = run(folded, token_ids, position_ids)
+    hidden, _ = run(adapted, token_ids, position_ids)
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
     silent = nnx.clone(adapted)
     nnx.update(silent, jax.tree.map(jnp.zeros_like, nnx.state(adapted, nnx.LoRAParam)))
-    assert np.abs(hidden - run(silent, token_ids, positions)[0]).max() > 0.01
+    assert np.abs(hidden - run(silent, token_ids, position_ids)[0]).max() > 0.01
 
 
 def test_dropout_follows_its_key(adapted):
-    token_ids, positions = inputs()
-    first, again = (run(adapted, token_ids, positions, dropout_key=jax.random.key(3))[0] for _ in range(2))
-    other = run(adapted, token_ids, positions, dropout_key=jax.random.key(4))[0]
-    evaluation = run(adapted, token_ids, positions)[0]
+    token_ids, position_ids = inputs()
+    first, again = (run(adapted, token_ids, position_ids, dropout_key=jax.random.key(3))[0] for _ in range(2))
+    other = run(adapted, token_ids, position_ids, dropout_key=jax.random.key(4))[0]
+    evaluation = run(adapted, token_ids, position_ids)[0]
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(first - evaluation).max() > 1e-3
 
 
-def trainable_gradient(model: Decoder, frozen, trainable):
-    token_ids, positions = inputs()
+def trainable_gradient(model: LanguageModel, frozen, trainable):
+    token_ids, position_ids = inputs()
     graph, _ = nnx.split(model)
 
     @jax.jit
     @jax.grad
     def gradient(trainable):
         whole = nnx.merge(graph, trainable, frozen)
-        hidden, _ = whole(whole.embed(token_ids), positions, dropout_key=jax.random.key(0))
+        hidden, _ = whole(whole.embed(token_ids), position_ids, dropout_key=jax.random.key(0))
         return jnp.square(whole.logits(hidden)).mean()
 
     return gradient(trainable)
@@ -231,13 +231,13 @@ def test_training_the_adapters_makes_no_copy_of_the_frozen_stack():
     config = dataclasses.replace(CONFIG, num_layers=12, hidden_size=64, intermediate_size=512)
 
     def construct():
-        return Decoder(config, compute=ComputeConfig(remat="full"), rngs=nnx.Rngs(0), lora=LORA)
+        return LanguageModel(config, compute=ComputeConfig(remat="full"), rngs=nnx.Rngs(0), lora=LORA)
 
     graph, trainable, frozen = nnx.split(nnx.eval_shape(construct), TRAINABLE, ...)
 
-    def loss(trainable, frozen, token_ids, positions):
+    def loss(trainable, frozen, token_ids, position_ids):
         model = nnx.merge(graph, trainable, frozen)
-        hidden, _ = model(model.embed(token_ids), positions, dropout_key=jax.random.key(0))
+        hidden, _ = model(model.embed(token_ids), position_ids, dropout_key=jax.random.key(0))
         return jnp.square(hidden).mean()
 
     compiled = jax.jit(jax.grad(loss)).lower(trainable, frozen, *inputs(length=4)).compile()
@@ -260,21 +260,21 @@ def test_half_precision_keeps_trainables_and_logits_in_float32():
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         trainable = isinstance(variable, nnx.LoRAParam | NewTokenParam)
         assert variable.dtype == (jnp.float32 if trainable else jnp.bfloat16)
-    token_ids, positions = inputs()
-    hidden, _ = run(model, token_ids, positions)
+    token_ids, position_ids = inputs()
+    hidden, _ = run(model, token_ids, position_ids)
     assert hidden.dtype == jnp.bfloat16
     assert model.logits(hidden).dtype == jnp.float32
     wide = build(lora=LORA, new_tokens=NewTokensConfig(80))
-    exact, _ = run(wide, token_ids, positions)
+    exact, _ = run(wide, token_ids, position_ids)
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.1)
 
 
 def test_one_dimensional_rotary_reads_the_first_axis_only():
-    model = build(config=dataclasses.replace(CONFIG, rope_sections=(4,), qkv_bias=False))
-    token_ids, positions = inputs()
-    reference, _ = run(model, token_ids, positions)
-    np.testing.assert_array_equal(run(model, token_ids, positions.at[1:].add(7))[0], reference)
-    assert np.abs(run(model, token_ids, positions.at[0, :, 5].add(7))[0] - reference).max() > 1e-5
+    model = build(config=dataclasses.replace(CONFIG, mrope_section=(4,), qkv_bias=False))
+    token_ids, position_ids = inputs()
+    reference, _ = run(model, token_ids, position_ids)
+    np.testing.assert_array_equal(run(model, token_ids, position_ids.at[1:].add(7))[0], reference)
+    assert np.abs(run(model, token_ids, position_ids.at[0, :, 5].add(7))[0] - reference).max() > 1e-5
     assert model.layers.attention.q.bias is None
 
 
@@ -300,10 +300,10 @@ def test_every_parameter_names_its_axes():
 
 
 def test_names_do_not_disturb_under_a_mesh():
-    token_ids, positions = inputs()
-    plain, _ = run(build(), token_ids, positions)
+    token_ids, position_ids = inputs()
+    plain, _ = run(build(), token_ids, position_ids)
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
-        hidden, _ = run(build(), token_ids, positions)
+        hidden, _ = run(build(), token_ids, position_ids)
     np.testing.assert_allclose(hidden, plain, atol=2e-6)
 
 
@@ -311,8 +311,8 @@ def test_names_do_not_disturb_under_a_mesh():
     ("change", "message"),
     [
         ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
-        ({"rope_sections": (2, 2, 2)}, "rope_sections"),
-        ({"rope_sections": (1, 1, 1, 1)}, "rope_sections"),
+        ({"mrope_section": (2, 2, 2)}, "mrope_section"),
+        ({"mrope_section": (1, 1, 1, 1)}, "mrope_section"),
     ],
 )
 def test_impossible_decoders_are_refused(change, message):

@@ -24,14 +24,14 @@ def test_vision_tower_gives_the_visual_tokens(golden_arrays, golden_model):
 
 
 def test_decoder_with_adapters_gives_hidden_states_and_logits(golden_arrays, golden_model):
-    embeddings, positions = (
+    embeddings, position_ids = (
         jnp.asarray(golden_arrays["inputs_embeds"]),
         jnp.asarray(golden_arrays["position_ids"]),
     )
-    hidden = golden_model.decoder.hidden_states(embeddings, positions)[:, :, golden_arrays["places"]]
+    hidden = golden_model.decoder.hidden_states(embeddings, position_ids)[:, :, golden_arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], golden_arrays[f"hidden_states_{layer}"]) < TOLERANCE
-    final, _ = golden_model.decode(embeddings, positions)
+    final, _ = golden_model.decode(embeddings, position_ids)
     logits = golden_model.decoder.logits(final[:, golden_arrays["places"]])
     assert worst(logits, golden_arrays["logits"]) < TOLERANCE
 
@@ -43,11 +43,11 @@ def test_golden_adapters_take_part(golden_arrays, golden_model):
     path = ("decoder", "layers", "attention", "v", "adapter", "b")
     flat[path] = flat[path].replace(jnp.zeros_like(flat[path][...]))
     without = nnx.merge(graph, nnx.from_flat_state(flat))
-    embeddings, positions = (
+    embeddings, position_ids = (
         jnp.asarray(golden_arrays["inputs_embeds"]),
         jnp.asarray(golden_arrays["position_ids"]),
     )
-    final, _ = without.decode(embeddings, positions)
+    final, _ = without.decode(embeddings, position_ids)
     logits = without.decoder.logits(final[:, golden_arrays["places"]])
     assert worst(logits, golden_arrays["logits"]) > 100 * TOLERANCE
 
@@ -66,6 +66,6 @@ def test_positions_count_ego_slots_as_text(golden_arrays):
     token_ids, grid = golden_arrays["input_ids"][0], (3, 5)
     images_end = np.flatnonzero(token_ids == 508)[5]
     spans = find_image_spans(token_ids[:images_end], [grid] * 6, 509)
-    positions, delta = mrope_positions(len(token_ids), spans)
-    np.testing.assert_array_equal(positions, golden_arrays["position_ids"][:, 0])
-    assert delta == positions.max() + 1 - len(token_ids)
+    position_ids, rope_delta = mrope_positions(len(token_ids), spans)
+    np.testing.assert_array_equal(position_ids, golden_arrays["position_ids"][:, 0])
+    assert rope_delta == position_ids.max() + 1 - len(token_ids)

@@ -66,12 +66,12 @@ def test_rope_parameters_layout():
     del values["text_config"]["rope_theta"]
     config = read_hf_config(values)
     assert config.decoder.rope_theta == 5e5
-    assert config.decoder.rope_sections == (16, 24, 24)
+    assert config.decoder.mrope_section == (16, 24, 24)
 
 
 def test_three_billion_preset_is_tied():
     config = QwenVLConfig.qwen2_5_vl_3b()
-    assert config.decoder.tied_head
+    assert config.decoder.tie_word_embeddings
     assert read_hf_config(write_hf_config(config)) == config
 
 
@@ -84,7 +84,7 @@ def test_configs_are_hashable_and_survive_a_round_trip():
 def test_folder_of_the_golden_model():
     config = read_hf_config(GOLDEN)
     assert config.image_token_id == 509
-    assert config.decoder.rope_sections == (2, 5, 5)
+    assert config.decoder.mrope_section == (2, 5, 5)
     assert config.vision.full_attention_blocks == (1, 3)
 
 
@@ -123,7 +123,7 @@ def test_the_two_names_of_the_rotary_settings_are_put_together():
     )
     del values["text_config"]["rope_theta"]
     assert read_hf_config(values).decoder.rope_theta == 5e5
-    assert read_hf_config(values).decoder.rope_sections == (16, 24, 24)
+    assert read_hf_config(values).decoder.mrope_section == (16, 24, 24)
 
 
 def test_fields_beside_text_config_are_read_where_it_lacks_them():

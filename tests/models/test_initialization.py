@@ -7,7 +7,7 @@ from flax import nnx
 
 from spacedrive_jax.interop.hf_checkpoint import TRAINABLE
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
-from spacedrive_jax.models.language_model import Decoder
+from spacedrive_jax.models.language_model import LanguageModel
 from spacedrive_jax.models.partitioning import draw_parameters, initialize
 
 from .conftest import tiny_config
@@ -15,8 +15,8 @@ from .conftest import tiny_config
 CONFIG = tiny_config().decoder
 
 
-def build(rngs: nnx.Rngs) -> Decoder:
-    return Decoder(
+def build(rngs: nnx.Rngs) -> LanguageModel:
+    return LanguageModel(
         CONFIG,
         compute=ComputeConfig(),
         rngs=rngs,
@@ -26,7 +26,7 @@ def build(rngs: nnx.Rngs) -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
+def decoder() -> LanguageModel:
     return initialize(build, seed=0)
 
 

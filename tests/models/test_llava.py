@@ -71,7 +71,7 @@ def load_all(folder):
 def test_the_family_is_told_by_model_type(model):
     assert isinstance(model, Llava)
     assert model.config == read_hf_config(GOLDEN)
-    assert not model.config.decoder.tied_head
+    assert not model.config.decoder.tie_word_embeddings
 
 
 def test_vision_tower_and_projector_give_the_visual_tokens(arrays, model):
@@ -81,11 +81,11 @@ def test_vision_tower_and_projector_give_the_visual_tokens(arrays, model):
 
 def test_decoder_with_adapters_gives_hidden_states_and_logits(arrays, adapted):
     embeddings = jnp.asarray(arrays["inputs_embeds"])
-    positions = places_of(embeddings.shape[1])
-    hidden = adapted.decoder.hidden_states(embeddings, positions)[:, :, arrays["places"]]
+    position_ids = places_of(embeddings.shape[1])
+    hidden = adapted.decoder.hidden_states(embeddings, position_ids)[:, :, arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], arrays[f"hidden_states_{layer}"]) < TOLERANCE
-    final, _ = adapted.decode(embeddings, positions)
+    final, _ = adapted.decode(embeddings, position_ids)
     logits = adapted.decoder.logits(final[:, arrays["places"]])
     assert worst(logits, arrays["logits"]) < TOLERANCE
 

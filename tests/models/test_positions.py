@@ -8,27 +8,27 @@ from spacedrive_jax.models.positions import ImageSpan, find_image_spans, mrope_p
 
 
 def test_text_alone_counts_up():
-    positions, delta = mrope_positions(4, [])
-    np.testing.assert_array_equal(positions, [[0, 1, 2, 3]] * 3)
-    assert delta == 0
+    position_ids, rope_delta = mrope_positions(4, [])
+    np.testing.assert_array_equal(position_ids, [[0, 1, 2, 3]] * 3)
+    assert rope_delta == 0
 
 
 def test_two_images_between_text():
-    positions, delta = mrope_positions(13, [ImageSpan(2, 2, 3), ImageSpan(9, 1, 2)])
+    position_ids, rope_delta = mrope_positions(13, [ImageSpan(2, 2, 3), ImageSpan(9, 1, 2)])
     #            text  image 2x3          text  1x2    text
     time = [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 6, 8, 9]
     rows = [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 6, 8, 9]
     columns = [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9]
-    np.testing.assert_array_equal(positions, [time, rows, columns])
-    assert positions.dtype == np.int32
-    assert delta == 10 - 13
+    np.testing.assert_array_equal(position_ids, [time, rows, columns])
+    assert position_ids.dtype == np.int32
+    assert rope_delta == 10 - 13
 
 
 def test_sequence_may_end_with_an_image():
-    positions, delta = mrope_positions(5, [ImageSpan(1, 1, 4)])
-    np.testing.assert_array_equal(positions[2], [0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(positions[0], [0, 1, 1, 1, 1])
-    assert 5 + delta == 5
+    position_ids, rope_delta = mrope_positions(5, [ImageSpan(1, 1, 4)])
+    np.testing.assert_array_equal(position_ids[2], [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(position_ids[0], [0, 1, 1, 1, 1])
+    assert 5 + rope_delta == 5
 
 
 @pytest.mark.parametrize("spans", [[(3, 2, 2), (5, 1, 1)], [(8, 1, 3)], [(5, 1, 1), (2, 1, 1)], [(1, 0, 4)]])

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
-from spacedrive_jax.models.language_model import Decoder
+from spacedrive_jax.models.language_model import LanguageModel
 from spacedrive_jax.models.layers import Projection
 from spacedrive_jax.models.partitioning import axis_names
 from spacedrive_jax.models.quantization import block_size, dequantize, quantize
@@ -153,13 +153,13 @@ def test_training_on_integers_makes_no_copy_of_the_stack(kind):
 
     def construct():
         compute = ComputeConfig(remat="full", base_quantization=kind)
-        return Decoder(config, compute=compute, rngs=nnx.Rngs(0), lora=lora)
+        return LanguageModel(config, compute=compute, rngs=nnx.Rngs(0), lora=lora)
 
     graph, trainable, frozen = nnx.split(nnx.eval_shape(construct), nnx.LoRAParam, ...)
 
-    def loss(trainable, frozen, token_ids, positions):
+    def loss(trainable, frozen, token_ids, position_ids):
         model = nnx.merge(graph, trainable, frozen)
-        hidden, _ = model(model.embed(token_ids), positions, dropout_key=jax.random.key(0))
+        hidden, _ = model(model.embed(token_ids), position_ids, dropout_key=jax.random.key(0))
         return jnp.square(hidden).mean()
 
     inputs = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.ShapeDtypeStruct((3, 1, 4), jnp.int32)

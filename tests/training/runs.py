@@ -11,7 +11,7 @@ from spacedrive_jax.config import Config, from_json, load_preset, to_json
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import abstract_state, start_state
+from spacedrive_jax.training.state import abstract_state, init_train_state
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record, write_records
 
@@ -45,10 +45,10 @@ def save_untrained(config: Config) -> Path:
     config.directory.mkdir()
     (config.directory / "config.json").write_text(to_json(config))
     mesh = make_mesh(config.mesh)
-    trainable, frozen = start_state(config, mesh)
-    facts = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    trainable, frozen = init_train_state(config, mesh)
+    metadata = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
     manager = checkpoints.open_manager(config.directory, keep=1)
-    checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, facts)
+    checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, metadata)
     with checkpoints.closing(manager):
         return config.directory
 

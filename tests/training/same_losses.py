@@ -11,7 +11,7 @@ import numpy as np
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.data.loader import training_iterator, training_samples
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
-from spacedrive_jax.training.state import start_state
+from spacedrive_jax.training.state import init_train_state
 from spacedrive_jax.training.step import make_train_step
 from tests.training.runs import tiny
 
@@ -23,7 +23,7 @@ def losses_on(config, layout: MeshConfig, steps: int) -> tuple[list[float], int]
     devices = jax.devices()[: layout.data * layout.fsdp * layout.tensor]
     mesh = make_mesh(layout, devices)
     step = make_train_step(config, mesh)
-    trainable, frozen = start_state(config, mesh)
+    trainable, frozen = init_train_state(config, mesh)
     optimizer = step.initialize_optimizer(trainable)
     iterator, losses = (
         training_iterator(

@@ -7,12 +7,12 @@ import pytest
 from spacedrive_jax.training.losses import label_cross_entropy
 
 
-@pytest.mark.parametrize("places", [3, 4, 10])
-def test_chunks_give_the_plain_cross_entropy_and_gradient(places):
+@pytest.mark.parametrize("indices", [3, 4, 10])
+def test_chunks_give_the_plain_cross_entropy_and_gradient(indices):
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, places, 5)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(2, indices, 5)), jnp.float32)
     table = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, 7, (2, places)))
+    ids = jnp.asarray(rng.integers(0, 7, (2, indices)))
 
     def chunked(hidden, table):
         return label_cross_entropy(lambda each: each @ table.T, hidden, ids, chunk=4)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import load_preset
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.models.partitioning import resolve
+from spacedrive_jax.models.partitioning import logical_to_mesh_axes
 from spacedrive_jax.training.sharding import check_replication
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.train import train
@@ -62,10 +62,10 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
     command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(run_dir)]
     command += ["--data.records", str(records), "--train.steps", str(STEPS), "--mesh.data", "2"]
     command += ["--mesh.fsdp", "2", "--train.checkpoint-every", str(STEPS)]
-    command += ["--coordinator", f"localhost:{port}", "--host-count", "2"]
+    command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
     hosts = [
         subprocess.Popen(
-            [*command, "--host-index", str(index)],
+            [*command, "--process-id", str(index)],
             cwd=ROOT,
             env=environment(2),
             stdout=subprocess.PIPE,
@@ -90,22 +90,22 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
 
 
 def test_hosts_need_each_other(capsys):
-    assert main(["train", str(TINY), "--host-count", "2"]) == 1
+    assert main(["train", str(TINY), "--num-processes", "2"]) == 1
     assert "--coordinator HOST:PORT" in capsys.readouterr().err
-    assert main(["train", str(TINY), "--coordinator", "here:1", "--host-count", "2"]) == 1
-    assert "--host-index 0..N-1" in capsys.readouterr().err
+    assert main(["train", str(TINY), "--coordinator", "here:1", "--num-processes", "2"]) == 1
+    assert "--process-id 0..N-1" in capsys.readouterr().err
 
 
 def test_logical_axes_become_mesh_axes_in_the_order_of_the_table():
     mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
-    assert resolve(("vocab", "embed"), (512, 64), mesh) == PartitionSpec("tensor", "fsdp")
-    residual = resolve(("batch", "sequence", None), (8, 6, 3), mesh)
+    assert logical_to_mesh_axes(("vocab", "embed"), (512, 64), mesh) == PartitionSpec("tensor", "fsdp")
+    residual = logical_to_mesh_axes(("batch", "sequence", None), (8, 6, 3), mesh)
     assert residual == PartitionSpec(("data", "fsdp"), "tensor", None)
     # What does not divide stays whole, or takes fewer axes.
-    assert resolve(("embed",), (6,), mesh) == PartitionSpec(None)
-    assert resolve(("images",), (8,), mesh) == PartitionSpec(("data", "fsdp"))
+    assert logical_to_mesh_axes(("embed",), (6,), mesh) == PartitionSpec(None)
+    assert logical_to_mesh_axes(("images",), (8,), mesh) == PartitionSpec(("data", "fsdp"))
     # An axis of the mesh is used once.
-    assert resolve(("mlp", "vocab"), (4, 4), mesh) == PartitionSpec(None, "tensor")
+    assert logical_to_mesh_axes(("mlp", "vocab"), (4, 4), mesh) == PartitionSpec(None, "tensor")
 
 
 def test_a_replicated_model_is_refused_by_name():
@@ -138,10 +138,14 @@ def test_the_published_model_is_split_on_every_mesh_that_is_let_through():
 def test_heads_of_keys_stay_whole_where_they_are_fewer_than_the_ways():
     """As many keys' heads as there are go around; the queries' heads are cut all the same."""
     mesh = AbstractMesh((1, 2, 8), ("data", "fsdp", "tensor"))
-    assert resolve(("embed", "kv_heads", "head_dim"), (64, 4, 16), mesh) == PartitionSpec("fsdp", None, None)
-    assert resolve(("embed", "heads", "head_dim"), (64, 32, 16), mesh) == PartitionSpec(
+    assert logical_to_mesh_axes(("embed", "kv_heads", "head_dim"), (64, 4, 16), mesh) == PartitionSpec(
+        "fsdp", None, None
+    )
+    assert logical_to_mesh_axes(("embed", "heads", "head_dim"), (64, 32, 16), mesh) == PartitionSpec(
         "fsdp", "tensor", None
     )
     # Images go over every device that their number divides among.
-    assert resolve(("images", None), (96, 3), mesh) == PartitionSpec(("data", "fsdp", "tensor"), None)
-    assert resolve(("images", None), (6, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert logical_to_mesh_axes(("images", None), (96, 3), mesh) == PartitionSpec(
+        ("data", "fsdp", "tensor"), None
+    )
+    assert logical_to_mesh_axes(("images", None), (6, 3), mesh) == PartitionSpec(("data", "fsdp"), None)

@@ -32,10 +32,10 @@ def start_hosts(records, run_dir, *flags):
         str(run_dir),
         "--json",
     ]
-    command += ["--data.records", str(records), "--coordinator", f"localhost:{port}", "--host-count", "2"]
+    command += ["--data.records", str(records), "--coordinator", f"localhost:{port}", "--num-processes", "2"]
     return [
         subprocess.Popen(
-            [*command, *flags, "--host-index", str(index)],
+            [*command, *flags, "--process-id", str(index)],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -68,12 +68,12 @@ def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
         for host in hosts:
             host.kill()
     assert [host.returncode for host in hosts] == [0, 0], outputs
-    facts = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    assert not facts[0]["finished"]
-    assert facts[0]["step"] == facts[1]["step"] >= 3
-    assert checkpoints.locate(run_dir)[1] == facts[0]["step"]
+    metadata = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert not metadata[0]["finished"]
+    assert metadata[0]["step"] == metadata[1]["step"] >= 3
+    assert checkpoints.locate(run_dir)[1] == metadata[0]["step"]
 
     # What both wrote is whole: one host alone goes on from it, with no step lost and none done twice.
-    done = facts[0]["step"]
+    done = metadata[0]["step"]
     train(tiny(records, run_dir, steps=done + 1), resume=True, accept_changes=True)
     assert [step for step, _ in losses_of(run_dir)] == list(range(1, done + 2))

@@ -106,8 +106,8 @@ def test_a_wrong_group_decay_or_clip_would_show(problem):
     values, gradients = problem
     expected = by_definition(values, gradients)
     for change in (
-        {"vlm_rate": 1.0},
-        {"head_rate": 1.0},
+        {"vlm_lr_mult": 1.0},
+        {"head_lr_mult": 1.0},
         {"weight_decay": 0.0},
         {"beta2": 0.99},
         {"clip_norm": 3500.0},
@@ -125,7 +125,7 @@ def test_the_rate_warms_up_from_a_third_and_ends_at_a_thousandth():
     config = TrainConfig()
     assert (config.learning_rate, config.warmup_steps, config.clip_norm) == (5e-5, 500, 35.0)
     assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.999, 1e-4)
-    assert (config.vlm_rate, config.head_rate) == (0.1, 4.0)
+    assert (config.vlm_lr_mult, config.head_lr_mult) == (0.1, 4.0)
     rate = learning_rate(config)
     np.testing.assert_allclose(rate(0), 5e-5 / 3, rtol=1e-6)
     np.testing.assert_allclose(rate(config.steps), 5e-8, rtol=1e-3)

@@ -77,9 +77,9 @@ def test_the_answer_is_laid_out_behind_the_waypoints(batch, records):
     np.testing.assert_array_equal(batch.path[0], path)
     np.testing.assert_array_equal(batch.path_mask[0], record["path_mask"][:POINTS])
     np.testing.assert_array_equal(batch.coordinates[0, 6:, :2], path)
-    assert int(batch.path_places[0].min()) > int(batch.waypoint_places[0].max())
+    assert int(batch.path_indices[0].min()) > int(batch.waypoint_indices[0].max())
     tokenizer = SampleBuilder(CONFIG.data, CONFIG.model).tokenizer
-    assert set(np.asarray(batch.token_ids)[0][batch.path_places[0]]) == {tokenizer.indicator}
+    assert set(np.asarray(batch.token_ids)[0][batch.path_indices[0]]) == {tokenizer.indicator}
     answer = tokenizer.decode(np.asarray(batch.target_ids[0])[np.asarray(batch.target_mask[0])].tolist())
     assert answer.startswith("Here is the planning trajectory [")
     assert " Here is the path [" in answer
@@ -112,7 +112,7 @@ def test_what_the_future_does_not_reach_has_no_loss(score, batch):
 
 def test_waypoint_loss_is_the_same_with_and_without_a_path(score, batch):
     parts = score(gradient=False)
-    other = score(dataclasses.replace(batch, path_places=None, path=None, path_mask=None), gradient=False)
+    other = score(dataclasses.replace(batch, path_indices=None, path=None, path_mask=None), gradient=False)
     np.testing.assert_allclose(parts.position, other.position, rtol=1e-5)
     np.testing.assert_allclose(parts.displacement, other.displacement, rtol=1e-5)
     assert float(other.path) == 0.0

@@ -25,7 +25,7 @@ from spacedrive_jax.inference.open_model import (
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import start_state
+from spacedrive_jax.training.state import init_train_state
 from spacedrive_jax.training.train import train
 from tests.training.runs import losses_of, make_records, tiny, trained_values
 
@@ -144,7 +144,9 @@ def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path)
 
 
 def test_accumulated_gradients_average_and_an_average_is_kept(records, whole, tmp_path, capsys):
-    config = tiny(records, tmp_path / "run", steps=STEPS, accumulation=2, ema_decay=0.5, checkpoint_every=1)
+    config = tiny(
+        records, tmp_path / "run", steps=STEPS, grad_accum_steps=2, ema_decay=0.5, checkpoint_every=1
+    )
     train(config)
     pairs = zip(losses_of(tmp_path / "run"), losses_of(whole), strict=True)
     np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4)
@@ -215,11 +217,11 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
 @pytest.mark.parametrize("lost", ["facts", "config"])
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole, tmp_path, lost):
     run = copied(whole, tmp_path / "run")
-    facts = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "facts"
+    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "facts"
     if lost == "facts":
-        shutil.rmtree(facts)
+        shutil.rmtree(metadata)
     else:
-        (file,) = (each for each in facts.iterdir() if b"trainable_fingerprint" in each.read_bytes())
+        (file,) = (each for each in metadata.iterdir() if b"trainable_fingerprint" in each.read_bytes())
         kept = json.loads(file.read_text())
         del kept["config"]
         file.write_text(json.dumps(kept))
@@ -241,8 +243,8 @@ def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, keep):
-    with pytest.raises(SpaceDriveError, match="keep_checkpoints"):
-        train(tiny(records, tmp_path / "run", steps=2, keep_checkpoints=keep))
+    with pytest.raises(SpaceDriveError, match="max_to_keep"):
+        train(tiny(records, tmp_path / "run", steps=2, max_to_keep=keep))
     assert not (tmp_path / "run").exists()
 
 
@@ -250,7 +252,7 @@ def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run(records, tmp_path):
     """No thread may wait for a folder that was never made: the process would hold its devices for minutes."""
     config = tiny(records, tmp_path / "run", steps=4)
     manager = checkpoints.open_manager(tmp_path / "run", keep=1)
-    trainable, _ = start_state(config, make_mesh(config.mesh))
+    trainable, _ = init_train_state(config, make_mesh(config.mesh))
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints").write_text("")
     before = threading.active_count()

@@ -115,9 +115,9 @@ def test_predict_writes_one_line_per_keyframe(records, tmp_path, capsys):
         "--json",
     ]
     assert main([*command, "--max-new-tokens", "8"]) == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    metadata = json.loads(capsys.readouterr().out.splitlines()[-1])
     lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
-    assert facts["samples"] == len(lines) == 3
-    assert facts["unparsed"] == sum(line["status"] == "unparsed" for line in lines)
+    assert metadata["samples"] == len(lines) == 3
+    assert metadata["unparsed"] == sum(line["status"] == "unparsed" for line in lines)
     assert {"token", "waypoints", "text", "status"} <= set(lines[0])
     assert main([*command]) == 1

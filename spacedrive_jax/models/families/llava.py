@@ -19,12 +19,18 @@ from spacedrive_jax.bounds import FROM_ZERO, SIDE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    VisionConfig,
+    VLConfig,
+)
 from spacedrive_jax.models.family import Family
 from spacedrive_jax.models.image_processor import ImageProcessor, bicubic
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import ImageSpan, MropePositions, mrope_positions
+from spacedrive_jax.models.positions import ImageSpan, RopePositions, mrope_positions
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 
@@ -75,7 +81,7 @@ class LlavaConfig(VLConfig):
     The defaults are those of LLaVA-1.5-7B.
     """
 
-    decoder: DecoderConfig = DecoderConfig(
+    decoder: LanguageModelConfig = LanguageModelConfig(
         vocab_size=32064,
         hidden_size=4096,
         intermediate_size=11008,
@@ -83,7 +89,7 @@ class LlavaConfig(VLConfig):
         num_heads=32,
         num_kv_heads=32,
         rope_theta=10_000.0,
-        rope_sections=(64,),
+        mrope_section=(64,),
         norm_eps=1e-5,
         qkv_bias=False,
     )
@@ -95,10 +101,10 @@ class LlavaConfig(VLConfig):
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm")
-        if len(self.decoder.rope_sections) != 1 or self.decoder.qkv_bias:
+        if len(self.decoder.mrope_section) != 1 or self.decoder.qkv_bias:
             raise ConfigError(
                 "LLaVA's decoder has one-dimensional rotary positions and no attention biases; got "
-                f"rope_sections {self.decoder.rope_sections}, qkv_bias {self.decoder.qkv_bias}"
+                f"mrope_section {self.decoder.mrope_section}, qkv_bias {self.decoder.qkv_bias}"
             )
 
     @classmethod
@@ -297,7 +303,7 @@ class Llava(VisionLanguageModel):
 
     def sequence_positions(
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> MropePositions:
+    ) -> RopePositions:
         """Plain positions 0, 1, 2, ... on every axis, images or not."""
         expected = sum(rows * columns for rows, columns in visual_grids)
         found = int(np.count_nonzero(np.asarray(token_ids) == self.config.image_token_id))
@@ -307,7 +313,7 @@ class Llava(VisionLanguageModel):
                 f"{len(visual_grids)} images have {expected} visual tokens"
             )
         places = np.arange(len(token_ids), dtype=np.int32)
-        return MropePositions(np.broadcast_to(places, (3, len(places))), 0)
+        return RopePositions(np.broadcast_to(places, (3, len(places))), 0)
 
 
 class LlavaChat(ChatTemplate):
@@ -432,7 +438,7 @@ def vision_flops(config: LlavaConfig, patch_grid: tuple[int, int]) -> int:
     return vision.used_blocks * (block + scores) + projector + embedding
 
 
-def position_ids(length: int, images: Sequence[ImageSpan]) -> MropePositions:
+def position_ids(length: int, images: Sequence[ImageSpan]) -> RopePositions:
     """Plain positions 0, 1, 2, … on every axis, images or not."""
     del images
     return mrope_positions(length, [])

@@ -19,13 +19,19 @@ from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
-from spacedrive_jax.models.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    VisionConfig,
+    VLConfig,
+)
 from spacedrive_jax.models.family import Family
 from spacedrive_jax.models.image_processor import ImageProcessor, bicubic
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import (
-    MropePositions,
+    RopePositions,
     RotaryTables,
     find_image_spans,
     mrope_positions,
@@ -89,7 +95,7 @@ class QwenVisionConfig(VisionConfig):
 class QwenVLConfig(VLConfig):
     """Qwen2.5-VL: vision tower, decoder and the token ids that tie them together."""
 
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: LanguageModelConfig = LanguageModelConfig()
     vision: QwenVisionConfig = QwenVisionConfig()
     image_token_id: int = 151655
     vision_start_token_id: int = 151652
@@ -111,14 +117,14 @@ class QwenVLConfig(VLConfig):
     def qwen2_5_vl_3b(cls) -> QwenVLConfig:
         """Dimensions of Qwen2.5-VL-3B."""
         return cls(
-            decoder=DecoderConfig(
+            decoder=LanguageModelConfig(
                 vocab_size=151936,
                 hidden_size=2048,
                 intermediate_size=11008,
                 num_layers=36,
                 num_heads=16,
                 num_kv_heads=2,
-                tied_head=True,
+                tie_word_embeddings=True,
             ),
             vision=QwenVisionConfig(out_hidden_size=2048),
         )
@@ -298,7 +304,7 @@ class QwenVL(VisionLanguageModel):
 
     def sequence_positions(
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> MropePositions:
+    ) -> RopePositions:
         """Multimodal positions; every run of image tokens is an image."""
         spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
         return mrope_positions(len(token_ids), spans)

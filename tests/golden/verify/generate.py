@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.inference.answers import Generation, answer_text
@@ -117,13 +117,13 @@ def replay(
     fed = model.vlm.embed(fed_ids)
     prompt = model.embeddings(batch)
     length = prompt.shape[1]
-    places = jnp.arange(length, length + fed.shape[1]) + batch.position_offset[:, None]
-    later = jnp.broadcast_to(places[:, None], (1, 3, fed.shape[1]))
-    positions = jnp.swapaxes(jnp.concatenate([batch.positions, later], axis=2), 0, 1)
+    indices = jnp.arange(length, length + fed.shape[1]) + batch.rope_delta[:, None]
+    later = jnp.broadcast_to(indices[:, None], (1, 3, fed.shape[1]))
+    position_ids = jnp.swapaxes(jnp.concatenate([batch.position_ids, later], axis=2), 0, 1)
 
     def run(fed: Float[Array, "1 G D"]) -> Float[Array, "1 S+G D"]:
         everything = jnp.concatenate([prompt, fed], axis=1)
-        return model.vlm.decode(everything, positions, lengths=batch.lengths + fed.shape[1])[0]
+        return model.vlm.decode(everything, position_ids, lengths=batch.lengths + fed.shape[1])[0]
 
     if model.config.position_input:
         # What is fed at a coordinate follows from the hidden state before it, and so on down the answer.
@@ -142,7 +142,7 @@ def replay(
         "hidden": read_from,
         "logits": model.vlm.decoder.logits(read_from),
         "patch_encodings": model.encoder(model.patch_points(batch)),
-        "positions": later,
+        "position_ids": later,
     }
 
 
@@ -156,11 +156,11 @@ def _cells(model: SpaceDrive, hidden: Float[Array, "G D"]) -> Float[Array, "G 3"
 
 
 def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: Arrays) -> list[Check]:
-    slots = np.asarray(batch.slots)
-    ego = (slots == Slot.EGO_FEATURE) | (slots == Slot.EGO_POSITION)
+    token_type_ids = np.asarray(batch.token_type_ids)
+    ego = (token_type_ids == TokenType.EGO_FEATURE) | (token_type_ids == TokenType.EGO_POSITION)
     results: dict[str, tuple[Any, dict[str, float]]] = {
         "prompt_ids_after_ego": (batch.token_ids, EQUAL),
-        "position_ids_prefill": (_axes_first(np.asarray(batch.positions), expected), EQUAL),
+        "position_ids_prefill": (_axes_first(np.asarray(batch.position_ids), expected), EQUAL),
         "inputs_embeds_prefill": (facts["prompt"], LOGITS),
         "pos_emb": (facts["patch_encodings"], LOGITS),
         "ego_feature": (facts["prompt"][ego][None], {"atol": 2e-4, "rtol": 1e-4}),
@@ -172,9 +172,9 @@ def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: 
     ]
 
 
-def _axes_first(positions: np.ndarray, expected: Arrays) -> np.ndarray:
+def _axes_first(position_ids: np.ndarray, expected: Arrays) -> np.ndarray:
     """Positions as recorded: (3, B, S), or (B, S) where a decoder has but one axis."""
-    axes = np.swapaxes(positions, 0, 1)
+    axes = np.swapaxes(position_ids, 0, 1)
     return axes if expected["position_ids_prefill"].ndim == 3 else axes[0]
 
 
@@ -209,8 +209,8 @@ def _answer_checks(
         "generated_ids": (ids[:sure], EQUAL, expected["generated_ids"][:sure])
     }
     if whole and "pos_embedding_index" in expected:
-        places = expected["pos_embedding_index"].astype(np.int64)
-        results["pos_embedding_index"] = (np.flatnonzero(decoded), EQUAL, places)
+        indices = expected["pos_embedding_index"].astype(np.int64)
+        results["pos_embedding_index"] = (np.flatnonzero(decoded), EQUAL, indices)
     for name, ours in (("hidden_for_output", hidden), ("step_logits", facts["logits"][0, :count])):
         if name in expected:
             results[name] = (ours[:sure], LOGITS, expected[name][:sure])
@@ -239,8 +239,8 @@ def _steps(
     fed = expected.get("inputs_embeds_steps", np.zeros(0))
     if fed.size:
         results["inputs_embeds_steps"] = (facts["fed"][:, : fed.shape[1]], LOGITS, fed)
-    places = expected.get("position_ids_steps", np.zeros(0))
-    if places.size:
-        ours = _axes_first(facts["positions"], expected)[..., : places.shape[-1]]
-        results["position_ids_steps"] = (ours, EQUAL, places)
+    indices = expected.get("position_ids_steps", np.zeros(0))
+    if indices.size:
+        ours = _axes_first(facts["position_ids"], expected)[..., : indices.shape[-1]]
+        results["position_ids_steps"] = (ours, EQUAL, indices)
     return results

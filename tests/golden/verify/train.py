@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.models.chat import IGNORE
 from spacedrive_jax.models.spacedrive import SpaceDrive
@@ -111,10 +111,10 @@ def run_step(
         model = nnx.merge(graph, trainable, frozen)
         supervised = select(model, batch, training)
         embeddings = model.embeddings(batch)
-        positions = jnp.swapaxes(batch.positions, 0, 1)
-        layers = model.vlm.decoder.hidden_states(embeddings, positions, lengths=batch.lengths)
-        drawn_for = supervised.truth[:, : supervised.places.shape[1]] if sees_truth else None
-        outputs = model(batch, places=supervised.places, truth=drawn_for, noise=drawn)
+        position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
+        layers = model.vlm.decoder.hidden_states(embeddings, position_ids, lengths=batch.lengths)
+        drawn_for = supervised.truth[:, : supervised.indices.shape[1]] if sees_truth else None
+        outputs = model(batch, indices=supervised.indices, truth=drawn_for, noise=drawn)
         facts = {
             "parts": parts,
             "embeddings": embeddings,
@@ -151,13 +151,13 @@ def layout_checks(config: ModelConfig, batch: DrivingBatch, expected: Arrays) ->
         checks.append(compare("attention_mask", valid, expected["attention_mask"], **equal))
     if "labels_for_ce" in expected:
         labels = np.full(batch.token_ids.shape, IGNORE)
-        for row, (places, ids, mask) in enumerate(
-            zip(batch.target_places, batch.target_ids, batch.target_mask, strict=True)
+        for row, (indices, ids, mask) in enumerate(
+            zip(batch.target_indices, batch.target_ids, batch.target_mask, strict=True)
         ):
-            labels[row, np.asarray(places)[np.asarray(mask)] + 1] = np.asarray(ids)[np.asarray(mask)]
+            labels[row, np.asarray(indices)[np.asarray(mask)] + 1] = np.asarray(ids)[np.asarray(mask)]
         checks.append(compare("labels_for_ce", labels, expected["labels_for_ce"], **equal))
     if expected.get("position_ids", np.zeros(0)).size:
-        ours = np.swapaxes(np.asarray(batch.positions), 0, 1)
+        ours = np.swapaxes(np.asarray(batch.position_ids), 0, 1)
         theirs = np.where(valid, expected["position_ids"], 0)
         checks.append(compare("position_ids", np.where(valid, ours, 0), theirs, **equal))
     if config.ego_status != "none":
@@ -222,15 +222,17 @@ def _tensor_checks(
     for step in (4, 16):
         tokens(f"logits_every{step}", ours["logits"], step)
 
-    slots = np.asarray(batch.slots)
-    coordinates = slots == Slot.COORDINATE
+    token_type_ids = np.asarray(batch.token_type_ids)
+    coordinates = token_type_ids == TokenType.COORDINATE
     check("inputs_embeds_at_pos_embedding_tokens", ours["embeddings"][coordinates], HIDDEN)
-    ego = (slots == Slot.EGO_FEATURE) | (slots == Slot.EGO_POSITION)
+    ego = (token_type_ids == TokenType.EGO_FEATURE) | (token_type_ids == TokenType.EGO_POSITION)
     if "ego_feature" in expected:
         ours_ego = ours["embeddings"][ego].reshape(expected["ego_feature"].shape)
         check("ego_feature", ours_ego, {"atol": 2e-4, "rtol": 1e-5})
     if "image_embeds" in expected and model.config.visual_positions == "add":
-        image = ours["embeddings"][slots == Slot.IMAGE] - ours["patch_encodings"].reshape(-1, last.shape[-1])
+        image = ours["embeddings"][token_type_ids == TokenType.IMAGE] - ours["patch_encodings"].reshape(
+            -1, last.shape[-1]
+        )
         check("image_embeds", image.reshape(expected["image_embeds"].shape), HIDDEN)
     check("pos_emb", ours["patch_encodings"], {"atol": 5e-5, "rtol": 1e-5})
     if "io_coords_pos" in expected:
@@ -239,20 +241,20 @@ def _tensor_checks(
             check("io_coords_pos", np.concatenate(rows)[None], HIDDEN)
 
     mask = np.asarray(ours["supervised"].mask)
-    places = mask[:, : ours["at_indicators"].shape[1]]
+    indices = mask[:, : ours["at_indicators"].shape[1]]
 
     def chosen(name: str, value: np.ndarray, rows: np.ndarray, tolerance: dict[str, float]) -> None:
         if name in expected:
             theirs = expected[name]
             checks.append(compare(name, value[rows].reshape(theirs.shape), theirs, **tolerance))
 
-    chosen("output_pos", ours["at_indicators"], places, HIDDEN)
+    chosen("output_pos", ours["at_indicators"], indices, HIDDEN)
     if training.supervision != "first" and not model.config.decoder.whole_trajectory:
         chosen("gt_pos", ours["true_encodings"], mask, HIDDEN)
     chosen("gt_coords_xy", ours["supervised"].truth, mask, {"atol": 1e-6, "rtol": 0.0})
     if not model.config.decoder.is_grid:
         whole = model.config.decoder.whole_trajectory
-        chosen("decoded_coords", ours["coordinates"], mask if whole else places, COORDINATES)
+        chosen("decoded_coords", ours["coordinates"], mask if whole else indices, COORDINATES)
     return checks
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from spacedrive_jax.batch import DrivingBatch, Slot
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import DataError
@@ -95,7 +95,7 @@ def _coordinate_checks(model: SpaceDrive, batch: DrivingBatch, expected: Arrays)
         yield compare("io_coords_pos", ours, theirs, **HIDDEN)
     if "inputs_embeds_at_pos_embedding_tokens" in expected and not model.config.position_input:
         name = "inputs_embeds_at_pos_embedding_tokens"
-        ours = model.vlm.embed(batch.token_ids)[batch.slots == Slot.COORDINATE]
+        ours = model.vlm.embed(batch.token_ids)[batch.token_type_ids == TokenType.COORDINATE]
         yield compare(name, ours, expected[name], **HIDDEN)
     if "gt_coords_xy" in expected:
         theirs = expected["gt_coords_xy"]
@@ -109,7 +109,7 @@ def _text_checks(model: SpaceDrive, batch: DrivingBatch, expected: Arrays) -> It
         return
     graph, state = nnx.split(model)
     hidden = jax.jit(lambda state, batch: nnx.merge(graph, state)(batch).hidden)(state, batch)
-    before_images = int(np.argmax(np.asarray(batch.slots)[0] == Slot.IMAGE))
+    before_images = int(np.argmax(np.asarray(batch.token_type_ids)[0] == TokenType.IMAGE))
     count = len(range(0, before_images, 4))
     yield compare(f"{name}, before the images", hidden[:, ::4][:, :count], recorded[:, :count], **HIDDEN)
     if "logits_every16" in expected:

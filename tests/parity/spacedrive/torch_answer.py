@@ -44,7 +44,7 @@ def write_answer(
 def incline_to_indicators(model: TorchSpaceDrive, inputs: dict[str, Any], insistence: float) -> None:
     """Turns the indicator's row of the head to the prompt's last state: random rows hardly ever win."""
     frame = model.prepare(inputs)
-    state = model.language_model(frame.sequence, frame.positions, frame.mask).last_hidden_state[0, -1]
+    state = model.language_model(frame.sequence, frame.position_ids, frame.mask).last_hidden_state[0, -1]
     row = insistence * state / state.square().sum()
     indicator = model.setting.ids["pos_indicator"]
     if model.setting.family == "qwen":
@@ -63,7 +63,7 @@ def answer(
     """
     ids = model.setting.ids
     frame = model.prepare(inputs)
-    sequence, positions = frame.sequence, frame.positions
+    sequence, position_ids = frame.sequence, frame.position_ids
     seen = set(frame.token_ids[0].tolist())
     generated: list[int] = []
     states, scores, margins, fed, at, points = [], [], [], [], [], []
@@ -71,7 +71,7 @@ def answer(
     after_indicator = False
     while True:
         mask = torch.ones(sequence.shape[:2], dtype=torch.long)
-        hidden = model.language_model(sequence, positions, mask).last_hidden_state[0, -1]
+        hidden = model.language_model(sequence, position_ids, mask).last_hidden_state[0, -1]
         raw = model.logits(hidden)
         penalised = raw.clone()
         if penalty != 1.0:
@@ -100,16 +100,16 @@ def answer(
             after_indicator = chosen == ids["pos_indicator"]
         fed.append(embedded)
         sequence = torch.cat([sequence, embedded[None, None]], dim=1)
-        following = positions.amax(dim=(0, 2))[None, :, None].expand(3, 1, 1) + 1
-        positions = torch.cat([positions, following], dim=2)
-    steps = positions[..., frame.positions.shape[2] :]
-    places = coordinate_places(torch.tensor(generated), ids["pos_indicator"])
+        following = position_ids.amax(dim=(0, 2))[None, :, None].expand(3, 1, 1) + 1
+        position_ids = torch.cat([position_ids, following], dim=2)
+    steps = position_ids[..., frame.position_ids.shape[2] :]
+    indices = coordinate_indices(torch.tensor(generated), ids["pos_indicator"])
     by_place = dict(zip(fed_places, zip(at, points, strict=True), strict=True))
-    at = [by_place[place][0] for place in places]
-    points = [by_place[place][1] for place in places]
+    at = [by_place[place][0] for place in indices]
+    points = [by_place[place][1] for place in indices]
     return {
         "prompt_ids_after_ego": frame.token_ids,
-        "position_ids_prefill": frame.positions if model.setting.family == "qwen" else torch.zeros(0),
+        "position_ids_prefill": frame.position_ids if model.setting.family == "qwen" else torch.zeros(0),
         "inputs_embeds_prefill": frame.sequence,
         "generated_ids": torch.tensor(generated),
         "hidden_for_output": torch.stack(states),
@@ -117,13 +117,13 @@ def answer(
         "top1_top2_margin": torch.tensor(margins),
         "inputs_embeds_steps": torch.stack(fed)[None] if fed else torch.zeros(0),
         "position_ids_steps": steps if model.setting.family == "qwen" else torch.zeros(0),
-        "pos_embedding_index": torch.tensor(places),
+        "pos_embedding_index": torch.tensor(indices),
         "hidden_at_pos": torch.stack(at) if at else torch.zeros(0, len(states[0])),
         "coords": torch.stack(points) if at else torch.zeros(0, 3),
     }
 
 
-def coordinate_places(generated: torch.Tensor, indicator: int) -> list[int]:
+def coordinate_indices(generated: torch.Tensor, indicator: int) -> list[int]:
     """Behind the first indicator of every run, found by rolling the answer round."""
     is_indicator = generated == indicator
     if is_indicator.sum() > 1:

@@ -25,7 +25,7 @@ class Prepared:
     token_ids: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     """(3, B, S)"""
     sequence: torch.Tensor
     """Embeddings (B, S, D)."""
@@ -121,11 +121,11 @@ class TorchSpaceDrive:
             inner.relu(), heads["mlp_output_coords.2.weight"], heads["mlp_output_coords.2.bias"]
         )
 
-    def language_model(self, sequence: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> Any:
+    def language_model(self, sequence: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> Any:
         """transformers' decoder; LLaVA counts positions itself."""
         return self.vlm.model.language_model(
             inputs_embeds=sequence,
-            position_ids=positions if self.setting.family == "qwen" else None,
+            position_ids=position_ids if self.setting.family == "qwen" else None,
             attention_mask=mask,
             output_hidden_states=True,
             use_cache=False,
@@ -144,24 +144,24 @@ class TorchSpaceDrive:
         token_ids = torch.full((size, length), ids["pad"])
         labels = torch.full((size, length), IGNORE)
         mask = torch.zeros((size, length), dtype=torch.long)
-        embeddings, positions = [], torch.zeros((3, size, length), dtype=torch.long)
-        for row, (tokens, row_labels, ego_places) in enumerate(rows):
+        embeddings, position_ids = [], torch.zeros((3, size, length), dtype=torch.long)
+        for row, (tokens, row_labels, ego_indices) in enumerate(rows):
             count = len(tokens)
             token_ids[row, :count], labels[row, :count], mask[row, :count] = tokens, row_labels, 1
             is_image = token_ids[row] == ids["image_pad"]
-            is_image[ego_places] = False
+            is_image[ego_indices] = False
             embedded = self.embed(token_ids[row]).index_put((is_image.nonzero()[:, 0],), placed[row])
-            embeddings.append(embedded.index_put((ego_places,), ego_slots[row]))
-            positions[:, row, :count] = self._positions(tokens)
+            embeddings.append(embedded.index_put((ego_indices,), ego_slots[row]))
+            position_ids[:, row, :count] = self._positions(tokens)
         sequence = torch.stack(embeddings)
         return Prepared(
-            token_ids, labels, mask, positions, sequence, visual, encodings, ego_slots, poses, values
+            token_ids, labels, mask, position_ids, sequence, visual, encodings, ego_slots, poses, values
         )
 
     def _ego_slots(self, poses: np.ndarray, values: np.ndarray, now: dict[str, Any]) -> torch.Tensor:
         """What stands at the ego tokens: (B, 0 to 3, D)."""
         size, status, heads = len(poses), self.arguments["ego_status"], self.heads
-        slots = [torch.zeros(size, 0, self.setting.width)]
+        token_type_ids = [torch.zeros(size, 0, self.setting.width)]
         if status in ("feature", "feature+PE"):
             current = np.concatenate([now["command"][:, None], now["can_bus"]], axis=1)
             numbers = np.concatenate([values.reshape(size, -1), current, poses.reshape(size, -1)], axis=1)
@@ -173,10 +173,10 @@ class TorchSpaceDrive:
             feature = functional.linear(
                 inner, heads["ego_status_mlp.2.weight"], heads["ego_status_mlp.2.bias"]
             )
-            slots.append(feature[:, None])
+            token_type_ids.append(feature[:, None])
         if status in ("PE", "feature+PE"):
-            slots.append(self.encode(torch.tensor(poses[:, :, :3, 3], dtype=torch.float32)))
-        return torch.cat(slots, dim=1)
+            token_type_ids.append(self.encode(torch.tensor(poses[:, :, :3, 3], dtype=torch.float32)))
+        return torch.cat(token_type_ids, dim=1)
 
     def _ego(self, data: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         """Past poses (B, 2, 4, 4) and commands with CAN values (B, 2, 14) that the memory holds."""
@@ -241,8 +241,8 @@ class TorchSpaceDrive:
         place = int(np.flatnonzero(tokens == ids["vision_end" if qwen else "image_pad"])[-1]) + 1
         tokens = np.insert(tokens, place, inserted)
         labels = np.insert(labels, place, [IGNORE] * len(inserted))
-        slots = place + np.flatnonzero(np.array(inserted) == ids["image_pad"])
-        return torch.tensor(tokens), torch.tensor(labels), torch.tensor(slots, dtype=torch.long)
+        token_type_ids = place + np.flatnonzero(np.array(inserted) == ids["image_pad"])
+        return torch.tensor(tokens), torch.tensor(labels), torch.tensor(token_type_ids, dtype=torch.long)
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """Qwen's rotary positions: an image counts rows and columns, and as far as the longer of them."""

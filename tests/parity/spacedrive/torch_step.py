@@ -30,7 +30,7 @@ class Step:
         model, ids = self.model, self.model.setting.ids
         qwen = model.setting.family == "qwen"
         frame = model.prepare(inputs)
-        output = model.language_model(frame.sequence, frame.positions, frame.mask)
+        output = model.language_model(frame.sequence, frame.position_ids, frame.mask)
         last = output.last_hidden_state
         logits = model.logits(last)
         targets = torch.where(frame.labels == ids["pos_embedding"], IGNORE, frame.labels)
@@ -38,8 +38,8 @@ class Step:
             logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
         )
         losses = {"vlm_loss": entropy / model.setting.batch}
-        places, truth = self._supervised(frame.token_ids, frame.labels, inputs["coords_pos"])
-        at = last[places[:, 0], places[:, 1]]
+        indices, truth = self._supervised(frame.token_ids, frame.labels, inputs["coords_pos"])
+        at = last[indices[:, 0], indices[:, 1]]
         losses["loss_pos"], decoded = self._position_loss(at, truth)
         losses["total"] = losses["vlm_loss"] + losses["loss_pos"]
         losses["total"].backward()
@@ -50,7 +50,7 @@ class Step:
             "input_ids": frame.token_ids,
             "attention_mask": frame.mask,
             "labels_for_ce": targets,
-            "position_ids": frame.positions if qwen else torch.zeros(0),
+            "position_ids": frame.position_ids if qwen else torch.zeros(0),
             "inputs_embeds": frame.sequence,
             "logits": logits,
             "image_embeds": frame.visual.flatten(0, 1),
@@ -86,16 +86,16 @@ class Step:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and place of every supervised indicator, and its true x and y."""
         ids = self.model.setting.ids
-        places, truth = [], []
+        indices, truth = [], []
         for row in range(self.model.setting.batch):
             all_embeddings = (token_ids[row] == ids["pos_embedding"]).nonzero()[:, 0].tolist()
             answered = ((token_ids[row] == ids["pos_indicator"]) & (labels[row] != IGNORE)).nonzero()[:, 0]
             if self.model.arguments["planning_only"]:
                 answered = answered[:6]
             for place in answered.tolist():
-                places.append((row, place))
+                indices.append((row, place))
                 truth.append(points[row][all_embeddings.index(place + 1)])
-        return torch.tensor(places), torch.tensor(np.array(truth))
+        return torch.tensor(indices), torch.tensor(np.array(truth))
 
     def _position_loss(
         self, at: torch.Tensor, truth: torch.Tensor

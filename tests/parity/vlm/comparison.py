@@ -29,9 +29,9 @@ def next_token_loss(
 ) -> jax.Array:
     """Mean cross-entropy of every next token, as transformers has it with labels = input_ids."""
     count = 0 if images is None else images.shape[1]
-    positions, _ = model.positions(token_ids, count, grid)
+    position_ids, _ = model.position_ids(token_ids, count, grid)
     features = None if images is None else model.encode_image_batch(jnp.asarray(images), grid)
-    hidden, _ = model.decode(model.embed(jnp.asarray(token_ids), features), jnp.asarray(positions))
+    hidden, _ = model.decode(model.embed(jnp.asarray(token_ids), features), jnp.asarray(position_ids))
     scores = jax.nn.log_softmax(model.decoder.logits(hidden[:, :-1]))
     return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 

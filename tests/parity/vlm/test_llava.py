@@ -128,10 +128,10 @@ def test_features_hidden_states_and_logits(pair):
     inputs = make_inputs(pair.case)
     ours = pair.ours.logits(inputs.token_ids, images=inputs.patches, image_grid=GRID, lengths=inputs.lengths)
     features = pair.ours.encode_image_batch(jnp.asarray(inputs.patches), GRID)
-    positions, _ = pair.ours.positions(inputs.token_ids, pair.case.images, GRID, lengths=inputs.lengths)
+    position_ids, _ = pair.ours.position_ids(inputs.token_ids, pair.case.images, GRID, lengths=inputs.lengths)
     hidden = pair.ours.decoder.hidden_states(
         pair.ours.embed(jnp.asarray(inputs.token_ids), features),
-        jnp.asarray(positions),
+        jnp.asarray(position_ids),
         lengths=jnp.asarray(inputs.lengths),
     )
     for row, length in enumerate(inputs.lengths):

@@ -137,11 +137,11 @@ def test_logits_and_hidden_states(pair):
         inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
     )
     images = 0 if inputs.pixels is None else pair.case.images
-    positions, _ = pair.ours.positions(inputs.token_ids, images, inputs.grid, lengths=inputs.lengths)
+    position_ids, _ = pair.ours.position_ids(inputs.token_ids, images, inputs.grid, lengths=inputs.lengths)
     features = None if images == 0 else pair.ours.encode_image_batch(inputs.pixels, inputs.grid)
     embeddings = pair.ours.embed(jnp.asarray(inputs.token_ids), features)
     hidden = pair.ours.decoder.hidden_states(
-        embeddings, jnp.asarray(positions), lengths=jnp.asarray(inputs.lengths)
+        embeddings, jnp.asarray(position_ids), lengths=jnp.asarray(inputs.lengths)
     )
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
