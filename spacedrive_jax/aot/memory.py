@@ -80,15 +80,20 @@ def product_bytes(config: Config, mesh: Mesh) -> int:
 
     A lower bound: the products with the base's weights that their backward pass needs (query, key, value,
     attention's output, gate, up), and the attention scores where they are written out; adapters, norms and
-    the vision tower's blocks come on top. Nothing with remat `full`.
+    the vision tower's blocks come on top. Nothing with remat `full`; with `attention` no gate and up, but
+    what attention gives.
     """
     compute, decoder, length = config.model.compute, config.model.vlm.decoder, config.data.sequence_length
     if compute.remat == "full":
         return 0
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
-    width = heads * decoder.head_dim + decoder.hidden_size + 2 * decoder.intermediate_size
+    width = heads * decoder.head_dim + decoder.hidden_size
+    if compute.remat == "attention":
+        width += decoder.num_heads * decoder.head_dim  # what is attended to; the residual is counted above
+    else:
+        width += 2 * decoder.intermediate_size
     kept = length * width * compute.activation_dtype.itemsize
-    if compute.remat != "dots_no_batch" and compute.attention == "xla":
+    if compute.remat in ("none", "dots") and compute.attention == "xla":
         kept += decoder.num_heads * length * length * compute.activation_dtype.itemsize
     return decoder.num_layers * _samples_per_chip(config, mesh) * kept // mesh.shape["tensor"]
 

@@ -24,10 +24,13 @@ from spacedrive_jax.bounds import (
 from spacedrive_jax.errors import ConfigError
 
 LoraTarget = Literal["q", "k", "v", "o"]
-RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+RematPolicy = Literal["none", "full", "attention", "dots", "dots_no_batch"]
 BaseQuantization = Literal["none", "int8", "int4"]
 AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
 
+KEPT_BY_ATTENTION = ("query", "key", "value", "attended", "residual")
+"""What `language_model` names of a decoder block, and remat `attention` keeps. With a frozen base the
+backward pass needs little else: the gate and up products and norms, which are worked out again."""
 _REMAT_POLICIES = {
     "full": "nothing_saveable",
     "dots": "dots_saveable",
@@ -169,7 +172,9 @@ class ComputeConfig:
     eight bits with a scale for every output channel, or in four with one for every 64 weights
     (`quantization`). Embedding, head, norms and biases stay in `param_dtype`."""
     remat: RematPolicy = "none"
-    """What a block keeps for the backward pass: everything, nothing, or its matrix products."""
+    """What a block keeps for the backward pass: everything (`none`), nothing (`full`), queries, keys, values,
+    attention's output and the residual stream behind it (`attention`), or its matrix products (`dots`,
+    `dots_no_batch`)."""
     attention: AttentionChoice = "auto"
     """Kernel of attention over whole sequences: plain `xla`, the fused `cudnn` (NVIDIA GPUs, half precision)
     or `splash` (TPUs). `auto` takes the fused one where there is one (`attention.choose_kernel`)."""
@@ -193,4 +198,6 @@ class ComputeConfig:
         """The `jax.checkpoint` policy that `remat` names; None where nothing is recomputed."""
         if self.remat == "none":
             return None
+        if self.remat == "attention":
+            return jax.checkpoint_policies.save_only_these_names(*KEPT_BY_ATTENTION)
         return getattr(jax.checkpoint_policies, _REMAT_POLICIES[self.remat])

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.errors import ConfigError
@@ -127,7 +128,9 @@ class Attention(nnx.Module):
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
+            q, k, v = map(checkpoint_name, (q, k, v), ("query", "key", "value"))
             attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
+            attended = checkpoint_name(attended, "attended")
             return self.o(attended, dropout_key=o_key), (k, v)
         cache = cache.write(layer, k, v)
         attended = jax.nn.dot_product_attention(
@@ -162,7 +165,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
         """Runs the block; the keyword arguments and the second result are those of `Attention`."""
         attended, memory = self.attention(self.attention_norm(x), rotary, **attention)
-        x = constrain(x + attended, "batch", "sequence", None)
+        x = checkpoint_name(constrain(x + attended, "batch", "sequence", None), "residual")
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), memory
 
 

@@ -133,7 +133,8 @@ class StepFlops:
     head_forward: int
     backward: int
     recomputed: int
-    """A second forward pass of the blocks, where remat is `full`."""
+    """Of the blocks' forward pass: all of it where remat is `full`; gate, up and attention's own products
+    where it is `attention`."""
 
     @property
     def model(self) -> int:
@@ -166,7 +167,9 @@ def train_step_flops(config: Config) -> StepFlops:
     else:
         backward = 2 * (vision + forward + head)
         repeated = forward + vision
-    recomputed = repeated if model.compute.remat == "full" else 0
+    gate_and_up = 4 * batch * length * decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
+    again = gate_and_up + attention + (0 if model.use_lora else vision)
+    recomputed = {"full": repeated, "attention": again}.get(model.compute.remat, 0)
     return StepFlops(vision, forward, adapters, head, backward, recomputed)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,7 @@ def test_remat_changes_no_gradient(adapted):
     _, trainable, frozen = nnx.split(adapted, TRAINABLE, ...)
     expected = trainable_gradient(adapted, frozen, trainable)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected["layers"]))
-    for remat in ("full", "dots_no_batch"):
+    for remat in ("full", "attention", "dots_no_batch"):
         model = build(compute=ComputeConfig(remat=remat), lora=LORA, new_tokens=adapted.new_tokens)
         actual = trainable_gradient(model, frozen, trainable)
         for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -248,7 +249,34 @@ def test_training_the_adapters_makes_no_copy_of_the_frozen_stack():
     assert memory.output_size_in_bytes < frozen_bytes / 10
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+def test_remat_attention_keeps_what_a_frozen_base_needs_and_no_more():
+    """The stacked residuals of the scan: the named five, not the wide gate and up products."""
+    config = dataclasses.replace(CONFIG, intermediate_size=640)
+
+    def kept(remat):
+        def construct():
+            return Decoder(config, compute=ComputeConfig(remat=remat), rngs=nnx.Rngs(0), lora=LORA)
+
+        graph, trainable, frozen = nnx.split(nnx.eval_shape(construct), TRAINABLE, ...)
+
+        def loss(trainable, frozen, token_ids, positions):
+            model = nnx.merge(graph, trainable, frozen)
+            return jnp.square(model(model.embed(token_ids), positions)[0]).mean()
+
+        _, backward = jax.eval_shape(functools.partial(jax.vjp, loss), trainable, frozen, *inputs())
+        sizes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:1] == (config.num_layers,)]
+        tokens = [shape for shape in sizes if len(shape) > 2 and shape[1:3] == inputs()[0].shape]
+        return sorted(math.prod(shape[3:]) for shape in tokens)
+
+    query, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width = config.hidden_size
+    # The carry, the residual, queries, keys, values and what is attended to.
+    assert kept("attention") == sorted([width, width, query, keys, keys, query])
+    assert kept("full") == [width]
+    assert kept("dots_no_batch").count(640) >= 2
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots", "dots_no_batch"])
 def test_remat_names_are_jax_policies(remat):
     policy = ComputeConfig(remat=remat).remat_policy()
     assert policy is None if remat == "none" else callable(policy)
