@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep import conversion
+from data_prep.beam import convert_on_beam
 from data_prep.conversion import (
     ShardWork,
     masks_needed,
@@ -192,8 +193,6 @@ class Conversion:
         )
         with progress(total=sum(len(one.keyframes) for one in todo), desc="convert", unit="keyframe") as bar:
             if self.runner == "beam" and todo:
-                from data_prep.beam import convert_on_beam
-
                 results = convert_on_beam(
                     units,
                     convert_scene,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep import conversion
+from data_prep.beam import convert_on_beam
 from data_prep.bench2drive.clip_records import STEP, ClipUnit, MissingImages, convert_clip
 from data_prep.bench2drive.clips import Clip, clip_digest, find_clips
 from data_prep.bench2drive.splits import split_clips
@@ -126,9 +127,6 @@ class ClipConversion:
         conversion.remove_left_overs(self.out)
         with progress(total=len(todo), desc="convert", unit="clip") as bar:
             if self.runner == "beam" and todo:
-                # Beam needs an environment of its own.
-                from data_prep.beam import convert_on_beam
-
                 results = convert_on_beam(
                     todo,
                     convert_clip,

@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep.nuscenes.can_bus import read_pose_messages
 from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
+from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
 from data_prep.nuscenes.route_files import read_route
 from data_prep.nuscenes.sensor_files import MOST_BYTES, SceneFiles, depth_file, whole_points
 from data_prep.shards import RecordSerializer, ShardFacts, write_shard
@@ -208,9 +209,6 @@ def _draw_views(
     ego_to_global: np.ndarray,
 ) -> dict[str, View]:
     """Draws the given cameras of a keyframe, by file name."""
-    # The renderer is only loaded where it is asked for.
-    from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
-
     boxes = boxes_to_draw(agents, keyframe.annotations)
     seed = scene_seed(unit.seed, unit.scene.name)
     backdrop = backdrop_around(drivable_map, np.array(keyframe.lidar.ego_translation[:2]), seed)

@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
@@ -99,8 +100,6 @@ def describe(name: str, slices: int = 1) -> Topology:
         raise SpaceDriveError(
             "compiling for TPUs needs libtpu (and no TPU): pip install -r requirements-aot.txt"
         )
-    from jax.experimental import topologies
-
     # libtpu's hosts have four chips unless told otherwise; a machine of one chip has one host of one.
     hosts: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     if slices > 1:

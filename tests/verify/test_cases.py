@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.cli import main
-from spacedrive_jax.cli.verify import verify_case
 from spacedrive_jax.errors import SpaceDriveError
+from tests.golden.verify.runner import verify_case
 from tests.published_case import GOLDEN
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch", reason="parity tests need torch")
 
-from spacedrive_jax.cli.verify import verify_case
+from tests.golden.verify.runner import verify_case
 from tests.parity.spacedrive.setting import Setting
 from tests.parity.spacedrive.torch_answer import write_answer
 from tests.parity.spacedrive.torch_step import Step
