@@ -35,11 +35,17 @@ def case(tmp_path_factory):
     return run, open_records(records, "train"), lines
 
 
-def test_served_process_answers_like_predict(case):
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_served_process_answers_like_predict(case, devices):
     run, records, lines = case
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "spacedrive_jax", "serve", "--checkpoint", str(run), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--batch-size", "1", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [*command, "--batch-size", str(devices), "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
     )
     try:
         url = process.stdout.readline().split()[-1]
