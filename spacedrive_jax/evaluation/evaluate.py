@@ -133,11 +133,13 @@ def _evaluate_protocol(
     eligible = {keyframe.facts.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
         if not planned[name].facts:
+            unparsed = len(seen.intersection(file.unparsed))
             raise DataError(
                 f"none of the {len(file.tokens)} predictions in {file.path} can be scored on split "
                 f"{records.split!r} of {records.directory}, which has {len(eligible)} keyframes with a "
-                f"whole future ({len(file.tokens & seen)} predicted tokens are in the split); "
-                f"check --records and --split"
+                f"whole future ({len(file.tokens & seen)} predicted tokens are in the split"
+                + (f", {unparsed} of them unparsed: their answers hold no trajectory)" if unparsed else ")")
+                + ("; check --records and --split" if unparsed < len(file.tokens) else "")
             )
     prediction = planned.pop(PREDICTION)
     other = planned.pop(COMPARED, None)

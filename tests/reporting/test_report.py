@@ -422,3 +422,13 @@ def test_a_run_folder_is_scored_on_what_it_was_predicted_on(run_dir: Path, tmp_p
     (run_dir / "predictions.jsonl").unlink()
     with pytest.raises(DataError, match=r"has no predictions\.jsonl: predict first"):
         Evaluate(run_dir=run_dir).run()
+
+
+def test_a_model_that_says_no_trajectory_is_told_so(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    unparsed = [
+        {"token": line["token"], "waypoints": [], "text": "no", "status": "unparsed"} for line in lines
+    ]
+    (run_dir / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unparsed))
+    with pytest.raises(DataError, match=r"5 of them unparsed: their answers hold no trajectory\)$"):
+        Evaluate(run_dir=run_dir).run()
