@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 
 import pytest
 import yaml
@@ -55,3 +56,10 @@ def test_the_slurm_example_lies_over_its_nodes():
     gpus = int(re.search(r"--gpus-per-node=(\d+)", text)[1])
     assert nodes * gpus == data * fsdp
     assert split_over_slices((data, fsdp, 1), nodes) == (nodes, 1, 1)
+
+
+def test_the_accelerators_extras_follow_the_pin():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = re.search(r"^jax==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    assert extras["cuda"] == [f"jax[cuda13]=={pinned}"]
+    assert extras["tpu"] == [f"jax[tpu]=={pinned}"]
