@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from data_prep.bench2drive.annotations import Box, Calibration, Frame, read_calibration, read_frame
 from data_prep.bench2drive.clips import Clip, read_clip
+from data_prep.bench2drive.sweeps import sweep_bytes
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.shards import RecordSerializer, write_shard
 from spacedrive_jax import exact
@@ -49,6 +50,8 @@ class ClipUnit:
     missing_images: MissingImages
     shard: Path
     """The file to write."""
+    lidar: bool = False
+    """Keep the sweeps."""
 
     def resolved(self) -> ClipUnit:
         """The same with absolute paths."""
@@ -90,7 +93,7 @@ def convert_clip(unit: ClipUnit) -> SceneResult:
 def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
     """Yields the clip's records in time order and counts what they hold."""
     clip = unit.clip
-    files = read_clip(clip, unit.offset, STEP)
+    files = read_clip(clip, unit.offset, STEP, lidar=unit.lidar)
     frames: dict[int, Frame] = {}
     calibrations: dict[int, Calibration] = {}
     for number, text in files.annotations.items():
@@ -108,7 +111,10 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
         counts["images_from_files"] += sum(map(bool, pictures))
         counts["images_empty"] += sum(not picture for picture in pictures)
         counts["drivable_none"] += 1
-        counts["lidar_absent"] += 1
+        sweep = b""
+        if number in files.sweeps:
+            sweep = sweep_bytes(files.sweeps[number], f"{clip.path}: lidar/{number:05d}.laz")
+        counts["lidar_present" if sweep else "lidar_absent"] += 1
         counts["can_bus_present"] += 1
         yield {
             "token": f"{clip.name}-{number:05d}",
@@ -121,7 +127,7 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
             **ego_fields(frames, number),
             **agent_fields(frames, number, clip.name),
             **map_fields(None, frames[number].ego_to_global[:2, 3], frames[number].yaw),
-            "lidar": b"",
+            "lidar": sweep,
             "lidar_to_ego": np.eye(4),
         }
 

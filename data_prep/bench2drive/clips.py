@@ -27,6 +27,7 @@ MOST_ANNO = 256 * MEBIBYTE
 MOST_PICTURE = 64 * MEBIBYTE
 _ANNO = re.compile(r"(?:^|/)anno/(\d{1,6})\.json\.gz$")
 _PICTURE = re.compile(r"(?:^|/)camera/(rgb_[a-z_]+)/(\d{1,6})\.jpg$")
+_SWEEP = re.compile(r"(?:^|/)lidar/(\d{1,6})\.laz$")
 _TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error)
 _NAME = re.compile(r"(?P<scenario>\w+?)_(?P<town>Town\w+?)_Route(?P<route>\d+)_Weather(?P<weather>\d+)")
 
@@ -54,6 +55,8 @@ class ClipFiles:
     """JSON of every frame, by frame number."""
     pictures: Mapping[tuple[int, str], bytes]
     """JPEGs of the wanted frames, by frame number and camera."""
+    sweeps: Mapping[int, bytes]
+    """LAZ files of the wanted frames, where they are asked for."""
 
 
 def find_clips(root: Path) -> list[Clip]:
@@ -84,13 +87,14 @@ def clip_digest(clip: Clip) -> str:
     paths = [clip.path] if clip.path.is_file() else sorted(clip.path.rglob("*"))
     for path in paths:
         name = path.relative_to(clip.path.parent).as_posix()
-        if path.is_file() and (path == clip.path or _ANNO.search(name) or _PICTURE.search(name)):
+        wanted = path == clip.path or any(kind.search(name) for kind in (_ANNO, _PICTURE, _SWEEP))
+        if path.is_file() and wanted:
             lines.append(f"{name} {path.stat().st_size}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_clip(clip: Clip, offset: int, step: int) -> ClipFiles:
-    """Reads all annotations of a clip, and the pictures of every `step`th frame from `offset` on.
+def read_clip(clip: Clip, offset: int, step: int, *, lidar: bool = False) -> ClipFiles:
+    """Reads all annotations of a clip, and pictures (and sweeps) of every `step`th frame from `offset` on.
 
     A tar file is read once from front to back; nothing is unpacked to the disk.
 
@@ -99,6 +103,7 @@ def read_clip(clip: Clip, offset: int, step: int) -> ClipFiles:
     """
     annotations: dict[int, bytes] = {}
     pictures: dict[tuple[int, str], bytes] = {}
+    sweeps: dict[int, bytes] = {}
     files = _tar_files(clip.path) if clip.path.is_file() else _folder_files(clip.path)
     for name, read in files:
         anno, picture = _ANNO.search(name), _PICTURE.search(name)
@@ -106,9 +111,11 @@ def read_clip(clip: Clip, offset: int, step: int) -> ClipFiles:
             annotations[int(anno[1])] = _unzipped(read.bytes(MOST_ANNO), f"{clip.path}: {name}")
         elif picture and picture[1] in PICTURES and int(picture[2]) % step == offset:
             pictures[int(picture[2]), PICTURES[picture[1]]] = read.bytes(MOST_PICTURE)
+        elif lidar and (sweep := _SWEEP.search(name)) and int(sweep[1]) % step == offset:
+            sweeps[int(sweep[1])] = read.bytes(MOST_PICTURE)
     if not annotations:
         raise DataError(f"{clip.path} holds no anno/*.json.gz")
-    return ClipFiles(dict(sorted(annotations.items())), pictures)
+    return ClipFiles(dict(sorted(annotations.items())), pictures, sweeps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +139,7 @@ class _File:
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[str, _File]]:
-    for part in ("anno", *(f"camera/{name}" for name in PICTURES)):
+    for part in ("anno", *(f"camera/{name}" for name in PICTURES), "lidar"):
         for path in sorted((folder / part).glob("*")):
             yield f"{part}/{path.name}", _File(path)
 

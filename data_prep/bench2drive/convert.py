@@ -14,6 +14,7 @@ from data_prep.beam import convert_on_beam
 from data_prep.bench2drive.clip_records import STEP, ClipUnit, MissingImages, convert_clip
 from data_prep.bench2drive.clips import Clip, clip_digest, find_clips
 from data_prep.bench2drive.splits import split_clips
+from data_prep.bench2drive.sweeps import laz_reader
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.shards import shard_file, write_dataset_info
 from spacedrive_jax.console import progress
@@ -53,6 +54,8 @@ class ClipConversion:
     """What to do about keyframes that lack a picture."""
     seed: int = 0
     """Of the split of clips that are not the benchmark's."""
+    lidar: bool = False
+    """Keep the LiDAR sweeps (needs laspy)."""
 
     def run(self) -> dict[str, Any]:
         """Converts.
@@ -74,12 +77,14 @@ class ClipConversion:
             raise ConfigError(f"--workers {self.workers}: must be at least 1")
         if self.beam_options and self.runner != "beam":
             raise ConfigError("--beam-options only goes with --runner beam")
+        if self.lidar:
+            laz_reader()
 
     def _converted(self, start: float) -> dict[str, Any]:
         conversion.check_output_folder(self.out, self.resume)
         clips = find_clips(self.dataroot)
         splits, rule = split_clips(clips, self.seed)
-        units = _units(clips, splits, self.out, self.offset, self.missing_images)
+        units = _units(clips, splits, self.out, self.offset, self.missing_images, self.lidar)
         digests = {clip.name: clip_digest(clip) for clip in progress(clips, desc="check", unit="clip")}
         plan: dict[str, Any] = {
             "schema": {"name": DATASET_NAME, "version": DATASET_VERSION},
@@ -88,6 +93,7 @@ class ClipConversion:
                 "missing_images": self.missing_images,
                 "offset": self.offset,
                 "seed": self.seed,
+                "lidar": self.lidar,
             },
             "split_rule": rule,
             "shards": {unit.shard.name: {"scene": unit.clip.name} for unit in units},
@@ -145,7 +151,12 @@ class ClipConversion:
 
 
 def _units(
-    clips: Sequence[Clip], splits: Mapping[str, str], out: Path, offset: int, missing: MissingImages
+    clips: Sequence[Clip],
+    splits: Mapping[str, str],
+    out: Path,
+    offset: int,
+    missing: MissingImages,
+    lidar: bool,
 ) -> list[ClipUnit]:
     in_split = Counter(splits[clip.name] for clip in clips)
     following: Counter[str] = Counter()
@@ -154,7 +165,7 @@ def _units(
         split = splits[clip.name]
         shard = out / shard_file(split, following[split], in_split[split])
         following[split] += 1
-        units.append(ClipUnit(clip, offset, missing, shard))
+        units.append(ClipUnit(clip, offset, missing, shard, lidar))
     return units
 
 
@@ -168,6 +179,7 @@ def summary(facts: Mapping[str, Any]) -> str:
         f"val {facts['splits']['val']}, {facts['split_rule']} split; {facts['skipped']} keyframes skipped)",
         f"  images: {counts.get('images_from_files', 0)} from files, {counts.get('images_empty', 0)} empty; "
         "no exact depth, no drivable area: Bench2Drive has neither",
+        f"  lidar: {counts.get('lidar_present', 0)} sweeps kept",
         f"  fingerprint {facts['fingerprint']}",
     ]
     if counts.get("frames_missing"):

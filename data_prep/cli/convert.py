@@ -38,6 +38,8 @@ class Convert(Command):
     keyframe_offset: int = 0
     """For Bench2Drive: frame number of a clip's first keyframe, 0 to 4; every fifth frame from there on is
     one."""
+    lidar: tyro.conf.FlagCreatePairsOff[bool] = False
+    """For Bench2Drive: keep the LiDAR sweeps (requirements-bench2drive.txt); nuScenes' are always kept."""
     workers: int = 1
     """Processes that write shards."""
     runner: Literal["local", "beam"] = "local"
@@ -66,8 +68,8 @@ class Convert(Command):
 
         if not self.version:
             raise ConfigError("give the folder with the tables, --version, such as v1.0-mini")
-        if self.keyframe_offset:
-            raise ConfigError("--keyframe-offset goes with --source bench2drive only")
+        if self.keyframe_offset or self.lidar:
+            raise ConfigError("--keyframe-offset and --lidar go with --source bench2drive only")
         outcome = Conversion(
             dataroot=self.dataroot,
             version=self.version,
@@ -98,6 +100,7 @@ class Convert(Command):
             resume=self.resume,
             missing_images=self.missing_images,
             seed=self.seed,
+            lidar=self.lidar,
         ).run()
         print(summary(outcome))
         return outcome

@@ -290,6 +290,31 @@ def test_missing_pictures(folder, tmp_path):
     assert kept["counts"]["images_empty"] == 2
 
 
+def test_sweeps_come_into_the_ego_frame(folder, tmp_path):
+    laspy = pytest.importorskip("laspy", reason="requirements-bench2drive.txt is not installed")
+    clip = shutil.copytree(find_clips(folder)[0].path, tmp_path / "data" / "clip")
+    points = np.array([[10.0, 2.5, -1.8], [-4.25, -7.0, 0.5]])  # y to the right
+    (clip / "lidar").mkdir()
+    for number in (0, 1, 5):
+        header = laspy.LasHeader(point_format=3, version="1.2")
+        header.scales = np.full(3, 0.001)
+        cloud = laspy.LasData(header)
+        cloud.x, cloud.y, cloud.z = points.T + number
+        cloud.write(str(clip / "lidar" / f"{number:05d}.laz"))
+    run = ClipConversion(dataroot=tmp_path / "data", out=tmp_path / "records", lidar=True)
+    assert run.run()["counts"]["lidar_present"] == 2
+    found = open_records(tmp_path / "records", "all")
+    sweep = np.frombuffer(found[1]["lidar"], np.float32).reshape(-1, 5)
+    np.testing.assert_allclose(sweep[:, :3], (points + 5) * [1, -1, 1], atol=1e-3)
+    np.testing.assert_array_equal(found[1]["lidar_to_ego"], np.eye(4))
+    assert found[2]["lidar"] == b""
+
+    (clip / "lidar" / "00005.laz").write_bytes(b"LASF" + bytes(300))
+    again = ClipConversion(dataroot=tmp_path / "data", out=tmp_path / "other", lidar=True)
+    with pytest.raises(DataError, match=r"lidar/00005\.laz is no whole LAZ file"):
+        again.run()
+
+
 def test_broken_tar_and_nothing_to_convert(folder, tmp_path):
     clip = find_clips(folder)[0]
     (tmp_path / "data").mkdir()
