@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from spacedrive_jax.aot.plan import StepKind, make_plan
 from spacedrive_jax.aot.search import describe_plan, parse_mesh
-from spacedrive_jax.config import change, load_preset
+from spacedrive_jax.config import change, load_config
 from spacedrive_jax.training.flops import describe
 
 
@@ -65,7 +65,7 @@ def main() -> None:
             continue
         row, topology = ROWS[name], describe(ROWS[name].machine)
         fields = {"mesh": parse_mesh(row.mesh), "train.batch_size": len(topology.devices)} | row.fields
-        plan = make_plan(change(load_preset(options.config), name, fields), topology, step=row.step)
+        plan = make_plan(change(load_config(options.config), name, fields), topology, step=row.step)
         print(describe_plan(plan), flush=True)
         done["plans"][name] = dataclasses.asdict(plan) | {"versions": versions}
         options.out.parent.mkdir(parents=True, exist_ok=True)

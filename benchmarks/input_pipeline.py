@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from spacedrive_jax.config import Config, change, load_preset
+from spacedrive_jax.config import Config, change, load_config
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.encoded_images import decode_photo
 from spacedrive_jax.data.loader import Samples, training_iterator
@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     cv2.setNumThreads(1)
     config = change(
-        load_preset("spacedrive_plus_qwen_7b"),
+        load_config("spacedrive_plus_qwen_7b"),
         "input_pipeline",
         {"train.batch_size": BATCH, "data.depth": DepthConfig(sources=("lidar",))},
     )

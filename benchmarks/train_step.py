@@ -26,7 +26,6 @@ import peft
 import torch
 import transformers
 from flax import nnx
-from random_batch import random_batch
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
@@ -36,6 +35,7 @@ from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, Lor
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
+from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.flops import train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import abstract_state, count, init_train_state
@@ -258,7 +258,7 @@ def measure(size: str, batch_size: int, steps: int) -> str:
         base = Path(folder) / "base"
         config = make_config(size, str(base), batch_size)
         torch_base(config).save_pretrained(base)
-        batch = random_batch(config, seed=0)
+        batch = fake_batch(config, seed=0)
         ours = JaxSide(config, batch)
         theirs = TorchSide(config, batch, base, ours)
     parameters = count(ours.trainable) + count(ours.frozen)

@@ -1,3 +1,77 @@
-"""SpaceDrive in JAX: a vision-language model that reads and writes 3D positions, and drives."""
+"""SpaceDrive in JAX: a vision-language model that reads and writes 3D positions, and drives.
+
+    from spacedrive_jax import open_model, open_records, plan
+
+    model = open_model("runs/demo")
+    record = open_records("data/records", "val")[0]
+    print(plan(model, record).waypoints)
+
+Everything here is imported when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spacedrive_jax.batch import DrivingBatch
+    from spacedrive_jax.config import Config, load_config
+    from spacedrive_jax.data.records import open_records
+    from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
+    from spacedrive_jax.inference.open_model import open_model
+    from spacedrive_jax.inference.open_planner import open_planner, plan
+    from spacedrive_jax.inference.planner import Plan, Planner
+    from spacedrive_jax.models.spacedrive import SpaceDrive
+    from spacedrive_jax.training.batches import batch_spec, fake_batch
+    from spacedrive_jax.training.train import train
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "CheckpointError": "errors",
+    "Config": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DrivingBatch": "batch",
+    "Plan": "inference.planner",
+    "Planner": "inference.planner",
+    "SpaceDrive": "models.spacedrive",
+    "SpaceDriveError": "errors",
+    "batch_spec": "training.batches",
+    "fake_batch": "training.batches",
+    "load_config": "config",
+    "open_model": "inference.open_model",
+    "open_planner": "inference.open_planner",
+    "open_records": "data.records",
+    "plan": "inference.open_planner",
+    "train": "training.train",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "DrivingBatch",
+    "Plan",
+    "Planner",
+    "SpaceDrive",
+    "SpaceDriveError",
+    "batch_spec",
+    "fake_batch",
+    "load_config",
+    "open_model",
+    "open_planner",
+    "open_records",
+    "plan",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

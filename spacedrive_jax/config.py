@@ -186,7 +186,7 @@ def preset_groups() -> Mapping[str, tuple[str, Mapping[str, Config]]]:
     return groups
 
 
-def load_preset(name: str) -> Config:
+def load_config(name: str) -> Config:
     """Finds a preset.
 
     Args:

@@ -14,7 +14,7 @@ import tyro
 
 import data_prep.cli.main
 import spacedrive_jax.cli.main
-from spacedrive_jax.config import Config, load_preset
+from spacedrive_jax.config import Config, load_config
 from tests.conftest import ROOT
 
 COMMANDS = {
@@ -67,7 +67,7 @@ def parse(program, name, words):
             command, rest = tyro.cli(COMMANDS[program][name], args=words, return_unknown_args=True)
             options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
             kind = tyro.conf.OmitSubcommandPrefixes[Config]
-            tyro.cli(kind, default=load_preset(command.config), args=rest, config=options)
+            tyro.cli(kind, default=load_config(command.config), args=rest, config=options)
             return command
     except SystemExit as stop:
         if stop.code == 0:  # --help
@@ -88,7 +88,7 @@ def test_the_parser_takes_it(program, name, rest):
     command = parse(program, name, words)
     for preset in (getattr(command, "config", None), getattr(command, "run_config", None)):
         if isinstance(preset, str):
-            load_preset(preset)
+            load_config(preset)
 
 
 def flags(command):

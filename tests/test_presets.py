@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import TrainConfig, change, from_json, load_preset, preset_groups, to_json
+from spacedrive_jax.config import TrainConfig, change, from_json, load_config, preset_groups, to_json
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.training.losses import check_choices
@@ -25,7 +25,7 @@ def abstract_model(config):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_whole(name):
-    config = load_preset(name)
+    config = load_config(name)
     assert config.name == name
     assert from_json(to_json(config)) == config
     check_choices(abstract_model(config), config.train)
@@ -34,7 +34,7 @@ def test_preset_is_whole(name):
 @pytest.mark.parametrize(("name", "millions"), [("spacedrive_qwen_7b", 10.09), ("table_d_rank_64", 40.37)])
 def test_trainable_adapters_are_the_papers(name, millions):
     """Table D prints the number of LoRA parameters."""
-    adapters = nnx.state(abstract_model(load_preset(name)), nnx.LoRAParam)
+    adapters = nnx.state(abstract_model(load_config(name)), nnx.LoRAParam)
     count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert round(count / 1e6, 2) == millions
 
@@ -47,35 +47,35 @@ def test_every_preset_is_in_the_table_of_the_docs():
 
 
 def test_a_config_in_json_is_a_preset(tmp_path):
-    config = load_preset("table_e_base_1000")
+    config = load_config("table_e_base_1000")
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    assert load_preset(str(file)) == config
+    assert load_config(str(file)) == config
     for content in ("{", "[]", '{"model": 3}'):
         file.write_text(content)
         with pytest.raises(SpaceDriveError, match="does not hold a config"):
-            load_preset(str(file))
+            load_config(str(file))
     with pytest.raises(SpaceDriveError, match=r"\.py or \.json file"):
-        load_preset(str(tmp_path / "absent.json"))
+        load_config(str(tmp_path / "absent.json"))
 
 
 def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
     head = "from spacedrive_jax.config import Config\n"
     file = tmp_path / "mine.py"
     file.write_text(head + "config = Config(name='one')\n")
-    assert load_preset(str(file)).name == "one"
+    assert load_config(str(file)).name == "one"
     file.write_text(head + "PRESETS = {name: Config(name=name) for name in ('long', 'short')}\n")
-    assert load_preset(f"{file}:short").name == "short"
+    assert load_config(f"{file}:short").name == "short"
     with pytest.raises(ConfigError, match=r"defines long, short: take one as .*mine\.py:NAME"):
-        load_preset(str(file))
+        load_config(str(file))
     file.write_text("PRESETS = {'mine': 3}\n")
     with pytest.raises(ConfigError, match="defines neither `config`"):
-        load_preset(str(file))
+        load_config(str(file))
 
 
 def test_a_wrong_name_lists_the_presets_by_group():
     with pytest.raises(ConfigError, match=r"no config 'table9'; presets: .*demo: demo; .*table3_vision"):
-        load_preset("table9")
+        load_config("table9")
 
 
 def test_list_names_every_preset(capsys):
@@ -86,14 +86,14 @@ def test_list_names_every_preset(capsys):
 
 
 def test_frozen_scale_is_no_trainable():
-    model = abstract_model(load_preset("table5_alpha_fixed_1"))
+    model = abstract_model(load_config("table5_alpha_fixed_1"))
     trainable = nnx.to_flat_state(nnx.state(model, is_trainable(True)))
     assert not any(path[0] == "encoder" for path, _ in trainable)
 
 
 def test_unknown_fields_are_named():
     with pytest.raises(SpaceDriveError, match=r"model\.encoder\.alfa"):
-        change(load_preset("demo"), "x", {"model.encoder.alfa": 1.0})
+        change(load_config("demo"), "x", {"model.encoder.alfa": 1.0})
 
 
 def test_default_losses_are_the_published():
@@ -124,4 +124,4 @@ def test_a_config_file_has_values_of_the_fields_types(change, problem):
 def test_a_damaged_config_file_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json does not hold a config"):
-        load_preset(str(tmp_path / "config.json"))
+        load_config(str(tmp_path / "config.json"))

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 
-_demo = load_preset("demo")
+_demo = load_config("demo")
 _decoder = dataclasses.replace(
     _demo.model.vlm.decoder,
     hidden_size=32,

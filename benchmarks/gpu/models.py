@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from benchmarks.gpu.rows import Size
-from spacedrive_jax.config import Config, change, load_preset
+from spacedrive_jax.config import Config, change, load_config
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.models.layers import INIT_STD
 from spacedrive_jax.models.partitioning import draw_parameters
@@ -54,7 +54,7 @@ def make_config(model: Model, size: Size, fields: dict[str, Any]) -> Config:
         vlm = dataclasses.replace(vlm, decoder=decoder, vision=vision, **ids)
         fields = fields | {"data.image_size": (56, 56), "data.sequence_length": 192}
     fields = {"model.vlm": vlm, "mesh.data": 1} | fields
-    return change(load_preset("spacedrive_plus_qwen_7b"), f"spacedrive_plus_qwen_{model}", fields)
+    return change(load_config("spacedrive_plus_qwen_7b"), f"spacedrive_plus_qwen_{model}", fields)
 
 
 def random_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -19,13 +19,13 @@ from flax import nnx
 
 from benchmarks.gpu.models import PROMPT_LENGTH, make_config, random_state
 from benchmarks.gpu.rows import each, finish, parser, seconds, tell
-from benchmarks.random_batch import random_batch
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.models.partitioning import activations_on
+from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.sharding import make_mesh, place_batch
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     for way, samples in (words.rsplit(":", 1) for words in given.ways):
         with each(way=way, batch=int(samples)):
             train = dataclasses.replace(config.train, batch_size=int(samples))
-            batch = place_batch(random_batch(dataclasses.replace(config, train=train), seed=0), mesh)
+            batch = place_batch(fake_batch(dataclasses.replace(config, train=train), seed=0), mesh)
             measure(jax.jit(programs[way]), (trainable, frozen, batch), way)
     finish()
 

@@ -19,12 +19,12 @@ import transformers
 
 from benchmarks.gpu.models import PROMPT_LENGTH, make_config
 from benchmarks.gpu.rows import each, finish, parser, seconds, tell
-from benchmarks.random_batch import random_batch
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.interop.families import write_hf_config
 from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.training.batches import fake_batch
 
 
 def make_model(config: VLConfig, device: str) -> Any:
@@ -98,7 +98,7 @@ def main() -> None:
     for samples in given.batches:
         with each(way="transformers generate", batch=samples):
             train = dataclasses.replace(config.train, batch_size=samples)
-            batch = random_batch(dataclasses.replace(config, train=train), seed=0)
+            batch = fake_batch(dataclasses.replace(config, train=train), seed=0)
             measure(model, batch, vlm, frame, device)
     finish()
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.gpu.models import make_config, random_state
 from benchmarks.gpu.rows import parser, tell
-from benchmarks.random_batch import random_batch
 from spacedrive_jax.aot.memory import bytes_per_chip
 from spacedrive_jax.config import Config
+from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.step import make_train_step
@@ -30,7 +30,7 @@ def measure(config: Config, steps: int) -> dict[str, float | int | None]:
     step = make_train_step(config, mesh)
     _, trainable, frozen = random_state(config, mesh)
     optimizer = step.initialize_optimizer(trainable)
-    batch = place_batch(random_batch(config, seed=0), mesh)
+    batch = place_batch(fake_batch(config, seed=0), mesh)
     numbers = [jax.device_put(np.int32(number), replicated(mesh)) for number in range(steps + 1)]
     started = time.perf_counter()
     compiled = step.run.lower(trainable, optimizer, frozen, batch, numbers[0]).compile()

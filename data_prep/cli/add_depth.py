@@ -89,10 +89,10 @@ class AddDepth(Command):
             network = DepthNetworkConfig(weights=str(self.model))
         if self.run_config is None:
             return network
-        from spacedrive_jax.config import load_preset
+        from spacedrive_jax.config import load_config
         from spacedrive_jax.data.transforms import SampleBuilder
 
-        run = load_preset(self.run_config)
+        run = load_config(self.run_config)
         return dataclasses.replace(
             network,
             image_size=run.data.image_size,

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.aot.hlo import Collective, Traffic, traffic
 from spacedrive_jax.aot.memory import (
-    abstract_batch,
     bytes_per_chip,
     cache_bytes,
     out_of_memory,
@@ -28,8 +27,15 @@ from spacedrive_jax.inference.answers import Generation, expected_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import activations_on
+from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.flops import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
-from spacedrive_jax.training.sharding import check_batch_size, check_replication, make_mesh, replicated
+from spacedrive_jax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    check_replication,
+    make_mesh,
+    replicated,
+)
 from spacedrive_jax.training.slices import slice_of
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.step import make_train_step
@@ -178,7 +184,7 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
 
 def _training(config: Config, mesh: Mesh) -> _Program:
     parts = make_train_step(config, mesh)
-    batch = abstract_batch(config, config.train.batch_size, mesh)
+    batch = batch_spec(config, sharding=batch_sharding(mesh))
     number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
     return _Program(
         parts.run,
@@ -195,7 +201,7 @@ def _planning(config: Config, mesh: Mesh) -> _Program:
     graph, trainable, frozen = abstract_state(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
     frame = expected_frame(config, tokenizer)
-    batch = abstract_batch(config, config.train.batch_size, mesh)
+    batch = batch_spec(config, sharding=batch_sharding(mesh))
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:

@@ -59,14 +59,14 @@ class Aot(Command):
         """Compiles; see `spacedrive_jax.aot.plan.make_plan`."""
         from spacedrive_jax.aot.plan import make_plan
         from spacedrive_jax.aot.search import describe_plan
-        from spacedrive_jax.config import load_preset
+        from spacedrive_jax.config import load_config
         from spacedrive_jax.training.flops import describe
 
         if self.search and self.mesh is not None:
             raise ConfigError("--search chooses the mesh: leave --mesh out")
         if self.search and self.remat is not None:
             raise ConfigError("--search chooses the remat policy: leave --remat out")
-        config = self._chosen(load_preset(self.config))
+        config = self._chosen(load_config(self.config))
         topology = describe(self.topology, self.slices)
         if self.search:
             return self._search(config, topology)

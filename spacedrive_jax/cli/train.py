@@ -62,13 +62,13 @@ class Train(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Trains; see `spacedrive_jax.training.train.train`."""
-        from spacedrive_jax.config import Config, load_preset
+        from spacedrive_jax.config import Config, load_config
 
         if self.profile is not None and (self.profile[0] < 0 or self.profile[1] < 1):
             raise ConfigError(
                 f"--profile {self.profile[0]} {self.profile[1]}: give a first step from 0 and 1 or more steps"
             )
-        preset = load_preset(self.config)
+        preset = load_config(self.config)
         config = console.parse(
             lambda: tyro.cli(
                 tyro.conf.OmitSubcommandPrefixes[Config],

@@ -32,6 +32,7 @@ from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, write_part
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.models.vision_language import VisionLanguageModel
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
@@ -39,6 +40,31 @@ from spacedrive_jax.training.state import abstract_state, frozen_state, init_tra
 from spacedrive_jax.training.step import make_train_step
 
 # Opens the vision-language model of whatever folder holds one.
+
+
+def open_model(
+    path: str | Path, *, average: bool = False, mesh: Mesh | None = None
+) -> VisionLanguageModel | TrainedModel:
+    """Opens whatever holds a model.
+
+    Args:
+        path: a transformers checkpoint or a weights folder of `import-weights --from hf|peft`; a training run
+            (its newest checkpoint), `RUN/checkpoints/STEP`, or an imported SpaceDrive.
+        average: of a run, take the moving average of the weights.
+        mesh: devices of a run's model; by default its own mesh where it fits, else what there is.
+
+    Returns:
+        The bare vision-language model of the first two; of the others a `TrainedModel`: the SpaceDrive
+        (`.model`) with the config of its run (`.config`).
+
+    Raises:
+        CheckpointError: the folder is none of these, or damaged.
+    """
+    path = Path(path)
+    is_run = (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+    if is_run or is_imported(path):
+        return open_trained_model(path, average=average, mesh=mesh)
+    return open_vlm(path).model
 
 
 def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:

@@ -19,10 +19,24 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_frame
 from spacedrive_jax.inference.export import export_example, write_export
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.open_model import open_trained_model
-from spacedrive_jax.inference.planner import Planner, doubled_sizes, longest_prompt
+from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model
+from spacedrive_jax.inference.planner import Plan, Planner, doubled_sizes, longest_prompt
 from spacedrive_jax.models.partitioning import BATCH_AXES, activations_on
 from spacedrive_jax.training.sharding import place_batch
+
+
+def plan(model: TrainedModel, record: Record) -> Plan:
+    """What a model plans at one keyframe; `planner_of` keeps a compiled planner for many.
+
+    Args:
+        model: from `open_model`.
+        record: the keyframe, of a records folder.
+
+    Raises:
+        SpaceDriveError: the record lacks something that the model needs.
+    """
+    planner = planner_of(model, record, most=math.prod(model.mesh.shape[axis] for axis in BATCH_AXES))
+    return planner.plan([planner.sample(record)])[0]
 
 
 def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8) -> Planner:
@@ -37,7 +51,11 @@ def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, mo
     Raises:
         SpaceDriveError: it cannot be opened, or `most` does not suit its mesh.
     """
-    trained = open_trained_model(checkpoint, average=average)
+    return planner_of(open_trained_model(checkpoint, average=average), longest, most=most)
+
+
+def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> Planner:
+    """A planner over a model that is open already; arguments and errors as in `open_planner`."""
     config = trained.config
     builder = SampleBuilder(config.data, config.model, answer=False)
     program = planning_step(trained.graph, trained.mesh, config, builder)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spacedrive_jax.config import Config, TrainConfig, load_preset
+from spacedrive_jax.config import Config, TrainConfig, load_config
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.families import published_of
 from spacedrive_jax.interop.importing import ImportOptions
@@ -55,7 +55,7 @@ def published_run(
         CheckpointError: the published config cannot be read or means nothing this project knows, or the
             checkpoint's frequencies are not its encoder's.
     """
-    preset = load_preset(options.preset or _preset_of(parts, vlm))
+    preset = load_config(options.preset or _preset_of(parts, vlm))
     published = _published_config(parts, options, origin)
     notes = []
     if published is None:

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from spacedrive_jax.aot.memory import abstract_batch
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.language_model import LanguageModel
+from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.flops import (
     adapter_flops,
     decoder_flops,
@@ -22,7 +22,7 @@ from spacedrive_jax.training.flops import (
     train_step_flops,
     vision_flops,
 )
-from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.sharding import batch_sharding, make_mesh
 from spacedrive_jax.training.step import make_train_step
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
@@ -45,7 +45,7 @@ def product_flops(jaxpr) -> int:
 
 
 def test_decoder_count_is_that_of_the_traced_program():
-    model = load_preset(str(TINY)).model
+    model = load_config(str(TINY)).model
     config, length = model.vlm.decoder, 24
 
     def forward(lora):
@@ -68,7 +68,7 @@ def test_decoder_count_is_that_of_the_traced_program():
 
 def llava():
     """The tiny config on a tiny LLaVA."""
-    config = load_preset(str(TINY))
+    config = load_config(str(TINY))
     decoder = dataclasses.replace(config.model.vlm.decoder, mrope_section=(8,), qkv_bias=False)
     vision = ClipVisionConfig(
         hidden_size=16, intermediate_size=24, depth=3, num_heads=2, image_size=56, feature_layer=-3
@@ -107,7 +107,7 @@ def without_blocks(model):
 
 
 def test_the_published_model_has_known_sizes():
-    config = load_preset("spacedrive_plus_qwen_7b")
+    config = load_config("spacedrive_plus_qwen_7b")
     products, _ = decoder_flops(config.model.vlm.decoder, 1)
     # 6.53 G weights in the blocks (the language model without its two vocabulary tables), 2 FLOPs each.
     assert round(products / 2e9, 2) == 6.53
@@ -119,13 +119,13 @@ def test_the_published_model_has_known_sizes():
     assert train_step_flops(trained).backward > 2 * (flops.vision_forward + flops.decoder_forward)
 
 
-@pytest.mark.parametrize("config", [load_preset(str(TINY)), llava()], ids=["qwen", "llava"])
-def test_abstract_batch_is_what_the_pipeline_makes(config):
+@pytest.mark.parametrize("config", [load_config(str(TINY)), llava()], ids=["qwen", "llava"])
+def test_batch_spec_is_what_the_pipeline_makes(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_coordinates=9))
     rng = np.random.default_rng(0)
     png = encode_png((rng.uniform(3, 60, (45, 80)) * 256).astype(np.uint16))
     sample = SampleBuilder(config.data, config.model)(make_record(rng, exact_depth=[png] * 6), 0)
-    expected = abstract_batch(config, 4, make_mesh(config.mesh))
+    expected = batch_spec(config, 4, sharding=batch_sharding(make_mesh(config.mesh)))
     jax.tree.map(lambda value, leaf: np.testing.assert_equal((4, *value.shape), leaf.shape), sample, expected)
     jax.tree.map(lambda value, leaf: np.testing.assert_equal(value.dtype, leaf.dtype), sample, expected)
 
@@ -134,7 +134,7 @@ def test_llava_training_and_planning_steps_can_be_planned():
     """Lowering is enough: what is compiled is the compiler's business."""
     config = llava()
     mesh = make_mesh(config.mesh)
-    batch = abstract_batch(config, 4, mesh)
+    batch = batch_spec(config, 4, sharding=batch_sharding(mesh))
     step = make_train_step(config, mesh)
     number = jax.ShapeDtypeStruct((), np.int32)
     step.run.lower(step.trainable, step.optimizer_state, step.frozen, batch, number)

@@ -5,11 +5,11 @@ import pytest
 
 from spacedrive_jax.aot.memory import out_of_memory
 from spacedrive_jax.aot.plan import make_plan
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.training.flops import Chip, Topology
 from tests.conftest import ROOT
 
-TINY = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+TINY = load_config(str(ROOT / "tests" / "tiny_config.py"))
 
 
 def with_remat(config, remat):

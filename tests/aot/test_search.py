@@ -7,12 +7,12 @@ import pytest
 from spacedrive_jax.aot import search as searching
 from spacedrive_jax.aot.plan import Plan
 from spacedrive_jax.aot.search import POLICIES, cost, estimate, read_results, search, search_space
-from spacedrive_jax.config import MeshConfig, load_preset
+from spacedrive_jax.config import MeshConfig, load_config
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training.flops import Topology
 from tests.conftest import ROOT
 
-CONFIG = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))
 MACHINE = Topology("cpu:4", None, (None,) * 4)  # type: ignore[arg-type]
 
 
@@ -104,7 +104,7 @@ def test_the_limit_counts_compilations_and_the_rest_goes_on_from_a_file(compiled
 
 
 def test_the_guess_prefers_less_communication_and_no_recomputation():
-    config = load_preset("spacedrive_plus_qwen_7b")
+    config = load_config("spacedrive_plus_qwen_7b")
 
     def guess(mesh, remat="full"):
         compute = dataclasses.replace(config.model.compute, remat=remat)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.batch import TokenType
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
 from spacedrive_jax.data.language_data import DESCRIPTION_QUESTIONS, LanguageData, pseudo_coordinate_questions
 from spacedrive_jax.data.prompts import parse_coordinates
@@ -17,7 +17,7 @@ from spacedrive_jax.errors import DataError, SpaceDriveError
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
 
-CONFIG = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))
 VQA = [
     {"question": "What matters?", "answer": "A car at (+5.00, -2.00), velocity: (+1.00, 0.0)."},
     {"question": "What next?", "answer": "Keep lane."},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.batch import TokenType
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.constants import STATUS_SIZE
 from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -75,7 +75,7 @@ def test_in_words():
 
 
 def test_the_question_says_it_and_no_tokens_are_inserted():
-    config = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+    config = load_config(str(ROOT / "tests" / "tiny_config.py"))
     png = encode_png(np.full((45, 80), 12.5 * 256, np.uint16))
     record = make_record(np.random.default_rng(0), exact_depth=[png] * 6)
     data = dataclasses.replace(config.data, sequence_length=320)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.batch import TokenType
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -14,7 +14,7 @@ from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
-CONFIG = load_preset(str(ROOT / "tests" / "tiny_config.py"))
+CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))
 
 
 def flat_depth(metres: float) -> list[bytes]:

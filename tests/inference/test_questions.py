@@ -11,7 +11,7 @@ import pytest
 
 from spacedrive_jax.batch import TokenType
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import change, load_preset
+from spacedrive_jax.config import change, load_config
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.tokenizer import COORDINATE
@@ -58,7 +58,7 @@ def language_data(records, tmp_path_factory):
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "questions"
     config = change(
-        load_preset(str(TINY)), "questions", {"run_dir": str(folder), "data.sequence_length": 192}
+        load_config(str(TINY)), "questions", {"run_dir": str(folder), "data.sequence_length": 192}
     )
     save_untrained(config)
     return config

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import spacedrive_jax.cli.main
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.config import load_preset, to_json
+from spacedrive_jax.config import load_config, to_json
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
@@ -275,7 +275,7 @@ def test_a_file_that_would_be_run_is_refused(qwen, tmp_path, capsys):
 
 def test_llava(records, tmp_path):
     """The other family: its new rows are rows of its tables, trained in float32 amid a bfloat16 base."""
-    config = load_preset(str(TINY))
+    config = load_config(str(TINY))
     vlm = read_hf_config(GOLDEN / "llava_plus_train")
     lora = llava_lora(4)
     model = dataclasses.replace(config.model, vlm=vlm, lora=lora, use_lora=True, compute=ComputeConfig())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.config import Config, from_json, load_preset, to_json
+from spacedrive_jax.config import Config, from_json, load_config, to_json
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
@@ -31,7 +31,7 @@ def make_records(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny(records: Path, run_dir: Path, **train_fields) -> Config:
-    config = load_preset(str(TINY))
+    config = load_config(str(TINY))
     return dataclasses.replace(
         config,
         run_dir=str(run_dir),

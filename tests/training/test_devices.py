@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import load_preset
+from spacedrive_jax.config import load_config
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.partitioning import logical_to_mesh_axes
 from spacedrive_jax.training.sharding import check_replication
@@ -121,7 +121,7 @@ def test_a_replicated_model_is_refused_by_name():
 
 
 def test_the_published_model_is_split_on_every_mesh_that_is_let_through():
-    config = load_preset("spacedrive_plus_qwen_7b")
+    config = load_config("spacedrive_plus_qwen_7b")
 
     def placed(*sizes):
         mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))

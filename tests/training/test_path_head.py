@@ -11,7 +11,7 @@ from flax import nnx
 
 from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import TrainConfig, change, load_preset
+from spacedrive_jax.config import TrainConfig, change, load_config
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
@@ -26,7 +26,7 @@ from tests.training.runs import TINY, make_records
 
 POINTS = 3
 CONFIG = change(
-    load_preset(str(TINY)),
+    load_config(str(TINY)),
     "path",
     {
         "model.path_points": POINTS,

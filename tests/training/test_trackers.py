@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from spacedrive_jax.config import Config, load_preset
+from spacedrive_jax.config import Config, load_config
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training import trackers
 from spacedrive_jax.training.trackers import Tracker, Trackers, tag
@@ -19,7 +19,7 @@ VALUES = {"loss": 3.0, "loss_position": 1.5, "learning_rate": 1e-3, "step_second
 
 
 def config(*names: str) -> Config:
-    demo = load_preset("demo")
+    demo = load_config("demo")
     return dataclasses.replace(demo, train=dataclasses.replace(demo.train, trackers=names))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import config_changes, from_json, load_preset, to_json
+from spacedrive_jax.config import config_changes, from_json, load_config, to_json
 from spacedrive_jax.data.loader import SampleClock
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training.train import train
@@ -93,7 +93,7 @@ def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capf
 
 
 def test_config_round_trip_and_changes():
-    config = load_preset("demo")
+    config = load_config("demo")
     assert from_json(to_json(config)) == config
     old, new = json.loads(to_json(config)), json.loads(to_json(dataclasses.replace(config, name="other")))
     assert config_changes(old, new) == ["name: demo -> other"]
