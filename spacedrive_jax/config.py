@@ -160,7 +160,9 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}")
 
 
-PRESET_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_BUNDLED = Path(__file__).resolve().parent / "bundled" / "configs"
+PRESET_FOLDER = _BUNDLED if _BUNDLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+"""In a wheel the presets lie in the package, in a checkout beside it."""
 
 
 @functools.cache

@@ -47,8 +47,14 @@ def imports(file: Path) -> list[tuple[str, bool]]:
     tree = ast.parse(file.read_text())
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     inside = {id(child) for function in functions for child in ast.walk(function)}
+    checks = (
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    )
+    unread = {id(child) for check in checks for child in ast.walk(check)}  # for type checkers alone
     found = []
     for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in inside) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -52,3 +52,8 @@ def _run(argv: list[str]) -> int:
         flags = argv[2:]
         return console.finish(list_presets, as_json="--json" in flags, debug="--debug" in flags)
     return console.main(PROGRAM, DESCRIPTION, COMMANDS, argv)
+
+
+def run() -> int:
+    """Entry point of the `spacedrive` console script."""
+    return main()
