@@ -309,6 +309,8 @@ class LineFile:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name when it is complete, and not at all when anything fails.
 
+    While it is made it is kept for this job (see `output_lock`).
+
     Args:
         path: the folder, which must not exist.
 
@@ -316,19 +318,20 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         the folder beside it to write into.
 
     Raises:
-        SpaceDriveError: it exists, or the operating system refuses.
+        SpaceDriveError: it exists, another job makes it, or the operating system refuses.
     """
     final = Path(path)
-    if final.exists() or final.is_symlink():
-        raise SpaceDriveError(f"{final} exists: choose another folder, or remove it first")
     unfinished = final.with_name(f".{final.name}.{_UNFINISHED}{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        try:
-            yield unfinished
-            unfinished.rename(final)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with output_lock(final):
+            if final.exists() or final.is_symlink():
+                raise SpaceDriveError(f"{final} exists: choose another folder, or remove it first")
+            unfinished.mkdir(parents=True)
+            try:
+                yield unfinished
+                unfinished.rename(final)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         if isinstance(error, SpaceDriveError):
             raise
@@ -428,7 +431,9 @@ LOCK = ".in-use.json"
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | os.PathLike[str], *, name: str = LOCK) -> Iterator[None]:
+def folder_lock(
+    folder: str | os.PathLike[str], *, name: str = LOCK, take_over: bool = False
+) -> Iterator[None]:
     """Keeps a folder for one job at a time; the other is told who holds it.
 
     The lock is a file in the folder, locked by the kernel and with the holder's name in it. A job that was
@@ -438,6 +443,8 @@ def folder_lock(folder: str | os.PathLike[str], *, name: str = LOCK) -> Iterator
     Args:
         folder: is made if it does not exist.
         name: of the lock; hosts that share a folder each take one of their own.
+        take_over: take a lock that a job on another machine left, unless the file system knows it held:
+            for jobs that a scheduler kills and starts again elsewhere.
 
     Raises:
         SpaceDriveError: another job holds it, or it cannot be written to.
@@ -446,7 +453,7 @@ def folder_lock(folder: str | os.PathLike[str], *, name: str = LOCK) -> Iterator
     made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(path)
+        file = _locked(path, path.parent, take_over=take_over)
     except OSError as error:
         if isinstance(error, SpaceDriveError):
             raise
@@ -461,8 +468,34 @@ def folder_lock(folder: str | os.PathLike[str], *, name: str = LOCK) -> Iterator
                     path.parent.rmdir()
 
 
-def _locked(path: Path) -> BinaryIO:
-    """The lock file, held and with this job's name in it."""
+@contextlib.contextmanager
+def output_lock(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps a file or folder that is to be written for one job at a time (see `folder_lock`).
+
+    Args:
+        output: need not exist; the lock `.NAME.in-use.json` lies beside it.
+
+    Raises:
+        SpaceDriveError: another job writes it, or its folder cannot be written to.
+    """
+    final = Path(output)
+    path = final.with_name(f".{final.name}{LOCK}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, final)
+    except OSError as error:
+        if isinstance(error, SpaceDriveError):
+            raise
+        raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, what: Path, *, take_over: bool = False) -> BinaryIO:
+    """The lock file, held and with this job's name in it; `what` it keeps is named where another holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         file = os.fdopen(descriptor, "r+b")
@@ -475,17 +508,17 @@ def _locked(path: Path) -> BinaryIO:
             holder = _holder(file)
             file.close()
             who = f" by {_name(holder)}" if holder else ""
-            raise SpaceDriveError(f"{path.parent} is in use{who}: wait for that job, or end it") from None
+            raise SpaceDriveError(f"{what} is in use{who}: wait for that job, or end it") from None
         # Its last holder may have removed the file between opening and locking it.
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             break
         file.close()
     holder = _holder(file)
-    if holder is not None and holder.host != socket.gethostname():
+    if holder is not None and holder.host != socket.gethostname() and not take_over:
         # A file system may keep locks within one machine.
         file.close()
         raise SpaceDriveError(
-            f"{path.parent} is in use by {_name(holder)}: wait for that job, or remove {path} if it is gone"
+            f"{what} is in use by {_name(holder)}: wait for that job, or remove {path} if it is gone"
         )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.seek(0)

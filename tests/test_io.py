@@ -9,7 +9,15 @@ import sys
 import pytest
 
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import LOCK, folder_lock, inside, read_typed, require_regular
+from spacedrive_jax.io import (
+    LOCK,
+    atomic_folder,
+    folder_lock,
+    inside,
+    output_lock,
+    read_typed,
+    require_regular,
+)
 
 HOLD = """
 import sys, time
@@ -39,6 +47,25 @@ def test_lock_of_another_machine_is_not_taken_over(tmp_path):
     (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01"}')
     with pytest.raises(SpaceDriveError, match=r"process 1 on elsewhere since 2026-01-01.*remove .*in-use"):
         folder_lock(tmp_path).__enter__()
+
+
+def test_a_scheduler_may_start_a_job_again_on_another_machine(tmp_path):
+    (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01"}')
+    with folder_lock(tmp_path, take_over=True):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_of_two_jobs_that_write_one_folder_or_file_one_gives_way(tmp_path):
+    with (
+        atomic_folder(tmp_path / "out") as folder,
+        pytest.raises(SpaceDriveError, match=rf"out is in use by process {os.getpid()}"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        pass
+    (folder.parent / "out").rmdir()
+    with output_lock(tmp_path / "p.jsonl"), pytest.raises(SpaceDriveError, match=r"p\.jsonl is in use"):
+        output_lock(tmp_path / "p.jsonl").__enter__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_made_for_nothing_is_removed(tmp_path):

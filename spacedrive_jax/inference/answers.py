@@ -20,7 +20,16 @@ from spacedrive_jax.data.prompts import context, parse_coordinates, planning_ans
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import put_in_place, read_bytes, read_json, say, to_json, write_bytes, write_json
+from spacedrive_jax.io import (
+    output_lock,
+    put_in_place,
+    read_bytes,
+    read_json,
+    say,
+    to_json,
+    write_bytes,
+    write_json,
+)
 from spacedrive_jax.models.chat import Message
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
@@ -215,11 +224,18 @@ def answer_file(
         overwrite: replace what is there.
 
     Raises:
-        SpaceDriveError: `out` exists, an interrupted run is there and it is not said what to do with it, or
-            it was made from other facts.
+        SpaceDriveError: `out` exists, another job writes it, an interrupted run is there and it is not said
+            what to do with it, or it was made from other facts.
     """
-    if out.exists() and not overwrite:
-        raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
+    with output_lock(out):
+        if out.exists() and not overwrite:
+            raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
+        yield from _answers(out, metadata, batch_size, resume=resume, overwrite=overwrite)
+
+
+def _answers(
+    out: Path, metadata: Mapping[str, Any], batch_size: int, *, resume: bool, overwrite: bool
+) -> Iterator[AnswerFile]:
     partial = out.with_name(f".{out.name}.partial")
     facts_file = out.with_name(f".{out.name}.partial.json")
     metadata = json.loads(to_json(metadata))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.io import read_json, write_json, write_text
+from spacedrive_jax.io import folder_lock, read_json, write_json, write_text
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -40,6 +41,15 @@ MARGIN = 64 << 20
 def is_main_host() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+def lock(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps a run folder for this run; its other hosts come along with the main one.
+
+    Raises:
+        SpaceDriveError: another run is writing there.
+    """
+    return folder_lock(run_dir, take_over=True) if is_main_host() else contextlib.nullcontext()
 
 
 def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool = False) -> list[str]:

@@ -85,6 +85,26 @@ def train(
             the disk is full, or the data is not there.
         FloatingPointError: the loss or gradient became nan or infinite too often.
     """
+    with run_folder.lock(config.directory):
+        return _train(
+            config,
+            resume=resume,
+            step=step,
+            accept_changes=accept_changes,
+            skip_nonfinite=skip_nonfinite,
+            profile=profile,
+        )
+
+
+def _train(
+    config: Config,
+    *,
+    resume: bool,
+    step: int | None,
+    accept_changes: bool,
+    skip_nonfinite: int,
+    profile: ProfileWindow | None,
+) -> TrainResult:
     started = time.monotonic()
     settings = config.train
     if settings.max_to_keep < 1:

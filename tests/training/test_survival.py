@@ -112,7 +112,7 @@ def test_a_filling_disk_stops_the_run_with_its_work_saved(records, tmp_path, mon
 
 def test_an_unwritable_folder_is_refused_before_training(records, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpaceDriveError, match="cannot be written"):
+    with pytest.raises(SpaceDriveError, match=r"cannot write into .*a part of its path is a file"):
         train(tiny(records, tmp_path / "file" / "run"))
 
 

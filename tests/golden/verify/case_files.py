@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ SETTINGS_FILE = "config.json"
 
 
 class Recorded(dict[str, Any]):
-    """What a file of a case holds, by name; asking for what it lacks names file and array."""
+    """What a file of a case holds, by name; asking for what it lacks names file and array.
+
+    It keeps in mind which values were asked for (by name, not by going through all of them).
+    """
 
     def __init__(self, origin: str, content: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
         """Wraps a mapping.
@@ -28,9 +34,61 @@ class Recorded(dict[str, Any]):
         """
         super().__init__(content)
         self.origin = origin
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """One value."""
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """One value, or `default`."""
+        self.asked.add(name)
+        return super().get(name, default)
 
     def __missing__(self, name: str) -> Any:
         raise DataError(f"{self.origin} lacks {name!r}: the case is incomplete")
+
+
+_outputs: contextvars.ContextVar[list[Recorded] | None] = contextvars.ContextVar("_outputs", default=None)
+
+
+@contextlib.contextmanager
+def watching_outputs() -> Iterator[list[Recorded]]:
+    """What is recorded to compare with, as it is opened."""
+    opened: list[Recorded] = []
+    token = _outputs.set(opened)
+    try:
+        yield opened
+    finally:
+        _outputs.reset(token)
+
+
+def watched(outputs: Recorded) -> Recorded:
+    """Recorded outputs, of which it is to be known whether all were compared."""
+    opened = _outputs.get()
+    if opened is not None:
+        opened.append(outputs)
+    return outputs
+
+
+def left_out(opened: Iterable[Recorded], *, of: Path | None) -> list[str]:
+    """Recorded arrays that nothing was compared with.
+
+    Args:
+        opened: from `watching_outputs`.
+        of: the case, whose output files that were not opened are named too; None names none.
+    """
+    opened = list(opened)
+    names = [
+        f"{Path(outputs.origin).stem}/{name}"
+        for outputs in opened
+        for name in outputs
+        if name not in outputs.asked
+    ]
+    files = [] if of is None else sorted(of.glob("outputs*.npz"))
+    stems = {Path(outputs.origin).stem for outputs in opened}
+    return names + [file.name for file in files if not any(fnmatch(file.stem, stem) for stem in stems)]
 
 
 def read_settings(folder: Path) -> Recorded:
@@ -61,9 +119,10 @@ def read_arrays(path: Path) -> Recorded:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is no npz file")
-            return Recorded(str(path), {name: file[name] for name in file.files})
+            found = Recorded(str(path), {name: file[name] for name in file.files})
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; the case is incomplete") from error
+    return watched(found) if path.name.startswith("outputs") else found
 
 
 def choose(names: Iterable[str], only: Collection[str], folder: Path) -> list[str]:

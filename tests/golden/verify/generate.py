@@ -100,7 +100,16 @@ def check_variant(case: Case, variant: Variant) -> list[Check]:
     answer, facts = jax.device_get(run(state, batch))
     return [
         *_prompt_checks(batch, facts, expected),
-        *_answer_checks(case, variant, tokenizer, answer, facts, expected, is_grid=config.decoder.is_grid),
+        *_answer_checks(
+            case,
+            variant,
+            tokenizer,
+            answer,
+            facts,
+            expected,
+            is_grid=config.decoder.is_grid,
+            has_position_input=config.position_input,
+        ),
         *one_pass_checks(model, batch, tokenizer, limit, variant.repetition_penalty, answer),
     ]
 
@@ -141,6 +150,7 @@ def replay(
         "fed": fed,
         "hidden": read_from,
         "logits": model.vlm.decoder.logits(read_from),
+        "encoded_again": jax.lax.map(lambda state: position_embedding(model, state[None])[0], read_from[0]),
         "patch_encodings": model.encoder(model.patch_points(batch)),
         "position_ids": later,
     }
@@ -160,6 +170,10 @@ def _prompt_checks(batch: DrivingBatch, facts: dict[str, np.ndarray], expected: 
     ego = (token_type_ids == TokenType.EGO_FEATURE) | (token_type_ids == TokenType.EGO_POSITION)
     results: dict[str, tuple[Any, dict[str, float]]] = {
         "prompt_ids_after_ego": (batch.token_ids, EQUAL),
+        "attention_mask_passed": (
+            np.arange(batch.token_ids.shape[1]) < np.asarray(batch.lengths)[:, None],
+            EQUAL,
+        ),
         "position_ids_prefill": (_axes_first(np.asarray(batch.position_ids), expected), EQUAL),
         "inputs_embeds_prefill": (facts["prompt"], LOGITS),
         "pos_emb": (facts["patch_encodings"], LOGITS),
@@ -187,6 +201,7 @@ def _answer_checks(
     expected: Arrays,
     *,
     is_grid: bool,
+    has_position_input: bool,
 ) -> list[Check]:
     count = int(answer.lengths[0])
     ids, decoded, points = (
@@ -205,13 +220,33 @@ def _answer_checks(
         "decoded_pos": (facts["cells"][:count][decoded] if is_grid else None, EQUAL),
         "interpolated_pos": (points[decoded] if is_grid else None, GRID_COORDINATES),
     }
+    position = answer.is_position[0, :count]
+    replaced, encoded_again = np.where(position, tokenizer.position, ids), facts["encoded_again"][:count]
+    prompt = np.asarray(expected["prompt_ids_after_ego"])[0]
+    # What went in before each id was read; -1 stands for an encoding instead of a token.
+    fed = np.concatenate([prompt[-1:], replaced[:-1]])
+    if has_position_input:
+        fed = np.where(np.concatenate([[False], position[:-1]]), -1, fed)
+    if not variant.arguments.get("io_3d_pos", True):  # nothing of the answer is replaced or encoded then
+        replaced, encoded_again = ids, hidden
     results: dict[str, tuple[np.ndarray, dict[str, float], np.ndarray]] = {
         "generated_ids": (ids[:sure], EQUAL, expected["generated_ids"][:sure])
     }
+    for name, all_ids in (("generated_ids_after_replacement", replaced), ("fed_token_last", fed)):
+        if name in expected:
+            results[name] = (all_ids[:sure], EQUAL, expected[name][:sure])
+    if "sequences" in expected:
+        length = len(prompt) + len(ids[:sure])
+        whole_ids = np.concatenate([prompt, ids])
+        results["sequences"] = (whole_ids[:length], EQUAL, expected["sequences"].ravel()[:length])
     if whole and "pos_embedding_index" in expected:
         indices = expected["pos_embedding_index"].astype(np.int64)
         results["pos_embedding_index"] = (np.flatnonzero(decoded), EQUAL, indices)
-    for name, ours in (("hidden_for_output", hidden), ("step_logits", facts["logits"][0, :count])):
+    for name, ours in (
+        ("hidden_for_output", hidden),
+        ("step_logits", facts["logits"][0, :count]),
+        ("reencoded_pe", encoded_again),
+    ):
         if name in expected:
             results[name] = (ours[:sure], LOGITS, expected[name][:sure])
     for name, (at, tolerance) in at_coordinates.items():

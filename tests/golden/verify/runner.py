@@ -6,12 +6,12 @@ import dataclasses
 import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from tests.golden.verify.case_files import SETTINGS_FILE, read_settings
+from tests.golden.verify.case_files import SETTINGS_FILE, left_out, read_settings, watching_outputs
 from tests.golden.verify.check import Check
 
 VERIFIERS: dict[str, str] = {
@@ -45,15 +45,29 @@ def compare(folder: Path, only: Collection[str] = ()) -> tuple[dict[str, Any], s
         SpaceDriveError: there is no case, or it cannot be compared.
     """
     if (folder / SETTINGS_FILE).is_file():
-        checks = verify_case(folder, only)
+        checks, not_compared = compare_case(folder, only)
         print_table(checks)
-        return summary(checks), _problem(checks)
+        print_not_compared(not_compared)
+        return summary(checks) | {"not_compared": not_compared}, _problem(checks)
     if only:
         raise ConfigError(f"--only chooses among the settings of one case; {folder} is none")
     return verify_all(*find_cases(folder))
 
 
+class Compared(NamedTuple):
+    """A case that was compared."""
+
+    checks: list[Check]
+    not_compared: list[str]
+    """Recorded arrays and files that have no counterpart here, or that no setting names."""
+
+
 def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
+    """The checks of `compare_case`."""
+    return compare_case(case, only).checks
+
+
+def compare_case(case: Path, only: Collection[str] = ()) -> Compared:
     """Compares one case, or some of its settings.
 
     Raises:
@@ -67,7 +81,8 @@ def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
     if only and kind not in WITH_SETTINGS:
         raise ConfigError(f"{case}: a case of kind {kind} has no settings for --only to choose from")
     try:
-        checks = verifier(case, only) if only else verifier(case)
+        with watching_outputs() as opened:
+            checks = verifier(case, only) if only else verifier(case)
     except SpaceDriveError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -77,7 +92,7 @@ def verify_case(case: Path, only: Collection[str] = ()) -> list[Check]:
         ) from error
     if not checks:
         raise DataError(f"{case} records nothing that could be compared")
-    return checks
+    return Compared(checks, left_out(opened, of=None if only else case))
 
 
 def kind_of(case: Path) -> str:
@@ -131,7 +146,7 @@ def verify_all(cases: Sequence[Path], others: Sequence[Path]) -> tuple[dict[str,
     for case in cases:
         entry: dict[str, Any] = {"case": case.name}
         try:
-            checks = verify_case(case)
+            checks, not_compared = compare_case(case)
         except SpaceDriveError as error:
             print(f"{case.name:{width}}  FAILED  {error}", flush=True)
             entries.append(entry | {"passed": False, "tensors": 0, "worst": None, "error": str(error)})
@@ -142,7 +157,8 @@ def verify_all(cases: Sequence[Path], others: Sequence[Path]) -> tuple[dict[str,
         print(f"{case.name:{width}}  {mark}  {within}", flush=True)
         if failed:
             print_table(failed)
-        entries.append(entry | summary(checks))
+        print_not_compared(not_compared)
+        entries.append(entry | summary(checks) | {"not_compared": not_compared})
         everything += [dataclasses.replace(check, name=f"{case.name}/{check.name}") for check in checks]
     for folder in others:
         print(f"{folder.name:{width}}  left out: its {SETTINGS_FILE} names no kind", flush=True)
@@ -162,6 +178,13 @@ def print_table(checks: Sequence[Check]) -> None:
         print(f"{check.name:{width}}  {check.absolute:9.2e}  {check.relative:9.2e}  {check.tolerance}{mark}")
     passed = sum(check.passed for check in checks)
     print(f"{passed} of {len(checks)} tensors within tolerance")
+
+
+def print_not_compared(names: Sequence[str]) -> None:
+    """Prints which recorded arrays nothing was compared with, if any."""
+    if names:
+        more = f" and {len(names) - 8} more (--json names all)" if len(names) > 8 else ""
+        print(f"not compared: {', '.join(names[:8])}{more}")
 
 
 def summary(checks: Sequence[Check]) -> dict[str, Any]:

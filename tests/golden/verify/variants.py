@@ -60,7 +60,7 @@ def _variant_checks(case: Case, name: str, variant: Mapping[str, Any]) -> list[C
     batch = build_batch(
         case,
         config,
-        texts={key[3:]: value for key, value in expected.items() if key.startswith("in/")},
+        texts={key[3:]: expected[key] for key in expected if key.startswith("in/")},
         supervise_positions=bool(variant["spacedrive_args"].get("supervise_semantic_posemb")),
         has_future=False if options.get("no_gt") else None,
     )
