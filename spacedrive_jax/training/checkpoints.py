@@ -199,7 +199,7 @@ def restore(
     """Reads a checkpoint back onto the shardings of the given trees, whatever mesh it was written from.
 
     Returns:
-        trainables, optimiser state, position of the data iterator, facts.
+        trainables, optimiser state, position of the data iterator, metadata.
 
     Raises:
         CheckpointError: it is damaged; the newest whole one before it is named.
@@ -215,31 +215,31 @@ def restore(
                 metadata=ocp.args.JsonRestore(),
             ),
         )
-        check_saved(restored["trainable"], restored["facts"], TRAINABLE)
-        check_saved(restored["optimizer"], restored["facts"], OPTIMIZER)
+        check_saved(restored["trainable"], restored["metadata"], TRAINABLE)
+        check_saved(restored["optimizer"], restored["metadata"], OPTIMIZER)
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
-    return trainable, restored["optimizer"], restored["position"], restored["facts"]
+    return trainable, restored["optimizer"], restored["position"], restored["metadata"]
 
 
 def read_metadata(run_dir: Path, step: int) -> dict[str, Any]:
-    """Reads the facts that a checkpoint was saved with.
+    """Reads the metadata that a checkpoint was saved with.
 
     Raises:
         CheckpointError: they are damaged, or not there: nothing could be held against them.
     """
     with naming_the_whole(run_dir, step):
-        return _facts(run_dir, step)
+        return _metadata(run_dir, step)
 
 
-def _facts(run_dir: Path, step: int) -> dict[str, Any]:
+def _metadata(run_dir: Path, step: int) -> dict[str, Any]:
     # Not through a manager, which tidies the folder up: a run may be writing there.
-    folder = (run_dir / "checkpoints" / str(step) / "facts").resolve()
+    folder = (run_dir / "checkpoints" / str(step) / "metadata").resolve()
     if not folder.is_dir():
-        raise ValueError("it lacks `facts`, which say what it was trained on and from which config")
+        raise ValueError("it lacks `metadata`, which says what it was trained on and from which config")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         metadata = checkpointer.restore(folder)
     if not isinstance(metadata, dict):
-        raise ValueError("its facts are no JSON object")
+        raise ValueError("its metadata is no JSON object")
     return metadata
 
 
@@ -288,13 +288,13 @@ def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
 
 
 def _is_whole(run_dir: Path, step: int) -> bool:
-    """Whether facts, trainables and optimiser of a checkpoint can be read and belong together."""
+    """Whether metadata, trainables and optimiser of a checkpoint can be read and belong together."""
     folder = (run_dir / "checkpoints" / str(step)).resolve()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             values = checkpointer.restore(folder / "trainable")
             checkpointer.restore(folder / "optimizer")
-        check_saved(values, _facts(run_dir, step), TRAINABLE)
+        check_saved(values, _metadata(run_dir, step), TRAINABLE)
     except Exception:
         return False
     return True
@@ -325,7 +325,7 @@ def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to use a checkpoint's trainables on other records or on another base.
 
     Args:
-        saved: a checkpoint's facts.
+        saved: a checkpoint's metadata.
         now: `records_fingerprint` and `base_fingerprint`, or those of the two that matter.
 
     Raises:
@@ -348,7 +348,7 @@ def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.Sta
     folder = (run_dir / "checkpoints" / str(step) / "trainable").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
-        check_saved(restored, _facts(run_dir, step), TRAINABLE)
+        check_saved(restored, _metadata(run_dir, step), TRAINABLE)
     nnx.replace_by_pure_dict(trainable, restored)
     return trainable
 
@@ -372,7 +372,7 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
     folder = (run_dir / "checkpoints" / str(step) / "optimizer").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder, _abstract(optimizer))
-        check_saved(restored, _facts(run_dir, step), OPTIMIZER)
+        check_saved(restored, _metadata(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")
 
 

@@ -89,10 +89,10 @@ def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool =
 def check_config(
     saved: Mapping[str, Any], config: Config, checkpoint: Path, accepted: Sequence[str] = ()
 ) -> None:
-    """Refuses a checkpoint of another run: one whose facts hold another config than this run's.
+    """Refuses a checkpoint of another run: one whose metadata holds another config than this run's.
 
     Args:
-        saved: the checkpoint's facts.
+        saved: the checkpoint's metadata.
         config: this run's.
         checkpoint: where it is, for the message.
         accepted: changes that the run was resumed with, as run.json has them (`field: old -> new`).
@@ -101,9 +101,7 @@ def check_config(
         CheckpointError: naming what differs.
     """
     if not isinstance(saved.get("config"), str):
-        raise CheckpointError(
-            f"{checkpoint} is damaged: its facts do not hold the config it was trained with"
-        )
+        raise CheckpointError(f"{checkpoint} is damaged: its metadata lacks the config it was trained with")
     then = json.loads(to_json(from_json(saved["config"])))  # through this version's fields
     allowed = (*FREE_TO_CHANGE, *(change.partition(":")[0] + ":" for change in accepted))
     changes = [

@@ -214,11 +214,11 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
         open_trained_model(run)
 
 
-@pytest.mark.parametrize("lost", ["facts", "config"])
+@pytest.mark.parametrize("lost", ["metadata", "config"])
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole, tmp_path, lost):
     run = copied(whole, tmp_path / "run")
-    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "facts"
-    if lost == "facts":
+    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "metadata"
+    if lost == "metadata":
         shutil.rmtree(metadata)
     else:
         (file,) = (each for each in metadata.iterdir() if b"trainable_fingerprint" in each.read_bytes())
