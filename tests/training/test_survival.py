@@ -225,7 +225,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole,
         kept = json.loads(file.read_text())
         del kept["config"]
         file.write_text(json.dumps(kept))
-    for use in (open_trained_model, open_config, open_model):
+    for use in (open_trained_model, open_config, open_vlm):
         with pytest.raises(CheckpointError, match=f"is damaged.*{lost}"):
             use(run)
     with pytest.raises(CheckpointError, match=f"is damaged.*{lost}"):
