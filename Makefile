@@ -7,10 +7,11 @@ RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo test kernels parity beam lint format clean
+.PHONY: help demo drive test kernels parity beam lint format clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
+	@echo "make drive   let the demo's model and the baselines drive (after make demo; into $(DEMO)/drives/)"
 	@echo "make test    run the tests"
 	@echo "make kernels prove that bits and decisions do not depend on the processor (two minutes)"
 	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
@@ -59,6 +60,15 @@ $(DEMO)/records/provenance.json: $(DEMO)/nuscenes/v1.0-synthetic/scene.json
 $(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json
 	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records --run-dir $(DEMO)/run --resume
 	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val --overwrite
+
+# The demo's model against the expert and the blind baselines, in towns that it has not seen.
+BASELINES := expert route_constant_speed constant_velocity standing_still
+drive: $(BASELINES:%=$(DEMO)/drives/%/summary.json)
+	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --out $(DEMO)/drives/demo \
+		--workers $(WORKERS) --resume --against $(BASELINES:%=$(DEMO)/drives/%)
+
+$(DEMO)/drives/%/summary.json: $(DEMO)/run/predictions.jsonl
+	$(RUN) -m spacedrive_jax drive --policy $* --scenarios small --out $(@D) --workers $(WORKERS) --resume
 
 test: $(VENV)/development
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4

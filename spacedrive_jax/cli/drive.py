@@ -67,6 +67,8 @@ class Drive(Command):
     """Width x height of the camera images in pixels."""
     lidar: tyro.conf.FlagCreatePairsOff[bool] = False
     """Give the policy LiDAR sweeps too."""
+    against: tuple[Path, ...] = ()
+    """Runs of drives on the same scenarios to hold this one against on its page (drives.html)."""
     deadline: float = 60.0
     """Seconds within which a policy server's answer counts."""
     token: str | None = None
@@ -141,8 +143,13 @@ class Drive(Command):
         finally:
             if asker is not None:
                 asker.close()
+        from spacedrive_jax.reporting.drives import write_page
+
         summary = run.summary
+        page = write_page(folder, self.against) if summary["drives"] else None
         print(_text(summary, folder))
+        if page is not None:
+            print(f"page           {page}")
         return {
             "file": str(folder / RESULTS),
             "drives": summary["drives"],
@@ -150,6 +157,7 @@ class Drive(Command):
             "success_rate": summary.get("success_rate"),
             "pdm_score": summary.get("pdm_score"),
             "seconds": round(run.seconds, 3),
+            "page": None if page is None else str(page),
             "failures": summary.get("failures", {}),
             "without_place": summary["without_place"],
         }

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import shapely
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.driving.infractions import completion, messages
 from spacedrive_jax.driving.pdm import neuro_ncap, pdm_score
 from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+from spacedrive_jax.world.ground import polygons_of
 from spacedrive_jax.world.traffic import TIME_STEP
 
 ENDINGS = {
@@ -128,6 +130,31 @@ def metric_info(log: DriveLog) -> dict[str, dict[str, list[float]]]:
     return info
 
 
+SHOWN = 60.0
+"""Metres around the way whose ground is kept for the film."""
+
+
+def _ground(log: DriveLog) -> dict[str, Any]:
+    """Road, lanes and route around the way, decimetres."""
+    low, high = log.ego[:, :2].min(axis=0) - SHOWN, log.ego[:, :2].max(axis=0) + SHOWN
+    area = shapely.box(*low, *high)
+    town, route = log.scenario.town, log.scenario.ego.route
+    road = polygons_of(town.drivable.intersection(area).simplify(0.2))
+    lanes = [
+        shapely.intersection(shapely.LineString(lane.centre), area)
+        for lane in town.lanes.values()
+        if lane.road is not None
+    ]
+    ahead = (route.lengths >= log.start - 5.0) & (route.lengths <= log.goal)
+    return {
+        "road": [np.array(polygon.exterior.coords).round(1).tolist() for polygon in road],
+        "lanes": [
+            shapely.get_coordinates(line)[::8].round(1).tolist() for line in lanes if line.length > 8.0
+        ],
+        "route": route.points[ahead][::4].round(2).tolist(),
+    }
+
+
 def trace(log: DriveLog) -> dict[str, Any]:
     """The drive as plain numbers for the report: who was where, ten times a second."""
     moved = np.ptp(log.poses[:, :, :2], axis=0).max(axis=1) > 0.05
@@ -135,6 +162,7 @@ def trace(log: DriveLog) -> dict[str, Any]:
     shown = np.flatnonzero(near)
     return {
         "step_s": TIME_STEP,
+        **_ground(log),
         "ego": log.ego.round(4).tolist(),
         "aside": log.aside.round(3).tolist(),
         "others": [

@@ -17,8 +17,8 @@ from spacedrive_jax.world.scenario import (
     MANOEUVRES,
     WARM_UP,
     Scenario,
+    Script,
     UnplayableError,
-    build_scenario,
     cast_scenario,
     write_script,
 )
@@ -41,6 +41,10 @@ class Kind:
     """What the town's rule arranges for the ego vehicle, one of `MANOEUVRES`."""
     actors: tuple[Actor, ...] = ()
     """Who plays a part, with its trigger."""
+    arms: int | None = None
+    """Arms that the first junction on the way must have."""
+    red_for: float | None = None
+    """Seconds for which the first light on the way stays red."""
     seconds: float = 16.0
     """From the first decision to the end of the script."""
 
@@ -57,9 +61,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "ParkingCutIn": Kind("bench2drive", "cruise", (CutIn(),)),
     "PedestrianCrossing": Kind("bench2drive", "straight", (Crosser(1.3, 3.5, 12.0, where="exit"),)),
-    "T_Junction": Kind("bench2drive", "turn_left"),
+    "T_Junction": Kind("bench2drive", "turn_left", arms=3),
     "VanillaSignalizedTurnEncounterGreenLight": Kind("bench2drive", "turn_right"),
-    "VanillaSignalizedTurnEncounterRedLight": Kind("bench2drive", "stop", seconds=20.0),
+    "VanillaSignalizedTurnEncounterRedLight": Kind("bench2drive", "turn_left", red_for=9.0, seconds=20.0),
     "VehicleTurningRoute": Kind(
         "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit"),)
     ),
@@ -154,10 +158,10 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
 
 
 def _staged(kind: Kind, town: Town, rng: np.random.Generator) -> Scenario:
-    if not kind.actors:
-        return build_scenario(town, kind.manoeuvre, kind.seconds, rng)
     total = WARM_UP + kind.seconds
-    script = write_script(town, kind.manoeuvre, total, rng)
+    script = _with_rule(kind, town, write_script(town, kind.manoeuvre, total, rng))
+    if not kind.actors:
+        return cast_scenario(town, script, kind.manoeuvre, total, rng)
 
     def actors(route: Route) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         stage = Stage(town, script, route, rng)
@@ -165,6 +169,28 @@ def _staged(kind: Kind, town: Town, rng: np.random.Generator) -> Scenario:
         return [m for movers, _ in cast for m in movers], [p for _, props in cast for p in props]
 
     return cast_scenario(town, script, kind.manoeuvre, total, rng, actors)
+
+
+def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
+    """The script under the kind's rule for the town.
+
+    Raises:
+        UnplayableError: the first junction on the way does not suit it.
+    """
+    passed = [town.lanes[key] for key in script.keys if town.lanes[key].road is None]
+    first = next((lane for lane in passed if town.junctions[lane.junction].signalised), None)
+    if first is None:
+        if kind.arms is not None or kind.red_for is not None:
+            raise UnplayableError("the route passes no signalised junction")
+        return script
+    arms = town.junctions[first.junction].arms
+    if kind.arms is not None and len(arms) != kind.arms:
+        raise UnplayableError(f"the junction has {len(arms)} arms")
+    if kind.red_for is None:
+        return script
+    other = next(arm for arm in arms if arm != first.arm)
+    lights = ((-1.0, other), (WARM_UP + kind.red_for, -1), (WARM_UP + kind.red_for + 1.0, first.arm))
+    return dataclasses.replace(script, signals={**script.signals, first.junction: lights})
 
 
 def goal_of(scenario: Scenario, seconds: float) -> float:

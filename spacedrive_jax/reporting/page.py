@@ -155,6 +155,11 @@ def render_comparison(page: ComparisonPage) -> str:
     return _environment().get_template("compare.html.jinja").render(page=page, notices=page.notices)
 
 
+def render_drives(page: Any) -> str:
+    """The page of a run of drives (`reporting.drives.DrivesPage`)."""
+    return _environment().get_template("drives.html.jinja").render(page=page, notices=())
+
+
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     """Nested mappings as dotted names with their values as text."""
     for name, item in value.items():

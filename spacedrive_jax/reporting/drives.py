@@ -1,0 +1,170 @@
+"""The page of a run of drives: scores against other runs, every kind, films and curves of what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spacedrive_jax.driving.drive import RESULTS, interval, read_summary
+from spacedrive_jax.io import read_json, write_text
+from spacedrive_jax.reporting.films import film, strip
+from spacedrive_jax.reporting.page import render_drives
+
+MOST_FILMS = 12
+"""The worst drives are shown; a page with all of them would take minutes to open."""
+PAGE = "drives.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRow:
+    """One run in the table."""
+
+    name: str
+    drives: int
+    driving_score: float
+    driving_interval: Sequence[float] | None
+    success_rate: float
+    pdm_score: float
+    pdm_interval: Sequence[float] | None
+    parts: Mapping[str, float]
+    failures: Mapping[str, int]
+    difference: tuple[float, Sequence[float] | None, int] | None = None
+    """Of the driving score to the first run on the drives that both have: mean, interval, drives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilmRow:
+    """One drive that went wrong."""
+
+    title: str
+    status: str
+    score: float
+    infractions: Sequence[str]
+    film: str
+    """An SVG that moves by itself."""
+    curves: str
+    """An SVG of speed, steering and acceleration over time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrivesPage:
+    """All that the page says."""
+
+    title: str
+    rows: Sequence[RunRow]
+    kinds: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]
+    """Per kind, run to its scores."""
+    films: Sequence[FilmRow]
+    imperfect: int
+
+
+def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
+    """Writes `drives.html` into a run of drives.
+
+    Args:
+        folder: of the run.
+        others: runs to hold it against, on the same scenarios.
+
+    Raises:
+        DataError: one of the folders is no finished run of drives.
+    """
+    runs = [folder, *others]
+    names = _names(runs)
+    summaries = [read_summary(run) for run in runs]
+    scores = [_scores(run) for run in runs]
+    rows = [
+        _row(name, summary, own, scores[0] if number else None)
+        for number, (name, summary, own) in enumerate(zip(names, summaries, scores, strict=True))
+        if summary["drives"]
+    ]
+    kinds = dict.fromkeys(kind for summary in summaries for kind in summary.get("kinds", {}))
+    table = [
+        (
+            kind,
+            {
+                name: summary.get("kinds", {}).get(kind, {})
+                for name, summary in zip(names, summaries, strict=True)
+            },
+        )
+        for kind in kinds
+    ]
+    films, imperfect = _films(folder)
+    page = DrivesPage(f"Drives of {names[0]}", rows, table, films, imperfect)
+    path = folder / PAGE
+    write_text(path, render_drives(page))
+    return path
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What runs are called: the last parts of their paths, as many as tell them apart."""
+    for count in range(1, 6):
+        names = ["/".join(run.resolve().parts[-count:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    """Driving score of every drive by its folder's name."""
+    found = {}
+    for path in sorted((folder / "drives").glob("*/result.json")):
+        value = read_json(path)
+        if "scores" in value:
+            found[path.parent.name] = float(value["scores"]["score_composed"])
+    return found
+
+
+def _row(
+    name: str, summary: Mapping[str, Any], own: Mapping[str, float], first: Mapping[str, float] | None
+) -> RunRow:
+    difference = None
+    if first is not None:
+        common = sorted(set(own) & set(first))
+        if common:
+            steps = np.array([own[drive] - first[drive] for drive in common])
+            difference = float(steps.mean()), interval(steps), len(common)
+    return RunRow(
+        name=name,
+        drives=summary["drives"],
+        driving_score=summary["driving_score"],
+        driving_interval=summary["driving_score_interval"],
+        success_rate=summary["success_rate"],
+        pdm_score=summary["pdm_score"],
+        pdm_interval=summary["pdm_score_interval"],
+        parts=summary["pdm_parts"],
+        failures=summary["failures"],
+        difference=difference,
+    )
+
+
+def _films(folder: Path) -> tuple[list[FilmRow], int]:
+    """The worst drives, and how many were not perfect."""
+    records = read_json(folder / RESULTS)["_checkpoint"]["records"]
+    wrong = [record for record in records if record["status"] != "Perfect"]
+    wrong.sort(key=lambda record: (record["scores"]["score_composed"], record["index"]))
+    rows = []
+    by_number = {path.name.split("-")[0]: path for path in (folder / "drives").iterdir()}
+    for record in wrong[:MOST_FILMS]:
+        drive = by_number[f"{record['index']:04d}"]
+        trace = read_json(drive / "trace.json")
+        texts = [
+            text
+            for kind, found in record["infractions"].items()
+            for text in found
+            if kind != "min_speed_infractions"
+        ]
+        rows.append(
+            FilmRow(
+                drive.name,
+                record["status"],
+                record["scores"]["score_composed"],
+                texts,
+                film(trace),
+                strip(trace),
+            )
+        )
+    return rows, len(wrong)

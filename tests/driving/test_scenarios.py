@@ -1,0 +1,59 @@
+"""What scenario kinds arrange, and that adversaries do not wait for anybody."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.driving.infractions import overlapping
+from spacedrive_jax.driving.scenarios import KINDS, DriveSpec, build_drive, town_of_drives
+from spacedrive_jax.world.scenario import WARM_UP
+from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN
+from spacedrive_jax.world.vehicle import Control
+from spacedrive_jax.world.world import World
+
+
+def test_the_same_numbers_stage_the_same_drive() -> None:
+    spec = DriveSpec(0, "T_Junction", "boston-seaport", 0)
+    (first, goal), (again, same) = build_drive(spec), build_drive(spec)
+    assert goal == same
+    assert all(np.array_equal(a.s, b.s) for a, b in zip(first.motions, again.motions, strict=True))
+    gate = first.ego.route.gates[0]
+    assert len(first.town.junctions[gate.junction].arms) == 3
+    assert gate.turn == "left"
+
+
+def test_a_red_light_holds_the_turn_for_its_time() -> None:
+    scenario, _ = build_drive(DriveSpec(0, "VanillaSignalizedTurnEncounterRedLight", "boston-seaport", 0))
+    gate, signals = scenario.ego.route.gates[0], scenario.cast.signals
+    assert gate.turn == "left"
+    assert signals.green_arm(gate.junction, WARM_UP + 8.9) != gate.arm
+    assert signals.green_arm(gate.junction, WARM_UP + 10.1) == gate.arm
+
+
+@pytest.mark.parametrize("kind", ["DynamicObjectCrossing", "ParkingCutIn"])
+def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(kind: str) -> None:
+    scenario, _ = build_drive(DriveSpec(0, kind, "boston-seaport", 1))
+    actor = next(i for i, mover in enumerate(scenario.cast.movers) if mover.part is not None)
+    half = np.array([item.size[:2] for item in (*scenario.cast.movers, *scenario.cast.obstacles)]) / 2
+
+    def meets(control: Control | None) -> bool:
+        world = World(scenario)
+        world.reset(steered=False)
+        hit = False
+        for step in range(round((WARM_UP + KINDS[kind].seconds) * 10)):
+            if step == round(WARM_UP * 10) and control is not None:
+                world.hand_over(steered=True)
+            world.step(control)
+            hit = hit or actor in overlapping(world.poses(world.state), half).tolist()
+        assert np.isfinite(world.state.traffic.since[actor])
+        return hit
+
+    assert meets(Control(0.0, 0.0))
+    assert not meets(None)
+
+
+def test_the_third_town_differs_in_its_geometry() -> None:
+    sizes = {location: len(town_of_drives(location).junctions) for location in (*LOCATIONS, TEST_TOWN)}
+    assert sizes == {"boston-seaport": 25, "singapore-onenorth": 25, TEST_TOWN: 16}
+    assert town_of_drives(TEST_TOWN).right_hand
