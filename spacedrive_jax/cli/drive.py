@@ -16,6 +16,7 @@ from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from data_prep.collected import CollectedRecords
     from spacedrive_jax.driving.bench import InsidePolicy
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
@@ -67,6 +68,9 @@ class Drive(Command):
     """Width x height of the camera images in pixels."""
     lidar: tyro.conf.FlagCreatePairsOff[bool] = False
     """Give the policy LiDAR sweeps too."""
+    collect: Path | None = None
+    """Write every visited state as a record, with the expert's plan from there, into this new folder: `train`
+    goes on from a model's own mistakes (DAgger)."""
     against: tuple[Path, ...] = ()
     """Runs of drives on the same scenarios to hold this one against on its page (drives.html)."""
     deadline: float = 60.0
@@ -97,8 +101,9 @@ class Drive(Command):
         from spacedrive_jax.world.rig import parse_image_size
 
         specs = drive_set(self.scenarios)
+        looks = self.policy is None or self.collect is not None
         sense: Literal["nothing", "status", "images"] = (
-            "images" if self.policy is None else "status" if self.policy == "ego_mlp" else "nothing"
+            "images" if looks else "status" if self.policy == "ego_mlp" else "nothing"
         )
         options = DriveOptions(
             image_size=parse_image_size(self.image_size),
@@ -115,8 +120,10 @@ class Drive(Command):
             "records": self._records_fingerprint(),
             "options": {**dataclasses.asdict(options)},
             "batch_size": self.batch_size,
+            "collect": self.collect is not None,
         }
         folder = self._folder()
+        collected = self._collected(resume=self.resume)
         asker, inside = None, self._inside()
         if self.checkpoint is not None:
             use_compilation_cache(self.compilation_cache)
@@ -139,6 +146,7 @@ class Drive(Command):
                 workers=self.workers or os.cpu_count() or 1,
                 at_a_time=self.batch_size,
                 resume=self.resume,
+                collect=None if collected is None else collected.add,
             )
         finally:
             if asker is not None:
@@ -146,6 +154,11 @@ class Drive(Command):
         from spacedrive_jax.reporting.drives import write_page
 
         summary = run.summary
+        if collected is not None:
+            kept = collected.finish(
+                [spec.name for spec in specs], {"policy": self.policy, "drives": len(specs)}
+            )
+            print(f"collected      {kept} records in {self.collect}")
         page = write_page(folder, self.against) if summary["drives"] else None
         print(_text(summary, folder))
         if page is not None:
@@ -161,6 +174,15 @@ class Drive(Command):
             "failures": summary.get("failures", {}),
             "without_place": summary["without_place"],
         }
+
+    def _collected(self, *, resume: bool) -> CollectedRecords | None:
+        if self.collect is None:
+            return None
+        from data_prep.collected import CollectedRecords
+
+        if self.collect.exists() and any(self.collect.iterdir()) and not resume:
+            raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")
+        return CollectedRecords(self.collect)
 
     def _check_flags(self) -> None:
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:

@@ -88,7 +88,9 @@ class Crosser:
         else:
             s = _first_gate(stage).leave + 3.0
         near, far = stage.kerbs(s)
-        start, end = stage.beside(s, near + 0.7), stage.beside(s, -far - 1.5)
+        # From where it meets a driver who goes on as before; from the kerb where that is further.
+        walked = self.speed * self.seconds - self.speed * self.speed / (2 * Part.acceleration)
+        start, end = stage.beside(s, max(near + 0.7, walked)), stage.beside(s, -far - 1.5)
         place = stage.beside(s, 0.0)
         size = surroundings.draw_size(self.category, stage.rng)
         part = Part(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spacedrive_jax.console import note, progress
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.askers import Asker
 from spacedrive_jax.driving.bench import Asked, Event, Finished, Fleet, InsidePolicy, NoPlace
 from spacedrive_jax.driving.episode import DriveOptions
@@ -50,6 +51,7 @@ def drive_all(
     workers: int = 1,
     at_a_time: int = 8,
     resume: bool = False,
+    collect: Callable[[str, Sequence[Record]], None] | None = None,
 ) -> DriveRun:
     """Drives a set and writes its results.
 
@@ -63,6 +65,7 @@ def drive_all(
         workers: processes that move the world and draw.
         at_a_time: drives under way together.
         resume: go on with an interrupted run.
+        collect: is given every drive's name and records, with the expert's plan from each state.
 
     Raises:
         ConfigError: the folder holds another run, or one and `resume` is not given.
@@ -73,7 +76,7 @@ def drive_all(
     todo = [spec for spec in specs if spec.name not in done]
     by_number = {spec.number: spec for spec in specs}
     with (
-        Fleet(min(workers, max(len(todo), 1)), options, inside) as fleet,
+        Fleet(min(workers, max(len(todo), 1)), options, inside, collect=collect is not None) as fleet,
         progress(total=len(specs), initial=len(specs) - len(todo), desc="drive", unit="drive") as bar,
     ):
         waiting = list(todo)
@@ -86,7 +89,10 @@ def drive_all(
                 if isinstance(event, Asked):
                     asked.append(event)
                     continue
-                write_drive(folder, by_number[event.number], event)
+                spec = by_number[event.number]
+                if collect is not None and isinstance(event, Finished):
+                    collect(spec.name, event.records)
+                write_drive(folder, spec, event)
                 bar.update()
             if asker is not None and asked:
                 fleet.answer(asker.plans(sorted(asked, key=lambda event: event.number)))

@@ -23,6 +23,7 @@ from spacedrive_jax.driving.infractions import (
 )
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.plans import Plan, PlanError
+from spacedrive_jax.driving.recovery import ExpertTarget, expert_target, with_target
 from spacedrive_jax.driving.scenarios import KINDS, TEST_SEED, DriveSpec, build_drive
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD, Film, Take
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
@@ -90,7 +91,7 @@ class DriveResult:
     decisions: tuple[Decision, ...]
     failures: Counter[str]
     records: tuple[Record, ...]
-    """Of every decision in hindsight, where images were drawn and `keep` asked for them."""
+    """Of every decision in hindsight with the expert's plan as its target, where `keep` asked for them."""
 
 
 def episode(
@@ -101,7 +102,7 @@ def episode(
     Args:
         spec: which.
         options: how.
-        keep: return the records too.
+        keep: return the records too, for learning from.
 
     Yields:
         A question at every decision; the plan, or why there is none, is sent back.
@@ -122,6 +123,7 @@ def episode(
     noise = np.random.default_rng([TEST_SEED, spec.number, spec.seed, 8])
     lost = spec.kind == "ControlLoss" and options.control_loss
     decisions: list[Decision] = []
+    targets: list[ExpertTarget] = []
     failures: Counter[str] = Counter()
     in_a_row = still = 0
     per_decision = round(KEYFRAME_PERIOD / TIME_STEP)
@@ -132,6 +134,8 @@ def episode(
         done = len(world.states) - 1 - first
         if done % per_decision == 0:
             number = done // per_decision
+            if keep:
+                targets.append(expert_target(world))
             answer = yield Question(spec.number, number, observer.look(world, number), world)
             if isinstance(answer, Plan):
                 driver.follow(answer, vehicle, state.time)
@@ -161,7 +165,11 @@ def episode(
         expert_metres=goal - log.start,
         decisions=tuple(decisions),
         failures=failures,
-        records=observer.records() if keep else (),
+        records=tuple(
+            with_target(record, target) for record, target in zip(observer.records(), targets, strict=True)
+        )
+        if keep
+        else (),
     )
 
 
