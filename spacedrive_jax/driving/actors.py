@@ -83,22 +83,28 @@ class Crosser:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        if self.where == "road":
-            s = stage.script.start + float(stage.rng.uniform(38.0, 50.0))
-        else:
-            s = _first_gate(stage).leave + 3.0
+        start = stage.script.start
+        s = start + 38.0 if self.where == "road" else _first_gate(stage).leave + 3.0
         near, far = stage.kerbs(s)
-        # From where it meets a driver who goes on as before; from the kerb where that is further.
-        walked = self.speed * self.seconds - self.speed * self.speed / (2 * Part.acceleration)
-        start, end = stage.beside(s, max(near + 0.7, walked)), stage.beside(s, -far - 1.5)
+        # So that it meets a driver who goes on as before: from as far as it gets in the trigger's time, or,
+        # where the kerb is further, from there and as much earlier.
+        lost = self.speed / (2 * Part.acceleration)
+        away = max(near + 0.7, self.speed * (self.seconds - lost))
+        seconds = away / self.speed + lost
+        if self.where == "road":
+            # Far enough that it still stands when the drive begins.
+            begins = start + (WARM_UP + 0.5 + seconds) * stage.script.cruise_speed
+            s = max(s, begins) + float(stage.rng.uniform(0.0, 10.0))
+            if stage.kerbs(s) != (near, far):
+                raise UnplayableError("the road changes its width on the way")
+        line = np.stack([stage.beside(s, away), stage.beside(s, -far - 1.5)])
         place = stage.beside(s, 0.0)
         size = surroundings.draw_size(self.category, stage.rng)
         part = Part(
-            Trigger((float(place[0]), float(place[1])), self.seconds, self.metres), ((0.0, self.speed),)
+            Trigger((float(place[0]), float(place[1])), seconds, self.metres),
+            ((0.0, self.speed),),
         )
-        mover = Mover(
-            key, self.category, size, traffic.free_route(np.stack([start, end])), 0.0, 0.0, _still, part=part
-        )
+        mover = Mover(key, self.category, size, traffic.free_route(line), 0.0, 0.0, _still, part=part)
         props = []
         if self.hidden_behind is not None:
             extent = surroundings.draw_size(self.hidden_behind, stage.rng)
@@ -216,8 +222,9 @@ class RedRunner:
 class CutIn:
     """A car at the kerb that pulls out in front of the ego vehicle."""
 
-    seconds: float = 2.35
-    metres: float = 10.0
+    seconds: float = 3.0
+    metres: float = 12.0
+    """srunner has 2.35 s and 10 m for a car that is at once as fast as the others; this one speeds up."""
     speed: float = 6.0
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:

@@ -72,6 +72,6 @@ def _points(values: Any, name: str) -> Float[np.ndarray, "K 2"]:
         raise PlanError(FailureKind.NONSENSE, f"{name} have shape {points.shape}, not (K, 2)")
     if not np.isfinite(points).all():
         raise PlanError(FailureKind.NOT_FINITE, f"{name} are not all finite")
-    if np.abs(points).max() > FARTHEST:
+    if len(points) and np.abs(points).max() > FARTHEST:
         raise PlanError(FailureKind.NONSENSE, f"{name} reach beyond {FARTHEST:.0f} m")
     return points

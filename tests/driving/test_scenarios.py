@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.infractions import overlapping
+from spacedrive_jax.driving.policies import route_constant_speed
 from spacedrive_jax.driving.scenarios import KINDS, DriveSpec, build_drive, town_of_drives
 from spacedrive_jax.world.scenario import WARM_UP
 from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN
-from spacedrive_jax.world.vehicle import Control
 from spacedrive_jax.world.world import World
 
 
@@ -31,26 +32,29 @@ def test_a_red_light_holds_the_turn_for_its_time() -> None:
     assert signals.green_arm(gate.junction, WARM_UP + 10.1) == gate.arm
 
 
-@pytest.mark.parametrize("kind", ["DynamicObjectCrossing", "ParkingCutIn"])
+@pytest.mark.parametrize("kind", ["DynamicObjectCrossing", "ParkingCutIn", "HardBreakRoute"])
 def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(kind: str) -> None:
     scenario, _ = build_drive(DriveSpec(0, kind, "boston-seaport", 1))
     actor = next(i for i, mover in enumerate(scenario.cast.movers) if mover.part is not None)
     half = np.array([item.size[:2] for item in (*scenario.cast.movers, *scenario.cast.obstacles)]) / 2
 
-    def meets(control: Control | None) -> bool:
-        world = World(scenario)
+    def meets(*, blind: bool) -> bool:
+        world, driver = World(scenario), Driver()
         world.reset(steered=False)
         hit = False
         for step in range(round((WARM_UP + KINDS[kind].seconds) * 10)):
-            if step == round(WARM_UP * 10) and control is not None:
+            if step == round(WARM_UP * 10) and blind:
                 world.hand_over(steered=True)
-            world.step(control)
+            vehicle = world.state.vehicle
+            if vehicle is not None and step % 5 == 0:
+                driver.follow(route_constant_speed(world, {}), vehicle, world.state.time)
+            world.step(None if vehicle is None else driver.control(vehicle, world.state.time))
             hit = hit or actor in overlapping(world.poses(world.state), half).tolist()
         assert np.isfinite(world.state.traffic.since[actor])
         return hit
 
-    assert meets(Control(0.0, 0.0))
-    assert not meets(None)
+    assert meets(blind=True)
+    assert not meets(blind=False)
 
 
 def test_the_third_town_differs_in_its_geometry() -> None:
