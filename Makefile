@@ -62,13 +62,12 @@ $(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json
 	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val --overwrite
 
 # The demo's model against the expert and the blind baselines, in towns that it has not seen.
-BASELINES := expert route_constant_speed constant_velocity standing_still
-drive: $(BASELINES:%=$(DEMO)/drives/%/summary.json)
-	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --out $(DEMO)/drives/demo \
-		--workers $(WORKERS) --resume --against $(BASELINES:%=$(DEMO)/drives/%)
-
-$(DEMO)/drives/%/summary.json: $(DEMO)/run/predictions.jsonl
-	$(RUN) -m spacedrive_jax drive --policy $* --scenarios small --out $(@D) --workers $(WORKERS) --resume
+drive: $(DEMO)/run/predictions.jsonl
+	$(RUN) -m spacedrive_jax drive --policy expert --scenarios small --out $(DEMO)/drives/expert --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy route_constant_speed --scenarios small --out $(DEMO)/drives/route_constant_speed --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy constant_velocity --scenarios small --out $(DEMO)/drives/constant_velocity --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy standing_still --scenarios small --out $(DEMO)/drives/standing_still --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/standing_still
 
 test: $(VENV)/development
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4

@@ -21,10 +21,10 @@ from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.route_files import route_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
-from data_prep.shards import ShardFacts, shard_file
 from spacedrive_jax import io
 from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
+from spacedrive_jax.data.shards import ShardFacts, shard_file
 from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -26,10 +26,10 @@ from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images, scan_scene
 from data_prep.nuscenes.splits import split_scenes
 from data_prep.nuscenes.tables import read_tables
-from data_prep.shards import write_dataset_info
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
+from spacedrive_jax.data.shards import write_dataset_info
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import folder_lock
 from spacedrive_jax.parallel import ordered_map

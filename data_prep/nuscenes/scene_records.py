@@ -20,7 +20,6 @@ from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_ex
 from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
 from data_prep.nuscenes.route_files import read_route
 from data_prep.nuscenes.sensor_files import MOST_BYTES, SceneFiles, depth_file, whole_points
-from data_prep.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.data.keyframe import (
     Keyframe,
     Scene,
@@ -37,6 +36,7 @@ from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
 from spacedrive_jax.data.keyframe_route import route_fields
 from spacedrive_jax.data.poses import heading, transforms
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import read_bytes
 

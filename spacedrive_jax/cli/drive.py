@@ -16,8 +16,8 @@ from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from data_prep.collected import CollectedRecords
     from spacedrive_jax.driving.bench import InsidePolicy
+    from spacedrive_jax.driving.collected import CollectedRecords
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -178,7 +178,7 @@ class Drive(Command):
     def _collected(self, *, resume: bool) -> CollectedRecords | None:
         if self.collect is None:
             return None
-        from data_prep.collected import CollectedRecords
+        from spacedrive_jax.driving.collected import CollectedRecords
 
         if self.collect.exists() and any(self.collect.iterdir()) and not resume:
             raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")

@@ -8,9 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import RecordSerializer, ShardFacts, shard_file, write_dataset_info, write_shard
 from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.shards import (
+    RecordSerializer,
+    ShardFacts,
+    shard_file,
+    write_dataset_info,
+    write_shard,
+)
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import write_json, write_text
 
