@@ -52,7 +52,7 @@ class Part:
 
 
 PARTS = (
-    Part("attention", "Fused attention against plain", ("benchmarks.gpu.attention",), 60),
+    Part("attention", "Fused attention against plain", ("benchmarks.gpu.attention",), 110),
     Part("train_7b", "Training step, 7B", ("benchmarks.gpu.train_step", "--model", "7b"), 130),
     Part("planning", "Planning in one pass", ("benchmarks.gpu.planning",), 130),
     Part("planning_transformers", "Planning, transformers", ("benchmarks.gpu.planning_transformers",), 80),

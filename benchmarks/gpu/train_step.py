@@ -20,7 +20,7 @@ from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.step import make_train_step
 
-BATCH = {"3b": 4, "7b": 2}
+BATCH = {"3b": 6, "7b": 4}
 """Samples of which one step's kept products fit beside the weights in 80 GB."""
 
 
