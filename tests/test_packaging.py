@@ -1,6 +1,10 @@
 """What a wheel holds."""
 
+import importlib.metadata
+import re
 import tomllib
+
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
@@ -29,3 +33,25 @@ def test_extras_are_pinned_as_the_requirements_files_are():
         for each in wanted:
             name, _, version = each.partition("==")
             assert version in pins[name.partition("[")[0]], f"{extra}: {each}"
+
+
+def pins_of(name):
+    """Normalised names to versions, of a file in which every requirement is pinned."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pairs = [re.fullmatch(r"([\w.-]+)==([\w.+]+)", line) for line in lines if line]
+    assert all(pairs), f"{name} holds something else than NAME==VERSION"
+    names = [re.sub(r"[-_.]+", "-", pair[1]).lower() for pair in pairs]
+    assert len(set(names)) == len(names), f"{name} names a package twice"
+    return dict(zip(names, (pair[2] for pair in pairs), strict=True))
+
+
+def test_the_lock_file_holds_every_pin_and_what_it_needs():
+    pins, locked = pins_of("requirements.txt"), pins_of("requirements.lock")
+    assert {name: locked.get(name) for name in pins} == pins
+    for name in pins:
+        for each in importlib.metadata.requires(name) or ():
+            wanted = Requirement(each)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                found = locked.get(re.sub(r"[-_.]+", "-", wanted.name).lower())
+                assert found, f"{name} needs {each}, which the lock file lacks"
+                assert wanted.specifier.contains(found, prereleases=True), f"{name} needs {each}"
