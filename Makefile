@@ -17,7 +17,7 @@ help:
 	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
 	@echo "make beam    test the converter on Apache Beam (installed beside, in $(BEAM))"
 	@echo "make lint    ruff and mypy"
-	@echo "make format  ruff's formatter"
+	@echo "make format  ruff's formatter, and the drawing of the rooms"
 	@echo "make clean   remove $(DEMO)/ and the environments"
 
 $(VENV)/runtime: requirements.txt
@@ -89,6 +89,7 @@ lint: $(VENV)/development
 format: $(VENV)/development
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(RUN) -m docs.architecture
 
 clean:
 	rm -rf $(DEMO) $(VENV) $(PARITY) $(BEAM)

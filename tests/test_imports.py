@@ -1,75 +1,15 @@
 """The order of rooms: a room imports only from those above it in the list, and no file in a circle."""
 
-import ast
-from pathlib import Path
-
 import pytest
 
-from tests.conftest import ROOT
+from docs.architecture import FILES, ROOMS, import_graph, room_of
 
-ROOMS = (
-    ("errors", "io", "exact", "bounds", "parallel", "restricted_pickle", "pickled_numpy", "constants"),
-    ("console",),
-    ("batch",),
-    ("world",),
-    ("models",),
-    ("data",),
-    ("config",),
-    ("interop",),
-    ("training",),
-    ("inference",),
-    ("evaluation",),
-    ("driving",),
-    ("reporting",),
-    ("aot",),
-    ("study",),
-    ("cli",),
-)
-"""Bottom to top. `config` stands above `models` and `data`: a run is made of their configs, which live beside
-them. The names of one line are single files at the bottom that only look at one another."""
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WORLD_SEES = {"errors", "console", "exact", "io", "world"}
 """The world is free of JAX and of everything but the bottom."""
 OPTIONAL = {"apache_beam", "rerun", "wandb", "imageio", "imageio_ffmpeg", "libtpu", "laspy", "carla"}
 """Packages of extras: imported where they are asked for, so that nobody else needs them."""
-PRODUCT = ("spacedrive_jax", "data_prep", "configs")
-
-
-def module_of(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-FILES = {module_of(file): file for name in PRODUCT for file in sorted((ROOT / name).rglob("*.py"))}
-
-
-def imports(file: Path) -> list[tuple[str, bool]]:
-    """Modules that a file imports, and whether inside a function."""
-    tree = ast.parse(file.read_text())
-    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    inside = {id(child) for function in functions for child in ast.walk(function)}
-    checks = (
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-    )
-    unread = {id(child) for check in checks for child in ast.walk(check)}  # for type checkers alone
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in unread:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in inside) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.append((whole if whole in FILES else node.module, id(node) in inside))
-    return found
-
-
-GRAPH = {module: imports(file) for module, file in FILES.items()}
-
-
-def room_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "spacedrive_jax" and len(parts) > 1 else None
+GRAPH = import_graph()
 
 
 def test_every_room_has_its_place():
