@@ -43,9 +43,9 @@ def product_bytes(config: Config, mesh: Mesh) -> int:
         return 0
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
     width = heads * decoder.head_dim + decoder.hidden_size
-    if compute.remat == "attention":
+    if compute.remat in ("attention", "attention_mlp"):
         width += decoder.num_heads * decoder.head_dim  # what is attended to; the residual is counted above
-    else:
+    if compute.remat != "attention":
         width += 2 * decoder.intermediate_size
     kept = length * width * compute.activation_dtype.itemsize
     if compute.remat in ("none", "dots") and compute.attention == "xla":

@@ -23,7 +23,7 @@ from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
 
 
 COLLECTIVE_FIELDS = ("collectives", "dcn_collectives")
-POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "dots_no_batch", "dots", "none")
+POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "attention_mlp", "dots_no_batch", "dots", "none")
 """From the one that keeps least for the backward pass to the one that keeps most."""
 
 

@@ -40,7 +40,7 @@ class Aot(Command):
     """Devices along each axis, such as data=2,fsdp=4,tensor=2; one may be -1. The config's when not given."""
     batch_size: int | None = None
     """Samples per step over all chips; the config's when not given."""
-    remat: Literal["none", "full", "attention", "dots", "dots_no_batch"] | None = None
+    remat: Literal["none", "full", "attention", "attention_mlp", "dots", "dots_no_batch"] | None = None
     """What the blocks keep for the backward pass; the config's when not given."""
     base_quantization: Literal["none", "int8", "int4"] | None = None
     """How the frozen base is stored; the config's when not given."""

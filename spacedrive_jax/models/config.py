@@ -24,13 +24,15 @@ from spacedrive_jax.bounds import (
 from spacedrive_jax.errors import ConfigError
 
 LoraTarget = Literal["q", "k", "v", "o"]
-RematPolicy = Literal["none", "full", "attention", "dots", "dots_no_batch"]
+RematPolicy = Literal["none", "full", "attention", "attention_mlp", "dots", "dots_no_batch"]
 BaseQuantization = Literal["none", "int8", "int4"]
 AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
 
 KEPT_BY_ATTENTION = ("query", "key", "value", "attended", "residual")
 """What `language_model` names of a decoder block, and remat `attention` keeps. With a frozen base the
 backward pass needs little else: the gate and up products and norms, which are worked out again."""
+KEPT_BY_ATTENTION_MLP = (*KEPT_BY_ATTENTION, "gate", "up")
+"""What remat `attention_mlp` keeps: of the wide products nothing is worked out again."""
 _REMAT_POLICIES = {
     "full": "nothing_saveable",
     "dots": "dots_saveable",
@@ -173,7 +175,8 @@ class ComputeConfig:
     (`quantization`). Embedding, head, norms and biases stay in `param_dtype`."""
     remat: RematPolicy = "none"
     """What a block keeps for the backward pass: everything (`none`), nothing (`full`), queries, keys, values,
-    attention's output and the residual stream behind it (`attention`), or its matrix products (`dots`,
+    attention's output and the residual stream behind it (`attention`), those and the MLP's gate and up
+    products (`attention_mlp`), or all matrix products, the adapters' in float32 too (`dots`,
     `dots_no_batch`)."""
     attention: AttentionChoice = "auto"
     """Kernel of attention over whole sequences: plain `xla`, the fused `cudnn` (NVIDIA GPUs, half precision)
@@ -200,4 +203,6 @@ class ComputeConfig:
             return None
         if self.remat == "attention":
             return jax.checkpoint_policies.save_only_these_names(*KEPT_BY_ATTENTION)
+        if self.remat == "attention_mlp":
+            return jax.checkpoint_policies.save_only_these_names(*KEPT_BY_ATTENTION_MLP)
         return getattr(jax.checkpoint_policies, _REMAT_POLICIES[self.remat])

@@ -133,7 +133,7 @@ class StepFlops:
     backward: int
     recomputed: int
     """Of the blocks' forward pass: all of it where remat is `full`; gate, up and attention's own products
-    where it is `attention`."""
+    where it is `attention`; the last alone where it is `attention_mlp`."""
 
     @property
     def model(self) -> int:
@@ -167,8 +167,9 @@ def train_step_flops(config: Config) -> StepFlops:
         backward = 2 * (vision + forward + head)
         repeated = forward + vision
     gate_and_up = 4 * batch * length * decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
-    again = gate_and_up + attention + (0 if model.use_lora else vision)
-    recomputed = {"full": repeated, "attention": again}.get(model.compute.remat, 0)
+    narrow = attention + (0 if model.use_lora else vision)
+    again = {"full": repeated, "attention": narrow + gate_and_up, "attention_mlp": narrow}
+    recomputed = again.get(model.compute.remat, 0)
     return StepFlops(vision, forward, adapters, head, backward, recomputed)
 
 

@@ -3,12 +3,15 @@ import json
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 
-from spacedrive_jax.aot.search import parse_mesh
+from spacedrive_jax.aot.search import POLICIES, parse_mesh
+from spacedrive_jax.cli.aot import Aot
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.models.config import BaseQuantization, RematPolicy
 from spacedrive_jax.training.flops import describe
 from tests.conftest import ROOT
 
@@ -101,6 +104,14 @@ def test_search_ranks_what_it_compiled_and_remembers_it(tmp_path, capsys):
     status, _, err = search()
     assert status == 1
     assert "does not hold plans of a search" in err
+
+
+def test_every_policy_and_base_can_be_asked_for():
+    fields = typing.get_type_hints(Aot)
+    for name, known in (("remat", RematPolicy), ("base_quantization", BaseQuantization)):
+        asked = typing.get_args(typing.get_args(fields[name])[0])
+        assert set(asked) == set(typing.get_args(known))
+    assert set(POLICIES) == set(typing.get_args(RematPolicy))
 
 
 def test_search_chooses_mesh_and_remat(capsys):

@@ -221,7 +221,7 @@ def test_remat_changes_no_gradient(adapted):
     _, trainable, frozen = nnx.split(adapted, TRAINABLE, ...)
     expected = trainable_gradient(adapted, frozen, trainable)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected["layers"]))
-    for remat in ("full", "attention", "dots_no_batch"):
+    for remat in ("full", "attention", "attention_mlp", "dots_no_batch"):
         model = build(compute=ComputeConfig(remat=remat), lora=LORA, new_tokens=adapted.new_tokens)
         actual = trainable_gradient(model, frozen, trainable)
         for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -255,13 +255,13 @@ def test_remat_attention_keeps_what_a_frozen_base_needs_and_no_more():
 
     def kept(remat):
         def construct():
-            return Decoder(config, compute=ComputeConfig(remat=remat), rngs=nnx.Rngs(0), lora=LORA)
+            return LanguageModel(config, compute=ComputeConfig(remat=remat), rngs=nnx.Rngs(0), lora=LORA)
 
         graph, trainable, frozen = nnx.split(nnx.eval_shape(construct), TRAINABLE, ...)
 
-        def loss(trainable, frozen, token_ids, positions):
+        def loss(trainable, frozen, token_ids, position_ids):
             model = nnx.merge(graph, trainable, frozen)
-            return jnp.square(model(model.embed(token_ids), positions)[0]).mean()
+            return jnp.square(model(model.embed(token_ids), position_ids)[0]).mean()
 
         _, backward = jax.eval_shape(functools.partial(jax.vjp, loss), trainable, frozen, *inputs())
         sizes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:1] == (config.num_layers,)]
@@ -272,11 +272,12 @@ def test_remat_attention_keeps_what_a_frozen_base_needs_and_no_more():
     width = config.hidden_size
     # The carry, the residual, queries, keys, values and what is attended to.
     assert kept("attention") == sorted([width, width, query, keys, keys, query])
+    assert kept("attention_mlp") == sorted([width, width, query, keys, keys, query, 640, 640])
     assert kept("full") == [width]
     assert kept("dots_no_batch").count(640) >= 2
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "attention_mlp", "dots", "dots_no_batch"])
 def test_remat_names_are_jax_policies(remat):
     policy = ComputeConfig(remat=remat).remat_policy()
     assert policy is None if remat == "none" else callable(policy)
