@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import conversion, convert, shards
+from data_prep import conversion, convert
 from data_prep.cli.convert import Convert
 from data_prep.cli.main import main as run
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
@@ -21,6 +21,7 @@ from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data import shards
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.errors import SpaceDriveError
