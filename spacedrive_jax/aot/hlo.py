@@ -273,11 +273,41 @@ def _memory_bytes(instruction: Instruction, computation: str, computations: Comp
     writes = sum(size(array) for index, array in enumerate(arrays) if index not in results)
     if instruction.opcode == "fusion":
         inner = computations.get(_attribute(instruction.rest, "calls"), [])
-        reads, writes = _fusion_bytes(inner, reads, writes)
+        reads, writes = _fusion_bytes(inner, reads, writes, computations)
     return sum(reads) + writes
 
 
-def _fusion_bytes(inner: list[Instruction], reads: list[int], writes: int) -> tuple[list[int], int]:
+def _sliced_bytes(use: Instruction, name: str, computations: Computations) -> int | None:
+    """What an instruction reads of an operand that it only takes slices of; None where it reads all of it.
+
+    The TPU compiler puts fusions into fusions: the slice of a layer's part of a stack often stands in one.
+    """
+    if use.opcode == "dynamic-slice" and use.operands[0] == name:
+        return array_bytes(use.type)
+    if use.opcode != "fusion":
+        return None
+    total = 0
+    nested = computations.get(_attribute(use.rest, "calls"), [])
+    for place, operand in enumerate(use.operands):
+        if operand != name:
+            continue
+        parameter = next((each for each in nested if _parameter_number(each) == place), None)
+        users = [each for each in nested if parameter is not None and parameter.name in each.operands]
+        parts = [_sliced_bytes(each, parameter.name, computations) for each in users if parameter is not None]
+        if not parts or None in parts:
+            return None
+        total += sum(part for part in parts if part is not None)
+    return total
+
+
+def _parameter_number(instruction: Instruction) -> int | None:
+    found = re.match(r"\d+", instruction.rest) if instruction.opcode == "parameter" else None
+    return int(found[0]) if found else None
+
+
+def _fusion_bytes(
+    inner: list[Instruction], reads: list[int], writes: int, computations: Computations
+) -> tuple[list[int], int]:
     """Corrects a fusion's traffic where it only slices an operand or updates a slice of one in place."""
     parameters = {
         each.name: int(re.match(r"\d+", each.rest)[0])  # type: ignore[index]
@@ -293,8 +323,9 @@ def _fusion_bytes(inner: list[Instruction], reads: list[int], writes: int) -> tu
         uses = users[name]
         if index >= len(reads) or not uses:
             continue
-        if all(use.opcode == "dynamic-slice" for use in uses):
-            reads[index] = min(reads[index], sum(array_bytes(use.type) for use in uses))
+        slices = [_sliced_bytes(use, name, computations) for use in uses]
+        if None not in slices:
+            reads[index] = min(reads[index], sum(each for each in slices if each is not None))
         elif all(use.opcode == "dynamic-update-slice" and use.operands[0] == name for use in uses):
             updates = sum(array_bytes(types.get(use.operands[1], "")) for use in uses)
             writes = max(writes - reads[index], 0) + updates

@@ -134,3 +134,33 @@ def test_what_goes_between_slices_is_counted_apart(kind, size):
     moved = traffic("\n".join(lines), 64)
     assert moved.collectives == ()
     assert moved.dcn == (Collective(kind.lower().replace("_", "-"), 1, size),)
+
+
+NESTED = """%slice (stack: f32[28,64], place: s32[]) -> f32[1,64] {
+  %stack = f32[28,64]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = f32[1,64]{1,0} dynamic-slice(%stack, %place, %zero), dynamic_slice_sizes={1,64}
+}
+
+%twice (whole: f32[28,64], at: s32[]) -> f32[1,64] {
+  %whole = f32[28,64]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %part = f32[1,64]{1,0} fusion(%whole, %at), kind=kLoop, calls=%slice
+  ROOT %sum = f32[1,64]{1,0} add(%part, %part)
+}
+
+ENTRY %main (all: f32[28,64], number: s32[]) -> f32[1,64] {
+  %all = f32[28,64]{1,0} parameter(0)
+  %number = s32[] parameter(1)
+  ROOT %out = f32[1,64]{1,0} fusion(%all, %number), kind=kLoop, calls=%twice
+}
+"""
+
+
+def test_a_slice_in_a_fusion_within_a_fusion_is_a_slice():
+    assert traffic(NESTED, 1).hbm_bytes == 64 * 4 + 4 + 64 * 4  # read, the place, written
+    whole = NESTED.replace(
+        "dynamic-slice(%stack, %place, %zero), dynamic_slice_sizes={1,64}", "add(%stack, %stack)"
+    )
+    assert traffic(whole, 1).hbm_bytes == 28 * 64 * 4 + 4 + 64 * 4
