@@ -50,7 +50,8 @@ class Serve(Command):
     batch_size: int = 8
     """Most requests that go through the model together, over all devices."""
     wait_ms: float = 5.0
-    """Longest wait of a request for others to go with it."""
+    """Longest wait of a request for others to go with it, or a quarter of what a batch takes where that is
+    longer; 0 never waits."""
     most_clients: int = 64
     """Sessions at a time."""
     most_megabytes: int = 64

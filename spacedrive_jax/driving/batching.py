@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+WAIT_SHARE = 0.25
+"""Sessions that were answered together come back together, but not within microseconds."""
+
 log = logging.getLogger(__name__)
 
 
@@ -40,9 +43,9 @@ class _Waiting(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Runs a function over whatever has come in, from a thread of its own.
 
-    The first request of a batch waits at most `wait_s` for others, and not at all once as many are there as
-    sessions could send. A batch over which the function fails is run again one by one, so that a request
-    which cannot be answered spoils no other.
+    The first request of a batch waits at most `wait_s` for others, or `WAIT_SHARE` of what a batch takes
+    where that is longer, and not at all once as many are there as sessions could send. A batch over which
+    the function fails is run again one by one, so that a request which cannot be answered spoils no other.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Batcher(Generic[Item, Result]):
         self._function, self._most, self._wait_s, self._expected = function, most, wait_s, expected
         self._queue: queue.Queue[_Waiting[Item, Result] | None] = queue.Queue()
         self.batches = self.requests = 0
+        self._usual_s = 0.0
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
 
@@ -91,7 +95,8 @@ class Batcher(Generic[Item, Result]):
 
     def _collect(self, first: _Waiting[Item, Result]) -> tuple[list[_Waiting[Item, Result]], bool]:
         """The batch that begins with a request; False where the queue was closed."""
-        batch, deadline = [first], time.monotonic() + self._wait_s
+        wait_s = max(self._wait_s, WAIT_SHARE * self._usual_s) if self._wait_s else 0.0
+        batch, deadline = [first], time.monotonic() + wait_s
         while len(batch) < self._most:
             # What is there already is taken; only for more is there a wait.
             wait = 0.0 if len(batch) >= self._expected() else max(deadline - time.monotonic(), 0.0)
@@ -117,6 +122,7 @@ class Batcher(Generic[Item, Result]):
                 self._run([one])
             return
         took = time.monotonic() - started
+        self._usual_s += 0.2 * (took - self._usual_s)
         self.batches += 1
         self.requests += len(batch)
         for one, result in zip(batch, results, strict=True):
