@@ -1,6 +1,6 @@
 """Those who play a part: each is a few numbers (srunner's, where it has the scenario) and where it stands.
 
-None of them yields: a driver who does not look meets them.
+They yield to nobody while they play it: a driver who does not look meets them.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ class Blocker:
         stage.lane_at(s)
         x, y = stage.beside(s, 0.0)
         part = Part(
-            Trigger((float(x), float(y)), metres=30.0), ((0.0, 0.0), (self.stands, 7.0)), acceleration=2.0
+            Trigger((float(x), float(y)), metres=30.0),
+            ((0.0, 0.0), (self.stands, 7.0)),
+            yields_after=self.stands,
         )
         return [Mover(key, "vehicle.car", size, stage.route, s, 0.0, _still, part=part)], []
 
@@ -223,9 +225,11 @@ class CutIn:
     """A car at the kerb that pulls out in front of the ego vehicle."""
 
     seconds: float = 3.0
-    metres: float = 12.0
+    metres: float = 18.0
     """srunner has 2.35 s and 10 m for a car that is at once as fast as the others; this one speeds up."""
     speed: float = 6.0
+    merged: float = 4.0
+    """Seconds after which it is in the lane and drives like anybody."""
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
@@ -240,9 +244,8 @@ class CutIn:
         rest = stage.route.points[stage.route.lengths > s + 13.5]
         route = traffic.free_route(np.concatenate([merging, rest]))
         x, y = stage.beside(s + 6.0, 0.0)
-        part = Part(
-            Trigger((float(x), float(y)), self.seconds, self.metres), ((0.0, self.speed),), acceleration=3.0
-        )
+        trigger = Trigger((float(x), float(y)), self.seconds, self.metres)
+        part = Part(trigger, ((0.0, self.speed),), acceleration=3.0, yields_after=self.merged)
         size = surroundings.draw_size("vehicle.car", stage.rng)
         return [Mover(key, "vehicle.car", size, route, 0.0, 0.0, _still, part=part)], []
 

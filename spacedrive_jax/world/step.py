@@ -239,7 +239,7 @@ class _Moment:
     def decide(self, i: int) -> float:
         """The acceleration that mover `i` wants, m/s^2."""
         mover, time = self.movers[i], self.time
-        if mover.part is not None and time >= self.since[i] and not mover.part.yields:
+        if mover.part is not None and 0.0 <= time - self.since[i] < mover.part.yields_after:
             return self._act(i, mover.part)
         route, s, speed = mover.route, float(self.s[i]), float(self.speed[i])
         front = s + mover.reference_to_centre + self.half[i, 0]

@@ -128,8 +128,8 @@ class Part:
     trigger: Trigger
     speeds: tuple[tuple[float, float], ...]
     """(seconds since the trigger, wanted speed from then on in m/s), in time order."""
-    yields: bool = False
-    """Whether it still minds others; an adversary does not."""
+    yields_after: float = math.inf
+    """Seconds since the trigger from which on it minds others again; an adversary never does."""
     acceleration: float = 4.0
     braking: float = 8.0
     """Hardest changes of speed of one who does not yield, m/s^2."""
