@@ -36,5 +36,7 @@ class Format:
     """From any name a tensor goes by to the one in `rules`."""
     hub_name: Callable[[str], str]
     """From the name in `rules` to the one in checkpoints on the hub."""
+    text_part: str = "text_config"
+    """Object of config.json that holds `vocab_size` and `tie_word_embeddings`, unless they are outermost."""
     published: Published | None = None
     """None where there is no published SpaceDrive on this base."""

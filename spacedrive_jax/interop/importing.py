@@ -259,28 +259,28 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsM
         return place.nbytes * rows // place.shape[0] if name in TABLES else place.nbytes
 
     planned = [PlannedTensor(form.hub_name(name), size(name)) for name in names]
-    fields = with_vocabulary(source, rows)
+    fields = with_vocabulary(source, rows, form.text_part)
     if not config.decoder.tie_word_embeddings and read_hf_config(source).decoder.tie_word_embeddings:
-        fields = untied(fields)
+        fields = untied(fields, form.text_part)
     write_json(folder / "config.json", fields, indent=2)
     fingerprint = Fingerprint()
     write_tensors(folder, fingerprint.watch(stream()), plan_shards(planned, options.max_shard_bytes))
     return WeightsMetadata.of(family_of(config).name, source, fingerprint, new_tokens=tokens.indicator)
 
 
-def with_vocabulary(source: Path, rows: int) -> dict[str, Any]:
-    """The source's own config.json for tables of `rows` rows."""
+def with_vocabulary(source: Path, rows: int, text_part: str) -> dict[str, Any]:
+    """The source's own config.json for tables of `rows` rows; `text_part` as in `Format`."""
     fields = read_json(source / "config.json")
-    for part in (fields, fields.get("text_config")):
+    for part in (fields, fields.get(text_part)):
         if part and "vocab_size" in part:
             part["vocab_size"] = rows
     return fields
 
 
-def untied(fields: Mapping[str, Any]) -> dict[str, Any]:
+def untied(fields: Mapping[str, Any], text_part: str) -> dict[str, Any]:
     """A config.json that says that the head has weights of its own, in both places that are read."""
-    text = fields.get("text_config")
-    parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+    text = fields.get(text_part)
+    parts = {text_part: {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
     return {**fields, "tie_word_embeddings": False, **parts}
 
 

@@ -91,7 +91,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
     table = base.get("model.language_model.embed_tokens.weight")
     if table is None:
         raise CheckpointError(f"{source} has no token embeddings under the published names")
-    fields = with_vocabulary(options.base, len(table))
+    fields = with_vocabulary(options.base, len(table), form.text_part)
     config = read_hf_config(fields)
     rules, lora = form.rules(config), family_of(config).lora(_rank(parts))
     adapter = lora_rules(config.decoder, lora)

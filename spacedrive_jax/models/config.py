@@ -2,7 +2,7 @@
 
 `LanguageModelConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
 multimodal rotary embedding) and LLaMA (no biases, one-dimensional rotary embedding) alike.
-Reading and writing transformers' config.json lives in `hf_config.py`.
+Reading and writing transformers' config.json is the business of `interop/`.
 """
 
 from __future__ import annotations
