@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -77,16 +78,27 @@ class ServerAsker:
         self.url, self.most, self.deadline, self.token = url, most, deadline, token
         self._clients: dict[int, PolicyClient] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(most)
+        self._late: dict[int, concurrent.futures.Future[Plan | PlanError]] = {}
+        """Questions whose answers have not come yet: a session is asked one thing at a time."""
 
     def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
         """See `Asker`."""
-        futures = {question.number: self._pool.submit(self._ask, question) for question in asked}
-        answers: dict[int, Plan | PlanError] = {}
+        until = time.monotonic() + self.deadline
+        concurrent.futures.wait(self._late.values(), self.deadline)
+        self._late = {number: future for number, future in self._late.items() if not future.done()}
+        futures = {
+            question.number: self._pool.submit(self._ask, question)
+            for question in asked
+            if question.number not in self._late
+        }
+        concurrent.futures.wait(futures.values(), max(until - time.monotonic(), 0.0))
+        late = PlanError(FailureKind.LATE, f"no answer within {self.deadline:g} s")
+        answers: dict[int, Plan | PlanError] = {question.number: late for question in asked}
         for number, future in futures.items():
-            try:
-                answers[number] = future.result(self.deadline)
-            except concurrent.futures.TimeoutError:
-                answers[number] = PlanError(FailureKind.LATE, f"no answer within {self.deadline:g} s")
+            if future.done():
+                answers[number] = future.result()
+            else:
+                self._late[number] = future
         return answers
 
     def _ask(self, question: Asked) -> Plan | PlanError:

@@ -1,0 +1,82 @@
+"""A policy server as the planner: sessions, late answers, refusals."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.driving import askers
+from spacedrive_jax.driving.askers import ServerAsker
+from spacedrive_jax.driving.bench import Asked
+from spacedrive_jax.driving.client import PolicyError
+from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError
+from tests.record_factory import make_record
+
+PLAN = {"waypoints": np.ones((6, 2)), "path": np.zeros((0, 2)), "text": "here", "status": "ok"}
+
+
+class FakeClient:
+    """Answers at once, late, or with an error, by the step that it is asked."""
+
+    made: list[FakeClient]
+    release: threading.Event
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self.asked: list[int] = []
+        self.busy = False
+        FakeClient.made.append(self)
+
+    def connect(self) -> dict:
+        return {}
+
+    def reset(self, route: str) -> None:
+        self.route = route
+
+    def act(self, message: dict) -> dict:
+        assert not self.busy, "a session is asked one thing at a time"
+        self.busy = True
+        try:
+            self.asked.append(message["step"])
+            if message["step"] == 1:
+                FakeClient.release.wait(20)
+            if message["step"] == 3:
+                raise PolicyError("refused")
+            return PLAN if message["step"] < 4 else {**PLAN, "waypoints": np.zeros((0, 2))}
+        finally:
+            self.busy = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_answers_late_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeClient.made, FakeClient.release = [], threading.Event()
+    monkeypatch.setattr(askers, "PolicyClient", FakeClient)
+    record = make_record(np.random.default_rng(0))
+    asker = ServerAsker("ws://nowhere", 2, deadline=0.2)
+
+    def ask(step: int) -> Plan | PlanError:
+        return asker.plans([Asked(7, step, record)])[7]
+
+    def failure(step: int) -> FailureKind:
+        answer = ask(step)
+        assert isinstance(answer, PlanError)
+        return answer.kind
+
+    first = ask(0)
+    assert isinstance(first, Plan)
+    np.testing.assert_array_equal(first.waypoints, PLAN["waypoints"])
+    assert first.path is None
+    assert failure(1) is FailureKind.LATE
+    assert failure(2) is FailureKind.LATE  # not asked: the session has not answered yet
+    FakeClient.release.set()
+    assert isinstance(ask(2), Plan)
+    assert failure(3) is FailureKind.CRASH
+    assert failure(4) is FailureKind.NONSENSE
+    assert FakeClient.made[0].asked == [0, 1, 2, 3, 4]
+    assert isinstance(asker.plans([Asked(8, 0, record)])[8], Plan)
+    assert [client.route for client in FakeClient.made] == ["drive 7", "drive 8"]
+    asker.close()
+    assert all(client.closed for client in FakeClient.made)
