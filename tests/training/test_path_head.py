@@ -60,11 +60,11 @@ def score(batch):
         parts = losses(nnx.merge(graph, state), batch, training, None)
         return parts.total, parts
 
-    differentiate = jax.jit(jax.value_and_grad(run, has_aux=True))
+    differentiate = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=2)
 
     def evaluate(batch=batch, weight=1.0, gradient=True):
         if not gradient:
-            return jax.jit(run)(state, batch, weight)[1]
+            return jax.jit(run, static_argnums=2)(state, batch, weight)[1]
         (_, parts), found = differentiate(state, batch, weight)
         return parts, dict(nnx.to_flat_state(found))
 
