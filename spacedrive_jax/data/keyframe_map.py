@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.data.schema import DRIVABLE_CELLS, DRIVABLE_EXTENT, DRIVABLE_FINE_CELLS, Record
 
 
+@runtime_checkable
 class DrivableMap(Protocol):
     """A map that knows where vehicles can drive."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -59,6 +59,7 @@ class Stage:
         return road.half_width - middle, road.half_width + middle
 
 
+@runtime_checkable
 class Actor(Protocol):
     """Somebody with a part."""
 

@@ -6,7 +6,7 @@ import concurrent.futures
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.client import PolicyClient, PolicyError
@@ -19,6 +19,7 @@ from spacedrive_jax.inference.planner import Planner
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD
 
 
+@runtime_checkable
 class Asker(Protocol):
     """Answers several drives at once."""
 

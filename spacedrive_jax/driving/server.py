@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -42,6 +42,7 @@ minutes, and simply connects again.)"""
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What is served."""
 

@@ -7,7 +7,7 @@ the path, against the other boxes and the drivable area as they are.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import shapely
@@ -27,6 +27,7 @@ OFF_ROAD_AREA_M2 = 0.01
 _MAP_SQUARE = shapely.box(-GRID_EXTENT_M, -GRID_EXTENT_M, GRID_EXTENT_M, GRID_EXTENT_M)
 
 
+@runtime_checkable
 class DrivableArea(Protocol):
     """What is drivable around a keyframe, ego frame; nothing is known beyond 50 m in x or y."""
 

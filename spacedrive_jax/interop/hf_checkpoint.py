@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,7 @@ TRAINABLE = nnx.Any(nnx.LoRAParam, NewTokenParam)
 """Filter of the parameters that sit beside a frozen base: adapters and new-token rows."""
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Anything tensors can be read from by name."""
 

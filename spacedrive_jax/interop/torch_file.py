@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -292,6 +292,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 TORCH_FILE = "pytorch_model.bin"
 
 
+@runtime_checkable
 class TensorFile(Protocol):
     """Tensors by name."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,7 @@ class DepthPrediction(NamedTuple):
     """As the network sees the camera, pixels; None where it has no notion of one."""
 
 
+@runtime_checkable
 class DepthEstimator(Protocol):
     """A frozen depth network; traceable by jax.jit."""
 
