@@ -96,7 +96,7 @@ def test_search_ranks_what_it_compiled_and_remembers_it(tmp_path, capsys):
 
     status, out, _ = search("--limit", "2")
     facts = json.loads(out.splitlines()[-1])
-    assert (status, facts["tried"], len(facts["ranked"]), facts["untried"]) == (0, 2, 2, 2)
+    assert (status, facts["tried"], len(facts["ranked"]), facts["untried"]) == (0, 2, 2, 4)
     status, again, _ = search("--limit", "0")
     assert json.loads(again.splitlines()[-1])["ranked"] == facts["ranked"]
     assert again.count("  known") == 2

@@ -88,6 +88,6 @@ def test_the_question_says_it_and_no_tokens_are_inserted():
             builder = SampleBuilder(data, model, answer=answer)
             sample = builder(record, 0)
             texts[setting] = builder.tokenizer.decode(sample.token_ids[: sample.lengths].tolist())
-            assert not np.isin(sample.slots, [TokenType.EGO_FEATURE, TokenType.EGO_POSITION]).any()
+            assert not np.isin(sample.token_type_ids, [TokenType.EGO_FEATURE, TokenType.EGO_POSITION]).any()
         assert said in texts["language"]
         assert texts["language"].replace(said, "") == texts["none"]

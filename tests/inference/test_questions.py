@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_one_line(config, records, tmp_path, capsys):
 
 def test_lines_that_are_no_answers_are_named(tmp_path, language_data, capsys):
     file = tmp_path / "answers.jsonl"
-    for content, message in (('{"Q": "a", "A": "b"}', "line 1"), ("{", "JSON Lines")):
+    for content, message in (('{"Q": "a", "A": "b"}', "line 1"), ("{", "line 1: is not JSON")):
         file.write_text(content)
         assert (
             run("score-counterfactual", "--predictions", file, "--annotations", language_data / "eval_cf")
