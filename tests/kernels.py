@@ -115,7 +115,9 @@ def measure() -> dict[str, str]:
         # Half the images are drawn anew from annotations and map.
         for picture in sorted(world.glob("samples/CAM_BACK*/*.jpg")):
             picture.unlink()
-        converted = Convert(world, "v1.0-synthetic", records, missing_images="render").run()
+        converted = Convert(
+            dataroot=world, version="v1.0-synthetic", out=records, missing_images="render"
+        ).run()
         results["records"] = converted["fingerprint"]
         split = open_records(records, "all")
         file = root / "predictions.jsonl"
@@ -127,7 +129,7 @@ def measure() -> dict[str, str]:
                 lines.write(json.dumps(answer) + "\n")
         results["plans"] = hashlib.sha256(file.read_bytes()).hexdigest()
         for protocol in ("omnidrive", "vad", "uniad", "corrected"):
-            Evaluate(file, records, "all", protocol, workers=1).run()  # type: ignore[arg-type]
+            Evaluate(predictions=file, records=records, split="all", protocol=protocol, workers=1).run()  # type: ignore[arg-type]
             scores: dict[str, Any] = json.loads((root / f"predictions.{protocol}.json").read_text())
             text = json.dumps(scores, sort_keys=True).replace(str(root), "")
             results[protocol] = hashlib.sha256(text.encode()).hexdigest()
