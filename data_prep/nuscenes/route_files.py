@@ -10,7 +10,7 @@ from spacedrive_jax.data.route import Route
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, read_json
 
-MOST_BYTES = 16 * MEBIBYTE
+MOST_ROUTE_BYTES = 16 * MEBIBYTE
 """A kilometre of 0.2 m steps has a fifth of a megabyte."""
 
 
@@ -28,7 +28,7 @@ def read_route(dataroot: Path, scene_name: str) -> Route | None:
     path = route_file(dataroot, scene_name)
     if not path.exists():
         return None
-    values = read_json(path, most=MOST_BYTES)
+    values = read_json(path, most=MOST_ROUTE_BYTES)
     try:
         points = np.array(values, np.float64)
     except (TypeError, ValueError, OverflowError):
