@@ -20,7 +20,7 @@ from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.policies import expert, route_constant_speed
 from spacedrive_jax.driving.scenarios import DriveSpec, build_drive
-from spacedrive_jax.world import rig, stage
+from spacedrive_jax.world import stage, views
 from spacedrive_jax.world.filming import Film, Take
 from spacedrive_jax.world.world import World
 
@@ -78,7 +78,7 @@ def drive(number: int, size: str, decisions: int, clock: Clock) -> None:
     """One drive of a blind driver, with cameras, the expert asked beside."""
     spec = DriveSpec(number, KINDS[number % len(KINDS)], "boston-seaport", number)
     scenario, _ = clock.time("staging", lambda: build_drive(spec))
-    take = Take(number + 1, 9000, decisions + 1, rig.parse_image_size(size), True, spec.town)
+    take = Take(number + 1, 9000, decisions + 1, views.parse_image_size(size), True, spec.town)
     film = clock.time("staging", lambda: Film(take, scenario))
     observer, world, driver = Observer(film, scenario), World(scenario), Driver()
     world.reset(steered=False)

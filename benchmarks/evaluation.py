@@ -28,7 +28,7 @@ from spacedrive_jax.constants import EGO_LENGTH, EGO_WIDTH
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.collision import Obstacles
-from spacedrive_jax.evaluation.evaluate import evaluate
+from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
 from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, Protocol, StepRule
@@ -40,7 +40,6 @@ from spacedrive_jax.evaluation.rasters import (
     tangent_yaw,
     to_cells,
 )
-from spacedrive_jax.evaluation.scoring import obstacles_of
 from tests.record_factory import make_record, write_records
 
 AGENTS = 35

@@ -37,7 +37,7 @@ from data_prep.nuscenes.mask_png import cache_mask_bits
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import check_image, check_lidar
 from data_prep.nuscenes.tables import read_tables
-from spacedrive_jax.data.encoded_images import decode_depth, decode_photo
+from spacedrive_jax.data.images import decode_depth, decode_photo
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.errors import SpaceDriveError

@@ -21,7 +21,7 @@ import numpy as np
 
 from spacedrive_jax.config import Config, change, load_config
 from spacedrive_jax.data.depth_sources import DepthConfig
-from spacedrive_jax.data.encoded_images import decode_photo
+from spacedrive_jax.data.images import decode_photo
 from spacedrive_jax.data.loader import Samples, training_iterator
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record

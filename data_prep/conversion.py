@@ -16,9 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.nuscenes.can_bus import pose_file
+from data_prep.nuscenes.can_bus import pose_file, route_file
 from data_prep.nuscenes.maps import expansion_file
-from data_prep.nuscenes.route_files import route_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from spacedrive_jax import io

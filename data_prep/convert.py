@@ -20,11 +20,15 @@ from data_prep.conversion import (
     source_of,
 )
 from data_prep.nuscenes.maps import prepare_masks
-from data_prep.nuscenes.misplaced import check_layout, find_elsewhere
 from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
-from data_prep.nuscenes.scenes import read_scenes
-from data_prep.nuscenes.sensor_files import SceneFiles, describe_unusable_images, scan_scene
-from data_prep.nuscenes.splits import split_scenes
+from data_prep.nuscenes.scenes import read_scenes, split_scenes
+from data_prep.nuscenes.sensor_files import (
+    SceneFiles,
+    check_layout,
+    describe_unusable_images,
+    find_elsewhere,
+    scan_scene,
+)
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import is_whole

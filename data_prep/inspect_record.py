@@ -1,4 +1,8 @@
-"""A record as text, and how it is found in its folder."""
+"""Looking at one record: as text, as a picture, as a point cloud.
+
+The picture has six cameras with projected boxes and waypoints, and a bird's-eye view; the point cloud is
+the views lifted by their depth, coloured, as a PLY file that any viewer opens.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,181 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from data_prep.conversion import finished_scenes, locate
+from spacedrive_jax import exact
 from spacedrive_jax.console import progress
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data import lidar
+from spacedrive_jax.data.images import decode_depth, decode_photo
+from spacedrive_jax.data.keyframe import camera_to_ego
+from spacedrive_jax.data.prompts import COMMAND_WORDS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import atomic_write, write_bytes
+from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
+from spacedrive_jax.reporting.cameras import STRIP_ORDER
+from spacedrive_jax.reporting.projection import (
+    BOX_EDGES,
+    decode_image,
+    project,
+    project_segments,
+    upright_corners,
+)
+from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, TRUTH, styled
+
+FARTHEST = 80.0
+"""Points farther away are left out, metres."""
+LIDAR_COLOUR = (255, 64, 64)
+
+
+def keyframe_points(
+    record: Record, full_depth: tuple[bytes, ...] | None = None
+) -> tuple[Float[np.ndarray, "P 3"], UInt8[np.ndarray, "P 3"]]:
+    """Every pixel with depth as a point, and the LiDAR sweep in red.
+
+    Args:
+        record: the keyframe.
+        full_depth: a network's depth of every view (`CachedDepth.full`); None takes the exact depth of drawn
+            views.
+
+    Returns:
+        Points in the ego frame at the keyframe, metres, and their colours, RGB.
+
+    Raises:
+        DataError: the keyframe has neither depth of every pixel nor a sweep.
+    """
+    points, colours = [], []
+    encoded = record["exact_depth"] if full_depth is None else full_depth
+    for camera, png in enumerate(encoded):
+        if not png or not record["images"][camera]:
+            continue
+        what = f"keyframe {record['token']}: the {CAMERAS[camera]}"
+        depth = decode_depth(png, f"{what} depth")
+        image = decode_photo(record["images"][camera], f"{what} image")
+        image = cv2.resize(image, depth.shape[::-1], interpolation=cv2.INTER_AREA)
+        native = record["image_size"][camera]
+        scale = np.array([depth.shape[1] / native[1], depth.shape[0] / native[0], 1.0])
+        intrinsics = record["camera_intrinsics"][camera] * scale[:, None]
+        row, column = np.nonzero((depth > 0) & (depth < FARTHEST))
+        pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
+        in_camera = exact.rotate(pixels, exact.inverse_3x3(intrinsics)) * depth[row, column, None]
+        points.append(exact.transform(in_camera, camera_to_ego(record, camera)))
+        colours.append(image[row, column])
+    if record["lidar"]:
+        sweep = lidar.sweep_points(record)
+        to_ego = record["lidar_to_ego"]
+        points.append(exact.transform(sweep, to_ego))
+        colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
+    if not points:
+        raise DataError(
+            f"keyframe {record['token']} has no depth of every pixel and no LiDAR: `add-depth --full` adds it"
+        )
+    return np.concatenate(points), np.concatenate(colours)
+
+
+def write_ply(file: Path, points: Float[np.ndarray, "P 3"], colours: UInt8[np.ndarray, "P 3"]) -> None:
+    """Writes a binary little-endian PLY; the file appears only when whole."""
+    vertices = np.empty(
+        len(points),
+        [(name, "<f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue")],
+    )
+    for index, name in enumerate(("x", "y", "z")):
+        vertices[name] = points[:, index]
+    for index, name in enumerate(("red", "green", "blue")):
+        vertices[name] = colours[:, index]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
+    header += [f"property float {name}" for name in ("x", "y", "z")]
+    header += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    write_bytes(file, ("\n".join([*header, "end_header"]) + "\n").encode() + vertices.tobytes())
+
+
+FARTHEST_BOX_M = 60.0
+"""Boxes farther from a camera are not drawn into its image."""
+VIEW_M = 45.0
+"""The bird's-eye view shows this much to every side."""
+
+
+@styled
+def draw_record(record: Record, path: Path) -> None:
+    """Draws a record into a PNG.
+
+    Args:
+        record: one record as `open_records` gives it.
+        path: the file to write.
+    """
+    figure = Figure(figsize=(19.2, 6.3), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.22), wspace=0.03, hspace=0.09)
+    grid.update(left=0.008, right=0.966, top=0.875, bottom=0.07)
+    for place, channel in enumerate(STRIP_ORDER):
+        axes = figure.add_subplot(grid[place // 3, place % 3])
+        _draw_camera(axes, record, CAMERAS.index(channel))
+    axes = figure.add_subplot(grid[:, 3])
+    draw_birds_eye(axes, record, ahead=(-VIEW_M, VIEW_M), aside=VIEW_M, lidar=True)
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    speed = f"{float(record['can_bus'][10]):.1f} m/s" if record["can_bus_valid"] else "no CAN bus"
+    command = COMMAND_WORDS[int(record["command_navigation"])]
+    axes.set_title(f"from above    {speed}, {command}", fontsize=9, color=MUTED, pad=4)
+    title = f"{record['scene_name']}  ·  keyframe {int(record['frame_index'])}"
+    subtitle = "   |   ".join(record[name] for name in ("scene_description", "location", "token"))
+    figure.text(0.008, 0.953, title, fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.008, 0.918, subtitle, fontsize=9.5, color=MUTED)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _draw_camera(axes: Axes, record: Record, camera: int) -> None:
+    height, width = (int(size) for size in record["image_size"][camera])
+    label = CAMERAS[camera].removeprefix("CAM_").replace("_", " ").lower()
+    image = decode_image(record, camera)
+    if image is not None:
+        axes.imshow(image, interpolation="bilinear", aspect="equal")
+        label += "  (rendered)" if record["image_rendered"][camera] else ""
+    else:
+        axes.add_patch(Rectangle((-0.5, -0.5), width, height, facecolor="#eef1f4", edgecolor="none"))
+        axes.text(width / 2, height / 2, "no image", ha="center", va="center", color="#98a2ad", fontsize=11)
+    for corners, category in zip(
+        upright_corners(record["agent_boxes"]), record["agent_category"], strict=True
+    ):
+        _, depth = project(corners, record, camera)
+        if depth.max() > 0 and depth.min() < FARTHEST_BOX_M:
+            starts, ends = (corners[list(side)] for side in zip(*BOX_EDGES, strict=True))
+            segments = project_segments(starts, ends, record, camera)
+            color = AGENTS[agent_kind(category)]
+            axes.add_collection(LineCollection(segments, colors=color, linewidths=1.0, alpha=0.95))
+    _draw_waypoints(axes, record, camera)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+    axes.set(aspect="equal", anchor="N")
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(label, fontsize=9, color=MUTED, pad=2.5)
+
+
+def _draw_waypoints(axes: Axes, record: Record, camera: int) -> None:
+    """The recorded way on the ground, which is taken as the plane z = 0 of the ego frame."""
+    waypoints = record["waypoints"][record["waypoint_mask"]]
+    if not len(waypoints):
+        return
+    way = np.pad(np.concatenate([np.zeros((1, 2)), waypoints]), ((0, 0), (0, 1)))
+    axes.add_collection(
+        LineCollection(project_segments(way[:-1], way[1:], record, camera), colors=TRUTH, linewidths=2.2)
+    )
+    pixels, _ = project(way[1:], record, camera)
+    seen = pixels[np.isfinite(pixels).all(axis=1)]
+    axes.scatter(seen[:, 0], seen[:, 1], s=26, color=TRUTH, edgecolor="white", linewidth=0.8, zorder=3)
+
 
 _FEW_SCENES = 6
 _SHOWN_ITEMS = 3

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.gpu.models import make_config, random_state
 from benchmarks.gpu.rows import parser, tell
-from spacedrive_jax.aot.memory import bytes_per_chip
+from spacedrive_jax.aot.plan import bytes_per_chip
 from spacedrive_jax.config import Config
 from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data.poses import heading
+from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import parse_json
 

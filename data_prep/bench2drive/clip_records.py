@@ -16,16 +16,15 @@ import numpy as np
 from jaxtyping import Float
 
 from data_prep.bench2drive.annotations import Box, Calibration, Frame, read_calibration, read_frame
-from data_prep.bench2drive.clips import Clip, read_clip
-from data_prep.bench2drive.sweeps import sweep_bytes
+from data_prep.bench2drive.clips import Clip, read_clip, sweep_bytes
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import navigation_command, released_command
-from spacedrive_jax.data.encoded_images import picture_size
+from spacedrive_jax.data.images import picture_size
+from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.data.keyframe_map import map_fields
-from spacedrive_jax.data.path import future_path
-from spacedrive_jax.data.poses import heading
+from spacedrive_jax.data.route import future_path
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, write_shard
 from spacedrive_jax.errors import DataError

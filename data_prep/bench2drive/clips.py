@@ -2,21 +2,31 @@
 
 A clip is `<Scenario>_<Town>_Route<n>_Weather<n>`: a folder with `anno/00000.json.gz`,
 `camera/rgb_front/00000.jpg` and so on (some lie deeper, so `anno` is looked for), or a tar file of one.
+
+LiDAR sweeps are LAZ files. Their points are in the ego frame already, the sensor's place added, with y to
+the right as all of CARLA.
+
+The official split says which clips are for training and which for validation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+
+from data_prep.nuscenes.scenes import split_scenes
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import MEBIBYTE, read_bytes, say
 
 PICTURES: Mapping[str, str] = {f"rgb_{camera.removeprefix('CAM_').lower()}": camera for camera in CAMERAS}
@@ -166,3 +176,140 @@ def _unzipped(data: bytes, what: str) -> bytes:
         too_large = bool(unpacker.unconsumed_tail)
         raise DataError(f"{what} is {'larger than it may be' if too_large else 'cut short'}")
     return text
+
+
+MOST_POINTS = 5_000_000
+"""A sweep has some 60,000."""
+
+
+def laz_reader() -> ModuleType:
+    """The package that reads LAZ.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import laspy
+    except ImportError:
+        raise ConfigError(
+            "--lidar reads LAZ files: pip install -r requirements-bench2drive.txt, or leave it out"
+        ) from None
+    return laspy
+
+
+def sweep_bytes(laz: bytes, what: str) -> bytes:
+    """A sweep as nuScenes' files have it: float32 x y z intensity ring, here in the ego frame, ring 0.
+
+    Args:
+        laz: the file's bytes.
+        what: what to call it in an error.
+
+    Raises:
+        DataError: it is damaged, or holds more points than a sweep may.
+    """
+    laspy = laz_reader()
+    try:
+        with laspy.open(io.BytesIO(laz)) as file:
+            count = int(file.header.point_count)
+            if count > MOST_POINTS:
+                raise DataError(f"{what} has {count:,} points, more than the {MOST_POINTS:,} it may have")
+            points = file.read()
+        intensity = points.intensity if "intensity" in points.point_format.dimension_names else 0
+        rows = np.zeros((count, 5), np.float32)
+        rows[:, 0], rows[:, 1], rows[:, 2] = points.x, -np.asarray(points.y), points.z
+        rows[:, 3] = intensity
+    except DataError:
+        raise
+    except Exception as error:  # of many kinds on damaged files, the decompressor's own among them
+        raise DataError(f"{what} is no whole LAZ file ({error}): fetch it again") from error
+    return rows.tobytes()
+
+
+TOWNS = frozenset(
+    [
+        "Town01",
+        "Town02",
+        "Town03",
+        "Town04",
+        "Town05",
+        "Town06",
+        "Town07",
+        "Town10HD",
+        "Town11",
+        "Town12",
+        "Town13",
+        "Town15",
+    ]
+)
+"""CARLA's, that the benchmark's data was recorded in."""
+
+VALIDATION = frozenset(
+    [
+        "AccidentTwoWays_Town12_Route1115_Weather23",
+        "Accident_Town05_Route218_Weather10",
+        "BlockedIntersection_Town03_Route135_Weather5",
+        "ConstructionObstacleTwoWays_Town12_Route1093_Weather1",
+        "ConstructionObstacle_Town10HD_Route74_Weather22",
+        "ConstructionObstacle_Town12_Route78_Weather0",
+        "ControlLoss_Town04_Route170_Weather14",
+        "ControlLoss_Town10HD_Route378_Weather14",
+        "CrossingBicycleFlow_Town12_Route977_Weather15",
+        "DynamicObjectCrossing_Town01_Route3_Weather3",
+        "DynamicObjectCrossing_Town02_Route11_Weather11",
+        "EnterActorFlow_Town03_Route132_Weather2",
+        "HardBreakRoute_Town01_Route32_Weather6",
+        "HazardAtSideLaneTwoWays_Town12_Route1151_Weather7",
+        "HazardAtSideLane_Town10HD_Route373_Weather9",
+        "HighwayCutIn_Town12_Route1029_Weather15",
+        "HighwayExit_Town06_Route312_Weather0",
+        "InterurbanActorFlow_Town12_Route1291_Weather1",
+        "InterurbanAdvancedActorFlow_Town06_Route324_Weather2",
+        "InvadingTurn_Town02_Route95_Weather9",
+        "LaneChange_Town06_Route307_Weather21",
+        "MergerIntoSlowTrafficV2_Town12_Route857_Weather25",
+        "MergerIntoSlowTraffic_Town06_Route317_Weather5",
+        "NonSignalizedJunctionLeftTurnEnterFlow_Town12_Route949_Weather13",
+        "NonSignalizedJunctionLeftTurn_Town07_Route342_Weather3",
+        "NonSignalizedJunctionRightTurn_Town03_Route126_Weather18",
+        "OppositeVehicleRunningRedLight_Town04_Route180_Weather23",
+        "OppositeVehicleTakingPriority_Town04_Route214_Weather6",
+        "ParkedObstacleTwoWays_Town13_Route1333_Weather26",
+        "ParkedObstacle_Town06_Route282_Weather22",
+        "ParkedObstacle_Town10HD_Route372_Weather8",
+        "ParkingCrossingPedestrian_Town13_Route545_Weather25",
+        "ParkingCutIn_Town13_Route1343_Weather1",
+        "ParkingExit_Town12_Route922_Weather12",
+        "PedestrianCrossing_Town13_Route747_Weather19",
+        "SignalizedJunctionLeftTurnEnterFlow_Town13_Route657_Weather2",
+        "SignalizedJunctionLeftTurn_Town04_Route173_Weather26",
+        "SignalizedJunctionRightTurn_Town03_Route118_Weather14",
+        "StaticCutIn_Town05_Route226_Weather18",
+        "TJunction_Town05_Route260_Weather0",
+        "TJunction_Town06_Route306_Weather20",
+        "VanillaNonSignalizedTurnEncounterStopsign_Town12_Route979_Weather9",
+        "VanillaSignalizedTurnEncounterGreenLight_Town07_Route354_Weather8",
+        "VanillaSignalizedTurnEncounterRedLight_Town07_Route359_Weather21",
+        "VanillaSignalizedTurnEncounterRedLight_Town15_Route491_Weather23",
+        "VehicleOpensDoorTwoWays_Town12_Route1203_Weather7",
+        "VehicleTurningRoutePedestrian_Town15_Route445_Weather11",
+        "VehicleTurningRoutePedestrian_Town15_Route481_Weather19",
+        "VehicleTurningRoute_Town15_Route504_Weather10",
+        "YieldToEmergencyVehicle_Town04_Route166_Weather10",
+    ]
+)
+"""The 50 clips of the base set that Bench2DriveZoo validates on (data/splits); all others are trained on."""
+
+
+def split_clips(clips: Sequence[Clip], seed: int) -> tuple[dict[str, str], str]:
+    """Assigns every clip to `train` or `val`.
+
+    Args:
+        clips: of one data set.
+        seed: of the split where the clips are not the benchmark's.
+
+    Returns:
+        Clip name to split, and the rule: `official` where all clips are of CARLA's towns, else `hashed`.
+    """
+    if all(clip.parts.get("town") in TOWNS for clip in clips):
+        return {clip.name: "val" if clip.name in VALIDATION else "train" for clip in clips}, "official"
+    return split_scenes("bench2drive", [clip.name for clip in clips], seed)

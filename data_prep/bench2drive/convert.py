@@ -12,9 +12,7 @@ from typing import Any, Literal
 from data_prep import conversion
 from data_prep.beam import convert_on_beam
 from data_prep.bench2drive.clip_records import STEP, ClipUnit, MissingImages, convert_clip
-from data_prep.bench2drive.clips import Clip, clip_digest, find_clips
-from data_prep.bench2drive.splits import split_clips
-from data_prep.bench2drive.sweeps import laz_reader
+from data_prep.bench2drive.clips import Clip, clip_digest, find_clips, laz_reader, split_clips
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import is_whole

@@ -64,7 +64,7 @@ class Inspect(Command):
         outcome: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
         if self.image is not None:
             # matplotlib takes a second to import; the text needs none of it.
-            from data_prep.record_picture import draw_record
+            from data_prep.inspect_record import draw_record
 
             draw_record(record, self.image)
             print(f"drew {self.image}")
@@ -86,7 +86,7 @@ class Inspect(Command):
 
     def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
         # These import jax, which the text and the picture can do without.
-        from data_prep.point_cloud import keyframe_points, write_ply
+        from data_prep.inspect_record import keyframe_points, write_ply
         from spacedrive_jax.data.depth_cache import DepthCache, find_cache
         from spacedrive_jax.data.depth_sources import NETWORKS
 

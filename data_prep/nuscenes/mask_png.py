@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from spacedrive_jax.data.encoded_images import decode_grey
+from spacedrive_jax.data.images import decode_grey
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.io import put_in_place, require_regular, say
 

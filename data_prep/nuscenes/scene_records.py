@@ -15,26 +15,33 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.nuscenes.can_bus import read_pose_messages
+from data_prep.nuscenes.can_bus import read_pose_messages, read_route
 from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
-from data_prep.nuscenes.missing_views import backdrop_around, boxes_to_draw, draw_missing_view, scene_seed
-from data_prep.nuscenes.route_files import read_route
-from data_prep.nuscenes.sensor_files import MOST_BYTES, SceneFiles, depth_file, whole_points
+from data_prep.nuscenes.sensor_files import (
+    MOST_BYTES,
+    SceneFiles,
+    backdrop_around,
+    boxes_to_draw,
+    depth_file,
+    draw_missing_view,
+    scene_seed,
+    whole_points,
+)
 from spacedrive_jax.data.keyframe import (
     Keyframe,
     Scene,
     SensorFrame,
     View,
     camera_fields,
+    heading,
     identity_fields,
     intrinsics_at,
     sensor_to_ego,
+    transforms,
 )
 from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent_tracks
 from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
-from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields
-from spacedrive_jax.data.keyframe_route import route_fields
-from spacedrive_jax.data.poses import heading, transforms
+from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields, route_fields
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.errors import DataError

@@ -1,20 +1,86 @@
-"""Which of a scene's sensor files are there and whole, checked before anything is written."""
+"""Which of a scene's sensor files are there and whole, checked before anything is written.
+
+Archives unpacked one folder off are there, but not where they are read. What a record may do without (CAN
+bus, map expansion, LiDAR) would otherwise be left out with a mere count, and a model trained on zeros.
+
+Camera images that a nuScenes folder does not have can be drawn.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
+import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
+from data_prep.nuscenes.can_bus import pose_file
+from data_prep.nuscenes.maps import expansion_file
+from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
+from spacedrive_jax.data.keyframe_agents import AgentTracks, global_boxes
+from spacedrive_jax.data.keyframe_map import DrivableMap
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, require_regular, say
+from spacedrive_jax.world.stage import Backdrop
+from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
+
+_PREFIXES = ("", "*/", "*/*/")
+
+
+def check_layout(dataroot: Path, scenes: Sequence[Scene]) -> None:
+    """Refuses a dataroot in which CAN bus, map expansion or LiDAR lie in another folder than their own.
+
+    Data that are nowhere are no error: they are separate downloads.
+
+    Raises:
+        DataError: naming the file that was found and the place where it is read.
+    """
+    for wanted in _absent(dataroot, scenes):
+        found = find_elsewhere(dataroot, wanted)
+        if found is not None:
+            raise DataError(
+                f"{found} is one folder off: it is read as {wanted}. Move its folder there, or remove it to "
+                "convert without"
+            )
+
+
+def find_elsewhere(dataroot: Path, wanted: Path) -> Path | None:
+    """A file that is not where it should be, up to three folders below the dataroot.
+
+    Args:
+        dataroot: where to look.
+        wanted: the file's place, below the dataroot.
+    """
+    parts = wanted.relative_to(dataroot).parts
+    for first in range(len(parts)):
+        tail = glob.escape("/".join(parts[first:]))
+        for prefix in _PREFIXES:
+            for found in sorted(dataroot.glob(prefix + tail)):
+                if found != wanted and found.is_file():
+                    return found
+    return None
+
+
+def _absent(dataroot: Path, scenes: Sequence[Scene]) -> Iterator[Path]:
+    """One file of every kind of data of which there is none."""
+    poses = [pose_file(dataroot, scene.name) for scene in scenes]
+    if not any(path.exists() for path in poses):
+        yield from poses[:3]  # a few scenes were recorded without
+    for location in dict.fromkeys(scene.location for scene in scenes):
+        if not expansion_file(dataroot, location).exists():
+            yield expansion_file(dataroot, location)
+    sweeps = [dataroot / scene.keyframes[0].lidar.filename for scene in scenes]
+    if not any(path.exists() for path in sweeps):
+        yield sweeps[0]
+
 
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
@@ -155,3 +221,80 @@ def describe_unusable_images(scenes: Sequence[Scene], files: Iterable[SceneFiles
             if len(by_channel[channel]) > len(examples):
                 lines.append(f"    ... and {len(by_channel[channel]) - len(examples)} more")
     return "\n".join(lines)
+
+
+GROUND_EXTENT = 100.0
+"""Half side, in metres, of the drivable raster handed to the renderer."""
+GROUND_CELLS = 1000
+GROUND_GRID = 10.0
+"""Metres; rasters start on this grid, so that neighbouring keyframes see the same cells."""
+
+
+def scene_seed(seed: int, scene_name: str) -> int:
+    """The renderer's seed for a scene: one light for all its keyframes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{scene_name}".encode()).digest()[:4])
+
+
+def ground_around(drivable_map: DrivableMap | None, ego_xy: Float[np.ndarray, "2"]) -> GroundRaster:
+    """The drivable ground around a global point; all undrivable where there is no map."""
+    centre = np.round(ego_xy / GROUND_GRID) * GROUND_GRID
+    if drivable_map is None:
+        drivable = np.zeros((GROUND_CELLS, GROUND_CELLS), np.uint8)
+    else:
+        # Yaw 0 turns the patch's forward and left axes into global x and y; the renderer wants rows along y.
+        drivable = np.ascontiguousarray(drivable_map.raster(centre, 0.0, GROUND_EXTENT, GROUND_CELLS).T)
+    return GroundRaster(
+        drivable=drivable,
+        origin_xy=(float(centre[0] - GROUND_EXTENT), float(centre[1] - GROUND_EXTENT)),
+        resolution=2 * GROUND_EXTENT / GROUND_CELLS,
+    )
+
+
+def backdrop_around(drivable_map: DrivableMap | None, ego_xy: Float[np.ndarray, "2"], seed: int) -> Backdrop:
+    """Ground and scenery for the six views of a keyframe.
+
+    Args:
+        drivable_map: the scene's map, if there is one.
+        ego_xy: ego position, metres, global frame.
+        seed: see `scene_seed`.
+    """
+    return prepare_ground(ground_around(drivable_map, ego_xy), seed)
+
+
+def boxes_to_draw(tracks: AgentTracks, rows: Sequence[int]) -> list[DrawnBox]:
+    """A keyframe's annotations as the renderer takes them, global frame."""
+    return [
+        DrawnBox(
+            centre=box[:3],
+            size=(float(box[3]), float(box[4]), float(box[5])),
+            yaw=float(box[6]),
+            category=tracks.category[row],
+            instance_token=tracks.instance_token[row],
+        )
+        for row, box in zip(rows, global_boxes(tracks, tuple(rows)), strict=True)
+    ]
+
+
+def draw_missing_view(
+    boxes: Sequence[DrawnBox],
+    backdrop: Backdrop,
+    intrinsics: Float[np.ndarray, "3 3"],
+    camera_to_ego: Float[np.ndarray, "4 4"],
+    ego_to_global: Float[np.ndarray, "4 4"],
+    image_size: tuple[int, int],
+    seed: int,
+) -> DrawnView:
+    """Draws one camera image and its exact depth.
+
+    Args:
+        boxes: what to draw, global frame.
+        backdrop: see `backdrop_around`.
+        intrinsics: camera matrix in pixels of `image_size`.
+        camera_to_ego: static calibration.
+        ego_to_global: ego pose at the camera's time.
+        image_size: height and width in pixels.
+        seed: the one the backdrop was made with.
+    """
+    return draw_view(
+        boxes, backdrop, intrinsics, exact.matmul(ego_to_global, camera_to_ego), image_size, seed
+    )

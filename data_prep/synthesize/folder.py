@@ -18,8 +18,8 @@ from spacedrive_jax.console import progress
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
-from spacedrive_jax.world.rig import parse_image_size
-from spacedrive_jax.world.tokens import make_token
+from spacedrive_jax.world.scenario import make_token
+from spacedrive_jax.world.views import parse_image_size
 
 Layout = Literal["nuscenes", "bench2drive"]
 

@@ -15,7 +15,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.io import to_json, write_bytes, write_text
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
-from spacedrive_jax.world.tokens import make_token
+from spacedrive_jax.world.scenario import make_token
 from spacedrive_jax.world.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
 
 MASK_RESOLUTION = 0.1

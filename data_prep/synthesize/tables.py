@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.io import to_json, write_text
-from spacedrive_jax.world import rig
-from spacedrive_jax.world.tokens import make_token
+from spacedrive_jax.world import views
+from spacedrive_jax.world.scenario import make_token
 
 VERSION = "v1.0-synthetic"
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ def fixed_tables(seed: int, image_size: tuple[int, int]) -> dict[str, list[Row]]
     """
     sensors: list[Row] = []
     calibrations: list[Row] = []
-    poses = [(mount.channel, mount.to_ego(), mount.intrinsics(image_size)) for mount in rig.CAMERA_MOUNTS]
+    poses = [(mount.channel, mount.to_ego(), mount.intrinsics(image_size)) for mount in views.CAMERA_MOUNTS]
     for channel, to_ego, intrinsics in poses:
         sensors.append(
             {"token": make_token(seed, "sensor", channel), "channel": channel, "modality": "camera"}
@@ -87,7 +87,7 @@ def fixed_tables(seed: int, image_size: tuple[int, int]) -> dict[str, list[Row]]
     sensors.append(
         {"token": make_token(seed, "sensor", "LIDAR_TOP"), "channel": "LIDAR_TOP", "modality": "lidar"}
     )
-    calibrations.append(_calibration(seed, "LIDAR_TOP", rig.lidar_to_ego(), []))
+    calibrations.append(_calibration(seed, "LIDAR_TOP", views.lidar_to_ego(), []))
     return {
         "category": [
             {"token": make_token(seed, "category", name), "name": name, "description": f"{name} (synthetic)."}
@@ -115,7 +115,7 @@ def _calibration(seed: int, channel: str, to_ego: Any, intrinsics: list) -> Row:
         "token": make_token(seed, "calibrated_sensor", channel),
         "sensor_token": make_token(seed, "sensor", channel),
         "translation": [float(value) for value in to_ego[:3, 3]],
-        "rotation": rig.quaternion(to_ego),
+        "rotation": views.quaternion(to_ego),
         "camera_intrinsic": intrinsics,
     }
 

@@ -17,7 +17,7 @@ from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from spacedrive_jax.driving.bench import InsidePolicy
-    from spacedrive_jax.driving.collected import CollectedRecords
+    from spacedrive_jax.driving.recovery import CollectedRecords
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -98,7 +98,7 @@ class Drive(Command):
         from spacedrive_jax.driving.drive import RESULTS, drive_all
         from spacedrive_jax.driving.episode import DriveOptions
         from spacedrive_jax.driving.scenarios import drive_set
-        from spacedrive_jax.world.rig import parse_image_size
+        from spacedrive_jax.world.views import parse_image_size
 
         specs = drive_set(self.scenarios)
         looks = self.policy is None or self.collect is not None
@@ -178,7 +178,7 @@ class Drive(Command):
     def _collected(self, *, resume: bool) -> CollectedRecords | None:
         if self.collect is None:
             return None
-        from spacedrive_jax.driving.collected import CollectedRecords
+        from spacedrive_jax.driving.recovery import CollectedRecords
 
         if self.collect.exists() and any(self.collect.iterdir()) and not resume:
             raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")

@@ -24,7 +24,7 @@ from spacedrive_jax.data.prompts import (
     replace_coordinates,
 )
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.models.chat import Message
+from spacedrive_jax.models.family import Message
 
 Tasks = Literal["planning", "planning_and_questions", "counterfactual"]
 """What a conversation consists of: the planning turn; that and all of OmniDrive's questions; or its two

@@ -12,7 +12,7 @@ from spacedrive_jax.bounds import POSITIVE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
-from spacedrive_jax.data.encoded_images import decode_depth
+from spacedrive_jax.data.images import decode_depth
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError

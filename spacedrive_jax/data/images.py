@@ -1,18 +1,142 @@
-"""Encoded camera images to the image processor's patches."""
+"""Encoded pictures to pixels, and to the patches of the image processor.
+
+The one place where bytes from somebody's file become an image.
+
+Pillow decodes, never OpenCV: the OpenCV that the golden numbers need for rasterising (4.10) reads memory it
+does not own on a crafted JPEG (CVE-2025-53644) and fills a cut one with whatever the buffer held before,
+another image's pixels. On photographs of nuScenes both give the same pixels. Here a picture is whole or an
+error, of a known kind, and no larger than it may be before any memory is taken for it.
+"""
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
+import zlib
 from typing import Literal
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data.encoded_images import decode_photo
-from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.schema import DEPTH_SCALE, Record
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.models.image_processor import ImageProcessor
+from spacedrive_jax.models.family import ImageProcessor
+
+MAX_PIXELS = 8192 * 8192
+"""Largest picture that is decoded; a nuScenes photograph has 1600 x 900."""
+
+Size = tuple[int, int]
+
+
+def decode_photo(encoded: bytes, what: str, size: Size | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """A JPEG (or, for drawn pictures, PNG) as RGB.
+
+    An orientation in the EXIF data is not applied: calibration counts the stored rows and columns.
+
+    Args:
+        encoded: the file's bytes.
+        what: what to call it in an error (`keyframe 3f…: the CAM_FRONT image`).
+        size: (height, width) it must have.
+
+    Raises:
+        DataError: it is damaged, cut, of another kind, too large, or of another size.
+    """
+    image = _decode(encoded, what, ("JPEG", "PNG"), ("RGB", "L"), size)
+    return np.array(image.convert("RGB"))
+
+
+def decode_depth(encoded: bytes, what: str, size: Size | None = None) -> Float[np.ndarray, "H W"]:
+    """A 16-bit greyscale PNG as metres, float32, 0 where unknown (see `DEPTH_SCALE`).
+
+    Raises:
+        DataError: see `decode_photo`.
+    """
+    image = _decode(encoded, what, ("PNG",), ("I;16", "I;16B", "I"), size)
+    return np.asarray(image).astype(np.float32) / np.float32(DEPTH_SCALE)
+
+
+def decode_grey(encoded: bytes, what: str, size: Size | None = None) -> UInt8[np.ndarray, "H W"]:
+    """A PNG of 1 or 8 bits a pixel as 0..255.
+
+    Raises:
+        DataError: see `decode_photo`.
+    """
+    return np.array(_decode(encoded, what, ("PNG",), ("1", "L"), size).convert("L"))
+
+
+def picture_size(encoded: bytes) -> Size | None:
+    """Height and width by the header of a JPEG or PNG, without decoding; None for anything else."""
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        width, height = encoded[16:20], encoded[20:24]
+        return (int.from_bytes(height, "big"), int.from_bytes(width, "big")) if len(height) == 4 else None
+    if encoded[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        # The frame header, any of the kinds of SOF (ISO 10918-1, B.2.2).
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = encoded[place + 5 : place + 7], encoded[place + 7 : place + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        length = int.from_bytes(encoded[place + 2 : place + 4], "big")
+        place += 1 if marker == 0xFF else 2 + max(2, length)
+    return None
+
+
+def _decode(
+    encoded: bytes, what: str, formats: tuple[str, ...], modes: tuple[str, ...], size: Size | None
+) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit warns first; ours is below it and an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded), formats=formats)
+        width, height = image.size
+        if size is not None and (height, width) != tuple(size):
+            raise DataError(f"{what} has {width}x{height} pixels instead of {size[1]}x{size[0]}")
+        if width * height > MAX_PIXELS:
+            raise DataError(f"{what} has {width}x{height} pixels, more than the {MAX_PIXELS:,} it may have")
+        if image.mode not in modes:
+            raise DataError(
+                f"{what} has pixels of another kind (mode {image.mode}) than {' or '.join(modes)}"
+            )
+        if image.format == "PNG":
+            _check_sums(encoded)
+        image.load()
+    except DataError:
+        raise
+    # What Pillow raises on damaged files is of many kinds, struct.error and IndexError among them.
+    except Exception as error:
+        raise DataError(f"{what} cannot be decoded ({_reason(error)})") from error
+    return image
+
+
+def _check_sums(png: bytes) -> None:
+    """Holds every chunk against its checksum: Pillow passes over those of the pixels.
+
+    Raises:
+        ValueError: one differs.
+    """
+    place = 8
+    while place < len(png):
+        (length,) = struct.unpack_from(">I", png, place)
+        end = place + 8 + length
+        if struct.unpack_from(">I", png, end)[0] != zlib.crc32(png[place + 4 : end]):
+            raise ValueError(f"checksum of its {png[place + 4 : place + 8]!r} chunk")
+        if png[place + 4 : place + 8] == b"IEND":
+            return
+        place = end + 4
+    raise ValueError("it is cut")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture of a known kind"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class ViewProcessor:

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_WAYPOINTS
-from spacedrive_jax.data.keyframe import Scene
-from spacedrive_jax.data.poses import heading, rotation_matrices
+from spacedrive_jax.data.keyframe import Scene, heading, rotation_matrices
 from spacedrive_jax.data.schema import Record
 
 MAX_TIME_DIFFERENCE = 1.5

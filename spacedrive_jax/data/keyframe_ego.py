@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import navigation_command, released_command
-from spacedrive_jax.data.keyframe import Scene
-from spacedrive_jax.data.poses import heading, inverse, transforms
+from spacedrive_jax.data.keyframe import Scene, heading, inverse, transforms
 from spacedrive_jax.data.schema import Record
 
 _PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78])

@@ -17,7 +17,7 @@ from scipy import ndimage
 from spacedrive_jax import exact
 from spacedrive_jax.bounds import COUNT, POSITIVE, Bound, Bounds, check_bounds
 from spacedrive_jax.constants import NUM_CAMERAS
-from spacedrive_jax.data.poses import camera_to_global
+from spacedrive_jax.data.keyframe import camera_to_global
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 

@@ -21,8 +21,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import with_network_depth
 from spacedrive_jax.data.language_data import KINDS, LanguageData
-from spacedrive_jax.data.mixture import MixedRecords, mixed_order, records_sources
-from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open_records, records_sources
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError

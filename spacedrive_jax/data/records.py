@@ -1,33 +1,40 @@
 """The record: one self-contained keyframe, as array records in the tensorflow-datasets layout.
 
-A records folder is read with `open_records`, or with `tfds.builder_from_directory(DIR).as_data_source(split)`
-where the folder is one's own. Both give the same; `open_records` adds clear errors, holds the folder against
-its provenance, and lets it name no code (see `records_folder`). A record holds all that its keyframe needs,
-its two past ego states too, so samples can come in any order.
+A records folder is read with `open_records`, or with
+`tfds.builder_from_directory(DIR).as_data_source(split)` where the folder is one's own. Both give the same;
+`open_records` adds clear errors, holds the folder against its provenance, and lets it name no code (see
+`records_folder`). A record holds all that its keyframe needs, its two past ego states too, so samples can
+come in any order.
 
 Frames and units: the ego frame (x forward, y left, z up, metres) at the keyframe's LIDAR_TOP time unless
 a name says otherwise; `a_to_b` matrices take points in frame a to frame b; angles in radians; times in
 microseconds.
+
+A run may take several folders, each with its share of the samples: `data.records` names them with weights,
+ `A:0.7,B:0.3`: of any stretch of the run seven samples in ten are A's,
+in an order that the seed alone decides. Each folder is shuffled and repeated by itself, so that a small one
+comes round more often than a large one.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
-from spacedrive_jax.data.schema import (
-    Record,
-    record_features,
-)
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500
@@ -178,3 +185,73 @@ def _source(directory: Path, split: str, facts: Provenance) -> RecordSource:
             if split in ("all", split_of(name))
         ],
     )
+
+
+def records_sources(text: str) -> list[tuple[str, float]]:
+    """The folders that `data.records` names, and their weights, which add up to 1.
+
+    Args:
+        text: one folder, or several as `FOLDER:WEIGHT,FOLDER:WEIGHT`.
+
+    Raises:
+        ConfigError: a weight is missing or not positive, or a folder is named twice.
+    """
+    if "," not in text or Path(text).is_dir():
+        return [(text, 1.0)]
+    folders, weights = [], []
+    for part in text.split(","):
+        folder, _, weight = part.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not folder or not (math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"data.records {part.strip()!r} has no positive weight: several folders are named "
+                "FOLDER:WEIGHT,FOLDER:WEIGHT"
+            )
+        folders.append(folder)
+        weights.append(value)
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"data.records {text!r} names a folder twice")
+    total = math.fsum(weights)
+    return [(folder, weight / total) for folder, weight in zip(folders, weights, strict=True)]
+
+
+class MixedRecords(Sequence[Record]):
+    """The records of several folders, one behind the other."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        """Args: the folders' records, in the order of their samples' indices."""
+        self.parts = list(parts)
+        named = "\n".join(part.fingerprint for part in parts)
+        self.fingerprint = hashlib.sha256(named.encode()).hexdigest()
+        """Of all of them, in their order."""
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
+def mixed_order(
+    parts: Sequence[Sequence[DrivingBatch]], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+    """The endless sample order of several sources; any place of it can be looked up.
+
+    Args:
+        parts: samples of each source.
+        weights: their shares.
+        seed: of every source's shuffle.
+    """
+    # Each with a seed of its own: equal lengths would be shuffled alike.
+    shuffled = [
+        grain.MapDataset.source(part).seed(seed + number).shuffle().repeat()
+        for number, part in enumerate(parts)
+    ]
+    return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import parse_json, read_text
-from spacedrive_jax.models.chat import ChatTemplate
 from spacedrive_jax.models.families import qwen2_5_vl
+from spacedrive_jax.models.family import ChatTemplate
 
 INDICATOR = "<POS_INDICATOR>"
 """Indicator token: a coordinate follows; the next hidden state is regressed."""

@@ -22,9 +22,8 @@ from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.models.chat import IGNORE, ChatTokens
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.models.family import Family
+from spacedrive_jax.models.family import IGNORE, ChatTokens, Family
 from spacedrive_jax.models.positions import ImageSpan
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 

@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, outcome
-from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import SpaceDriveError

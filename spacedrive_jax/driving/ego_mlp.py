@@ -16,7 +16,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.driving.plans import Plan
+from spacedrive_jax.driving.driver import Plan
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.world.world import World
 

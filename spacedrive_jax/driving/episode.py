@@ -12,7 +12,7 @@ import numpy as np
 
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap, drive_log
-from spacedrive_jax.driving.driver import Controller, Driver, to_global
+from spacedrive_jax.driving.driver import Controller, Driver, Plan, PlanError, to_global
 from spacedrive_jax.driving.infractions import (
     COMPLETE_METRES,
     COMPLETE_SHARE,
@@ -22,7 +22,6 @@ from spacedrive_jax.driving.infractions import (
     STEPS_BLOCKED,
 )
 from spacedrive_jax.driving.observation import Observer
-from spacedrive_jax.driving.plans import Plan, PlanError
 from spacedrive_jax.driving.recovery import ExpertTarget, expert_target, with_target
 from spacedrive_jax.driving.scenarios import KINDS, TEST_SEED, DriveSpec, build_drive
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD, Film, Take

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.driving.driver import to_vehicle
+from spacedrive_jax.driving.driver import Plan, to_vehicle
 from spacedrive_jax.driving.ego_mlp import fit_ego_mlp
-from spacedrive_jax.driving.plans import Plan
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.baselines import mean_trajectory
 from spacedrive_jax.world.traffic import TIME_STEP

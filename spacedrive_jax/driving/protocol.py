@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import navigation_command
-from spacedrive_jax.data.encoded_images import picture_size
+from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.evaluation.collision import Obstacles, collides
-from spacedrive_jax.evaluation.polygons import DrivableArea, leaves_road, overlaps
+from spacedrive_jax.evaluation.collision import DrivableArea, Obstacles, collides, leaves_road, overlaps
 from spacedrive_jax.evaluation.protocols import (
     HORIZONS_S,
     STEPS_PER_SECOND,

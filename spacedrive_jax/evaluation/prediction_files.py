@@ -23,8 +23,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
 from spacedrive_jax.io import read_json, read_json_lines, read_text
-from spacedrive_jax.pickled_numpy import numpy_allowed
-from spacedrive_jax.restricted_pickle import read_pickle
+from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
 # Axes in which other projects write waypoints.
 

@@ -11,7 +11,7 @@ import shapely
 from jaxtyping import Float, Int, Int32, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.encoded_images import decode_grey
+from spacedrive_jax.data.images import decode_grey
 from spacedrive_jax.data.schema import DRIVABLE_FINE_CELLS, Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.protocols import StepRule

@@ -30,7 +30,7 @@ from spacedrive_jax.io import (
     write_bytes,
     write_json,
 )
-from spacedrive_jax.models.chat import Message
+from spacedrive_jax.models.family import Message
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
 

@@ -21,8 +21,7 @@ from jaxtyping import Array, Float, UInt8
 from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import NetworkKind
-from spacedrive_jax.data.encoded_images import decode_photo
-from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.images import decode_photo, scaled_intrinsics
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything

@@ -25,8 +25,8 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.answers import Generation, answer_file_of_hosts, answer_text
-from spacedrive_jax.inference.batches import Asking, answered_batches
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
+from spacedrive_jax.inference.predict import Asking, answered_batches
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.interop.format import Format, Published
+from spacedrive_jax.interop.weight_table import Format, Published
 from spacedrive_jax.io import MEBIBYTE, read_json, reason
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of

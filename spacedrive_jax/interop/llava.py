@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.interop.format import Format, Published
 from spacedrive_jax.interop.hf_fields import (
     MOST_LAYERS,
     Fields,
@@ -25,7 +24,9 @@ from spacedrive_jax.interop.hf_fields import (
     text_fields,
 )
 from spacedrive_jax.interop.weight_table import (
+    Format,
     ParameterPath,
+    Published,
     Rule,
     decoder_rules,
     linear_rules,

@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.interop.format import Format, Published
 from spacedrive_jax.interop.hf_fields import (
     MOST_LAYERS,
     Fields,
@@ -28,6 +27,8 @@ from spacedrive_jax.interop.hf_fields import (
     text_fields,
 )
 from spacedrive_jax.interop.weight_table import (
+    Format,
+    Published,
     Rule,
     decoder_rules,
     linear_rules,

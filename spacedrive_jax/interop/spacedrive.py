@@ -14,6 +14,7 @@ from flax import nnx
 
 from spacedrive_jax.config import to_json
 from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.interop.exporting import FREQUENCIES, published_run
 from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_published_source
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
@@ -28,7 +29,6 @@ from spacedrive_jax.interop.safetensors_folder import (
     save_tensors,
     write_tensors,
 )
-from spacedrive_jax.interop.spacedrive_run import FREQUENCIES, published_run
 from spacedrive_jax.interop.spacedrive_tensors import (
     SCALE,
     SCALE_COPIES,

@@ -21,8 +21,7 @@ from spacedrive_jax.interop.safetensors_folder import (
     require_finite,
 )
 from spacedrive_jax.io import MEBIBYTE, atomic_write, require_regular
-from spacedrive_jax.pickled_numpy import numpy_allowed
-from spacedrive_jax.restricted_pickle import MOST_BYTES, Allowed, Refused, RestrictedUnpickler
+from spacedrive_jax.restricted_pickle import MOST_BYTES, Allowed, Refused, RestrictedUnpickler, numpy_allowed
 
 # Reads and writes torch's zip files of tensors without torch, and without running anything they pickle.
 #

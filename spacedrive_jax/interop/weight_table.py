@@ -1,23 +1,26 @@
 """Two-way tables between transformers' tensors and parameters.
 
-A rule ties one source name (with `{layer}` for stacked blocks) to one parameter path, and a layout change to
-its inverse. Loading reads the table forwards, exporting backwards; both are bit-exact. The tables of the
-decoder, its adapters and its new-token rows serve every family; `qwen_conversion.py` and
-`llava_conversion.py` add the rest and translate names.
+A rule ties one source name (with `{layer}` for stacked blocks) to one parameter path, and a layout change
+to its inverse. Loading reads the table forwards, exporting backwards; both are bit-exact. The tables of the
+decoder, its adapters and its new-token rows serve every family; the module of a family adds the rest.
 
 Source names are those of transformers' state dict (`model.language_model.*`, `lm_head.*`).
+
+A `Format` is what a family of vision-language models looks like in other people's files, as one object.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.models.config import LanguageModelConfig, LoraConfig, NewTokensConfig
+from spacedrive_jax.interop.hf_fields import Fields
+from spacedrive_jax.models.config import LanguageModelConfig, LoraConfig, NewTokensConfig, VLConfig
 
 ParameterPath = tuple[str | int, ...]
 Shape = tuple[int, ...]
@@ -208,3 +211,34 @@ def check_names_and_shapes(
             f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
         )
         raise CheckpointError(f"{origin} does not fit the model ({len(problems)} tensors):\n  {shown}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What the published SpaceDrive does otherwise on this base."""
+
+    presets: tuple[str, str]
+    """The published runs, without and with ego status."""
+    trains_table_rows: bool = False
+    """The new tokens' rows are rows of the full tables (gradients masked), not small tables of their own."""
+    ignores: frozenset[str] = frozenset()
+    """Arguments of the published constructor that this base's class does not act on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How transformers writes a family: fields of config.json, names of tensors."""
+
+    rules: Callable[[Any], tuple[Rule, ...]]
+    """From the config to the two-way table of the base weights."""
+    read_config: Callable[[Fields, str], VLConfig]
+    """From the parsed config.json and its name."""
+    write_config: Callable[[Any], dict[str, Any]]
+    canonical_name: Callable[[str], str]
+    """From any name a tensor goes by to the one in `rules`."""
+    hub_name: Callable[[str], str]
+    """From the name in `rules` to the one in checkpoints on the hub."""
+    text_part: str = "text_config"
+    """Object of config.json that holds `vocab_size` and `tie_word_embeddings`, unless they are outermost."""
+    published: Published | None = None
+    """None where there is no published SpaceDrive on this base."""

@@ -18,10 +18,9 @@ from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
-from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder, rotate_features
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.models.image_processor import normalise
-from spacedrive_jax.models.rotary_features import rotate_features
+from spacedrive_jax.models.family import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import ego_to_image, patch_centres, unproject
 from spacedrive_jax.models.vision_language import place_rows

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import EGO_CENTRE, EGO_LENGTH, EGO_WIDTH
-from spacedrive_jax.data.encoded_images import decode_grey
+from spacedrive_jax.data.images import decode_grey
 from spacedrive_jax.data.schema import DRIVABLE_EXTENT, Record
 from spacedrive_jax.evaluation.rasters import box_corners
 from spacedrive_jax.reporting.projection import lidar_points

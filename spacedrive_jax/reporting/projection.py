@@ -7,10 +7,10 @@ from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data import encoded_images
-from spacedrive_jax.data.encoded_images import decode_photo
+from spacedrive_jax.data import images
+from spacedrive_jax.data.images import decode_photo
+from spacedrive_jax.data.keyframe import ego_to_camera
 from spacedrive_jax.data.lidar import sweep_points
-from spacedrive_jax.data.poses import ego_to_camera
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.evaluation.rasters import box_corners
 
@@ -94,7 +94,7 @@ def decode_depth(record: Record, camera: int) -> Float[np.ndarray, "H W"] | None
     """The exact depth image in metres, 0 where unknown, or None when the record has none."""
     data = record["exact_depth"][camera]
     what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
-    return encoded_images.decode_depth(data, what) if data else None
+    return images.decode_depth(data, what) if data else None
 
 
 def lidar_points(record: Record) -> Float[np.ndarray, "n 3"] | None:

@@ -20,9 +20,8 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.models.partitioning import activations_on, constrain
 from spacedrive_jax.training.losses import losses
-from spacedrive_jax.training.optimizer import learning_rate, make_optimizer
 from spacedrive_jax.training.sharding import replicated
-from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.training.state import abstract_state, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]
 

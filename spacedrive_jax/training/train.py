@@ -16,7 +16,7 @@ from flax import nnx
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.records import records_sources
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint

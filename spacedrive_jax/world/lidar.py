@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import rig, spans
+from spacedrive_jax.world import paths, views
 from spacedrive_jax.world.shapes import Quads
 
 MIN_RANGE = 1.0
@@ -18,7 +18,7 @@ _TOLERANCE = 1e-9
 
 _REFLECTIVITY = np.array([30.0, 25.0, 12.0, 90.0, 8.0, 110.0, 15.0])
 _GROUND_REFLECTIVITY = 14.0
-_HIGHEST_OBJECT = 0.19 * rig.LIDAR_RANGE
+_HIGHEST_OBJECT = 0.19 * views.LIDAR_RANGE
 """Metres above the sensor that its highest beam stays below."""
 
 
@@ -37,19 +37,19 @@ def sweep(
         firing order (clockwise columns, rings upwards), beams without an echo left out.
     """
     east, north = exact.cos_sin(_azimuths()[:, None])
-    flat, up = exact.cos_sin(np.radians(rig.LIDAR_ELEVATIONS))
+    flat, up = exact.cos_sin(np.radians(views.LIDAR_ELEVATIONS))
     # (columns, rings, 3), sensor frame
     rays = np.stack([flat * east, flat * north, np.broadcast_to(up, (len(east), len(up)))], axis=-1)
     ground = -rays[..., 2] / lidar_to_global[2, 3]
-    nearness = np.maximum(ground, 1.0 / rig.LIDAR_RANGE)  # 1 / range
-    reflectivity = np.where(ground > 1.0 / rig.LIDAR_RANGE, _GROUND_REFLECTIVITY, 0.0)
+    nearness = np.maximum(ground, 1.0 / views.LIDAR_RANGE)  # 1 / range
+    reflectivity = np.where(ground > 1.0 / views.LIDAR_RANGE, _GROUND_REFLECTIVITY, 0.0)
     quad, column, ring, inverse = _hits(quads, lidar_to_global)
     before = nearness[column, ring]
     np.maximum.at(nearness, (column, ring), inverse)
     nearest = np.flatnonzero((inverse > before) & (inverse == nearness[column, ring]))
     brightness = _REFLECTIVITY[quads.materials] * (0.5 + quads.colours.mean(axis=1))
     reflectivity[column[nearest], ring[nearest]] = brightness[quad[nearest]]
-    echo = (reflectivity > 0) & (nearness > 1.0 / rig.LIDAR_RANGE) & (nearness < 1.0 / MIN_RANGE)
+    echo = (reflectivity > 0) & (nearness > 1.0 / views.LIDAR_RANGE) & (nearness < 1.0 / MIN_RANGE)
     reach = 1.0 / nearness + rng.normal(0.0, NOISE, nearness.shape)
     intensity = np.clip(reflectivity * rng.uniform(0.6, 1.4, nearness.shape), 1, 255).round()
     rings = np.broadcast_to(np.arange(32), nearness.shape)
@@ -59,7 +59,7 @@ def sweep(
 
 def _azimuths() -> Float[np.ndarray, "K"]:
     """Direction of each column in the sensor frame, radians, clockwise from behind."""
-    return np.pi - (np.arange(rig.LIDAR_COLUMNS) + 0.5) * 2 * np.pi / rig.LIDAR_COLUMNS
+    return np.pi - (np.arange(views.LIDAR_COLUMNS) + 0.5) * 2 * np.pi / views.LIDAR_COLUMNS
 
 
 def _hits(
@@ -71,7 +71,7 @@ def _hits(
     a column the edges of a quad are affine in t (see `spans`).
     """
     points = quads.vertices - lidar_to_global[:3, 3]
-    near = (exact.norm(points[..., :2]).min(axis=1) < rig.LIDAR_RANGE) & (
+    near = (exact.norm(points[..., :2]).min(axis=1) < views.LIDAR_RANGE) & (
         points[..., 2].min(axis=1) < _HIGHEST_OBJECT
     )
     chosen = np.flatnonzero(near)
@@ -87,15 +87,15 @@ def _hits(
 
     edges = np.cross(points, np.roll(points, -1, axis=1))
     edges *= np.sign(exact.dot(edges, points.mean(axis=1)[:, None]))[..., None]
-    facet, turned = spans.expand(first[seen], last[seen])
-    column = turned % rig.LIDAR_COLUMNS
+    facet, turned = paths.expand(first[seen], last[seen])
+    column = turned % views.LIDAR_COLUMNS
     cos, sin = (part[column] for part in exact.cos_sin(_azimuths()))
     along = np.ascontiguousarray(edges.T)[..., facet]
-    low, high = spans.intervals(along[0] * cos + along[1] * sin, along[2])
-    elevations = np.radians(rig.LIDAR_ELEVATIONS)
+    low, high = paths.intervals(along[0] * cos + along[1] * sin, along[2])
+    elevations = np.radians(views.LIDAR_ELEVATIONS)
     (cosines, _), tangents = exact.cos_sin(elevations), exact.tan(elevations)
     lowest = np.searchsorted(tangents, low - _TOLERANCE)
-    line, ring = spans.expand(lowest, np.searchsorted(tangents, high + _TOLERANCE, side="right"))
+    line, ring = paths.expand(lowest, np.searchsorted(tangents, high + _TOLERANCE, side="right"))
     plane = planes[:, facet]
     level = plane[0] * cos + plane[1] * sin
     inverse = (level[line] + plane[2, line] * tangents[ring]) * cosines[ring]
@@ -109,11 +109,11 @@ def _columns(points: Float[np.ndarray, "Q 4 3"]) -> tuple[Int[np.ndarray, "Q"], 
     x, y = points[..., 0], points[..., 1]
     middle = exact.arctan2(y.mean(axis=1), x.mean(axis=1))
     spread = (exact.arctan2(y, x) - middle[:, None] + np.pi) % (2 * np.pi) - np.pi
-    step = 2 * np.pi / rig.LIDAR_COLUMNS
+    step = 2 * np.pi / views.LIDAR_COLUMNS
     first = np.ceil((np.pi - (middle + spread.max(axis=1))) / step - 0.5 - _TOLERANCE).astype(int)
     last = np.floor((np.pi - (middle + spread.min(axis=1))) / step - 0.5 + _TOLERANCE).astype(int) + 1
     overhead = exact.hypot(x, y).min(axis=1) < 1.0  # may surround the axis: look everywhere
-    return np.where(overhead, 0, first), np.where(overhead, rig.LIDAR_COLUMNS, last)
+    return np.where(overhead, 0, first), np.where(overhead, views.LIDAR_COLUMNS, last)
 
 
 def count_inside(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import spans
+from spacedrive_jax.world import paths
 from spacedrive_jax.world.shapes import Quads
 
 NEAR = 0.25
@@ -68,12 +68,12 @@ def cast(quads: Quads, camera: Camera) -> FrameBuffer:
     height, width = camera.height, camera.width
     ground = _ground(camera)
     prepared = _prepare(quads, camera)
-    facet, row = spans.expand(prepared.top, prepared.bottom)  # scan lines: one row of one quad each
+    facet, row = paths.expand(prepared.top, prepared.bottom)  # scan lines: one row of one quad each
     edges = prepared.edges[..., facet]
-    low, high = spans.intervals(edges[1] * row + edges[2], edges[0])
+    low, high = paths.intervals(edges[1] * row + edges[2], edges[0])
     first = np.ceil(np.clip(low, 0.0, width) - _TOLERANCE).astype(np.int64)
     last = np.floor(np.clip(high, -1.0, width - 1.0) + _TOLERANCE).astype(np.int64) + 1
-    line, column = spans.expand(first, last)
+    line, column = paths.expand(first, last)
     slope, down, start = prepared.planes[:, facet]
     inverse = (slope[line] * column + (down * row + start)[line]).astype(np.float32)
     pixel = row[line] * width + column

@@ -1,9 +1,13 @@
-"""Casts a scene: what the expert is going to experience, and who else is on the road."""
+"""Casts a scene: what the expert is going to experience, and who else is on the road.
+
+All is named by tokens of 32 hexadecimal digits, hashed from the seed and what they name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +20,12 @@ from spacedrive_jax.world.step import Cast, Tracks
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
 from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Route, Signals
 from spacedrive_jax.world.vehicle import VehicleState
+
+
+def make_token(*parts: object) -> str:
+    """A token that depends on all parts, as unique as sha256's first 128 bits."""
+    return hashlib.sha256("/".join(str(part) for part in parts).encode()).hexdigest()[:32]
+
 
 MANOEUVRES = (
     "turn_left",

@@ -3,8 +3,7 @@ import dataclasses
 import jax
 import pytest
 
-from spacedrive_jax.aot.memory import out_of_memory
-from spacedrive_jax.aot.plan import make_plan
+from spacedrive_jax.aot.plan import make_plan, out_of_memory
 from spacedrive_jax.config import load_config
 from spacedrive_jax.training.flops import Chip, Topology
 from tests.conftest import ROOT

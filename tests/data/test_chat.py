@@ -6,7 +6,7 @@ import pytest
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.models.chat import IGNORE, Message
+from spacedrive_jax.models.family import IGNORE, Message
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

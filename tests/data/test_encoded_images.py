@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spacedrive_jax.data.encoded_images import MAX_PIXELS, decode_depth, decode_grey, decode_photo
+from spacedrive_jax.data.images import MAX_PIXELS, decode_depth, decode_grey, decode_photo
 from spacedrive_jax.errors import DataError
 
 

@@ -9,8 +9,8 @@ from spacedrive_jax.data.prompts import planning_answer, planning_question
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import planning_frame
-from spacedrive_jax.models.chat import IGNORE, Message
 from spacedrive_jax.models.families.llava import FAMILY, llava_labels
+from spacedrive_jax.models.family import IGNORE, Message
 from tests.conftest import ROOT
 
 RULES = json.loads((ROOT / "tests" / "golden" / "prompts" / "config.json").read_text())["llava_label_rule"]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spacedrive_jax.data.path import future_path
+from spacedrive_jax.data.route import future_path
 
 
 def arc(radius, step, count=6):

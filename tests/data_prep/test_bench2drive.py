@@ -13,9 +13,8 @@ import pytest
 from data_prep.beam import convert_unit_file
 from data_prep.bench2drive.annotations import category_of
 from data_prep.bench2drive.clip_records import ClipUnit, convert_clip
-from data_prep.bench2drive.clips import Clip, find_clips
+from data_prep.bench2drive.clips import VALIDATION, Clip, find_clips, split_clips
 from data_prep.bench2drive.convert import ClipConversion
-from data_prep.bench2drive.splits import VALIDATION, split_clips
 from data_prep.synthesize.bench2drive import (
     ClipJob,
     ego_pose,

@@ -9,7 +9,7 @@ from PIL import Image
 from data_prep.cli.convert import Convert
 from data_prep.nuscenes.maps import MaskMap
 from data_prep.nuscenes.mask_png import cache_mask_bits
-from data_prep.nuscenes.missing_views import GROUND_CELLS, ground_around, scene_seed
+from data_prep.nuscenes.sensor_files import GROUND_CELLS, ground_around, scene_seed
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import DEPTH_SCALE

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.nuscenes.splits import OFFICIAL_SPLITS, split_scenes
+from data_prep.nuscenes.scenes import OFFICIAL_SPLITS, split_scenes
 
 
 def test_official_lists_have_the_published_sizes():

@@ -16,8 +16,8 @@ import numpy as np
 from data_prep.synthesize.bench2drive import ClipJob, script, view
 from spacedrive_jax.cli.main import main as spacedrive
 from spacedrive_jax.world.filming import Film
-from spacedrive_jax.world.rig import pose_matrix
 from spacedrive_jax.world.scenario import WARM_UP
+from spacedrive_jax.world.views import pose_matrix
 from tests.driving.evaluator import DROPPED_TICKS, TICK, Car, Drive, Evaluator
 
 LENGTH = 60.0

@@ -11,7 +11,7 @@ from spacedrive_jax.driving import askers
 from spacedrive_jax.driving.askers import ServerAsker
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.client import PolicyError
-from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError
+from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from tests.record_factory import make_record
 
 PLAN = {"waypoints": np.ones((6, 2)), "path": np.zeros((0, 2)), "text": "here", "status": "ok"}

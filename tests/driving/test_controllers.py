@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.driving.bench2drive_control import Controls
-from spacedrive_jax.driving.driver import Controller, Driver, pedals_to_control, to_global, to_vehicle
-from spacedrive_jax.driving.lqr import plan_reference, track
-from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError, checked_plan
+from spacedrive_jax.driving.controllers import plan_reference, pure_pursuit, track
+from spacedrive_jax.driving.driver import (
+    Controller,
+    Driver,
+    FailureKind,
+    Plan,
+    PlanError,
+    checked_plan,
+    pedals_to_control,
+    to_global,
+    to_vehicle,
+)
 from spacedrive_jax.driving.policies import arc
-from spacedrive_jax.driving.pure_pursuit import pure_pursuit
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.world.vehicle import Limits, VehicleState, actuate, moved
 

@@ -13,8 +13,8 @@ import pytest
 
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.drive import drive_all
+from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions
-from spacedrive_jax.driving.plans import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.policies import constant_velocity, standing_still
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.driving.collected import CollectedRecords
-from spacedrive_jax.driving.recovery import expert_target, with_target
+from spacedrive_jax.driving.recovery import CollectedRecords, expert_target, with_target
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.world.scenario import build_scenario
 from spacedrive_jax.world.town import Town, build_town

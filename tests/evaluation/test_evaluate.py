@@ -13,11 +13,10 @@ from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
-from spacedrive_jax.evaluation.evaluate import evaluate
+from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import PROTOCOLS, protocol_named
 from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
-from spacedrive_jax.evaluation.scoring import obstacles_of
 from tests.record_factory import make_record, straight_road, write_records
 
 NO_FUTURE = np.array([1, 1, 1, 1, 1, 0], bool)
@@ -342,7 +341,7 @@ def test_comparison_is_paired(folder: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_processes_change_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spacedrive_jax.evaluation.scoring.CHUNK_KEYFRAMES", 2)
+    monkeypatch.setattr("spacedrive_jax.evaluation.evaluate.CHUNK_KEYFRAMES", 2)
     path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0, 1.0), "car": ahead(2.0)})
     one, two = (
         evaluate(

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from spacedrive_jax.evaluation.collision import Obstacles
-from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, score_steps, summarize
-from spacedrive_jax.evaluation.polygons import (
+from spacedrive_jax.evaluation.collision import (
     MaskArea,
+    Obstacles,
     PolygonArea,
     drivable_area,
     ego_boxes,
     leaves_road,
     overlaps,
 )
+from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, score_steps, summarize
 from spacedrive_jax.evaluation.protocols import CORRECTED, PolygonRule
 from spacedrive_jax.evaluation.rasters import box_corners
 from tests.record_factory import make_record

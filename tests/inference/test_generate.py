@@ -17,9 +17,9 @@ from spacedrive_jax.data.transforms import token_fields
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, answer_text, planning_frame, prediction_line
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.models.chat import IGNORE, ChatTokens, Message
 from spacedrive_jax.models.coordinate_decoder import make_decoder
 from spacedrive_jax.models.families import family_of
+from spacedrive_jax.models.family import IGNORE, ChatTokens, Message
 from tests.published_case import GOLDEN, load_case
 
 FOLDER = GOLDEN / "spacedrive_generate"

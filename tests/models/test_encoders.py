@@ -16,8 +16,11 @@ from spacedrive_jax.models.coordinate_decoder import (
     kl_divergence,
     make_decoder,
 )
-from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, CoordinateEncoderConfig
-from spacedrive_jax.models.rotary_features import rotate_features
+from spacedrive_jax.models.coordinate_encoder import (
+    CoordinateEncoder,
+    CoordinateEncoderConfig,
+    rotate_features,
+)
 
 WIDTH = 48
 POINTS = jnp.asarray(np.random.default_rng(0).uniform(-50, 50, (2, 5, 3)), jnp.float32)

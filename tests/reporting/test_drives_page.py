@@ -13,8 +13,7 @@ from spacedrive_jax.driving.drive import finish, write_drive
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.reporting.drives import write_page
-from spacedrive_jax.reporting.films import film, strip
+from spacedrive_jax.reporting.drives import film, strip, write_page
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 
 DECISION = {

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from spacedrive_jax.config import MeshConfig
-from spacedrive_jax.training.slices import split_over_slices
+from spacedrive_jax.training.sharding import split_over_slices
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "configs" / "launch"

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.training.optimizer import learning_rate, make_optimizer
+from spacedrive_jax.training.state import learning_rate, make_optimizer
 
 # Short enough to see warm-up and cosine, and a thousand times the rate, lest float32 lose the changes;
 # everything else as published.

@@ -11,7 +11,7 @@ from data_prep.cli.synthesize import Synthesize
 from data_prep.synthesize import folder
 from data_prep.synthesize.folder import folder_fingerprint
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.world.rig import parse_image_size
+from spacedrive_jax.world.views import parse_image_size
 from tests.world.conftest import TINY
 
 

@@ -14,10 +14,10 @@ from scipy.spatial.transform import Rotation
 
 from data_prep.synthesize.recorder import town_of
 from data_prep.synthesize.tables import CATEGORIES, Row, visibility_token
-from spacedrive_jax.world import can_bus, lidar, rig
+from spacedrive_jax.world import can_bus, lidar, views
 from tests.world.conftest import TINY
 
-CHANNELS = {mount.channel for mount in rig.CAMERA_MOUNTS} | {"LIDAR_TOP"}
+CHANNELS = {mount.channel for mount in views.CAMERA_MOUNTS} | {"LIDAR_TOP"}
 
 
 def index(rows: list[Row]) -> dict[str, Row]:

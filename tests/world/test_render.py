@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.world import lidar, rig
+from spacedrive_jax.world import lidar, views
 from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image
 from spacedrive_jax.world.shapes import Quads, box, concatenate, object_quads, place, place_all
 
@@ -172,7 +172,7 @@ def test_lidar_beams_lie_on_the_rings() -> None:
     sensor[2, 3] = 1.84
     cloud = lidar.sweep(block(11.0, 0.0, (2.0, 4.0, 3.0)), sensor, np.random.default_rng(0))
     elevation = np.degrees(np.arctan2(cloud[:, 2], np.hypot(cloud[:, 0], cloud[:, 1])))
-    assert np.abs(elevation - rig.LIDAR_ELEVATIONS[cloud[:, 4].astype(int)]).max() < 1e-3
+    assert np.abs(elevation - views.LIDAR_ELEVATIONS[cloud[:, 4].astype(int)]).max() < 1e-3
 
 
 @pytest.mark.parametrize(

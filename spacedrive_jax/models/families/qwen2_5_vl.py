@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
-from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
 from spacedrive_jax.models.config import (
     ComputeConfig,
     LanguageModelConfig,
@@ -26,8 +25,17 @@ from spacedrive_jax.models.config import (
     VisionConfig,
     VLConfig,
 )
-from spacedrive_jax.models.family import Family
-from spacedrive_jax.models.image_processor import ImageProcessor, bicubic
+from spacedrive_jax.models.family import (
+    IGNORE,
+    IMAGE_PLACEHOLDER,
+    ChatTemplate,
+    ChatTokens,
+    Family,
+    ImageProcessor,
+    Message,
+    Tokenizer,
+    bicubic,
+)
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import (

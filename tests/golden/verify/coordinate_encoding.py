@@ -21,8 +21,9 @@ from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     CoordinateEncoderConfig,
     frequency_table,
+    inverse_frequencies,
+    rotate_features,
 )
-from spacedrive_jax.models.rotary_features import inverse_frequencies, rotate_features
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.modules import read_module

@@ -15,9 +15,9 @@ from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import EGO_STATUS, encoder_config
 from spacedrive_jax.interop.spacedrive_tensors import linear_rules
-from spacedrive_jax.models.chat import ChatTokens
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder
 from spacedrive_jax.models.families import llava, qwen2_5_vl
+from spacedrive_jax.models.family import ChatTokens
 from spacedrive_jax.models.unprojection import patch_centres, pool_depth, unproject
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.check import Check, compare

@@ -23,10 +23,9 @@ from spacedrive_jax.data.prompts import (
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.models.chat import IGNORE, ChatTokens, Message
 from spacedrive_jax.models.families.llava import llava_labels
 from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor, QwenVisionConfig, smart_resize
-from spacedrive_jax.models.image_processor import normalise
+from spacedrive_jax.models.family import IGNORE, ChatTokens, Message, normalise
 from tests.golden.verify.case_files import read_arrays, read_settings
 from tests.golden.verify.check import Check, compare
 

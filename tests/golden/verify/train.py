@@ -13,7 +13,7 @@ from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
-from spacedrive_jax.models.chat import IGNORE
+from spacedrive_jax.models.family import IGNORE
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import losses, select

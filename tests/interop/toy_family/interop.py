@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from spacedrive_jax.interop.format import Format
 from spacedrive_jax.interop.hf_fields import Fields, decoder_fields, ids, part, real, required, size
 from spacedrive_jax.interop.qwen2_5_vl import qwen_rules
-from spacedrive_jax.interop.weight_table import Rule, reversed_prefixes, with_prefix
+from spacedrive_jax.interop.weight_table import Format, Rule, reversed_prefixes, with_prefix
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig
 from tests.interop.toy_family.model import ToyConfig

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.models.chat import IGNORE, IMAGE_PLACEHOLDER, ChatTemplate, ChatTokens, Message, Tokenizer
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.families.qwen2_5_vl import (
     QwenImageProcessor,
@@ -19,7 +18,15 @@ from spacedrive_jax.models.families.qwen2_5_vl import (
     QwenVLConfig,
     vision_flops,
 )
-from spacedrive_jax.models.family import Family
+from spacedrive_jax.models.family import (
+    IGNORE,
+    IMAGE_PLACEHOLDER,
+    ChatTemplate,
+    ChatTokens,
+    Family,
+    Message,
+    Tokenizer,
+)
 from spacedrive_jax.models.positions import ImageSpan, RopePositions, find_image_spans, mrope_positions
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
