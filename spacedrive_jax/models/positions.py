@@ -172,3 +172,27 @@ def find_image_spans(
             "visual tokens; give one placeholder run per image"
         )
     return [ImageSpan(int(start), *grid) for start, grid in zip(starts, merged_grids, strict=True)]
+
+
+def plain_positions(length: int, images: Sequence[ImageSpan]) -> RopePositions:
+    """Positions 0, 1, 2, … on every axis, images or not (decoders whose rotary embedding is 1-D)."""
+    del images
+    return mrope_positions(length, [])
+
+
+def plain_sequence_positions(
+    token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]], image_token_id: int
+) -> RopePositions:
+    """`plain_positions` of a sequence in which every image token id is a visual token.
+
+    Raises:
+        ConfigError: If there are more or fewer of them than the images have.
+    """
+    expected = sum(rows * columns for rows, columns in visual_grids)
+    found = int(np.count_nonzero(np.asarray(token_ids) == image_token_id))
+    if found != expected:
+        raise ConfigError(
+            f"the text has {found} image tokens (id {image_token_id}) but the {len(visual_grids)} images "
+            f"have {expected} visual tokens"
+        )
+    return plain_positions(len(token_ids), [])

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from spacedrive_jax.bounds import FROM_ZERO, SIDE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import (
     ComputeConfig,
     LanguageModelConfig,
@@ -38,8 +37,14 @@ from spacedrive_jax.models.family import (
 )
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import ImageSpan, RopePositions, mrope_positions
+from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.models.vision_transformer import (
+    VisionBlock,
+    block_flops,
+    check_patches,
+    flatten_patches,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,45 +133,6 @@ class LlavaConfig(VLConfig):
 # and is dropped.
 
 
-class ClipAttention(nnx.Module):
-    """Self-attention over all tokens of an image."""
-
-    def __init__(self, config: ClipVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        heads, names = (config.num_heads, config.head_dim), ("vision_heads", "head_dim")
-        model, outer = (config.hidden_size,), ("vision_embed",)
-        make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
-        self.q = make(model, heads, outer, names)
-        self.k = make(model, heads, outer, names)
-        self.v = make(model, heads, outer, names)
-        self.o = make(heads, model, names, outer)
-        self.attention_choice = compute.attention
-
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Attends over the whole image."""
-        return self.o(attend(self.q(x), self.k(x), self.v(x), choice=self.attention_choice, axes=IMAGE_AXES))
-
-
-class ClipBlock(nnx.Module):
-    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ClipVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        width, inner = (config.hidden_size,), (config.intermediate_size,)
-        norm = functools.partial(
-            LayerNorm, config.hidden_size, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs
-        )
-        make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
-        self.attention_norm = norm()
-        self.attention = ClipAttention(config, compute=compute, rngs=rngs)
-        self.mlp_norm = norm()
-        self.up = make(width, inner, ("vision_embed",), ("vision_mlp",))
-        self.down = make(inner, width, ("vision_mlp",), ("vision_embed",))
-
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Runs the block."""
-        x = constrain(x + self.attention(self.attention_norm(x)), "images", None, None)
-        return constrain(x + self.down(quick_gelu(self.up(self.mlp_norm(x)))), "images", None, None)
-
-
 class ClipVision(nnx.Module):
     """The whole tower, those parts included that only the checkpoint needs (last block, last norm)."""
 
@@ -204,7 +170,9 @@ class ClipVision(nnx.Module):
         self.position_embedding = learnt((config.grid_side**2 + 1, width), (None, "vision_embed"))
         self.first_norm = norm()
         self.layers = stack_layers(
-            lambda streams: ClipBlock(config, compute=compute, rngs=streams), config.depth, rngs
+            lambda streams: VisionBlock(config, activation=quick_gelu, compute=compute, rngs=streams),
+            config.depth,
+            rngs,
         )
         self.last_norm = norm()
 
@@ -228,13 +196,9 @@ class ClipVision(nnx.Module):
                 f"image grid {grid[0]}x{grid[1]} must be {side}x{side} patches: CLIP's positions are learnt "
                 f"for images of {config.image_size}x{config.image_size} pixels"
             )
-        if pixel_values.ndim != 3 or pixel_values.shape[1:] != (side * side, config.patch_channels):
-            raise ConfigError(
-                f"pixel_values {pixel_values.shape} must be (images, {side * side}, "
-                f"{config.patch_channels}): flattened patches (vlm.flatten_patches)"
-            )
+        check_patches(pixel_values, (side, side), config)
 
-        def apply(block: ClipBlock, hidden: Any, used: Bool[Array, ""]) -> tuple[Any, None]:
+        def apply(block: VisionBlock, hidden: Any, used: Bool[Array, ""]) -> tuple[Any, None]:
             # The stack stays whole: cutting unused blocks off would copy the rest at every call.
             return jax.lax.cond(used, block, lambda unchanged: unchanged, hidden), None
 
@@ -252,31 +216,6 @@ class ClipVision(nnx.Module):
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def flatten_patches(
-    pixel_values: Float[np.ndarray | Array, "... C H W"], patch_size: int
-) -> Float[np.ndarray | Array, "... P K"]:
-    """Cuts images, as CLIP's image processor hands them over, into the flattened patches the tower takes.
-
-    Args:
-        pixel_values: Images, normalised or not.
-        patch_size: Side of a patch in pixels.
-
-    Returns:
-        Patches in row-major order, each channels x rows x columns in one axis.
-
-    Raises:
-        ConfigError: If the image does not divide into patches.
-    """
-    *lead, channels, height, width = pixel_values.shape
-    if height % patch_size or width % patch_size:
-        raise ConfigError(f"images of {height}x{width} pixels do not divide into patches of {patch_size}")
-    rows, columns = height // patch_size, width // patch_size
-    cut = pixel_values.reshape(*lead, channels, rows, patch_size, columns, patch_size)
-    count = len(lead)
-    order = (*range(count), *(count + axis for axis in (1, 3, 0, 2, 4)))
-    return cut.transpose(order).reshape(*lead, rows * columns, channels * patch_size**2)
 
 
 class Projector(nnx.Module):
@@ -313,15 +252,7 @@ class Llava(VisionLanguageModel):
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
     ) -> RopePositions:
         """Plain positions 0, 1, 2, ... on every axis, images or not."""
-        expected = sum(rows * columns for rows, columns in visual_grids)
-        found = int(np.count_nonzero(np.asarray(token_ids) == self.config.image_token_id))
-        if found != expected:
-            raise ConfigError(
-                f"the text has {found} image tokens (id {self.config.image_token_id}) but the "
-                f"{len(visual_grids)} images have {expected} visual tokens"
-            )
-        places = np.arange(len(token_ids), dtype=np.int32)
-        return RopePositions(np.broadcast_to(places, (3, len(places))), 0)
+        return plain_sequence_positions(token_ids, visual_grids, self.config.image_token_id)
 
 
 class LlavaChat(ChatTemplate):
@@ -438,18 +369,10 @@ def vision_flops(config: LlavaConfig, patch_grid: tuple[int, int]) -> int:
     """Operations of the tower's forward pass over one image, projector included."""
     vision, decoder_width = config.vision, config.decoder.hidden_size
     patches, width = patch_grid[0] * patch_grid[1], vision.hidden_size
-    tokens = patches + 1  # the class token
-    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
-    scores = 4 * tokens**2 * width
     projector = 2 * patches * decoder_width * (width + decoder_width)
     embedding = 2 * patches * vision.patch_channels * width
-    return vision.used_blocks * (block + scores) + projector + embedding
-
-
-def position_ids(length: int, images: Sequence[ImageSpan]) -> RopePositions:
-    """Plain positions 0, 1, 2, … on every axis, images or not."""
-    del images
-    return mrope_positions(length, [])
+    # A token more than patches: the class token.
+    return vision.used_blocks * block_flops(vision, patches + 1) + projector + embedding
 
 
 def lora(rank: int) -> LoraConfig:
@@ -463,7 +386,7 @@ FAMILY = Family(
     model=Llava,
     chat=LlavaChat(),
     image_processor=LlavaImageProcessor,
-    position_ids=position_ids,
+    position_ids=plain_positions,
     vision_flops=vision_flops,
     lora=lora,
     interop="spacedrive_jax.interop.llava",
