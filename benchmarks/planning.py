@@ -286,11 +286,11 @@ def compare_ways(arguments: Arguments, side: int) -> tuple[int, dict[str, Phases
 
     many = arguments.batch_size
     ways: dict[str, Callable[[], Any]] = {
-        "vision": jitted(lambda model, batch: model.visual_tokens(batch), 1),
+        "vision": jitted(lambda model, batch: model.visual_features(batch), 1),
         "first": jitted(first_token, 1),
         "fast": jitted(answer(frame), 1),
         "slow": jitted(answer(None), 1),
-        "vision many": jitted(lambda model, batch: model.visual_tokens(batch), many),
+        "vision many": jitted(lambda model, batch: model.visual_features(batch), many),
         "first many": jitted(first_token, many),
         "fast many": jitted(answer(frame), many),
         "their vision": functools.partial(theirs.vision, single),

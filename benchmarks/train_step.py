@@ -33,7 +33,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.models.family import normalise
+from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.flops import train_step_flops

@@ -29,7 +29,6 @@ from flax import nnx
 
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config
-from spacedrive_jax.models.generation import generate
 
 IMAGE, START, END = 16001, 16002, 16003
 GRID, IMAGES, WORDS, RANK, NEW_TOKENS = (12, 12), 6, 8, 16, 32
@@ -144,14 +143,14 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return loss.detach().numpy()
 
     graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
-    position_ids, _ = model.position_ids(token_ids, IMAGES, GRID)
+    layout, grids = model.lay_out(token_ids, images, GRID)
 
     @jax.jit
     def step(adapters: nnx.State, rest: nnx.State) -> Any:
         def loss(adapters: nnx.State) -> jax.Array:
             whole = nnx.merge(graph, adapters, rest)
-            features = whole.encode_image_batch(images, GRID)
-            hidden, _ = whole.decode(whole.embed(jnp.asarray(token_ids), features), jnp.asarray(position_ids))
+            embeddings, _ = whole.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
+            hidden, _ = whole.decode(embeddings, jnp.asarray(layout.position_ids))
             scores = jax.nn.log_softmax(whole.decoder.logits(hidden[:, :-1]))
             return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 
@@ -167,7 +166,7 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return generated[0, ids.shape[1] :].numpy()
 
     def jax_decode() -> Any:
-        return generate(model, token_ids, images=images, image_grid=GRID, max_new_tokens=NEW_TOKENS)[0]
+        return model.generate(token_ids, images=images, image_grid=GRID, max_new_tokens=NEW_TOKENS)[0]
 
     rows = []
     difference = relative(jax_forward(), torch_forward())

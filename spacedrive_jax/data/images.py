@@ -24,7 +24,7 @@ from PIL import Image
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.schema import DEPTH_SCALE, Record
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.models.family import ImageProcessor
+from spacedrive_jax.models.image_processor import ImageProcessor
 
 MAX_PIXELS = 8192 * 8192
 """Largest picture that is decoded; a nuScenes photograph has 1600 x 900."""

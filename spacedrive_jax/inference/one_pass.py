@@ -187,7 +187,10 @@ def _run_with_prompt(
     width = len(piece)
     rows, behind = jnp.arange(batch.size)[:, None], batch.lengths[:, None] + jnp.arange(width)
     text = model.vlm.embed(jnp.broadcast_to(jnp.asarray(piece, jnp.int32), (batch.size, width)))
-    embeddings = jnp.pad(model.embeddings(batch), ((0, 0), (0, width), (0, 0)))
+    embeddings, deepstack = model.decoder_inputs(batch)
+    embeddings = jnp.pad(embeddings, ((0, 0), (0, width), (0, 0)))
+    if deepstack is not None:
+        deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, width), (0, 0)))
     position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
     counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
     longer = dataclasses.replace(
@@ -195,6 +198,7 @@ def _run_with_prompt(
         lengths=batch.lengths + width,
         position_ids=jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted),
     )
-    hidden, cache = prefill(model, longer, embeddings.at[rows, behind].set(text), room - width)
+    embeddings = embeddings.at[rows, behind].set(text)
+    hidden, cache = prefill(model, longer, embeddings, deepstack, room - width)
     indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
     return jnp.take_along_axis(hidden, indices[..., None], axis=1), cache

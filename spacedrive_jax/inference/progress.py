@@ -47,7 +47,8 @@ def start(
 ) -> DecodeState:
     """Runs the prompts; nothing is generated yet."""
     size, total = batch.size, max_new_tokens + 1
-    hidden, cache = prefill(model, batch, model.embeddings(batch), total)
+    embeddings, deepstack = model.decoder_inputs(batch)
+    hidden, cache = prefill(model, batch, embeddings, deepstack, total)
     return DecodeState(
         cache=cache,
         hidden=jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0],
@@ -62,11 +63,15 @@ def start(
 
 
 def prefill(
-    model: SpaceDrive, batch: DrivingBatch, embeddings: Float[Array, "B S D"], room: int
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    embeddings: Float[Array, "B S D"],
+    deepstack: Float[Array, "K B S D"] | None,
+    room: int,
 ) -> tuple[Float[Array, "B S D"], KVCache]:
     """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them."""
     position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
-    return model.vlm.prefill(embeddings, position_ids, lengths=batch.lengths, room=room)
+    return model.vlm.prefill(embeddings, position_ids, lengths=batch.lengths, deepstack=deepstack, room=room)
 
 
 def points_of_token(model: SpaceDrive) -> int:

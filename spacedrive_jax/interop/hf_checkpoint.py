@@ -23,6 +23,7 @@ from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.families import format_of, read_hf_config, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
+from spacedrive_jax.interop.preprocessor import read_processor_settings
 from spacedrive_jax.interop.safetensors_folder import (
     Complete,
     PlannedTensor,
@@ -155,6 +156,7 @@ def from_hf(
     Raises:
         CheckpointError: If files are missing or damaged, or tensors are missing, unknown or misshapen
             (all named).
+        ConfigError: If config.json or preprocessor_config.json asks for what is not done here.
     """
     check_folder(Path(path))
     config = read_hf_config(path)
@@ -177,7 +179,9 @@ def from_hf(
     fill(state, rules, folder, shardings)
     if new_tokens is not None:
         _copy_new_rows(state, new_tokens, tied=config.decoder.tie_word_embeddings)
-    return nnx.merge(graph, nnx.from_flat_state(state))
+    model = nnx.merge(graph, nnx.from_flat_state(state))
+    model.processor_settings = read_processor_settings(Path(path), config)
+    return model
 
 
 def fill(

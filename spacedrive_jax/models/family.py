@@ -1,10 +1,10 @@
-"""A family of vision-language models as one object: everything that sets it apart from the others.
+"""A family of vision-language models as one object: everything that sets it apart; and the registry of all.
 
 A chat template knows how its family writes a conversation (and how the published SpaceDrive labels it);
 which ids the words have is the tokenizer's business, of which it needs no more than `Tokenizer` says.
 
-An image processor makes the patches that a vision tower takes, on the host. Rescaling and normalisation are
-left to the device (`normalise`), so that bytes, not floats, travel there.
+`models.families` fills the registry; it stands here, below the models, so that a model can ask for its own
+family.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
-from PIL import Image
-
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import LoraConfig, VLConfig
+from spacedrive_jax.models.image_processor import ImageProcessor
 from spacedrive_jax.models.positions import ImageSpan, RopePositions
-from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 IGNORE = -100
 """Label of a token that is not supervised."""
@@ -105,65 +101,6 @@ class ChatTemplate(abc.ABC):
         """Id behind whose last occurrence the ego tokens are inserted."""
 
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's normalisation (Radford et al. 2021), after division by 255."""
-
-
-class ImageProcessor(abc.ABC):
-    """Cuts images of one size into patches, bit for bit as the family's published processor does."""
-
-    mean: ClassVar[tuple[float, float, float]] = CLIP_MEAN
-    std: ClassVar[tuple[float, float, float]] = CLIP_STD
-
-    patch_grid: tuple[int, int]
-    """Patches of an image, rows and columns."""
-    token_grid: tuple[int, int]
-    """Visual tokens of an image, rows and columns."""
-    intrinsics_size: tuple[int, int]
-    """(height, width) in whose pixels the published SpaceDrive counts intrinsics and patch centres."""
-
-    def __init__(self, vision: Any, image_size: tuple[int, int]) -> None:
-        """Settles the grids.
-
-        Args:
-            vision: the family's vision config.
-            image_size: (height, width) of the images that will be handed in.
-        """
-        self.vision = vision
-        self.image_size = image_size
-
-    @abc.abstractmethod
-    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
-        """Patches of images of `image_size`, 0..255; P patches in the tower's order, K values a patch."""
-
-
-def bicubic(image: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Pillow's bicubic resize, which transformers' processors use."""
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def normalise(
-    patches: UInt8[Array, "... K"] | Float[Array, "... K"],
-    mean: tuple[float, float, float] = CLIP_MEAN,
-    std: tuple[float, float, float] = CLIP_STD,
-) -> Float[Array, "... K"]:
-    """Rescales and normalises raw patches; floats are taken to be normalised already.
-
-    Args:
-        patches: K runs over channel, then time and pixels, as the image processors lay patches out.
-        mean: of the channels, after division by 255.
-        std: likewise.
-    """
-    if patches.dtype != jnp.uint8:
-        return patches
-    per_channel = patches.shape[-1] // 3
-    means, deviations = (
-        jnp.asarray(np.repeat(np.asarray(each, np.float32), per_channel)) for each in (mean, std)
-    )
-    return (patches.astype(jnp.float32) / 255.0 - means) / deviations
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What the rest of the project asks of a family; nothing else may depend on which one it is."""
@@ -171,8 +108,8 @@ class Family:
     name: str
     """transformers' `model_type`; also the tag of its configs in JSON."""
     config: type[VLConfig]
-    model: Callable[..., VisionLanguageModel]
-    """Constructor: (config, *, compute, rngs, lora=None, new_tokens=None)."""
+    model: Callable[..., Any]
+    """Constructor of its `VisionLanguageModel`: (config, *, compute, rngs, lora=None, new_tokens=None)."""
     chat: ChatTemplate
     image_processor: type[ImageProcessor]
     position_ids: Callable[[int, Sequence[ImageSpan]], RopePositions]
@@ -184,3 +121,33 @@ class Family:
     interop: str
     """Module that knows the family's files as others have them; it defines `FORMAT`
     (`interop.families.Format`)."""
+
+
+FAMILIES: dict[str, Family] = {}
+"""By transformers' `model_type`."""
+
+
+def register(family: Family) -> None:
+    """Makes a family known.
+
+    Raises:
+        ConfigError: another one has its name or its config class.
+    """
+    for other in FAMILIES.values():
+        if other is not family and (other.name == family.name or other.config is family.config):
+            raise ConfigError(f"the family {family.name} is registered already, as {other.name}")
+    FAMILIES[family.name] = family
+
+
+def family_of(config: VLConfig) -> Family:
+    """The family a config belongs to.
+
+    Raises:
+        ConfigError: it is of none that is registered.
+    """
+    for family in FAMILIES.values():
+        if type(config) is family.config:
+            return family
+    raise ConfigError(
+        f"{type(config).__name__} is the config of no registered family ({', '.join(FAMILIES)})"
+    )

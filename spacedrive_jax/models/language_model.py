@@ -239,6 +239,7 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        deepstack: Float[Array, "K B S D"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
@@ -249,13 +250,15 @@ class LanguageModel(nnx.Module):
             position_ids: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
             lengths: Valid tokens per sample among the S given; None when all are. Hidden states behind them
                 are finite but mean nothing.
+            deepstack: Added to the outputs of the first K blocks, zeros but at visual tokens (DeepStack, Meng
+                et al. 2024); None for nothing.
             cache: Tokens seen so far. The given tokens stand behind them and are added to it.
             dropout_key: Key of the adapters' dropout; None for none (evaluation).
 
         Returns:
             Hidden states after the final norm, and the grown cache (None without one).
         """
-        hidden, cache, _ = self._run(embeddings, position_ids, lengths, cache, dropout_key)
+        hidden, cache, _ = self._run(embeddings, position_ids, lengths, cache, dropout_key, deepstack)
         return self.final_norm(hidden), cache
 
     def prefill(
@@ -264,6 +267,7 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        deepstack: Float[Array, "K B S D"] | None = None,
         room: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """As a call without a cache, with the same attention, but keeps what it attended to.
@@ -272,6 +276,7 @@ class LanguageModel(nnx.Module):
             embeddings: Input embeddings, right-padded.
             position_ids: Position ids on the axes time, row, column.
             lengths: Valid tokens per sample; None when all are.
+            deepstack: As in a call.
             room: Tokens that the cache can take behind the S given.
 
         Returns:
@@ -282,7 +287,9 @@ class LanguageModel(nnx.Module):
             keys, values = (jnp.pad(each, ((0, 0), (0, room), (0, 0), (0, 0))) for each in memory)
             return keys, values
 
-        hidden, _, (keys, values) = self._run(embeddings, position_ids, lengths, None, None, keep=with_room)
+        hidden, _, (keys, values) = self._run(
+            embeddings, position_ids, lengths, None, None, deepstack, keep=with_room
+        )
         batch, length = embeddings.shape[:2]
         filled = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
         return self.final_norm(hidden), KVCache(keys, values, filled)
@@ -293,10 +300,11 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        deepstack: Float[Array, "K B S D"] | None = None,
     ) -> Float[Array, "L+1 B S D"]:
         """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
         hidden, _, layers = self._run(
-            embeddings, position_ids, lengths, None, None, keep=lambda hidden, memory: hidden
+            embeddings, position_ids, lengths, None, None, deepstack, keep=lambda hidden, memory: hidden
         )
         first = embeddings.astype(hidden.dtype)[None]
         return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
@@ -308,6 +316,7 @@ class LanguageModel(nnx.Module):
         lengths: Int[Array, " B"] | None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
+        deepstack: Float[Array, "K B S D"] | None,
         *,
         keep: Callable[[Any, Any], Any] = lambda hidden, memory: None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
@@ -330,6 +339,8 @@ class LanguageModel(nnx.Module):
                 layer=index,
                 dropout_keys=keys,
             )
+            if deepstack is not None:
+                hidden = _add_deepstack(hidden, deepstack, index)
             return (hidden, None if cache is None else memory), keep(hidden, memory)
 
         per_layer = (jnp.arange(config.num_layers), layer_keys)
@@ -358,6 +369,19 @@ class LanguageModel(nnx.Module):
         new = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), self.new_head[...])
         first = self.new_tokens.first_id
         return logits.at[..., first : first + self.new_tokens.count].set(new)
+
+
+def _add_deepstack(
+    hidden: Float[Array, "B S D"], deepstack: Float[Array, "K B S D"], layer: Int[Array, ""]
+) -> Float[Array, "B S D"]:
+    """What leaves a block, with its row of `deepstack` where there is one."""
+
+    def add(hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        own = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)
+        return constrain(hidden + own.astype(hidden.dtype), "batch", "sequence", None)
+
+    # A branch: as inputs of the scan the rows would need one for every block, zeros in most.
+    return jax.lax.cond(layer < len(deepstack), add, lambda hidden: hidden, hidden)
 
 
 def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:

@@ -20,10 +20,10 @@ from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder, rotate_features
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.models.family import normalise
+from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import ego_to_image, patch_centres, unproject
-from spacedrive_jax.models.vision_language import place_rows
+from spacedrive_jax.models.vision_language import VisionLanguageModel, VisualFeatures, place_rows
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class SpaceDrive(nnx.Module):
         """
         self.config = config
         self.indicator_id, self.position_id = indicator_id, indicator_id + 1
-        self.vlm = family_of(config.vlm).model(
+        self.vlm: VisionLanguageModel = family_of(config.vlm).model(
             config.vlm,
             compute=config.compute,
             rngs=rngs,
@@ -83,10 +83,12 @@ class SpaceDrive(nnx.Module):
             truth: the true coordinates there, which the `vae` decoder sees in training.
             noise: standard normal for the `vae` decoder; None decodes without.
         """
+        embeddings, deepstack = self.decoder_inputs(batch)
         hidden, _ = self.vlm.decode(
-            self.embeddings(batch),
+            embeddings,
             jnp.swapaxes(batch.position_ids, 0, 1),
             lengths=batch.lengths,
+            deepstack=deepstack,
             dropout_key=dropout_key,
         )
         indices = batch.waypoint_indices if indices is None else indices
@@ -132,13 +134,34 @@ class SpaceDrive(nnx.Module):
             return encoded
         return encoded + self.vlm.embed(jnp.asarray([[self.position_id]]))[0, 0].astype(encoded.dtype)
 
-    def embeddings(self, batch: DrivingBatch) -> Float[Array, "B S D"]:
-        """Token embeddings with everything spatial in its place."""
+    def decoder_inputs(
+        self, batch: DrivingBatch
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "K B S D"] | None]:
+        """What the language model reads: embeddings, and what the vision tower adds behind the first K blocks
+        at the visual tokens (None in families without deepstack).
+        """
+        visual = self.visual_features(batch)
+        embeddings = self.embeddings(batch, visual.tokens)
+        if visual.deepstack is None:
+            return embeddings, None
+        is_image = batch.token_type_ids == TokenType.IMAGE
+        nothing = jnp.zeros_like(embeddings)
+        return embeddings, jnp.stack([place_rows(nothing, rows, is_image) for rows in visual.deepstack])
+
+    def embeddings(
+        self, batch: DrivingBatch, visual_tokens: Float[Array, "B NV D"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Token embeddings with everything spatial in its place.
+
+        Args:
+            batch: a batch.
+            visual_tokens: those of its images, where they are known already.
+        """
         config = self.config
         embeddings = self.vlm.embed(batch.token_ids)
-        embeddings = place_rows(
-            embeddings, self.visual_tokens(batch), batch.token_type_ids == TokenType.IMAGE
-        )
+        if visual_tokens is None:
+            visual_tokens = self.visual_features(batch).tokens
+        embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
             feature = self.ego_encoder(batch.ego_status)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
@@ -152,24 +175,26 @@ class SpaceDrive(nnx.Module):
             embeddings = place_rows(embeddings, coordinates, batch.token_type_ids == TokenType.COORDINATE)
         return embeddings
 
-    def visual_tokens(self, batch: DrivingBatch) -> Float[Array, "B NV D"]:
-        """Visual tokens that know where they are: h + alpha * phi(point), order camera, row, column.
-
-        `visual_positions` names the alternatives.
+    def visual_features(self, batch: DrivingBatch) -> VisualFeatures:
+        """Visual tokens that know where they are, (B, NV, D): h + alpha * phi(point), order camera, row,
+        column; `visual_positions` names the alternatives. Deepstack, (K, B, NV, D), stays as the tower has
+        it: the tokens that it is added to know their places.
         """
         samples, cameras, rows, columns = batch.patch_depth.shape
         merge = self.config.vlm.vision.merge_size
         processor = family_of(self.config.vlm).image_processor
         patches = normalise(batch.pixel_values, processor.mean, processor.std)
         patches = patches.reshape(samples * cameras, *batch.pixel_values.shape[2:])
-        features = self.vlm.encode_images(patches, (rows * merge, columns * merge))
+        features, deepstack = self.vlm.visual_features(patches, (rows * merge, columns * merge))
         features = features.reshape(samples, cameras * rows * columns, -1)
+        if deepstack is not None:
+            deepstack = deepstack.reshape(len(deepstack), *features.shape)
         if self.config.visual_positions == "none":
-            return features
+            return VisualFeatures(features, deepstack)
         points = self.patch_points(batch)
         if self.config.visual_positions == "rotate":
-            return rotate_features(features, points)
-        return features + self.encoder(points).astype(features.dtype)
+            return VisualFeatures(rotate_features(features, points), deepstack)
+        return VisualFeatures(features + self.encoder(points).astype(features.dtype), deepstack)
 
     def patch_points(self, batch: DrivingBatch) -> Float[Array, "B NV 3"]:
         """3D points of the visual tokens, ego frame, metres."""

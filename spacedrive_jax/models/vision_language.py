@@ -1,7 +1,8 @@
-"""What Qwen2.5-VL and LLaVA-1.5 have in common: images into the embeddings, embeddings through the decoder.
+"""What all vision-language models have in common: images into the embeddings, embeddings through the decoder.
 
-`logits` is the plain use. A model built around it (SpaceDrive) calls the steps one by one, so that it can
-change the embeddings in between: `encode_images`, `embed`, `decode`, `decoder.logits`.
+`process`, `logits` and `generate` are the plain use. A model built around it (SpaceDrive) calls the steps one
+by one, so that it can change the embeddings in between: `visual_features`, `embed`, `decode`,
+`decoder.logits`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,33 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
+from spacedrive_jax.models.family import family_of
+from spacedrive_jax.models.generation import continue_greedily
+from spacedrive_jax.models.image_processor import ProcessorSettings, process_images
 from spacedrive_jax.models.language_model import KVCache, LanguageModel
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RopePositions
+from spacedrive_jax.models.prompt_layout import Grids, PromptLayout, image_grids, lay_out
+
+
+class VisualFeatures(NamedTuple):
+    """What a vision tower hands to the decoder."""
+
+    tokens: Float[Array, "I V D"]
+    """Visual tokens in row-major order, for the embeddings."""
+    deepstack: Float[Array, "K I V D"] | None = None
+    """What is added at those tokens behind the first K decoder blocks; None in families without."""
 
 
 class VisionLanguageModel(nnx.Module):
@@ -28,6 +44,8 @@ class VisionLanguageModel(nnx.Module):
 
     config: VLConfig
     decoder: LanguageModel
+    processor_settings: ProcessorSettings | None = None
+    """How the checkpoint's own files prepare images; None for the family's released settings."""
 
     def __init__(
         self,
@@ -79,6 +97,15 @@ class VisionLanguageModel(nnx.Module):
             ConfigError: If the pixels do not fit the grid, or the tower cannot take it.
         """
 
+    def visual_features(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> VisualFeatures:
+        """Visual tokens, and what goes past the embeddings to deeper blocks in families that have it.
+
+        Args:
+            pixel_values: As `encode_images` takes them.
+            grid: Likewise.
+        """
+        return VisualFeatures(self.encode_images(pixel_values, grid))
+
     @abc.abstractmethod
     def sequence_positions(
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
@@ -125,11 +152,19 @@ class VisionLanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        deepstack: Float[Array, "K B S D"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Final-normed hidden states and the grown cache; see `Decoder`."""
-        return self.decoder(embeddings, position_ids, lengths=lengths, cache=cache, dropout_key=dropout_key)
+        """Final-normed hidden states and the grown cache; see `LanguageModel`."""
+        return self.decoder(
+            embeddings,
+            position_ids,
+            lengths=lengths,
+            deepstack=deepstack,
+            cache=cache,
+            dropout_key=dropout_key,
+        )
 
     def prefill(
         self,
@@ -137,25 +172,49 @@ class VisionLanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        deepstack: Float[Array, "K B S D"] | None = None,
         room: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Final-normed hidden states and a new cache with room for more; see `Decoder.prefill`."""
-        return self.decoder.prefill(embeddings, position_ids, lengths=lengths, room=room)
+        """Final-normed hidden states and a new cache with room for more; see `LanguageModel.prefill`."""
+        return self.decoder.prefill(embeddings, position_ids, lengths=lengths, deepstack=deepstack, room=room)
+
+    def process(
+        self, images: Sequence[Image.Image | UInt8[np.ndarray, "H W 3"]]
+    ) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 2"]]:
+        """Images as the published processor prepares them, bit for bit, for `logits` and `generate`.
+
+        The settings are those of the checkpoint's preprocessor_config.json where it has one, else the
+        family's released ones; tiles are off: one view is one image.
+
+        Args:
+            images: N images of any sizes, PIL's (any mode) or arrays, 0..255, RGB.
+
+        Returns:
+            Normalised patches of all images one after the other, float32 (K values a patch), and the patch
+            rows and columns of each image.
+
+        Raises:
+            DataError: There are no images, or one is neither a PIL image nor such an array.
+            ConfigError: The processor cannot take an image of that shape.
+        """
+        kind = family_of(self.config).image_processor
+        return process_images(kind, self.config.vision, images, self.processor_settings)
 
     def logits(
         self,
         token_ids: Int[np.ndarray, "B S"],
         *,
-        images: Float[Array, "B N P C"] | None = None,
-        image_grid: tuple[int, int] | None = None,
+        images: Float[Array | np.ndarray, "... K"] | None = None,
+        image_grid: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
     ) -> Float[Array, "B S vocabulary"]:
         """Scores the next token at every place.
 
         Args:
             token_ids: Right-padded ids on the host, with a placeholder id per visual token.
-            images: Flattened patches of each sample's N images; see `encode_images`.
-            image_grid: Patch rows and columns of every image.
+            images: Normalised patches of all images, sample by sample: (P, K) as `process` gives them, or
+                with leading axes such as (B, N, P, K), read in order.
+            image_grid: Patch rows and columns: (N, 2), a row for each image, or one pair for all of them.
             lengths: Valid tokens per sample; None when all are.
 
         Returns:
@@ -164,82 +223,205 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ConfigError: If the placeholders do not fit the images.
         """
-        images_per_sample = 0 if images is None else images.shape[1]
-        position_ids, _ = self.position_ids(token_ids, images_per_sample, image_grid, lengths=lengths)
-        device_lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        token_ids, valid = _on_host(token_ids, lengths)
+        layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
+        device_lengths = None if lengths is None else jnp.asarray(valid, jnp.int32)
         return _logits(
-            *nnx.split(self),
-            jnp.asarray(token_ids, jnp.int32),
-            images,
-            jnp.asarray(position_ids),
-            device_lengths,
-            image_grid=image_grid,
+            *nnx.split(self), jnp.asarray(token_ids, jnp.int32), images, layout, device_lengths, grids=grids
         )
 
-    def encode_image_batch(
-        self, images: Float[Array, "B N P C"], grid: tuple[int, int] | None
-    ) -> Float[Array, "B F D"]:
-        """Visual tokens of all images of each sample in one row (F = N * V).
-
-        Raises:
-            ConfigError: If no grid is given.
-        """
-        if grid is None:
-            raise ConfigError("image_grid (patch rows, patch columns) is needed with images")
-        features = self.encode_images(images.reshape(-1, *images.shape[2:]), grid)
-        return features.reshape(images.shape[0], -1, features.shape[-1])
-
-    def position_ids(
+    def generate(
         self,
         token_ids: Int[np.ndarray, "B S"],
-        images_per_sample: int,
-        image_grid: tuple[int, int] | None,
         *,
+        max_new_tokens: int,
+        images: Float[Array | np.ndarray, "... K"] | None = None,
+        image_grid: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
-    ) -> tuple[Int[np.ndarray, "3 B S"], Int[np.ndarray, " B"]]:
-        """Position ids of a batch in which every image token id is a visual token.
+        stop_ids: tuple[int, ...] = (),
+        pad_id: int = 0,
+    ) -> Int[np.ndarray, "B T"]:
+        """Continues prompts with the most likely token each time.
 
         Args:
-            token_ids: Right-padded ids on the host.
-            images_per_sample: Images in each sample.
-            image_grid: Patch rows and columns of every image; None when there are none.
-            lengths: Valid tokens per sample; None when all are.
+            token_ids: Right-padded prompts on the host, with a placeholder id per visual token.
+            max_new_tokens: T, tokens to generate per sample at most.
+            images: See `logits`.
+            image_grid: Likewise.
+            lengths: Valid tokens per prompt; None when all are.
+            stop_ids: Ids that end a sample (the id itself is kept); none by default.
+            pad_id: What stands behind the end of a sample that stopped.
 
         Returns:
-            Positions (zero in the padding) and each sample's offset for generated tokens.
+            The new ids, without the prompt.
 
         Raises:
-            ConfigError: If the placeholders do not fit the images.
+            ConfigError: If `max_new_tokens` is not positive, a prompt is empty, or images and ids do not fit.
         """
-        token_ids = np.asarray(token_ids)
-        batch, length = token_ids.shape
-        valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
-        merge = self.config.vision.merge_size
-        grids = [] if image_grid is None else [(image_grid[0] // merge, image_grid[1] // merge)]
-        position_ids = np.zeros((3, batch, length), np.int32)
-        deltas = np.zeros(batch, np.int32)
-        for row, count in enumerate(valid):
-            position_ids[:, row, :count], deltas[row] = self.sequence_positions(
-                token_ids[row, :count], grids * images_per_sample
+        token_ids, valid = _on_host(token_ids, lengths)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
+        return np.asarray(
+            _generate(
+                *nnx.split(self),
+                jnp.asarray(token_ids, jnp.int32),
+                images,
+                layout,
+                jnp.asarray(valid, jnp.int32),
+                grids=grids,
+                max_new_tokens=max_new_tokens,
+                stop_ids=tuple(stop_ids),
+                pad_id=pad_id,
             )
-        return position_ids, deltas
+        )
+
+    def lay_out(
+        self,
+        token_ids: Int[np.ndarray, "B S"],
+        images: Float[Array | np.ndarray, "... K"] | None,
+        image_grid: Any,
+        *,
+        lengths: Int[np.ndarray, " B"] | None = None,
+    ) -> tuple[PromptLayout, Grids]:
+        """Position ids and image slots of a batch, on the host, and the patch grid of each image.
+
+        The arguments are those of `logits`.
+        """
+        token_ids, valid = _on_host(token_ids, lengths)
+        grids, merge = image_grids(images, image_grid), self.config.vision.merge_size
+        layout = lay_out(
+            token_ids,
+            valid,
+            tuple((rows // merge, columns // merge) for rows, columns in grids),
+            image_token_id=self.config.image_token_id,
+            sequence_positions=self.sequence_positions,
+        )
+        return layout, grids
+
+    def embed_prompt(
+        self,
+        token_ids: Int[Array, "B S"],
+        images: Float[Array, "... K"] | None,
+        layout: PromptLayout,
+        grids: Grids,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "K B S D"] | None]:
+        """Embeddings with visual tokens in their slots, and what is added behind the first decoder blocks.
+
+        Args:
+            token_ids: Right-padded ids.
+            images: As `logits` takes them.
+            layout: Of `lay_out`.
+            grids: Likewise; static.
+        """
+        embeddings = self.decoder.embed(token_ids)
+        if not grids:
+            return embeddings, None
+        assert images is not None
+        features = self._encode(images.reshape(-1, images.shape[-1]), grids)
+        slots = jnp.asarray(layout.visual_index)
+        is_visual, index = slots[..., None] >= 0, jnp.maximum(slots, 0)
+        tokens = jnp.take(features.tokens, index, axis=0).astype(embeddings.dtype)
+        embeddings = constrain(jnp.where(is_visual, tokens, embeddings), "batch", "sequence", None)
+        if features.deepstack is None:
+            return embeddings, None
+        deeper = jnp.where(is_visual, jnp.take(features.deepstack, index, axis=1), 0)
+        return embeddings, constrain(deeper.astype(embeddings.dtype), None, "batch", "sequence", None)
+
+    def _encode(self, patches: Float[Array, "P K"], grids: Grids) -> VisualFeatures:
+        """Visual tokens (F, D) of images of any grids one after the other, and their deepstack (K, F, D)."""
+        sizes = [rows * columns for rows, columns in grids]
+        stops = np.cumsum(sizes)
+        tokens: list[Any] = [None] * len(grids)
+        deeper: list[Any] = [None] * len(grids)
+        for grid in dict.fromkeys(grids):
+            # Images of one size go through the tower together.
+            own = [number for number, each in enumerate(grids) if each == grid]
+            if len(own) == len(grids):
+                pixels = patches.reshape(len(grids), sizes[0], -1)
+            else:
+                pixels = jnp.stack([patches[stops[number] - sizes[number] : stops[number]] for number in own])
+            features = self.visual_features(pixels, grid)
+            if len(own) == len(grids):
+                deepstack = features.deepstack
+                return VisualFeatures(
+                    _one_after_the_other(features.tokens),
+                    None if deepstack is None else _one_after_the_other(deepstack),
+                )
+            for place, number in enumerate(own):
+                tokens[number] = features.tokens[place]
+                deeper[number] = None if features.deepstack is None else features.deepstack[:, place]
+        return VisualFeatures(
+            jnp.concatenate(tokens), None if deeper[0] is None else jnp.concatenate(deeper, axis=1)
+        )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "image_grid"))
+def _one_after_the_other(features: Float[Array, "... I V D"]) -> Float[Array, "... F D"]:
+    """The tokens of all images on one axis."""
+    return features.reshape(*features.shape[:-3], -1, features.shape[-1])
+
+
+def _on_host(
+    token_ids: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"] | None
+) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
+    """Ids and lengths as arrays, checked."""
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim != 2 or token_ids.dtype.kind not in "iu" or not token_ids.size:
+        raise ConfigError(
+            f"token_ids {token_ids.shape} {token_ids.dtype} must be whole numbers (samples, length)"
+        )
+    batch, length = token_ids.shape
+    valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
+    if valid.shape != (batch,) or (valid < 1).any() or (valid > length).any():
+        raise ConfigError(f"prompt lengths {valid.tolist()} must be {batch} numbers in 1..{length}")
+    return token_ids, valid
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "grids"))
 def _logits(
     graph: nnx.GraphDef,
     state: nnx.State,
     token_ids: Int[Array, "B S"],
-    images: Float[Array, "B N P C"] | None,
-    position_ids: Int[Array, "3 B S"],
+    images: Float[Array, "... K"] | None,
+    layout: PromptLayout,
     lengths: Int[Array, " B"] | None,
     *,
-    image_grid: tuple[int, int] | None,
+    grids: Grids,
 ) -> Float[Array, "B S vocabulary"]:
     model: VisionLanguageModel = nnx.merge(graph, state)
-    features = None if images is None else model.encode_image_batch(images, image_grid)
-    hidden, _ = model.decode(model.embed(token_ids, features), position_ids, lengths=lengths)
+    embeddings, deepstack = model.embed_prompt(token_ids, images, layout, grids)
+    position_ids = jnp.asarray(layout.position_ids)
+    hidden, _ = model.decode(embeddings, position_ids, lengths=lengths, deepstack=deepstack)
     return model.decoder.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "grids", "max_new_tokens", "stop_ids", "pad_id"))
+def _generate(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    token_ids: Int[Array, "B S"],
+    images: Float[Array, "... K"] | None,
+    layout: PromptLayout,
+    lengths: Int[Array, " B"],
+    *,
+    grids: Grids,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> Int[Array, "B T"]:
+    model: VisionLanguageModel = nnx.merge(graph, state)
+    embeddings, deepstack = model.embed_prompt(token_ids, images, layout, grids)
+    return continue_greedily(
+        model.decoder,
+        embeddings,
+        jnp.asarray(layout.position_ids),
+        rope_delta=jnp.asarray(layout.rope_delta),
+        lengths=lengths,
+        deepstack=deepstack,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+    )
 
 
 def place_rows(

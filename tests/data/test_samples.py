@@ -9,7 +9,7 @@ from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.models.family import CLIP_MEAN, CLIP_STD, normalise
+from spacedrive_jax.models.image_processor import CLIP_MEAN, CLIP_STD, normalise
 from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
 from tests.record_factory import encode_jpeg, encode_png, make_record

@@ -14,7 +14,6 @@ from flax import nnx
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.models.config import LoraConfig
 from spacedrive_jax.models.families.llava import flatten_patches
-from spacedrive_jax.models.generation import generate
 from spacedrive_jax.models.partitioning import activations_on, logical_to_mesh_axes
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
@@ -49,7 +48,7 @@ def main(golden: Path) -> None:
     use = {"images": images, "image_grid": grid, "lengths": lengths}
     expected = np.asarray(single.logits(token_ids, **use))
     valid = np.arange(token_ids.shape[1]) < lengths[:, None]
-    ids = generate(single, token_ids, max_new_tokens=3, **use)
+    ids = single.generate(token_ids, max_new_tokens=3, **use)
     results: dict[str, dict[str, float | bool]] = {}
     for name, sizes in MESHES.items():
         mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -57,7 +56,7 @@ def main(golden: Path) -> None:
         model = from_hf(golden, lora=lora, shardings=shardings)
         with activations_on(mesh):
             logits = np.asarray(model.logits(token_ids, **use))
-            ours = generate(model, token_ids, max_new_tokens=3, **use) if name == "all" else None
+            ours = model.generate(token_ids, max_new_tokens=3, **use) if name == "all" else None
         leaves = jax.tree.leaves(nnx.state(model))
         results[name] = {
             "error": float(np.abs(logits - expected)[valid].max() / np.abs(expected[valid]).max()),

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.models.generation import generate
 
 GRID = (4, 6)
 IMAGE = 90
@@ -24,8 +23,8 @@ def prompts():
 @pytest.fixture(scope="module")
 def generated(tiny_model, prompts):
     token_ids, lengths, images = prompts
-    return generate(
-        tiny_model, token_ids, images=jnp.asarray(images), image_grid=GRID, lengths=lengths, max_new_tokens=6
+    return tiny_model.generate(
+        token_ids, images=jnp.asarray(images), image_grid=GRID, lengths=lengths, max_new_tokens=6
     )
 
 
@@ -43,8 +42,7 @@ def test_a_stopped_sample_is_padded_and_the_other_goes_on(tiny_model, prompts, g
     token_ids, lengths, images = prompts
     stop = next(int(each) for each in generated[0] if each not in generated[1])
     at = generated[0].tolist().index(stop)
-    stopped = generate(
-        tiny_model,
+    stopped = tiny_model.generate(
         token_ids,
         images=jnp.asarray(images),
         image_grid=GRID,
@@ -69,10 +67,10 @@ def test_images_matter(tiny_model, prompts, generated):
 def test_bad_requests_are_refused(tiny_model, prompts):
     token_ids, _, images = prompts
     with pytest.raises(SpaceDriveError, match="max_new_tokens"):
-        generate(tiny_model, token_ids[:, 8:], max_new_tokens=0)
+        tiny_model.generate(token_ids[:, 8:], max_new_tokens=0)
     with pytest.raises(SpaceDriveError, match="prompt lengths"):
-        generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, lengths=np.array([6, 0]))
+        tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, lengths=np.array([6, 0]))
     with pytest.raises(SpaceDriveError, match="runs of"):
-        generate(tiny_model, token_ids, max_new_tokens=1)
+        tiny_model.generate(token_ids, max_new_tokens=1)
     with pytest.raises(SpaceDriveError, match="image_grid"):
-        generate(tiny_model, token_ids[:, 8:], max_new_tokens=1, images=jnp.asarray(images[:, :0]))
+        tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, images=jnp.asarray(images[:, :0]))

@@ -20,7 +20,6 @@ from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig, flatten_patches
-from spacedrive_jax.models.generation import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_plus_train"
 LORA = LoraConfig(rank=4, alpha=4.0, targets=("k", "v", "o"))
@@ -240,9 +239,7 @@ def test_two_images_may_stand_side_by_side_and_padding_changes_nothing(model):
     swapped = model.logits(token_ids[:1, :41], images=images[:1, ::-1], image_grid=(4, 4))
     assert worst(swapped, np.asarray(alone)) > 100 * TOLERANCE
 
-    continued = generate(
-        model, token_ids, images=images, image_grid=(4, 4), lengths=lengths, max_new_tokens=4
-    )
+    continued = model.generate(token_ids, images=images, image_grid=(4, 4), lengths=lengths, max_new_tokens=4)
     grown = np.concatenate([token_ids[:1, :41], continued[:1, :3]], axis=1)
     again = model.logits(grown, images=images[:1], image_grid=(4, 4))
     np.testing.assert_array_equal(np.argmax(again[0, 40:], axis=-1), continued[0])

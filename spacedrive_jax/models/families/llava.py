@@ -30,11 +30,10 @@ from spacedrive_jax.models.family import (
     ChatTemplate,
     ChatTokens,
     Family,
-    ImageProcessor,
     Message,
     Tokenizer,
-    bicubic,
 )
+from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, bicubic
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
@@ -351,18 +350,55 @@ def _places(token_ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
 
 
 class LlavaImageProcessor(ImageProcessor):
-    """Bicubic resize to the one size that the tower's position embedding knows, then patches."""
+    """Bicubic resize to the one size that the tower's position embedding knows, then patches.
 
-    def __init__(self, vision: ClipVisionConfig, image_size: tuple[int, int]) -> None:
-        """See `ImageProcessor`."""
-        super().__init__(vision, image_size)
+    The published processor resizes the shorter side and cuts the middle out; SpaceDrive's views are resized
+    whole, so that no part of a view is lost.
+    """
+
+    fallback = ProcessorSettings(size=(("shortest_edge", 224), ("crop_height", 224), ("crop_width", 224)))
+
+    def __init__(
+        self,
+        vision: ClipVisionConfig,
+        image_size: tuple[int, int],
+        settings: ProcessorSettings | None = None,
+    ) -> None:
+        """See `ImageProcessor`.
+
+        Raises:
+            ConfigError: the settings resize to less than the tower's size, or cut to another.
+        """
+        super().__init__(vision, image_size, settings)
+        side = vision.image_size
+        sizes = dict.fromkeys(self.fallback.sizes, side)
+        if settings is not None and settings.size:
+            sizes = dict(settings.size)
+        self.shorter = sizes.pop("shortest_edge", 0)
+        if self.shorter < side or sizes != {"crop_height": side, "crop_width": side}:
+            raise ConfigError(
+                f"images must be resized to a shorter side of at least {side} pixels and cut to the tower's "
+                f"{side}x{side}; the processor's settings say {dict(settings.size) if settings else {}}"
+            )
         self.patch_grid = self.token_grid = (vision.grid_side, vision.grid_side)
         self.intrinsics_size = (vision.image_size, vision.image_size)
 
     def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
         """Patches in row-major order; K is channel, row, column."""
-        resized = np.stack([bicubic(image, *self.intrinsics_size) for image in images])
+        if self.settings is None:
+            resized = np.stack([bicubic(image, *self.intrinsics_size) for image in images])
+        else:
+            resized = np.stack([self._cut_out(image) for image in images])
         return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
+
+    def _cut_out(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """The middle of an image whose shorter side is resized."""
+        side, (height, width) = self.vision.image_size, image.shape[:2]
+        longer = int(self.shorter * max(height, width) / min(height, width))
+        sizes = (self.shorter, longer) if height <= width else (longer, self.shorter)
+        resized = bicubic(image, *sizes)
+        top, left = ((each - side) // 2 for each in sizes)
+        return resized[top : top + side, left : left + side]
 
 
 def vision_flops(config: LlavaConfig, patch_grid: tuple[int, int]) -> int:

@@ -31,11 +31,10 @@ from spacedrive_jax.models.family import (
     ChatTemplate,
     ChatTokens,
     Family,
-    ImageProcessor,
     Message,
     Tokenizer,
-    bicubic,
 )
+from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, bicubic
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import (
@@ -387,20 +386,28 @@ class QwenImageProcessor(ImageProcessor):
     transformers' Qwen2VLImageProcessor written out: rescaling and normalisation are left to the device.
     """
 
-    max_pixels = 28 * 28 * 16384
-    """Larger images are scaled down (released Qwen2.5-VL settings)."""
+    published = ProcessorSettings(size=(("shortest_edge", 56 * 56), ("longest_edge", 28 * 28 * 16384)))
+    """Pixels of an image at least and at most; others are scaled up or down."""
+    fallback = ProcessorSettings(size=(("shortest_edge", 56 * 56), ("longest_edge", 28 * 28 * 1280)))
 
-    def __init__(self, vision: QwenVisionConfig, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        vision: QwenVisionConfig,
+        image_size: tuple[int, int],
+        settings: ProcessorSettings | None = None,
+    ) -> None:
         """See `ImageProcessor`.
 
         Raises:
             ConfigError: the image is more than 200 times as long as it is wide.
         """
-        super().__init__(vision, image_size)
+        super().__init__(vision, image_size, settings)
         side = vision.patch_size * vision.merge_size
-        self.resized = smart_resize(
-            *image_size, factor=side, min_pixels=min(56 * 56, side * side), max_pixels=self.max_pixels
-        )
+        limits = (settings or self.published).sizes
+        least, most = limits["shortest_edge"], limits["longest_edge"]
+        if settings is None:  # views as small as the caller likes
+            least = min(least, side * side)
+        self.resized = smart_resize(*image_size, factor=side, min_pixels=least, max_pixels=most)
         self.patch_grid = (self.resized[0] // vision.patch_size, self.resized[1] // vision.patch_size)
         self.token_grid = (self.resized[0] // side, self.resized[1] // side)
         # Published (fidelity Q15): intrinsics count the pixels of the image handed in, even where the

@@ -25,7 +25,8 @@ from spacedrive_jax.data.tokenizer import COORDINATE, DrivingTokenizer, load_tok
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.models.families.llava import llava_labels
 from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor, QwenVisionConfig, smart_resize
-from spacedrive_jax.models.family import IGNORE, ChatTokens, Message, normalise
+from spacedrive_jax.models.family import IGNORE, ChatTokens, Message
+from spacedrive_jax.models.image_processor import normalise
 from tests.golden.verify.case_files import read_arrays, read_settings
 from tests.golden.verify.check import Check, compare
 

@@ -24,14 +24,22 @@ def assert_close(ours, theirs, what: str) -> None:
     assert error < RELATIVE_TOLERANCE
 
 
+def hidden_states(model: VisionLanguageModel, token_ids, images, grid, lengths) -> jax.Array:
+    """Input and output of every block, (L+1, B, S, D), as transformers counts them."""
+    layout, grids = model.lay_out(token_ids, images, grid, lengths=lengths)
+    embeddings, deepstack = model.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
+    return model.decoder.hidden_states(
+        embeddings, jnp.asarray(layout.position_ids), lengths=jnp.asarray(lengths), deepstack=deepstack
+    )
+
+
 def next_token_loss(
     model: VisionLanguageModel, token_ids: np.ndarray, images: np.ndarray | None, grid: tuple[int, int] | None
 ) -> jax.Array:
     """Mean cross-entropy of every next token, as transformers has it with labels = input_ids."""
-    count = 0 if images is None else images.shape[1]
-    position_ids, _ = model.position_ids(token_ids, count, grid)
-    features = None if images is None else model.encode_image_batch(jnp.asarray(images), grid)
-    hidden, _ = model.decode(model.embed(jnp.asarray(token_ids), features), jnp.asarray(position_ids))
+    layout, grids = model.lay_out(token_ids, images, grid)
+    embeddings, deepstack = model.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
+    hidden, _ = model.decode(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
     scores = jax.nn.log_softmax(model.decoder.logits(hidden[:, :-1]))
     return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 

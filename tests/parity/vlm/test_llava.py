@@ -13,8 +13,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.families.llava import Llava, flatten_patches
 from spacedrive_jax.models.families.llava import lora as llava_lora
-from spacedrive_jax.models.generation import generate
-from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients
+from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients, hidden_states
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -127,13 +126,10 @@ def torch_inputs(inputs: Inputs, row: int) -> dict:
 def test_features_hidden_states_and_logits(pair):
     inputs = make_inputs(pair.case)
     ours = pair.ours.logits(inputs.token_ids, images=inputs.patches, image_grid=GRID, lengths=inputs.lengths)
-    features = pair.ours.encode_image_batch(jnp.asarray(inputs.patches), GRID)
-    position_ids, _ = pair.ours.position_ids(inputs.token_ids, pair.case.images, GRID, lengths=inputs.lengths)
-    hidden = pair.ours.decoder.hidden_states(
-        pair.ours.embed(jnp.asarray(inputs.token_ids), features),
-        jnp.asarray(position_ids),
-        lengths=jnp.asarray(inputs.lengths),
-    )
+    patches = jnp.asarray(inputs.patches)
+    features = pair.ours.encode_images(patches.reshape(-1, *patches.shape[2:]), GRID)
+    features = features.reshape(len(patches), -1, features.shape[-1])
+    hidden = hidden_states(pair.ours, inputs.token_ids, patches, GRID, inputs.lengths)
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
             theirs = pair.theirs(**torch_inputs(inputs, row), output_hidden_states=True)
@@ -147,8 +143,7 @@ def test_features_hidden_states_and_logits(pair):
 
 def test_generated_ids(pair):
     inputs = make_inputs(pair.case, seed=2)
-    ours = generate(
-        pair.ours,
+    ours = pair.ours.generate(
         inputs.token_ids,
         images=inputs.patches,
         image_grid=GRID,

@@ -13,8 +13,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
-from spacedrive_jax.models.generation import generate
-from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients
+from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients, hidden_states
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -136,13 +135,7 @@ def test_logits_and_hidden_states(pair):
     ours = pair.ours.logits(
         inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
     )
-    images = 0 if inputs.pixels is None else pair.case.images
-    position_ids, _ = pair.ours.position_ids(inputs.token_ids, images, inputs.grid, lengths=inputs.lengths)
-    features = None if images == 0 else pair.ours.encode_image_batch(inputs.pixels, inputs.grid)
-    embeddings = pair.ours.embed(jnp.asarray(inputs.token_ids), features)
-    hidden = pair.ours.decoder.hidden_states(
-        embeddings, jnp.asarray(position_ids), lengths=jnp.asarray(inputs.lengths)
-    )
+    hidden = hidden_states(pair.ours, inputs.token_ids, inputs.pixels, inputs.grid, inputs.lengths)
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
             theirs = pair.theirs(**torch_inputs(inputs, row), output_hidden_states=True)
@@ -186,8 +179,7 @@ def test_visual_tokens(pair):
 def test_generated_ids_with_cache_batched_and_alone(pair):
     inputs = make_inputs(pair.case, seed=2)
     new_tokens = 12
-    ours = generate(
-        pair.ours,
+    ours = pair.ours.generate(
         inputs.token_ids,
         images=inputs.pixels,
         image_grid=inputs.grid,
@@ -204,8 +196,7 @@ def test_generated_ids_with_cache_batched_and_alone(pair):
                 pad_token_id=0,
             )
         np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
-        alone = generate(
-            pair.ours,
+        alone = pair.ours.generate(
             inputs.token_ids[row : row + 1, :length],
             images=None if inputs.pixels is None else inputs.pixels[row : row + 1],
             image_grid=inputs.grid,

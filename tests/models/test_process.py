@@ -1,0 +1,197 @@
+"""`process`, `logits` and `generate` on images of different sizes, without torch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from spacedrive_jax import open_model
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
+from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
+from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor
+from spacedrive_jax.models.image_processor import ProcessorSettings
+from tests.models.conftest import random_module, tiny_config
+
+IMAGE = 90
+LIMITS = {"min_pixels": 64, "max_pixels": 1024}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("process") / "model"
+    to_hf(tiny_model, folder)
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "patch_size": 4, **LIMITS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return open_model(folder)
+
+
+def views(*sizes):
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def test_patches_follow_the_checkpoints_own_settings(model):
+    images = views((16, 24), (40, 70), (9, 8))
+    patches, grid = model.process([images[0], Image.fromarray(images[1]), images[2]])
+    # 40x70 is above 1024 pixels and shrinks to 24x40; 9x8 stays one token.
+    np.testing.assert_array_equal(grid, [[4, 6], [6, 10], [2, 2]])
+    assert patches.shape == (24 + 60 + 4, 96)
+    assert patches.dtype == np.float32
+    # The first patch of the first image, both frames: (x / 255 - mean) / std.
+    corner = images[0][:4, :4].transpose(2, 0, 1).astype(np.float64) / 255
+    expected = (corner - np.array([0.4, 0.5, 0.6])[:, None, None]) / np.array([0.2, 0.3, 0.4])[:, None, None]
+    np.testing.assert_allclose(patches[0].reshape(3, 2, 4, 4)[:, 1], expected, rtol=1e-5)
+    grey = Image.fromarray(images[0]).convert("L")
+    assert len(model.process([grey])[0]) == 24
+
+
+def test_without_a_file_the_released_settings_hold(tiny_model):
+    _, grid = tiny_model.process(views((16, 24)))
+    assert grid[0].prod() * 16 >= QwenImageProcessor.published.sizes["shortest_edge"]
+
+
+def test_images_of_different_sizes_score_as_they_do_alone(model):
+    first, second, third = views((16, 24), (24, 16), (16, 24))
+    text = np.random.default_rng(1).integers(0, 80, (2, 5))
+    tokens = np.zeros((2, 24), np.int32)
+    tokens[0] = [*text[0], *[IMAGE] * 6, 7, *[IMAGE] * 6, *text[1], 3]
+    tokens[1, :12] = [*[IMAGE] * 6, *text[1], 5]
+    lengths = np.array([24, 12])
+    patches, grid = model.process([first, second, third])
+    together = model.logits(tokens, images=patches, image_grid=grid, lengths=lengths)
+    alone, one_grid = model.process([third])
+    other = model.logits(tokens[1:, :12], images=alone, image_grid=one_grid)
+    np.testing.assert_allclose(together[1, :12], other[0], atol=2e-6)
+    swapped, _ = model.process([third, second, first])
+    again = model.logits(tokens, images=swapped, image_grid=grid, lengths=lengths)
+    assert np.abs(again[1, :12] - together[1, :12]).max() > 1e-4
+
+    ids = model.generate(tokens, images=patches, image_grid=grid, lengths=lengths, max_new_tokens=3)
+    grown = np.concatenate([tokens[:1], ids[:1]], axis=1)
+    both, both_grids = model.process([first, second])
+    scores = model.logits(grown, images=both, image_grid=both_grids)
+    np.testing.assert_array_equal(np.argmax(scores[0, 23:-1], axis=-1), ids[0])
+
+
+def test_leading_axes_and_one_grid_for_all_mean_the_same(model):
+    tokens = np.full((1, 12), IMAGE)
+    tokens = np.insert(tokens, 6, 3, axis=1)
+    patches, grid = model.process(views((16, 24), (16, 24)))
+    flat = model.logits(tokens, images=patches, image_grid=grid)
+    nested = model.logits(tokens, images=patches.reshape(1, 2, 24, 96), image_grid=(4, 6))
+    np.testing.assert_array_equal(flat, nested)
+
+
+def test_llava_cuts_the_middle_out():
+    config = LlavaConfig(
+        decoder=LanguageModelConfig(
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=24,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+            mrope_section=(4,),
+            qkv_bias=False,
+        ),
+        vision=ClipVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            depth=1,
+            num_heads=2,
+            image_size=8,
+            patch_size=4,
+            feature_layer=-1,
+        ),
+        image_token_id=IMAGE,
+    )
+    model = random_module(lambda: Llava(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
+    image = views((8, 14))[0]
+    patches, grid = model.process([image])
+    np.testing.assert_array_equal(grid, [[2, 2]])
+    middle, _ = model.process([np.ascontiguousarray(image[:, 3:11])])
+    np.testing.assert_array_equal(patches, middle)
+    ids = model.generate([[5, *[IMAGE] * 4, 7]], images=patches, image_grid=grid, max_new_tokens=2)
+    assert ids.shape == (1, 2)
+    model.processor_settings = ProcessorSettings(size=(("height", 8), ("width", 8)))
+    with pytest.raises(SpaceDriveError, match="shorter side"):
+        model.process([image])
+
+
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        ([], "list of images"),
+        ([np.zeros((4, 4, 3))], r"image 0 is a float64 array \(4, 4, 3\)"),
+        ([np.zeros((4, 4), np.uint8)], r"uint8 array \(4, 4\)"),
+        (["a.jpg"], "image 0 is a str"),
+    ],
+)
+def test_what_is_no_image_is_refused(tiny_model, images, problem):
+    with pytest.raises(SpaceDriveError, match=problem):
+        tiny_model.process(images)
+
+
+@pytest.mark.parametrize(
+    ("grid", "problem"),
+    [
+        (None, "image_grid"),
+        ((5, 6), "hold 24 patches"),
+        ([[4, 6], [4, 6]], "hold 24 patches"),
+        ([[4, 6, 2, 1]], "must be"),
+        ((0, 6), "must be"),
+        ((4.0, 6.0), "must be"),
+    ],
+)
+def test_grids_that_do_not_fit_are_refused(tiny_model, grid, problem):
+    with pytest.raises(SpaceDriveError, match=problem):
+        tiny_model.logits(np.full((1, 6), IMAGE), images=np.zeros((24, 96), np.float32), image_grid=grid)
+
+
+def test_images_without_a_place_are_refused(tiny_model):
+    patches = np.zeros((48, 96), np.float32)
+    with pytest.raises(SpaceDriveError, match="1 of 2 images have no image tokens"):
+        tiny_model.logits(np.full((1, 6), IMAGE), images=patches, image_grid=(4, 6))
+    with pytest.raises(SpaceDriveError, match="token_ids"):
+        tiny_model.logits(np.full(6, IMAGE), images=patches, image_grid=(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"do_resize": False}, "do_resize"),
+        ({"patch_size": 14}, "patch_size 14"),
+        ({"resample": 1}, "resample"),
+        ({"image_std": [1, 0, 1]}, "image_std"),
+        ({"size": {"shortest": 3}}, "size is"),
+        ({"do_pad": True}, "do_pad"),
+    ],
+)
+def test_settings_that_are_not_done_here_are_refused(folder, tmp_path, fields, problem):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(SpaceDriveError, match=problem):
+        open_model(tmp_path)
+
+
+def test_settings_saved_with_a_tokenizer_are_found(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.name != "preprocessor_config.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": LIMITS}))
+    settings = open_model(tmp_path).processor_settings
+    assert settings.sizes == {"shortest_edge": 64, "longest_edge": 1024}
+    assert tiny_config().vision.patch_size == 4
