@@ -166,5 +166,5 @@ def check_patches(pixel_values: Float[Array, "I P C"], grid: tuple[int, int], co
     if pixel_values.ndim != 3 or pixel_values.shape[1:] != (patches, config.patch_channels):
         raise ConfigError(
             f"pixel_values {pixel_values.shape} must be (images, {patches}, {config.patch_channels}): "
-            f"flattened patches (vlm.flatten_patches) of a grid of {grid[0]}x{grid[1]}"
+            f"flattened patches (`flatten_patches`) of a grid of {grid[0]}x{grid[1]}"
         )
