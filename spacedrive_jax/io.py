@@ -20,6 +20,7 @@ import socket
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -384,7 +385,7 @@ T = TypeVar("T")
 
 def read_typed(
     path: str | os.PathLike[str],
-    kind: type[T],
+    kind: type[T] | GenericAlias,
     *,
     most: int | None = None,
     advice: str = "is it damaged?",
@@ -401,7 +402,7 @@ def read_typed(
         raise DataError(f"{path}: {error}; {advice}") from error
 
 
-def convert(value: Any, kind: type[T], path: object, advice: str = "is it damaged?") -> T:
+def convert(value: Any, kind: type[T] | GenericAlias, path: object, advice: str = "is it damaged?") -> T:
     """A value that JSON gave, as the type that a file of this name has.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -24,8 +24,6 @@ DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
 and shifted to fit the sweep; a camera with too few returns has none."""
 
 NETWORKS = ("unidepth", "depth_anything")
-CACHED = "cached_depth"
-"""Entry of a record that `with_network_depth` adds: a `CachedDepth`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +45,19 @@ class DepthConfig:
         check_bounds(self, self.BOUNDS, "data.depth")
 
 
-def with_network_depth(records: Records, config: DepthConfig, grid: tuple[int, int]) -> Records:
-    """Records that carry the network's depth, where a configured source needs it; else unchanged.
+def open_depth_cache(
+    records: Records, config: DepthConfig, grid: tuple[int, int] | None = None
+) -> DepthCache | None:
+    """The sidecar that the configured sources need; None where none of them is a network's.
 
     Args:
         records: a records folder.
         config: sources, pooling, which sidecar.
-        grid: rows and columns of visual tokens that depth is wanted for.
+        grid: rows and columns of visual tokens that depth is wanted for; None for whichever it holds.
 
     Raises:
-        SpaceDriveError: there is no such sidecar, it belongs to other records, or it holds patch depth of
-            another grid or pooling.
-    """
-    cache = open_depth_cache(records, config)
-    if cache is None:
-        return records
-    if not cache.provenance["full"]:
-        held = tuple(cache.provenance["grid"])
-        _check_grid(held, cache.provenance["pooling"], grid, config)
-    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token)})
-
-
-def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None:
-    """The sidecar that the configured sources need; None where none of them is a network's.
-
-    Raises:
-        ConfigError: there is no such sidecar, or it belongs to other records.
+        ConfigError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
+            grid or pooling.
     """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
@@ -82,18 +67,21 @@ def open_depth_cache(records: Records, config: DepthConfig) -> DepthCache | None
     kind = cache.provenance["kind"]
     if asked and kind not in asked:
         raise ConfigError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+    if grid is not None and not cache.provenance["full"]:
+        _check_grid(tuple(cache.provenance["grid"]), cache.provenance["pooling"], grid, config)
     return cache
 
 
 def record_patch_depth(
-    record: Record, grid: tuple[int, int], config: DepthConfig
+    record: Record, grid: tuple[int, int], config: DepthConfig, cached: CachedDepth | None = None
 ) -> tuple[Float[np.ndarray, "N h w"], list[DepthSource]]:
     """Pooled depth of every camera on the grid of visual tokens.
 
     Args:
-        record: for a network's depth, one of `with_network_depth`.
+        record: a keyframe.
         grid: rows and columns of visual tokens.
         config: sources, pooling, farthest depth.
+        cached: a network's depth of this keyframe, where a source is a network's (`open_depth_cache`).
 
     Returns:
         Depth, metres, float32, and which source each camera's came from.
@@ -112,7 +100,7 @@ def record_patch_depth(
             elif source == "lidar":
                 found = _lidar(record, camera, grid, in_cameras)
             else:
-                found = _network(record, camera, grid, config, source)
+                found = _network(record, cached, camera, grid, config, source)
             if found is not None:
                 depth[camera] = np.minimum(found, config.far)
                 used.append(source)
@@ -149,11 +137,15 @@ def _lidar(
 
 
 def _network(
-    record: Record, camera: int, grid: tuple[int, int], config: DepthConfig, source: DepthSource
+    record: Record,
+    cached: CachedDepth | None,
+    camera: int,
+    grid: tuple[int, int],
+    config: DepthConfig,
+    source: DepthSource,
 ) -> Float[np.ndarray, "h w"] | None:
-    cached: Any = record.get(CACHED)
     if cached is None:
-        raise ValueError(f"source {source!r} needs records of `with_network_depth`")
+        raise ValueError(f"source {source!r} needs the network's depth of the keyframe: give it as `cached`")
     if not _has_image(record, camera):
         return None
     pooled = _pooled(cached, camera, grid, config)

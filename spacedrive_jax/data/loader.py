@@ -19,7 +19,8 @@ from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
-from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.depth_cache import DepthCache
+from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
 from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open_records, records_sources
 from spacedrive_jax.data.schema import record_features
@@ -110,6 +111,8 @@ class Samples(Sequence[DrivingBatch]):
     builder: SampleBuilder
     indices: list[int]
     """Which records, in order."""
+    depth: DepthCache | None = None
+    """A network's depth of the keyframes, where `data.depth` asks for it."""
     keep: bool = False
     offset: int = 0
     """Added to a record's row to make its sample's `index`, where several folders are mixed."""
@@ -126,7 +129,9 @@ class Samples(Sequence[DrivingBatch]):
         if index in self._kept:
             return self._kept[index]
         started = time.monotonic()
-        sample = self.builder(self.records[index], self.offset + index)
+        record = self.records[index]
+        cached = self.depth.read(record["token"]) if self.depth is not None else None
+        sample = self.builder(record, self.offset + index, cached)
         self.clock.add(time.monotonic() - started)
         if self.keep:
             self._kept[index] = sample
@@ -182,7 +187,7 @@ def _folder_samples(
     folder: str, data: DataConfig, builder: SampleBuilder, batch_size: int, split: str, offset: int
 ) -> Samples:
     records = open_records(folder, split)
-    records = with_network_depth(records, data.depth, builder.images.token_grid)
+    depth = open_depth_cache(records, data.depth, builder.images.token_grid)
     indices = list(range(len(records)))
     if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records)).tolist()
@@ -191,7 +196,7 @@ def _folder_samples(
             f"{folder} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
         )
     _check_questions(records, indices, data.conversation)
-    return Samples(records, builder, indices, data.cache_in_memory, offset)
+    return Samples(records, builder, indices, depth, data.cache_in_memory, offset)
 
 
 def _check_questions(records: Records, indices: Sequence[int], config: ConversationConfig) -> None:

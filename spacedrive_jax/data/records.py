@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +143,12 @@ class Records(Sequence[Record]):
     """Content fingerprint of the whole folder, as written by the converter."""
     splits: frozenset[str] = frozenset()
     """The splits of the folder that hold keyframes, without `all`."""
-    extra: Callable[[str], Mapping[str, Any]] | None = None
-    """From a keyframe's token to entries that its record gets besides (cached depth)."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
-        record = self.source[index]
-        if self.extra is not None:
-            record |= self.extra(record["token"])
-        return record
+        return self.source[index]
 
 
 def open_records(directory: Path | str, split: str = "all") -> Records:

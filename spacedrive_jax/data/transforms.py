@@ -16,6 +16,7 @@ from spacedrive_jax.data.conversation import (
     question_turn,
     training_conversation,
 )
+from spacedrive_jax.data.depth_cache import CachedDepth
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
@@ -49,8 +50,13 @@ class SampleBuilder:
         )
         check_vocabulary(self.tokenizer, model)
 
-    def __call__(self, record: Record, index: int) -> DrivingBatch:
+    def __call__(self, record: Record, index: int, cached: CachedDepth | None = None) -> DrivingBatch:
         """One sample, numpy arrays without a batch axis.
+
+        Args:
+            record: a keyframe.
+            index: the sample's.
+            cached: a network's depth of the keyframe, where a source of `data.depth` is a network's.
 
         Raises:
             SpaceDriveError: the record lacks an image or depth, or the conversation does not fit the config's
@@ -62,7 +68,7 @@ class SampleBuilder:
                 record, data.command, ego_in_words=in_words, route_targets=data.route_targets
             )
             points = question_coordinates(record, route_targets=data.route_targets)
-            return self.sample(record, Conversation([question], points), index)
+            return self.sample(record, Conversation([question], points), index, cached)
         talk = training_conversation(
             record,
             data.conversation,
@@ -72,10 +78,12 @@ class SampleBuilder:
             ego_in_words=in_words,
             route_targets=data.route_targets,
         )
-        return self.sample(record, talk, index)
+        return self.sample(record, talk, index, cached)
 
-    def sample(self, record: Record, talk: Conversation, index: int) -> DrivingBatch:
-        """One sample with a conversation of the caller's; `index` is the sample's.
+    def sample(
+        self, record: Record, talk: Conversation, index: int, cached: CachedDepth | None = None
+    ) -> DrivingBatch:
+        """One sample with a conversation of the caller's; the rest as when called.
 
         Raises:
             SpaceDriveError: as when called.
@@ -115,7 +123,7 @@ class SampleBuilder:
             # No visual token knows where it is: depth is not read, and records need none.
             depth = np.zeros((NUM_CAMERAS, *grid), np.float32)
         else:
-            depth, _ = record_patch_depth(record, grid, data.depth)
+            depth, _ = record_patch_depth(record, grid, data.depth, cached)
         return DrivingBatch(
             **fields,
             pixel_values=self.images(record),

@@ -15,7 +15,7 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.depth_cache import CachedDepth, NetworkKind
-from spacedrive_jax.data.depth_sources import CACHED, NETWORKS, record_patch_depth
+from spacedrive_jax.data.depth_sources import NETWORKS, record_patch_depth
 from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record
@@ -67,8 +67,8 @@ class ModelPolicy:
 
     def warm_up(self) -> None:
         """Compiles the model, and the network for every number of keyframes, too."""
-        record = self._with_placeholder(warm_up_record())
-        self.planner.warm_up(record)
+        record = warm_up_record()
+        self.planner.warm_up(record, self._placeholder())
         if self.network is not None:
             for count in range(1, self.most + 1):
                 self.network.run([record] * count)
@@ -82,7 +82,7 @@ class ModelPolicy:
         record = partial_record(message)
         if self.network is None:
             return _Prepared(self.planner.sample(record), None)
-        return _Prepared(self.planner.sample(self._with_placeholder(record)), record)
+        return _Prepared(self.planner.sample(record, self._placeholder()), record)
 
     def run(self, prepared: Sequence[_Prepared]) -> list[dict[str, Any]]:
         """Plans."""
@@ -96,18 +96,17 @@ class ModelPolicy:
             ]
         return [_answer(plan) for plan in self.planner.plan(samples)]
 
-    def _with_placeholder(self, record: Record) -> Record:
-        """A record with depth in the network's place: its sample can be built before the network ran."""
+    def _placeholder(self) -> CachedDepth | None:
+        """Depth in the network's place: a sample can be built before the network ran."""
         if self.network is None:
-            return record
-        grid = self.planner.builder.images.token_grid
-        return record | {CACHED: self._cached(np.ones((NUM_CAMERAS, *grid), np.float32))}
+            return None
+        return self._cached(np.ones((NUM_CAMERAS, *self.planner.builder.images.token_grid), np.float32))
 
     def _with_depth(
         self, sample: DrivingBatch, record: Record, depth: Float[np.ndarray, "N h w"]
     ) -> DrivingBatch:
         grid, config = self.planner.builder.images.token_grid, self.planner.config.data.depth
-        patch_depth, _ = record_patch_depth(record | {CACHED: self._cached(depth)}, grid, config)
+        patch_depth, _ = record_patch_depth(record, grid, config, self._cached(depth))
         return dataclasses.replace(sample, patch_depth=patch_depth)
 
     def _cached(self, depth: Float[np.ndarray, "N h w"]) -> CachedDepth:

@@ -17,6 +17,7 @@ from spacedrive_jax.batch import LENGTH_STEP, DrivingBatch, stack, without_paddi
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import note
 from spacedrive_jax.data.conversation import question_turn
+from spacedrive_jax.data.depth_cache import CachedDepth
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import COMMAND_WORDS, ROUTE_WORDS
 from spacedrive_jax.data.schema import Record
@@ -68,13 +69,17 @@ class Planner:
         """Samples that one call takes."""
         return self.sizes[-1]
 
-    def sample(self, record: Record) -> DrivingBatch:
+    def sample(self, record: Record, cached: CachedDepth | None = None) -> DrivingBatch:
         """A record's prompt, images and ego status; callable from any thread.
+
+        Args:
+            record: a keyframe.
+            cached: a network's depth of it, where the run's `data.depth` asks for one.
 
         Raises:
             SpaceDriveError: the record lacks something, or its prompt is longer than the planner's prompts.
         """
-        sample = self.builder(record, 0)
+        sample = self.builder(record, 0, cached)
         if int(sample.lengths) > self.length:
             raise ConfigError(
                 f"the prompt has {int(sample.lengths)} tokens, more than the {self.length} that the planner "
@@ -91,9 +96,9 @@ class Planner:
             generated = self._answer(batch)
         return [self._read(generated, row) for row in range(count)]
 
-    def warm_up(self, record: Record) -> None:
+    def warm_up(self, record: Record, cached: CachedDepth | None = None) -> None:
         """Compiles for every batch size, with a record whose images and matrices are whole."""
-        sample = self.sample(record)
+        sample = self.sample(record, cached)
         for size in self.sizes:
             note(f"compiling for {size} at a time, prompts of {self.length} tokens")
             self.plan([sample] * size)

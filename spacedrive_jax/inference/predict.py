@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
@@ -181,7 +181,7 @@ def predict(
     check_batch_size(batch_size, mesh)
     builder = SampleBuilder(config.data, config.model, answer=False)
     records = open_records(records_dir, split)
-    records = with_network_depth(records, config.data.depth, builder.images.token_grid)
+    depth = open_depth_cache(records, config.data.depth, builder.images.token_grid)
     limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
     asking = Asking(batch_size, limit, repetition_penalty, frame)
@@ -196,7 +196,7 @@ def predict(
     with answer_file_of_hosts(
         out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
     ) as file:
-        samples = Samples(records, builder, list(range(file.done, len(records))))
+        samples = Samples(records, builder, list(range(file.done, len(records))), depth)
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         started = time.monotonic()
         with progress(total=len(records), initial=file.done, desc=f"predict {split}", unit="sample") as bar:

@@ -18,7 +18,8 @@ from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
-from spacedrive_jax.data.depth_sources import with_network_depth
+from spacedrive_jax.data.depth_cache import DepthCache
+from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
@@ -60,6 +61,8 @@ class Prompts(Sequence[DrivingBatch]):
     records: Records
     builder: SampleBuilder
     questions: list[Question]
+    depth: DepthCache | None = None
+    """A network's depth of the keyframes, where the run's `data.depth` asks for it."""
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -70,7 +73,8 @@ class Prompts(Sequence[DrivingBatch]):
         talk = counterfactual_prompt(
             record, question.trajectory, coordinate_tokens=self.builder.model.coordinate_tokens
         )
-        sample = self.builder.sample(record, talk, number)
+        cached = self.depth.read(record["token"]) if self.depth is not None else None
+        sample = self.builder.sample(record, talk, number, cached)
         model = self.builder.model
         if model.position_input and model.position_input_training == "zeros":
             # As published: what a coordinate feeds at test time is fed in answers, not in prompts.
@@ -122,7 +126,7 @@ def answer_counterfactual(
     records = open_records(records_dir, split)
     questions, without = _questions(records, _folder(language_data, config))
     builder = SampleBuilder(config.data, config.model, answer=False)
-    with_depth = with_network_depth(records, config.data.depth, builder.images.token_grid)
+    depth = open_depth_cache(records, config.data.depth, builder.images.token_grid)
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
@@ -136,7 +140,7 @@ def answer_counterfactual(
     with answer_file_of_hosts(
         out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
     ) as file:
-        prompts = Prompts(with_depth, builder, questions[file.done :])
+        prompts = Prompts(records, builder, questions[file.done :], depth)
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         with progress(
             total=len(questions), initial=file.done, desc=f"ask about {split}", unit="question"

@@ -283,7 +283,7 @@ class LanguageModel(nnx.Module):
             Hidden states after the final norm, and a cache of the valid tokens.
         """
 
-        def with_room(hidden: Any, memory: KeysValues) -> KeysValues:
+        def with_room(hidden: Any, memory: KeysValues) -> tuple[Array, Array]:
             keys, values = (jnp.pad(each, ((0, 0), (0, room), (0, 0), (0, 0))) for each in memory)
             return keys, values
 
@@ -301,8 +301,8 @@ class LanguageModel(nnx.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         deepstack: Float[Array, "K B S D"] | None = None,
-    ) -> Float[Array, "L+1 B S D"]:
-        """The input and each block's output, the last one final-normed (transformers' `hidden_states`)."""
+    ) -> Float[Array, "states B S D"]:
+        """The input and each block's output, the last final-normed (transformers' `hidden_states`)."""
         hidden, _, layers = self._run(
             embeddings, position_ids, lengths, None, None, deepstack, keep=lambda hidden, memory: hidden
         )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Float, Integer, Num, UInt8
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.partitioning import AxisNames
@@ -84,7 +84,7 @@ def scales(kernel: Float[Any, "..."], kind: Quantization, in_axes: int) -> Float
 
 def quantize(
     kernel: Float[Any, "..."], kind: Quantization, in_axes: int
-) -> tuple[Int[Any, "..."], Float[Any, "..."]]:
+) -> tuple[Integer[Any, "..."], Float[Any, "..."]]:
     """Rounds a kernel to integers.
 
     Args:
@@ -112,7 +112,9 @@ def quantize(
     return (low | (high << 4)).reshape(shape), scale
 
 
-def dequantize(levels: Int[Any, "..."], scale: Float[Any, "..."], dtype: Any = np.float32) -> Num[Any, "..."]:
+def dequantize(
+    levels: Integer[Any, "..."], scale: Float[Any, "..."], dtype: Any = np.float32
+) -> Num[Any, "..."]:
     """The weights that `quantize` stands for.
 
     Args:

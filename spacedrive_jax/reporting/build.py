@@ -17,7 +17,7 @@ from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
 from spacedrive_jax.reporting.page import METRICS, Page, Tile, flatten, interval, render_page
-from spacedrive_jax.reporting.run_files import RunFiles, read_run, with_run_depth
+from spacedrive_jax.reporting.run_files import RunDepth, RunFiles, open_run_depth, read_run
 
 DEFAULT_SPLIT = "val"
 
@@ -64,14 +64,14 @@ def write_report(
     notices = list(files.missing)
     opened = _open_records(files, records, split or str(files.facts.get("split", DEFAULT_SPLIT)), notices)
     planned = _open_predictions(files, predictions, notices)
-    measured = None
+    measured, run_depth = None, None
     if opened is not None:
-        opened = with_run_depth(opened, files.config, notices)
+        run_depth = open_run_depth(opened, files.config, notices)
         measured = measure_split(opened, planned, lambda rows: progress(rows, desc="report", unit="keyframe"))
         notices += _check_match(opened, files, planned, measured)
     elif highlights:
         raise ConfigError("--highlight needs records: give --records DIR")
-    page = _make_page(files, opened, planned, measured, highlights, notices)
+    page = _make_page(files, opened, planned, measured, highlights, notices, run_depth)
     write_text(out, render_page(page))
     return WrittenReport(out, tuple(notices))
 
@@ -145,11 +145,12 @@ def _make_page(
     measured: SplitErrors | None,
     highlights: Sequence[str],
     notices: Sequence[str],
+    run_depth: RunDepth | None,
 ) -> Page:
     cases = []
     if records is not None and measured is not None:
         cases = [
-            make_case(title, token, records, measured, predictions, files.config)
+            make_case(title, token, records, measured, predictions, files.config, run_depth)
             for title, token in choose_cases(measured, highlights)
         ]
     predicted = measured is not None and "prediction" in measured.errors

@@ -16,7 +16,7 @@ from spacedrive_jax.reporting.projection import (
     lidar_points,
     project,
 )
-from spacedrive_jax.reporting.run_files import run_depth
+from spacedrive_jax.reporting.run_files import SeenDepth
 from spacedrive_jax.reporting.style import PREDICTION, TRUTH, new_figure, rgb, styled, to_png
 
 FRONT = CAMERAS.index("CAM_FRONT")
@@ -88,16 +88,16 @@ def _to_fixed(points: Float[np.ndarray, "n 2"]) -> np.ndarray:
     return np.round(np.clip(points, -2e4, 2e4) * 16).astype(np.int32)
 
 
-def depth_source(record: Record) -> str:
+def depth_source(record: Record, seen: SeenDepth | None = None) -> str:
     """What `camera_strip` shows as depth: `run` (what the run saw), `exact`, `lidar` or `none`."""
-    if run_depth(record) is not None:
+    if seen is not None:
         return "run"
     if any(record["exact_depth"]):
         return "exact"
     return "lidar" if record["lidar"] else "none"
 
 
-def camera_strip(record: Record) -> UInt8[np.ndarray, "H W 3"] | None:
+def camera_strip(record: Record, seen: SeenDepth | None = None) -> UInt8[np.ndarray, "H W 3"] | None:
     """The six views, front row above back row, each above its depth; None when there are no pixels at all.
 
     Depth is colored from near (yellow) to far (violet) on a logarithmic scale of 2 to 60 m: a network's that
@@ -106,7 +106,7 @@ def camera_strip(record: Record) -> UInt8[np.ndarray, "H W 3"] | None:
     """
     if not any(record["images"]):
         return None
-    seen, source = run_depth(record), depth_source(record)
+    source = depth_source(record, seen)
     points = None if any(record["exact_depth"]) else lidar_points(record)
     rows = []
     for names in (STRIP_ORDER[:3], STRIP_ORDER[3:]):

@@ -21,6 +21,7 @@ from spacedrive_jax.evaluation.baselines import constant_velocity, standing_stil
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
+from spacedrive_jax.reporting.run_files import RunDepth
 from spacedrive_jax.reporting.style import to_jpeg
 
 # Where camera images come from, in words: photographed, rendered, or absent.
@@ -238,11 +239,13 @@ def make_case(
     measured: SplitErrors,
     predictions: Predictions | None,
     config: Mapping[str, Any] | None = None,
+    run_depth: RunDepth | None = None,
 ) -> Case:
-    """Draws one keyframe; `config` is the run's `config.json`, for the question."""
+    """Draws one keyframe; `config` is the run's `config.json`, for the question, `run_depth` what it saw."""
     record = records[measured.index_of[token]]
     plan = predictions.waypoints.get(token) if predictions else None
-    front, strip = front_overlay(record, plan), camera_strip(record)
+    seen = run_depth(record) if run_depth is not None else None
+    front, strip = front_overlay(record, plan), camera_strip(record, seen)
     facts = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
     facts["location"] = record["location"] or "-"
     if plan is not None and np.all(record["waypoint_mask"]):
@@ -261,8 +264,8 @@ def make_case(
         front=None if front is None else to_jpeg(front),
         strip=None if strip is None else to_jpeg(strip),
         images=image_origin(record).describe(read_provenance(records.directory)),
-        depth=DEPTH_TEXTS[depth_source(record)],
-        has_depth=depth_source(record) != "none",
+        depth=DEPTH_TEXTS[depth_source(record, seen)],
+        has_depth=depth_source(record, seen) != "none",
         question=question,
         answer=answer,
         words=explained(question + answer),

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.depth_sources import (
-    CACHED,
     DepthConfig,
     DepthSource,
     open_depth_cache,
@@ -24,15 +24,26 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.io import read_json, read_text
 
-# The depth that a run saw, where a network gave it: from the sidecar that its config names.
+SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
+"""Depth of the visual tokens, metres, and which source each camera's came from."""
 
 
-CONFIG = "run_depth_config"
-"""Entry of a record that `with_run_depth` adds beside the sidecar's."""
+@dataclasses.dataclass(frozen=True)
+class RunDepth:
+    """The depth that a run saw, from its sidecar."""
+
+    cache: DepthCache
+    config: DepthConfig
+
+    def __call__(self, record: Record) -> SeenDepth:
+        """Depth on the run's grid of visual tokens, metres, and each camera's source."""
+        cached = self.cache.read(record["token"])
+        rows, columns = cached.patch_depth.shape[1:]
+        return record_patch_depth(record, (rows, columns), self.config, cached)
 
 
-def with_run_depth(records: Records, config: Mapping[str, Any] | None, notices: list[str]) -> Records:
-    """Records that carry the depth of the run's sidecar; unchanged where the run needed none.
+def open_run_depth(records: Records, config: Mapping[str, Any] | None, notices: list[str]) -> RunDepth | None:
+    """The depth of the run's sidecar; None where the run needed none.
 
     Args:
         records: the records to show.
@@ -45,20 +56,8 @@ def with_run_depth(records: Records, config: Mapping[str, Any] | None, notices: 
         cache = open_depth_cache(records, depth)
     except SpaceDriveError as error:
         notices.append(f"The depth that the run saw is not shown: {error}.")
-        return records
-    if cache is None:
-        return records
-    return dataclasses.replace(records, extra=lambda token: {CACHED: cache.read(token), CONFIG: depth})
-
-
-def run_depth(record: Record) -> tuple[Float[np.ndarray, "N h w"], list[DepthSource]] | None:
-    """Depth on the run's grid of visual tokens, metres, and each camera's source; None without a sidecar."""
-    cached: Any = record.get(CACHED)
-    config: Any = record.get(CONFIG)
-    if cached is None or config is None:
         return None
-    rows, columns = cached.patch_depth.shape[1:]
-    return record_patch_depth(record, (rows, columns), config)
+    return None if cache is None else RunDepth(cache, depth)
 
 
 TABLE_KEYS = ("protocol", "l2", "collision", "intersection", "coverage", "baselines", "records")

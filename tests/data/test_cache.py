@@ -6,9 +6,9 @@ import pytest
 
 from data_prep.add_depth import add_depth
 from data_prep.cli.add_depth import AddDepth
-from spacedrive_jax.data.depth_sources import CACHED, DepthConfig, record_patch_depth, with_network_depth
+from spacedrive_jax.data.depth_sources import DepthConfig, open_depth_cache, record_patch_depth
 from spacedrive_jax.data.lidar import apply
-from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records import RecordSource, open_records
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 from tests.models.depth.sweeps import walls_around
@@ -45,54 +45,57 @@ def test_cached_depth_is_the_networks_and_fusion_fits_it_to_lidar(records, netwo
     full, pooled = KeyframeDepth(network)([opened[0]])
 
     config = DepthConfig(sources=("unidepth",))
-    record = with_network_depth(opened, config, GRID)[0]
-    depth, used = record_patch_depth(record, GRID, config)
+    cache = open_depth_cache(opened, config, GRID)
+    first, second = (opened[index] for index in range(2))
+    cached, of_second = cache.read(first["token"]), cache.read(second["token"])
+    depth, used = record_patch_depth(first, GRID, config, cached)
     assert used == ["unidepth"] * 6
     np.testing.assert_allclose(depth, pooled[0], atol=1 / 256)
-    finer, _ = record_patch_depth(record, (6, 8), config)  # the full depth serves any grid
+    finer, _ = record_patch_depth(first, (6, 8), config, cached)  # the full depth serves any grid
     assert finer.min() == pytest.approx(full.min(), abs=1 / 256)
 
     fused = DepthConfig(sources=("fused", "unidepth"))
-    corrected, used = record_patch_depth(record, GRID, fused)
+    corrected, used = record_patch_depth(first, GRID, fused, cached)
     for camera, source in enumerate(used):
-        alignment = record[CACHED].alignments[camera]
+        alignment = cached.alignments[camera]
         assert (source == "fused") == (alignment.points > 0)
         np.testing.assert_allclose(corrected[camera], apply(depth[camera], alignment), rtol=1e-6)
-    _, used = record_patch_depth(with_network_depth(opened, fused, GRID)[1], GRID, fused)
+    _, used = record_patch_depth(second, GRID, fused, of_second)
     assert used == ["unidepth"] * 6
     only = DepthConfig(sources=("fused",))
-    without_sweep = with_network_depth(opened, only, GRID)[1]
     with pytest.raises(SpaceDriveError, match="no depth for CAM_FRONT from fused"):
-        record_patch_depth(without_sweep, GRID, only)
+        record_patch_depth(second, GRID, only, of_second)
 
 
-def fail_from_second(records):
-    first = records[0]["token"]
+def stop_at_second(monkeypatch):
+    """Reading is interrupted after the first record."""
+    read = RecordSource.__getitem__
 
-    def extra(token):
-        if token != first:
+    def until_second(source, index):
+        if index > 0:
             raise KeyboardInterrupt
-        return {}
+        return read(source, index)
 
-    return extra
+    monkeypatch.setattr(RecordSource, "__getitem__", until_second)
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(records, network, monkeypatch):
     monkeypatch.setattr("data_prep.add_depth.CHUNK", 1)
     opened = open_records(records)
 
-    broken = dataclasses.replace(opened, extra=fail_from_second(opened))
-    with pytest.raises(KeyboardInterrupt):
-        add_depth(broken, network)
+    with monkeypatch.context() as patch:
+        stop_at_second(patch)
+        with pytest.raises(KeyboardInterrupt):
+            add_depth(opened, network)
     config = DepthConfig(sources=("unidepth",))
     with pytest.raises(SpaceDriveError, match="no finished depth of unidepth"):
-        with_network_depth(opened, config, GRID)
+        open_depth_cache(opened, config, GRID)
     added = add_depth(opened, network)
     assert added.reused == 1
-    records_with_depth = with_network_depth(opened, config, GRID)
+    cache = open_depth_cache(opened, config, GRID)
     _, pooled = KeyframeDepth(network)([opened[0], opened[1]])
     for index in range(2):
-        depth, _ = record_patch_depth(records_with_depth[index], GRID, config)
+        depth, _ = record_patch_depth(opened[index], GRID, config, cache.read(opened[index]["token"]))
         np.testing.assert_allclose(depth, pooled[index], rtol=1e-5)
 
 
@@ -102,19 +105,19 @@ def test_foreign_and_unfit_caches_are_refused(records, network):
     config = DepthConfig(sources=("unidepth",))
     converted_again = dataclasses.replace(opened, fingerprint="0" * 16)
     with pytest.raises(SpaceDriveError, match="made from other records"):
-        with_network_depth(converted_again, config, GRID)
+        open_depth_cache(converted_again, config, GRID)
     with pytest.raises(SpaceDriveError, match="begun for other records"):
         add_depth(converted_again, network)
     add_depth(opened, network)
     with pytest.raises(SpaceDriveError, match="2x3 tokens, the run needs min of 4x4"):
-        with_network_depth(opened, config, (4, 4))
+        open_depth_cache(opened, config, (4, 4))
     with pytest.raises(SpaceDriveError, match="min-pooled depth of 2x3 tokens, the run needs mean of 2x3"):
-        with_network_depth(opened, dataclasses.replace(config, pooling="mean"), GRID)
+        open_depth_cache(opened, dataclasses.replace(config, pooling="mean"), GRID)
     with pytest.raises(SpaceDriveError, match="no finished depth of depth_anything"):
-        with_network_depth(opened, DepthConfig(sources=("depth_anything",)), GRID)
+        open_depth_cache(opened, DepthConfig(sources=("depth_anything",)), GRID)
     add_depth(opened, dataclasses.replace(network, channel_order="bgr"))
     with pytest.raises(SpaceDriveError, match="several depth caches"):
-        with_network_depth(opened, config, GRID)
+        open_depth_cache(opened, config, GRID)
 
 
 def test_command(records, network, tmp_path):

@@ -227,10 +227,9 @@ def test_lidar_colors_the_views(tmp_path: Path) -> None:
 
 def test_the_depth_that_a_run_saw_is_laid_over_the_views() -> None:
     from spacedrive_jax.data.depth_cache import CachedDepth
-    from spacedrive_jax.data.depth_sources import CACHED, DepthConfig
+    from spacedrive_jax.data.depth_sources import DepthConfig, record_patch_depth
     from spacedrive_jax.data.lidar import UNALIGNED, Alignment
     from spacedrive_jax.reporting.cameras import TILE_SIZE, camera_strip, depth_source
-    from spacedrive_jax.reporting.run_files import CONFIG
 
     grey = encode_jpeg(np.full((45, 80, 3), 128, np.uint8))
     record = make_record(np.random.default_rng(1), images=[grey] * 6)
@@ -238,9 +237,9 @@ def test_the_depth_that_a_run_saw_is_laid_over_the_views() -> None:
     depth = np.tile(np.array([[2.0, 60.0]], np.float32), (6, 1, 1))
     alignments = (Alignment(30.0, 0.0, 99), *[UNALIGNED] * 5)
     cached = CachedDepth("unidepth", "min", depth, alignments, full=())
-    record |= {CACHED: cached, CONFIG: DepthConfig(sources=("fused", "unidepth"))}
-    assert depth_source(record) == "run"
-    strip = camera_strip(record)
+    seen = record_patch_depth(record, (1, 2), DepthConfig(sources=("fused", "unidepth")), cached)
+    assert depth_source(record, seen) == "run"
+    strip = camera_strip(record, seen)
     assert strip.shape[0] == 2 * plain.shape[0]
     width, height = TILE_SIZE
     front_left, front = (
