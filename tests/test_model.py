@@ -80,6 +80,28 @@ def test_position_input_feeds_encodings_or_zeros(case):
         model.config = config
 
 
+def test_the_routes_nodes_are_fed_whatever_is_fed_of_the_answer(case):
+    batch, model, config = case.batch, case.model, case.model.config
+    slots = np.flatnonzero(np.asarray(batch.token_type_ids)[0] == TokenType.COORDINATE)
+    token_type_ids = np.array(batch.token_type_ids)
+    token_type_ids[:, slots[:2]] = TokenType.ROUTE_NODE
+    told = dataclasses.replace(batch, token_type_ids=jnp.asarray(token_type_ids))
+    nodes = np.asarray(model.encoder(batch.coordinates))[0, :2]
+    plain = np.asarray(model.embeddings(batch))[0]
+    try:
+        for settings in (
+            {"position_input": False},
+            {"position_input": True, "position_input_training": "zeros"},
+        ):
+            model.config = dataclasses.replace(config, **settings)
+            fed = np.asarray(model.embeddings(told))[0]
+            np.testing.assert_allclose(fed[slots[:2]], nodes, atol=1e-6)
+            rest = 0.0 if settings["position_input"] else plain[slots[2:]]
+            np.testing.assert_array_equal(fed[slots[2:]], np.broadcast_to(rest, fed[slots[2:]].shape))
+    finally:
+        model.config = config
+
+
 def test_supervising_all_coordinates_of_the_answers(case, score):
     coordinates = int(np.sum(np.asarray(case.batch.token_type_ids) == TokenType.COORDINATE))
     assert coordinates > 6  # the second turn has one in its question and some in its answer

@@ -46,6 +46,8 @@ class Synthesis:
     """Processes; 0 takes one per core."""
     layout: Layout = "nuscenes"
     """Whose layout: nuScenes', or Bench2Drive's clips of ten frames a second in CARLA's axes."""
+    perturb: bool = False
+    """Every scene begins with the ego vehicle beside its lane and turned; the expert drives it back."""
 
     def run(self) -> dict[str, Any]:
         """Writes the folder; partial output never stands under its final name.
@@ -63,6 +65,8 @@ class Synthesis:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} {value} is outside {low} to {high}")
+        if self.perturb and self.layout != "nuscenes":
+            raise ConfigError("--perturb records nuScenes' layout alone: leave --layout out")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(
                 f"--out {self.out} exists and is not an empty folder: choose another or remove it"
@@ -73,7 +77,7 @@ class Synthesis:
             out.rmdir()
         with atomic_folder(out) as unfinished:
             jobs = [
-                SceneJob(index, self.seed, self.keyframes, image_size, self.depth, unfinished)
+                SceneJob(index, self.seed, self.keyframes, image_size, self.depth, unfinished, self.perturb)
                 for index in range(self.scenes)
             ]
             workers = self.workers or os.cpu_count() or 1

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from data_prep.synthesize.tables import Row, link, visibility_token
+from spacedrive_jax.driving.recovery import shifted_recording
 from spacedrive_jax.io import write_part
 from spacedrive_jax.world import can_bus, views
 from spacedrive_jax.world.filming import Film, Shot, Sighting, Take, annotated_span
@@ -30,6 +31,8 @@ class SceneJob:
     """Height, width."""
     with_depth: bool
     root: Path
+    perturb: bool = False
+    """The ego vehicle begins beside its lane, and the expert drives it back."""
 
     @property
     def location(self) -> str:
@@ -65,6 +68,13 @@ class _Recorder:
         self.scenario: Scenario = build_scenario(
             town_of(job.seed, job.location), manoeuvre, self.take.duration + 0.5, rng
         )
+        if job.perturb:
+            self.scenario = shifted_recording(
+                self.scenario,
+                can_bus.FIRST_MESSAGE,
+                self.take.end,
+                np.random.default_rng([job.seed, job.index, 12]),
+            )
         self.film = Film(self.take, self.scenario)
 
     def record(self) -> dict[str, list[Row]]:

@@ -51,7 +51,8 @@ class Drive(Command):
     ) = None
     """Drive with this instead of a model; the last two learn from --records."""
     scenarios: str = "small"
-    """full, unseen (a town of other geometry), small, tiny, or a JSON file: [{"kind", "town", "seed"}]."""
+    """full, unseen (a town of other geometry), small, tiny, train (other towns than those that scores are
+    taken in: to collect in), or a JSON file: [{"kind", "town", "seed"}], some with a "world"."""
     out: Path | None = None
     """Folder to write; drives/ in the run folder, or drives-POLICY, by default."""
     records: Path | None = None
@@ -71,6 +72,9 @@ class Drive(Command):
     collect: Path | None = None
     """Write every visited state as a record, with the expert's plan from there, into this new folder: `train`
     goes on from a model's own mistakes (DAgger)."""
+    perturb: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Follow every plan 0.3 to 1 m beside its line and at 0.6 to 1.3 times its pace, for a second or two at a
+    time: with --policy expert --collect, states that an expert never gets into, with its way back."""
     against: tuple[Path, ...] = ()
     """Runs of drives on the same scenarios to hold this one against on its page (drives.html)."""
     deadline: float = 60.0
@@ -110,6 +114,7 @@ class Drive(Command):
             sense=sense,
             lidar=self.lidar,
             controller=self.controller,
+            perturb=self.perturb,
         )
         facts = {
             "scenarios": self.scenarios,

@@ -54,6 +54,8 @@ class Conversation:
     turns: list[Message]
     coordinates: Float[np.ndarray, "C 2"]
     """Metres, ego frame, in the order of the tokens, float32."""
+    route_nodes: int = 0
+    """The first so many coordinates are nodes of the route that the question names."""
 
 
 def question_turn(
@@ -142,6 +144,7 @@ def training_conversation(
     questions = _questions(record["token"], config, rng)
     turns: list[Message] = []
     coordinates: list[np.ndarray] = []
+    nodes = NUM_TARGETS if planned and route_targets else 0
     if planned:
         turns.append(
             question_turn(record, command_source, ego_in_words=ego_in_words, route_targets=route_targets)
@@ -170,7 +173,7 @@ def training_conversation(
             turns.append(turn)
     if not turns:
         turns.append(question_turn(record, command_source, plan=False))
-    return Conversation(turns, np.concatenate([np.zeros((0, 2), np.float32), *coordinates]))
+    return Conversation(turns, np.concatenate([np.zeros((0, 2), np.float32), *coordinates]), nodes)
 
 
 def _questions(token: str, config: ConversationConfig, rng: np.random.Generator) -> Sequence[QuestionAnswer]:

@@ -68,7 +68,7 @@ class SampleBuilder:
                 record, data.command, ego_in_words=in_words, route_targets=data.route_targets
             )
             points = question_coordinates(record, route_targets=data.route_targets)
-            return self.sample(record, Conversation([question], points), index, cached)
+            return self.sample(record, Conversation([question], points, len(points)), index, cached)
         talk = training_conversation(
             record,
             data.conversation,
@@ -107,6 +107,7 @@ class SampleBuilder:
                 sequence_length=data.sequence_length,
                 max_targets=data.max_targets,
                 path_points=self.model.path_points,
+                route_nodes=talk.route_nodes,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
         except SpaceDriveError as error:
@@ -169,6 +170,7 @@ def token_fields(
     sequence_length: int,
     max_targets: int,
     path_points: int = 0,
+    route_nodes: int = 0,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
 
@@ -181,6 +183,7 @@ def token_fields(
         sequence_length: S.
         max_targets: M.
         path_points: R; indicators behind the waypoints' that belong to the path.
+        route_nodes: position tokens, from the first on, that stand for nodes of the route.
 
     Returns:
         The fields of `DrivingBatch` that follow from the tokens alone.
@@ -200,7 +203,9 @@ def token_fields(
     for span in spans:
         token_type_ids[span.start : span.stop] = TokenType.IMAGE
     token_type_ids[ego_indices] = EGO_TOKEN_TYPES[ego_input]
-    token_type_ids[tokens == tokenizer.position] = TokenType.COORDINATE
+    positions = np.flatnonzero(tokens == tokenizer.position)
+    token_type_ids[positions] = TokenType.COORDINATE
+    token_type_ids[positions[:route_nodes]] = TokenType.ROUTE_NODE
 
     supervised = np.flatnonzero(labels != IGNORE)
     if len(supervised) > max_targets:

@@ -11,6 +11,7 @@ from typing import Any
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, outcome
+from spacedrive_jax.driving.policies import expert
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import SpaceDriveError
@@ -91,6 +92,8 @@ class Bench:
 
     def _ask(self, question: Question) -> Plan | PlanError:
         assert self.inside is not None
+        if self.inside is expert and question.expert is not None:
+            return question.expert
         try:
             return self.inside(question.world, question.record)
         except PlanError as error:

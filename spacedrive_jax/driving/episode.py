@@ -22,8 +22,8 @@ from spacedrive_jax.driving.infractions import (
     STEPS_BLOCKED,
 )
 from spacedrive_jax.driving.observation import Observer
-from spacedrive_jax.driving.recovery import ExpertTarget, expert_target, with_target
-from spacedrive_jax.driving.scenarios import KINDS, TEST_SEED, DriveSpec, build_drive
+from spacedrive_jax.driving.recovery import ExpertTarget, Sway, expert_target, with_target
+from spacedrive_jax.driving.scenarios import KINDS, DriveSpec, build_drive
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD, Film, Take
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
 from spacedrive_jax.world.traffic import TIME_STEP
@@ -52,6 +52,8 @@ class DriveOptions:
     limits: Limits = dataclasses.field(default_factory=Limits)
     control_loss: bool = True
     """Disturb the controls where the scenario says so."""
+    perturb: bool = False
+    """Follow every plan beside its line and at another pace (see `recovery.Sway`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Question:
     record: Record
     world: World
     """For policies that may look behind the record."""
+    expert: Plan | None = None
+    """The expert's answer, where it is worked out anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,8 @@ def episode(
     first = len(world.states) - 1
     observer = _Eyes(take, scenario, options)
     driver = Driver(options.controller, options.limits)
-    noise = np.random.default_rng([TEST_SEED, spec.number, spec.seed, 8])
+    noise = np.random.default_rng([spec.world, spec.number, spec.seed, 8])
+    sway = Sway(np.random.default_rng([spec.world, spec.number, spec.seed, 9])) if options.perturb else None
     lost = spec.kind == "ControlLoss" and options.control_loss
     decisions: list[Decision] = []
     targets: list[ExpertTarget] = []
@@ -135,9 +140,10 @@ def episode(
             number = done // per_decision
             if keep:
                 targets.append(expert_target(world))
-            answer = yield Question(spec.number, number, observer.look(world, number), world)
+            known = targets[-1].plan if keep else None
+            answer = yield Question(spec.number, number, observer.look(world, number), world, known)
             if isinstance(answer, Plan):
-                driver.follow(answer, vehicle, state.time)
+                driver.follow(answer if sway is None else sway.disturb(answer), vehicle, state.time)
                 decisions.append(Decision(state.time, vehicle, answer))
                 in_a_row = 0
             else:
@@ -174,7 +180,7 @@ def episode(
 
 def _take(spec: DriveSpec, options: DriveOptions, latest: float) -> Take:
     keyframes = int((latest - WARM_UP) / KEYFRAME_PERIOD) + 2
-    return Take(spec.number + 1, TEST_SEED, keyframes, options.image_size, options.depth, spec.town)
+    return Take(spec.number + 1, spec.world, keyframes, options.image_size, options.depth, spec.town)
 
 
 class _Eyes:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,10 +31,13 @@ from spacedrive_jax.data.shards import (
     write_shard,
 )
 from spacedrive_jax.driving.driver import Driver, Plan, to_vehicle
+from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import PATH_POINTS, expert
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import write_json, write_text
+from spacedrive_jax.world.scenario import Scenario, UnplayableError
 from spacedrive_jax.world.traffic import TIME_STEP
+from spacedrive_jax.world.vehicle import actuate, moved
 from spacedrive_jax.world.world import World
 
 STEP_S = 0.5
@@ -46,6 +50,8 @@ class ExpertTarget:
     waypoints: Float[np.ndarray, "6 2"]
     yaw: Float[np.ndarray, " 6"]
     path: Float[np.ndarray, "50 2"]
+    plan: Plan
+    """The expert's own, along its route."""
 
 
 def expert_target(world: World) -> ExpertTarget:
@@ -59,20 +65,106 @@ def expert_target(world: World) -> ExpertTarget:
     plan: Plan = expert(world, {})
     driver = Driver(limits=world.limits)
     driver.follow(plan, vehicle, world.state.time)
-    state, poses = world.state, []
-    for step in range(1, NUM_WAYPOINTS * round(STEP_S / TIME_STEP) + 1):
-        assert state.vehicle is not None
-        _, state = world.advance(state, driver.control(state.vehicle, state.time))
-        assert state.vehicle is not None
-        if step % round(STEP_S / TIME_STEP) == 0:
-            poses.append((state.vehicle.x, state.vehicle.y, state.vehicle.yaw - vehicle.yaw))
+    # The driver looks at its plan alone: nobody else needs to move.
+    later, poses, per_waypoint = vehicle, [], round(STEP_S / TIME_STEP)
+    for step in range(NUM_WAYPOINTS * per_waypoint):
+        control = driver.control(later, (world.state.traffic.step + step) * TIME_STEP)
+        later = moved(actuate(later, control, TIME_STEP, world.limits), TIME_STEP)
+        if (step + 1) % per_waypoint == 0:
+            poses.append((later.x, later.y, later.yaw - vehicle.yaw))
     places = np.array(poses)
     ahead = float(world.state.traffic.s[0]) + np.arange(1, NUM_PATH_POINTS + 1)
     path = to_vehicle(world.scenario.ego.route.pose(ahead)[:, :2], vehicle)
     # Beside the route the way to it bends in over the first metres.
     beside = np.maximum(1.0 - np.arange(1, NUM_PATH_POINTS + 1) / PATH_POINTS, 0.0)
     path[:, 1] -= beside * beside * path[0, 1]
-    return ExpertTarget(to_vehicle(places[:, :2], vehicle), places[:, 2], path)
+    return ExpertTarget(to_vehicle(places[:, :2], vehicle), places[:, 2], path, plan)
+
+
+SHIFT_METRES, SHIFT_DEGREES = (0.3, 1.0), (5.0, 10.0)
+"""How far beside its lane, and by what angle, a shifted recording begins (SimLingo trains on such)."""
+SHIFT_TRIES = 12
+
+
+def shifted_recording(scenario: Scenario, start: float, end: float, rng: np.random.Generator) -> Scenario:
+    """A scenario in which the ego vehicle stands beside its lane and turned, and the expert drives it back.
+
+    Args:
+        scenario: the script.
+        start: when it is shifted, seconds since the start of the simulation.
+        end: until when to record.
+        rng: decides the shift.
+
+    Returns:
+        The scenario with what happened: its motions, and the vehicle as it was driven.
+
+    Raises:
+        UnplayableError: wherever it is put, it touches somebody.
+    """
+    sizes = [mover.size[:2] for mover in scenario.cast.movers]
+    half = np.array(sizes + [item.size[:2] for item in scenario.cast.obstacles]) / 2
+    for _ in range(SHIFT_TRIES):
+        aside, degrees = (
+            float(rng.choice((-1.0, 1.0)) * rng.uniform(*bounds)) for bounds in (SHIFT_METRES, SHIFT_DEGREES)
+        )
+        world, driver = World(scenario), Driver()
+        world.reset(steered=False)
+        while world.state.time < start - 1e-9:
+            world.step()
+        world.hand_over(steered=True, shift=(aside, math.radians(degrees)))
+        touched = False
+        for step in range(round((end - start) / TIME_STEP) + 1):
+            vehicle = world.state.vehicle
+            assert vehicle is not None
+            if len(overlapping(world.poses(world.state), half)):
+                touched = True
+                break
+            if step % round(STEP_S / TIME_STEP) == 0:
+                driver.follow(expert(world, {}), vehicle, world.state.time)
+            world.step(driver.control(vehicle, world.state.time))
+        if not touched:
+            return world.recording()
+    raise UnplayableError("there is no room beside the lane to begin in")
+
+
+SWAY_METRES, SWAY_PACE, SWAY_DECISIONS = (0.3, 1.0), (0.6, 1.3), (2, 6)
+"""Beside the line, as a share of the planned speed, and for how many decisions in a row."""
+SWAY_NONE = 0.25
+"""Share of the stretches that are driven as planned."""
+
+
+class Sway:
+    """A driver who is not where the plan says: stretches beside its line and at another pace.
+
+    Records of an expert who sways hold states that an expert never gets into, with the way back as their
+    target (Laskey et al. 2017, DART); between two stretches the heading is off by 5 to 10 degrees.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        """Args: what decides every stretch."""
+        self._rng = rng
+        self._left = 0
+        self._aside, self._pace = 0.0, 1.0
+
+    def disturb(self, plan: Plan) -> Plan:
+        """The plan that is followed in a plan's place, one call a decision."""
+        if self._left == 0:
+            rng = self._rng
+            self._left = int(rng.integers(*SWAY_DECISIONS))
+            quiet = bool(rng.random() < SWAY_NONE)
+            side = 1.0 if rng.random() < 0.5 else -1.0
+            self._aside = 0.0 if quiet else side * float(rng.uniform(*SWAY_METRES))
+            self._pace = 1.0 if quiet else float(rng.uniform(*SWAY_PACE))
+        self._left -= 1
+        path = None if plan.path is None else self._beside(plan.path)
+        return dataclasses.replace(plan, waypoints=self._beside(plan.waypoints * self._pace), path=path)
+
+    def _beside(self, points: Float[np.ndarray, "K 2"]) -> Float[np.ndarray, "K 2"]:
+        """Points to the left of where they are; all of it from 4 m on, so that a car that stands still does
+        not turn.
+        """
+        share = np.clip(points[:, 0] / 4.0, 0.0, 1.0)
+        return np.stack([points[:, 0], points[:, 1] + share * self._aside], axis=1)
 
 
 def with_target(record: Record, target: ExpertTarget) -> Record:

@@ -30,6 +30,8 @@ TRIES = 24
 CAR = "vehicle.car"
 TEST_SEED = 9000
 """Seed of the towns that drives are scored in; data sets are synthesized with smaller ones."""
+TRAINING_SEED = 5000
+"""Seed of the towns of the set `train`, for collecting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,16 @@ class Kind:
     """Seconds for which the first light on the way stays red."""
     seconds: float = 16.0
     """From the first decision to the end of the script."""
+    behind_light: bool = False
+    """The drive goes on behind the first light on the way, wherever the script's driver is at its end:
+    whoever runs the light must be seen to."""
 
 
 KINDS: Mapping[str, Kind] = {
-    **{name: Kind("manoeuvre", name, seconds=14.0) for name in MANOEUVRES},
+    **{
+        name: Kind("manoeuvre", name, seconds=20.0 if name == "stop" else 14.0, behind_light=name == "stop")
+        for name in MANOEUVRES
+    },
     "BlockedIntersection": Kind("bench2drive", "turn_right", (Blocker(),)),
     "ControlLoss": Kind("bench2drive", "cruise"),
     "DynamicObjectCrossing": Kind("bench2drive", "cruise", (Crosser(2.0, 2.1, 6.0, hidden_behind=CAR),)),
@@ -63,7 +71,9 @@ KINDS: Mapping[str, Kind] = {
     "PedestrianCrossing": Kind("bench2drive", "straight", (Crosser(1.3, 3.5, 12.0, where="exit"),)),
     "T_Junction": Kind("bench2drive", "turn_left", arms=3),
     "VanillaSignalizedTurnEncounterGreenLight": Kind("bench2drive", "turn_right"),
-    "VanillaSignalizedTurnEncounterRedLight": Kind("bench2drive", "turn_left", red_for=9.0, seconds=20.0),
+    "VanillaSignalizedTurnEncounterRedLight": Kind(
+        "bench2drive", "turn_left", red_for=9.0, seconds=20.0, behind_light=True
+    ),
     "VehicleTurningRoute": Kind(
         "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit"),)
     ),
@@ -85,11 +95,14 @@ class DriveSpec:
     town: str
     """Location of the town."""
     seed: int
+    world: int = TEST_SEED
+    """Seed of the towns; where a policy learns from its drives, another than it is scored in."""
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.number:04d}-{self.kind}-{self.town}-{self.seed}"
+        world = "" if self.world == TEST_SEED else f"-world{self.world}"
+        return f"{self.number:04d}-{self.kind}-{self.town}-{self.seed}{world}"
 
 
 SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
@@ -101,12 +114,15 @@ SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
         1,
     ),
     "tiny": (("straight", "start"), LOCATIONS[:1], 1),
+    "train": (tuple(KINDS), LOCATIONS, 1),
 }
 """Kinds, towns and seeds of the sets that `--scenarios` knows by name."""
+WORLDS: Mapping[str, int] = {"train": TRAINING_SEED}
+"""Seeds of the towns of those sets that are not for scoring."""
 
 
 def drive_set(name: str) -> list[DriveSpec]:
-    """The drives of a set, or of a JSON file: a list of {"kind", "town", "seed"}.
+    """The drives of a set, or of a JSON file: a list of {"kind", "town", "seed"}, some with a "world".
 
     Raises:
         ConfigError: there is no such set.
@@ -115,7 +131,8 @@ def drive_set(name: str) -> list[DriveSpec]:
     if name in SETS:
         kinds, towns, seeds = SETS[name]
         wanted = [(kind, town, seed) for seed in range(seeds) for town in towns for kind in kinds]
-        return [DriveSpec(number, *drive) for number, drive in enumerate(wanted)]
+        world = WORLDS.get(name, TEST_SEED)
+        return [DriveSpec(number, *drive, world) for number, drive in enumerate(wanted)]
     if not Path(name).is_file():
         raise ConfigError(f"--scenarios {name!r}: choose {', '.join(SETS)}, or give a JSON file")
     values = read_json(name, most=16 << 20)
@@ -125,35 +142,40 @@ def drive_set(name: str) -> list[DriveSpec]:
 
 
 def _parse(number: int, value: object, where: str) -> DriveSpec:
-    if not isinstance(value, dict) or set(value) != {"kind", "town", "seed"}:
-        raise DataError(f'{where} must be {{"kind", "town", "seed"}}, found {str(value)[:80]}')
+    if not isinstance(value, dict) or set(value) - {"world"} != {"kind", "town", "seed"}:
+        raise DataError(
+            f'{where} must be {{"kind", "town", "seed"}}, with a "world" or without, found {str(value)[:80]}'
+        )
     kind, town, seed = value["kind"], value["town"], value["seed"]
     if kind not in KINDS:
         raise DataError(f"{where}: no scenario {kind!r}; there are {', '.join(KINDS)}")
     if town not in (*LOCATIONS, TEST_TOWN):
         raise DataError(f"{where}: no town {town!r}; there are {', '.join((*LOCATIONS, TEST_TOWN))}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise DataError(f"{where}: the seed {seed!r} must be a whole number from 0 on")
-    return DriveSpec(number, kind, town, seed)
+    world = value.get("world", TEST_SEED)
+    for name, each in (("seed", seed), ("world", world)):
+        if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each < 2**31:
+            raise DataError(f"{where}: the {name} {each!r} must be a whole number from 0 on")
+    return DriveSpec(number, kind, town, seed, world)
 
 
 def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
     """Stages a drive.
 
     Returns:
-        The scenario, and the place on the route at which it ends: where the script's driver is at its end.
+        The scenario, and the place on the route at which it ends: where the script's driver is at its end, or
+        further, see `Kind.behind_light`.
 
     Raises:
         UnplayableError: the town has no place for it.
     """
-    kind, town = KINDS[spec.kind], town_of_drives(spec.town)
+    kind, town = KINDS[spec.kind], town_of_drives(spec.town, spec.world)
     for attempt in range(TRIES):
-        rng = np.random.default_rng([TEST_SEED, zlib.crc32(spec.kind.encode()), spec.seed, attempt, 6])
+        rng = np.random.default_rng([spec.world, zlib.crc32(spec.kind.encode()), spec.seed, attempt, 6])
         try:
             scenario = _staged(kind, town, rng)
         except UnplayableError:
             continue
-        return scenario, goal_of(scenario, kind.seconds)
+        return scenario, goal_of(scenario, kind)
     raise UnplayableError(f"{spec.kind} finds no place in {spec.town} with seed {spec.seed}")
 
 
@@ -193,12 +215,20 @@ def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
     return dataclasses.replace(script, signals={**script.signals, first.junction: lights})
 
 
-def goal_of(scenario: Scenario, seconds: float) -> float:
-    """Metres along the route that the script's driver reaches `seconds` after the warm-up."""
-    return scenario.motions[0].at(WARM_UP + seconds)[0]
+BEHIND_LIGHT = 12.0
+"""Metres behind the stop line at which the whole vehicle has crossed it."""
 
 
-def town_of_drives(location: str) -> Town:
-    """The town that drives are scored in; no data set is synthesized in it."""
+def goal_of(scenario: Scenario, kind: Kind) -> float:
+    """Metres along the route at which a drive of a kind ends."""
+    reached = scenario.motions[0].at(WARM_UP + kind.seconds)[0]
+    gates = scenario.ego.route.gates
+    return max(reached, gates[0].stop + BEHIND_LIGHT) if kind.behind_light and gates else reached
+
+
+def town_of_drives(location: str, world: int = TEST_SEED) -> Town:
+    """The town that drives are scored in, unless another world is asked for; no data set is synthesized in
+    it.
+    """
     number = (*LOCATIONS, TEST_TOWN).index(location)
-    return build_town(location, np.random.default_rng([TEST_SEED, number, 1]))
+    return build_town(location, np.random.default_rng([world, number, 1]))

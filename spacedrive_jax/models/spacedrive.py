@@ -168,12 +168,14 @@ class SpaceDrive(nnx.Module):
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)
             embeddings = place_rows(embeddings, past, batch.token_type_ids == TokenType.EGO_POSITION)
+        coordinates = self.embed_coordinates(batch.coordinates)
+        is_node = batch.token_type_ids == TokenType.ROUTE_NODE
         if config.position_input:
-            coordinates = self.embed_coordinates(batch.coordinates)
-            if config.position_input_training == "zeros":
-                coordinates = jnp.zeros_like(coordinates)
-            embeddings = place_rows(embeddings, coordinates, batch.token_type_ids == TokenType.COORDINATE)
-        return embeddings
+            is_coordinate = is_node | (batch.token_type_ids == TokenType.COORDINATE)
+            fed = jnp.zeros_like(coordinates) if config.position_input_training == "zeros" else coordinates
+            embeddings = place_rows(embeddings, fed, is_coordinate)
+        # What is asked about is known, whatever is fed of the answer: a sample's nodes are its first rows.
+        return place_rows(embeddings, coordinates, is_node)
 
     def visual_features(self, batch: DrivingBatch) -> VisualFeatures:
         """Visual tokens that know where they are, (B, NV, D): h + alpha * phi(point), order camera, row,

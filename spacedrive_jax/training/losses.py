@@ -189,7 +189,8 @@ def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Super
         # Every supervised indicator; its coordinate is that of the position token behind it.
         indices = batch.target_indices + 1
         mask = batch.target_mask & (batch.target_ids == model.indicator_id)
-        before = jnp.cumsum(batch.token_type_ids == TokenType.COORDINATE, axis=1)
+        is_coordinate = batch.token_type_ids == TokenType.COORDINATE
+        before = jnp.cumsum(is_coordinate | (batch.token_type_ids == TokenType.ROUTE_NODE), axis=1)
         row = jnp.take_along_axis(before, indices, axis=1)
         row = jnp.clip(row, 0, batch.coordinates.shape[1] - 1)
         truth = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]

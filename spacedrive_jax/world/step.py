@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import traffic
@@ -99,6 +99,16 @@ class Traffic:
         self.tracks = Tracks(self.movers)
         self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(self.still))
         self.radii = exact.norm(self.half)
+        count = len(self.movers)
+        # A corridor begins at the box centre; 2 m more than its length for the way there being no straight
+        # line. Whoever is further off than that from the centre cannot stand in it.
+        reach = np.array([_reach(mover) for mover in self.movers]) + 2.8
+        reach = reach + self.half[:count, 0] + self.half[:count, 1]
+        self.farthest = (reach[:, None] + self.radii) ** 2
+        """Squared metres between two box centres from which on nobody has to look, movers first."""
+        self.noticed = ~np.eye(count, len(self.half), dtype=bool)
+        """Whom each mover looks at when near: all but itself; people on foot do not mind each other."""
+        self.noticed &= ~(self.on_foot[:count, None] & self.on_foot)
         self.walkers: dict[int, list[int]] = {}
         """Movers who walk over each crossing."""
         self.arrivals: dict[int, list[tuple[int, Zebra]]] = {}
@@ -115,6 +125,12 @@ class Traffic:
         self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]
         self.conflicts: dict[tuple[int, Zebra, int], float] = {}
         """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
+
+    def close(self, x: Float[np.ndarray, "A+O"], y: Float[np.ndarray, "A+O"]) -> Bool[np.ndarray, "A A+O"]:
+        """Whom each mover has to look at: all who could stand in its corridor, given the box centres."""
+        count = len(self.movers)
+        squared = (x[:count, None] - x) ** 2 + (y[:count, None] - y) ** 2
+        return (squared < self.farthest) & self.noticed
 
     def start(self, ego: EgoBody | None = None) -> TrafficState:
         """Everybody at time 0.
@@ -231,6 +247,7 @@ class _Moment:
             whole.on_foot,
         )
         self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
+        self.close = whole.close(self.x, self.y)
         self.all_speeds = np.zeros(len(poses))
         self.all_speeds[: len(s)] = speed
         self.astray = 0 if off_route else -1
@@ -271,50 +288,36 @@ class _Moment:
 
     def _leader(self, i: int, front: float) -> tuple[float, float]:
         """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
+        near = np.flatnonzero(self.close[i])
         mover = self.movers[i]
-        reach = traffic.LOOKAHEAD if not mover.pedestrian else 4.0
-        first = mover.route.lengths.searchsorted(front - self.half[i, 0])
-        last = mover.route.lengths.searchsorted(front + reach)
+        lengths = mover.route.lengths
+        first = lengths.searchsorted(front - self.half[i, 0])
+        last = lengths.searchsorted(front + _reach(mover))
         points = mover.route.points[first:last]
-        if not len(points):
+        if not len(points) or not len(near):
             return np.inf, 0.0
-        # Whoever is further than this from the box around the corridor cannot stand in it.
-        margins = self.radii + mover.size[1] / 2 + 0.8
-        x, y = points[:, 0], points[:, 1]
-        (left, low), (right, high) = points.min(axis=0), points.max(axis=0)
-        close = (self.x > left - margins) & (self.x < right + margins)
-        close &= (self.y > low - margins) & (self.y < high + margins)
-        close[i] = False
-        if mover.pedestrian:
-            close &= ~self.on_foot
-        near = np.flatnonzero(close)
-        if not len(near):
-            return np.inf, 0.0
-        squared = (x[:, None] - self.x[near]) ** 2 + (y[:, None] - self.y[near]) ** 2
+        squared = (points[:, :1] - self.x[near]) ** 2 + (points[:, 1:2] - self.y[near]) ** 2
         closest = squared.argmin(axis=0)
-        lateral = np.sqrt(squared[closest, np.arange(len(near))])
-        # Nor can whoever is further than that from the corridor itself; few are left to look at closely.
-        beside = lateral < margins[near]
-        if not beside.any():
-            return np.inf, 0.0
-        near, closest, lateral = near[beside], closest[beside], lateral[beside]
-        relative = self.poses[near, 2] - mover.route.headings[first:last][closest]
-        aligned, turned = exact.cos_sin(relative)
-        cos, sin = np.abs(aligned), np.abs(turned)
-        half = self.half[near]
-        lateral_extent = half[:, 0] * sin + half[:, 1] * cos
-        along_extent = half[:, 0] * cos + half[:, 1] * sin
-        # People on the road need room; predicted half a second ahead they need more.
-        margin = np.where(self.on_foot[near], 0.8, 0.35)
-        clearance = mover.size[1] / 2 + lateral_extent + margin
-        in_corridor = (lateral < clearance) & (closest < len(points) - 1)
-        gaps = mover.route.lengths[first:last][closest] - front - along_extent
-        in_corridor &= gaps > -2 * self.half[i, 0]
-        if not in_corridor.any():
-            return np.inf, 0.0
-        pick = np.flatnonzero(in_corridor)[np.argmin(gaps[in_corridor])]
-        towards = self.all_speeds[near[pick]] * aligned[pick]
-        return float(gaps[pick]), float(max(towards, 0.0))
+        beside = np.sqrt(squared.min(axis=0))
+        width, back = mover.size[1], -2 * float(self.half[i, 0])
+        nearest, towards = np.inf, 0.0
+        # Whoever is further than this from the corridor cannot stand in it; few are left to look at closely.
+        for k in np.flatnonzero(beside < self.radii[near] + width / 2 + 0.8).tolist():
+            j, place, lateral = int(near[k]), int(closest[k]), float(beside[k])
+            aligned, turned = exact.cos_sin(
+                float(self.poses[j, 2]) - float(mover.route.headings[first + place])
+            )
+            cos, sin = abs(aligned), abs(turned)
+            half_length, half_width = float(self.half[j, 0]), float(self.half[j, 1])
+            lateral_extent = half_length * sin + half_width * cos
+            along_extent = half_length * cos + half_width * sin
+            # People on the road need room; predicted half a second ahead they need more.
+            margin = 0.8 if self.on_foot[j] else 0.35
+            gap = float(lengths[first + place]) - front - along_extent
+            inside = lateral < width / 2 + lateral_extent + margin and place < len(points) - 1
+            if inside and back < gap < nearest:
+                nearest, towards = gap, float(self.all_speeds[j]) * aligned
+        return nearest, max(towards, 0.0)
 
     def _gate_stop(self, i: int, front: float) -> float:
         """Arc length of the stop line at which the vehicle must hold, inf when it may go."""
@@ -481,3 +484,8 @@ class _Moment:
             s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
         times, lengths, speeds = np.array(rows).T
         return times, lengths, speeds
+
+
+def _reach(mover: Mover) -> float:
+    """Metres ahead of its front that a mover looks."""
+    return 4.0 if mover.pedestrian else traffic.LOOKAHEAD

@@ -136,9 +136,14 @@ class World:
         self.states.append(later)
         return later
 
-    def hand_over(self, *, steered: bool) -> WorldState:
+    def hand_over(self, *, steered: bool, shift: tuple[float, float] = (0.0, 0.0)) -> WorldState:
         """Gives the wheel to a driver, or back to the script, which goes on from the nearest place on the
         route.
+
+        Args:
+            steered: a driver takes the wheel.
+            shift: the driver finds the vehicle so far to the left, and turned to the left by so much, metres
+                and radians.
         """
         state = self.state
         if steered and state.vehicle is None:
@@ -148,7 +153,10 @@ class World:
             )
             x, y, yaw = (float(value) for value in self.scenario.ego.route.pose(s))
             steer = exact.arctan(WHEEL_BASE * float(self.scenario.ego.route.curvature(s)))
-            self.states[-1] = WorldState(state.traffic, VehicleState(x, y, yaw, speed, acceleration, steer))
+            aside, turn = shift
+            cos, sin = exact.cos_sin(yaw)
+            vehicle = VehicleState(x - aside * sin, y + aside * cos, yaw + turn, speed, acceleration, steer)
+            self.states[-1] = WorldState(state.traffic, vehicle)
         elif not steered and state.vehicle is not None:
             traffic = self.traffic.rejoin(state.traffic, state.vehicle.acceleration)
             self.states[-1] = WorldState(traffic, None)

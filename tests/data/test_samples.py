@@ -51,6 +51,22 @@ def test_sample_is_laid_out_for_the_model(record):
     assert tokenizer.decode(targets.tolist()).startswith("Here is the planning trajectory [")
 
 
+@pytest.mark.parametrize("answer", [True, False])
+def test_the_question_names_the_routes_nodes_and_says_where_they_are(record, answer):
+    data = dataclasses.replace(CONFIG.data, route_targets=True, max_coordinates=8, sequence_length=200)
+    sample = SampleBuilder(data, CONFIG.model, answer=answer)(record, 0)
+    nodes = np.flatnonzero(sample.token_type_ids == TokenType.ROUTE_NODE)
+    answered = np.flatnonzero(sample.token_type_ids == TokenType.COORDINATE)
+    assert (len(nodes), len(answered)) == (2, 6 if answer else 0)
+    np.testing.assert_array_equal(sample.coordinates[:2, :2], record["target_points"].astype(np.float32))
+    if answer:
+        assert nodes.max() < answered.min()
+        np.testing.assert_array_equal(sample.coordinates[2:8, :2], sample.waypoints)
+    assert not (
+        SampleBuilder(CONFIG.data, CONFIG.model)(record, 0).token_type_ids == TokenType.ROUTE_NODE
+    ).any()
+
+
 def test_position_tokens_can_be_supervised(record):
     talk = dataclasses.replace(CONFIG.data.conversation, supervise_position_tokens=True)
     data = dataclasses.replace(CONFIG.data, conversation=talk, max_targets=40)

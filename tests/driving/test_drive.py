@@ -140,6 +140,9 @@ def test_sets_and_files_of_drives(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     path.write_text('[{"kind": "start", "town": "boston-seaport", "seed": 3}]')
     assert drive_set(str(path)) == [DriveSpec(0, "start", "boston-seaport", 3)]
+    path.write_text('[{"kind": "start", "town": "boston-seaport", "seed": 3, "world": 7}]')
+    assert drive_set(str(path)) == [DriveSpec(0, "start", "boston-seaport", 3, world=7)]
+    assert not {spec.world for spec in drive_set("train")} & {spec.world for spec in specs}
     for bad, said in (
         ('[{"kind": "fly", "town": "boston-seaport", "seed": 3}]', "no scenario 'fly'"),
         ('[{"kind": "start", "town": "atlantis", "seed": 3}]', "no town"),

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.driving.recovery import CollectedRecords, expert_target, with_target
+from spacedrive_jax.driving.driver import Plan
+from spacedrive_jax.driving.recovery import (
+    CollectedRecords,
+    Sway,
+    expert_target,
+    shifted_recording,
+    with_target,
+)
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.world.scenario import build_scenario
 from spacedrive_jax.world.town import Town, build_town
@@ -41,6 +48,47 @@ def test_the_experts_way_leads_back_to_the_lane(town: Town, aside: float, turn: 
     record = with_target(make_record(np.random.default_rng(0)), target)
     np.testing.assert_array_equal(record["waypoints"], target.waypoints)
     assert record["waypoint_mask"].all()
+
+
+def test_a_shifted_recording_begins_beside_the_lane_and_comes_back(town: Town) -> None:
+    scenario = build_scenario(town, "cruise", 4.0, np.random.default_rng(2))
+    shifted = shifted_recording(scenario, 0.7, 4.5, np.random.default_rng(0))
+    assert shifted.driven[:7] == (None,) * 7
+    vehicles = [vehicle for vehicle in shifted.driven if vehicle is not None]
+    assert len(vehicles) >= 39
+    beside = []
+    for vehicle, near in ((vehicles[0], shifted.motions[0].s[7]), (vehicles[-1], shifted.motions[0].s[-1])):
+        _, aside = scenario.ego.route.project(np.array([vehicle.x, vehicle.y]), near)
+        beside.append(abs(aside))
+    route = scenario.ego.route.pose(shifted.motions[0].s[7])
+    turned = abs(np.degrees(vehicles[0].yaw - route[2]))
+    assert 0.3 <= beside[0] <= 1.0
+    assert 5.0 <= turned <= 10.0
+    assert beside[1] < 0.2
+    again = shifted_recording(scenario, 0.7, 4.5, np.random.default_rng(0))
+    assert again.driven == shifted.driven
+
+
+def test_who_sways_keeps_beside_the_line_for_a_while_and_does_not_turn_on_the_spot() -> None:
+    straight = np.stack([3.0 * np.arange(1, 7), np.zeros(6)], axis=1)
+    path = np.stack([np.arange(1.0, 21.0), np.zeros(20)], axis=1)
+    sway = Sway(np.random.default_rng(0))
+    plans = [sway.disturb(Plan(straight, path=path)) for _ in range(200)]
+    aside = np.array([plan.waypoints[-1, 1] for plan in plans])
+    pace = np.array([plan.waypoints[-1, 0] for plan in plans]) / straight[-1, 0]
+    quiet = aside == 0.0
+    assert 0.1 < quiet.mean() < 0.5
+    assert ((np.abs(aside[~quiet]) >= 0.3) & (np.abs(aside[~quiet]) <= 1.0)).all()
+    assert ((pace[~quiet] >= 0.6) & (pace[~quiet] <= 1.3)).all()
+    assert (aside > 0).any()
+    assert (aside < 0).any()
+    changes = np.flatnonzero(np.diff(aside))
+    assert np.diff(changes).max() >= 2  # decisions in a row
+    for plan in plans:
+        assert plan.path is not None
+        assert plan.path[-1, 1] == plan.waypoints[-1, 1]
+        assert abs(plan.path[0, 1]) <= 0.25
+    assert not sway.disturb(Plan(np.zeros((6, 2)))).waypoints.any()
 
 
 def test_collected_records_are_a_folder_that_training_reads(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ import pytest
 from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import route_constant_speed
-from spacedrive_jax.driving.scenarios import KINDS, DriveSpec, build_drive, town_of_drives
+from spacedrive_jax.driving.scenarios import (
+    KINDS,
+    TEST_SEED,
+    TRAINING_SEED,
+    DriveSpec,
+    build_drive,
+    town_of_drives,
+)
 from spacedrive_jax.world.scenario import WARM_UP
 from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN
 from spacedrive_jax.world.world import World
@@ -61,3 +68,14 @@ def test_the_third_town_differs_in_its_geometry() -> None:
     sizes = {location: len(town_of_drives(location).junctions) for location in (*LOCATIONS, TEST_TOWN)}
     assert sizes == {"boston-seaport": 25, "singapore-onenorth": 25, TEST_TOWN: 16}
     assert town_of_drives(TEST_TOWN).right_hand
+
+
+def test_other_worlds_have_other_towns() -> None:
+    first, second = (town_of_drives("boston-seaport", world) for world in (TEST_SEED, TRAINING_SEED))
+    assert not np.array_equal(first.junctions[0].centre, second.junctions[0].centre)
+
+
+def test_a_drive_that_stops_at_a_red_light_goes_on_behind_it() -> None:
+    """Whoever runs the light must be seen to."""
+    scenario, goal = build_drive(DriveSpec(0, "stop", "boston-seaport", 0))
+    assert goal == scenario.ego.route.gates[0].stop + 12.0  # the script's driver still stands before it

@@ -66,6 +66,11 @@ def test_bad_image_size_is_explained(text: str) -> None:
         parse_image_size(text)
 
 
+def test_only_one_layout_can_be_perturbed(tmp_path: Path) -> None:
+    with pytest.raises(SpaceDriveError, match="--perturb"):
+        Synthesize(out=tmp_path / "world", perturb=True, layout="bench2drive").run()
+
+
 def test_image_size_is_width_by_height() -> None:
     assert parse_image_size("704x396") == (396, 704)
 
