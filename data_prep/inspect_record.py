@@ -31,7 +31,7 @@ from spacedrive_jax.data.prompts import COMMAND_WORDS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import atomic_write, write_bytes
+from spacedrive_jax.io import write_bytes
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
 from spacedrive_jax.reporting.cameras import STRIP_ORDER
 from spacedrive_jax.reporting.projection import (
@@ -41,7 +41,7 @@ from spacedrive_jax.reporting.projection import (
     project_segments,
     upright_corners,
 )
-from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, TRUTH, styled
+from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, TRUTH, save_figure, styled
 
 FARTHEST = 80.0
 """Points farther away are left out, metres."""
@@ -115,14 +115,22 @@ VIEW_M = 45.0
 """The bird's-eye view shows this much to every side."""
 
 
-@styled
 def draw_record(record: Record, path: Path) -> None:
-    """Draws a record into a PNG.
+    """Draws a record into a picture.
 
     Args:
         record: one record as `open_records` gives it.
-        path: the file to write.
+        path: the file to write; its ending names the format.
+
+    Raises:
+        ConfigError: it is none that pictures are written in.
     """
+    save_figure(record_figure(record), path)
+
+
+@styled
+def record_figure(record: Record) -> Figure:
+    """A record as a figure of 19.2 x 6.3 inches: the six cameras, and the keyframe from above."""
     figure = Figure(figsize=(19.2, 6.3), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.22), wspace=0.03, hspace=0.09)
@@ -141,8 +149,7 @@ def draw_record(record: Record, path: Path) -> None:
     subtitle = "   |   ".join(record[name] for name in ("scene_description", "location", "token"))
     figure.text(0.008, 0.953, title, fontsize=15, fontweight="bold", color=INK)
     figure.text(0.008, 0.918, subtitle, fontsize=9.5, color=MUTED)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    return figure
 
 
 def _draw_camera(axes: Axes, record: Record, camera: int) -> None:

@@ -1,10 +1,11 @@
 """SpaceDrive in JAX: a vision-language model that reads and writes 3D positions, and drives.
 
-    from spacedrive_jax import open_model, open_records, plan
+    from spacedrive_jax import Planner
 
-    model = open_model("runs/demo")
-    record = open_records("data/records", "val")[0]
-    print(plan(model, record).waypoints)
+    planner = Planner.load("runs/demo")
+    plan = planner.plan(planner.records("data/records", "val")[0])
+    print(plan.waypoints, plan.text)
+    plan.figure().savefig("plan.png")
 
 Everything here is imported when it is first asked for.
 """
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spacedrive_jax.batch import DrivingBatch
     from spacedrive_jax.config import Config, load_config
+    from spacedrive_jax.data.frame import Frame, read_frame
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
     from spacedrive_jax.inference.open_model import open_model
     from spacedrive_jax.inference.open_planner import open_planner, plan
-    from spacedrive_jax.inference.planner import Plan, Planner
+    from spacedrive_jax.inference.planner import Plan
     from spacedrive_jax.models.spacedrive import SpaceDrive
+    from spacedrive_jax.reporting.show import KeyframePlan, Planner
     from spacedrive_jax.training.batches import batch_spec, fake_batch
     from spacedrive_jax.training.train import train
 
@@ -32,8 +35,10 @@ _WHERE = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DrivingBatch": "batch",
+    "Frame": "data.frame",
+    "KeyframePlan": "reporting.show",
     "Plan": "inference.planner",
-    "Planner": "inference.planner",
+    "Planner": "reporting.show",
     "SpaceDrive": "models.spacedrive",
     "SpaceDriveError": "errors",
     "batch_spec": "training.batches",
@@ -43,6 +48,7 @@ _WHERE = {
     "open_planner": "inference.open_planner",
     "open_records": "data.records",
     "plan": "inference.open_planner",
+    "read_frame": "data.frame",
     "train": "training.train",
 }
 
@@ -52,6 +58,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DrivingBatch",
+    "Frame",
+    "KeyframePlan",
     "Plan",
     "Planner",
     "SpaceDrive",
@@ -63,6 +71,7 @@ __all__ = [
     "open_planner",
     "open_records",
     "plan",
+    "read_frame",
     "train",
 ]
 

@@ -32,7 +32,8 @@ class Inspect(Command):
     list: tyro.conf.FlagCreatePairsOff[bool] = False
     """List split, scene and token of every keyframe (of --scene, if given) instead of showing one."""
     image: Path | None = None
-    """PNG to write: the six cameras with boxes and waypoints, and a bird's-eye view."""
+    """Picture to write (.png, .pdf, .svg or .jpg): the six cameras with boxes and waypoints, and a bird's-eye
+    view."""
     points: Path | None = None
     """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -13,6 +13,7 @@ from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
 from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
 from spacedrive_jax.cli.serve import Serve
+from spacedrive_jax.cli.show import Show
 from spacedrive_jax.cli.train import Train, list_presets, parse_train
 from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
@@ -22,6 +23,7 @@ PROGRAM = "python -m spacedrive_jax"
 
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
+    "show": Show,
     "predict": Predict,
     "drive": Drive,
     "serve": Serve,

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import tyro
 
@@ -15,10 +15,6 @@ from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from spacedrive_jax.config import Config
-    from spacedrive_jax.driving.model_policy import DepthNetwork
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -79,7 +75,7 @@ class Serve(Command):
         use_compilation_cache(self.compilation_cache)
         if self.export is not None:
             return self._export(self.export)
-        from spacedrive_jax.driving.model_policy import ModelPolicy, warm_up_record
+        from spacedrive_jax.driving.model_policy import ModelPolicy, open_depth_network, warm_up_record
         from spacedrive_jax.driving.server import PolicyServer, ServerConfig
 
         if self.exported is not None:
@@ -93,7 +89,8 @@ class Serve(Command):
             planner = open_planner(
                 self.checkpoint, warm_up_record(), average=self.average, most=self.batch_size
             )
-        policy = ModelPolicy(planner, self._depth_network(planner.config))
+        network = None if self.depth_model is None else open_depth_network(self.depth_model, planner.config)
+        policy = ModelPolicy(planner, network)
         config = ServerConfig(
             self.host,
             self.port,
@@ -127,26 +124,3 @@ class Serve(Command):
         )
         print(f"exported {outcome['model']} for batches of {outcome['batch']} to {folder}")
         return outcome
-
-    def _depth_network(self, config: Config) -> DepthNetwork | None:
-        if self.depth_model is None:
-            return None
-        from spacedrive_jax.data.transforms import SampleBuilder
-        from spacedrive_jax.driving.model_policy import DepthNetwork
-        from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
-
-        given = self.depth_model
-        network = (
-            DepthNetworkConfig.from_file(given)
-            if given.suffix == ".json"
-            else DepthNetworkConfig(weights=str(given))
-        )
-        network = dataclasses.replace(
-            network,
-            image_size=config.data.image_size,
-            channel_order=config.data.channel_order,
-            pooling=config.data.depth.pooling,
-            grid=SampleBuilder(config.data, config.model, answer=False).images.token_grid,
-        )
-        runner = KeyframeDepth(network)
-        return DepthNetwork(network.kind(), network.pooling, lambda records: runner(records)[1])

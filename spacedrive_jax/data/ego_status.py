@@ -103,6 +103,11 @@ def navigation_command(
     return angle_class(-float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
 
 
+def mirrored_command(command: int) -> int:
+    """The command class with left and right exchanged: the published words for it (fidelity Q37)."""
+    return command if command < 2 else command + 3 if command < 5 else command - 3
+
+
 MEMORY_GAP_US = 2_000_000
 """The published memory empties when two consecutive frames are two seconds or more apart."""
 

@@ -28,13 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import msgspec
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.io import read_typed
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500
@@ -47,11 +51,13 @@ class RecordSource(Sequence[Record]):
 
     def __init__(self, directory: Path, shards: Sequence[tuple[str, int]]) -> None:
         """Args: the records folder; names of shards and how many records each holds."""
+        self.shards = tuple(shards)
         self._shards = [directory / name for name, _ in shards]
         self._ends = list(itertools.accumulate(count for _, count in shards))
         paths = [f"{directory / name}[0:{count}]" for name, count in shards]
         self._bytes = ArrayRecordDataSource(paths)
         self._features = record_features()
+        self._identity = tfds.features.FeaturesDict({"token": self._features["token"]})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -86,6 +92,10 @@ class RecordSource(Sequence[Record]):
             return dict(features.deserialize_example_np(data))
         except Exception as error:  # protobuf and numpy raise many kinds on bytes that are no record
             raise self._damaged(index, error) from error
+
+    def token(self, index: int) -> str:
+        """The token of a record, without the rest of it."""
+        return self.decode(index, self._identity)["token"].decode(errors="replace")
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
         record = self.decode(index, self._features)
@@ -169,6 +179,41 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
     if split != "all" and split not in splits:
         raise DataError(f"{directory} has no keyframe in split {split!r}; try --split all")
     return Records(directory, split, _source(directory, split, facts), facts.fingerprint, splits)
+
+
+class _Noted(msgspec.Struct):
+    """What the conversion noted of a shard, as far as it matters here."""
+
+    tokens: tuple[str, ...]
+
+
+def keyframe_index(records: Records, token: str) -> int:
+    """Where a keyframe stands in a split.
+
+    What the conversion noted beside the shards is asked first; without those notes every record is read.
+
+    Args:
+        records: the split.
+        token: of the keyframe.
+
+    Raises:
+        DataError: there is no such keyframe, or the folder is damaged.
+    """
+    before = 0
+    for shard, count in records.source.shards:
+        notes = records.directory / "conversion" / f"{shard}.json"
+        tokens = read_typed(notes, _Noted).tokens if notes.is_file() else ()
+        if token in tokens and records.source.token(before + tokens.index(token)) == token:
+            return before + tokens.index(token)
+        if len(tokens) != count:
+            for index in progress(range(before, before + count), desc=f"search {shard}", unit="record"):
+                if records.source.token(index) == token:
+                    return index
+        before += count
+    raise DataError(
+        f"{records.directory} has no keyframe {token!r} in split {records.split}; `python -m data_prep "
+        f"inspect {records.directory} --list` names them"
+    )
 
 
 def _source(directory: Path, split: str, facts: Provenance) -> RecordSource:

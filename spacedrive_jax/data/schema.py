@@ -112,3 +112,22 @@ def record_features() -> tfds.features.FeaturesDict:
 
 Record = dict[str, Any]
 """One decoded record: feature name to numpy array, scalar, bytes, or list of bytes."""
+
+
+def blank_record() -> Record:
+    """A record in which nothing is known: zeros, empty texts and lists."""
+    record: Record = {}
+    for name, feature in record_features().items():
+        shape, dtype = feature.shape, feature.np_dtype
+        if type(feature).__name__ == "Sequence":
+            length = shape[0] if shape and shape[0] is not None else 0
+            record[name] = [b""] * length
+        elif type(feature).__name__ == "Text":
+            record[name] = ""
+        elif dtype == np.object_:
+            record[name] = b""
+        elif not shape:
+            record[name] = np.dtype(dtype).type(0)
+        else:
+            record[name] = np.zeros([side or 0 for side in shape], dtype)
+    return record

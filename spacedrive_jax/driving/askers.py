@@ -23,7 +23,7 @@ from spacedrive_jax.driving.model_policy import check_depth, warm_up_record
 from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.inference.open_planner import open_planner
-from spacedrive_jax.inference.planner import Planner
+from spacedrive_jax.inference.planner import BatchPlanner
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD
 
 Item = TypeVar("Item")
@@ -165,7 +165,7 @@ class ModelAsker:
     a drive's bytes must not depend on which others are under way.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: BatchPlanner) -> None:
         self.planner, self.most = planner, planner.most
         planner.sizes = (planner.most,)
 

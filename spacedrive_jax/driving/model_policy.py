@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,11 +19,13 @@ from spacedrive_jax.data.depth_cache import CachedDepth, NetworkKind
 from spacedrive_jax.data.depth_sources import NETWORKS, record_patch_depth
 from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.route import RoadOption
-from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.schema import Record, blank_record
+from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.client import PROTOCOL
-from spacedrive_jax.driving.protocol import PAST_SECONDS, blank_record, partial_record
+from spacedrive_jax.driving.protocol import PAST_SECONDS, partial_record
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.inference.planner import Plan, Planner
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
+from spacedrive_jax.inference.planner import BatchPlanner, Plan
 
 NATIVE_SIZE = (900, 1600)
 """Height and width of the pictures that the warm-up uses."""
@@ -40,6 +43,32 @@ class DepthNetwork:
     """Records to the pooled depth of their views, metres."""
 
 
+def open_depth_network(weights: Path, config: Config) -> DepthNetwork:
+    """Loads the depth network of a run for pictures that come without depth.
+
+    Args:
+        weights: its weights, or a JSON file as add-depth takes it.
+        config: of the run: image size, channel order, pooling and grid are its own.
+
+    Raises:
+        SpaceDriveError: the weights cannot be read, or the JSON file does not describe a network.
+    """
+    network = (
+        DepthNetworkConfig.from_file(weights)
+        if weights.suffix == ".json"
+        else DepthNetworkConfig(weights=str(weights))
+    )
+    network = dataclasses.replace(
+        network,
+        image_size=config.data.image_size,
+        channel_order=config.data.channel_order,
+        pooling=config.data.depth.pooling,
+        grid=SampleBuilder(config.data, config.model, answer=False).images.token_grid,
+    )
+    runner = KeyframeDepth(network)
+    return DepthNetwork(network.kind(), network.pooling, lambda records: runner(records)[1])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     sample: DrivingBatch
@@ -50,7 +79,7 @@ class _Prepared:
 class ModelPolicy:
     """Serves a planner (see `spacedrive_jax.driving.server.Policy`)."""
 
-    def __init__(self, planner: Planner, network: DepthNetwork | None = None) -> None:
+    def __init__(self, planner: BatchPlanner, network: DepthNetwork | None = None) -> None:
         """Prepares a policy.
 
         Args:

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
-from spacedrive_jax.data.ego_status import navigation_command
+from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import RoadOption
-from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.errors import DataError
 
 PAST_SECONDS = (0.5, 1.0, 1.5, 2.0)
@@ -68,25 +68,6 @@ _ARRAYS: Mapping[str, _Array] = {
     "target_points": _Array((2, 2), required=False),
     "lidar_to_ego": _Array((4, 4), required=False),
 }
-
-
-def blank_record() -> Record:
-    """A record in which nothing is known: zeros, empty texts and lists."""
-    record: Record = {}
-    for name, feature in record_features().items():
-        shape, dtype = feature.shape, feature.np_dtype
-        if type(feature).__name__ == "Sequence":
-            length = shape[0] if shape and shape[0] is not None else 0
-            record[name] = [b""] * length
-        elif type(feature).__name__ == "Text":
-            record[name] = ""
-        elif dtype == np.object_:
-            record[name] = b""
-        elif not shape:
-            record[name] = np.dtype(dtype).type(0)
-        else:
-            record[name] = np.zeros([side or 0 for side in shape], dtype)
-    return record
 
 
 def partial_record(message: Mapping[str, Any]) -> Record:
@@ -140,8 +121,9 @@ def partial_record(message: Mapping[str, Any]) -> Record:
         "command_navigation": past[0],
         "past_command_navigation": np.array(past[1:], np.int32) * mask[:NUM_PAST],
         # Nothing knows where the car will be in 3 s; the published words are those of navigation, mirrored.
-        "command_released": mirrored(past[0]),
-        "past_command_released": np.array([mirrored(one) for one in past[1:]], np.int32) * mask[:NUM_PAST],
+        "command_released": mirrored_command(past[0]),
+        "past_command_released": np.array([mirrored_command(one) for one in past[1:]], np.int32)
+        * mask[:NUM_PAST],
         "drivable_source": "none",
         "lidar": _bytes(message, "lidar"),
         "lidar_to_ego": np.eye(4) if arrays["lidar_to_ego"] is None else arrays["lidar_to_ego"],
@@ -197,11 +179,6 @@ def act_message(record: Record, step: int, time_s: float) -> dict[str, Any]:
             value = record[name]
             message[sent] = int(value) if sent == "command" else np.asarray(value)
     return message
-
-
-def mirrored(command: int) -> int:
-    """The command class with left and right exchanged (the published words, see `data.commands`)."""
-    return command if command < 2 else command + 3 if command < 5 else command - 3
 
 
 def _navigation_at(

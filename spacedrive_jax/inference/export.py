@@ -30,7 +30,7 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation
-from spacedrive_jax.inference.planner import Planner, doubled_sizes, longest_prompt
+from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
 VERSION = 1
 FACTS = "export.json"
@@ -111,7 +111,7 @@ def write_export(
     return metadata
 
 
-def open_exported(folder: Path, *, most: int = 8) -> Planner:
+def open_exported(folder: Path, *, most: int = 8) -> BatchPlanner:
     """A planner over an exported planning step.
 
     Args:
@@ -152,7 +152,7 @@ def open_exported(folder: Path, *, most: int = 8) -> Planner:
         found = jax.device_get(calls[batch.size](weights, fields))
         return Generation(**{**_NO_TRAJECTORY, **found})
 
-    return Planner(config, builder, answer, sizes, metadata["length"])
+    return BatchPlanner(config, builder, answer, sizes, metadata["length"])
 
 
 def export_example(builder: SampleBuilder, record: Record) -> DrivingBatch:

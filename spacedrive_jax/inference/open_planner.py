@@ -20,7 +20,7 @@ from spacedrive_jax.inference.answers import Generation, answer_limit, expected_
 from spacedrive_jax.inference.export import export_example, write_export
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model
-from spacedrive_jax.inference.planner import Plan, Planner, doubled_sizes, longest_prompt
+from spacedrive_jax.inference.planner import BatchPlanner, Plan, doubled_sizes, longest_prompt
 from spacedrive_jax.models.partitioning import BATCH_AXES, activations_on
 from spacedrive_jax.training.sharding import place_batch
 
@@ -39,7 +39,7 @@ def plan(model: TrainedModel, record: Record) -> Plan:
     return planner.plan([planner.sample(record)])[0]
 
 
-def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8) -> Planner:
+def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8) -> BatchPlanner:
     """Loads a checkpoint for planning.
 
     Args:
@@ -54,7 +54,7 @@ def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, mo
     return planner_of(open_trained_model(checkpoint, average=average), longest, most=most)
 
 
-def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> Planner:
+def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> BatchPlanner:
     """A planner over a model that is open already; arguments and errors as in `open_planner`."""
     config = trained.config
     builder = SampleBuilder(config.data, config.model, answer=False)
@@ -65,7 +65,7 @@ def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> Plan
         return jax.device_get(program(trained.trainable, trained.frozen, placed))
 
     sizes = batch_sizes(trained.mesh, most)
-    return Planner(config, builder, answer, sizes, longest_prompt(builder, longest))
+    return BatchPlanner(config, builder, answer, sizes, longest_prompt(builder, longest))
 
 
 def planning_step(

@@ -42,7 +42,7 @@ class Plan:
     """`ok` or `unparsed`."""
 
 
-class Planner:
+class BatchPlanner:
     """Answers batches of samples; safe to call from several threads, one batch at a time."""
 
     def __init__(

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 
 from spacedrive_jax.constants import CAMERAS, EGO_WIDTH
 from spacedrive_jax.data.schema import Record
@@ -135,6 +136,12 @@ def camera_strip(record: Record, seen: SeenDepth | None = None) -> UInt8[np.ndar
 def depth_scale() -> str:
     """The colours of the depth with their metres, as the data address of a figure."""
     figure, axes = new_figure(4.2, 0.62)
+    draw_depth_scale(axes)
+    return to_png(figure)
+
+
+def draw_depth_scale(axes: Axes) -> None:
+    """Draws the colours of the depth with their metres into axes."""
     depth = np.geomspace(*DEPTH_RANGE_M, 256)
     axes.imshow(_depth_colors(depth)[None], aspect="auto", extent=(0, 1, 0, 1))
     near, far = np.log(DEPTH_RANGE_M)
@@ -143,7 +150,6 @@ def depth_scale() -> str:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return to_png(figure)
 
 
 def _row(tiles: list[np.ndarray]) -> np.ndarray:

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.data.conversation import question_turn
+from spacedrive_jax.data.conversation import question_coordinates, question_turn
 from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.tokenizer import INDICATOR, POSITION
+from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
 from spacedrive_jax.evaluation.predictions import Predictions
@@ -222,7 +222,18 @@ def question_of(record: Record, config: Mapping[str, Any] | None) -> str:
     if command not in get_args(CommandSource):
         return ""
     in_words = ((config or {}).get("model") or {}).get("ego_status") == "language"
-    text = question_turn(record, command, ego_in_words=in_words).content
+    route_targets = bool(((config or {}).get("data") or {}).get("route_targets"))
+    return asked(record, command, ego_in_words=in_words, route_targets=route_targets)
+
+
+def asked(record: Record, command: CommandSource, *, ego_in_words: bool, route_targets: bool) -> str:
+    """The question about a keyframe with its coordinates in metres, the images in one word.
+
+    Args: see `data.conversation.question_turn`.
+    """
+    text = question_turn(record, command, ego_in_words=ego_in_words, route_targets=route_targets).content
+    for x, y in question_coordinates(record, route_targets=route_targets).tolist():
+        text = text.replace(COORDINATE, f"{INDICATOR}({x:.2f}, {y:.2f})", 1)
     images = text.count(IMAGE_MARK)
     return f"[{images} images] " + text.replace(IMAGE_MARK, "").strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,9 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.io import atomic_write
 
 INK = "#1f2a37"
 MUTED = "#6b7785"
@@ -35,6 +39,15 @@ AGENTS: Mapping[str, str] = {
     "other": "#9aa5b1",
 }
 """Road users by kind, from above and in the cameras."""
+
+FORMATS: Mapping[str, str] = {
+    ".png": "png",
+    ".pdf": "pdf",
+    ".svg": "svg",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+}
+"""Endings of picture files to what matplotlib calls them."""
 
 SETTINGS: Mapping[str, object] = {
     "font.size": 9,
@@ -86,6 +99,36 @@ def to_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 82) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return data_address(buffer.getvalue(), "image/jpeg")
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
+    """Writes a figure in the format that the file's ending names; it appears only when whole.
+
+    Args:
+        figure: to write.
+        path: a .png, .pdf, .svg or .jpg file.
+        dpi: pixels an inch, of the formats that have pixels.
+
+    Raises:
+        ConfigError: another ending.
+        SpaceDriveError: the file cannot be written.
+    """
+    kind = check_picture(path)
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "spacedrive_jax"}), atomic_write(path) as file:
+        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
+
+
+def check_picture(path: Path) -> str:
+    """The format of a picture by its file's ending.
+
+    Raises:
+        ConfigError: it is none that pictures are written in.
+    """
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{path}: pictures are written as {', '.join(FORMATS)}; give one of these endings")
+    return kind
 
 
 def data_address(content: bytes, media_type: str) -> str:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.schema import record_features
-from spacedrive_jax.driving.protocol import act_message, blank_record, image_size, mirrored, partial_record
+from spacedrive_jax.data.ego_status import mirrored_command
+from spacedrive_jax.data.schema import blank_record, record_features
+from spacedrive_jax.driving.protocol import act_message, image_size, partial_record
 from tests.driving.served import observation
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
@@ -83,8 +84,8 @@ def test_commands_of_now_and_before_come_from_the_poses(rate, command):
     assert told["past_command_navigation"].tolist() == [command, command]
     two = partial_record(observation(past_to_ego=turning(rate)[:2], past_mask=np.ones(2, bool)))
     assert two["past_command_navigation"].tolist() == [command, 0]
-    assert told["command_released"] == mirrored(command)
-    assert [mirrored(mirrored(one)) for one in range(8)] == list(range(8))
+    assert told["command_released"] == mirrored_command(command)
+    assert [mirrored_command(mirrored_command(one)) for one in range(8)] == list(range(8))
 
 
 def test_size_of_a_picture_comes_from_its_header():
