@@ -7,6 +7,7 @@ the views lifted by their depth, coloured, as a PLY file that any viewer opens.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from spacedrive_jax.data.keyframe import camera_to_ego
 from spacedrive_jax.data.prompts import COMMAND_WORDS
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record, record_features
-from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import write_bytes
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
+from spacedrive_jax.io import put_in_place, say, write_bytes
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
 from spacedrive_jax.reporting.cameras import STRIP_ORDER
 from spacedrive_jax.reporting.projection import (
@@ -150,6 +151,64 @@ def record_figure(record: Record) -> Figure:
     figure.text(0.008, 0.953, title, fontsize=15, fontweight="bold", color=INK)
     figure.text(0.008, 0.918, subtitle, fontsize=9.5, color=MUTED)
     return figure
+
+
+FILM_RATE = 2.0
+"""Pictures a second: keyframes come every half second."""
+
+
+def film_scene(directory: Path, scene: str, path: Path) -> int:
+    """Films a scene: the picture of `draw_record` for every keyframe, as fast as it was driven.
+
+    Args:
+        directory: the records folder.
+        scene: the scene's name.
+        path: .mp4 file to write (H.264); it appears under its name when whole.
+
+    Returns:
+        How many keyframes it shows.
+
+    Raises:
+        ConfigError: the extra `video` is not installed, or the file is no .mp4.
+        DataError: there is no such scene.
+        SpaceDriveError: the film cannot be written.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise ConfigError(f"--film {path}: films are written as .mp4")
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise ConfigError(
+            "--film needs the extra `video`: pip install imageio-ffmpeg (or spacedrive_jax[video])"
+        ) from None
+    keyframes = list_keyframes(directory, scene)
+    splits = {split: open_records(directory, split) for split in {each.split for each in keyframes}}
+    # ffmpeg writes by name, so it gets one that nobody takes for the film.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
+    writer = None
+    try:
+        for each in progress(keyframes, desc=f"film {scene}", unit="keyframe"):
+            figure = record_figure(splits[each.split][each.index])
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            picture = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+            if writer is None:
+                size = picture.shape[1], picture.shape[0]
+                writer = imageio_ffmpeg.write_frames(
+                    str(partial), size, fps=FILM_RATE, macro_block_size=2, quality=7
+                )
+                writer.send(None)
+            writer.send(picture)
+        if writer is not None:
+            writer.close()
+        put_in_place(partial, path)
+    except OSError as error:  # of ffmpeg, too: its pipe breaks
+        raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
+    finally:
+        if writer is not None:
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return len(keyframes)
 
 
 def _draw_camera(axes: Axes, record: Record, camera: int) -> None:

@@ -34,6 +34,9 @@ class Inspect(Command):
     image: Path | None = None
     """Picture to write (.png, .pdf, .svg or .jpg): the six cameras with boxes and waypoints, and a bird's-eye
     view."""
+    film: Path | None = None
+    """MP4 to write of a whole --scene: that picture for every keyframe, two a second. Needs the extra `video`
+    (imageio-ffmpeg)."""
     points: Path | None = None
     """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -58,6 +61,8 @@ class Inspect(Command):
             f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
             f"fingerprint {provenance['fingerprint'][:12]}"
         )
+        if self.film is not None:
+            return self._film(self.film, provenance["records"])
         if self.list:
             return self._list(provenance["records"])
         record = find_record(self.directory, self.token, self.scene)
@@ -73,6 +78,17 @@ class Inspect(Command):
         if self.points is not None:
             outcome["points"] = self._write_points(self.points, record, provenance["fingerprint"])
         return outcome
+
+    def _film(self, film: Path, count: int) -> Mapping[str, Any]:
+        from data_prep.inspect_record import film_scene
+
+        if self.scene is None:
+            raise ConfigError("--film shows a whole scene: name it with --scene (--list names them)")
+        if self.list or self.image is not None or self.points is not None:
+            raise ConfigError("--film goes without --list, --image and --points")
+        shown = film_scene(self.directory, self.scene, film)
+        print(f"filmed {shown} keyframes of {self.scene}: {film}")
+        return {"records": count, "scene": self.scene, "keyframes": shown, "film": str(film)}
 
     def _list(self, count: int) -> Mapping[str, Any]:
         from data_prep.inspect_record import list_keyframes

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -94,3 +95,43 @@ def test_a_scene_by_name(records_folder, capsys):
     assert "give one of them" in capsys.readouterr().err
     assert run(["inspect", str(records_folder), "--list", "--token", "x"]) == 1
     assert "--list shows no keyframe" in capsys.readouterr().err
+
+
+def test_a_scene_becomes_a_film(records_folder, tmp_path, capsys):
+    film = tmp_path / "scene.mp4"
+    scene = list_keyframes(records_folder)[0].scene
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    assert run(["inspect", str(records_folder), "--scene", scene, "--film", str(film), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["keyframes"] == len(list_keyframes(records_folder, scene))
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(film))
+    assert frames == told["keyframes"]
+    assert seconds == pytest.approx(frames / 2)
+    assert [file.name for file in tmp_path.rglob("*.mp4*")] == ["scene.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--film", "a.mp4"], "name it with --scene"),
+        (["--film", "a.gif", "--scene", "SCENE"], "films are written as .mp4"),
+        (["--film", "a.mp4", "--scene", "SCENE", "--image", "b.png"], "--film goes without"),
+        (["--film", "a.mp4", "--scene", "nowhere"], "has no scene 'nowhere'"),
+        (["--film", "absent/a.mp4", "--scene", "SCENE"], "cannot write absent/a.mp4"),
+    ],
+)
+def test_films_that_cannot_be(records_folder, tmp_path, monkeypatch, capsys, words, said):
+    scene = list_keyframes(records_folder)[0].scene
+    monkeypatch.chdir(tmp_path)
+    if "cannot write" in said or "nowhere" in said:
+        pytest.importorskip("imageio_ffmpeg")
+    chosen = [scene if word == "SCENE" else word for word in words]
+    assert run(["inspect", str(records_folder), *chosen]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_film_without_ffmpeg_says_what_to_install(records_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    scene = list_keyframes(records_folder)[0].scene
+    assert run(["inspect", str(records_folder), "--scene", scene, "--film", str(tmp_path / "a.mp4")]) == 1
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
