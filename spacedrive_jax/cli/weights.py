@@ -11,6 +11,7 @@ import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
 from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -76,22 +77,28 @@ class ImportWeights(Command):
 
 @dataclasses.dataclass(frozen=True)
 class ExportWeights(Command):
-    """Write weights for transformers (adapters folded in), PEFT (adapters alone) or the published code.
+    """Write weights for transformers (adapters folded in), PEFT (adapters alone), the published code, or as
+    one folder of safetensors that holds a whole trained SpaceDrive.
 
-    The last takes back what --from spacedrive brought in, bit for bit.
+    `spacedrive` takes back what --from spacedrive brought in, bit for bit. `safetensors` is for handing a
+    trained run on: `show`, `predict`, `drive` and `serve` take the folder as their checkpoint.
 
-    From a weights folder, a transformers checkpoint, or a training run. Of a run only the vision-language
-    model can be expressed; the modules that stay behind are named.
+    From a weights folder, a transformers checkpoint, or a training run. Of a run, hf and peft can express the
+    vision-language model alone; the modules that stay behind are named.
 
     Example: python -m spacedrive_jax export-weights --to hf runs/demo --out exported
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
-    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="to")]
+    format: Annotated[Literal["hf", "peft", "spacedrive", "safetensors"], tyro.conf.arg(name="to")]
     """Whom the weights are for."""
     out: Path
     """Folder (for spacedrive: file) to create; one that exists is never touched."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """For safetensors: type to store the trained numbers in; only float32 keeps their bits."""
+    average: tyro.conf.FlagCreatePairsOff[bool] = False
+    """For safetensors: the moving average of the weights that `--train.ema-decay` keeps."""
     mesh: str | None = None
     """Of a run: devices along each axis, such as data=1,fsdp=8. By default the run's where it fits the
     devices there are, else all of them along fsdp."""
@@ -109,8 +116,12 @@ class ExportWeights(Command):
         from spacedrive_jax.training.sharding import connect
 
         connect(self.coordinator, self.num_processes, self.process_id)
+        if self.format != "safetensors" and (self.dtype != "float32" or self.average):
+            raise ConfigError("--dtype and --average go with --to safetensors")
         if self.format == "spacedrive":
             outcome = self._for_published_code()
+        elif self.format == "safetensors":
+            outcome = self._whole()
         else:
             from spacedrive_jax.inference.open_model import open_vlm
             from spacedrive_jax.interop.exporting import export_hf, export_peft
@@ -126,6 +137,14 @@ class ExportWeights(Command):
         from spacedrive_jax.training.sharding import make_mesh
 
         return None if self.mesh is None else make_mesh(parse_mesh(self.mesh))
+
+    def _whole(self) -> Mapping[str, Any]:
+        from spacedrive_jax.inference.open_model import export_trained_folder
+
+        metadata = export_trained_folder(
+            self.source, self.out, dtype=self.dtype, average=self.average, mesh=self._mesh()
+        )
+        return {"out": str(self.out), **dataclasses.asdict(metadata)}
 
     def _for_published_code(self) -> Mapping[str, Any]:
         from spacedrive_jax.inference.open_model import open_trained_model

@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, from_json
-from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.inference.trained_folder import (
+    StoredType,
+    TrainedMetadata,
+    is_trained_folder,
+    read_trained,
+    trained_config,
+    trained_metadata,
+    write_trained_folder,
+)
 from spacedrive_jax.interop.exporting import Exportable
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.importing import copy_tokenizer
+from spacedrive_jax.interop.model_card import base_licence, data_licence, model_card, scores_of
 from spacedrive_jax.interop.peft import base_of
+from spacedrive_jax.interop.processor_files import write_processor
 from spacedrive_jax.interop.trained_parts import (
     EXTRAS_FILE,
     RUN_FILE,
@@ -28,8 +39,7 @@ from spacedrive_jax.interop.trained_parts import (
     trained_rules,
 )
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata, load
-from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, write_part
-from spacedrive_jax.models.families import family_of
+from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
@@ -62,7 +72,7 @@ def open_model(
     """
     path = Path(path)
     is_run = (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
-    if is_run or is_imported(path):
+    if is_run or is_imported(path) or is_trained_folder(path):
         return open_trained_model(path, average=average, mesh=mesh)
     return open_vlm(path).model
 
@@ -87,7 +97,8 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
         return _open_imported(source)
     if (source / METADATA_FILE).is_file():
         return Exportable(load(source), _base_name(source), tokenizer)
-    if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
+    is_run = (source / "checkpoints").is_dir() or source.parent.name == "checkpoints"
+    if is_run or is_trained_folder(source):
         return _open_run(source, mesh)
     if (source / "config.json").is_file():
         return Exportable(from_hf(source), str(source), tokenizer)
@@ -121,30 +132,59 @@ def _open_imported(source: Path) -> Exportable:
 
 
 def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
-    run_dir, step = checkpoints.locate(source)
-    config = from_json(read_text(run_dir / "config.json"))
-    run_folder.check_config(
-        checkpoints.read_metadata(run_dir, step),
-        config,
-        run_dir / "checkpoints" / str(step),
-        run_folder.accepted_changes(run_dir),
-    )
-    mesh = mesh_here(config.mesh) if mesh is None else mesh
-    graph, trainable, _ = abstract_state(config, mesh)
-    frozen = frozen_state(config, mesh)
-    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
-    model = nnx.merge(graph, trainable, frozen)
+    """A trained run's vision-language model, with what its base's folder holds for transformers."""
+    trained = open_trained_model(source, mesh=mesh)
+    config, model = trained.config, trained.model
     modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
-    tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat).tokenizer
-
-    def write_tokenizer(folder: Path) -> None:
-        write_part(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-
     weights = config.model.weights
     is_folder = weights is not None and (Path(weights) / METADATA_FILE).is_file()
-    named = weights or f"random weights of {run_dir}"
+    named = weights or f"random weights of {source}"
     base = _base_name(Path(named)) if is_folder else named
-    return Exportable(model.vlm, base, write_tokenizer, tuple(sorted(modules)))
+    beside = [Path(each) for each in (weights, config.data.tokenizer) if each is not None]
+
+    def write_tokenizer(folder: Path) -> None:
+        write_processor(
+            folder, config.data.tokenizer, config.model.vlm, [each for each in beside if each.is_dir()]
+        )
+
+    return Exportable(
+        model.vlm, base, write_tokenizer, tuple(sorted(modules)), run_card(source, config, "hf")
+    )
+
+
+def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -> str:
+    """The model card of a trained model.
+
+    Args:
+        source: a run folder, one of its checkpoints, or a trained folder.
+        config: of the run.
+        kind: how it will be loaded.
+    """
+    weights = config.model.weights
+    base = None if weights is None else Path(weights)
+    facts = {"Config": f"`{config.name}`, {type(config.model.vlm).__name__}"}
+    scores: list[Mapping[str, Any]] = []
+    if is_trained_folder(source):
+        known = dataclasses.asdict(trained_metadata(source))
+    else:
+        run_dir, step = checkpoints.locate(source)
+        known = checkpoints.read_metadata(run_dir, step) | {"step": step}
+        scores = scores_of(run_dir)
+    facts["Steps"] = str(known.get("step"))
+    facts["Data"] = f"records with fingerprint `{known.get('records_fingerprint')}`"
+    licence, noted = data_licence(config.data.records)
+    if licence:
+        facts["Data's licence"] = licence
+    if noted:
+        facts["Data's source"] = noted
+    return model_card(
+        name=config.name,
+        base=None if base is None else base.name,
+        kind=kind,
+        licence=base_licence(base),
+        facts=facts,
+        scores=scores,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +217,8 @@ def open_config(checkpoint: Path) -> Config:
                 "keep them in folders of their own"
             )
         return imported_config(checkpoint)
+    if is_trained_folder(checkpoint):
+        return trained_config(checkpoint)
     run_dir, step = checkpoints.locate(checkpoint)
     config = config_of_run(run_dir)
     run_folder.check_config(
@@ -217,6 +259,13 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
             "base_fingerprint": WeightsMetadata.read(checkpoint).fingerprint,
             "trainable_fingerprint": digest.hexdigest(),
         }
+    if is_trained_folder(checkpoint):
+        trained = trained_metadata(checkpoint)
+        return {
+            "path": str(checkpoint.resolve()),
+            "base_fingerprint": trained.base_fingerprint,
+            "trainable_fingerprint": trained.sha256,
+        }
     run_dir, step = checkpoints.locate(checkpoint)
     metadata = checkpoints.read_metadata(run_dir, step)
     names = ("config", "base_fingerprint", "trainable_fingerprint")
@@ -248,6 +297,14 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
             )
         return TrainedModel(config, mesh, graph, *init_train_state(config, mesh))
     frozen = frozen_state(config, mesh)
+    if is_trained_folder(checkpoint):
+        if average:
+            raise CheckpointError(
+                f"{checkpoint} was exported and holds no moving average: leave --average out"
+            )
+        base = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
+        checkpoints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), base)
+        return TrainedModel(config, mesh, graph, read_trained(checkpoint, trainable), frozen)
     run_dir, step = checkpoints.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)
     checkpoints.check_metadata(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
@@ -257,3 +314,30 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
     else:
         trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     return TrainedModel(config, mesh, graph, trainable, frozen)
+
+
+def export_trained_folder(
+    source: Path, out: Path, *, dtype: StoredType = "float32", average: bool = False, mesh: Mesh | None = None
+) -> TrainedMetadata:
+    """Writes a trained run as one folder of safetensors (see `trained_folder`).
+
+    Args:
+        source: a run folder, or `RUN/checkpoints/STEP`.
+        out: folder to create.
+        dtype: to store the numbers in.
+        average: the moving average of the trainables instead of the last ones.
+        mesh: where the model is put meanwhile.
+
+    Raises:
+        CheckpointError: it is no run, or damaged.
+        SpaceDriveError: `out` exists, or cannot be written.
+    """
+    if is_imported(source):
+        raise CheckpointError(f"{source} was imported and is a folder to hand on as it stands: copy it")
+    if is_trained_folder(source):
+        raise CheckpointError(f"{source} is such a folder already: copy it")
+    run_dir, step = checkpoints.locate(source)
+    trained = open_trained_model(source, average=average, mesh=mesh)
+    facts = checkpoints.read_metadata(run_dir, step) | {"step": step}
+    card = run_card(source, trained.config, "safetensors")
+    return write_trained_folder(out, trained.config, trained.trainable, facts, card, dtype)

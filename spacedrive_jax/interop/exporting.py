@@ -18,6 +18,7 @@ from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.families import published_of
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.importing import ImportOptions
+from spacedrive_jax.interop.model_card import CARD
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.interop.safetensors_folder import save_tensors
 from spacedrive_jax.interop.spacedrive_config import (
@@ -30,6 +31,7 @@ from spacedrive_jax.interop.spacedrive_config import (
 )
 from spacedrive_jax.interop.spacedrive_tensors import Parts
 from spacedrive_jax.interop.weight_table import new_token_rules
+from spacedrive_jax.io import write_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.language_model import NewTokenParam
@@ -148,6 +150,8 @@ class Exportable:
     """Puts the tokenizer's files into a folder."""
     left_out: tuple[str, ...] = ()
     """Modules of a trained model that are no part of the vision-language model."""
+    card: str | None = None
+    """Text of the model card; None where nothing is known beside the folder itself."""
 
 
 def export_hf(opened: Exportable, out: Path) -> Mapping[str, Any]:
@@ -164,7 +168,13 @@ def export_hf(opened: Exportable, out: Path) -> Mapping[str, Any]:
         CheckpointError: If `out` exists, or transformers cannot express the model.
     """
     decoder = opened.model.decoder
-    written = to_hf(opened.model, out, merged=True, complete=opened.write_tokenizer)
+
+    def complete(folder: Path) -> None:
+        opened.write_tokenizer(folder)
+        if opened.card is not None:
+            write_text(folder / CARD, opened.card)
+
+    written = to_hf(opened.model, out, merged=True, complete=complete)
     return {
         "out": str(out),
         "merged_adapter_rank": None if decoder.lora is None else decoder.lora.rank,

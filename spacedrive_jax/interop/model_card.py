@@ -1,0 +1,143 @@
+"""The model card of exported weights: base, licence, data, scores, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from spacedrive_jax.data.records_folder import read_provenance
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, read_json, read_text
+
+CARD = "README.md"
+MOST_CARD = MEBIBYTE
+_LICENCE = re.compile(r"^license(?:_name)?:\s*([\w.+-]+)\s*$", re.MULTILINE)
+
+LOADING: Mapping[str, str] = {
+    "hf": """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("PATH")
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+```
+
+It is the vision-language model alone: transformers has no place for the coordinate encoder and decoder.""",
+    "safetensors": """```python
+from spacedrive_jax import Planner
+
+planner = Planner.load("PATH")
+plan = planner.plan(planner.records("RECORDS")[0])
+plan.figure().savefig("plan.png")
+```
+
+`python -m spacedrive_jax show PATH --records RECORDS`, and `predict`, `drive` and `serve` with `--checkpoint
+PATH`, take it too.""",
+}
+
+
+def base_licence(base: Path | None) -> str | None:
+    """The licence that a base's own model card names; None where it has no card, or names none."""
+    if base is None or not (base / CARD).is_file():
+        return None
+    text = read_text(base / CARD, most=MOST_CARD)
+    front = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+    named = _LICENCE.findall(front)
+    return named[-1] if named else None
+
+
+def data_licence(records: str) -> tuple[str, str]:
+    """What a records folder says of its data: licence, and the version it was converted from; "" for neither.
+
+    Args:
+        records: `data.records` of a run; a mixture of folders, or one that is not here, says nothing.
+    """
+    try:
+        provenance = read_provenance(records)
+    except SpaceDriveError:
+        return "", ""
+    source = provenance.get("source")
+    version = source.get("version") if isinstance(source, dict) else None
+    licence = provenance.get("licence")
+    return (licence if isinstance(licence, str) else ""), (version if isinstance(version, str) else "")
+
+
+def scores_of(run_dir: Path) -> list[Mapping[str, Any]]:
+    """The evaluation files of a run folder, whole ones alone."""
+    found = []
+    for file in sorted(run_dir.glob("*.json")):
+        try:
+            content = read_json(file, most=16 * MEBIBYTE)
+        except SpaceDriveError:
+            continue
+        if isinstance(content, dict) and {"protocol", "l2", "collision", "samples"} <= content.keys():
+            found.append(content)
+    return found
+
+
+def model_card(
+    *,
+    name: str,
+    base: str | None,
+    kind: Literal["hf", "safetensors"],
+    licence: str | None,
+    facts: Mapping[str, str],
+    scores: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The text of a card, with the front matter that model hubs read.
+
+    Args:
+        name: of the run.
+        base: what the weights were trained from; None where they were drawn.
+        kind: how it is loaded.
+        licence: of the base; None where it is not known.
+        facts: what is known of where it comes from, in words.
+        scores: of `evaluate`.
+    """
+    lines = ["---", "library_name: " + ("transformers" if kind == "hf" else "spacedrive_jax")]
+    lines += [f"license: {licence}"] if licence else []
+    lines += ["tags:", "- spacedrive", "- autonomous-driving", "---", f"# {name}", ""]
+    lines += [
+        "SpaceDrive ([arXiv 2512.10719](https://arxiv.org/abs/2512.10719)), trained with spacedrive_jax.",
+        "",
+        f"* **Base**: {base or 'none, everything was trained from numbers drawn by the seed'}",
+        f"* **Licence**: {_licence_line(base, licence)}",
+        *(f"* **{fact}**: {value}" for fact, value in facts.items()),
+        "",
+        "## Scores",
+        *_score_lines(scores),
+        "",
+        "## How to load it",
+        LOADING[kind],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _licence_line(base: str | None, licence: str | None) -> str:
+    if base is None:
+        return "no base to inherit one from; that of the data applies"
+    if licence is None:
+        return "the base's card names none that could be read here; the base's applies, and that of the data"
+    return f"{licence}, that of the base; that of the data applies too"
+
+
+def _score_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not scores:
+        return ["None were recorded with the run."]
+    lines = [
+        "| protocol | keyframes | L2 at 1 / 2 / 3 s, m | average | collision, % |",
+        "|---|---|---|---|---|",
+    ]
+    for each in scores:
+        l2, collision = each["l2"], each["collision"]
+        horizon = " / ".join(_number(l2.get(column)) for column in ("1s", "2s", "3s"))
+        lines.append(
+            f"| {each['protocol']} | {each['samples']} | {horizon} | {_number(l2.get('avg'))} "
+            f"| {_number(collision.get('avg'))} |"
+        )
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else "-"
