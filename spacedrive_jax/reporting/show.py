@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from spacedrive_jax import exact
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
-from spacedrive_jax.data.depth_cache import CachedDepth
-from spacedrive_jax.data.depth_sources import CACHED, with_network_depth
+from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
+from spacedrive_jax.data.depth_sources import open_depth_cache, record_patch_depth
 from spacedrive_jax.data.frame import Frame
 from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.records import Records, open_records
@@ -38,7 +38,7 @@ from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.reporting.birds_eye import draw_birds_eye
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, draw_depth_scale, front_overlay
 from spacedrive_jax.reporting.cases import DEPTH_TEXTS, asked, explained
-from spacedrive_jax.reporting.run_files import CONFIG
+from spacedrive_jax.reporting.run_files import SeenDepth
 from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, styled
 
 WRAP = 220
@@ -54,6 +54,8 @@ class KeyframePlan(Plan):
     """What the model was asked: its coordinates in metres, the images in one word."""
     model: str
     """Name of the run."""
+    depth: SeenDepth | None = None
+    """What a network gave the model to see; None where its depth is the record's own."""
 
     def figure(self) -> Figure:
         """The plan in the front view and from above, the six views with their depth, question and answer.
@@ -88,6 +90,7 @@ class Planner:
         self._trained, self._network = trained, network
         self._builder = SampleBuilder(self.config.data, self.config.model, answer=False)
         self._batches: BatchPlanner | None = None
+        self._cache: DepthCache | None = None
         if network is not None:
             check_depth(self.config, network)
 
@@ -112,7 +115,7 @@ class Planner:
         return cls(trained, network)
 
     def records(self, folder: str | Path, split: str = "val") -> Records:
-        """Opens a records folder, with the depth of its sidecar where this model's depth comes from one.
+        """Opens a records folder, and its sidecar where this model's depth comes from one.
 
         Args:
             folder: written by `python -m data_prep convert`.
@@ -122,9 +125,10 @@ class Planner:
             SpaceDriveError: it cannot be read, or its sidecar is not for this model.
         """
         records = open_records(Path(folder), split)
-        if self._network is not None or self.config.model.visual_positions == "none":
-            return records
-        return with_network_depth(records, self.config.data.depth, self._builder.images.token_grid)
+        if self._network is None and self.config.model.visual_positions != "none":
+            grid = self._builder.images.token_grid
+            self._cache = open_depth_cache(records, self.config.data.depth, grid)
+        return records
 
     def plan(self, keyframe: Record | Frame) -> KeyframePlan:
         """Plans one keyframe.
@@ -136,18 +140,19 @@ class Planner:
             SpaceDriveError: it lacks something that the model needs.
         """
         record = keyframe.record() if isinstance(keyframe, Frame) else keyframe
-        record = self._with_depth(record)
+        cached = self._network_depth(record)
         planner = self._planner(record)
-        plan = planner.plan([planner.sample(record)])[0]
-        shown = record | {CONFIG: self.config.data.depth} if CACHED in record else record
+        plan = planner.plan([planner.sample(record, cached)])[0]
+        grid, depth = self._builder.images.token_grid, self.config.data.depth
         return KeyframePlan(
             plan.waypoints,
             plan.path,
             plan.text,
             plan.status,
-            record=shown,
+            record=record,
             question=self._question(record),
             model=self.config.name,
+            depth=None if cached is None else record_patch_depth(record, grid, depth, cached),
         )
 
     def _planner(self, record: Record) -> BatchPlanner:
@@ -162,22 +167,25 @@ class Planner:
         data, in_words = self.config.data, self.config.model.ego_status == "language"
         return asked(record, data.command, ego_in_words=in_words, route_targets=data.route_targets)
 
-    def _with_depth(self, record: Record) -> Record:
-        if CACHED in record or self.config.model.visual_positions == "none":
-            return record
-        if self._network is None:
-            try:
-                check_depth(self.config, None)
-            except ConfigError as error:
-                raise DataError(
-                    f"keyframe {record['token']} carries no depth ({error}): open the records with "
-                    "`planner.records(FOLDER)`, or load the planner with the depth network's weights "
-                    "(depth_model, --depth-model)"
-                ) from error
-            return record
-        depth = self._network.run([record])[0]
-        unaligned = (UNALIGNED,) * NUM_CAMERAS
-        return record | {CACHED: CachedDepth(self._network.kind, self._network.pooling, depth, unaligned, ())}
+    def _network_depth(self, record: Record) -> CachedDepth | None:
+        """A network's depth of a keyframe, from the network itself or the sidecar of its records."""
+        if self.config.model.visual_positions == "none":
+            return None
+        if self._network is not None:
+            depth = self._network.run([record])[0]
+            unaligned = (UNALIGNED,) * NUM_CAMERAS
+            return CachedDepth(self._network.kind, self._network.pooling, depth, unaligned, ())
+        if self._cache is not None:
+            return self._cache.read(record["token"])
+        try:
+            check_depth(self.config, None)
+        except ConfigError as error:
+            raise DataError(
+                f"keyframe {record['token']} comes without depth ({error}): open its folder with "
+                "`planner.records(FOLDER)`, which finds the sidecar of add-depth, or load the planner with "
+                "the depth network's weights (depth_model, --depth-model)"
+            ) from error
+        return None
 
 
 @styled
@@ -206,8 +214,8 @@ def draw_plan(plan: KeyframePlan) -> Figure:
         above.plot(way[:, 1], way[:, 0], color=PREDICTION, linewidth=1.0, linestyle="--", alpha=0.7)
     above.set_title("from above")
     views, scale = right.subplots(2, 1, height_ratios=(6.0, 0.16))
-    _picture(views, camera_strip(record), "No camera has pixels.")
-    source = depth_source(record)
+    _picture(views, camera_strip(record, plan.depth), "No camera has pixels.")
+    source = depth_source(record, plan.depth)
     views.set_title(DEPTH_TEXTS[source])
     if source == "none" or not any(record["images"]):
         scale.set_axis_off()
