@@ -302,8 +302,8 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
             raise CheckpointError(
                 f"{checkpoint} was exported and holds no moving average: leave --average out"
             )
-        base = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
-        checkpoints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), base)
+        now = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
+        checkpoints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), now)
         return TrainedModel(config, mesh, graph, read_trained(checkpoint, trainable), frozen)
     run_dir, step = checkpoints.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)

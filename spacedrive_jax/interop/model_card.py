@@ -65,7 +65,7 @@ def data_licence(records: str) -> tuple[str, str]:
 
 def scores_of(run_dir: Path) -> list[Mapping[str, Any]]:
     """The evaluation files of a run folder, whole ones alone."""
-    found = []
+    found: list[Mapping[str, Any]] = []
     for file in sorted(run_dir.glob("*.json")):
         try:
             content = read_json(file, most=16 * MEBIBYTE)
