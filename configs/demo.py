@@ -64,6 +64,8 @@ DEMO = Config(
         weight_decay=1e-2,
         clip_norm=10.0,
         checkpoint_every=200,
+        validate_every=100,
+        validate_keyframes=32,
     ),
 )
 

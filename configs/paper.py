@@ -1,10 +1,10 @@
 """SpaceDrive on Qwen2.5-VL-7B: every row of the paper's tables.
 
-Give the released weights with `--model.weights DIR --data.tokenizer DIR`. docs/reference/presets.md has the
-figures that the paper prints for each.
+Give weights with `--model.weights DIR`: of 7B as published, or of 3B or another family, whose sizes they
+bring along. docs/reference/presets.md has the figures that the paper prints for each.
 """
 
-from spacedrive_jax.config import Config, MeshConfig, change
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig, change
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.models.config import ComputeConfig
@@ -17,6 +17,7 @@ SPACEDRIVE = Config(
         compute=ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", remat="full"),
     ),
     data=DataConfig(channel_order="bgr", command="none", depth=DepthConfig(sources=("unidepth",))),
+    train=TrainConfig(validate_every=1000),
     mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
 )
 """SpaceDrive, no ego status and no command (table 1): the base of the ablations.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -72,6 +73,7 @@ def add_depth(
     facts = dict(provenance(network, records.fingerprint)) | {"full": full}
     name = f"{facts['kind']}-{facts['fingerprint'][:12]}" + ("-full" if full else "")
     folder = records.directory / FOLDER / name
+    _check_pictures(records)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROVENANCE).unlink(missing_ok=True)
     chunks = [range(start, min(start + CHUNK, len(records))) for start in range(0, len(records), CHUNK)]
@@ -80,7 +82,12 @@ def add_depth(
     missing = [number for number in mine if not _is_done(files[number], facts)]
     reused = sum(len(chunks[number]) for number in mine) - sum(len(chunks[number]) for number in missing)
     if missing:
-        runner = KeyframeDepth(network)
+        try:
+            runner = KeyframeDepth(network)
+        except BaseException:  # weights that cannot be read: nothing was begun
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise
         with progress(total=sum(len(chunks[number]) for number in missing), unit="keyframe") as bar:
             for number in missing:
                 tensors: dict[str, list[Any]] = {}
@@ -101,6 +108,20 @@ def add_depth(
     return AddedDepth(
         str(folder), facts["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
     )
+
+
+def _check_pictures(records: Records) -> None:
+    """Refuses records without a picture: their depth would be that of black images.
+
+    Raises:
+        DataError: the first, the middle and the last keyframe have none.
+    """
+    places = {0, len(records) // 2, len(records) - 1}
+    if not any(any(records[place]["images"]) for place in places):
+        raise DataError(
+            f"{records.directory} has no pictures (converted with --missing-images empty?): convert again "
+            "with `render`, or train with --data.depth.sources lidar"
+        )
 
 
 def sidecar_rows(runner: KeyframeDepth, records: Sequence[Record], *, full: bool) -> Iterator[dict[str, Any]]:

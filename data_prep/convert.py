@@ -36,7 +36,7 @@ from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.shards import write_dataset_info
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import folder_lock
-from spacedrive_jax.parallel import ordered_map
+from spacedrive_jax.parallel import ordered_map, processes
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
 Runner = Literal["local", "beam"]
@@ -56,7 +56,7 @@ class Conversion:
     """Version folder with the tables."""
     out: Path
     """Records folder to write; must be empty or not exist, unless `resume`."""
-    workers: int = 1
+    workers: int = 0
     """Processes that write shards."""
     runner: Runner = "local"
     """Processes of this one, or an Apache Beam pipeline."""
@@ -151,8 +151,8 @@ class Conversion:
 
     def _checked_options(self) -> tuple[int, int] | None:
         """Checks flags that need no data; returns the render size as (height, width)."""
-        if self.workers < 1:
-            raise ConfigError(f"--workers {self.workers}: must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: must be 1 or more, or 0 for all cores")
         if self.beam_options and self.runner != "beam":
             raise ConfigError("--beam-options only goes with --runner beam")
         if self.render_size is None:
@@ -195,19 +195,20 @@ class Conversion:
             )
             for one in todo
         )
+        workers = processes(self.workers, len(todo))
         with progress(total=sum(len(one.keyframes) for one in todo), desc="convert", unit="keyframe") as bar:
             if self.runner == "beam" and todo:
                 results = convert_on_beam(
                     units,
                     convert_scene,
                     self.out,
-                    workers=self.workers,
+                    workers=workers,
                     options=self.beam_options,
                     advance=bar.update,
                 )
                 finished |= {result.shard.file: result for result in results}
             else:
-                for result in ordered_map(convert_scene, units, self.workers):
+                for result in ordered_map(convert_scene, units, workers):
                     conversion.save_finished_scene(self.out, result)
                     finished[result.shard.file] = result
                     bar.update(result.shard.records)

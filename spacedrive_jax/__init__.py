@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from spacedrive_jax.data.frame import Frame, read_frame
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
+    from spacedrive_jax.evaluation.validation import train
     from spacedrive_jax.inference.open_model import open_model
     from spacedrive_jax.inference.open_planner import open_planner, plan
     from spacedrive_jax.inference.planner import Plan
     from spacedrive_jax.models.spacedrive import SpaceDrive
     from spacedrive_jax.reporting.show import KeyframePlan, Planner
     from spacedrive_jax.training.batches import batch_spec, fake_batch
-    from spacedrive_jax.training.train import train
+    from spacedrive_jax.training.weights import with_weights
 
 __version__ = "0.1.0"
 
@@ -49,7 +50,8 @@ _WHERE = {
     "open_records": "data.records",
     "plan": "inference.open_planner",
     "read_frame": "data.frame",
-    "train": "training.train",
+    "train": "evaluation.validation",
+    "with_weights": "training.weights",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "plan",
     "read_frame",
     "train",
+    "with_weights",
 ]
 
 

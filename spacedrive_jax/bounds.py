@@ -55,6 +55,8 @@ POSITIVE = Bound(0, above=True)
 SHARE = Bound(0, 1)
 SHARE_BELOW_ONE = Bound(0, 1, below=True)
 SEED = Bound(0, 2**32 - 1)
+WORKERS = Bound(0, 1024)
+"""Processes of a command; 0 takes all cores."""
 SIDE = Bound(1, 65536)
 """Pixels of one side of an image."""
 Bounds = Mapping[str, Bound]

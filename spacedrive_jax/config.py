@@ -88,6 +88,14 @@ class TrainConfig:
     """Where metrics go: RUN/metrics.jsonl, which `report` reads, TensorBoard events, Weights & Biases."""
     checkpoint_every: int = 500
     max_to_keep: int = 2
+    """The newest checkpoints that stay, beside the best."""
+    validate_every: int = 0
+    """Steps between validations on a fixed part of `val`; 0 for none."""
+    validate_keyframes: int = 128
+    """Keyframes of that part, evenly spaced over those of `val` with a whole future."""
+    best_by: Literal["l2", "collision", "loss"] = "l2"
+    """The validated number, the lower the better, whose best step's checkpoint is kept (`--checkpoint
+    RUN/best`): average L2 in metres, average collision rate, or the loss."""
 
     BOUNDS: ClassVar[Bounds] = {
         "steps": COUNT,
@@ -114,6 +122,8 @@ class TrainConfig:
         "log_every": COUNT,
         "checkpoint_every": COUNT,
         "max_to_keep": COUNT,
+        "validate_every": FROM_ZERO,
+        "validate_keyframes": COUNT,
     }
 
     def __post_init__(self) -> None:

@@ -57,6 +57,8 @@ class Command:
 
     when_stopped: ClassVar[str] = "nothing was kept"
     """What a person who stopped the command (Ctrl-C, SIGTERM) has to know."""
+    when_out_of_memory: ClassVar[str] = "use fewer at a time, or more or larger devices"
+    """What to do where the devices, or the machine, have too little memory for it."""
     BOUNDS: ClassVar[Bounds] = {}
     """What its numbers may be."""
 
@@ -184,7 +186,8 @@ def finish(
     log_level: LogLevel = "info",
 ) -> int:
     """Runs `action` under the project's command-line contract and returns the exit status."""
-    when_stopped = getattr(getattr(action, "__self__", None), "when_stopped", Command.when_stopped)
+    command = getattr(action, "__self__", None)
+    when_stopped = getattr(command, "when_stopped", Command.when_stopped)
     configure_logging(log_level)
     try:
         with _raising_on_sigterm():
@@ -202,6 +205,9 @@ def finish(
             traceback.print_exc()
         elif isinstance(error, SpaceDriveError):
             print(f"error: {error}", file=sys.stderr)
+        elif is_out_of_memory(error):
+            advice = getattr(command, "when_out_of_memory", Command.when_out_of_memory)
+            print(f"error: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno and error.filename:
             print(f"error: {error.filename}: {say(error)}", file=sys.stderr)
         else:
@@ -210,6 +216,17 @@ def finish(
     if as_json:
         print(to_json(outcome, default=str), flush=True)
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether devices or machine had too little memory, which XLA says in its own words."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said or "Out of memory" in said
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that XLA's have."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
 
 
 @contextlib.contextmanager

@@ -25,6 +25,20 @@ Result = TypeVar("Result")
 _IN_FLIGHT_PER_WORKER = 2
 
 
+FEW = 8
+"""Tasks of seconds: for fewer, starting processes takes longer than they save."""
+
+
+def processes(workers: int, tasks: int) -> int:
+    """How many processes a command's `--workers` means.
+
+    Args:
+        workers: the flag; 0 leaves it to the machine.
+        tasks: how many there are.
+    """
+    return workers or (1 if tasks < FEW else min(os.cpu_count() or 1, tasks))
+
+
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:

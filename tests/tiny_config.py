@@ -33,6 +33,12 @@ config = dataclasses.replace(
         _demo.data, image_size=(56, 56), sequence_length=160, command="navigation", route_targets=False
     ),
     train=dataclasses.replace(
-        _demo.train, steps=4, batch_size=4, warmup_steps=2, log_every=1, checkpoint_every=2
+        _demo.train,
+        steps=4,
+        batch_size=4,
+        warmup_steps=2,
+        log_every=1,
+        checkpoint_every=2,
+        validate_every=0,
     ),
 )

@@ -2,7 +2,7 @@
 # One run over the GPUs of several SLURM nodes; a preempted or timed-out job goes back into the queue.
 #
 #   sbatch --nodes 4 configs/launch/slurm.sh spacedrive_plus_qwen_7b runs/first --mesh.data 4 --mesh.fsdp 8 \
-#       --model.weights WEIGHTS --data.tokenizer WEIGHTS --data.records RECORDS
+#       --model.weights WEIGHTS --data.records RECORDS
 #
 # jax counts a node as a slice: data goes over the nodes, fsdp stays on the links inside one. A model that does
 # not fit a node's memory takes --mesh.data 1 --mesh.fsdp 32, and sends its weights over the network.

@@ -20,7 +20,7 @@ from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.shards import shard_file, write_dataset_info
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import folder_lock
-from spacedrive_jax.parallel import ordered_map
+from spacedrive_jax.parallel import ordered_map, processes
 
 LICENCE = "Derived from a folder in Bench2Drive's layout: the licence of that folder applies."
 
@@ -40,7 +40,7 @@ class ClipConversion:
     """Records folder to write; must be empty or not exist, unless `resume`."""
     offset: int = 0
     """Frame number of each clip's first keyframe."""
-    workers: int = 1
+    workers: int = 0
     """Processes that write shards."""
     runner: Literal["local", "beam"] = "local"
     """Processes of this one, or an Apache Beam pipeline."""
@@ -71,8 +71,8 @@ class ClipConversion:
     def _check_options(self) -> None:
         if not 0 <= self.offset < STEP:
             raise ConfigError(f"--keyframe-offset {self.offset} is not one of 0 to {STEP - 1}")
-        if self.workers < 1:
-            raise ConfigError(f"--workers {self.workers}: must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: must be 1 or more, or 0 for all cores")
         if self.beam_options and self.runner != "beam":
             raise ConfigError("--beam-options only goes with --runner beam")
         if self.lidar:
@@ -129,19 +129,20 @@ class ClipConversion:
         }
         todo = [unit for unit in units if finished[unit.shard.name] is None]
         conversion.remove_left_overs(self.out)
+        workers = processes(self.workers, len(todo))
         with progress(total=len(todo), desc="convert", unit="clip") as bar:
             if self.runner == "beam" and todo:
                 results = convert_on_beam(
                     todo,
                     convert_clip,
                     self.out,
-                    workers=self.workers,
+                    workers=workers,
                     options=self.beam_options,
                     advance=lambda _: bar.update(),
                 )
                 finished |= {result.shard.file: result for result in results}
             else:
-                for result in ordered_map(convert_clip, todo, self.workers):
+                for result in ordered_map(convert_clip, todo, workers):
                     conversion.save_finished_scene(self.out, result)
                     finished[result.shard.file] = result
                     bar.update()

@@ -6,12 +6,13 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from spacedrive_jax.inference.depth_network import DepthNetworkConfig
@@ -30,6 +31,7 @@ class AddDepth(Command):
     """
 
     when_stopped: ClassVar[str] = "the same command goes on where it stopped"
+    when_out_of_memory: ClassVar[str] = "lower --keyframes-per-step"
 
     records: Path
     """Records folder written by `python -m data_prep convert`."""
@@ -37,7 +39,16 @@ class AddDepth(Command):
     """Checkpoint (folder or file) of UniDepthV2 or Depth Anything V2 metric, or a JSON file with `weights`
     and other fields of `spacedrive_jax.inference.depth_network.DepthNetworkConfig`."""
     run_config: Annotated[str | None, tyro.conf.arg(name="run")] = None
-    """Run preset (or .py file) whose image size, channel order, pooling and token grid to use."""
+    """Run preset (or .py file, or a run's config.json) whose image size, channel order, pooling and token
+    grid to use."""
+    image_size: str | None = None
+    """WIDTHxHEIGHT that every view is squashed to, instead of the run's."""
+    channel_order: Literal["rgb", "bgr"] | None = None
+    """Order of the channels that the network gets, instead of the run's."""
+    grid: str | None = None
+    """ROWSxCOLUMNS of visual tokens, instead of the run's."""
+    pooling: Literal["min", "median", "mean"] | None = None
+    """How the depth of a visual token's pixels becomes one, instead of the run's."""
     full: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also keep the depth of every pixel as 16-bit PNGs (some 3 MB a keyframe), for any grid and pooling."""
     keyframes_per_step: int | None = None
@@ -87,16 +98,37 @@ class AddDepth(Command):
             network = DepthNetworkConfig.from_file(self.model)
         else:
             network = DepthNetworkConfig(weights=str(self.model))
-        if self.run_config is None:
-            return network
-        from spacedrive_jax.config import load_config
-        from spacedrive_jax.data.transforms import SampleBuilder
+        if self.run_config is not None:
+            from spacedrive_jax.config import load_config
+            from spacedrive_jax.models.families import family_of
 
-        run = load_config(self.run_config)
+            run = load_config(self.run_config)
+            processor = family_of(run.model.vlm).image_processor(run.model.vlm.vision, run.data.image_size)
+            network = dataclasses.replace(
+                network,
+                image_size=run.data.image_size,
+                channel_order=run.data.channel_order,
+                pooling=run.data.depth.pooling,
+                grid=processor.token_grid,
+            )
+        given: dict[str, Any] = {"channel_order": self.channel_order, "pooling": self.pooling}
+        if self.image_size is not None:
+            width, height = _sides(self.image_size, "--image-size", "640x640")
+            given["image_size"] = (height, width)
+        if self.grid is not None:
+            given["grid"] = _sides(self.grid, "--grid", "23x23")
         return dataclasses.replace(
-            network,
-            image_size=run.data.image_size,
-            channel_order=run.data.channel_order,
-            pooling=run.data.depth.pooling,
-            grid=SampleBuilder(run.data, run.model).images.token_grid,
+            network, **{name: value for name, value in given.items() if value is not None}
         )
+
+
+def _sides(text: str, flag: str, example: str) -> tuple[int, int]:
+    """Two whole numbers with an x between them.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    first, _, second = text.partition("x")
+    if not (first.isdigit() and second.isdigit()):
+        raise ConfigError(f"{flag} {text!r}: expected two numbers such as {example}")
+    return int(first), int(second)

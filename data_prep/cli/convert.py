@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, SEED, Bound, Bounds
+from spacedrive_jax.bounds import SEED, WORKERS, Bound, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -40,8 +40,8 @@ class Convert(Command):
     one."""
     lidar: tyro.conf.FlagCreatePairsOff[bool] = False
     """For Bench2Drive: keep the LiDAR sweeps (requirements-bench2drive.txt); nuScenes' are always kept."""
-    workers: int = 1
-    """Processes that write shards."""
+    workers: int = 0
+    """Processes that write shards; 0 takes all cores (one for a few scenes)."""
     runner: Literal["local", "beam"] = "local"
     """Processes of this command, or an Apache Beam pipeline (requirements-beam.txt)."""
     beam_options: str = ""
@@ -58,7 +58,7 @@ class Convert(Command):
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
 
-    BOUNDS: ClassVar[Bounds] = {"keyframe_offset": Bound(0, 4), "workers": COUNT, "seed": SEED}
+    BOUNDS: ClassVar[Bounds] = {"keyframe_offset": Bound(0, 4), "workers": WORKERS, "seed": SEED}
 
     def run(self) -> Mapping[str, Any]:
         """Converts; see `data_prep.convert.Conversion`."""

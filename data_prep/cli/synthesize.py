@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import Bound, Bounds
+from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.console import Command
 
 
@@ -49,7 +49,7 @@ class Synthesize(Command):
         "scenes": Bound(1, 9000),
         "keyframes": Bound(1, 200),
         "seed": Bound(0, 2**31 - 1),
-        "workers": Bound(0, 1024),
+        "workers": WORKERS,
     }
 
     def run(self) -> Mapping[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spacedrive_jax import console
 from spacedrive_jax.errors import SpaceDriveError
 
 
@@ -26,14 +28,22 @@ def use_compilation_cache(folder: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def advice_on_memory(advice: str) -> Iterator[None]:
-    """Says what to do where the devices have too little memory."""
+def advice_on_memory(advice: str | Callable[[], str]) -> Iterator[None]:
+    """Says what to do where the devices have too little memory.
+
+    Args:
+        advice: what; or what finds out, for which the failed work's arrays are let go first.
+    """
     import jax
 
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not console.is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0][:300]
-        raise SpaceDriveError(f"the devices ran out of memory ({said}): {advice}") from error
+        said = console.first_line(error)
+        traceback.clear_frames(error.__traceback__)
+    else:
+        return
+    advice = advice if isinstance(advice, str) else advice()
+    raise SpaceDriveError(f"the devices ran out of memory ({said}): {advice}")

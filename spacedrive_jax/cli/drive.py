@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import Bound, Bounds
+from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
@@ -88,7 +88,7 @@ class Drive(Command):
     cache folder."""
 
     BOUNDS: ClassVar[Bounds] = {
-        "workers": Bound(0, 1024),
+        "workers": WORKERS,
         "batch_size": Bound(1, 4096),
         "deadline": Bound(0.001, 3600),
     }

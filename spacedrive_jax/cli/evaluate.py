@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, POSITIVE, Bounds
+from spacedrive_jax.bounds import POSITIVE, WORKERS, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import write_json
@@ -31,8 +31,8 @@ class Evaluate(Command):
     Writes the numbers as JSON, beside the predictions unless --out says otherwise, and prints a table. Of a
     run folder (evaluate RUN_DIR) the newest predictions are scored on what they were made on.
 
-    Example: python -m spacedrive_jax evaluate --predictions runs/base/predictions.jsonl
-    --records data/nuscenes --split val --protocol omnidrive
+    Example: python -m spacedrive_jax evaluate --predictions runs/demo/predictions.jsonl
+    --records data/records --split val --protocol omnidrive
     """
 
     predictions: Path | None = None
@@ -54,15 +54,15 @@ class Evaluate(Command):
     """What they mean in the file of --compare; the same as --axes by default."""
     discrete_coords: float | None = None
     """Floor predicted coordinates to a grid of this pitch in metres, as the published script can."""
-    workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes that share the keyframes of a large split."""
+    workers: int = 0
+    """Processes that share the keyframes of a large split; 0 takes all cores."""
     out: Path | None = None
     """Where to write the JSON; <predictions stem>.<protocol>.json beside the predictions by default, if that
     folder can be written to."""
     run_dir: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")] = None
     """Folder of a run that `predict` has written to, instead of --predictions and --records."""
 
-    BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": COUNT}
+    BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:
         """Scores the file, writes the JSON and prints the table.
@@ -99,7 +99,7 @@ class Evaluate(Command):
             predictions,
             [protocol],
             compare=compare,
-            workers=self.workers,
+            workers=self.workers or os.cpu_count() or 1,
             track=lambda keyframes: progress(
                 keyframes, total=len(records), desc=f"evaluate ({self.protocol})", unit="keyframe"
             ),

@@ -35,12 +35,16 @@ class Predict(Command):
     when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     checkpoint: Path
-    """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or a folder of import-weights --from
-    spacedrive."""
+    """Run folder (its newest checkpoint), RUN/best (the best validated one), RUN/checkpoints/STEP, or a
+    folder of import-weights --from spacedrive."""
     records: Path
     """Records folder written by `python -m data_prep convert`."""
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to predict."""
+    token: tuple[str, ...] = ()
+    """Only these keyframes of the split, in this order; written to predictions.part.jsonl by default."""
+    limit: int | None = None
+    """Only the first so many keyframes of the split; written to predictions.part.jsonl by default."""
     step: int | None = None
     """Of a run folder: the checkpoint to take instead of the newest."""
     task: Literal["planning", "counterfactual"] = "planning"
@@ -79,6 +83,7 @@ class Predict(Command):
     cache folder."""
 
     BOUNDS: ClassVar[Bounds] = {
+        "limit": COUNT,
         "step": FROM_ZERO,
         "batch_size": COUNT,
         "max_new_tokens": COUNT,
@@ -103,9 +108,15 @@ class Predict(Command):
 
         if self.out is None and (is_imported(self.checkpoint) or is_trained_folder(self.checkpoint)):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out FILE")
+        part = bool(self.token) or self.limit is not None
+        if self.token and self.limit is not None:
+            raise ConfigError("--token names keyframes and --limit counts them: give one of the two")
+        if part and self.task == "counterfactual":
+            raise ConfigError("--token and --limit go with --task planning only")
         if self.task == "counterfactual":
             return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
-        out = self.out or locate(self.checkpoint)[0] / "predictions.jsonl"
+        name = "predictions.part.jsonl" if part else "predictions.jsonl"
+        out = self.out or locate(self.checkpoint)[0] / name
         with advice_on_memory("lower --batch-size"):
             result = predict(
                 self.checkpoint,
@@ -120,8 +131,10 @@ class Predict(Command):
                 resume=self.resume,
                 overwrite=self.overwrite,
                 mesh=self._mesh(),
+                tokens=self.token,
+                limit=self.limit,
             )
-        if self.out is None and is_first_host():
+        if self.out is None and not part and is_first_host():
             _note_predictions(out.parent, self.records, self.split, out)
         rate = result.samples / max(result.seconds, 1e-9)
         print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")

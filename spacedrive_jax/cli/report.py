@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, Bounds
+from spacedrive_jax.bounds import WORKERS, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -38,12 +38,12 @@ class Report(Command):
     """Of one run: tokens of keyframes to show besides the best, median and worst."""
     protocol: Literal["omnidrive", "vad", "uniad", "corrected"] = "omnidrive"
     """Of several runs: how they are scored."""
-    workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    """Of several runs: processes that share the keyframes."""
+    workers: int = 0
+    """Of several runs: processes that share the keyframes; 0 takes all cores."""
     out: Path | None = None
     """The page to write; RUN_DIR/report.html by default, of several runs compare.html in the first."""
 
-    BOUNDS: ClassVar[Bounds] = {"workers": COUNT}
+    BOUNDS: ClassVar[Bounds] = {"workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:
         """Writes the page.
@@ -66,7 +66,7 @@ class Report(Command):
                 split=self.split,
                 out=self.out,
                 protocol=self.protocol,
-                workers=self.workers,
+                workers=self.workers or os.cpu_count() or 1,
             )
         else:
             from spacedrive_jax.reporting.build import write_report

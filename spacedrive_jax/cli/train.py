@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -15,12 +16,16 @@ from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from spacedrive_jax.config import Config
+
 
 @dataclasses.dataclass(frozen=True)
 class Train(Command):
     """Train a model from a config; every field of the config is a flag of its own.
 
-    Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder.
+    Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder, from its
+    first step on: what cannot start leaves nothing behind. Ctrl-C and SIGTERM save first.
     `train --list` names the presets, `train CONFIG --help` lists the fields of CONFIG with their values.
 
     Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000
@@ -33,6 +38,11 @@ class Train(Command):
     run."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder (or start, when there is none yet)."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the run that the folder holds, once the new one has done its first step."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Look at every keyframe (tokens, images, depth), at weights, memory and disk, say what the run would be
+    and what would stop it, and write nothing."""
     step: int | None = None
     """With --resume: go on from this checkpoint instead of the newest; later ones move to RUN/set_aside."""
     accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -75,28 +85,44 @@ class Train(Command):
                 prog=f"python -m spacedrive_jax train {self.config}",
                 description=f"Every field of the config {self.config!r} and its value there.",
                 default=preset,
-                args=list(self.overrides),
+                args=_spelled_out(self.overrides),
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             )
         )
+        from spacedrive_jax.training.weights import with_weights
+
+        config = with_weights(config, preset)
         if self.step is not None and not self.resume:
             raise ConfigError("--step says where to go on: give --resume with it")
         use_compilation_cache(self.compilation_cache)
+        from spacedrive_jax.evaluation.validation import train
         from spacedrive_jax.training.sharding import connect
-        from spacedrive_jax.training.train import ProfileWindow, train
+        from spacedrive_jax.training.train import ProfileWindow
 
         connect(self.coordinator, self.num_processes, self.process_id)
-        with advice_on_memory(_TRAIN_LESS):
+        if self.dry_run:
+            return self._look(config)
+        with advice_on_memory(functools.partial(_fitting, config)):
             result = train(
                 config,
                 resume=self.resume,
                 step=self.step,
                 accept_changes=self.accept_changes,
+                overwrite=self.overwrite,
                 skip_nonfinite=self.skip_nonfinite,
                 profile=None if self.profile is None else ProfileWindow(*self.profile),
             )
-        how = "trained" if result.finished else "stopped by SIGTERM and saved; --resume goes on:"
-        print(f"{how} {result.step} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+        taken = result.step - result.start
+        if not taken:
+            how = f"nothing left to do: {result.run_dir} has all of its {result.step} steps (more with "
+            print(how + f"--train.steps {2 * result.step} --resume)")
+        else:
+            behind = f" behind step {result.start}" if result.start else ""
+            how = "trained" if result.finished else "stopped and saved; --resume goes on. Trained"
+            print(
+                f"{how} {taken} steps{behind} in {result.seconds:.0f} s; run folder {result.run_dir}"
+                + (f"; best of all validated: step {result.best.step}" if result.best is not None else "")
+            )
         return {
             "run_dir": str(result.run_dir),
             "checkpoint": str(result.run_dir / "checkpoints" / str(result.step)),
@@ -105,14 +131,44 @@ class Train(Command):
             "seconds": result.seconds,
             "finished": result.finished,
             "skipped": result.skipped,
+            "start": result.start,
+            "best": None if result.best is None else dataclasses.asdict(result.best),
         }
+
+    def _look(self, config: Config) -> Mapping[str, Any]:
+        """Says what the run would be."""
+        from spacedrive_jax.training.preflight import describe, preflight
+
+        seen = preflight(config, resume=self.resume, overwrite=self.overwrite)
+        print(describe(config, seen))
+        if seen.problems:
+            raise ConfigError("; ".join(seen.problems))
+        print("nothing found that would stop it")
+        return dataclasses.asdict(seen)
 
 
 _TRAIN_LESS = (
     "keep less for the backward pass (--model.compute.remat full), cut the batch into pieces "
-    "(--train.grad-accum-steps 2) or over more devices (--mesh.fsdp); `aot CONFIG --search` tries them "
-    "without the machine"
+    "(--train.grad-accum-steps 2) or over more devices (--mesh.fsdp), store the frozen base in fewer bits "
+    "(--model.compute.base-quantization int8)"
 )
+
+
+def _fitting(config: Config) -> str:
+    """What would fit, by the same compiler's account of smaller steps."""
+    from spacedrive_jax.aot.fitting import what_fits
+
+    return what_fits(config) or _TRAIN_LESS
+
+
+def _spelled_out(overrides: Sequence[str]) -> list[str]:
+    """The flags of a config; `--model.random-base` alone says True."""
+    given = list(overrides)
+    for place in range(len(given) - 1, -1, -1):
+        alone = place + 1 == len(given) or given[place + 1].startswith("--")
+        if given[place].replace("_", "-") == "--model.random-base" and alone:
+            given.insert(place + 1, "True")
+    return given
 
 
 def list_presets() -> Mapping[str, Any]:

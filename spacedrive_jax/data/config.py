@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from spacedrive_jax.bounds import COUNT, SIDE, Bounds, check_bounds
 from spacedrive_jax.data.conversation import ConversationConfig
-from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.depth_sources import DepthConfig, Pixels
 from spacedrive_jax.data.prompts import CommandSource
 
 
@@ -41,7 +41,8 @@ class DataConfig:
     cache_in_memory: bool = False
     """Keep prepared samples in host memory: for data sets that fit."""
     read_threads: int = 8
-    prefetch_batches: int = 4
+    prefetch_batches: int = 8
+    """Batches made ahead; no fewer than `read_threads`, or some of those would have nothing to do."""
 
     BOUNDS: ClassVar[Bounds] = {
         "image_size": SIDE,
@@ -54,3 +55,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "data")
+
+    @property
+    def pixels(self) -> Pixels:
+        """What networks see of a view."""
+        return Pixels(self.image_size, self.channel_order)

@@ -90,6 +90,10 @@ class DepthCache:
                 )
             self._places |= {str(token): (file, row) for row, token in enumerate(tokens)}
 
+    def __contains__(self, token: str) -> bool:
+        """Whether it holds a keyframe."""
+        return token in self._places
+
     def read(self, token: str) -> CachedDepth:
         """The depth of one keyframe.
 
@@ -129,18 +133,20 @@ class DepthCache:
         )
 
 
-def find_cache(records: Path, kinds: set[str], name: str | None) -> Path:
+def find_cache(records: Path, kinds: set[str], name: str | None, *, advice: str = "") -> Path:
     """The sidecar of a records folder that a run asks for.
 
     Args:
         records: the records folder.
         kinds: acceptable kinds of network.
         name: its name, or its path; None takes the only one there is.
+        advice: further flags of the `add-depth` that would make it, for the error.
 
     Raises:
         SpaceDriveError: there is none, or several and none was named.
     """
-    command = f"`python -m data_prep add-depth --records {records} --model WEIGHTS`"
+    flags = f" {advice}" if advice else ""
+    command = f"`python -m data_prep add-depth --records {records} --model WEIGHTS{flags}`"
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else records / FOLDER / name
         if not folder.is_dir():

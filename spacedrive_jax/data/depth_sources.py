@@ -45,8 +45,22 @@ class DepthConfig:
         check_bounds(self, self.BOUNDS, "data.depth")
 
 
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """What a network sees of a view."""
+
+    image_size: tuple[int, int]
+    """Height and width that it is squashed to."""
+    channel_order: Literal["rgb", "bgr"]
+
+
 def open_depth_cache(
-    records: Records, config: DepthConfig, grid: tuple[int, int] | None = None
+    records: Records,
+    config: DepthConfig,
+    grid: tuple[int, int] | None = None,
+    pixels: Pixels | None = None,
+    *,
+    advice: str = "",
 ) -> DepthCache | None:
     """The sidecar that the configured sources need; None where none of them is a network's.
 
@@ -54,22 +68,45 @@ def open_depth_cache(
         records: a records folder.
         config: sources, pooling, which sidecar.
         grid: rows and columns of visual tokens that depth is wanted for; None for whichever it holds.
+        pixels: what the network must have seen, which is what the run sees; None where that does not matter.
+        advice: the flags of the `add-depth` that would make the sidecar, for the error.
 
     Raises:
-        ConfigError: there is no such sidecar, it belongs to other records, or it holds patch depth of another
-            grid or pooling.
+        SpaceDriveError: there is no such sidecar, it belongs to other records, it was made of other pixels,
+            or it holds patch depth of another grid or pooling.
     """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
         return None
-    folder = find_cache(records.directory, asked or set(NETWORKS), config.cache)
+    folder = find_cache(records.directory, asked or set(NETWORKS), config.cache, advice=advice)
     cache = DepthCache(folder, records.fingerprint)
     kind = cache.provenance["kind"]
     if asked and kind not in asked:
         raise ConfigError(f"{folder} holds depth of {kind}, data.depth.sources asks for {', '.join(asked)}")
+    _check_pixels(cache, pixels, advice)
     if grid is not None and not cache.provenance["full"]:
         _check_grid(tuple(cache.provenance["grid"]), cache.provenance["pooling"], grid, config)
     return cache
+
+
+def _check_pixels(cache: DepthCache, pixels: Pixels | None, advice: str) -> None:
+    network = cache.provenance.get("network")
+    if pixels is None or not isinstance(network, dict):
+        return
+    unlike = []
+    if network.get("channel_order") != pixels.channel_order:
+        unlike.append(f"channels in the order {network.get('channel_order')}, not {pixels.channel_order}")
+    # Depth of every pixel is for any size; what was pooled from another size is not what the run would see.
+    if not cache.provenance["full"] and tuple(network.get("image_size", ())) != pixels.image_size:
+        height, width = pixels.image_size
+        held = "x".join(str(side) for side in network.get("image_size", ()))
+        unlike.append(f"images of {held}, not {height}x{width} (height x width)")
+    if unlike:
+        raise ConfigError(
+            f"{cache.folder} was made of other pixels than the run's: {'; '.join(unlike)}. Make depth for "
+            f"this run with `python -m data_prep add-depth {advice or '--run CONFIG'}` and name it in "
+            "data.depth.cache"
+        )
 
 
 def record_patch_depth(

@@ -20,7 +20,6 @@ from spacedrive_jax.console import note, progress
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_cache import DepthCache
-from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
 from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open_records, records_sources
 from spacedrive_jax.data.schema import record_features
@@ -161,7 +160,7 @@ class MixedSamples(Sequence[DrivingBatch]):
 
 
 def training_samples(
-    data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train"
+    data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train", *, advice: str = ""
 ) -> Samples | MixedSamples:
     """The samples a run trains on: of one records folder, or of several (see `data.mixture`).
 
@@ -170,6 +169,7 @@ def training_samples(
         model: what the samples are for.
         batch_size: samples a step takes, over all devices: fewer keyframes than these are an error.
         split: of the records.
+        advice: flags of the `add-depth` that the run needs, for an error.
 
     Raises:
         ConfigError: the records are missing, or nothing is left to train on.
@@ -178,22 +178,28 @@ def training_samples(
     builder = SampleBuilder(data, model)
     parts, offset = [], 0
     for folder, _ in sources:
-        parts.append(_folder_samples(folder, data, builder, batch_size, split, offset))
+        parts.append(_folder_samples(folder, data, builder, batch_size, split, offset, advice))
         offset += len(parts[-1].records)
     return parts[0] if len(parts) == 1 else MixedSamples(parts, [weight for _, weight in sources])
 
 
 def _folder_samples(
-    folder: str, data: DataConfig, builder: SampleBuilder, batch_size: int, split: str, offset: int
+    folder: str,
+    data: DataConfig,
+    builder: SampleBuilder,
+    batch_size: int,
+    split: str,
+    offset: int,
+    advice: str,
 ) -> Samples:
     records = open_records(folder, split)
-    depth = open_depth_cache(records, data.depth, builder.images.token_grid)
+    depth = builder.open_depth(records, advice=advice)
     indices = list(range(len(records)))
     if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records)).tolist()
     if len(indices) < batch_size:
         raise ConfigError(
-            f"{folder} has {len(indices)} training keyframes, fewer than train.batch_size {batch_size}"
+            f"{folder} has {len(indices)} {split} keyframes, fewer than train.batch_size {batch_size}"
         )
     _check_questions(records, indices, data.conversation)
     return Samples(records, builder, indices, depth, data.cache_in_memory, offset)
@@ -274,7 +280,8 @@ def training_iterator(
         endless = mixed_order([samples], [1.0], seed)
     share = batch_size // hosts
     dataset = HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack)
-    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
+    ahead = max(data.prefetch_batches, data.read_threads)
+    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=ahead)
     return iter(dataset.to_iter_dataset(options))
 
 

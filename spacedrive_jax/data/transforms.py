@@ -16,10 +16,11 @@ from spacedrive_jax.data.conversation import (
     question_turn,
     training_conversation,
 )
-from spacedrive_jax.data.depth_cache import CachedDepth
-from spacedrive_jax.data.depth_sources import record_patch_depth
+from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
+from spacedrive_jax.data.depth_sources import open_depth_cache, record_patch_depth
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
+from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
@@ -62,14 +63,33 @@ class SampleBuilder:
             SpaceDriveError: the record lacks an image or depth, or the conversation does not fit the config's
                 fixed shapes.
         """
+        return self.sample(record, self.conversation(record), index, cached)
+
+    def open_depth(self, records: Records, *, advice: str = "") -> DepthCache | None:
+        """A network's depth of these records, where a source of `data.depth` is a network's.
+
+        Args:
+            records: a records folder.
+            advice: flags of the `add-depth` that the run needs, for an error.
+
+        Raises:
+            SpaceDriveError: it is not there, or is not what the run would see.
+        """
+        if self.model.visual_positions == "none":
+            return None  # no visual token knows where it is: depth is not read
+        data = self.data
+        return open_depth_cache(records, data.depth, self.images.token_grid, data.pixels, advice=advice)
+
+    def conversation(self, record: Record) -> Conversation:
+        """What is said about a record; without the answers where the builder makes prompts."""
         data, in_words = self.data, self.model.ego_status == "language"
         if not self.answer:
             question = question_turn(
                 record, data.command, ego_in_words=in_words, route_targets=data.route_targets
             )
             points = question_coordinates(record, route_targets=data.route_targets)
-            return self.sample(record, Conversation([question], points, len(points)), index, cached)
-        talk = training_conversation(
+            return Conversation([question], points, len(points))
+        return training_conversation(
             record,
             data.conversation,
             data.command,
@@ -78,7 +98,17 @@ class SampleBuilder:
             ego_in_words=in_words,
             route_targets=data.route_targets,
         )
-        return self.sample(record, talk, index, cached)
+
+    def chat(self, talk: Conversation) -> ChatTokens:
+        """A conversation's tokens and labels, the visual tokens in it, the ego tokens not yet."""
+        rows, columns = self.images.token_grid
+        return self.family.chat.apply_chat_template(
+            self.tokenizer,
+            talk.turns,
+            rows * columns,
+            add_generation_prompt=not self.answer,
+            supervise_positions=self.data.conversation.supervise_position_tokens,
+        )
 
     def sample(
         self, record: Record, talk: Conversation, index: int, cached: CachedDepth | None = None
@@ -90,18 +120,11 @@ class SampleBuilder:
         """
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
-        chat = self.family.chat.apply_chat_template(
-            self.tokenizer,
-            talk.turns,
-            grid[0] * grid[1],
-            add_generation_prompt=not self.answer,
-            supervise_positions=data.conversation.supervise_position_tokens,
-        )
         try:
             fields = token_fields(
                 self.family,
                 self.tokenizer,
-                chat,
+                self.chat(talk),
                 grid,
                 self.model.ego_status,
                 sequence_length=data.sequence_length,
@@ -257,5 +280,6 @@ def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:
     if max(tokenizer.indicator, tokenizer.position, tokenizer.vocabulary_size - 1) >= vocabulary:
         raise ConfigError(
             f"the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but model.vlm.decoder.vocab_size "
-            f"is {vocabulary}: give the model's own tokenizer in data.tokenizer"
+            f"is {vocabulary}: give the model's own tokenizer in data.tokenizer; where its table has no rows "
+            "left for the two coordinate tokens, `import-weights --from hf` adds them"
         )

@@ -48,6 +48,7 @@ from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.weights import is_run
 
 # Opens the vision-language model of whatever folder holds one.
 
@@ -59,7 +60,7 @@ def open_model(
 
     Args:
         path: a transformers checkpoint or a weights folder of `import-weights --from hf|peft`; a training run
-            (its newest checkpoint), `RUN/checkpoints/STEP`, or an imported SpaceDrive.
+            (its newest checkpoint), `RUN/best`, `RUN/checkpoints/STEP`, or an imported SpaceDrive.
         average: of a run, take the moving average of the weights.
         mesh: devices of a run's model; by default its own mesh where it fits, else what there is.
 
@@ -71,8 +72,7 @@ def open_model(
         CheckpointError: the folder is none of these, or damaged.
     """
     path = Path(path)
-    is_run = (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
-    if is_run or is_imported(path) or is_trained_folder(path):
+    if is_run(path) or is_imported(path) or is_trained_folder(path):
         return open_trained_model(path, average=average, mesh=mesh)
     return open_vlm(path).model
 
@@ -97,8 +97,7 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
         return _open_imported(source)
     if (source / METADATA_FILE).is_file():
         return Exportable(load(source), _base_name(source), tokenizer)
-    is_run = (source / "checkpoints").is_dir() or source.parent.name == "checkpoints"
-    if is_run or is_trained_folder(source):
+    if is_run(source) or is_trained_folder(source):
         return _open_run(source, mesh)
     if (source / "config.json").is_file():
         return Exportable(from_hf(source), str(source), tokenizer)

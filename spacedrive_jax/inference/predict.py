@@ -14,17 +14,19 @@ from typing import Literal
 
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.loader import Samples, evaluation_batches
-from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.inference.answers import (
     Generation,
     answer_file_of_hosts,
@@ -35,6 +37,7 @@ from spacedrive_jax.inference.answers import (
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import TrainedModel, name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.models.partitioning import activations_on
+from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_here, place_rows, replicated
 
 
@@ -153,8 +156,10 @@ def predict(
     resume: bool = False,
     overwrite: bool = False,
     mesh: Mesh | None = None,
+    tokens: Sequence[str] = (),
+    limit: int | None = None,
 ) -> PredictResult:
-    """Predicts every keyframe of a split.
+    """Predicts the keyframes of a split.
 
     Args:
         checkpoint: see `open_trained_model`.
@@ -171,6 +176,8 @@ def predict(
         overwrite: replace `out`.
         mesh: to predict on; None for `mesh_here`. On several hosts each prepares its share and the first
             writes the file.
+        tokens: only these keyframes, in this order; none for all.
+        limit: only the first so many; None for all.
 
     Raises:
         SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
@@ -181,10 +188,11 @@ def predict(
     check_batch_size(batch_size, mesh)
     builder = SampleBuilder(config.data, config.model, answer=False)
     records = open_records(records_dir, split)
-    depth = open_depth_cache(records, config.data.depth, builder.images.token_grid)
-    limit = answer_limit(config) if max_new_tokens is None else max_new_tokens
+    depth = builder.open_depth(records, advice=depth_advice(config))
+    wanted = places_of(records, tokens) if tokens else list(range(len(records)))[:limit]
+    longest = answer_limit(config) if max_new_tokens is None else max_new_tokens
     frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
-    asking = Asking(batch_size, limit, repetition_penalty, frame)
+    asking = Asking(batch_size, longest, repetition_penalty, frame)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
         "records": records.fingerprint,
@@ -192,14 +200,16 @@ def predict(
         "average": average,
         "asking": dataclasses.asdict(asking),
     }
+    if len(wanted) < len(records) or tokens:
+        metadata["keyframes"] = list(tokens) or limit
     unparsed, in_one_pass, timed = 0, 0, 0
     with answer_file_of_hosts(
         out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
     ) as file:
-        samples = Samples(records, builder, list(range(file.done, len(records))), depth)
+        samples = Samples(records, builder, wanted[file.done :], depth)
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         started = time.monotonic()
-        with progress(total=len(records), initial=file.done, desc=f"predict {split}", unit="sample") as bar:
+        with progress(total=len(wanted), initial=file.done, desc=f"predict {split}", unit="sample") as bar:
             answers = answered_batches(trained, samples, builder.tokenizer, asking, length=file.length)
             for number, answered in enumerate(answers):
                 count, generated = answered.count, answered.generated
@@ -218,3 +228,28 @@ def predict(
                     timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
+
+
+def places_of(records: Records, tokens: Sequence[str]) -> list[int]:
+    """Where keyframes stand in a split.
+
+    Args:
+        records: the split.
+        tokens: of the keyframes.
+
+    Raises:
+        DataError: one is not there, or is asked for twice.
+    """
+    missing = list(dict.fromkeys(tokens))
+    if len(missing) < len(tokens):
+        raise DataError(f"--token names a keyframe twice: {', '.join(tokens)}")
+    features = tfds.features.FeaturesDict({"token": record_features()["token"]})
+    found: dict[str, int] = {}
+    for place in range(len(records)):
+        token = records.source.decode(place, features)["token"].decode(errors="replace")
+        if token in missing:
+            found[token] = place
+            if len(found) == len(missing):
+                return [found[each] for each in tokens]
+    absent = [token for token in missing if token not in found]
+    raise DataError(f"split {records.split} of {records.directory} has no keyframe {', '.join(absent)}")

@@ -19,7 +19,6 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.depth_cache import DepthCache
-from spacedrive_jax.data.depth_sources import open_depth_cache
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import Records, open_records
@@ -28,6 +27,7 @@ from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.answers import Generation, answer_file_of_hosts, answer_text
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
 from spacedrive_jax.inference.predict import Asking, answered_batches
+from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 
@@ -126,7 +126,7 @@ def answer_counterfactual(
     records = open_records(records_dir, split)
     questions, without = _questions(records, _folder(language_data, config))
     builder = SampleBuilder(config.data, config.model, answer=False)
-    depth = open_depth_cache(records, config.data.depth, builder.images.token_grid)
+    depth = builder.open_depth(records, advice=depth_advice(config))
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),

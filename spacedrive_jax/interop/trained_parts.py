@@ -45,7 +45,15 @@ TABLE_ROWS: Mapping[str, ParameterPath] = MappingProxyType(
     }
 )
 """Tables whose rows the published LLaVA trains for the new tokens (fidelity Q28), and where ours are."""
-NOT_COMPARED = ("weights", "compute.", "vlm.", "lora.dropout", "path_points", "position_input_training")
+NOT_COMPARED = (
+    "weights",
+    "random_base",
+    "compute.",
+    "vlm.",
+    "lora.dropout",
+    "path_points",
+    "position_input_training",
+)
 """Fields of a model that may differ from what a checkpoint was trained with: they do not change what its
 tensors mean, or are checked against the base's config."""
 

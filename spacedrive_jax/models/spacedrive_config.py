@@ -24,7 +24,11 @@ class ModelConfig:
 
     vlm: VLConfig = dataclasses.field(default_factory=QwenVLConfig.qwen2_5_vl_7b)
     weights: str | None = None
-    """Folder of released safetensors to start from; None draws random weights."""
+    """What to start from: a transformers checkpoint, a folder of `import-weights`, or a run of this project
+    (its newest checkpoint, or RUN/checkpoints/STEP). It settles `vlm`, the tokenizer and the image size. None
+    draws random weights."""
+    random_base: bool = False
+    """Adapters on a frozen base of random numbers are meant: without this, `use_lora` needs `weights`."""
     lora: LoraConfig = LoraConfig()
     use_lora: bool = True
     """Adapters on a frozen base; without them the base itself is trained."""

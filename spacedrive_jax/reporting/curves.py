@@ -19,6 +19,8 @@ LABELS = {
     "step_seconds": "Seconds a step",
     "samples_per_second": "Samples a second",
     "tokens_per_second": "Tokens a second",
+    "validation/l2": "Validation L2 (m)",
+    "validation/collision": "Validation collision (%)",
 }
 SMOOTH_ABOVE = 60
 """Curves with more points than this are drawn pale with a running mean over them."""
@@ -35,7 +37,7 @@ def training_curves(steps: Sequence[Mapping[str, float]]) -> list[tuple[str, str
         (title, SVG data address) per panel.
     """
     names = list(dict.fromkeys(name for step in steps for name in step if name != "step"))
-    losses = [name for name in names if name.startswith("loss")]
+    losses = [name for name in names if name.startswith("loss") or name == "validation/loss"]
     panels = [("Loss", losses)] if losses else []
     panels += [
         (LABELS.get(name, name.replace("_", " ").capitalize()), [name])

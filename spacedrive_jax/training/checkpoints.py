@@ -7,9 +7,10 @@ being written when the process died has no final name and is never picked up.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
+from spacedrive_jax.io import convert, read_json, write_json
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.
@@ -102,16 +105,55 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
 
 
+BEST_FILE = "best.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best validated step of a run: RUN/best.json."""
+
+    step: int
+    measure: str
+    """`train.best_by`."""
+    value: float
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Best | None:
+        """What the run's folder says; None where nothing was validated.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        file = run_dir / BEST_FILE
+        return convert(read_json(file), cls, str(file)) if file.is_file() else None
+
+    def write(self, run_dir: Path) -> None:
+        """Names it in the run's folder."""
+        write_json(run_dir / BEST_FILE, dataclasses.asdict(self))
+
+
+class _KeepBest(preservation.PreservationPolicy):
+    """Keeps the checkpoint that RUN/best.json names."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = Best.read(self._run_dir)
+        return [best is not None and each.step == best.step for each in checkpoints]
+
+
 def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
-    """Opens `RUN/checkpoints`, where the newest `keep` stay.
+    """Opens `RUN/checkpoints`, where the newest `keep` stay, and the best.
 
     Raises:
         ConfigError: none would stay.
     """
     if keep < 1:
         raise ConfigError(f"train.max_to_keep is {keep}: at least the newest must stay, give 1 or more")
+    newest = preservation.LatestN(keep)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        preservation_policy=preservation.AnyPreservationPolicy([newest, _KeepBest(run_dir)]),
         create=True,
         enable_async_checkpointing=True,
         # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
@@ -319,6 +361,9 @@ def go_back_to(run_dir: Path, step: int) -> None:
             raise CheckpointError(f"{target} exists: remove it, or move it away, to go back to step {step}")
         target.parent.mkdir(exist_ok=True)
         (run_dir / "checkpoints" / str(later)).rename(target)
+    best = Best.read(run_dir)
+    if best is not None and best.step > step:
+        (run_dir / BEST_FILE).unlink()
 
 
 def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -377,7 +422,8 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
 
 
 def locate(checkpoint: Path) -> tuple[Path, int]:
-    """Finds what `--checkpoint` names: a run folder (its newest checkpoint) or `RUN/checkpoints/STEP`.
+    """Finds what `--checkpoint` names: a run folder (its newest checkpoint), `RUN/best` (the best validated
+    one) or `RUN/checkpoints/STEP`.
 
     Returns:
         The run folder and the step.
@@ -386,6 +432,14 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         CheckpointError: there is no finished checkpoint.
     """
     checkpoint = Path(checkpoint)
+    if checkpoint.name == "best" and not checkpoint.is_dir():
+        best = Best.read(checkpoint.parent)
+        if best is None:
+            raise CheckpointError(
+                f"{checkpoint.parent} has no {BEST_FILE}, which training writes when it validates "
+                "(--train.validate-every)"
+            )
+        checkpoint = checkpoint.parent / "checkpoints" / str(best.step)
     if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
         run_dir, step = checkpoint.parent.parent, int(checkpoint.name)
         found = checkpoint.is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -15,29 +16,37 @@ from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.training.run_folder import save_batch_tokens
 from spacedrive_jax.training.step import Metrics
 
-# SIGTERM, the notice that a machine is about to be taken away.
+log = logging.getLogger(__name__)
+
+# SIGTERM, the notice that a machine is about to be taken away, and Ctrl-C, a person's.
 
 
 class PreemptionWatch:
-    """Context in which SIGTERM asks the loop to save and stop instead of ending the process at once."""
+    """Context in which SIGTERM and Ctrl-C ask the loop to save and stop instead of ending it at once.
+
+    A second Ctrl-C does end it at once.
+    """
 
     def __init__(self) -> None:
         self._noticed = threading.Event()
-        self._previous: object = None
+        self._previous: dict[int, object] = {}
         self._watches = False
 
     def __enter__(self) -> PreemptionWatch:
         # With several hosts jax's own notifier listens, and all hosts agree on the step to stop at.
         self._watches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         if self._watches:
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
+            self._previous = {
+                number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._watches:
-            signal.signal(signal.SIGTERM, self._previous)  # type: ignore[arg-type]
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
+        self._previous = {}
 
     def stop_at(self, step: int, manager: ocp.CheckpointManager) -> bool:
         """Whether to save and stop behind this step; the same answer on every host."""
@@ -46,6 +55,9 @@ class PreemptionWatch:
         return self._noticed.is_set()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            log.info("stopping behind this step, with a checkpoint; Ctrl-C again stops without one")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._noticed.set()
 
 

@@ -31,9 +31,29 @@ FREE_TO_CHANGE = (
     "train.trackers",
     "train.checkpoint_every",
     "train.max_to_keep",
+    "train.validate_",
+    "train.best_by",
 )
 """Fields that a resumed run may change without saying so: they do not change what is learnt.
-(What is in the folders of records and weights is held against the checkpoint's fingerprints.)"""
+(What is in the folders of records and weights is held against the checkpoint's fingerprints.) So may
+`train.steps` grow."""
+OF_A_RUN = (
+    "config.json",
+    "run.json",
+    "best.json",
+    "checkpoints",
+    "set_aside",
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    "wandb.json",
+    "nonfinite",
+    "profile",
+    "predictions*.json*",
+    "counterfactual*.json*",
+    "report*.html",
+)
+"""What lies in a run's folder, and goes when it is overwritten."""
 MARGIN = 64 << 20
 """Bytes that metrics and logs may need beside a checkpoint."""
 
@@ -52,38 +72,77 @@ def lock(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     return folder_lock(run_dir, take_over=True) if is_main_host() else contextlib.nullcontext()
 
 
-def claim(run_dir: Path, config: Config, *, resume: bool, accept_changes: bool = False) -> list[str]:
-    """Writes the config into a new run folder, or checks it against that of the run being resumed.
+def check(
+    run_dir: Path, config: Config, *, resume: bool, accept_changes: bool = False, overwrite: bool = False
+) -> list[str]:
+    """Holds a run against what its folder holds already; writes nothing.
 
     Returns:
-        The changes that were accepted.
+        The changes that are accepted.
 
     Raises:
-        SpaceDriveError: the folder holds a run already, cannot be written, or its config differs.
+        SpaceDriveError: the folder holds a run already, or its config differs.
     """
     file = run_dir / "config.json"
-    changes: list[str] = []
-    if file.exists():
-        if not resume:
-            raise SpaceDriveError(
-                f"{run_dir} holds a run already: --resume continues it, --run-dir starts elsewhere"
-            )
-        found = config_changes(read_json(file), json.loads(to_json(config)))
-        changes = [change for change in found if not change.startswith(FREE_TO_CHANGE)]
-        if changes and not accept_changes:
-            raise SpaceDriveError(
-                f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same "
-                "one, say --accept-changes, or start elsewhere with --run-dir"
-            )
+    if not file.exists() or overwrite:
+        return []
+    if not resume:
+        raise SpaceDriveError(
+            f"{run_dir} holds a run already: --resume continues it, --overwrite replaces it, --run-dir "
+            "starts elsewhere"
+        )
+    found = config_changes(read_json(file), json.loads(to_json(config)))
+    changes = [change for change in found if not _is_free(change)]
+    if changes and not accept_changes:
+        raise SpaceDriveError(
+            f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same one, say "
+            "--accept-changes, or start elsewhere with --run-dir"
+        )
+    return changes
+
+
+def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
+    """Makes a folder this run's: its config lies there from now on.
+
+    Args:
+        run_dir: the folder, which `check` let pass.
+        config: the run.
+        overwrite: remove the run that is there, and nothing else.
+
+    Raises:
+        SpaceDriveError: the folder cannot be written.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every host has read the run folder")
     if is_main_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(file, to_json(config))
+            if overwrite:
+                _remove_run(run_dir)
+            write_text(run_dir / "config.json", to_json(config))
         except (OSError, SpaceDriveError) as error:
             raise SpaceDriveError(f"the run folder {run_dir} cannot be written: {error}") from error
-    return changes
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the run folder is claimed")
+
+
+def _remove_run(run_dir: Path) -> None:
+    """Removes what runs and the commands after them write; the config goes first, so none is half a run."""
+    for name in OF_A_RUN:
+        for path in run_dir.glob(name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_free(change: str) -> bool:
+    """Whether a resumed run may have this change (`field: old -> new`) without saying so."""
+    name, _, values = change.partition(": ")
+    if name == "train.steps":  # going on longer; the schedule is the new length's
+        old, _, new = values.partition(" -> ")
+        return int(new) > int(old)
+    return change.startswith(FREE_TO_CHANGE)
 
 
 def check_config(
@@ -103,11 +162,11 @@ def check_config(
     if not isinstance(saved.get("config"), str):
         raise CheckpointError(f"{checkpoint} is damaged: its metadata lacks the config it was trained with")
     then = json.loads(to_json(from_json(saved["config"])))  # through this version's fields
-    allowed = (*FREE_TO_CHANGE, *(change.partition(":")[0] + ":" for change in accepted))
+    allowed = tuple(change.partition(":")[0] + ":" for change in accepted)
     changes = [
         change
         for change in config_changes(then, json.loads(to_json(config)))
-        if not change.startswith(allowed)
+        if not (_is_free(change) or change.startswith(allowed))
     ]
     if changes:
         raise CheckpointError(

@@ -25,7 +25,9 @@ from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import parameter_sharding
+from spacedrive_jax.training.weights import check_architecture, is_run, run_config, starting_state
 
 NOT_DECAYED = ("bias", "scale", "alpha")
 """Names of vectors and scalars, which have no weight decay. (Stacked over layers they look like matrices.)"""
@@ -144,11 +146,21 @@ def check_start(config: Config) -> None:
     """Refuses weights that a run of this config could not start from; reads no tensors.
 
     Raises:
-        ConfigError: naming the fields.
+        ConfigError: naming the fields; or none are named where a base is to stay frozen.
     """
-    if config.model.weights is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
-        check_trained_parts(Path(config.model.weights), config.model, tokenizer.indicator)
+    model = config.model
+    if model.weights is None:
+        if model.use_lora and not model.random_base:
+            raise ConfigError(
+                f"{config.name} trains adapters on a frozen base, but names no weights: give --model.weights "
+                "DIR (a transformers checkpoint, a folder of import-weights, or a run), or say "
+                "--model.random-base where a base of random numbers is meant"
+            )
+        return
+    check_architecture(config)
+    tokenizer = load_tokenizer(config.data.tokenizer, family_of(model.vlm).chat)
+    if not is_run(model.weights):
+        check_trained_parts(Path(model.weights), model, tokenizer.indicator)
 
 
 def init_train_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
@@ -184,7 +196,10 @@ def _draw(config: Config, mesh: Mesh, wanted: Any) -> nnx.State:
 def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
     """The base from released safetensors, adapters and heads where the folder has them, the rest drawn."""
     model = config.model
+    check_architecture(config)
     indicator = load_tokenizer(config.data.tokenizer, family_of(model.vlm).chat).indicator
+    if is_run(weights):
+        return _load_run(config, mesh, weights, indicator)
     shardings = functools.partial(parameter_sharding, mesh=mesh)
     vlm = from_hf(
         weights,
@@ -194,16 +209,22 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
         shardings=shardings,
         seed=config.train.seed,
     )
-    if vlm.config != model.vlm:
-        raise ConfigError(
-            f"model.weights {weights} holds {vlm.config}, but model.vlm says {model.vlm}: choose the "
-            "preset of that size"
-        )
     outside = _draw(config, mesh, lambda path, _: path[0] != "vlm")
     inside = [(("vlm", *path), variable) for path, variable in nnx.to_flat_state(nnx.state(vlm))]
     state = dict([*nnx.to_flat_state(outside), *inside])
     fill_trained_parts(state, Path(weights), model, indicator, shardings)
     return nnx.from_flat_state(state)
+
+
+def _load_run(config: Config, mesh: Mesh, weights: str, indicator: int) -> nnx.State:
+    """What another run has learnt and stood on; what it lacks (fresh adapters, say) is drawn."""
+    before = run_config(weights)
+    _, trainable, _ = abstract_state(before, mesh)
+    run_dir, step = checkpoints.locate(Path(weights))
+    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+    saved = dict(nnx.to_flat_state(trainable)) | dict(nnx.to_flat_state(frozen_state(before, mesh)))
+    drawn = dict(nnx.to_flat_state(_draw(config, mesh, lambda path, _: tuple(path) not in saved)))
+    return nnx.from_flat_state(starting_state(config, saved, drawn, indicator))
 
 
 def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:

@@ -36,6 +36,41 @@ def opening_line(
     )
 
 
+def cost_line(step: int, steps: int, step_seconds: float, *, validates: bool) -> str:
+    """What a step costs and when the run ends, said once, as soon as it is known.
+
+    Args:
+        step: steps done.
+        steps: where the run ends.
+        step_seconds: wall time of one, compiling left out.
+        validates: whether validations come on top.
+    """
+    seconds = (steps - step) * step_seconds
+    ends = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + seconds))
+    on_top = ", validations on top" if validates else ""
+    return (
+        f"a step takes {step_seconds:.3g} s: the other {steps - step:,} take "
+        f"{tqdm.format_interval(seconds)}{on_top}, until {ends}"
+    )
+
+
+def validation_line(step: int, values: Mapping[str, float], best: bool) -> str:
+    """What a validation found.
+
+    Args:
+        step: steps done.
+        values: its metrics.
+        best: whether it is the best of the run so far.
+    """
+    shown = {name.removeprefix("validation/"): value for name, value in values.items()}
+    collision = f", collision {shown['collision']:.2f} %" if "collision" in shown else ""
+    return (
+        f"validation at step {step}: loss {shown['loss']:.4f}, L2 {shown['l2']:.2f} m{collision}, "
+        f"{shown['unparsed']:.0%} unparsed, in {shown['seconds']:.1f} s"
+        + ("; the best so far" if best else "")
+    )
+
+
 def interval_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """Where the run stands.
 
@@ -94,6 +129,10 @@ class Throughput:
     def stepped(self) -> None:
         """Counts a step."""
         self._steps += 1
+
+    def paused(self, seconds: float) -> None:
+        """Leaves time out that went into something else than steps (a validation)."""
+        self._window += seconds
 
     def window(self) -> dict[str, float]:
         """The metrics since the last call; call it when the steps have really been done."""

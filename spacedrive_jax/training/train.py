@@ -6,21 +6,25 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
 from spacedrive_jax.data.records import records_sources
+from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
+from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
@@ -30,10 +34,22 @@ from spacedrive_jax.training.sharding import (
 )
 from spacedrive_jax.training.state import check_start, count, init_train_state
 from spacedrive_jax.training.step import make_train_step
-from spacedrive_jax.training.throughput import Throughput, interval_line, opening_line
+from spacedrive_jax.training.throughput import (
+    Throughput,
+    cost_line,
+    interval_line,
+    opening_line,
+    validation_line,
+)
 from spacedrive_jax.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
+
+
+Validate = Callable[[nnx.State, nnx.State], dict[str, float]]
+"""Trainables and frozen weights to metrics: `validation/loss`, `validation/l2` and others of that group."""
+MakeValidation = Callable[[Config, Mesh], Validate]
+"""Made above this room, where answers are generated and scored: `evaluation.validation`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +58,17 @@ class TrainResult:
 
     run_dir: Path
     step: int
+    start: int
+    """Steps that were done before."""
     loss: float
-    """The last one logged."""
+    """The last one logged; nan where no step was taken."""
     seconds: float
     finished: bool
-    """False where SIGTERM stopped the run early; `--resume` goes on."""
+    """False where SIGTERM or Ctrl-C stopped the run early; `--resume` goes on."""
     skipped: int
     """Steps left out because loss or gradient was not finite."""
+    best: checkpoints.Best | None
+    """The best validated step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,40 +79,58 @@ class ProfileWindow:
     steps: int
 
 
+STEPS_TIMED = 3
+"""Steps behind the first, which compiles, after which the run says what one costs."""
+
+
 def train(
     config: Config,
     *,
     resume: bool = False,
     step: int | None = None,
     accept_changes: bool = False,
+    overwrite: bool = False,
     skip_nonfinite: int = 0,
     profile: ProfileWindow | None = None,
+    validation: MakeValidation | None = None,
 ) -> TrainResult:
     """Trains to `config.train.steps`, writing checkpoints, metrics and provenance to the run folder.
 
-    SIGTERM saves a checkpoint and returns early.
+    Nothing is written there before the first step is done, so that a run that cannot start leaves nothing to
+    be removed. SIGTERM and Ctrl-C save a checkpoint and return early.
 
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint of the run folder.
         step: go on from this checkpoint instead; later ones are set aside (`RUN/set_aside`).
         accept_changes: resume although the config or the records differ from the run's.
+        overwrite: replace the run that the folder holds, once the new one has done its first step.
         skip_nonfinite: how many steps whose loss or gradient is not finite to leave out before giving up.
         profile: steps to trace; None for none.
+        validation: makes what `train.validate_every` asks for.
 
     Raises:
         SpaceDriveError: the run folder is taken or cannot be written, the config of a resumed run differs,
-            the disk is full, or the data is not there.
+            the disk is full, or the data is not there or does not fit the config's shapes.
         FloatingPointError: the loss or gradient became nan or infinite too often.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if config.train.validate_every and validation is None:
+        raise ConfigError(
+            f"train.validate_every {config.train.validate_every}: no validation was given; "
+            "`spacedrive_jax.train` brings one"
+        )
     with run_folder.lock(config.directory):
         return _train(
             config,
             resume=resume,
             step=step,
             accept_changes=accept_changes,
+            overwrite=overwrite,
             skip_nonfinite=skip_nonfinite,
             profile=profile,
+            validation=validation,
         )
 
 
@@ -102,34 +140,33 @@ def _train(
     resume: bool,
     step: int | None,
     accept_changes: bool,
+    overwrite: bool,
     skip_nonfinite: int,
     profile: ProfileWindow | None,
+    validation: MakeValidation | None,
 ) -> TrainResult:
     started = time.monotonic()
-    settings = config.train
-    if settings.max_to_keep < 1:
-        raise ConfigError(
-            f"train.max_to_keep is {settings.max_to_keep}: at least the newest must stay, give 1 "
-            "or more (--train.max-to-keep)"
-        )
+    settings, run_dir = config.train, config.directory
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
-    check_start(config)
-    samples = training_samples(config.data, config.model, config.train.batch_size)
-    iterator = training_iterator(
-        samples, config.data, batch_size=config.train.batch_size, seed=config.train.seed
+    changes = run_folder.check(
+        run_dir, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
     )
-    run_dir = config.directory
-    changes = run_folder.claim(run_dir, config, resume=resume, accept_changes=accept_changes)
+    check_start(config)
+    samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
+    check_lengths(samples)
+    iterator = training_iterator(samples, config.data, batch_size=settings.batch_size, seed=settings.seed)
 
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
     checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
-    missing = run_folder.lack_of_room(run_dir, checkpoint_bytes)
+    kept = 2 if settings.validate_every else 1
+    missing = run_folder.lack_of_room(run_dir, checkpoint_bytes, checkpoints=kept)
     if missing:
         raise SpaceDriveError(missing)
     trainable, frozen = init_train_state(config, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
+    validate = validation(config, mesh) if validation is not None and settings.validate_every else None
 
     metadata = {
         "config": to_json(config),
@@ -142,33 +179,56 @@ def _train(
     }
     if step is not None and run_folder.is_main_host():
         checkpoints.go_back_to(run_dir, step)
-    manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
-    start = manager.latest_step() or 0
+    start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
     if start:
         if not accept_changes:
             saved = checkpoints.read_metadata(run_dir, start)
             checkpoints.check_metadata(saved, metadata)
             run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
+        manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
         trainable, optimizer_state, where, _ = checkpoints.restore(manager, start, trainable, optimizer_state)
-        seek(iterator, where, config.train.batch_size)
+        seek(iterator, where, settings.batch_size)
+    opening = opening_line(
+        name=config.name,
+        trainable=count(trainable),
+        frozen=count(frozen),
+        keyframes=len(samples),
+        batch_size=settings.batch_size,
+        start=start,
+        steps=settings.steps,
+    )
+    if run_folder.is_main_host():
+        log.info("%s", opening)
+    throughput = Throughput(config, started, samples.clock)
+
+    def advance(done: int, trainable: nnx.State, optimizer_state: Any) -> tuple[Any, ...]:
+        waiting = time.monotonic()
+        host_batch = next(iterator)
+        throughput.waited(time.monotonic() - waiting)
+        batch = place_batch(host_batch, mesh)
+        number = jax.device_put(np.int32(done), replicated(mesh))
+        with jax.transfer_guard("disallow"):
+            return (*train_step.run(trainable, optimizer_state, frozen, batch, number), host_batch)
+
+    # The first step shows that data, weights, program and memory are there. Only then is anything written.
+    first = None
+    if start < settings.steps:
+        if profile is not None and profile.start == start:
+            jax.profiler.start_trace(str(run_dir / "profile"))
+        first = jax.block_until_ready(advance(start, trainable, optimizer_state))
+    run_folder.claim(run_dir, config, overwrite=overwrite)
+    if not start:
+        manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
     if run_folder.is_main_host():
         shown = {name: value for name, value in metadata.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
-        opening = opening_line(
-            name=config.name,
-            trainable=count(trainable),
-            frozen=count(frozen),
-            keyframes=len(samples),
-            batch_size=settings.batch_size,
-            start=start,
-            steps=settings.steps,
-        )
-        log.info("%s", opening)
     tracker = Trackers(run_dir, config, start)
 
     done, loss, stopped = start, float("nan"), False
+    best = checkpoints.Best.read(run_dir)
+    best = best if best is not None and best.measure == settings.best_by else None
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
-    throughput = Throughput(config, started, samples.clock)
+    clock = time.monotonic()
     with (
         PreemptionWatch() as watch,
         checkpoints.closing(manager),
@@ -176,17 +236,11 @@ def _train(
         progress(total=settings.steps, initial=start, unit="step", logged=False) as bar,
     ):
         while done < settings.steps and not stopped:
-            if profile is not None and done == profile.start:
+            if profile is not None and done == profile.start and first is None:
                 jax.profiler.start_trace(str(run_dir / "profile"))
-            waiting = time.monotonic()
-            host_batch = next(iterator)
-            throughput.waited(time.monotonic() - waiting)
-            batch = place_batch(host_batch, mesh)
-            step_number = jax.device_put(np.int32(done), replicated(mesh))
-            with jax.transfer_guard("disallow"):
-                trainable, optimizer_state, metrics = train_step.run(
-                    trainable, optimizer_state, frozen, batch, step_number
-                )
+            taken = advance(done, trainable, optimizer_state) if first is None else first
+            trainable, optimizer_state, metrics, host_batch = taken
+            first = None
             done += 1
             throughput.stepped()
             bar.update()
@@ -194,28 +248,52 @@ def _train(
             stopped = watch.stop_at(done, manager)
             finished = done == settings.steps
             short_of_room = None
+            if done == start + 1 + STEPS_TIMED and not finished and run_folder.is_main_host():
+                guard.settle()
+                each = (time.monotonic() - clock) / STEPS_TIMED
+                validates = validate is not None
+                log.info("%s", cost_line(done, settings.steps, each, validates=validates))
+            values: dict[str, float] = {}
             if done % settings.log_every == 0 or finished:
                 guard.settle()
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                values |= throughput.window()
-                if values.pop("finite"):
-                    loss = values["loss"]
-                    tracker.write(done, values)
+                measured = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                measured |= throughput.window()
+                if measured.pop("finite"):
+                    loss, values = measured["loss"], measured
                     if run_folder.is_main_host():
-                        log.info("%s", interval_line(done, settings.steps, values))
+                        log.info("%s", interval_line(done, settings.steps, measured))
                 short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
             if profile is not None and done == profile.start + profile.steps:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-            if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room:
+            better = None
+            if validate is not None and (done % settings.validate_every == 0 or finished) and not stopped:
+                guard.settle()
+                found = validate(trainable, frozen)
+                throughput.paused(found["validation/seconds"])
+                values |= found
+                value = found.get(f"validation/{settings.best_by}", float("nan"))
+                if value < (float("inf") if best is None else best.value):
+                    best = better = checkpoints.Best(done, settings.best_by, value)
+                if run_folder.is_main_host():
+                    log.info("%s", validation_line(done, found, better is not None))
+            if values:
+                tracker.write(done, values)
+            if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room or better:
                 # What has been done is saved while there still is room for it.
                 guard.settle()
-                where = position(iterator, config.train.batch_size)
+                where = position(iterator, settings.batch_size)
                 checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
+            if better is not None:
+                # Named only when it is whole: until then the best one before it stays.
+                with checkpoints.naming_the_newest(manager):
+                    manager.wait_until_finished()
+                if run_folder.is_main_host():
+                    better.write(run_dir)
             if short_of_room and not finished:
                 raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started
-    return TrainResult(run_dir, done, loss, seconds, done == settings.steps, guard.skipped)
+    return TrainResult(run_dir, done, start, loss, seconds, done == settings.steps, guard.skipped, best)
 
 
 def _resolved(records: str) -> str:

@@ -383,7 +383,7 @@ def test_command_line_prints_one_json_object(dataroot, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 0}, "--workers 0"),
+        ({"workers": -1}, "--workers -1"),
         ({"render_size": "704x396"}, "only goes with --missing-images render"),
         ({"render_size": "704", "missing_images": "render"}, "WIDTHxHEIGHT"),
     ],

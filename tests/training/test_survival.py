@@ -22,7 +22,7 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
     open_vlm,
 )
-from spacedrive_jax.training import checkpoints, run_folder
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
@@ -60,9 +60,12 @@ def poison(batch):
     return dataclasses.replace(batch, ego_status=batch.ego_status * np.float32("nan"))
 
 
-def test_sigterm_saves_and_the_resumed_run_is_the_same(records, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(records, whole, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+
     def preempt(batch):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return batch
 
     config = tiny(records, tmp_path / "run", steps=STEPS)
@@ -71,7 +74,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(records, whole, tmp_path,
         stopped = train(config)
     assert (stopped.step, stopped.finished) == (3, False)
     assert checkpoints.locate(tmp_path / "run")[1] == 3
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
     assert train(config, resume=True).finished
     assert losses_of(tmp_path / "run") == losses_of(whole)
     jax.tree.map(np.testing.assert_array_equal, trained_values(tmp_path / "run"), trained_values(whole))
@@ -129,16 +132,19 @@ def test_a_half_written_checkpoint_is_not_picked_up(records, whole, tmp_path):
 def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    changed = tiny(records, run_dir, steps=STEPS + 1, log_every=2)
-    with pytest.raises(SpaceDriveError, match=r"another config: train\.steps: 6 -> 7\. .*--accept-changes"):
+    changed = tiny(records, run_dir, steps=STEPS + 1, clip_norm=9.0)
+    with pytest.raises(
+        SpaceDriveError, match=r"another config: train\.clip_norm: 10\.0 -> 9\.0\. .*--accept-changes"
+    ):
         train(changed, resume=True)
     assert train(changed, resume=True, accept_changes=True).step == STEPS + 1
-    assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == ["train.steps: 6 -> 7"]
+    assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == [
+        "train.clip_norm: 10.0 -> 9.0"
+    ]
 
     others = make_records(tmp_path / "others", seed=1)
     elsewhere = dataclasses.replace(changed, data=dataclasses.replace(changed.data, records=str(others)))
     elsewhere = dataclasses.replace(elsewhere, train=dataclasses.replace(elsewhere.train, steps=STEPS + 2))
-    run_folder.claim(run_dir, elsewhere, resume=True, accept_changes=True)
     with pytest.raises(SpaceDriveError, match="records_fingerprint"):
         train(elsewhere, resume=True)
 

@@ -1,0 +1,146 @@
+"""What a run needs before it starts: all of it looked at, nothing of it done (`train --dry-run`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from typing import Any
+
+import jax
+
+from spacedrive_jax.config import Config, load_config
+from spacedrive_jax.data.loader import MixedSamples, training_samples
+from spacedrive_jax.data.survey import Survey, survey, too_small
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.training import run_folder
+from spacedrive_jax.training.sharding import check_batch_size, make_mesh
+from spacedrive_jax.training.state import check_start, count
+from spacedrive_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What a run would be."""
+
+    found: Survey
+    problems: tuple[str, ...]
+    """What would stop it, with the way out; empty where nothing would."""
+    trainable: int
+    frozen: int
+    state_bytes: int
+    """Weights, optimiser state and gradients of one device."""
+    checkpoint_bytes: int
+    free_bytes: int
+    """On the disk of the run folder."""
+    epochs: float
+
+
+def preflight(config: Config, *, resume: bool = False, overwrite: bool = False) -> Preflight:
+    """Looks at every keyframe, at the weights' shapes, the disk and the run folder; writes nothing.
+
+    Args:
+        config: the whole run.
+        resume: it goes on with the run that the folder holds.
+        overwrite: it replaces the run that the folder holds.
+
+    Raises:
+        SpaceDriveError: there are no records, weights, tokenizer or depth, or mesh and batch do not go
+            together: nothing further can be looked at.
+    """
+    settings = config.train
+    mesh = make_mesh(config.mesh)
+    check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
+    run_folder.check(config.directory, config, resume=resume, overwrite=overwrite)
+    check_start(config)
+    samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
+    found = survey(samples)
+    step = make_train_step(config, mesh)
+    changed = _bytes_per_device(step.trainable)
+    state = changed + _bytes_per_device(step.optimizer_state) + _bytes_per_device(step.frozen) + changed
+    saved = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.trainable, step.optimizer_state))
+    )
+    folder = config.directory.resolve()
+    there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    problems = []
+    builder = (samples.parts[0] if isinstance(samples, MixedSamples) else samples).builder
+    flags = too_small(builder, found)
+    if flags:
+        problems.append(f"keyframe {found.longest} does not fit the config's shapes: set {' '.join(flags)}")
+    if found.without_image:
+        problems.append(
+            f"{len(found.without_image)} keyframes lack an image ({found.without_image[0]} is one): convert "
+            "with --missing-images render, or skip"
+        )
+    if found.without_depth:
+        sources = ", ".join(config.data.depth.sources)
+        problems.append(
+            f"{len(found.without_depth)} keyframes have a camera without depth from {sources} "
+            f"({found.without_depth[0]} is one): set data.depth.sources to what the records have"
+        )
+    kept = 2 if settings.validate_every else 1
+    missing = run_folder.lack_of_room(there, saved, checkpoints=kept)
+    if missing:
+        problems.append(missing)
+    return Preflight(
+        found=found,
+        problems=tuple(problems),
+        trainable=count(step.trainable),
+        frozen=count(step.frozen),
+        state_bytes=state,
+        checkpoint_bytes=saved,
+        free_bytes=shutil.disk_usage(there).free,
+        epochs=settings.steps * settings.batch_size / max(len(samples), 1),
+    )
+
+
+def describe(config: Config, seen: Preflight) -> str:
+    """The plan in a few lines."""
+    data, train, found = config.data, config.train, seen.found
+    decoder = config.model.vlm.decoder
+    base = config.model.weights or "random numbers"
+    lines = [
+        f"{config.name}: {family_of(config.model.vlm).name}, {decoder.num_layers} layers of width "
+        f"{decoder.hidden_size}, from {base}",
+        f"  {seen.trainable:,} parameters train, {seen.frozen:,} are frozen",
+        f"  {found.keyframes:,} keyframes of {data.records}, {train.batch_size} a step, {train.steps:,} "
+        f"steps: {seen.epochs:.1f} epochs",
+        f"  needed: sequence_length {found.sequence_length} of {data.sequence_length}, max_targets "
+        f"{found.max_targets} of {data.max_targets}, max_coordinates {found.max_coordinates} of "
+        f"{data.max_coordinates}",
+        f"  memory: {seen.state_bytes / 1e9:.2f} GB a device for weights, optimiser and gradients, "
+        "activations on top",
+        f"  disk: checkpoints of {seen.checkpoint_bytes / 1e9:.2f} GB in {config.directory}, "
+        f"{seen.free_bytes / 1e9:.0f} GB free",
+    ]
+    return "\n".join(lines)
+
+
+def depth_advice(config: Config) -> str:
+    """The flags of the `add-depth` that makes the depth a run asks for: its preset, or one by one."""
+    processor = family_of(config.model.vlm).image_processor(config.model.vlm.vision, config.data.image_size)
+
+    def wanted(run: Config) -> tuple[Any, ...]:
+        grid = family_of(run.model.vlm).image_processor(run.model.vlm.vision, run.data.image_size).token_grid
+        return run.data.pixels, run.data.depth.pooling, tuple(grid)
+
+    try:
+        if wanted(load_config(config.name)) == wanted(config):
+            return f"--run {config.name}"
+    except ConfigError:
+        pass  # a config of one's own
+    height, width = config.data.image_size
+    rows, columns = processor.token_grid
+    return (
+        f"--image-size {width}x{height} --channel-order {config.data.channel_order} --grid {rows}x{columns} "
+        f"--pooling {config.data.depth.pooling}"
+    )
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

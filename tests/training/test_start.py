@@ -1,0 +1,153 @@
+"""A run that cannot start burns nothing; one that can is looked at first, goes on longer, validates."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from spacedrive_jax.aot.fitting import what_fits
+from spacedrive_jax.cli.common import advice_on_memory
+from spacedrive_jax.cli.main import main
+from spacedrive_jax.config import Config, change
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
+from spacedrive_jax.evaluation.validation import Validation, train
+from spacedrive_jax.training import train as loop
+from spacedrive_jax.training.checkpoints import Best, locate, steps_of
+from spacedrive_jax.training.preflight import depth_advice, describe, preflight
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import init_train_state
+from tests.training.runs import TINY, make_records, tiny
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    return make_records(tmp_path_factory.mktemp("data") / "records")
+
+
+def test_nothing_is_left_of_a_run_that_cannot_start(records, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    small = change(tiny(records, run_dir), "small", {"data.sequence_length": 100, "data.max_targets": 5})
+    with pytest.raises(ConfigError) as refused:
+        train(small)
+    wanted = preflight(tiny(records, run_dir)).found
+    assert f"--data.sequence-length {wanted.sequence_length} (it is 100)" in str(refused.value)
+    assert f"--data.max-targets {wanted.max_targets} (it is 5)" in str(refused.value)
+    exact = {"data.sequence_length": wanted.sequence_length, "data.max_targets": wanted.max_targets}
+    assert preflight(change(small, "exact", exact)).problems == ()
+
+    with pytest.raises(ConfigError, match="brings one"):
+        loop.train(tiny(records, run_dir, validate_every=1))
+
+    def fails(*_):
+        raise SpaceDriveError("the first step fails")
+
+    monkeypatch.setattr(loop, "place_batch", fails)
+    with pytest.raises(SpaceDriveError, match="the first step fails"):
+        train(tiny(records, run_dir))
+    assert not run_dir.exists()
+
+
+def test_a_dry_run_says_what_a_run_would_be(records, tmp_path, capsys):
+    arguments = ["train", str(TINY), "--data.records", str(records), "--run-dir", str(tmp_path / "run")]
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert seen["found"]["keyframes"] == 10
+    assert seen["found"]["max_coordinates"] == 6
+    assert main([*arguments, "--dry-run", "--data.depth.sources", "lidar"]) == 1
+    said = capsys.readouterr().err
+    assert "10 keyframes have a camera without depth from lidar" in said
+    assert not (tmp_path / "run").exists()
+    config = tiny(records, tmp_path / "run")
+    assert "sequence_length" in describe(config, preflight(config))
+
+
+def test_depth_is_asked_for_as_the_run_sees_it(records, tmp_path):
+    from spacedrive_jax.config import load_config
+
+    published = load_config("spacedrive_qwen_7b")
+    assert depth_advice(published) == "--run spacedrive_qwen_7b"
+    other = change(published, published.name, {"data.image_size": (336, 448)})
+    assert depth_advice(other) == "--image-size 448x336 --channel-order bgr --grid 12x16 --pooling min"
+    wants = change(tiny(records, tmp_path / "run"), "wants", {"data.depth.sources": ("unidepth",)})
+    with pytest.raises(
+        SpaceDriveError, match=r"add-depth --records .* --image-size 56x56 --channel-order rgb"
+    ):
+        train(wants)
+
+
+def test_a_run_is_replaced_only_when_told_and_goes_on_longer(records, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    train(tiny(records, run_dir, steps=2))
+    (run_dir / "notes.txt").write_text("mine")
+    with pytest.raises(SpaceDriveError, match="--overwrite"):
+        train(tiny(records, run_dir, steps=1))
+    longer = train(tiny(records, run_dir, steps=3), resume=True)
+    assert (longer.start, longer.step) == (2, 3)
+    with pytest.raises(SpaceDriveError, match=r"train\.steps: 3 -> 2"):
+        train(tiny(records, run_dir, steps=2), resume=True)
+    arguments = ["train", str(TINY), "--data.records", str(records), "--run-dir", str(run_dir)]
+    assert main([*arguments, "--train.steps", "3", "--resume"]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert main([*arguments, "--train.steps", "1", "--overwrite"]) == 0
+    assert "trained 1 steps" in capsys.readouterr().out
+    assert steps_of(run_dir) == [1]
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (run_dir / "notes.txt").read_text() == "mine"
+    assert main([*arguments, "--resume", "--overwrite"]) == 1
+
+
+def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_path):
+    config = tiny(records, tmp_path / "run")
+    mesh = make_mesh(config.mesh)
+    numbers = init_train_state(config, mesh)
+    filled = Validation(config, mesh)(*numbers)  # three keyframes in a batch of four
+    exact = Validation(tiny(records, tmp_path / "run", batch_size=3), mesh)(*numbers)
+    for name in ("loss", "loss_language", "loss_position"):
+        np.testing.assert_allclose(filled[f"validation/{name}"], exact[f"validation/{name}"], rtol=1e-5)
+    assert filled["validation/unparsed"] == 1.0  # nothing is learnt yet, so the plan is to stand still
+    truth = np.stack([record["waypoints"] for record in open_records(records, "val")])
+    error = np.linalg.norm(truth, axis=-1)
+    expected = np.mean([error[:, :steps].mean() for steps in (2, 4, 6)])
+    np.testing.assert_allclose(filled["validation/l2"], expected, rtol=1e-6)
+    assert filled["validation/collision"] >= 0
+
+
+def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, monkeypatch):
+    measured = iter([3.0, 1.0, 2.0, 2.5])
+
+    class Scripted:
+        def __init__(self, config: Config, mesh) -> None:
+            pass
+
+        def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+            names = ("loss", "collision", "unparsed", "seconds")
+            return {"validation/l2": next(measured)} | {f"validation/{name}": 0.0 for name in names}
+
+    run_dir = tmp_path / "run"
+    config = tiny(records, run_dir, steps=4, validate_every=1, max_to_keep=1, checkpoint_every=1)
+    result = loop.train(config, validation=Scripted)
+    assert result.best == Best(2, "l2", 1.0) == Best.read(run_dir)
+    assert steps_of(run_dir) == [2, 4]
+    assert locate(run_dir / "best") == (run_dir, 2)
+    assert locate(run_dir) == (run_dir, 4)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation/l2"] for line in lines] == [3.0, 1.0, 2.0, 2.5]
+    with pytest.raises(CheckpointError, match=r"has no best\.json"):
+        locate(tmp_path / "best")
+
+
+def test_out_of_memory_comes_with_what_would_fit(records, tmp_path):
+    config = change(
+        dataclasses.replace(tiny(records, tmp_path / "run", batch_size=8)),
+        "big",
+        {"model.compute.remat": "none", "train.grad_accum_steps": 1},
+    )
+    assert what_fits(config, limit=10**12).startswith("--model.compute.remat full fits")
+    assert what_fits(config, limit=1000).startswith("nothing that was tried fits")
+    ran_out = pytest.raises(SpaceDriveError, match=r"ran out of memory .*: do less")
+    with ran_out, advice_on_memory(lambda: "do less"):
+        raise MemoryError("cannot allocate")
