@@ -40,6 +40,7 @@ _SAY = {
     errno.EISDIR: "it is a folder",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.ELOOP: "its links go in a circle",
+    errno.EEXIST: "a file, or a link to nothing, is in the way: remove it or choose another name",
 }
 
 

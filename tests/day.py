@@ -75,9 +75,8 @@ class Day:
         assert "--model.random-base" in self.fail(*without)
         assert "records" in self.fail(*self.training, "--data.records", str(self.folder / "nowhere"))
         assert "--data.sequence-length" in self.fail(*self.training, "--data.sequence-length", "50")
-        assert "vision.depth is 2 there and 3 here" in self.fail(
-            *self.training, "--model.vlm.vision.depth", "3"
-        )
+        unlike = self.fail(*self.training, "--model.vlm.decoder.num-layers", "3")
+        assert "decoder.num_layers is 2 there and 3 here" in unlike
         assert not self.run_dir.exists()
         seen = self.do(*self.training, "--dry-run")
         assert seen["found"]["keyframes"] == 10
