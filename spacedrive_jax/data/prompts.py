@@ -48,7 +48,8 @@ def replace_coordinates(text: str, *, keep_velocities: bool) -> ReplacedText:
     found = [(match[1], match[2]) for match in pattern.finditer(text) if match[1] is not None]
     for x, y in found:
         text = text.replace(f"({x}, {y})", COORDINATE, 1)
-    return ReplacedText(text, np.array(found, np.float32).reshape(-1, 2))
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which the sample's builder refuses
+        return ReplacedText(text, np.array(found, np.float32).reshape(-1, 2))
 
 
 def format_number(number: float, decimals: int = 1) -> str:

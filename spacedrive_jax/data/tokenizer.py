@@ -54,6 +54,11 @@ class DrivingTokenizer:
         """Number of ids, added tokens included."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def highest_id(self) -> int:
+        """The largest id, added tokens included; a vocabulary may leave ids out below it."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text in which special tokens may be spelled out."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -79,6 +84,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
     parse_json(text, file)  # says where it is damaged, which the tokenizers library does not
     try:
         tokenizer = Tokenizer.from_str(text)
+        # Some releases leave a length in the file, at which every text would be cut off or to which it would
+        # be filled up, without a word; transformers sets both aside too.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -93,6 +102,20 @@ def read_tokenizer(file: Path) -> Tokenizer:
             "take the tokenizer that came with the weights"
         )
     return tokenizer
+
+
+def tokenizer_file(path: Path | str | None) -> Path:
+    """The file that a tokenizer is read from; see `load_tokenizer`.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = DEMO_TOKENIZER if path is None else Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
+    return file
 
 
 def load_tokenizer(
@@ -110,11 +133,7 @@ def load_tokenizer(
     Raises:
         DataError: no such file, or a special token of the chat is missing from it.
     """
-    file = DEMO_TOKENIZER if path is None else Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
+    file = tokenizer_file(path)
     tokenizer = read_tokenizer(file)
     added = [INDICATOR, POSITION, *(chat.added_tokens if path is None else ())]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])

@@ -22,8 +22,8 @@ from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
 from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.data.tokenizer import INDICATOR, POSITION, DrivingTokenizer, load_tokenizer
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.family import IGNORE, ChatTokens, Family
 from spacedrive_jax.models.positions import ImageSpan
@@ -50,6 +50,11 @@ class SampleBuilder:
             self.family.image_processor(model.vlm.vision, data.image_size), channel_order=data.channel_order
         )
         check_vocabulary(self.tokenizer, model)
+        self._markers = [
+            self.tokenizer.decode([number])
+            for name, number in self.tokenizer.special.items()
+            if name != "image"
+        ]
 
     def __call__(self, record: Record, index: int, cached: CachedDepth | None = None) -> DrivingBatch:
         """One sample, numpy arrays without a batch axis.
@@ -121,6 +126,7 @@ class SampleBuilder:
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
         try:
+            self._check_texts(talk, chat, grid[0] * grid[1])
             fields = token_fields(
                 self.family,
                 self.tokenizer,
@@ -161,6 +167,26 @@ class SampleBuilder:
             index=np.int32(index),
         )
 
+    def _check_texts(self, talk: Conversation, chat: ChatTokens, tokens_per_image: int) -> None:
+        """Refuses texts that spell special tokens out: a tokenizer takes them for turns, images, coordinates.
+
+        Raises:
+            DataError: naming the text.
+        """
+        for turn in talk.turns:
+            for marker in self._markers:
+                if marker in turn.content:
+                    raise DataError(
+                        f"the {turn.role}'s text {turn.content[-60:]!r} spells {marker} out, which ends or "
+                        "begins a turn: take it out of the language data"
+                    )
+        ids, tokenizer = chat.token_ids, self.tokenizer
+        images, positions = ids.count(tokenizer.image), ids.count(tokenizer.position)
+        if images != NUM_CAMERAS * tokens_per_image or len(chat.image_starts) != NUM_CAMERAS:
+            raise DataError("a text spells an image's token out: take it out of the language data")
+        if positions != ids.count(tokenizer.indicator) or positions > len(talk.coordinates):
+            raise DataError(f"a text spells {INDICATOR} or {POSITION} out: write coordinates as (x, y)")
+
     def _coordinate_tokens(self) -> int | None:
         """Tokens that stand for the planned trajectory; None where it is written in digits."""
         if not self.model.coordinate_tokens:
@@ -175,7 +201,10 @@ def padded_coordinates(
 
     Raises:
         ConfigError: more points than fit.
+        DataError: one is too large for a number.
     """
+    if not np.isfinite(points).all():
+        raise DataError("a text of its conversation holds a coordinate that no number can hold")
     if len(points) > max_coordinates:
         raise ConfigError(
             f"{len(points)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
@@ -277,9 +306,9 @@ def check_vocabulary(tokenizer: DrivingTokenizer, model: ModelConfig) -> None:
         ConfigError: an id lies outside the model's vocabulary.
     """
     vocabulary = model.vlm.decoder.vocab_size
-    if max(tokenizer.indicator, tokenizer.position, tokenizer.vocabulary_size - 1) >= vocabulary:
+    if tokenizer.highest_id >= vocabulary:
         raise ConfigError(
-            f"the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but model.vlm.decoder.vocab_size "
+            f"the tokenizer has ids up to {tokenizer.highest_id} but model.vlm.decoder.vocab_size "
             f"is {vocabulary}: give the model's own tokenizer in data.tokenizer; where its table has no rows "
             "left for the two coordinate tokens, `import-weights --from hf` adds them"
         )

@@ -3,10 +3,14 @@ import json
 import numpy as np
 import pytest
 
+from spacedrive_jax.config import load_config
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.prompts import planning_answer, planning_question
-from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER, load_tokenizer
+from spacedrive_jax.data.transforms import check_vocabulary
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.family import IGNORE, Message
+from tests.conftest import ROOT
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -89,3 +93,25 @@ def test_real_vocabulary_gives_the_published_ids():
     assert (real.indicator, real.position) == (151665, 151666)
     assert real.encode("<|im_start|>assistant\n") == [151644, 77091, 198]
     assert len(real.encode(planning_answer() + "<|im_end|>\n")) == 31
+
+
+def test_lengths_that_a_tokenizer_file_sets_do_not_cut_or_fill_texts(tmp_path):
+    content = json.loads(DEMO_TOKENIZER.read_text())
+    content["truncation"] = dict(direction="Right", max_length=5, strategy="LongestFirst", stride=0)
+    content["padding"] = dict(
+        **dict(strategy={"Fixed": 64}, direction="Right", pad_to_multiple_of=None, pad_id=0),
+        **dict(pad_type_id=0, pad_token="x"),
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "Please provide the planning trajectory for the ego car without reasons."
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer().encode(text)
+
+
+def test_ids_beyond_the_model_are_refused_though_ids_below_them_are_free(tmp_path):
+    content = json.loads(DEMO_TOKENIZER.read_text())
+    words = content["model"]["vocab"]
+    model = load_config(str(ROOT / "tests/tiny_config.py")).model
+    words[max(words, key=words.get)] = model.vlm.decoder.vocab_size + 3
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"ids up to {model.vlm.decoder.vocab_size + 3} "):
+        check_vocabulary(load_tokenizer(tmp_path), model)

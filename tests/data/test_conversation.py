@@ -206,3 +206,25 @@ def test_language_data_in_the_wrong_place_is_refused(tmp_path):
 def test_language_data_is_not_read_outside_its_folder(tmp_path):
     with pytest.raises(DataError, match="does not stay inside"):
         LanguageData(tmp_path).counterfactual_questions("../../etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("It is wet.<|im_end|>", r"the assistant's text .* spells <\|im_end\|> out"),
+        ("<|vision_start|>", "spells <.vision_start.> out"),
+        ("See <image>", "spells an image's token out"),
+        ("<|image_pad|>", "spells an image's token out"),
+        ("At <POS_INDICATOR><POS_EMBEDDING>", "spells <POS_INDICATOR> or <POS_EMBEDDING> out"),
+        ("At <POS_EMBEDDING>", "spells <POS_INDICATOR> or <POS_EMBEDDING> out"),
+        (f"At ({'9' * 60}, 1.0)", "a coordinate that no number can hold"),
+    ],
+)
+def test_texts_that_a_tokenizer_would_take_for_something_else_are_refused(record, language_data, text, said):
+    (language_data / "keywords/train" / f"{record['token']}.json").write_text(json.dumps(text))
+    talk = ConversationConfig(tasks="planning_and_questions", language_data=str(language_data))
+    data = dataclasses.replace(
+        CONFIG.data, conversation=talk, sequence_length=1500, max_targets=800, max_coordinates=24
+    )
+    with pytest.raises(DataError, match=f"keyframe {record['token']}: .*{said}"):
+        SampleBuilder(data, CONFIG.model)(record, 0)
