@@ -13,6 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, from_json
+from spacedrive_jax.data.depth_sources import open_depth_cache
+from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.inference.trained_folder import (
     StoredType,
@@ -249,7 +252,9 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
         SpaceDriveError: see `open_config`.
     """
     if is_imported(checkpoint):
-        parts = [checkpoint / EXTRAS_FILE, *sorted((checkpoint / ADAPTER_FOLDER).glob("*.safetensors"))]
+        # What the numbers mean stands in the JSON beside them: the run, the adapter's scale.
+        parts = [checkpoint / EXTRAS_FILE, checkpoint / RUN_FILE]
+        parts += sorted(file for file in (checkpoint / ADAPTER_FOLDER).glob("*") if file.is_file())
         digest = hashlib.sha256()
         for file in parts:
             digest.update(hashlib.sha256(read_bytes(file)).digest())
@@ -270,6 +275,23 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
     names = ("config", "base_fingerprint", "trainable_fingerprint")
     path = str(run_dir.resolve() / "checkpoints" / str(step))
     return {"path": path} | {name: metadata.get(name) for name in names}
+
+
+def name_inputs(config: Config, records: Records) -> dict[str, Any]:
+    """What answers depend on beside a checkpoint and the records: the tokenizer, and a network's depth.
+
+    Args:
+        config: of the checkpoint.
+        records: that are asked about.
+
+    Raises:
+        SpaceDriveError: the tokenizer or the depth cannot be read.
+    """
+    depth = open_depth_cache(records, config.data.depth)
+    return {
+        "tokenizer": hashlib.sha256(read_bytes(tokenizer_file(config.data.tokenizer))).hexdigest(),
+        "depth": None if depth is None else depth.provenance["fingerprint"],
+    }
 
 
 def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | None = None) -> TrainedModel:

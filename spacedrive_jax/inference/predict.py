@@ -35,7 +35,13 @@ from spacedrive_jax.inference.answers import (
     prediction_line,
 )
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.open_model import TrainedModel, name_checkpoint, open_config, open_trained_model
+from spacedrive_jax.inference.open_model import (
+    TrainedModel,
+    name_checkpoint,
+    name_inputs,
+    open_config,
+    open_trained_model,
+)
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_here, place_rows, replicated
@@ -195,6 +201,7 @@ def predict(
     asking = Asking(batch_size, longest, repetition_penalty, frame)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
+        "inputs": name_inputs(config, records),
         "records": records.fingerprint,
         "split": split,
         "average": average,

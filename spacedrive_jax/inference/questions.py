@@ -25,7 +25,12 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.answers import Generation, answer_file_of_hosts, answer_text
-from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_trained_model
+from spacedrive_jax.inference.open_model import (
+    name_checkpoint,
+    name_inputs,
+    open_config,
+    open_trained_model,
+)
 from spacedrive_jax.inference.predict import Asking, answered_batches
 from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
@@ -130,6 +135,7 @@ def answer_counterfactual(
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
+        "inputs": name_inputs(config, records),
         "records": records.fingerprint,
         "split": split,
         "questions": len(questions),

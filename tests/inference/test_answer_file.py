@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from spacedrive_jax.cli.main import main
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference import predict as predict_module
 from spacedrive_jax.inference.answers import answer_file
+from spacedrive_jax.inference.open_model import name_inputs
 from tests.training.runs import make_records, save_untrained, tiny
 
 FACTS = {"checkpoint": "run/checkpoints/1", "asking": {"frame": (1, 2)}}
@@ -94,3 +98,20 @@ def test_a_resumed_prediction_has_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert main([*command, "--out", str(out), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_answers_with_another_tokenizer_are_not_gone_on_with(tmp_path):
+    records = make_records(tmp_path / "records")
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(DEMO_TOKENIZER.read_bytes())
+    config = tiny(records, tmp_path / "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
+    opened = open_records(records)
+    before = name_inputs(config, opened)
+    file.write_bytes(DEMO_TOKENIZER.read_bytes() + b"\n")
+    out = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, [1, 2, 3, 4, 5], fail_after=4, facts=FACTS | {"inputs": before})
+    now = FACTS | {"inputs": name_inputs(config, opened)}
+    with pytest.raises(SpaceDriveError, match=r"begun otherwise .*inputs\.tokenizer"):
+        write(out, [1], resume=True, facts=now)
