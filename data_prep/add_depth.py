@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +13,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float
-from safetensors.numpy import save
 
-from data_prep.conversion import write_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
-from spacedrive_jax.data.depth_cache import FOLDER, PROVENANCE, chunk_metadata, encode_depth
+from spacedrive_jax.data.depth_cache import (
+    FOLDER,
+    PROVENANCE,
+    chunk_metadata,
+    encode_depth,
+    write_chunk,
+    write_provenance,
+)
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
-from spacedrive_jax.io import write_bytes
 
 CHUNK = 32
 """Keyframes per file: what a killed run loses at most."""
@@ -97,14 +100,14 @@ def add_depth(
                             tensors.setdefault(key, []).append(value)
                         tensors.setdefault("token", []).append(keyframe["token"])
                         bar.update()
-                _write_chunk(files[number], tensors, facts)
+                write_chunk(files[number], tensors, facts)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("add-depth")
     aligned = 0
     for file in files:
         aligned += int(chunk_metadata(file)["aligned"])
     if jax.process_index() == 0:
-        write_json(folder / PROVENANCE, facts | {"chunks": [file.name for file in files], "aligned": aligned})
+        write_provenance(folder, facts | {"chunks": [file.name for file in files], "aligned": aligned})
     return AddedDepth(
         str(folder), facts["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
     )
@@ -171,22 +174,3 @@ def _is_done(file: Path, facts: Mapping[str, Any]) -> bool:
             f"{file.parent} was begun for other records (these were converted again since): remove it first"
         )
     return metadata.get("fingerprint") == facts["fingerprint"]
-
-
-def _write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, Any]) -> None:
-    """Writes one chunk; it appears under its name only when whole."""
-    tensors = {name: np.stack(rows[name]) for name in ("patch_depth", "alignment")}
-    if "full" in rows:
-        lengths = np.array([[len(png) for png in views] for views in rows["full"]], np.int64)
-        ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
-        tensors["full_offsets"] = np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1)
-        joined = b"".join(png for views in rows["full"] for png in views)
-        tensors["full"] = np.frombuffer(joined, np.uint8)
-    metadata = {
-        "fingerprint": str(facts["fingerprint"]),
-        "records_fingerprint": str(facts["records_fingerprint"]),
-        "tokens": json.dumps(rows["token"]),
-        "aligned": str(int(np.sum(tensors["alignment"][..., 2] > 0))),
-    }
-    # Not safetensors' own `save_file`, whose files only their owner can read.
-    write_bytes(file, save(tensors, metadata=metadata))

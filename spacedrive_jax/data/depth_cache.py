@@ -4,14 +4,18 @@
     RECORDS/depth/NAME/provenance.json           written last: the sidecar is whole
 
 NAME is the kind of network and a fingerprint of its weights and settings. Every chunk carries that
-fingerprint and the records', and every row its keyframe's token, so that depth of another model, of other
-records or of another keyframe cannot slip in.
+fingerprint and the records', every row its keyframe's token and a checksum (safetensors has none), and the
+provenance a digest of itself, so that depth of another model, of other records or of another keyframe cannot
+slip in, nor what a disk got wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +25,22 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from spacedrive_jax.data.lidar import Alignment
 from spacedrive_jax.data.schema import DEPTH_SCALE
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, convert, inside, parse_json, read_json, require_regular
+from spacedrive_jax.io import (
+    MEBIBYTE,
+    convert,
+    inside,
+    parse_json,
+    read_json,
+    require_regular,
+    to_json,
+    write_bytes,
+    write_json,
+)
 
 FOLDER = "depth"
 PROVENANCE = "provenance.json"
@@ -55,6 +70,7 @@ class _Provenance(msgspec.Struct):
     grid: tuple[int, int]
     full: bool
     chunks: list[str]
+    digest: str
 
 
 class DepthCache:
@@ -104,7 +120,7 @@ class DepthCache:
             raise DataError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
         file, row = self._places[token]
         try:
-            return self._row(file, row)
+            return self._row(file, row, token)
         except SpaceDriveError:
             raise
         except (SafetensorError, IndexError, ValueError, TypeError) as error:
@@ -112,18 +128,21 @@ class DepthCache:
                 f"{file} is damaged ({error}); remove {self.folder} and run add-depth again"
             ) from error
 
-    def _row(self, file: Path, row: int) -> CachedDepth:
+    def _row(self, file: Path, row: int, token: str) -> CachedDepth:
         with _open(file) as tensors:
             patch_depth = tensors.get_slice("patch_depth")[row]
-            if patch_depth.ndim != 3 or not np.isfinite(patch_depth).all() or (patch_depth < 0).any():
-                raise ValueError(f"row {row} holds no depth")
             alignments = tensors.get_slice("alignment")[row]
+            checksum = int(tensors.get_slice("checksum")[row])
             full: tuple[bytes, ...] = ()
             if "full" in tensors.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 offsets = tensors.get_slice("full_offsets")[row]
                 data = tensors.get_slice("full")[int(offsets[0]) : int(offsets[-1])].tobytes()
                 starts = (offsets - offsets[0]).tolist()
                 full = tuple(data[start:stop] for start, stop in itertools.pairwise(starts))
+        if checksum != _checksum(token, patch_depth, alignments, full):
+            raise ValueError(f"the checksum of row {row} differs")
+        if patch_depth.ndim != 3 or not np.isfinite(patch_depth).all() or (patch_depth < 0).any():
+            raise ValueError(f"row {row} holds no depth")
         return CachedDepth(
             kind=self.provenance["kind"],
             pooling=self.provenance["pooling"],
@@ -179,7 +198,67 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     content = read_json(file, most=MEBIBYTE * 64)
     advice = f"remove {folder} and run add-depth again"
     convert(content, _Provenance, file, advice)
+    if content["digest"] != _digest(content):
+        raise DataError(f"{file} is not as add-depth wrote it; {advice}")
     return content
+
+
+def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes a sidecar's provenance.json, with which it is whole.
+
+    Args:
+        folder: the sidecar.
+        facts: JSON values: those of the network, `records_fingerprint`, `full`, the names of the `chunks`.
+    """
+    write_json(folder / PROVENANCE, {**facts, "digest": _digest(facts)})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of a provenance without its digest."""
+    rest = {name: value for name, value in facts.items() if name != "digest"}
+    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(
+    token: str,
+    patch_depth: Float[np.ndarray, "N h w"],
+    alignments: Float[np.ndarray, "N 3"],
+    full: tuple[bytes, ...],
+) -> int:
+    """CRC-32 of a row: its keyframe, types, shapes and numbers."""
+    shapes = f"{token} {patch_depth.dtype}{patch_depth.shape} {alignments.dtype}{alignments.shape}"
+    value = zlib.crc32(f"{shapes} {[len(each) for each in full]}".encode())
+    for part in (patch_depth.tobytes(), alignments.tobytes(), *full):
+        value = zlib.crc32(part, value)
+    return value
+
+
+def write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, Any]) -> None:
+    """Writes one chunk; it appears under its name only when whole.
+
+    Args:
+        file: to write.
+        rows: by keyframe: `token`, `patch_depth` (N, h, w), `alignment` (N, 3: scale, shift, points), and
+            `full`, a PNG for each camera, where they are kept.
+        facts: `fingerprint` and `records_fingerprint`.
+    """
+    tensors = {name: np.stack(rows[name]) for name in ("patch_depth", "alignment")}
+    pictures = [tuple(views) for views in rows.get("full", [()] * len(rows["token"]))]
+    if "full" in rows:
+        lengths = np.array([[len(png) for png in views] for views in pictures], np.int64)
+        ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
+        tensors["full_offsets"] = np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1)
+        tensors["full"] = np.frombuffer(b"".join(png for views in pictures for png in views), np.uint8)
+    whole = zip(rows["token"], tensors["patch_depth"], tensors["alignment"], pictures, strict=True)
+    tensors["checksum"] = np.array([_checksum(*row) for row in whole], np.uint32)
+    metadata = {
+        "fingerprint": str(facts["fingerprint"]),
+        "records_fingerprint": str(facts["records_fingerprint"]),
+        "tokens": json.dumps(rows["token"]),
+        "aligned": str(int(np.sum(tensors["alignment"][..., 2] > 0))),
+    }
+    # Not safetensors' own `save_file`, whose files only their owner can read.
+    write_bytes(file, save(tensors, metadata=metadata))
 
 
 def chunk_metadata(file: Path) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import data_prep.cli.main
 
 def main() -> int:
     remaining = int(sys.argv[1])
-    write_chunk = data_prep.add_depth._write_chunk
+    write_chunk = data_prep.add_depth.write_chunk
 
     def write_or_die(*arguments: Any) -> None:
         nonlocal remaining
@@ -24,7 +24,7 @@ def main() -> int:
         write_chunk(*arguments)
 
     data_prep.add_depth.CHUNK = 1
-    data_prep.add_depth._write_chunk = write_or_die
+    data_prep.add_depth.write_chunk = write_or_die
     return data_prep.cli.main.main(sys.argv[2:])
 
 

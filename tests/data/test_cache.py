@@ -1,15 +1,17 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from data_prep.add_depth import add_depth
 from data_prep.cli.add_depth import AddDepth
 from spacedrive_jax.data.depth_sources import DepthConfig, open_depth_cache, record_patch_depth
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import RecordSource, open_records
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 from tests.models.depth.sweeps import walls_around
 from tests.models.depth.tiny_unidepth import save_tiny
@@ -137,3 +139,23 @@ def test_flags_that_make_no_sense_are_refused(records, weights):
     with pytest.raises(SpaceDriveError, match="need --coordinator HOST:PORT"):
         AddDepth(records, weights, num_processes=2).run()
     assert not (records / "depth").exists()
+
+
+def test_damage_is_named_by_the_checksums(records, network):
+    opened = open_records(records)
+    folder = Path(add_depth(opened, network, full=True).folder)
+    config, token = DepthConfig(sources=("unidepth",)), opened[0]["token"]
+    chunk, provenance = folder / "chunk-00000.safetensors", folder / "provenance.json"
+    whole, said = chunk.read_bytes(), provenance.read_bytes()
+    tensors = load(whole)
+    depth = tensors["patch_depth"][0].tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(depth) + 2] ^= 1  # one bit of one depth
+    chunk.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"chunk-00000.* is damaged .*checksum of row 0 differs.*add-depth"):
+        with_network_depth(opened, config, GRID)[0]
+    chunk.write_bytes(whole)
+    assert with_network_depth(opened, config, GRID)[0]["token"] == token
+    provenance.write_bytes(said.replace(b'"min"', b'"mean"', 1))
+    with pytest.raises(DataError, match="is not as add-depth wrote it; remove"):
+        with_network_depth(opened, config, GRID)
