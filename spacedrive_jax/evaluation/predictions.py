@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.errors import DataError
 
@@ -51,10 +51,6 @@ class Predictions:
     def unusable(self) -> frozenset[str]:
         """Tokens with an answer that cannot be scored as a trajectory."""
         return frozenset((*self.unparsed, *self.short, *self.non_finite))
-
-
-FARTHEST = 1e5
-"""Metres. Nothing gets there in three seconds, and squares of much larger numbers are infinite."""
 
 
 def is_unicode(text: str) -> bool:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.config import Config, config_changes
-from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
 from spacedrive_jax.data.prompts import context, parse_coordinates, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -139,7 +139,9 @@ def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ..
 
 
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
-    """One line of the prediction file; an answer without exactly six waypoints and the path is `unparsed`."""
+    """One line of the prediction file; an answer without exactly six waypoints and the path, or with one
+    farther than any can be, is `unparsed`.
+    """
     length = int(generated.lengths[row])
     ids, points, decoded = (
         np.asarray(values[row, :length])
@@ -154,7 +156,8 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
     else:
         waypoints = points[decoded][:, :2]
     wanted = NUM_WAYPOINTS + builder.model.path_points
-    parsed = len(waypoints) == wanted and bool(np.isfinite(waypoints).all())
+    # Digits can be any; a waypoint that none can be would let the whole file be refused by `evaluate`.
+    parsed = len(waypoints) == wanted and bool((np.abs(waypoints) <= FARTHEST).all())
     given = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
     line = {
         "token": token,

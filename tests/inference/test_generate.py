@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from spacedrive_jax.batch import LENGTH_STEP, prompt_length, stack, without_padding
 from spacedrive_jax.data.prompts import planning_question
+from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import Generation, answer_text, planning_frame, prediction_line
@@ -238,6 +239,25 @@ def test_digits_are_read_from_the_text(case):
     assert line["waypoints"][:2] == [[1.0, -2.0], [3.5, 0.0]]
     builder.model = case.model.config
     assert prediction_line(builder, "t", generated, 0)["status"] == "unparsed"
+
+
+def test_digits_that_are_no_place_are_unparsed(case):
+    tokenizer = load_tokenizer()  # the case's has no digits
+    digits = dataclasses.replace(case.model.config, coordinate_tokens=False)
+    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits)
+    for last, status in (("100000", "ok"), ("100001", "unparsed"), ("9" * 400, "unparsed")):
+        points = ", ".join(["(1.0, -2.0)"] * 5 + [f"({last}, 2.0)"])
+        ids = np.array([tokenizer.encode(f"Here [{points}]")])
+        nothing = np.zeros(ids.shape, bool)
+        generated = Generation(
+            token_ids=ids,
+            lengths=np.array([ids.size]),
+            coordinates=np.zeros((*ids.shape, 3)),
+            is_coordinate=nothing,
+            is_position=nothing,
+            in_one_pass=np.array([False]),
+        )
+        assert prediction_line(builder, "t", generated, 0)["status"] == status
 
 
 def test_frame_is_the_published_answer(case):
