@@ -150,7 +150,7 @@ def remembered(record: Record) -> Bool[np.ndarray, "2"]:
     present = record["past_mask"].astype(bool).copy()
     times = [int(record["timestamp_us"]), *(int(time) for time in record["past_timestamp_us"])]
     for index in range(NUM_PAST):
-        recent = present[index] and times[index] - times[index + 1] < MEMORY_GAP_US
+        recent = present[index] and abs(times[index] - times[index + 1]) < MEMORY_GAP_US
         present[index] = recent and (index == 0 or present[index - 1])
     return present
 

@@ -6,7 +6,7 @@ import pytest
 from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_config
 from spacedrive_jax.constants import STATUS_SIZE
-from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words
+from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words, remembered
 from spacedrive_jax.data.transforms import SampleBuilder
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
@@ -42,6 +42,28 @@ def test_record_gives_what_the_published_memory_holds(golden, case, stream, fram
     np.testing.assert_allclose(status.status[:28], memory_can.ravel(), atol=1e-6)
     np.testing.assert_allclose(status.status[42:], memory_pose.ravel(), atol=1e-3)
     np.testing.assert_allclose(status.past_positions, memory_pose[:, :3, 3], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("newest", "oldest", "kept"),
+    [
+        (1_999_999, 1_999_999, [True, True]),
+        (2_000_000, 1, [False, False]),  # at the limit, and all that is older goes too
+        (1, 2_000_000, [True, False]),
+        (-2_000_000, 1, [False, False]),  # a clock that was set back
+        (-1_999_999, 1, [True, True]),
+        (0, 0, [True, True]),
+    ],
+)
+def test_memory_is_dropped_at_a_gap_of_two_seconds_in_either_direction(newest, oldest, kept):
+    record = make_record(np.random.default_rng(0))
+    now = int(record["timestamp_us"])
+    record["past_timestamp_us"] = np.array([now - newest, now - newest - oldest])
+    assert remembered(record).tolist() == kept
+    held = np.array(kept)[:, None]
+    np.testing.assert_array_equal(
+        ego_status(record, "none").past_positions, (record["past_to_ego"][:, :3, 3] * held).astype(np.float32)
+    )
 
 
 def test_without_a_command_sentence_nothing_of_the_endpoint_is_told():
