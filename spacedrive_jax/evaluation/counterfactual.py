@@ -169,6 +169,8 @@ def parse_candidates(content: Any) -> list[Candidate]:
         statuses = entry.get("status") if isinstance(entry, dict) else None
         if not isinstance(trajectory, str) or not isinstance(statuses, list):
             raise ValueError(f'candidate {index} needs "traj", a text, and "status", a list')
+        if not trajectory[5:-1].strip():
+            raise ValueError(f"candidate {index}: traj {trajectory!r} has no point, so any question names it")
         unknown = [status for status in statuses if not isinstance(status, str) or status not in STATUS_RISKS]
         if unknown:
             raise ValueError(

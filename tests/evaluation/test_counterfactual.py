@@ -119,7 +119,12 @@ def test_command_on_folders_and_files(
     [
         ({"t": [{"Q": "?"}]}, {"t": []}, r'expected \[{"Q": question'),
         ({"t": [{"Q": "?", "C": "x"}]}, {"t": [{"traj": "x"}]}, "candidate 0 needs"),
-        ({"t": [{"Q": "?", "C": "x"}]}, {"t": [{"traj": "x", "status": ["Late"]}]}, "has status 'Late'"),
+        (
+            {"t": [{"Q": "?", "C": "x"}]},
+            {"t": [{"traj": "PT, [(1, 2)]", "status": ["Late"]}]},
+            "has status 'Late'",
+        ),
+        ({"t": [{"Q": "?", "C": "x"}]}, {"t": [{"traj": "PT, []", "status": []}]}, "has no point, so any"),
         ({"t": [{"Q": "?", "C": "x"}]}, {"u": []}, "no keyframe in common"),
         ([], {"u": []}, "expected an object of token"),
     ],
