@@ -55,11 +55,19 @@ class DepthAnythingConfig:
 
         The rule of transformers' DPT processor: one scale for both sides, the one that changes the image
         less, then each side rounded to a multiple of the patch size (to even at a half, as Python rounds).
+
+        Raises:
+            ConfigError: a side is rounded to nothing.
         """
         by_height, by_width = (self.input_side / side for side in image)
         scale = by_width if abs(1 - by_width) < abs(1 - by_height) else by_height
         patch = self.encoder.patch_size
         rows, columns = (round(side * scale / patch) * patch for side in image)
+        if min(rows, columns) < patch:
+            raise ConfigError(
+                f"images of {image[0]}x{image[1]} pixels reach the network as {rows}x{columns}, less than a "
+                f"patch of {patch}: give images that are less narrow"
+            )
         return rows, columns
 
 

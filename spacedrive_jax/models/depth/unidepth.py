@@ -71,7 +71,7 @@ def inference_size(
         resolution_level: 0..9 narrows the pixel bounds to that tenth; None keeps them.
 
     Raises:
-        ConfigError: the level is out of range or the image is empty.
+        ConfigError: the level is out of range, or the image is empty or too small for the bounds.
     """
     height, width = image
     if height < 1 or width < 1:
@@ -88,6 +88,11 @@ def inference_size(
     pixels = padded[0] * padded[1]
     factor = math.sqrt(min(max(pixels, low), high) / pixels)
     rows, columns = (math.ceil(int(side * factor) / multiple) * multiple for side in padded)
+    if min(rows, columns) < multiple or max(rows, columns) < 2 * multiple:
+        raise ConfigError(
+            f"images of {height}x{width} pixels reach the network as {rows}x{columns}, less than two patches "
+            f"of {multiple}: give larger ones, or wider pixel_bounds"
+        )
     return InferenceSize(
         image,
         padded,

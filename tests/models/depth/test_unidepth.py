@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from spacedrive_jax.errors import CheckpointError, SpaceDriveError
+from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.interop.unidepth import (
     UNUSED,
     config_from_json,
@@ -18,6 +18,7 @@ from spacedrive_jax.interop.unidepth import (
     unidepth_rules,
 )
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, inference_size
 from spacedrive_jax.models.partitioning import initialize
@@ -60,6 +61,38 @@ def test_published_padding_and_scaling(golden):
         assert list(size.padded) == case["padded_hw"]
         assert size.factor == case["resize_factor"]
         assert list(size.network) == case["model_hw"]
+
+
+@pytest.mark.parametrize(
+    ("image", "bounds", "network"),
+    [
+        ((1, 1), (200_000, 600_000), (448, 448)),
+        ((1, 5000), (200_000, 600_000), (490, 1232)),  # padded to 2000 x 5000, scaled down
+        ((5000, 1), (200_000, 600_000), (1106, 560)),
+        ((10_000, 10_000), (200_000, 600_000), (784, 784)),
+        ((640, 640), (200_000, 600_000), (644, 644)),
+        ((900, 1600), (200_000, 600_000), (588, 1036)),
+    ],
+)
+def test_sizes_at_the_limits(image, bounds, network):
+    size = inference_size(image, ratio_bounds=(0.5, 2.5), pixel_bounds=bounds, multiple=14)
+    assert size.network == network
+
+
+@pytest.mark.parametrize("image", [(0, 640), (640, 0), (2, 2)])
+def test_images_without_a_pixel_or_a_patch_are_refused(image):
+    with pytest.raises(ConfigError, match=r"has no depth|less than two patches of 14"):
+        inference_size(image, ratio_bounds=(0.5, 2.5), pixel_bounds=(1, 10), multiple=14)
+
+
+def test_depth_anything_scales_the_side_that_changes_less():
+    sizes = DepthAnythingConfig().network_size
+    assert sizes((640, 640)) == sizes((518, 518)) == sizes((1, 1)) == (518, 518)
+    assert sizes((900, 1600)) == (518, 924)
+    assert sizes((1600, 900)) == (924, 518)
+    assert sizes((525, 525)) == (518, 518)
+    with pytest.raises(ConfigError, match="7x2000 pixels reach the network as 0x518"):
+        sizes((7, 2000))
 
 
 def test_each_image_has_its_own_camera(tiny):
