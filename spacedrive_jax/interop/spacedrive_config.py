@@ -7,7 +7,10 @@ import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.constants import NUM_PAST
@@ -16,7 +19,7 @@ from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.interop.families import published_of
-from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
+from spacedrive_jax.io import MEBIBYTE, convert, parse_json, read_text
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind
@@ -62,11 +65,21 @@ def read_published_config(path: Path) -> PublishedConfig:
     if path.suffix == ".py":
         return parse_published_config(text, str(path))
     content = parse_json(text, path)
-    if not isinstance(content, dict):
+    arguments = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(arguments, dict):
         raise ConfigError(
-            f"{path} must hold an object of constructor arguments, not {type(content).__name__}"
+            f"{path} must hold an object of constructor arguments, not {type(arguments).__name__}"
         )
-    return PublishedConfig(content.get("model", content), _loader(content))
+    return _checked(PublishedConfig(arguments, _loader(content)), str(path))
+
+
+def _checked(config: PublishedConfig, origin: str) -> PublishedConfig:
+    """Refuses arguments of another type than the published constructor takes."""
+    try:
+        convert(config.model, _Arguments, f"{origin}, model")
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    return config
 
 
 def parse_published_config(text: str, origin: str) -> PublishedConfig:
@@ -108,7 +121,7 @@ def parse_published_config(text: str, origin: str) -> PublishedConfig:
     if not isinstance(names.get("model"), dict):
         reason = f" ({unread['model']})" if "model" in unread else ", also where a `_base_` file does"
         raise ConfigError(f"{origin} does not assign `model = dict(...)` in values that can be read{reason}")
-    return PublishedConfig(names["model"], _loader(names))
+    return _checked(PublishedConfig(names["model"], _loader(names)), origin)
 
 
 def _loader(names: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -207,13 +220,21 @@ DEFAULTS: dict[str, Any] = {
     "depth_model_type": "depth_anything",
 }
 """What the published constructor takes where an argument is absent (and this project's configs do not)."""
-READ = {
-    *DEFAULTS,
-    *("pe_type", "pe_freq_coeff", "pe_freq_scaling", "fone_dim", "input_pe_mlp", "use_rope", "lm_head"),
-    *("io_3d_pos", "use_vae_to_replace_mlp", "with_cur", "single_token_output", "enable_pe_input"),
+_FLAGS = (
+    *("vis_3d_pos", "learnable_pe_scaling", "planning_only", "input_pe_mlp", "use_rope", "io_3d_pos"),
+    *("use_vae_to_replace_mlp", "with_cur", "single_token_output", "enable_pe_input", "use_lora", "frozen"),
     *("include_semantic_posemb", "supervise_semantic_posemb", "single_coords_only"),
-    *("loss_pos_type", "huber_delta", "ego_status", "ego_status_len", "llm_lora_rank", "use_lora", "frozen"),
+)
+_NUMBERS = ("pe_scaling", "pe_freq_coeff", "pe_freq_scaling", "loss_pos_lambda", "huber_delta")
+READ = {
+    **dict.fromkeys(_FLAGS, bool | int | None),
+    **dict.fromkeys(_NUMBERS, Annotated[float, Meta(ge=-MOST_NUMBER, le=MOST_NUMBER)]),
+    **dict.fromkeys(("fone_dim", "ego_status_len", "llm_lora_rank"), Annotated[int, Meta(ge=0, le=1 << 31)]),
+    **dict.fromkeys(("pe_decode_method", "depth_model_type", "pe_type", "loss_pos_type"), str),
+    **dict.fromkeys(("ego_status", "lm_head"), str | None),
 }
+"""The arguments that mean something here, and of what type they are."""
+_Arguments = msgspec.defstruct("_Arguments", [(name, kind, None) for name, kind in READ.items()])
 WITHOUT_EFFECT = {
     *("type", "save_path", "tokenizer", "processor", "train_cfg", "test_cfg", "init_cfg", "pretrained"),
     *("stride", "precomputed_depth_root"),
@@ -260,7 +281,7 @@ def check_arguments(arguments: Mapping[str, Any], lora: LoraConfig) -> None:
     two_layers = method == "l2_coords_mlp_2layer"
     problems = [
         f"{name} is no argument of the published model that this version knows"
-        for name in sorted(set(arguments) - READ - WITHOUT_EFFECT)
+        for name in sorted(set(arguments) - READ.keys() - WITHOUT_EFFECT)
     ]
     if method not in DECODERS:
         problems.append(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spacedrive_jax.data.config import DataConfig
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.spacedrive_config import (
     data_config,
     model_config,
@@ -139,3 +139,22 @@ def test_configs_that_cannot_be_read_are_errors(tmp_path):
 def test_a_few_lines_cannot_ask_for_much(text):
     with pytest.raises(SpaceDriveError, match=r"cannot be|can be read|not a Python config"):
         parse_published_config(text, "it")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pe_freq_coeff", "x"),
+        ("pe_scaling", 10**400),
+        ("pe_type", []),
+        ("pe_decode_method", {}),
+        ("llm_lora_rank", 1.5),
+        ("vis_3d_pos", "no"),
+        ("ego_status_len", None),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(tmp_path, name, value):
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"model": PUBLISHED | {name: value}}))
+    with pytest.raises(ConfigError, match=rf"arguments\.json, model: .*{name}"):
+        read_published_config(file)
