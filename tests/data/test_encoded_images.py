@@ -1,12 +1,13 @@
 """Pictures of records: whole, of the right kind and size, or an error that names them."""
 
+import contextlib
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from spacedrive_jax.data.images import MAX_PIXELS, decode_depth, decode_grey, decode_photo
+from spacedrive_jax.data.images import MAX_PIXELS, check_photo, decode_depth, decode_grey, decode_photo
 from spacedrive_jax.errors import DataError
 
 
@@ -33,6 +34,51 @@ def test_every_cut_is_an_error(photo):
     for length in range(0, len(whole) - 2, 7):
         with pytest.raises(DataError, match="the view"):
             decode_photo(whole[:length], "the view")
+
+
+def busy_photo(seed=0):
+    """Something like a photograph: smooth here, detailed there."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:180, 0:320]
+    smooth = np.stack([rows, columns // 2, (rows + columns) // 3], axis=2)
+    noise = rng.normal(0, 20, (180, 320, 3)) * (columns > 160)[..., None]
+    return encoded(np.clip(smooth + noise, 0, 255).astype(np.uint8), quality=85)
+
+
+def test_damage_in_the_middle_of_a_photo_is_found():
+    whole = busy_photo()
+    check_photo(whole, "it")
+    check_photo(whole + bytes(16), "it")  # some encoders fill the file up
+    rng = np.random.default_rng(1)
+    lost, overwritten = [], []
+    for start in rng.integers(700, len(whole) - 200, 30).tolist():
+        other = rng.integers(0, 255, 128, dtype=np.uint8).tobytes()  # without 0xFF, which Pillow itself notes
+        lost.append(is_damaged(whole[:start] + whole[start + 128 :]))
+        overwritten.append(is_damaged(whole[:start] + other + whole[start + 128 :]))
+    assert sum(lost) >= 27
+    assert sum(overwritten) >= 24
+
+
+def is_damaged(photo):
+    with contextlib.suppress(DataError):
+        check_photo(photo, "it")
+        return False
+    return True
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 129, 254, 255])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}])
+def test_flat_pictures_are_whole(value, options):
+    check_photo(encoded(np.full((36, 64, 3), value, np.uint8), **options), "it")
+
+
+def test_photographs_of_all_sizes_and_kinds_are_whole():
+    rng = np.random.default_rng(2)
+    for trial in range(60):
+        height, width = (int(side) for side in rng.integers(1, 70, 2))
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8) // int(rng.integers(1, 60))
+        options = {"quality": int(rng.integers(5, 100)), "progressive": trial % 3 == 0}
+        check_photo(encoded(pixels, **options), f"trial {trial}")
 
 
 def test_every_flipped_bit_of_a_png_is_an_error():
@@ -74,3 +120,4 @@ def test_same_pixels_as_opencv_on_real_photographs(nuscenes_real):
         data = path.read_bytes()
         other = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         np.testing.assert_array_equal(decode_photo(data, path.name), other)
+        check_photo(data, path.name)

@@ -15,6 +15,7 @@ from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.reporting.projection import upright_corners
 from tests.data_prep.tiny_nuscenes import VERSION
+from tests.record_factory import make_record, write_records
 
 
 @pytest.fixture
@@ -47,6 +48,21 @@ def test_unknown_token_and_unfinished_folder(records_folder, tmp_path, capsys):
     assert "has no keyframe 'nope'" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path)]) == 1
     assert "is not a finished records folder" in capsys.readouterr().err
+
+
+def test_damaged_pictures_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(4)
+    record = make_record(rng)
+    folder = write_records(tmp_path / "whole", {"train": [record]})
+    assert run(["inspect", str(folder), "--check-images"]) == 0
+    assert "7 pictures are whole" in capsys.readouterr().out
+    photo = record["images"][3]
+    record["images"][3] = photo[:800] + photo[840:]
+    folder = write_records(tmp_path / "damaged", {"train": [record]})
+    assert run(["inspect", str(folder), "--check-images"]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 7 pictures are damaged; fetch their files again and convert again:" in said
+    assert f"keyframe {record['token']}: the CAM_BACK image is damaged inside" in said
 
 
 def test_corners_of_boxes():
