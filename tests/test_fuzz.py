@@ -1,8 +1,11 @@
 """A few hundred mutated inputs; ten thousand are in benchmarks/results/fuzz.md."""
 
+import pytest
+
 from benchmarks.fuzz import BAD, fuzz, targets
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, on damaged files
 def test_mutated_files_are_read_rightly_or_refused_in_one_line():
     counts, wrong = fuzz(20 * len(targets()), seed=1)
     assert not wrong, "\n".join(wrong)
