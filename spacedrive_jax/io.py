@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, BinaryIO, TypeVar
@@ -110,20 +110,27 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): is it damaged?") from error
 
 
-def parse_json(text: str | bytes, path: object, *, nan: bool = False) -> Any:
+def parse_json(
+    text: str | bytes,
+    path: object,
+    *,
+    nan: bool = False,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """JSON by the standard: no NaN or Infinity, no key given twice, no nesting without end.
 
     Args:
         text: the JSON.
         path: what to call it in an error.
         nan: take NaN and Infinity, which Python's own writer leaves, as such numbers.
+        pairs: makes something of an object's keys and values; by default a dictionary of keys given once.
 
     Raises:
         DataError: it is not that.
     """
     try:
         constant = float if nan else _refuse_constant
-        return json.loads(text, parse_constant=constant, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs or _unique)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a file of this project") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -143,7 +150,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: str | os.PathLike[str], *, most: int | None = None, nan: bool = False) -> Any:
+MOST_JSON = 256 * MEBIBYTE
+"""Of a JSON file, or of one line of JSON Lines, where nothing less is said: as Python's objects some 3 GB."""
+
+
+def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON, nan: bool = False) -> Any:
     """A JSON file (see `parse_json`).
 
     Raises:
@@ -168,8 +179,12 @@ def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Itera
     require_regular(path)
     try:
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            number = 0
+            while line := lines.readline(MOST_JSON + 1):
+                number += 1
                 where = f"{path}, line {number}:"
+                if len(line) > MOST_JSON:
+                    raise DataError(f"{where} is longer than the {MOST_JSON:,} bytes that a line may have")
                 if line.strip():
                     yield where, parse_json(line, where, nan=nan)
     except OSError as error:

@@ -6,7 +6,7 @@ beyond makes every later step fail or lie.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import parse_json
 
 Token = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
 """A key of a table. Tokens and names become parts of file names, so they hold no separator."""
@@ -83,8 +84,9 @@ def _wrong_value(content: bytes, path: Path, key: str, message: str) -> str:
     if match is None or match["row"] is None:
         return f"{path} must hold a JSON list of objects, one per row ({message})"
     try:
-        row = _plain(content)[int(match["row"])]
-    except (ValueError, RecursionError):  # nested without end, or cut behind the wrong value
+        # One row alone becomes Python objects, of which all those of a table would not fit in memory.
+        row = parse_json(bytes(msgspec.json.decode(content, type=list[msgspec.Raw])[int(match["row"])]), path)
+    except (ValueError, msgspec.DecodeError, RecursionError):  # cut behind the wrong value, a key given twice
         return f"{path} must hold a JSON list of objects, one per row ({message})"
     if not isinstance(row, dict):
         return f"{path} must hold a JSON list of objects, one per row; row {match['row']} is none"
@@ -98,20 +100,20 @@ def _wrong_value(content: bytes, path: Path, key: str, message: str) -> str:
 
 def _malformed(content: bytes, path: Path, key: str, error: Exception) -> str:
     """NaN and Infinity, which Python writes and JSON does not know, are named like other wrong values."""
-    try:
-        rows = _plain(content)
-    except (ValueError, RecursionError):
-        return f"{path} is not valid JSON ({error}); fetch it again"
-    for row in rows if isinstance(rows, list) else ():
-        for field, value in row.items() if isinstance(row, dict) else ():
-            if not _finite(value):
-                name = _shortened(row.get(key))
-                return f"{path}: row {name}, field {field!r}: {_shortened(value)} is not finite"
+    found = _NO_NUMBER.search(content)
+    if found is not None:
+        # Rows hold no objects: the braces around it are its row's.
+        start, end = content.rfind(b"{", 0, found.start()), content.find(b"}", found.end())
+        with contextlib.suppress(DataError):
+            row = parse_json(content[start : end + 1], path, nan=True)
+            for field, value in row.items() if isinstance(row, dict) else ():
+                if not _finite(value):
+                    name = _shortened(row.get(key))
+                    return f"{path}: row {name}, field {field!r}: {_shortened(value)} is not finite"
     return f"{path} is not valid JSON ({error}); fetch it again"
 
 
-def _plain(content: bytes) -> Any:
-    return json.loads(content)
+_NO_NUMBER = re.compile(rb"NaN|Infinity")
 
 
 def _finite(value: Any) -> bool:

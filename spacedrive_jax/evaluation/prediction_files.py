@@ -9,7 +9,6 @@ JSON object of token to waypoints, as a trajectory dictionary (`trajectory_files
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
-from spacedrive_jax.io import read_json, read_json_lines, read_text
+from spacedrive_jax.io import MOST_JSON, parse_json, read_json, read_json_lines, read_text
 from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
 # Axes in which other projects write waypoints.
@@ -83,12 +82,7 @@ def read_json_trajectories(path: Path, text: str) -> Predictions:
     Raises:
         DataError: the text is not such an object.
     """
-    try:
-        items = json.loads(text, object_pairs_hook=_Pairs)
-    except RecursionError:
-        raise DataError(f"{path} is nested too deeply to be a dictionary of token to waypoints") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    items = parse_json(text, path, nan=True, pairs=_Pairs)
     if not isinstance(items, _Pairs):
         raise DataError(f"{path}: expected an object of token to waypoints, found {type(items).__name__}")
     return _sort(path, items)
@@ -233,7 +227,7 @@ def _read(path: Path) -> Predictions:
         )
     if path.suffix in PICKLE_SUFFIXES:
         return read_pickled_trajectories(path)
-    if path.suffix == ".json" and not _is_json_lines(text := read_text(path)):
+    if path.suffix == ".json" and not _is_json_lines(text := read_text(path, most=MOST_JSON)):
         return read_json_trajectories(path, text)
     predictions = sort_predictions(path, _parse_lines(path))
     if not predictions.tokens:
@@ -244,8 +238,8 @@ def _read(path: Path) -> Predictions:
 def _is_json_lines(text: str) -> bool:
     """Whether the first line is a prediction by itself."""
     try:
-        entry = json.loads(text.lstrip().partition("\n")[0])
-    except (ValueError, RecursionError):
+        entry = parse_json(text.lstrip().partition("\n")[0], "the first line", nan=True)
+    except DataError:
         return False
     return isinstance(entry, dict) and "token" in entry
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from spacedrive_jax.data.depth_sources import (
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import read_json, read_text
+from spacedrive_jax.io import MOST_JSON, parse_json, read_json, read_text
 
 SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
 """Depth of the visual tokens, metres, and which source each camera's came from."""
@@ -138,17 +137,17 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
         missing.append(f"{path.name} is absent: training curves are not shown.")
         return ()
     steps: dict[float, dict[str, float]] = {}
-    lines = read_text(path).splitlines()
+    lines = read_text(path, most=MOST_JSON).splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line, f"{path}, line {number}:", nan=True)
+        except DataError:
             if number == len(lines):
                 missing.append(f"The last line of {path.name} is cut off and left out.")
                 continue
-            raise DataError(f"{path}, line {number}: not JSON") from None
+            raise
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             raise DataError(f'{path}, line {number}: expected an object with a numeric "step"')
         steps[entry["step"]] = {name: float(value) for name, value in entry.items() if _is_number(value)}
