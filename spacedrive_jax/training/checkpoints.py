@@ -25,8 +25,8 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
-from spacedrive_jax.io import convert, read_json, write_json
+from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.io import convert, read_json, require_regular, write_json
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.
@@ -248,6 +248,7 @@ def restore(
     """
     run_dir = Path(manager.directory).parent
     with naming_the_whole(run_dir, step):
+        _folder(run_dir, step)
         restored = manager.restore(
             step,
             args=ocp.args.Composite(
@@ -275,7 +276,7 @@ def read_metadata(run_dir: Path, step: int) -> dict[str, Any]:
 
 def _metadata(run_dir: Path, step: int) -> dict[str, Any]:
     # Not through a manager, which tidies the folder up: a run may be writing there.
-    folder = (run_dir / "checkpoints" / str(step) / "metadata").resolve()
+    folder = _folder(run_dir, step) / "metadata"
     if not folder.is_dir():
         raise ValueError("it lacks `metadata`, which says what it was trained on and from which config")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -283,6 +284,19 @@ def _metadata(run_dir: Path, step: int) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is no JSON object")
     return metadata
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    """The folder of a checkpoint, of plain files alone: orbax would wait for ever at a pipe.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    folder = (run_dir / "checkpoints" / str(step)).resolve()
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            require_regular(path)
+    return folder
 
 
 def check_saved(values: Any, metadata: Mapping[str, Any], name: str) -> None:
@@ -313,7 +327,7 @@ def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
     """Turns a failed read into an error that names the newest checkpoint before it that can be read."""
     try:
         yield
-    except SpaceDriveError:
+    except CheckpointError:
         raise
     except Exception as error:  # orbax and tensorstore raise almost anything
         said = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
@@ -331,8 +345,8 @@ def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
 
 def _is_whole(run_dir: Path, step: int) -> bool:
     """Whether metadata, trainables and optimiser of a checkpoint can be read and belong together."""
-    folder = (run_dir / "checkpoints" / str(step)).resolve()
     try:
+        folder = _folder(run_dir, step)
         with ocp.StandardCheckpointer() as checkpointer:
             values = checkpointer.restore(folder / "trainable")
             checkpointer.restore(folder / "optimizer")
@@ -390,8 +404,8 @@ def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.State:
     """Reads only the trainables of a checkpoint, onto the shardings of an (abstract) state."""
-    folder = (run_dir / "checkpoints" / str(step) / "trainable").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
+        folder = _folder(run_dir, step) / "trainable"
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
         check_saved(restored, _metadata(run_dir, step), TRAINABLE)
     nnx.replace_by_pure_dict(trainable, restored)
@@ -414,8 +428,8 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
             f"{run_dir} keeps no moving average of its weights: train with --train.ema-decay 0.999, say, or "
             "take the last weights"
         )
-    folder = (run_dir / "checkpoints" / str(step) / "optimizer").resolve()
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
+        folder = _folder(run_dir, step) / "optimizer"
         restored = checkpointer.restore(folder, _abstract(optimizer))
         check_saved(restored, _metadata(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")

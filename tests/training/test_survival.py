@@ -247,6 +247,16 @@ def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
         train(tiny(records, run, steps=STEPS), resume=True)
 
 
+def test_a_pipe_in_a_checkpoint_is_refused_not_waited_at(whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    file = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "position/metadata"
+    file.unlink()
+    os.mkfifo(file)
+    for use in (open_trained_model, open_config, open_vlm):
+        with pytest.raises(CheckpointError, match=r"is damaged .*position/metadata is a pipe.*newest whole"):
+            use(run)
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, keep):
     with pytest.raises(SpaceDriveError, match="max_to_keep"):
