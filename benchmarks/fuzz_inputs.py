@@ -108,7 +108,8 @@ class _Boom:
 
 WEIRD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 1.5, -0.0, 1e12, -1e12, 1e308, float("nan"), float("inf"), -float("inf")),
-    *(10**9, 2**31, 2**63, 2**64, 10**400, "", "x", "../../../etc/passwd", "/dev/zero", "a\0b", "\ud800"),
+    *(10**9, 2**31, 2**63, 2**64, 10**400),
+    *("", "x", "<script>alert(1)</script>", "../../../etc/passwd", "/dev/zero", "a\0b", "\ud800"),
     *("x" * 70_000, [], {}, [[]], [1, 2, 3], [float("nan")] * 3, [1e30] * 3, {"token": "x"}, "evil.Text"),
 )
 

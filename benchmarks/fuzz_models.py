@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -21,7 +22,9 @@ from data_prep.bench2drive.annotations import read_calibration, read_frame
 from spacedrive_jax.config import load_config, to_json
 from spacedrive_jax.data.depth_cache import DepthCache, write_chunk, write_provenance
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER, load_tokenizer
-from spacedrive_jax.driving.scenarios import drive_set
+from spacedrive_jax.driving.drive import finish
+from spacedrive_jax.driving.pdm import PdmScore
+from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.evaluation.bench2drive.abilities import (
     ability_rates,
     comfort,
@@ -41,6 +44,7 @@ from spacedrive_jax.interop.weights_folder import WeightsMetadata
 from spacedrive_jax.io import read_bytes, write_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
+from spacedrive_jax.reporting.drives import write_page
 from spacedrive_jax.reporting.run_files import read_run
 from spacedrive_jax.training import checkpoints
 from tests.conftest import ROOT
@@ -308,6 +312,43 @@ def drives(folder: Path) -> None:
     (folder / "drives.json").write_text(json.dumps(values))
 
 
+def drive_run(folder: Path) -> None:
+    name = "0000-start-boston-seaport-0"
+    pdm = {each.name: 1.0 for each in dataclasses.fields(PdmScore)} | {"pdms": 0.5, "epdms": 0.5}
+    record = {
+        **{"index": 0, "route_id": "RouteScenario_7_rep0", "scenario_name": "start_1", "status": "Completed"},
+        **{"infractions": {"red_light": ["ran a red light"]}, "pdm": pdm, "neuro_ncap": 5.0, "failures": {}},
+        "scores": {"score_route": 100.0, "score_penalty": 0.7, "score_composed": 70.0},
+    }
+    pose = [1.0, 2.0, 0.1]
+    waypoints = [[float(step), 0.0] for step in range(1, 7)]
+    trace = {
+        **{
+            "step_s": 0.1,
+            "ego": [[*pose, 3.0, 0.1, 0.0], [2.0, 2.0, 0.1, 3.0, 0.1, 0.0]],
+            "route": [[0, 0], [9, 0]],
+        },
+        **{"route": [[0, 0], [9, 0]], "road": [[[0, 0], [9, 0], [9, 9]]], "lanes": [[[0, 0], [9, 0]]]},
+        "others": [{"category": "vehicle.car", "size": [4.0, 2.0], "poses": [pose, pose], "key": "a"}],
+        "decisions": [{"time": 0.0, "pose": pose, "waypoints": waypoints}],
+    }
+    write_json(folder / "drives" / name / "result.json", record)
+    write_json(folder / "drives" / name / "trace.json", trace)
+    write_json(folder / "run.json", {"set": "test"})
+    finish([DriveSpec(0, "start", "boston-seaport", 0)], folder)
+
+
+def drives_page(folder: Path) -> Any:
+    page = write_page(folder).read_text()
+    finish([DriveSpec(0, "start", "boston-seaport", 0)], folder)
+    return page
+
+
+def markup(found: Any, whole: Any) -> bool:
+    """Nothing of a file reaches the page as markup."""
+    return "<script>" not in found and "nan" not in found.lower().split("<svg", 1)[-1]
+
+
 def model_targets() -> list[Target]:
     """Sidecars, checkpoints, weights, tokenizers, configs, results."""
     llava = golden_file("llava_plus_train", "config.json")
@@ -344,6 +385,7 @@ def model_targets() -> list[Target]:
         ),
         Target("Bench2Drive clip", clip, "*.json", frame_of, finite, JSON),
         Target("counterfactual", counterfactual, "**/*.*", risks, anything, (edit_json, *BYTES)),
+        Target("run of drives", drive_run, "**/*.json", drives_page, markup, JSON),
         Target(
             *("scenarios", drives, "*.json"),
             *(lambda f: drive_set(str(f / "drives.json")), finite, JSON),

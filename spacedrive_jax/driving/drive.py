@@ -7,20 +7,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.askers import Asker
 from spacedrive_jax.driving.bench import Asked, Event, Finished, Fleet, InsidePolicy, NoPlace
 from spacedrive_jax.driving.episode import DriveOptions
-from spacedrive_jax.driving.results import result_file
+from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
-from spacedrive_jax.io import read_json, write_json
+from spacedrive_jax.io import convert, read_json, write_json
 
 RESULTS = "results.json"
 SUMMARY = "summary.json"
@@ -113,6 +115,10 @@ def _open_folder(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> set
             f"--out {folder} holds a run: go on with it with --resume, or choose another folder"
         )
     known = read_json(path)
+    if not isinstance(known, dict):
+        raise DataError(
+            f"{path} holds no JSON object: it does not say what was driven, choose another folder"
+        )
     different = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
     if different:
         raise ConfigError(
@@ -143,7 +149,7 @@ def finish(specs: Sequence[DriveSpec], folder: Path) -> dict[str, Any]:
         path = folder / "drives" / spec.name / "result.json"
         if not path.is_file():
             continue
-        value = read_json(path)
+        value = read_drive(path)
         if "no_place" in value:
             without_place.append(spec.name)
             continue
@@ -213,4 +219,29 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     if not path.is_file():
         raise DataError(f"{folder} is no finished run of drives ({SUMMARY} is missing)")
-    return read_json(path)
+    summary = read_json(path)
+    convert(summary, _Summary, path, "drive --resume writes it again")
+    return summary
+
+
+class _Interval(msgspec.Struct, array_like=True):
+    low: float
+    high: float
+
+
+class _Summary(msgspec.Struct):
+    """What is read back of `summarise`; without a single drive there are no scores."""
+
+    drives: Annotated[int, Meta(ge=0)]
+    driving_score: float | None = None
+    driving_score_interval: _Interval | None = None
+    success_rate: float | None = None
+    pdm_score: float | None = None
+    pdm_score_interval: _Interval | None = None
+    pdm_parts: dict[str, float] = {}
+    failures: dict[str, int] = {}
+    kinds: dict[str, dict[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        if self.drives and None in (self.driving_score, self.success_rate, self.pdm_score):
+            raise ValueError("it has drives but no scores")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import shapely
+from msgspec import Meta
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.driving.infractions import completion, messages
-from spacedrive_jax.driving.pdm import neuro_ncap, pdm_score
+from spacedrive_jax.driving.pdm import PdmScore, neuro_ncap, pdm_score
 from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+from spacedrive_jax.io import convert, read_json
 from spacedrive_jax.world.ground import polygons_of
 from spacedrive_jax.world.traffic import TIME_STEP
 
@@ -89,6 +93,105 @@ def drive_record(
         "neuro_ncap": neuro_ncap(log, float(log.ego[0, 3])),
         "failures": dict(sorted(failures.items())),
     }
+
+
+_Number = Annotated[float, Meta(ge=-1e8, le=1e8)]
+_Point = tuple[_Number, _Number]
+_Pose = tuple[_Number, _Number, _Number]
+_Pdm = msgspec.defstruct(
+    "_Pdm",
+    [(name, _Number) for name in (*(each.name for each in dataclasses.fields(PdmScore)), "pdms", "epdms")],
+)
+
+
+class _Scores(msgspec.Struct):
+    score_composed: Annotated[float, Meta(ge=0, le=100)]
+
+
+class _Record(msgspec.Struct):
+    """What is read back of `drive_record`."""
+
+    index: Annotated[int, Meta(ge=0, le=1 << 31)]
+    route_id: Annotated[str, Meta(pattern=r"^RouteScenario_\d+_")]
+    status: str
+    infractions: dict[str, list[str]]
+    scores: _Scores
+    pdm: _Pdm  # type: ignore[valid-type]
+    neuro_ncap: _Number
+    failures: dict[str, int]
+
+
+class _NoPlace(msgspec.Struct):
+    no_place: str
+
+
+class _Checkpoint(msgspec.Struct):
+    records: list[_Record]
+
+
+class _ResultFile(msgspec.Struct):
+    checkpoint: _Checkpoint = msgspec.field(name="_checkpoint")
+
+
+class _Other(msgspec.Struct):
+    category: str
+    size: _Point
+    poses: Annotated[list[_Pose], Meta(min_length=1)]
+
+
+class _Decision(msgspec.Struct):
+    time: _Number
+    pose: _Pose
+    waypoints: list[_Point] | None
+
+
+class _Trace(msgspec.Struct):
+    """What the page shows of `trace` and of the decisions."""
+
+    step_s: Annotated[float, Meta(gt=0, le=10)]
+    ego: Annotated[list[tuple[_Number, _Number, _Number, _Number, _Number, _Number]], Meta(min_length=1)]
+    road: list[list[_Point]]
+    lanes: list[list[_Point]]
+    route: list[_Point]
+    others: list[_Other]
+    decisions: list[_Decision]
+
+
+_AGAIN = "drive it again: remove its folder, then drive --resume"
+
+
+def read_drive(path: Path) -> dict[str, Any]:
+    """A drive's result.json: its record, or `no_place` and why.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    value = read_json(path)
+    no_place = isinstance(value, dict) and "no_place" in value
+    convert(value, _NoPlace if no_place else _Record, path, _AGAIN)
+    return value
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's results.json.
+
+    Raises:
+        DataError: it is damaged, or of a run that is not of `drive`.
+    """
+    value = read_json(path)
+    convert(value, _ResultFile, path, "drive --resume writes it again")
+    return value["_checkpoint"]["records"]
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """A drive's trace.json.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    value = read_json(path)
+    convert(value, _Trace, path, _AGAIN)
+    return value
 
 
 def result_file(records: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:

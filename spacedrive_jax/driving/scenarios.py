@@ -147,7 +147,7 @@ def _parse(number: int, value: object, where: str) -> DriveSpec:
             f'{where} must be {{"kind", "town", "seed"}}, with a "world" or without, found {str(value)[:80]}'
         )
     kind, town, seed = value["kind"], value["town"], value["seed"]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise DataError(f"{where}: no scenario {kind!r}; there are {', '.join(KINDS)}")
     if town not in (*LOCATIONS, TEST_TOWN):
         raise DataError(f"{where}: no town {town!r}; there are {', '.join((*LOCATIONS, TEST_TOWN))}")

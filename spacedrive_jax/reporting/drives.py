@@ -15,7 +15,9 @@ import markupsafe
 import numpy as np
 
 from spacedrive_jax.driving.drive import RESULTS, interval, read_summary
-from spacedrive_jax.io import read_json, write_text
+from spacedrive_jax.driving.results import read_drive, read_records, read_trace
+from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.page import render_drives
 from spacedrive_jax.reporting.style import AGENTS, DRIVABLE, GRID, INK, MUTED, PREDICTION
 
@@ -259,7 +261,7 @@ def _scores(folder: Path) -> dict[str, float]:
     """Driving score of every drive by its folder's name."""
     found = {}
     for path in sorted((folder / "drives").glob("*/result.json")):
-        value = read_json(path)
+        value = read_drive(path)
         if "scores" in value:
             found[path.parent.name] = float(value["scores"]["score_composed"])
     return found
@@ -290,14 +292,18 @@ def _row(
 
 def _films(folder: Path) -> tuple[list[FilmRow], int]:
     """The worst drives, and how many were not perfect."""
-    records = read_json(folder / RESULTS)["_checkpoint"]["records"]
+    records = read_records(folder / RESULTS)
     wrong = [record for record in records if record["status"] != "Perfect"]
     wrong.sort(key=lambda record: (record["scores"]["score_composed"], record["index"]))
     rows = []
     by_number = {path.name.split("-")[0]: path for path in (folder / "drives").iterdir()}
     for record in wrong[:MOST_FILMS]:
-        drive = by_number[f"{record['index']:04d}"]
-        trace = read_json(drive / "trace.json")
+        drive = by_number.get(f"{record['index']:04d}")
+        if drive is None:
+            raise DataError(
+                f"{folder / RESULTS} has drive {record['index']}, drives/ lacks its folder: drive it again"
+            )
+        trace = read_trace(drive / "trace.json")
         texts = [
             text
             for kind, found in record["infractions"].items()
