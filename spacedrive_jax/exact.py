@@ -90,6 +90,26 @@ def matmul(
     return total
 
 
+def product(left: Float[np.ndarray, "n k"], right: Float[np.ndarray, "k m"]) -> Float[np.ndarray, "n m"]:
+    """The product of two matrices of any size, through BLAS, whose kernel cannot matter.
+
+    Both are rounded to fixed point first, with so few bits that no sum of products is ever rounded, in
+    whatever order it is taken: some 20 bits for a thousand terms, of each matrix's largest number.
+
+    Args:
+        left: finite numbers.
+        right: finite numbers.
+    """
+    bits = (52 - max(left.shape[1] - 1, 0).bit_length()) // 2
+    whole, shifts = [], 0
+    for matrix in (left, right):
+        _, exponent = math.frexp(float(np.max(np.abs(matrix), initial=0.0)))
+        shift = bits - exponent
+        shifts += shift
+        whole.append(np.rint(np.ldexp(np.asarray(matrix, np.float64), shift)))
+    return np.ldexp(whole[0] @ whole[1], -shifts)
+
+
 def dot(left: Float[np.ndarray, "... k"], right: Float[np.ndarray, "... k"]) -> Float[np.ndarray, "..."]:
     """The inner product along the last axis, summed in order."""
     left, right = np.asarray(left), np.asarray(right)

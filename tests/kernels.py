@@ -1,9 +1,9 @@
 """Proves that bits and decisions do not depend on the processor: `make kernels`, a minute or two.
 
-A small world is synthesized, converted and evaluated anew under every setting that makes this processor
-compute like another (OpenBLAS's kernels, NumPy's, OpenCV's, the C library's), and under other hash seeds,
-locales, time zones and thread counts; every fingerprint must be the one of the plain run. Then the tests
-of what decides something run with XLA restricted to older instruction sets and all else to its oldest.
+A small world is synthesized, converted, evaluated and driven in anew under every setting that makes this
+processor compute like another (OpenBLAS's kernels, NumPy's, OpenCV's, the C library's), and under other hash
+seeds, locales, time zones and thread counts; every fingerprint must be the one of the plain run. Then the
+tests of what decides something run with XLA restricted to older instruction sets and all else to its oldest.
 """
 
 from __future__ import annotations
@@ -99,11 +99,15 @@ def settings() -> list[Setting]:
 
 
 def measure() -> dict[str, str]:
-    """Fingerprints of a world, its records and their evaluation under this process's setting."""
+    """Fingerprints of a world, its records, their evaluation and a drive under this process's setting."""
     from data_prep.cli.convert import Convert
     from data_prep.cli.synthesize import Synthesize
     from spacedrive_jax.cli.evaluate import Evaluate
     from spacedrive_jax.data.records import open_records
+    from spacedrive_jax.driving.drive import drive_all
+    from spacedrive_jax.driving.episode import DriveOptions
+    from spacedrive_jax.driving.policies import constant_velocity as constant_velocity_in_world
+    from spacedrive_jax.driving.scenarios import DriveSpec
     from spacedrive_jax.evaluation.baselines import constant_velocity
 
     results: dict[str, str] = {}
@@ -133,6 +137,14 @@ def measure() -> dict[str, str]:
             scores: dict[str, Any] = json.loads((root / f"predictions.{protocol}.json").read_text())
             text = json.dumps(scores, sort_keys=True).replace(str(root), "")
             results[protocol] = hashlib.sha256(text.encode()).hexdigest()
+        drives = root / "drives"
+        options = DriveOptions(sense="nothing", controller="simlingo")
+        bend = [DriveSpec(1, "bend", "singapore-onenorth", 1)]
+        drive_all(bend, drives, options, facts={}, inside=constant_velocity_in_world)
+        digest = hashlib.sha256()
+        for written in sorted(path for path in drives.rglob("*") if path.is_file()):
+            digest.update(written.relative_to(drives).as_posix().encode() + written.read_bytes())
+        results["drive"] = digest.hexdigest()
     return results
 
 

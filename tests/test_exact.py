@@ -108,6 +108,18 @@ def test_quaternions_and_back() -> None:
     ]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 60, 64), (64, 3000, 12), (2, 0, 3)])
+def test_product_is_near_the_exact_one_and_the_same_in_any_order(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(sum(shape))
+    n, k, m = shape
+    left, right = rng.normal(0, 1e-7, (n, k)), rng.normal(0, 300, (k, m))
+    found = exact.product(left, right)
+    scale = max(k, 1) * np.abs(left).max(initial=0) * np.abs(right).max(initial=0)
+    np.testing.assert_allclose(found, left @ right, rtol=0, atol=1e-5 * scale + 1e-300)
+    order = rng.permutation(k)
+    np.testing.assert_array_equal(exact.product(left[:, order], right[order]), found)
+
+
 def digest() -> str:
     """Of everything this module computes on fixed inputs."""
     grid = (np.arange(6000.0) - 3000.0) / 7.0
@@ -123,11 +135,12 @@ def digest() -> str:
         exact.matmul(exact.rigid_inverse(poses), poses[::-1]),
         exact.affine_inverse(poses),
         exact.quaternion(poses[7, :3, :3]),
+        exact.product(grid.reshape(60, 100), grid.reshape(100, 60)),
     ]
     return hashlib.sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in results)).hexdigest()
 
 
-DIGEST = "4d94534d48e203a8a96d1dbe6b2bbf2517163e273a8905bcc53e5fcec268ce01"
+DIGEST = "f6b01692679c0f4ab6f5d4ddcba021aa6c5a00e2726ea94a5e4143562cb9e261"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +168,9 @@ def test_the_same_bits_whatever_the_processor_offers(setting: dict[str, str]) ->
     assert done.stdout.strip() == DIGEST
 
 
-ROOMS = ("spacedrive_jax/world", "spacedrive_jax/data", "spacedrive_jax/evaluation", "data_prep")
+ROOMS = ("world", "data", "evaluation", "driving")
+IN_CARLA = ("bench2drive_agent.py", "bench2drive_rig.py", "bench2drive_route.py")
+"""Of `driving`: copied into CARLA's own Python, without this project; no drive there repeats its last bit."""
 INEXACT = {
     "np": """arccos arcsin arctan arctan2 cbrt convolve correlate cos cosh dot einsum exp exp2 expm1 fft
         hypot inner linalg log log10 log1p log2 matmul polyfit power sin sinc sinh tan tanh tensordot vdot""",
@@ -180,7 +195,9 @@ def inexact_operations(file: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*(f"spacedrive_jax/{name}" for name in ROOMS), "data_prep"])
 def test_what_is_written_or_decided_is_computed_exactly(room: str) -> None:
     files = sorted((Path(__file__).parents[1] / room).rglob("*.py"))
+    files = [file for file in files if file.name not in IN_CARLA]
+    assert files
     assert not [fault for file in files for fault in inexact_operations(file)]

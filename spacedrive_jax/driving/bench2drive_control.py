@@ -14,6 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+try:
+    from spacedrive_jax.exact import arctan2
+except ImportError:  # copied into CARLA's own Python, where no drive repeats to the last bit
+    from math import atan2 as arctan2  # type: ignore[assignment]
+
 WAYPOINT_STEP = 0.5
 """Seconds between two waypoints."""
 PATH_STEP = 1.0
@@ -226,7 +231,7 @@ class Controller:
         elif preset.aim_rule == "midpoint":
             aim = _nearest_segment(path, preset.aim)
         elif preset.aim_rule == "second":
-            distances = np.hypot(path[:, 0], path[:, 1])
+            distances = _length(path)
             aim = path[int(np.argmin(np.abs(distances - speed)))]
         else:
             scale, offset, low, high = _LOOKAHEAD
@@ -267,8 +272,8 @@ def target_speed(rule: str, waypoints: Any) -> float:
     if rule == "middle":
         # 0.25 s and 0.75 s lie half way between waypoints; the first segment begins at the car.
         early, late = waypoints[0] / 2, (waypoints[0] + waypoints[1]) / 2
-        return 2 * float(np.hypot(*(late - early)))
-    first, second = float(np.hypot(*waypoints[0])), float(np.hypot(*(waypoints[1] - waypoints[0])))
+        return 2 * float(_length(late - early))
+    first, second = float(_length(waypoints[0])), float(_length(waypoints[1] - waypoints[0]))
     return (0.75 * first + 0.25 * second) / WAYPOINT_STEP
 
 
@@ -280,8 +285,7 @@ def path_of(waypoints: Any, points: int = 20) -> Any:
 
 def along(line: Any, distances: Any) -> Any:
     """Points at distances along a polyline, straight on behind its end (ahead where it has no length)."""
-    steps = np.diff(line, axis=0)
-    lengths = np.hypot(steps[:, 0], steps[:, 1])
+    lengths = _lengths(np.asarray(line))
     kept = np.concatenate([[True], lengths > 1e-3])
     line = np.asarray(line, np.float64)[kept]
     if len(line) == 1:
@@ -343,19 +347,23 @@ def _end_slope(h0: float, h1: float, m0: float, m1: float) -> float:
 
 
 def _lengths(points: Any) -> Any:
-    steps = np.diff(points, axis=0)
-    return np.hypot(steps[:, 0], steps[:, 1])
+    return _length(np.diff(points, axis=0))
+
+
+def _length(vectors: Any) -> Any:
+    """Of x, y along the last axis; `np.hypot` rounds as the processor pleases."""
+    return np.sqrt(vectors[..., 0] * vectors[..., 0] + vectors[..., 1] * vectors[..., 1])
 
 
 def _nearest_segment(points: Any, distance: float) -> Any:
     """The first point of the segment whose middle lies nearest a distance from the car."""
     middles = (points[1:] + points[:-1]) / 2
-    return points[int(np.argmin(np.abs(np.hypot(middles[:, 0], middles[:, 1]) - distance)))]
+    return points[int(np.argmin(np.abs(_length(middles) - distance)))]
 
 
 def _angle_to(point: Any) -> float:
     """Degrees to the right over 90."""
-    return -math.degrees(math.atan2(float(point[1]), float(point[0]))) / 90
+    return -math.degrees(arctan2(float(point[1]), float(point[0]))) / 90
 
 
 def _pdm_lite(speed: float, wanted: float) -> tuple[float, bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,11 +83,12 @@ def fit_ego_mlp(records: Sequence[Record], seed: int = 0) -> EgoMlp:
     second = [np.zeros_like(each) for each in parameters]
     for step in range(1, STEPS + 1):
         gradients = _gradients(parameters[:3], parameters[3:], inputs, targets)
-        rate = RATE * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+        rate = RATE * 0.5 * (1 + exact.cos_sin(math.pi * step / STEPS)[0])
         for each, slope, m, v in zip(parameters, gradients, first, second, strict=True):
             m += 0.1 * (slope - m)
             v += 0.001 * (slope * slope - v)
-            each -= rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+            first_share, second_share = 1 - exact.power(0.9, step), 1 - exact.power(0.999, step)
+            each -= rate * (m / first_share) / (np.sqrt(v / second_share) + 1e-8)
     return EgoMlp(mean, scale, tuple(parameters[:3]), tuple(parameters[3:]))
 
 
@@ -95,13 +97,13 @@ def _gradients(
 ) -> list[np.ndarray]:
     layers = [inputs]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        values = layers[-1] @ weight + bias
+        values = exact.product(layers[-1], weight) + bias
         layers.append(np.maximum(values, 0.0) if layer + 1 < len(weights) else values)
     slope = np.sign(layers[-1] - targets) / targets.size
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for layer in range(len(weights) - 1, -1, -1):
-        found.append((layers[layer].T @ slope, slope.sum(axis=0)))
+        found.append((exact.product(layers[layer].T, slope), slope.sum(axis=0)))
         if layer:
-            slope = (slope @ weights[layer].T) * (layers[layer] > 0)
+            slope = exact.product(slope, weights[layer].T) * (layers[layer] > 0)
     found.reverse()
     return [each for each, _ in found] + [each for _, each in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
@@ -188,7 +190,7 @@ def warm_up_record() -> Record:
     _, jpeg = cv2.imencode(".jpg", np.zeros((height, width, 3), np.uint8))
     # All zero is sky.
     _, depth = cv2.imencode(".png", np.zeros((height, width), np.uint16))
-    focal = width / (2 * np.tan(np.radians(35.0)))
+    focal = width / (2 * exact.tan(math.radians(35.0)))
     intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
     forward = np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1.0]])
     past = np.tile(np.eye(4), (NUM_PAST, 1, 1))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.images import picture_size
@@ -190,11 +191,9 @@ def _navigation_at(
     else:
         if not mask[index - 1]:
             return 0
-        # Rigid: the inverse is exact in its rotation.
-        rotation = poses[index - 1, :3, :3].T
-        to_then = np.eye(4)
-        to_then[:3, :3], to_then[:3, 3] = rotation, -rotation @ poses[index - 1, :3, 3]
-        older, known = to_then @ poses[index : index + NUM_PAST], mask[index : index + NUM_PAST]
+        to_then = exact.rigid_inverse(poses[index - 1])
+        older = exact.matmul(to_then, poses[index : index + NUM_PAST])
+        known = mask[index : index + NUM_PAST]
         here = float(seconds[index - 1])
     padded = np.zeros((NUM_PAST, 4, 4))
     padded[: len(older)] = older
