@@ -13,8 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, from_json
-from spacedrive_jax.data.depth_sources import open_depth_cache
-from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.inference.trained_folder import (
@@ -277,17 +276,16 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return {"path": path} | {name: metadata.get(name) for name in names}
 
 
-def name_inputs(config: Config, records: Records) -> dict[str, Any]:
+def name_inputs(config: Config, depth: DepthCache | None) -> dict[str, Any]:
     """What answers depend on beside a checkpoint and the records: the tokenizer, and a network's depth.
 
     Args:
         config: of the checkpoint.
-        records: that are asked about.
+        depth: the sidecar that its prompts take depth from, if any.
 
     Raises:
-        SpaceDriveError: the tokenizer or the depth cannot be read.
+        SpaceDriveError: the tokenizer cannot be read.
     """
-    depth = open_depth_cache(records, config.data.depth)
     return {
         "tokenizer": hashlib.sha256(read_bytes(tokenizer_file(config.data.tokenizer))).hexdigest(),
         "depth": None if depth is None else depth.provenance["fingerprint"],

@@ -201,7 +201,7 @@ def predict(
     asking = Asking(batch_size, longest, repetition_penalty, frame)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
-        "inputs": name_inputs(config, records),
+        "inputs": name_inputs(config, depth),
         "records": records.fingerprint,
         "split": split,
         "average": average,

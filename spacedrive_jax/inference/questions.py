@@ -135,7 +135,7 @@ def answer_counterfactual(
     asking = Asking(batch_size, max_new_tokens, repetition_penalty)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
-        "inputs": name_inputs(config, records),
+        "inputs": name_inputs(config, depth),
         "records": records.fingerprint,
         "split": split,
         "questions": len(questions),

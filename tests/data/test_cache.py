@@ -153,9 +153,11 @@ def test_damage_is_named_by_the_checksums(records, network):
     damaged[whole.index(depth) + 2] ^= 1  # one bit of one depth
     chunk.write_bytes(damaged)
     with pytest.raises(DataError, match=r"chunk-00000.* is damaged .*checksum of row 0 differs.*add-depth"):
-        with_network_depth(opened, config, GRID)[0]
+        open_depth_cache(opened, config, GRID).read(token)
     chunk.write_bytes(whole)
-    assert with_network_depth(opened, config, GRID)[0]["token"] == token
+    np.testing.assert_array_equal(
+        open_depth_cache(opened, config, GRID).read(token).patch_depth, tensors["patch_depth"][0]
+    )
     provenance.write_bytes(said.replace(b'"min"', b'"mean"', 1))
     with pytest.raises(DataError, match="is not as add-depth wrote it; remove"):
-        with_network_depth(opened, config, GRID)
+        open_depth_cache(opened, config, GRID)

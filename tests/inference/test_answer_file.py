@@ -8,7 +8,6 @@ import json
 import pytest
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference import predict as predict_module
@@ -106,12 +105,11 @@ def test_answers_with_another_tokenizer_are_not_gone_on_with(tmp_path):
     file.write_bytes(DEMO_TOKENIZER.read_bytes())
     config = tiny(records, tmp_path / "run")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
-    opened = open_records(records)
-    before = name_inputs(config, opened)
+    before = name_inputs(config, None)
     file.write_bytes(DEMO_TOKENIZER.read_bytes() + b"\n")
     out = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
         write(out, [1, 2, 3, 4, 5], fail_after=4, facts=FACTS | {"inputs": before})
-    now = FACTS | {"inputs": name_inputs(config, opened)}
+    now = FACTS | {"inputs": name_inputs(config, None)}
     with pytest.raises(SpaceDriveError, match=r"begun otherwise .*inputs\.tokenizer"):
         write(out, [1], resume=True, facts=now)
