@@ -12,6 +12,7 @@ import datetime
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -207,6 +208,12 @@ def strict(value: Any) -> Any:
 def to_json(value: Any, **options: Any) -> str:
     """Strict JSON text; see `strict`. `options` are those of `json.dumps`."""
     return json.dumps(strict(value), allow_nan=False, **options)
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of an object's strict JSON, its own `digest` left out."""
+    rest = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

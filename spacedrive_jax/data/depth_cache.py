@@ -12,7 +12,6 @@ slip in, nor what a disk got wrong.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import zlib
@@ -34,10 +33,10 @@ from spacedrive_jax.io import (
     MEBIBYTE,
     convert,
     inside,
+    json_digest,
     parse_json,
     read_json,
     require_regular,
-    to_json,
     write_bytes,
     write_json,
 )
@@ -123,7 +122,7 @@ class DepthCache:
             return self._row(file, row, token)
         except SpaceDriveError:
             raise
-        except (SafetensorError, IndexError, ValueError, TypeError) as error:
+        except (SafetensorError, IndexError, ValueError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{file} is damaged ({error}); remove {self.folder} and run add-depth again"
             ) from error
@@ -198,7 +197,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     content = read_json(file, most=MEBIBYTE * 64)
     advice = f"remove {folder} and run add-depth again"
     convert(content, _Provenance, file, advice)
-    if content["digest"] != _digest(content):
+    if content["digest"] != json_digest(content):
         raise DataError(f"{file} is not as add-depth wrote it; {advice}")
     return content
 
@@ -210,13 +209,7 @@ def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
         folder: the sidecar.
         facts: JSON values: those of the network, `records_fingerprint`, `full`, the names of the `chunks`.
     """
-    write_json(folder / PROVENANCE, {**facts, "digest": _digest(facts)})
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of a provenance without its digest."""
-    rest = {name: value for name, value in facts.items() if name != "digest"}
-    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
+    write_json(folder / PROVENANCE, {**facts, "digest": json_digest(facts)})
 
 
 def _checksum(

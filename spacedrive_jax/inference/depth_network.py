@@ -27,7 +27,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
-from spacedrive_jax.io import MEBIBYTE, convert, read_json
+from spacedrive_jax.io import MEBIBYTE, convert, read_json, require_regular
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
@@ -97,6 +97,7 @@ class DepthNetworkConfig:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "weights"}
         digest.update(json.dumps({"revision": REVISION, **settings}, sort_keys=True).encode())
         for file in sorted(files):
+            require_regular(file)
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()

@@ -14,12 +14,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax import export as jax_export
+from msgspec import Meta
 from safetensors.flax import load_file, save_file
 
 from spacedrive_jax import io
@@ -27,12 +29,13 @@ from spacedrive_jax.batch import DrivingBatch, stack, without_padding
 from spacedrive_jax.config import from_json
 from spacedrive_jax.console import note
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
-VERSION = 1
+VERSION = 2
 FACTS = "export.json"
 WEIGHTS = "weights.safetensors"
 MOST_FACTS_BYTES = 16 << 20
@@ -97,6 +100,7 @@ def write_export(
         "batch": "any" if sizes is None else sizes,
         "platforms": list(next(iter(programs.values())).platforms),
         "jax": jax.__version__,
+        "tokenizer": _tokenizer_digest(config_json),
         "files": {},
     }
     with io.atomic_folder(folder) as unfinished:
@@ -105,8 +109,11 @@ def write_export(
             metadata["files"][name] = hashlib.sha256(data).hexdigest()
             io.write_bytes(unfinished / name, data)
         save_file(dict(weights), str(unfinished / WEIGHTS))
+        # safetensors makes files that only their owner may read; follow the umask, as the folder does.
+        (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
         with (unfinished / WEIGHTS).open("rb") as stream:
             metadata["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
+        metadata["digest"] = io.json_digest(metadata)
         io.write_json(unfinished / FACTS, metadata, indent=2)
     return metadata
 
@@ -177,10 +184,32 @@ def _platform(name: str) -> str:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    metadata = io.read_json(folder / FACTS, most=MOST_FACTS_BYTES)
+    file = folder / FACTS
+    metadata = io.read_json(file, most=MOST_FACTS_BYTES)
     if not isinstance(metadata, dict) or metadata.get("version") != VERSION:
-        raise CheckpointError(f"{folder / FACTS} is not of this version of the project: export it again")
+        raise CheckpointError(f"{file} is not of this version of the project: export it again")
+    io.convert(metadata, _Facts, file, "export it again")
+    if metadata["digest"] != io.json_digest(metadata):
+        raise CheckpointError(f"{file} is not what was exported: export it again")
+    if metadata["tokenizer"] != _tokenizer_digest(json.dumps(metadata["config"])):
+        raise CheckpointError(f"{folder} was exported with another tokenizer than data.tokenizer names now")
     return metadata
+
+
+class _Facts(msgspec.Struct):
+    config: dict[str, Any]
+    length: Annotated[int, Meta(ge=1)]
+    batch: Literal["any"] | list[int]
+    platforms: list[str]
+    tokenizer: str
+    files: dict[str, str]
+    digest: str
+
+
+def _tokenizer_digest(config_json: str) -> str:
+    """SHA-256 of the tokenizer's file, which makes the prompts that the program reads."""
+    file = tokenizer_file(from_json(config_json).data.tokenizer)
+    return hashlib.sha256(io.read_bytes(file)).hexdigest()
 
 
 def _checked(folder: Path, metadata: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:

@@ -162,9 +162,10 @@ class SafetensorsFolder:
 def _lfs(file: Path) -> str:
     """A hint where the file is a pointer to the real one."""
     try:
+        require_regular(file)
         with file.open("rb") as beginning:
             pointer = beginning.read(32).startswith(b"version https://git-lfs")
-    except OSError:
+    except (OSError, DataError):
         return ""
     return " (it is a Git LFS pointer, not the file itself: git lfs pull)" if pointer else ""
 

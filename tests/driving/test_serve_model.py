@@ -91,7 +91,16 @@ def test_exported_runs_without_the_models_source(case, tmp_path):
     )
     assert done.stdout.split()[-1] == "False"
 
-    weights = folder / "weights.safetensors"
+    weights, facts = folder / "weights.safetensors", folder / "export.json"
+    assert weights.stat().st_mode == facts.stat().st_mode  # readable by whoever may read the others
+    said = facts.read_text()
+    facts.write_text(said.replace('"length": ', '"length": 1'))
+    with pytest.raises(CheckpointError, match=r"export\.json is not what was exported"):
+        open_exported(folder)
+    facts.write_text(said.replace('"length"', '"lengths"'))
+    with pytest.raises(SpaceDriveError, match=r"export\.json: .*`length`.*export it again"):
+        open_exported(folder)
+    facts.write_text(said)
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(bytes(damaged))
