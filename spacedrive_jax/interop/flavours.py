@@ -138,6 +138,10 @@ def _original_llava(path: Path) -> str:
     )
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the types that weights come in."""
+
+
 def check_tensors(path: Path, types: Mapping[str, str]) -> None:
     """Refuses tensors that are no plain floats of a plain model.
 
@@ -151,8 +155,8 @@ def check_tensors(path: Path, types: Mapping[str, str]) -> None:
     for name, kind in types.items():
         last = name.rpartition(".")[2]
         method = _SUFFIXES.get(last) or ("FP8" if kind.startswith("F8") else None)
-        if method is None and last == "weight" and kind[0] in "IU":
-            method = f"integers ({kind})"
+        if method is None and kind not in FLOATS and last != "position_ids":
+            method = f"numbers of type {kind}"
         if method is not None:
             raise CheckpointError(
                 f"{path} is quantised ({name} is of {method}): " + _DEQUANTISE.format(path=path)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from spacedrive_jax.errors import CheckpointError, DataError
 from spacedrive_jax.interop.families import format_of
+from spacedrive_jax.interop.flavours import FLOATS
 from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes, lora_rules
@@ -260,7 +261,15 @@ def _open(path: str | Path, canonical_name: Callable[[str], str]) -> Safetensors
             )
         raise CheckpointError(f"{file} is not there; save the adapters as safetensors")
     # The wrapped model's names come in the hub's and in transformers' form, like those of checkpoints.
-    return SafetensorsFolder(file, rename=lambda name: _WRAPPER + canonical_name(name.removeprefix(_WRAPPER)))
+    folder = SafetensorsFolder(
+        file, rename=lambda name: _WRAPPER + canonical_name(name.removeprefix(_WRAPPER))
+    )
+    for place in folder.places.values():
+        if place.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file} is quantised ({place.name} has numbers of type {place.dtype}): save it as floats"
+            )
+    return folder
 
 
 def _targets(names: Iterable[str], path: Path) -> tuple[LoraTarget, ...]:

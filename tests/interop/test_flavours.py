@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -66,7 +67,9 @@ def test_a_whole_checkpoint_passes(tmp_path):
         ("layers.0.q_proj.qweight", "I32", "GPTQ or AWQ"),
         ("layers.0.q_proj.weight.absmax", "F32", "bitsandbytes"),
         ("layers.0.q_proj.SCB", "F32", "bitsandbytes"),
-        ("layers.0.q_proj.weight", "I8", "integers"),
+        ("layers.0.q_proj.weight", "I8", "numbers of type I8"),
+        ("layers.0.q_proj.bias", "U8", "numbers of type U8"),
+        ("layers.0.q_proj.bias", "C64", "numbers of type C64"),
         ("layers.0.q_proj.weight", "F8_E4M3", "FP8"),
         ("layers.0.q_proj.weight_scale_inv", "F32", "FP8"),
         ("model.mm_projector.0.weight", "F16", "original LLaVA"),
@@ -77,6 +80,14 @@ def test_a_whole_checkpoint_passes(tmp_path):
 def test_tensors_tell_too(tmp_path, name, kind, what):
     with pytest.raises(CheckpointError, match=what):
         check_tensors(tmp_path, {"norm.weight": "F32", name: kind})
+
+
+def test_a_pipe_among_the_shards_is_refused_not_waited_at(tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    os.mkfifo(tmp_path / "model-1.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors is a pipe"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_names_that_are_no_folder(tmp_path):

@@ -192,3 +192,12 @@ def test_weights_that_are_no_numbers_are_refused(saved):
     save_file(tensors | {name: tensors[name] * np.nan}, file)
     with pytest.raises(SpaceDriveError, match=f"{name} holds nan or infinity"):
         load_adapter(model, folder)
+
+
+def test_quantised_adapters_are_refused(saved):
+    model, folder = saved
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: (100 * value).astype(np.int8) for name, value in tensors.items()}, file)
+    with pytest.raises(SpaceDriveError, match=r"is quantised .*numbers of type I8"):
+        load_adapter(model, folder)
