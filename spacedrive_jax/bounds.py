@@ -48,6 +48,8 @@ class Bound:
         return f"{words}, or {', '.join(f'{value:g}' for value in self.also)}" if self.also else words
 
 
+LARGEST = 1e38
+"""About where float32 ends, in which almost all is computed."""
 ANY = Bound()
 COUNT = Bound(1)
 FROM_ZERO = Bound(0)
@@ -82,6 +84,8 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
             name = f"--{field.replace('_', '-')}" if place == "--" else f"{place}.{field}".lstrip(".")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ConfigError(f"{name} {value!r} must be a number, {bound}")
+            if LARGEST <= abs(number) < math.inf:
+                raise ConfigError(f"{name} {str(value)[:40]} is larger than what numbers are computed with")
             if not bound.holds(number):
                 raise ConfigError(f"{name} {value!r} must be {bound}")
             if field in whole and not isinstance(number, int):

@@ -350,6 +350,6 @@ def _build(template: Any, values: Any, place: str) -> Any:
         else:
             try:
                 changes[name] = msgspec.convert(value, types[name])
-            except (msgspec.ValidationError, UnicodeEncodeError) as error:
+            except (msgspec.ValidationError, UnicodeEncodeError, OverflowError) as error:
                 raise ConfigError(f"{place}.{name} is {str(value)[:40]!r}: {error}") from None
     return dataclasses.replace(template, **changes)

@@ -131,7 +131,7 @@ def parse_json(
     """
     try:
         constant = float if nan else _refuse_constant
-        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs or _unique)
+        return json.loads(text, parse_constant=constant, parse_int=_whole, object_pairs_hook=pairs or _unique)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a file of this project") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -140,6 +140,12 @@ def parse_json(
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"{digits[:20]}... has {len(digits)} digits, more than any number here")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -421,7 +427,7 @@ def read_typed(
     data = read_bytes(path, most=most)
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: {error}; {advice}") from error
 
 
@@ -439,7 +445,7 @@ def convert(value: Any, kind: type[T] | GenericAlias, path: object, advice: str 
     """
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
         raise DataError(f"{path}: {error}; {advice}") from error
 
 

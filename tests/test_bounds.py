@@ -206,3 +206,9 @@ def test_a_coordinator_needs_its_port(coordinator, words, capsys):
 def test_a_profile_needs_steps(capsys):
     assert spacedrive_jax.cli.main.main(["train", "demo", "--profile", "3", "0"]) == 1
     assert capsys.readouterr().err.startswith("error: --profile 3 0: ")
+
+
+@pytest.mark.parametrize("value", [1e38, -1e38, 1e308, 10**400])
+def test_numbers_larger_than_float32_are_refused(value):
+    with pytest.raises(ConfigError, match=r"position_weight .*larger than what numbers are computed with"):
+        TrainConfig(position_weight=value)

@@ -15,6 +15,7 @@ from spacedrive_jax.io import (
     folder_lock,
     inside,
     output_lock,
+    parse_json,
     read_typed,
     require_regular,
 )
@@ -26,6 +27,13 @@ with folder_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("digits", [301, 4000, 100_000])
+def test_whole_numbers_beyond_any_are_refused(digits):
+    with pytest.raises(DataError, match=r"it is not JSON .*digits"):
+        parse_json('{"a": ' + "9" * digits + "}", "it")
+    assert parse_json('{"a": -' + "9" * 200 + "}", "it")["a"] < 0
 
 
 def test_second_job_is_told_who_holds_the_folder(tmp_path):

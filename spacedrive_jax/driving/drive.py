@@ -220,7 +220,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} is no finished run of drives ({SUMMARY} is missing)")
     summary = read_json(path)
-    convert(summary, _Summary, path, "drive --resume writes it again")
+    driven = not isinstance(summary, dict) or summary.get("drives")
+    convert(summary, _Summary if driven else _Nothing, path, "drive --resume writes it again")
     return summary
 
 
@@ -229,19 +230,27 @@ class _Interval(msgspec.Struct, array_like=True):
     high: float
 
 
+class _KindScores(msgspec.Struct):
+    drives: int
+    driving_score: float
+    pdm_score: float
+
+
+class _Nothing(msgspec.Struct):
+    """What is read back of a run in which nothing was driven."""
+
+    drives: int
+
+
 class _Summary(msgspec.Struct):
-    """What is read back of `summarise`; without a single drive there are no scores."""
+    """What is read back of `summarise`."""
 
-    drives: Annotated[int, Meta(ge=0)]
-    driving_score: float | None = None
-    driving_score_interval: _Interval | None = None
-    success_rate: float | None = None
-    pdm_score: float | None = None
-    pdm_score_interval: _Interval | None = None
-    pdm_parts: dict[str, float] = {}
-    failures: dict[str, int] = {}
-    kinds: dict[str, dict[str, float]] = {}
-
-    def __post_init__(self) -> None:
-        if self.drives and None in (self.driving_score, self.success_rate, self.pdm_score):
-            raise ValueError("it has drives but no scores")
+    drives: Annotated[int, Meta(ge=1)]
+    driving_score: float
+    driving_score_interval: _Interval | None
+    success_rate: float
+    pdm_score: float
+    pdm_score_interval: _Interval | None
+    pdm_parts: dict[str, float]
+    failures: dict[str, int]
+    kinds: dict[str, _KindScores]

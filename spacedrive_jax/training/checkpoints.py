@@ -148,9 +148,13 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
 
     Raises:
         ConfigError: none would stay.
+        CheckpointError: a checkpoint there holds a pipe or a device, at which orbax would wait for ever.
     """
     if keep < 1:
         raise ConfigError(f"train.max_to_keep is {keep}: at least the newest must stay, give 1 or more")
+    for step in steps_of(run_dir):
+        with naming_the_whole(run_dir, step):
+            _folder(run_dir, step)
     newest = preservation.LatestN(keep)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation.AnyPreservationPolicy([newest, _KeepBest(run_dir)]),
