@@ -277,7 +277,4 @@ def _parse_waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"]:
         raise DataError(
             f'{where}: "waypoints" must be a list of six [x, y] number pairs, found {str(points)[:80]}'
         )
-    try:
-        return np.array(points, np.float64).reshape(-1, 2)
-    except OverflowError:
-        raise DataError(f'{where}: "waypoints" holds a number that is too large for a coordinate') from None
+    return np.array(points, np.float64).reshape(-1, 2)
