@@ -105,15 +105,21 @@ class SampleBuilder:
         )
 
     def chat(self, talk: Conversation) -> ChatTokens:
-        """A conversation's tokens and labels, the visual tokens in it, the ego tokens not yet."""
+        """A conversation's tokens and labels, the visual tokens in it, the ego tokens not yet.
+
+        Raises:
+            DataError: a text spells special tokens out.
+        """
         rows, columns = self.images.token_grid
-        return self.family.chat.apply_chat_template(
+        chat = self.family.chat.apply_chat_template(
             self.tokenizer,
             talk.turns,
             rows * columns,
             add_generation_prompt=not self.answer,
             supervise_positions=self.data.conversation.supervise_position_tokens,
         )
+        self._check_texts(talk, chat, rows * columns)
+        return chat
 
     def sample(
         self, record: Record, talk: Conversation, index: int, cached: CachedDepth | None = None
@@ -126,7 +132,6 @@ class SampleBuilder:
         data, grid = self.data, self.images.token_grid
         status = ego_status(record, data.command)
         try:
-            self._check_texts(talk, chat, grid[0] * grid[1])
             fields = token_fields(
                 self.family,
                 self.tokenizer,
