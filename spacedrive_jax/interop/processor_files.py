@@ -54,21 +54,14 @@ def _write_tokenizer_config(file: Path, tokenizer: DrivingTokenizer) -> None:
     fields.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     fields["eos_token"] = spelled["turn_end"]
     fields.setdefault("pad_token", spelled["padding"])
-    # Ids of what was added after the base was written; transformers holds the file against tokenizer.json.
+    # Where the base lists the added tokens, transformers takes that list and no other: it must be whole.
     known = fields.get("added_tokens_decoder")
     if isinstance(known, dict):
-        for number in (tokenizer.indicator, tokenizer.position):
-            known.setdefault(
-                str(number),
-                {
-                    "content": tokenizer.tokenizer.id_to_token(number),
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                },
-            )
+        for number, token in tokenizer.tokenizer.get_added_tokens_decoder().items():
+            known[str(number)] = {"content": token.content} | {
+                name: getattr(token, name)
+                for name in ("lstrip", "normalized", "rstrip", "single_word", "special")
+            }
     file.unlink(missing_ok=True)
     write_json(file, fields, indent=2)
 
