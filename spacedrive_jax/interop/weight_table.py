@@ -102,7 +102,7 @@ def reversed_prefixes(prefixes: Iterable[tuple[str, str]]) -> tuple[tuple[str, s
 
 
 def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
-    """The table of a Qwen2.5 or LLaMA decoder.
+    """The table of a Qwen2.5, Qwen3 or LLaMA decoder.
 
     Args:
         config: Architecture.
@@ -134,6 +134,10 @@ def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_mod
         block("mlp.up_proj.weight", "mlp.up.kernel", (inner, width), in_axes=1),
         block("mlp.down_proj.weight", "mlp.down.kernel", (width, inner), in_axes=1),
     ]
+    if config.qk_norm:
+        normed = (config.head_dim,)
+        rules.append(block("self_attn.q_norm.weight", "attention.q_norm.scale", normed))
+        rules.append(block("self_attn.k_norm.weight", "attention.k_norm.scale", normed))
     for name, size in out_sizes.items():
         rules.append(
             block(f"self_attn.{name}_proj.weight", f"attention.{name}.kernel", (size, width), in_axes=1)
@@ -160,12 +164,15 @@ def lora_rules(
     """
     width, query = config.hidden_size, config.num_heads * config.head_dim
     key_value = config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
     sizes = {"q": (width, query), "k": (width, key_value), "v": (width, key_value), "o": (query, width)}
+    sizes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
     rules = []
     for target in lora.targets:
         fan_in, fan_out = sizes[target]
-        source = f"{prefix}.layers.{{layer}}.self_attn.{target}_proj"
-        path = ("decoder", "layers", "attention", target, "adapter")
+        theirs, ours = ("mlp", "mlp") if target in ("gate", "up", "down") else ("self_attn", "attention")
+        source = f"{prefix}.layers.{{layer}}.{theirs}.{target}_proj"
+        path = ("decoder", "layers", ours, target, "adapter")
         in_axes = 2 if target == "o" else 1
         rules += [
             Rule(f"{source}.lora_A.weight", (*path, "a"), (lora.rank, fan_in), in_axes, config.num_layers),

@@ -1,7 +1,8 @@
 """What a vision-language model is made of, as frozen, hashable values.
 
 `LanguageModelConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
-multimodal rotary embedding) and LLaMA (no biases, one-dimensional rotary embedding) alike.
+multimodal rotary embedding), Qwen3 (normed queries and keys) and LLaMA (no biases, one-dimensional rotary
+embedding) alike.
 Reading and writing transformers' config.json is the business of `interop/`.
 """
 
@@ -23,7 +24,7 @@ from spacedrive_jax.bounds import (
 )
 from spacedrive_jax.errors import ConfigError
 
-LoraTarget = Literal["q", "k", "v", "o"]
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 RematPolicy = Literal["none", "full", "attention", "attention_mlp", "dots", "dots_no_batch"]
 BaseQuantization = Literal["none", "int8", "int4"]
 AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
@@ -58,8 +59,13 @@ class LanguageModelConfig:
     mrope_section: tuple[int, ...] = (16, 24, 24)
     """How many rotary frequencies turn with each position axis (time, row, column). One section is the
     ordinary one-dimensional embedding, which then follows the first axis only."""
+    mrope_interleaved: bool = False
+    """Frequencies take turns among the axes (Qwen3-VL) instead of lying in runs: time, row, column, time, …;
+    row and column take as many as their sections say, time the rest."""
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    qk_norm: bool = False
+    """Queries and keys are RMS-normed, head by head, before they are turned (Qwen3)."""
     tie_word_embeddings: bool = False
     """The head is the embedding table."""
 
@@ -76,6 +82,13 @@ class LanguageModelConfig:
             raise ConfigError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
             )
+        if self.mrope_interleaved and (len(self.mrope_section) != 3 or self.head_dim % 2):
+            raise ConfigError(
+                f"mrope_interleaved needs three sections, got {self.mrope_section}, and an even head_dim, "
+                f"got {self.head_dim}"
+            )
+        if self.mrope_interleaved:
+            return
         if 2 * sum(self.mrope_section) != self.head_dim or not 1 <= len(self.mrope_section) <= 3:
             raise ConfigError(
                 f"mrope_section {self.mrope_section} must be one to three numbers that sum to half of "
@@ -132,7 +145,7 @@ class VLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the decoder's attention projections (Hu et al. 2021).
+    """Low-rank adapters on projections of the decoder's attention and MLP (Hu et al. 2021).
 
     The defaults are SpaceDrive's for Qwen2.5-VL.
     """
@@ -146,6 +159,10 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.lora")
+
+    def on(self, target: LoraTarget) -> LoraConfig | None:
+        """The adapters of one projection; None where it has none."""
+        return self if target in self.targets else None
 
     @property
     def scaling(self) -> float:

@@ -1,7 +1,7 @@
-"""The language decoder: Qwen2.5 and LLaMA as two settings of one module.
+"""The language decoder: Qwen2.5, Qwen3 and LLaMA as settings of one module.
 
 Pre-norm blocks of grouped-query attention and SwiGLU, stacked and scanned. Low-rank adapters sit inside
-the attention projections; the rows of newly added tokens are small trainable tables beside the frozen
+the projections; the rows of newly added tokens are small trainable tables beside the frozen
 embedding and head.
 """
 
@@ -31,7 +31,7 @@ from spacedrive_jax.models.layers import (
     stack_layers,
 )
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import RotaryTables, decoder_rotary, rotate
+from spacedrive_jax.models.positions import RotaryTables, decoder_rotary, frequency_axes, rotate
 
 # The decoder's key and value memory: fixed shapes, each sample at its own length.
 
@@ -95,15 +95,20 @@ class Attention(nnx.Module):
         outer, query_names, kv_names = ("embed",), ("heads", "head_dim"), ("kv_heads", "head_dim")
         make = functools.partial(Projection, compute=compute, rngs=rngs)
 
-        def adapter(target: str) -> LoraConfig | None:
-            return lora if lora is not None and target in lora.targets else None
-
+        q, k, v, o = (None,) * 4 if lora is None else map(lora.on, ("q", "k", "v", "o"))
         bias = config.qkv_bias
-        self.q = make(model, query, outer, query_names, bias=bias, lora=adapter("q"))
-        self.k = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("k"))
-        self.v = make(model, key_value, outer, kv_names, bias=bias, lora=adapter("v"))
-        self.o = make(query, model, query_names, outer, bias=False, lora=adapter("o"))
+        self.q = make(model, query, outer, query_names, bias=bias, lora=q)
+        self.k = make(model, key_value, outer, kv_names, bias=bias, lora=k)
+        self.v = make(model, key_value, outer, kv_names, bias=bias, lora=v)
+        self.o = make(query, model, query_names, outer, bias=False, lora=o)
         self.attention_choice = compute.attention
+
+        def head_norm() -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return RMSNorm(head, config.norm_eps, name="head_dim", compute=compute, rngs=rngs)
+
+        self.q_norm, self.k_norm = head_norm(), head_norm()
 
     def __call__(
         self,
@@ -122,13 +127,19 @@ class Attention(nnx.Module):
             What was attended to, and the cache with the new tokens; without one, their keys and values.
         """
         q_key, k_key, v_key, o_key = (None,) * 4 if dropout_keys is None else dropout_keys
-        q = rotate(self.q(x, dropout_key=q_key), rotary)
-        k = rotate(self.k(x, dropout_key=k_key), rotary)
+        q, k = self.q(x, dropout_key=q_key), self.k(x, dropout_key=k_key)
         v = self.v(x, dropout_key=v_key)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Kept for the backward pass before the norm, which needs what it normed.
+            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
-            q, k, v = map(checkpoint_name, (q, k, v), ("query", "key", "value"))
+            v = checkpoint_name(v, "value")
+            if self.q_norm is None:
+                q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
             attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
             attended = checkpoint_name(attended, "attended")
             return self.o(attended, dropout_key=o_key), (k, v)
@@ -158,15 +169,22 @@ class DecoderLayer(nnx.Module):
             bias=False,
             compute=compute,
             rngs=rngs,
+            lora=lora,
         )
 
     def __call__(
-        self, x: Float[Array, "B S D"], rotary: RotaryTables, **attention: Any
+        self,
+        x: Float[Array, "B S D"],
+        rotary: RotaryTables,
+        *,
+        mlp_dropout_keys: Key[Array, " 3"] | None,
+        **attention: Any,
     ) -> tuple[Float[Array, "B S D"], KVCache | KeysValues]:
-        """Runs the block; the keyword arguments and the second result are those of `Attention`."""
+        """Runs the block; the other keyword arguments and the second result are those of `Attention`."""
         attended, memory = self.attention(self.attention_norm(x), rotary, **attention)
         x = checkpoint_name(constrain(x + attended, "batch", "sequence", None), "residual")
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), memory
+        fed_forward = self.mlp(self.mlp_norm(x), mlp_dropout_keys)
+        return constrain(x + fed_forward, "batch", "sequence", None), memory
 
 
 class LanguageModel(nnx.Module):
@@ -187,7 +205,7 @@ class LanguageModel(nnx.Module):
             config: Architecture.
             compute: Dtypes, rematerialisation, attention kernel.
             rngs: Random streams (`params`).
-            lora: Adapters on the attention projections; None for none.
+            lora: Adapters on the blocks' projections; None for none.
             new_tokens: Ids with trainable rows of their own; None for none.
 
         Raises:
@@ -302,7 +320,9 @@ class LanguageModel(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         deepstack: Float[Array, "K B S D"] | None = None,
     ) -> Float[Array, "states B S D"]:
-        """The input and each block's output, the last final-normed (transformers' `hidden_states`)."""
+        """The input and each block's output, before deepstack is added, the last one final-normed
+        (transformers' `hidden_states`).
+        """
         hidden, _, layers = self._run(
             embeddings, position_ids, lengths, None, None, deepstack, keep=lambda hidden, memory: hidden
         )
@@ -322,14 +342,17 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
         """Runs all blocks; `keep` says what of each (output, second result) is stacked."""
         config, new_tokens = self.config, embeddings.shape[1]
-        rotary = decoder_rotary(position_ids, config.mrope_section, config.rope_theta)
+        axes = frequency_axes(
+            config.head_dim // 2, config.mrope_section, interleaved=config.mrope_interleaved
+        )
+        rotary = decoder_rotary(position_ids, axes, config.rope_theta)
         cache_mask = None if cache is None else cache.attention_mask(new_tokens)
-        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, (config.num_layers, 4))
+        layer_keys, mlp_keys = self._dropout_keys(dropout_key)
 
         def apply(layer: DecoderLayer, carry: Any, inputs: Any) -> tuple[Any, Any]:
             # The cache travels in the carry, so that XLA updates it in place.
             hidden, cache = carry
-            index, keys = inputs
+            index, keys, mlp_keys = inputs
             hidden, memory = layer(
                 hidden,
                 rotary,
@@ -338,17 +361,31 @@ class LanguageModel(nnx.Module):
                 cache_mask=cache_mask,
                 layer=index,
                 dropout_keys=keys,
+                mlp_dropout_keys=mlp_keys,
             )
+            kept = keep(hidden, memory)
             if deepstack is not None:
                 hidden = _add_deepstack(hidden, deepstack, index)
-            return (hidden, None if cache is None else memory), keep(hidden, memory)
+            return (hidden, None if cache is None else memory), kept
 
-        per_layer = (jnp.arange(config.num_layers), layer_keys)
+        per_layer = (jnp.arange(config.num_layers), layer_keys, mlp_keys)
         start = constrain(embeddings.astype(self.compute.activation_dtype), "batch", "sequence", None)
         (hidden, cache), kept = scan_layers(self.layers, apply, (start, cache), per_layer, self.compute)
         if cache is not None:
             cache = cache.grown(new_tokens if lengths is None else lengths)
         return hidden, cache, kept
+
+    def _dropout_keys(
+        self, dropout_key: jax.Array | None
+    ) -> tuple[Key[Array, "L 4"] | None, Key[Array, "L 3"] | None]:
+        """Each block's keys for attention and for the MLP, where there are adapters."""
+        if dropout_key is None:
+            return None, None
+        layers = self.config.num_layers
+        attention = jax.random.split(dropout_key, (layers, 4))
+        if self.lora is None or not {"gate", "up", "down"} & set(self.lora.targets):
+            return attention, None
+        return attention, jax.random.split(jax.random.fold_in(dropout_key, 1), (layers, 3))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocabulary"]:
         """Scores every vocabulary id from final-normed hidden states, float32.

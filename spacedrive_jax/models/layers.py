@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.partitioning import AxisNames, constrain, without_fsdp
@@ -283,14 +283,20 @@ class SwiGLU(nnx.Module):
         bias: bool,
         compute: ComputeConfig,
         rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
     ) -> None:
         outer, inner = names
         make = functools.partial(Projection, bias=bias, compute=compute, rngs=rngs)
-        self.gate = make((features,), (hidden,), (outer,), (inner,))
-        self.up = make((features,), (hidden,), (outer,), (inner,))
-        self.down = make((hidden,), (features,), (inner,), (outer,))
+        gate, up, down = (None,) * 3 if lora is None else map(lora.on, ("gate", "up", "down"))
+        self.gate = make((features,), (hidden,), (outer,), (inner,), lora=gate)
+        self.up = make((features,), (hidden,), (outer,), (inner,), lora=up)
+        self.down = make((hidden,), (features,), (inner,), (outer,), lora=down)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Applies the block to each vector."""
-        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(
+        self, x: Float[Array, "... D"], dropout_keys: Key[Array, " 3"] | None = None
+    ) -> Float[Array, "... D"]:
+        """Applies the block to each vector; the keys are for the adapters' dropout."""
+        gate_key, up_key, down_key = (None,) * 3 if dropout_keys is None else dropout_keys
+        gate = checkpoint_name(self.gate(x, dropout_key=gate_key), "gate")
+        up = checkpoint_name(self.up(x, dropout_key=up_key), "up")
+        return self.down(jax.nn.silu(gate) * up, dropout_key=down_key)

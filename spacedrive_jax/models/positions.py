@@ -34,24 +34,41 @@ def inverse_frequencies(count: int, theta: float) -> Float[np.ndarray, " count"]
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
-def decoder_rotary(
-    position_ids: Int[Array, "A B S"], sections: tuple[int, ...], theta: float
-) -> RotaryTables:
-    """Rotary tables of the decoder: each section of the frequencies follows its own position axis.
+def frequency_axes(
+    count: int, sections: tuple[int, ...], *, interleaved: bool = False
+) -> Int[np.ndarray, " count"]:
+    """The position axis that each of the decoder's frequencies follows.
 
-    With three sections this is the multimodal embedding of Qwen2-VL (Wang et al. 2024, section 2.1); with
-    one it is the ordinary 1-D embedding on the first axis.
+    Args:
+        count: Half of the head size.
+        sections: See `LanguageModelConfig.mrope_section`.
+        interleaved: See `LanguageModelConfig.mrope_interleaved`.
+    """
+    if not interleaved:
+        return np.repeat(np.arange(len(sections)), sections)
+    axes = np.zeros(count, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
+
+
+def decoder_rotary(
+    position_ids: Int[Array, "A B S"], axes: Int[np.ndarray, " half"], theta: float
+) -> RotaryTables:
+    """Rotary tables of the decoder: each frequency follows its own position axis.
+
+    With three axes this is the multimodal embedding of Qwen2-VL (Wang et al. 2024, section 2.1); with one it
+    is the ordinary 1-D embedding.
 
     Args:
         position_ids: Position of every token on each axis (time, row, column); text has the same on all.
-        sections: Number of frequencies that follow each axis; sums to half of the head size.
+        axes: Axis of each frequency (`frequency_axes`).
         theta: Base of the frequencies.
 
     Returns:
         Tables of shape (B, S, head_dim / 2).
     """
-    axis_of_frequency = np.repeat(np.arange(len(sections)), sections)
-    frequencies = inverse_frequencies(sum(sections), theta)
+    axis_of_frequency, frequencies = axes, inverse_frequencies(len(axes), theta)
     per_frequency = jnp.moveaxis(position_ids.astype(jnp.float32)[axis_of_frequency], 0, -1)
     angles = per_frequency * frequencies
     return RotaryTables(jnp.cos(angles), jnp.sin(angles))

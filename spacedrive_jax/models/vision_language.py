@@ -62,7 +62,7 @@ class VisionLanguageModel(nnx.Module):
             config: Architecture.
             compute: Dtypes, rematerialisation, attention kernel.
             rngs: Random streams (`params`).
-            lora: Adapters on the decoder's attention projections; None for none.
+            lora: Adapters on the decoder's projections; None for none.
             new_tokens: Ids with trainable rows of their own; None for none.
         """
         self.config = config

@@ -1,4 +1,4 @@
-"""Vision transformers with learnt positions: what CLIP, SigLIP and InternViT share.
+"""Vision transformers: what CLIP, SigLIP, InternViT and Qwen3-VL's tower share.
 
 Pre-norm blocks with full attention over the tokens of an image, and the way from an image to patches and from
 patches to fewer, wider tokens. What differs (class token, positions, norms around the stack) is the family's.
@@ -20,28 +20,42 @@ from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig, VisionConfig
 from spacedrive_jax.models.layers import LayerNorm, Projection, parameter
 from spacedrive_jax.models.partitioning import constrain
+from spacedrive_jax.models.positions import RotaryTables, rotate
 
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
 class VisionSelfAttention(nnx.Module):
-    """Self-attention over all tokens of an image."""
+    """Self-attention over all tokens of an image; queries, keys and values from three products or one."""
 
     def __init__(
-        self, config: VisionConfig, *, qkv_bias: bool = True, compute: ComputeConfig, rngs: nnx.Rngs
+        self,
+        config: VisionConfig,
+        *,
+        qkv_bias: bool = True,
+        fused_qkv: bool = False,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
     ) -> None:
         heads, names = (config.num_heads, config.head_dim), ("vision_heads", "head_dim")
         model, outer = (config.hidden_size,), ("vision_embed",)
         make = functools.partial(Projection, compute=compute, rngs=rngs)
-        self.q = make(model, heads, outer, names, bias=qkv_bias)
-        self.k = make(model, heads, outer, names, bias=qkv_bias)
-        self.v = make(model, heads, outer, names, bias=qkv_bias)
+        self.fused_qkv = fused_qkv
+        if fused_qkv:
+            self.qkv = make(model, (3, *heads), outer, (None, *names), bias=qkv_bias)
+        else:
+            self.q = make(model, heads, outer, names, bias=qkv_bias)
+            self.k = make(model, heads, outer, names, bias=qkv_bias)
+            self.v = make(model, heads, outer, names, bias=qkv_bias)
         self.o = make(heads, model, names, outer, bias=True)
         self.attention_choice = compute.attention
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Attends over the whole image."""
-        return self.o(attend(self.q(x), self.k(x), self.v(x), choice=self.attention_choice, axes=IMAGE_AXES))
+    def __call__(self, x: Float[Array, "I P D"], rotary: RotaryTables | None = None) -> Float[Array, "I P D"]:
+        """Attends over the whole image, queries and keys turned where there are angles."""
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0) if self.fused_qkv else (self.q(x), self.k(x), self.v(x))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return self.o(attend(q, k, v, choice=self.attention_choice, axes=IMAGE_AXES))
 
 
 class VisionBlock(nnx.Module):
@@ -53,6 +67,7 @@ class VisionBlock(nnx.Module):
         *,
         activation: Activation,
         qkv_bias: bool = True,
+        fused_qkv: bool = False,
         layer_scale: float | None = None,
         compute: ComputeConfig,
         rngs: nnx.Rngs,
@@ -63,6 +78,7 @@ class VisionBlock(nnx.Module):
             config: Sizes and the norms' epsilon.
             activation: Of the MLP, between `up` and `down`.
             qkv_bias: Whether queries, keys and values have biases.
+            fused_qkv: Whether the three come from one product.
             layer_scale: First value of the learnt scales on what attention and MLP add (Touvron et al. 2021);
                 None for none.
             compute: Dtypes, rematerialisation, attention kernel.
@@ -74,7 +90,9 @@ class VisionBlock(nnx.Module):
         )
         make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
         self.attention_norm = norm()
-        self.attention = VisionSelfAttention(config, qkv_bias=qkv_bias, compute=compute, rngs=rngs)
+        self.attention = VisionSelfAttention(
+            config, qkv_bias=qkv_bias, fused_qkv=fused_qkv, compute=compute, rngs=rngs
+        )
         self.mlp_norm = norm()
         self.up = make(width, inner, ("vision_embed",), ("vision_mlp",))
         self.down = make(inner, width, ("vision_mlp",), ("vision_embed",))
@@ -91,9 +109,10 @@ class VisionBlock(nnx.Module):
         self.attention_scale = scale()
         self.mlp_scale = scale()
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Runs the block."""
-        x = constrain(x + _scaled(self.attention(self.attention_norm(x)), self.attention_scale), *_AXES)
+    def __call__(self, x: Float[Array, "I P D"], rotary: RotaryTables | None = None) -> Float[Array, "I P D"]:
+        """Runs the block; the angles are attention's."""
+        attended = self.attention(self.attention_norm(x), rotary)
+        x = constrain(x + _scaled(attended, self.attention_scale), *_AXES)
         return constrain(x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale), *_AXES)
 
     def mlp(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:

@@ -201,7 +201,8 @@ def adapter_flops(model: ModelConfig, length: int) -> int:
     """One forward pass of all low-rank adapters over a sequence."""
     decoder, rank = model.vlm.decoder, model.lora.rank
     query, key = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    outer = {"q": query, "k": key, "v": key, "o": query}
+    inner = decoder.intermediate_size
+    outer = {"q": query, "k": key, "v": key, "o": query, "gate": inner, "up": inner, "down": inner}
     weights = sum(rank * (decoder.hidden_size + outer[target]) for target in model.lora.targets)
     return 2 * weights * length * decoder.num_layers
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -54,6 +55,31 @@ def test_the_folder_is_laid_out_as_peft_has_it(saved):
     np.testing.assert_array_equal(tensors[f"{prefix}.o_proj.lora_A.weight"], a.reshape(32, 3).T)
     b = model.decoder.layers.attention.v.adapter.b[...][2]
     np.testing.assert_array_equal(tensors[f"{prefix}.v_proj.lora_B.weight"], b.reshape(3, 16).T)
+
+
+def test_the_mlp_has_adapters_where_they_are_asked_for(tmp_path):
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("k", "gate", "down"))
+    model = build(lora)
+    assert model.decoder.layers.mlp.up.adapter is None
+    assert model.decoder.layers.mlp.gate.adapter.a.shape == (3, 32, 2)
+    save_adapter(model, tmp_path / "adapter", base_model="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.language_model.layers.1.mlp"
+    assert tensors[f"{prefix}.gate_proj.lora_A.weight"].shape == (2, 32)
+    a = model.decoder.layers.mlp.down.adapter.a[...][1]
+    np.testing.assert_array_equal(tensors[f"{prefix}.down_proj.lora_A.weight"], a.T)
+    assert read_peft_config(tmp_path / "adapter") == lora
+    other = build(lora, seed=1)
+    load_adapter(other, tmp_path / "adapter")
+    np.testing.assert_array_equal(other.decoder.layers.mlp.down.adapter.a[...][1], a)
+
+    ids, places = jnp.arange(6)[None], jnp.broadcast_to(jnp.arange(6), (3, 1, 6))
+    embeddings = model.embed(ids)
+    plain, _ = model.decode(embeddings, places)
+    dropped, _ = model.decode(embeddings, places, dropout_key=jax.random.key(0))
+    again, _ = model.decode(embeddings, places, dropout_key=jax.random.key(0))
+    assert np.abs(dropped - plain).max() > 1e-6
+    np.testing.assert_array_equal(again, dropped)
 
 
 def test_hub_names_are_understood(saved):

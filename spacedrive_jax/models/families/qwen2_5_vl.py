@@ -334,7 +334,8 @@ class QwenChat(ChatTemplate):
             "vision_end": ("<|vision_end|>",),
         }
     )
-    system = "You are a helpful assistant."
+    system: ClassVar[str | None] = "You are a helpful assistant."
+    """The turn before all others; None for none."""
     header_tokens = 3
     """`<|im_start|>`, `assistant`, newline: the first three ids of an assistant turn are not supervised."""
 
@@ -347,11 +348,12 @@ class QwenChat(ChatTemplate):
         add_generation_prompt: bool = False,
         supervise_positions: bool = False,
     ) -> ChatTokens:
-        """Lays out a conversation behind the system turn; see `ChatTemplate`."""
+        """Lays out a conversation, behind the system turn where there is one; see `ChatTemplate`."""
         image = f"<|vision_start|>{'<|image_pad|>' * tokens_per_image}<|vision_end|>"
         token_ids: list[int] = []
         labels: list[int] = []
-        for message in (Message("system", self.system), *messages):
+        system = [] if self.system is None else [Message("system", self.system)]
+        for message in (*system, *messages):
             content = message.content.replace(IMAGE_PLACEHOLDER, image)
             ids = tokenizer.encode(f"<|im_start|>{message.role}\n{content}<|im_end|>\n")
             token_ids += ids
