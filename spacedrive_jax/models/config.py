@@ -160,7 +160,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.lora")
 
-    def on(self, target: LoraTarget) -> LoraConfig | None:
+    def on(self, target: str) -> LoraConfig | None:
         """The adapters of one projection; None where it has none."""
         return self if target in self.targets else None
 

@@ -394,7 +394,7 @@ class QwenImageProcessor(ImageProcessor):
 
     def __init__(
         self,
-        vision: QwenVisionConfig,
+        vision: Any,
         image_size: tuple[int, int],
         settings: ProcessorSettings | None = None,
     ) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.vision_language import VisionLanguageModel
@@ -42,6 +43,28 @@ def next_token_loss(
     hidden, _ = model.decode(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
     scores = jax.nn.log_softmax(model.decoder.logits(hidden[:, :-1]))
     return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
+
+
+def assert_same_pixels(model: VisionLanguageModel, processor, to_patches=lambda pixels: pixels) -> None:
+    """Compares `process` with transformers' (PIL) processor, bit for bit.
+
+    Args:
+        model: the model.
+        processor: set up as the model's checkpoint says.
+        to_patches: from its `pixel_values` to patches one after the other.
+    """
+    generator = np.random.default_rng(0)
+    sizes = ((50, 70), (240, 320), (16, 20), (300, 40))
+    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    expected = processor([Image.fromarray(image) for image in images], return_tensors="np")
+    wanted = to_patches(expected["pixel_values"])
+    for given in (images, [Image.fromarray(image) for image in images]):
+        patches, grid = model.process(given)
+        np.testing.assert_array_equal(patches, wanted.reshape(-1, wanted.shape[-1]))
+        if "image_grid_thw" in expected:
+            np.testing.assert_array_equal(grid, expected["image_grid_thw"][:, 1:])
+        else:
+            assert len(patches) == grid.prod(axis=1).sum()
 
 
 def assert_same_lora_gradients(model, adapted, torch_inputs, token_ids, images, grid) -> None:

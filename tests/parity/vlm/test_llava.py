@@ -13,7 +13,12 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.families.llava import Llava, flatten_patches
 from spacedrive_jax.models.families.llava import lora as llava_lora
-from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients, hidden_states
+from tests.parity.vlm.comparison import (
+    assert_close,
+    assert_same_lora_gradients,
+    assert_same_pixels,
+    hidden_states,
+)
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -139,6 +144,12 @@ def test_features_hidden_states_and_logits(pair):
         for layer, each in enumerate(theirs.hidden_states):
             assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
         assert_close(ours[row, :length], theirs.logits[0], "logits")
+
+
+def test_processed_images(pair):
+    size = {"height": 56, "width": 56}
+    processor = transformers.LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size=size)
+    assert_same_pixels(pair.ours, processor, lambda pixels: flatten_patches(pixels, 14))
 
 
 def test_generated_ids(pair):

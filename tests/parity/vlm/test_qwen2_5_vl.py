@@ -13,7 +13,12 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
-from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients, hidden_states
+from tests.parity.vlm.comparison import (
+    assert_close,
+    assert_same_lora_gradients,
+    assert_same_pixels,
+    hidden_states,
+)
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -174,6 +179,30 @@ def test_visual_tokens(pair):
         ).pooler_output
     ours = pair.ours.encode_images(jnp.asarray(inputs.pixels[0]), inputs.grid)
     assert_close(ours.reshape(theirs.shape), theirs, "visual tokens")
+
+
+def test_processed_images(pair):
+    settings = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}}
+    assert_same_pixels(pair.ours, transformers.Qwen2VLImageProcessorPil(**settings))
+
+
+def test_images_of_different_sizes_in_one_sample(pair):
+    generator = np.random.default_rng(5)
+    grids = ((4, 6), (10, 12), (4, 6))
+    images = [[VISION_START, *[IMAGE] * (rows * columns // 4), VISION_END] for rows, columns in grids]
+    token_ids = np.array([[7, *images[0], *generator.integers(0, 500, 3), *images[1], *images[2], 9]])
+    patches = generator.standard_normal((24 + 120 + 24, 1176)).astype(np.float32)
+    ours = pair.ours.logits(token_ids, images=patches, image_grid=np.array(grids))
+    ids = torch.tensor(token_ids)
+    with torch.no_grad():
+        theirs = pair.theirs(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.tensor(patches),
+            image_grid_thw=torch.tensor([[1, *grid] for grid in grids]),
+            mm_token_type_ids=(ids == IMAGE).long(),
+        )
+    assert_close(ours[0], theirs.logits[0], "logits")
 
 
 def test_generated_ids_with_cache_batched_and_alone(pair):
