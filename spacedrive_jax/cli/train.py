@@ -137,14 +137,20 @@ class Train(Command):
 
     def _look(self, config: Config) -> Mapping[str, Any]:
         """Says what the run would be."""
+        from spacedrive_jax.aot.fitting import device_memory, least_bytes
         from spacedrive_jax.training.preflight import describe, preflight
 
         seen = preflight(config, resume=self.resume, overwrite=self.overwrite)
         print(describe(config, seen))
-        if seen.problems:
-            raise ConfigError("; ".join(seen.problems))
+        least, memory, problems = least_bytes(config), device_memory(), list(seen.problems)
+        if memory is not None:
+            print(f"  a step takes at least {least / 1e9:.2f} GB of a device's {memory / 1e9:.1f} GB")
+            if least > memory:
+                problems.append(f"a device has too little memory for a step: {_TRAIN_LESS}")
+        if problems:
+            raise ConfigError("; ".join(problems))
         print("nothing found that would stop it")
-        return dataclasses.asdict(seen)
+        return dataclasses.asdict(seen) | {"least_bytes": least, "device_bytes": memory}
 
 
 _TRAIN_LESS = (

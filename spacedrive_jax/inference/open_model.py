@@ -50,7 +50,7 @@ from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
-from spacedrive_jax.training.weights import is_run
+from spacedrive_jax.training.weights import is_run, run_config
 
 # Opens the vision-language model of whatever folder holds one.
 
@@ -137,7 +137,7 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     trained = open_trained_model(source, mesh=mesh)
     config, model = trained.config, trained.model
     modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
-    weights = config.model.weights
+    weights = _base_weights(config)
     is_folder = weights is not None and (Path(weights) / METADATA_FILE).is_file()
     named = weights or f"random weights of {source}"
     base = _base_name(Path(named)) if is_folder else named
@@ -151,6 +151,17 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     return Exportable(
         model.vlm, base, write_tokenizer, tuple(sorted(modules)), run_card(source, config, "hf")
     )
+
+
+def _base_weights(config: Config) -> str | None:
+    """Where a run's frozen base came from, through the runs that it was started from."""
+    weights = config.model.weights
+    while weights is not None and is_run(weights):
+        before = run_config(weights)
+        if not before.model.use_lora:
+            return weights  # that run trained the base itself
+        weights = before.model.weights
+    return weights
 
 
 def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -> str:

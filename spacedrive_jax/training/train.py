@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, to_json
@@ -177,8 +178,11 @@ def _train(
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(frozen),
     }
-    if step is not None and run_folder.is_main_host():
-        checkpoints.go_back_to(run_dir, step)
+    if step is not None:
+        if run_folder.is_main_host():
+            checkpoints.go_back_to(run_dir, step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("later checkpoints are set aside")
     start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
     if start:
         if not accept_changes:
