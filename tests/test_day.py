@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from spacedrive_jax import open_model
 from tests.day import Day
 
 
+@pytest.mark.slow
 def test_a_day_with_weights_of_ones_own(tmp_path, capsys):
     day = Day(tmp_path, capsys)
     trained = day.train()

@@ -98,6 +98,18 @@ def test_a_resumed_prediction_has_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    tokens = [json.loads(each)["token"] for each in lines]
+    chosen = [str(tmp_path / "chosen.jsonl"), "--token", tokens[2], tokens[0]]
+    assert main([*command, "--out", *chosen]) == 0
+    assert (tmp_path / "chosen.jsonl").read_text().splitlines() == [lines[2], lines[0]]
+    assert main([*command, "--limit", "2"]) == 0
+    assert (run / "predictions.part.jsonl").read_text().splitlines() == lines[:2]
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "none.jsonl"), "--token", tokens[0], "nobody"]) == 1
+    assert "has no keyframe nobody" in capsys.readouterr().err
+    assert main([*command, "--token", tokens[0], "--limit", "1"]) == 1
+
 
 def test_answers_with_another_tokenizer_are_not_gone_on_with(tmp_path):
     records = make_records(tmp_path / "records")
