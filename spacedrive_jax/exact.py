@@ -24,7 +24,7 @@ import math
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 Number = TypeVar("Number", float, np.ndarray)
 """A plain float, or an array worked through element by element."""
@@ -79,9 +79,7 @@ _EXP = (
 )
 
 
-def matmul(
-    left: Float[np.ndarray, "... n k"], right: Float[np.ndarray, "... k m"]
-) -> Float[np.ndarray, "... n m"]:
+def matmul(left: Num[np.ndarray, "... n k"], right: Num[np.ndarray, "... k m"]) -> Num[np.ndarray, "... n m"]:
     """The product of (stacks of) small matrices, summed over k in order."""
     left, right = np.asarray(left), np.asarray(right)
     total = left[..., :, 0, None] * right[..., None, 0, :]
@@ -110,7 +108,7 @@ def product(left: Float[np.ndarray, "n k"], right: Float[np.ndarray, "k m"]) -> 
     return np.ldexp(whole[0] @ whole[1], -shifts)
 
 
-def dot(left: Float[np.ndarray, "... k"], right: Float[np.ndarray, "... k"]) -> Float[np.ndarray, "..."]:
+def dot(left: Float[np.ndarray, "... k"], right: Float[np.ndarray, "... k"]) -> Float[Any, "..."]:
     """The inner product along the last axis, summed in order."""
     left, right = np.asarray(left), np.asarray(right)
     total = left[..., 0] * right[..., 0]
@@ -137,7 +135,7 @@ def transform(
     return rotate(points, a_to_b[:3, :3]) + a_to_b[:3, 3]
 
 
-def norm(vectors: Float[np.ndarray, "... k"]) -> Float[np.ndarray, "..."]:
+def norm(vectors: Float[np.ndarray, "... k"]) -> Float[Any, "..."]:
     """Euclidean length along the last axis."""
     return np.sqrt(dot(vectors, vectors))
 

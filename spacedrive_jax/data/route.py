@@ -96,7 +96,7 @@ def _curve(poses: Float[np.ndarray, "K 2"], headings: Float[np.ndarray, " K"]) -
 
 
 def _last_direction(
-    poses: Float[np.ndarray, "K 2"], headings: Float[np.ndarray, " K"]
+    poses: Float[np.ndarray, "K 2"], headings: Float[np.ndarray, " headings"]
 ) -> Float[np.ndarray, "2"]:
     heading = np.array(exact.cos_sin(headings[-1]))
     backwards = len(poses) > 1 and float(exact.dot(heading, poses[-1] - poses[-2])) < 0

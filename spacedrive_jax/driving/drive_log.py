@@ -27,7 +27,7 @@ CAR_CENTRE = 1.39
 
 @dataclasses.dataclass(frozen=True)
 class DriveLog:
-    """T time steps of `TIME_STEP` seconds; A movers (the ego vehicle first), then O things that stand."""
+    """T time steps of `TIME_STEP` seconds; R boxes: movers (the ego vehicle first), then what stands."""
 
     scenario: Scenario
     time: Float[np.ndarray, " T"]
@@ -37,9 +37,9 @@ class DriveLog:
     """Metres along the route of the nearest place on it."""
     aside: Float[np.ndarray, " T"]
     """Metres from the route, positive to its left."""
-    poses: Float[np.ndarray, "T A+O 3"]
+    poses: Float[np.ndarray, "T R 3"]
     """x, y, heading of every box centre."""
-    speeds: Float[np.ndarray, "T A+O"]
+    speeds: Float[np.ndarray, "T R"]
     goal: float
     """Metres along the route at which it ends."""
 
@@ -53,7 +53,7 @@ class DriveLog:
         return [*self.scenario.cast.movers, *self.scenario.cast.obstacles]
 
     @functools.cached_property
-    def half(self) -> Float[np.ndarray, "A+O 2"]:
+    def half(self) -> Float[np.ndarray, "R 2"]:
         """Half length and half width of every box."""
         return np.array([item.size[:2] for item in self._everybody]).reshape(-1, 2) / 2
 
@@ -187,7 +187,7 @@ DRIVABLE_TOLERANCE = 0.3
 class _Lines:
     """Polylines as points a quarter of a metre apart, with the direction at each."""
 
-    def __init__(self, lines: Sequence[Float[np.ndarray, "K 2"]]) -> None:
+    def __init__(self, lines: Sequence[Float[np.ndarray, "_ 2"]]) -> None:
         dense = [paths.resample(line, 0.25) for line in lines]
         self._points = np.concatenate(dense)
         self._headings = np.concatenate([paths.headings(line) for line in dense])

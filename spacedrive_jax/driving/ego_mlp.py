@@ -33,8 +33,8 @@ class EgoMlp:
 
     mean: Float[np.ndarray, " F"]
     scale: Float[np.ndarray, " F"]
-    weights: tuple[Float[np.ndarray, "I O"], ...]
-    biases: tuple[Float[np.ndarray, " O"], ...]
+    weights: tuple[Float[np.ndarray, "_ _"], ...]
+    biases: tuple[Float[np.ndarray, " _"], ...]
 
     def __call__(self, world: World, record: Record) -> Plan:
         """The plan; the world is not looked at."""

@@ -34,7 +34,7 @@ class Predictions:
     """
 
     path: Path
-    waypoints: Mapping[str, Float[np.ndarray, "T 2"]]
+    waypoints: Mapping[str, Float[np.ndarray, "_ 2"]]
     text: Mapping[str, str]
     unparsed: tuple[str, ...]
     short: tuple[str, ...]
@@ -69,7 +69,7 @@ def discretize(predictions: Predictions, pitch: float) -> Predictions:
 
 
 def sort_predictions(
-    path: Path, entries: Iterable[tuple[str, str, Float[np.ndarray, "n 2"] | None]]
+    path: Path, entries: Iterable[tuple[str, str, Float[np.ndarray, "_ 2"] | None]]
 ) -> Predictions:
     """Sorts predictions by whether they can be scored.
 

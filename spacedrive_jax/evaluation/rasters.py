@@ -57,9 +57,9 @@ class Grid:
 
 
 def box_corners(
-    centre: Float[np.ndarray, "*batch 2"],
-    yaw: Float[np.ndarray, "*batch"],
-    size: Float[np.ndarray, "*batch 2"],
+    centre: Float[np.ndarray, "*#batch 2"],
+    yaw: Float[np.ndarray, "*#batch"],
+    size: Float[np.ndarray, "*#batch 2"],
 ) -> Float[np.ndarray, "*batch 4 2"]:
     """Corners of upright boxes seen from above.
 

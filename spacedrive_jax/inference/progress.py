@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch
@@ -89,7 +90,7 @@ def decode_points(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Arr
 
 
 def coordinate_indices(
-    token_ids: Int[Array, "B G"], lengths: Int[Array, " B"], indicator: int
+    token_ids: Int[Array | np.ndarray, "B G"], lengths: Int[Array | np.ndarray, " B"], indicator: int
 ) -> Bool[Array, "B G"]:
     """Where a finished answer has its coordinates: behind the first indicator of every run.
 

@@ -338,7 +338,7 @@ def _read_part(
     """
     names, shape, dtype = rule.source_names(), variable.shape, variable.dtype
     if rule.layers is None:
-        return convert(rule.load(source.read(names[0]), layout))[index].astype(dtype)
+        return np.asarray(convert(rule.load(source.read(names[0]), layout))[index], dtype)
     layers = range(*index[0].indices(rule.layers))
     rest = tuple(len(range(*each.indices(size))) for each, size in zip(index[1:], shape[1:], strict=True))
     part = np.empty((len(layers), *rest), dtype)

@@ -140,7 +140,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 def with_mean_rows(
     table: Float[np.ndarray, "vocabulary D"], first: int, count: int
-) -> Float[np.ndarray, "vocabulary D"]:
+) -> Float[np.ndarray, "grown D"]:
     """A table whose rows `first` and following are the mean of all rows before them.
 
     Args:

@@ -87,7 +87,7 @@ class ImageProcessor(abc.ABC):
 def process_images(
     kind: type[ImageProcessor],
     vision: Any,
-    images: Sequence[Image.Image | UInt8[np.ndarray, "H W 3"]],
+    images: Sequence[Image.Image | UInt8[np.ndarray, "_ _ 3"]],
     settings: ProcessorSettings | None = None,
 ) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 2"]]:
     """Images of any sizes as the family's published processor prepares them, one after the other.

@@ -179,7 +179,7 @@ class VisionLanguageModel(nnx.Module):
         return self.decoder.prefill(embeddings, position_ids, lengths=lengths, deepstack=deepstack, room=room)
 
     def process(
-        self, images: Sequence[Image.Image | UInt8[np.ndarray, "H W 3"]]
+        self, images: Sequence[Image.Image | UInt8[np.ndarray, "_ _ 3"]]
     ) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 2"]]:
         """Images as the published processor prepares them, bit for bit, for `logits` and `generate`.
 

@@ -75,7 +75,7 @@ def _checksums(everywhere: NamedSharding | None) -> Callable[[dict[str, Array]],
     )
 
 
-def arrays_fingerprint(leaves: Mapping[str, Array], mesh: Mesh | None = None) -> str:
+def arrays_fingerprint(leaves: Mapping[str, Any], mesh: Mesh | None = None) -> str:
     """SHA-256 over the names, types, shapes and checksums of arrays on their devices.
 
     Args:

@@ -213,7 +213,7 @@ def surface_map_of_mask(
 class GroundColours:
     """Colours of the ground, averaged over ever larger cells so that the distance does not flicker."""
 
-    levels: tuple[Float[np.ndarray, "R C 3"], ...]
+    levels: tuple[Float[np.ndarray, "_ _ 3"], ...]
     sizes: tuple[float, ...]
     """Metres per cell of each level."""
     origin: tuple[float, float]

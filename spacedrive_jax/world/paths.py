@@ -57,7 +57,7 @@ def arc_lengths(points: Points) -> Float[np.ndarray, "K"]:
     return np.concatenate([[0.0], np.cumsum(steps)])
 
 
-def resample(points: Points, spacing: float) -> Points:
+def resample(points: Points, spacing: float) -> Float[np.ndarray, "resampled 2"]:
     """The same polyline with (nearly) equal steps.
 
     Args:

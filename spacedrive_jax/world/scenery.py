@@ -38,7 +38,7 @@ class Scenery:
     """Quads plus what throws long shadows: (outline, height) pairs."""
 
     quads: Quads
-    casters: tuple[tuple[Float[np.ndarray, "K 2"], float], ...]
+    casters: tuple[tuple[Float[np.ndarray, "_ 2"], float], ...]
 
 
 def cell_generator(kind: int, column: int, row: int) -> np.random.Generator:

@@ -95,7 +95,7 @@ def _norm(vectors: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "P"]:
     return np.sqrt(_inner(vectors, vectors))
 
 
-def _inner(left: Float[np.ndarray, "3 P"], right: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "P"]:
+def _inner(left: Float[np.ndarray, "3 *#P"], right: Float[np.ndarray, "3 *#P"]) -> Float[np.ndarray, "*P"]:
     return left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
 
 

@@ -126,7 +126,7 @@ class Traffic:
         self.conflicts: dict[tuple[int, Zebra, int], float] = {}
         """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
 
-    def close(self, x: Float[np.ndarray, "A+O"], y: Float[np.ndarray, "A+O"]) -> Bool[np.ndarray, "A A+O"]:
+    def close(self, x: Float[np.ndarray, "R"], y: Float[np.ndarray, "R"]) -> Bool[np.ndarray, "A R"]:
         """Whom each mover has to look at: all who could stand in its corridor, given the box centres."""
         count = len(self.movers)
         squared = (x[:count, None] - x) ** 2 + (y[:count, None] - y) ** 2
@@ -168,11 +168,11 @@ class Traffic:
         held[0] = max(acceleration, -float(state.speed[0]) / TIME_STEP)
         return dataclasses.replace(state, acceleration=held)
 
-    def poses(self, state: TrafficState, ego: EgoBody | None = None) -> Float[np.ndarray, "A+O 3"]:
+    def poses(self, state: TrafficState, ego: EgoBody | None = None) -> Float[np.ndarray, "R 3"]:
         """x, y, heading of every box centre: movers first, then obstacles."""
         return self._poses(state.s, ego)
 
-    def _poses(self, s: Float[np.ndarray, "A"], ego: EgoBody | None) -> Float[np.ndarray, "A+O 3"]:
+    def _poses(self, s: Float[np.ndarray, "A"], ego: EgoBody | None) -> Float[np.ndarray, "R 3"]:
         poses = np.concatenate([self.tracks.poses(s), self.still])
         if ego is not None:
             x, y, yaw = ego.pose
@@ -229,7 +229,7 @@ class _Moment:
         s: Float[np.ndarray, "A"],
         speed: Float[np.ndarray, "A"],
         since: Float[np.ndarray, "A"],
-        poses: Float[np.ndarray, "A+O 3"],
+        poses: Float[np.ndarray, "R 3"],
         off_route: bool,
     ) -> None:
         self.whole, self.time, self.s, self.speed, self.since, self.poses = (

@@ -195,7 +195,7 @@ class World:
         driven = tuple(state.vehicle for state in self.states)
         return dataclasses.replace(self.scenario, motions=motions, driven=driven)
 
-    def poses(self, state: WorldState) -> Float[np.ndarray, "A+O 3"]:
+    def poses(self, state: WorldState) -> Float[np.ndarray, "R 3"]:
         """x, y, heading of every box centre: the ego vehicle, the other movers, the obstacles."""
         return self.traffic.poses(state.traffic, None if state.vehicle is None else _body(state.vehicle))
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -119,7 +120,7 @@ def test_pixels_reach_the_model_as_the_image_processor_would_hand_them_over(reco
     colour[...] = (10, 100, 200)  # BGR
     images = [encode_jpeg(colour)] * 6
     sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": images}, 0)
-    patches = np.asarray(normalise(sample.pixel_values)).reshape(6, -1, 3, 2 * 14 * 14)
+    patches = np.asarray(normalise(jnp.asarray(sample.pixel_values))).reshape(6, -1, 3, 2 * 14 * 14)
     for channel, value in enumerate((200, 100, 10)):
         expected = (value / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
         np.testing.assert_allclose(patches[:, :, channel], expected, atol=0.1)  # JPEG moves a few levels

@@ -67,13 +67,14 @@ def test_scenery_keeps_off_the_road(ground: GroundRaster) -> None:
     assert (np.abs(low[..., 1] - 900.0) > 5.2).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"intrinsics": np.eye(4)}, "intrinsics"),
         ({"camera_to_global": np.eye(4)}, "not above the ground"),
-        ({"ground_raster": GroundRaster(np.zeros((0, 4)), (0.0, 0.0), 0.5)}, "ground raster"),
-        ({"ground_raster": GroundRaster(np.zeros((9, 9)), (0.0, 0.0), 0.0)}, "resolution"),
+        ({"ground_raster": GroundRaster(np.zeros((0, 4), np.uint8), (0.0, 0.0), 0.5)}, "ground raster"),
+        ({"ground_raster": GroundRaster(np.zeros((9, 9), np.uint8), (0.0, 0.0), 0.0)}, "resolution"),
     ],
 )
 def test_bad_input_is_explained(
@@ -125,7 +126,9 @@ def test_real_annotations_are_drawn_where_they_project(nuscenes_real: Path) -> N
             continue
         to_global = matrix(poses[data["ego_pose_token"]]) @ matrix(sensor)
         intrinsics = np.array(sensor["camera_intrinsic"]) * np.array([[0.2], [0.2], [1.0]])
-        ground = GroundRaster(np.ones((200, 200)), (to_global[0, 3] - 50, to_global[1, 3] - 50), 0.5)
+        ground = GroundRaster(
+            np.ones((200, 200), np.uint8), (to_global[0, 3] - 50, to_global[1, 3] - 50), 0.5
+        )
         depth = decode(draw_view(boxes, ground, intrinsics, to_global, (180, 320)).depth_png) / 256
         inverse = np.linalg.inv(to_global)
         for box in boxes:

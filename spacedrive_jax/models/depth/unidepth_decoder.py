@@ -67,7 +67,7 @@ class CrossAttentionBlock(nnx.Module):
         self,
         x: Float[Array, "B P D"],
         context: Float[Array, "B Q D"],
-        query_position: Float[Array, "B P D"] | None = None,
+        query_position: Float[Array, "B P D"] | Float[Array, "P D"] | None = None,
     ) -> Float[Array, "B P D"]:
         """Runs the block; `query_position` is added to the projected queries, not to the keys."""
         q = self.q(self.query_norm(x))

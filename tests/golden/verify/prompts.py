@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from spacedrive_jax.constants import NUM_WAYPOINTS
@@ -211,7 +212,7 @@ def _images(settings: dict[str, Any], outputs: dict[str, np.ndarray]) -> list[Ch
         if key.startswith("imgproc/") and key.endswith("/image"):
             name, image = key.removesuffix("/image"), outputs[key]
             processor = QwenImageProcessor(QwenVisionConfig(), image.shape[:2])
-            patches = normalise(processor.patches([image])[0])
+            patches = normalise(jnp.asarray(processor.patches([image])[0]))
             checks += [
                 _equal(f"{name}/grid", [(1, *processor.patch_grid)], outputs[f"{name}/grid"]),
                 compare(f"{name}/pixel_values", patches, outputs[f"{name}/pixel_values"], atol=1e-5),
