@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from spacedrive_jax.data.records import records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, read_text
@@ -51,16 +52,23 @@ def data_licence(records: str) -> tuple[str, str]:
     """What a records folder says of its data: licence, and the version it was converted from; "" for neither.
 
     Args:
-        records: `data.records` of a run; a mixture of folders, or one that is not here, says nothing.
+        records: `data.records` of a run; folders that are not here say nothing.
     """
+    licences, versions = [], []
     try:
-        provenance = read_provenance(records)
+        folders = [folder for folder, _ in records_sources(records)]
     except SpaceDriveError:
         return "", ""
-    source = provenance.get("source")
-    version = source.get("version") if isinstance(source, dict) else None
-    licence = provenance.get("licence")
-    return (licence if isinstance(licence, str) else ""), (version if isinstance(version, str) else "")
+    for folder in folders:
+        try:
+            provenance = read_provenance(folder)
+        except SpaceDriveError:
+            continue
+        source = provenance.get("source")
+        licences.append(provenance.get("licence"))
+        versions.append(source.get("version") if isinstance(source, dict) else None)
+    said = [dict.fromkeys(each for each in found if isinstance(each, str)) for found in (licences, versions)]
+    return " ".join(said[0]), ", ".join(said[1])
 
 
 def scores_of(run_dir: Path) -> list[Mapping[str, Any]]:
