@@ -27,7 +27,7 @@ class Show(Command):
     The keyframe is one of a records folder, or six images of your own with their calibration
     (docs/how-to/own_data.md shows the file). The last line names the picture.
 
-    Example: python -m spacedrive_jax show demo/run --records demo/records
+    Example: python -m spacedrive_jax show examples/demo/model --records examples/demo/records
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
