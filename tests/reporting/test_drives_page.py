@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spacedrive_jax.driving.bench import Finished
+from spacedrive_jax.driving.bench import Finished, NoPlace
 from spacedrive_jax.driving.drive import finish, write_drive
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
@@ -70,3 +70,32 @@ def test_film_and_curves_are_whole_pictures(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"summary\.json"):
         write_page(tmp_path)
+
+
+def test_a_run_without_a_single_drive_has_a_page_too(tmp_path: Path) -> None:
+    spec = DriveSpec(0, "cruise", "boston-seaport", 0)
+    write_drive(tmp_path, spec, NoPlace(0, "no straight road is long enough"))
+    finish([spec], tmp_path)
+    assert "Nothing was driven" in write_page(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("summary.json", '"failures"', '"failure"', "`failures`"),
+        ("summary.json", '"driving_score":', '"driving_score": "<script>", "x":', "`str`"),
+        ("results.json", '"status": "', '"status": 1, "x": "', "Expected `str`, got `int`"),
+        ("trace.json", '"step_s"', '"step"', "`step_s`"),
+        ("result.json", '"score_composed":', '"score_composed": 1e9, "x":', "<= 100"),
+    ],
+)
+def test_files_that_are_not_what_drive_wrote_are_named(
+    tmp_path: Path, file: str, old: str, new: str, said: str
+) -> None:
+    run = write_run(tmp_path / "run", (Other("vehicle.car", np.array([60.0, -1.75, 0.0])),))
+    path = next(run.rglob(file))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=rf"{file}: .*{said}"):
+        write_page(run)
