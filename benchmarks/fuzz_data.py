@@ -19,6 +19,8 @@ from data_prep.nuscenes.mask_png import cache_mask_bits
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import check_image, check_lidar
 from data_prep.nuscenes.tables import read_tables
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.frame import read_frame
 from spacedrive_jax.data.images import decode_depth, decode_photo
 from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.records import open_records
@@ -127,6 +129,24 @@ def data_targets() -> list[Target]:
         opened = SafetensorsFolder(folder)
         return {name: opened.read(name) for name in opened.shapes()}
 
+    def own_images(folder: Path) -> None:
+        maker = make_record(np.random.default_rng(5))
+        cameras = {
+            name: {"intrinsics": intrinsics.tolist(), "camera_to_ego": pose.tolist()}
+            for name, intrinsics, pose in zip(
+                CAMERAS, maker["camera_intrinsics"], maker["camera_to_ego"], strict=True
+            )
+        }
+        (folder / "images").mkdir()
+        for name in CAMERAS:
+            (folder / "images" / f"{name}.jpg").write_bytes(photo)
+        facts = {"speed": 5.0, "yaw_rate": 0.1, "command": "left", "target_points": [[9.0, 1.0], [40.0, 9.0]]}
+        (folder / "calibration.json").write_text(json.dumps({"cameras": cameras, **facts}))
+
+    def own_record(folder: Path) -> Any:
+        record = read_frame(folder / "images", folder / "calibration.json").record()
+        return {name: value for name, value in record.items() if name != "agent_velocity"}
+
     def scenes(folder: Path) -> Any:
         return list(read_scenes(read_tables(folder, VERSION)))
 
@@ -141,6 +161,8 @@ def data_targets() -> list[Target]:
         Target("tables", tables, f"{VERSION}/*.json", scenes, plausible_scenes, JSON),
         Target("CAN bus", can_bus, "can_bus/*", lambda f: read_pose_messages(f, "scene"), finite, JSON),
         Target("map expansion", one("town.json", town), "town.json", expansion, finite, JSON),
+        Target("own calibration", own_images, "*.json", own_record, finite, JSON),
+        Target("own images", own_images, "images/*", own_record, finite, BYTES),
         Target("map mask", mask, "m.png", mask_bits, equal, BYTES),
         Target("photograph", one("a.jpg", photo), "a.jpg", picture, finite, BYTES),
         Target("depth picture", one("d.png", depth), "d.png", depth_of, equal, BYTES),
