@@ -17,14 +17,30 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from benchmarks.fuzz_inputs import BYTES, JSON, Target, anything, edit_json, equal, finite
+from benchmarks.fuzz_inputs import (
+    BYTES,
+    JSON,
+    Change,
+    Target,
+    anything,
+    cut,
+    edit_json,
+    equal,
+    finite,
+    flip,
+    insert,
+    overwrite,
+)
 from data_prep.bench2drive.annotations import read_calibration, read_frame
 from spacedrive_jax.config import load_config, to_json
 from spacedrive_jax.data.depth_cache import DepthCache, write_chunk, write_provenance
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER, load_tokenizer
+from spacedrive_jax.driving.client import PolicyError, pack, unpack
 from spacedrive_jax.driving.drive import finish
 from spacedrive_jax.driving.pdm import PdmScore
+from spacedrive_jax.driving.protocol import act_message, partial_record
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.bench2drive.abilities import (
     ability_rates,
     comfort,
@@ -48,7 +64,10 @@ from spacedrive_jax.reporting.drives import write_page
 from spacedrive_jax.reporting.run_files import read_run
 from spacedrive_jax.training import checkpoints
 from tests.conftest import ROOT
+from tests.record_factory import make_record
 
+MESSAGE: tuple[Change, ...] = (flip, flip, cut, overwrite, insert)
+"""What may happen to bytes on their way; there is no file to be replaced."""
 GOLDEN = ROOT / "tests" / "golden"
 TEXT = "You are driving in boston. (+4.10, 0.0) <|im_end|>"
 
@@ -349,6 +368,19 @@ def markup(found: Any, whole: Any) -> bool:
     return "<script>" not in found and "nan" not in found.lower().split("<svg", 1)[-1]
 
 
+def message(folder: Path) -> None:
+    record = make_record(np.random.default_rng(6))
+    (folder / "act.msgpack").write_bytes(pack(act_message(record, 3, 1.5)))
+
+
+def message_record(folder: Path) -> Any:
+    try:
+        sent = unpack((folder / "act.msgpack").read_bytes())
+    except PolicyError as error:  # what a client is told; it stands by itself in CARLA's Python
+        raise DataError(str(error)) from error
+    return {name: value for name, value in partial_record(sent).items() if name != "agent_velocity"}
+
+
 def model_targets() -> list[Target]:
     """Sidecars, checkpoints, weights, tokenizers, configs, results."""
     llava = golden_file("llava_plus_train", "config.json")
@@ -385,6 +417,7 @@ def model_targets() -> list[Target]:
         ),
         Target("Bench2Drive clip", clip, "*.json", frame_of, finite, JSON),
         Target("counterfactual", counterfactual, "**/*.*", risks, anything, (edit_json, *BYTES)),
+        Target("message to a server", message, "*.msgpack", message_record, finite, MESSAGE),
         Target("run of drives", drive_run, "**/*.json", drives_page, markup, JSON),
         Target(
             *("scenarios", drives, "*.json"),

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
+from spacedrive_jax.data.frame import check_calibration
 from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
@@ -55,19 +56,21 @@ class _Array:
 
     shape: tuple[int | None, ...]
     required: bool = True
+    most: float = 1e5
+    """No number is larger, either way: metres, pixels, m/s, rad/s, seconds."""
 
 
 _ARRAYS: Mapping[str, _Array] = {
-    "camera_intrinsics": _Array((NUM_CAMERAS, 3, 3)),
-    "camera_to_ego": _Array((NUM_CAMERAS, 4, 4)),
-    "can_bus": _Array((CAN_BUS_SIZE,)),
-    "past_can_bus": _Array((NUM_PAST, CAN_BUS_SIZE)),
-    "past_to_ego": _Array((None, 4, 4)),
+    "camera_intrinsics": _Array((NUM_CAMERAS, 3, 3), most=1e6),
+    "camera_to_ego": _Array((NUM_CAMERAS, 4, 4), most=100),
+    "can_bus": _Array((CAN_BUS_SIZE,), most=1000),
+    "past_can_bus": _Array((NUM_PAST, CAN_BUS_SIZE), most=1000),
+    "past_to_ego": _Array((None, 4, 4), most=1000),
     "past_mask": _Array((None,)),
     "past_seconds": _Array((None,), required=False),
     "past_command": _Array((NUM_PAST,), required=False),
     "target_points": _Array((2, 2), required=False),
-    "lidar_to_ego": _Array((4, 4), required=False),
+    "lidar_to_ego": _Array((4, 4), required=False, most=100),
 }
 
 
@@ -82,12 +85,14 @@ def partial_record(message: Mapping[str, Any]) -> Record:
             `past_command` are RoadOption numbers.
 
     Raises:
-        DataError: a field is missing, unknown, of another shape, or not finite; the message names it.
+        DataError: a field is missing, unknown, of another shape, not finite, or not what it stands for; the
+            message names it.
     """
     unknown = sorted(str(name) for name in set(message) - FIELDS)
     if unknown:
         raise DataError(f"act has unknown fields: {', '.join(unknown[:5])}")
     arrays = {name: _array(message, name, spec) for name, spec in _ARRAYS.items()}
+    check_calibration(arrays["camera_intrinsics"], arrays["camera_to_ego"], "act")
     images = _pictures(message, "images")
     time_us = round(_number(message, "time_s", least=0.0, most=1e9) * 1e6)
     known = min(len(arrays["past_to_ego"]), MOST_PAST)
@@ -226,6 +231,10 @@ def _array(message: Mapping[str, Any], name: str, spec: _Array) -> Any:
     value = value.astype(np.float64)
     if not np.isfinite(value).all():
         raise DataError(f"act: {name} holds values that are not finite")
+    if np.abs(value).max(initial=0.0) > spec.most:
+        raise DataError(
+            f"act: {name} holds {np.abs(value).max():.4g}, which cannot be (at most {spec.most:g})"
+        )
     return value
 
 

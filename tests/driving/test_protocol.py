@@ -6,6 +6,7 @@ import pytest
 from spacedrive_jax.data.ego_status import mirrored_command
 from spacedrive_jax.data.schema import blank_record, record_features
 from spacedrive_jax.driving.protocol import act_message, image_size, partial_record
+from spacedrive_jax.errors import DataError
 from tests.driving.served import observation
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
@@ -93,3 +94,21 @@ def test_size_of_a_picture_comes_from_its_header():
         picture = np.zeros((height, width, 3), np.uint8)
         assert image_size(encode_jpeg(picture), "x").tolist() == [height, width]
         assert image_size(encode_png(picture), "x").tolist() == [height, width]
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value", "said"),
+    [
+        ("camera_to_ego", (0, 0, 3), 1e308, "camera_to_ego holds 1e"),
+        ("camera_to_ego", (2, 0, 0), 7.0, "no rotation"),
+        ("camera_intrinsics", (1, 0, 0), -60.0, "intrinsics is"),
+        ("can_bus", (10,), 1e6, "can_bus holds 1e"),
+        ("past_to_ego", (0, 1, 3), 1e5, "past_to_ego holds 1e"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(field, place, value, said):
+    message = act_message(make_record(np.random.default_rng(1)), 1, 0.5)
+    message[field] = message[field].copy()
+    message[field][place] = value
+    with pytest.raises(DataError, match=rf"^act: .*{said}"):
+        partial_record(message)
