@@ -19,7 +19,7 @@ from spacedrive_jax.data.loader import Samples, complete_futures, evaluation_bat
 from spacedrive_jax.data.records import Records, open_records, records_sources
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.evaluate import obstacles_of
 from spacedrive_jax.evaluation.metrics import (
     StepScores,
@@ -174,14 +174,13 @@ def _parts(config: Config) -> list[_Part]:
     with_answers, prompts = SampleBuilder(data, model), SampleBuilder(data, model, answer=False)
     opened: list[Records] = []
     for folder, _ in records_sources(data.records):
-        try:
-            records = open_records(folder, "val")
-        except SpaceDriveError as error:
-            raise ConfigError(
-                f"train.validate_every {config.train.validate_every} needs keyframes of split val: {error}; "
-                "--train.validate-every 0 trains without"
-            ) from error
-        opened.append(records)
+        if "val" in open_records(folder, "all").splits:
+            opened.append(open_records(folder, "val"))
+    if not opened:
+        raise ConfigError(
+            f"train.validate_every {config.train.validate_every} needs keyframes of split val, which "
+            f"{data.records} has none of: --train.validate-every 0 trains without"
+        )
     whole = [
         (number, int(row))
         for number, each in enumerate(opened)

@@ -20,6 +20,7 @@ from spacedrive_jax.training.checkpoints import Best, locate, steps_of
 from spacedrive_jax.training.preflight import depth_advice, describe, preflight
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
+from tests.record_factory import make_record, write_records
 from tests.training.runs import TINY, make_records, tiny
 
 
@@ -114,6 +115,9 @@ def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_pa
     expected = np.mean([error[:, :steps].mean() for steps in (2, 4, 6)])
     np.testing.assert_allclose(filled["validation/l2"], expected, rtol=1e-6)
     assert filled["validation/collision"] >= 0
+    alone = write_records(tmp_path / "alone", {"train": [make_record(np.random.default_rng(0))]})
+    with pytest.raises(ConfigError, match=r"has none of: --train\.validate-every 0 trains without"):
+        Validation(tiny(alone, tmp_path / "run"), mesh)
 
 
 def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, monkeypatch):
