@@ -151,19 +151,6 @@ def finished_scenes(directory: Path) -> Iterator[tuple[str, str, tuple[str, ...]
         yield split_of(saved.shard.file), saved.scene, saved.tokens
 
 
-def locate(directory: Path, token: str) -> tuple[str, int] | None:
-    """Where a keyframe is: its split and its index therein; None when the folder does not tell.
-
-    Saves reading a large records folder from the start to find one token.
-    """
-    before: Counter[str] = Counter()
-    for split, _, tokens in finished_scenes(directory):
-        if token in tokens:
-            return split, before[split] + tokens.index(token)
-        before[split] += len(tokens)
-    return None
-
-
 OFFICIAL_VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
 NUSCENES_LICENCE = (
     "Derived from nuScenes (c) Motional AD Inc.: CC BY-NC-SA 4.0 and the nuScenes Terms of Use, "

@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data_prep.conversion import finished_scenes, locate
+from data_prep.conversion import finished_scenes
 from spacedrive_jax import exact
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
@@ -29,7 +29,7 @@ from spacedrive_jax.data import lidar
 from spacedrive_jax.data.images import check_photo, decode_depth, decode_grey, decode_photo
 from spacedrive_jax.data.keyframe import camera_to_ego
 from spacedrive_jax.data.prompts import COMMAND_WORDS
-from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records import keyframe_index, open_records
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import put_in_place, say, write_bytes
@@ -326,14 +326,7 @@ def find_record(directory: Path, token: str | None, scene: str | None = None) ->
         while count < len(records) and records[count]["scene_name"] == first:
             count += 1
         return records[count // 2]
-    place = locate(directory, token)
-    if place is not None:
-        return open_records(directory, place[0])[place[1]]
-    for index in progress(range(len(records)), desc="search", unit="record"):
-        record = records[index]
-        if record["token"] == token:
-            return record
-    raise DataError(f"{directory} has no keyframe {token!r}; `inspect --list` names them")
+    return records[keyframe_index(records, token)]
 
 
 def check_pictures(directory: Path) -> int:

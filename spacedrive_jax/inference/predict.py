@@ -14,7 +14,6 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,8 +21,7 @@ from jax.sharding import Mesh
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import Samples, evaluation_batches
-from spacedrive_jax.data.records import Records, open_records
-from spacedrive_jax.data.schema import record_features
+from spacedrive_jax.data.records import Records, keyframe_index, open_records
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import DataError
@@ -247,16 +245,6 @@ def places_of(records: Records, tokens: Sequence[str]) -> list[int]:
     Raises:
         DataError: one is not there, or is asked for twice.
     """
-    missing = list(dict.fromkeys(tokens))
-    if len(missing) < len(tokens):
+    if len(set(tokens)) < len(tokens):
         raise DataError(f"--token names a keyframe twice: {', '.join(tokens)}")
-    features = tfds.features.FeaturesDict({"token": record_features()["token"]})
-    found: dict[str, int] = {}
-    for place in range(len(records)):
-        token = records.source.decode(place, features)["token"].decode(errors="replace")
-        if token in missing:
-            found[token] = place
-            if len(found) == len(missing):
-                return [found[each] for each in tokens]
-    absent = [token for token in missing if token not in found]
-    raise DataError(f"split {records.split} of {records.directory} has no keyframe {', '.join(absent)}")
+    return [keyframe_index(records, token) for token in tokens]

@@ -22,9 +22,9 @@ from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import shards
-from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records import keyframe_index, open_records
 from spacedrive_jax.data.schema import record_features
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import DataError, SpaceDriveError
 from tests.data_prep.tiny_nuscenes import (
     HEIGHT,
     INTRINSICS,
@@ -403,11 +403,16 @@ def test_differences_name_the_field():
     ]
 
 
-def test_locate_finds_every_keyframe(converted):
-    for split in ("train", "val"):
-        for index, record in enumerate(iterate(converted, split)):
-            assert conversion.locate(converted, record["token"]) == (split, index)
-    assert conversion.locate(converted, "nope") is None
+def test_every_keyframe_is_found_by_its_token_with_the_notes_or_without(converted, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(converted, bare, ignore=shutil.ignore_patterns("conversion"))
+    for folder in (converted, bare):
+        for split in ("train", "val", "all"):
+            records = open_records(folder, split)
+            for index, record in enumerate(iterate(folder, split)):
+                assert keyframe_index(records, record["token"]) == index
+        with pytest.raises(DataError, match="has no keyframe 'nope' in split all"):
+            keyframe_index(records, "nope")
 
 
 def test_leftovers_of_a_run_killed_before_its_plan_are_no_obstacle(dataroot, tmp_path):

@@ -107,7 +107,7 @@ def test_a_resumed_prediction_has_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert (run / "predictions.part.jsonl").read_text().splitlines() == lines[:2]
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "none.jsonl"), "--token", tokens[0], "nobody"]) == 1
-    assert "has no keyframe nobody" in capsys.readouterr().err
+    assert "has no keyframe 'nobody' in split" in capsys.readouterr().err
     assert main([*command, "--token", tokens[0], "--limit", "1"]) == 1
 
 

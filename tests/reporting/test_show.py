@@ -11,8 +11,11 @@ from data_prep.cli.main import main as data_prep
 from spacedrive_jax import Planner, open_model, open_records, plan
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import keyframe_index
+from spacedrive_jax.data.tokenizer import INDICATOR
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.reporting.cases import asked, explained
 from spacedrive_jax.reporting.style import check_picture
+from tests.record_factory import make_record
 from tests.training.runs import make_records, save_untrained, tiny
 
 
@@ -122,3 +125,11 @@ def test_a_keyframe_is_found_with_and_without_the_conversions_notes(made, tmp_pa
     assert [keyframe_index(records, token) for token in tokens] == [0, 1, 2]
     with pytest.raises(DataError, match="no keyframe 'x' in split val"):
         keyframe_index(records, "x")
+
+
+def test_a_question_about_a_route_names_its_nodes_in_metres():
+    record = make_record(np.random.default_rng(0))
+    said = asked(record, "route", ego_in_words=False, route_targets=True)
+    assert f"{INDICATOR}(30.00, 0.00), {INDICATOR}(80.00, 0.00)" in said
+    assert said.startswith("[6 images] ")
+    assert explained(said).startswith(f"{INDICATOR} announces a coordinate")
