@@ -53,12 +53,13 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
             implementation does not have (scaled rotary embeddings, sliding windows, other activations).
     """
     fields, origin = _load(source)
+    names = {kind: name for name, family in FAMILIES.items() for kind in (name, *family.also)}
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        expected = " or ".join(repr(name) for name in FAMILIES)
+    if not isinstance(kind, str) or kind not in names:
+        expected = " or ".join(map(repr, names))
         raise ConfigError(f"{origin}: model_type is {fields.get('model_type')!r}, expected {expected}")
     try:
-        return format_named(kind).read_config(fields, origin)
+        return format_named(names[kind]).read_config(fields, origin)
     except SpaceDriveError as error:
         if str(origin) in str(error):
             raise

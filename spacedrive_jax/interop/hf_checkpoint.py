@@ -138,7 +138,7 @@ def from_hf(
     shardings: ShardingOf | None = None,
     seed: int = 0,
 ) -> VisionLanguageModel:
-    """Builds Qwen2.5-VL or LLaVA-1.5 with the weights of a transformers checkpoint.
+    """Builds a model of any family with the weights of a transformers checkpoint.
 
     Args:
         path: Folder with config.json (its `model_type` tells the family) and safetensors files, sharded or
@@ -282,7 +282,7 @@ def to_hf(
     values = MergedParameters(model) if merged else None
     config = model.config if values is None else values.config
     form = format_of(config)
-    rename = form.hub_name if naming == "hub" else str
+    rename = form.hub_name if naming == "hub" else form.module_name
     rules = form.rules(config)
 
     def item_bytes(path: ParameterPath) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import LanguageModelConfig
+
+log = logging.getLogger(__name__)
 
 Fields = Mapping[str, Any]
 
@@ -223,3 +226,107 @@ def expect_full_attention(text: Fields, origin: str) -> None:
     if text.get("use_sliding_window") or sliding:
         name = "layer_types" if sliding else "use_sliding_window"
         raise ConfigError(f"{origin}: sliding-window attention is not supported ({name})")
+
+
+PLAIN_DECODERS = {
+    "llama": LanguageModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=10_000.0,
+        mrope_section=(64,),
+        norm_eps=1e-6,
+        qkv_bias=False,
+    ),
+    "qwen2": LanguageModelConfig(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=22016,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=10_000.0,
+        mrope_section=(64,),
+        norm_eps=1e-6,
+        qkv_bias=True,
+    ),
+}
+"""Decoders with a one-dimensional rotary embedding, by `model_type`: what fields left out mean."""
+
+
+def plain_decoder(
+    text: Fields, origin: str, kind: str, *, tied: bool, norm_eps: float | None = None
+) -> LanguageModelConfig:
+    """Reads a decoder of `PLAIN_DECODERS`.
+
+    Args:
+        text: Its part of the config.
+        origin: Names the file.
+        kind: The `model_type` that it must have, and has where none is given.
+        tied: Whether the head is the embedding table, which families say in different places.
+        norm_eps: What a missing epsilon means; None takes the kind's.
+
+    Raises:
+        ConfigError: If it is of another kind, or asks for what this implementation does not have.
+    """
+    usual = PLAIN_DECODERS[kind]
+    expect(text, "model_type", kind, origin)
+    expect(text, "hidden_act", "silu", origin)
+    expect(text, "attention_bias", False, origin)
+    expect(text, "mlp_bias", False, origin)
+    _expect_plain_rotary(text, origin)
+    expect_full_attention(text, origin)
+    hidden = size(text, "hidden_size", origin, usual.hidden_size)
+    heads = size(text, "num_attention_heads", origin, usual.num_heads)
+    head_dim = head_size(text, origin, hidden, heads)
+    # LLaMA without a number of key heads has as many as queries; Qwen2 has its usual number.
+    kv_heads = heads if kind == "llama" or "num_key_value_heads" in text else usual.num_kv_heads
+    return LanguageModelConfig(
+        vocab_size=size(text, "vocab_size", origin, usual.vocab_size),
+        hidden_size=hidden,
+        intermediate_size=size(text, "intermediate_size", origin, usual.intermediate_size),
+        num_layers=size(text, "num_hidden_layers", origin, usual.num_layers, most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=size(text, "num_key_value_heads", origin, kv_heads),
+        head_dim=head_dim,
+        rope_theta=rotary_theta(text, origin, usual.rope_theta),
+        mrope_section=(head_dim // 2,),
+        norm_eps=real(text, "rms_norm_eps", origin, norm_eps or usual.norm_eps),
+        qkv_bias=usual.qkv_bias,
+        tie_word_embeddings=tied,
+    )
+
+
+def _expect_plain_rotary(text: Fields, origin: str) -> None:
+    """Refuses scaled rotary embeddings, but for one that leaves all sequences of the trained length alone."""
+    rope = rotary_type(text, origin)
+    if rope == "dynamic":  # InternVL3
+        longest = size(text, "max_position_embeddings", origin, 32768)
+        log.info("%s: rotary angles are scaled behind %d positions only; they are not, here", origin, longest)
+    elif rope != "default":
+        raise ConfigError(f"{origin}: rotary embedding of type {rope!r} is not supported")
+
+
+def square_side(fields: Fields, name: str, origin: str, default: int) -> int:
+    """The side of a square that is given as one number or as two equal ones.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    value = fields.get(name)
+    if isinstance(value, list | tuple):
+        if len(value) != 2 or value[0] != value[1]:
+            raise ConfigError(f"{origin}: {name} is {str(value)[:40]}, expected one number or two equal ones")
+        value = value[0]
+    return size({name: value}, name, origin, default)
+
+
+def is_tied(fields: Fields, text: Fields, *, default: bool) -> bool:
+    """Whether config.json ties the head to the embedding: the outermost field counts, then the text's."""
+    for each in (fields, text):
+        if each.get("tie_word_embeddings") is not None:
+            return bool(each["tie_word_embeddings"])
+    return default

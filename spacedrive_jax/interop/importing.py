@@ -212,7 +212,8 @@ def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str,
             _import_base(base, folder, options), adapter_rank=lora.rank, adapter_source=str(source)
         )
         tensors = ((name, adapter.read(name)) for rule in rules for name in rule.source_names())
-        write_adapter(folder / ADAPTER_FOLDER, tensors, lora, rules, base_model=str(base))
+        form = format_of(read_hf_config(base))
+        write_adapter(folder / ADAPTER_FOLDER, tensors, lora, rules, form, base_model=str(base))
         metadata.write(folder)
     return dataclasses.asdict(metadata)
 

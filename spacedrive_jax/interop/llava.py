@@ -14,12 +14,9 @@ from spacedrive_jax.interop.hf_fields import (
     Fields,
     decoder_fields,
     expect,
-    expect_full_attention,
-    head_size,
     part,
+    plain_decoder,
     real,
-    rotary_theta,
-    rotary_type,
     size,
     text_fields,
 )
@@ -33,7 +30,6 @@ from spacedrive_jax.interop.weight_table import (
     reversed_prefixes,
     with_prefix,
 )
-from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 
 # The two-way table of LLaVA-1.5 and the names its tensors go by.
@@ -124,7 +120,8 @@ def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
     if not isinstance(layer, int) or layer >= 0:
         raise ConfigError(f"{origin}: vision_feature_layer {layer!r} must be one number below 0")
     return LlavaConfig(
-        decoder=_decoder(text, origin),
+        # The outer field is no guide to tying: transformers 4 writes its own default there.
+        decoder=plain_decoder(text, origin, "llama", tied=bool(text.get("tie_word_embeddings", False))),
         vision=ClipVisionConfig(feature_layer=layer) if vision is None else _vision(vision, layer, origin),
         image_token_id=_image_token(fields, origin),
         projector_bias=bool(fields.get("multimodal_projector_bias", True)),
@@ -171,35 +168,6 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
             "layer_norm_eps": vision.norm_eps,
         },
     }
-
-
-def _decoder(text: Fields, origin: str) -> LanguageModelConfig:
-    expect(text, "model_type", "llama", origin)
-    expect(text, "hidden_act", "silu", origin)
-    expect(text, "attention_bias", False, origin)
-    expect(text, "mlp_bias", False, origin)
-    kind = rotary_type(text, origin)
-    if kind != "default":
-        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported")
-    expect_full_attention(text, origin)
-    hidden = size(text, "hidden_size", origin, 4096)
-    heads = size(text, "num_attention_heads", origin, 32)
-    head_dim = head_size(text, origin, hidden, heads)
-    return LanguageModelConfig(
-        vocab_size=size(text, "vocab_size", origin, 32000),
-        hidden_size=hidden,
-        intermediate_size=size(text, "intermediate_size", origin, 11008),
-        num_layers=size(text, "num_hidden_layers", origin, 32, most=MOST_LAYERS),
-        num_heads=heads,
-        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
-        head_dim=head_dim,
-        rope_theta=rotary_theta(text, origin, 10_000.0),
-        mrope_section=(head_dim // 2,),
-        norm_eps=real(text, "rms_norm_eps", origin, 1e-6),
-        qkv_bias=False,
-        # The outer field is no guide: transformers 4 writes its own default there.
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-    )
 
 
 def _vision(vision: Fields, layer: int, origin: str) -> ClipVisionConfig:

@@ -18,7 +18,7 @@ from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.flavours import FLOATS
 from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
-from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes, lora_rules
+from spacedrive_jax.interop.weight_table import Format, Rule, check_names_and_shapes, lora_rules
 from spacedrive_jax.io import MEBIBYTE, read_json, reason
 from spacedrive_jax.models.config import LoraConfig, LoraTarget, VLConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
@@ -182,7 +182,9 @@ def save_adapter(
         raise CheckpointError("the model has no adapters to save; it was built with lora=None")
     rules = lora_rules(model.config.decoder, lora)
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
-    write_adapter(path, export_tensors(state, rules), lora, rules, base_model=base_model, complete=complete)
+    form = format_of(model.config)
+    tensors = export_tensors(state, rules)
+    write_adapter(path, tensors, lora, rules, form, base_model=base_model, complete=complete)
 
 
 def write_adapter(
@@ -190,6 +192,7 @@ def write_adapter(
     tensors: Iterable[tuple[str, np.ndarray]],
     lora: LoraConfig,
     rules: Iterable[Rule],
+    form: Format,
     *,
     base_model: str,
     complete: Complete | None = None,
@@ -201,12 +204,18 @@ def write_adapter(
         tensors: Names and values in the order of `rules`.
         lora: What the adapters are.
         rules: `lora_rules` of the model they belong to.
+        form: Format of its family, which says how PEFT names its modules.
         base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
         complete: Adds what else belongs into the folder.
 
     Raises:
         CheckpointError: If the folder exists.
     """
+
+    def renamed(name: str) -> str:
+        return _WRAPPER + form.module_name(name.removeprefix(_WRAPPER))
+
+    decoder = form.module_name("model.language_model.layers").split(".")[1]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -217,9 +226,10 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
         # An expression, not a list: CLIP's projections have the same names.
-        "target_modules": rf".*language_model.*\.({'|'.join(lora.targets)})_proj",
+        "target_modules": rf".*{decoder}.*\.({'|'.join(lora.targets)})_proj",
     }
-    shards = [[name for rule in rules for name in rule.source_names()]]
+    shards = [[renamed(name) for rule in rules for name in rule.source_names()]]
+    tensors = ((renamed(name), tensor) for name, tensor in tensors)
     write_folder(path, tensors, shards, config=config, stem=STEM, config_file=CONFIG_FILE, complete=complete)
 
 

@@ -114,7 +114,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         stream = fingerprint.watch((form.hub_name(name), base[name]) for name in names)
         write_tensors(folder, stream, plan_shards(planned, options.max_shard_bytes))
         adapters = ((name, parts.adapters[name]) for rule in adapter for name in rule.source_names())
-        write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, base_model=str(options.base))
+        write_adapter(folder / ADAPTER_FOLDER, adapters, lora, adapter, form, base_model=str(options.base))
         extras = {
             f"{part}/{name}": np.array(value, order="C")  # a copy: files must not share memory
             for part in EXTRAS

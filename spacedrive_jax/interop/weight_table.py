@@ -245,6 +245,9 @@ class Format:
     """From any name a tensor goes by to the one in `rules`."""
     hub_name: Callable[[str], str]
     """From the name in `rules` to the one in checkpoints on the hub."""
+    module_name: Callable[[str], str] = str
+    """From the name in `rules` to the one in transformers' state dict, which PEFT has too: the same, but
+    where transformers does not call the decoder `model.language_model`."""
     text_part: str = "text_config"
     """Object of config.json that holds `vocab_size` and `tie_word_embeddings`, unless they are outermost."""
     published: Published | None = None

@@ -121,6 +121,8 @@ class Family:
     interop: str
     """Module that knows the family's files as others have them; it defines `FORMAT`
     (`interop.families.Format`)."""
+    also: tuple[str, ...] = ()
+    """Further `model_type`s whose config.json and tensors are this family's."""
 
 
 FAMILIES: dict[str, Family] = {}

@@ -1,0 +1,172 @@
+"""SmolVLM's files: config.json of SmolVLM2 (`smolvlm`) and of the first SmolVLM (`idefics3`), tensor names.
+
+Fields left out take transformers' defaults. Both write `model.text_model.*`, `model.vision_model.*`,
+`model.connector.*` and `lm_head.weight`, on the hub and in transformers' state dict; the table has the
+decoder under the name that all families' have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.interop.hf_fields import (
+    MOST_LAYERS,
+    Fields,
+    decoder_fields,
+    expect,
+    is_tied,
+    part,
+    plain_decoder,
+    real,
+    size,
+    square_side,
+    text_fields,
+)
+from spacedrive_jax.interop.weight_table import (
+    Format,
+    ParameterPath,
+    Rule,
+    decoder_rules,
+    linear_rules,
+    reversed_prefixes,
+    with_prefix,
+)
+from spacedrive_jax.models.families.smolvlm import SiglipVisionConfig, SmolVLMConfig
+
+_TOWER = "model.vision_model"
+_PREFIXES = (("model.text_model.", "model.language_model."),)
+_NAMES = {
+    "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm_vision"),
+    "idefics3": ("Idefics3ForConditionalGeneration", "idefics3_vision"),
+}
+"""Class and `model_type` of the vision part."""
+
+
+def smolvlm_rules(config: SmolVLMConfig) -> tuple[Rule, ...]:
+    """The table of the base weights of SmolVLM (adapters and new-token rows are no part of it)."""
+    vision = config.vision
+    merged = vision.hidden_size * vision.merge_size**2
+    return (
+        *_vision_rules(vision),
+        *linear_rules(
+            "model.connector.modality_projection.proj",
+            ("connector",),
+            (config.decoder.hidden_size, merged),
+            bias=False,
+        ),
+        *decoder_rules(config.decoder),
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The name on the hub and in transformers to the one the table has."""
+    return with_prefix(name, _PREFIXES)
+
+
+def hub_name(name: str) -> str:
+    """The name a tensor has on the hub and in transformers (`canonical_name` undoes it)."""
+    return with_prefix(name, reversed_prefixes(_PREFIXES))
+
+
+def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
+    return [
+        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
+        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
+    ]
+
+
+def _vision_rules(config: SiglipVisionConfig) -> tuple[Rule, ...]:
+    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
+    block, blocks = f"{_TOWER}.encoder.layers.{{layer}}", ("vision", "layers")
+    patch = (width, config.in_channels, config.patch_size, config.patch_size)
+    embeddings, embedding = f"{_TOWER}.embeddings", ("vision", "patch_embedding")
+    places = (config.grid_side**2, width)
+    rules = [
+        Rule(f"{embeddings}.patch_embedding.weight", (*embedding, "kernel"), patch, in_axes=1),
+        Rule(f"{embeddings}.patch_embedding.bias", (*embedding, "bias"), (width,)),
+        Rule(f"{embeddings}.position_embedding.weight", ("vision", "position_embedding"), places),
+        *_norm(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
+        *_norm(f"{block}.layer_norm1", (*blocks, "attention_norm"), width, layers=depth),
+        *_norm(f"{block}.layer_norm2", (*blocks, "mlp_norm"), width, layers=depth),
+        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
+        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
+    ]
+    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
+        rules += linear_rules(
+            f"{block}.self_attn.{source}",
+            (*blocks, "attention", target),
+            (width, width),
+            in_axes=2 if target == "o" else 1,
+            layers=depth,
+        )
+    return tuple(rules)
+
+
+def read_smolvlm_config(fields: Fields, origin: str) -> SmolVLMConfig:
+    """Reads the parsed config; `read_hf_config` is the public way here."""
+    text, vision = text_fields(fields, origin, flat=False), part(fields, "vision_config", origin)
+    # transformers has another epsilon where there is no text part at all.
+    usual_eps = 1e-5 if fields.get("text_config") is None else None
+    tied = is_tied(fields, text, default=False)
+    return SmolVLMConfig(
+        decoder=plain_decoder(text, origin, "llama", tied=tied, norm_eps=usual_eps),
+        vision=_vision(vision, size(fields, "scale_factor", origin, 2), origin),
+        image_token_id=size(fields, "image_token_id", origin, 128257),
+        model_type="idefics3" if fields.get("model_type") == "idefics3" else "smolvlm",
+    )
+
+
+def _vision(vision: Fields, merge_size: int, origin: str) -> SiglipVisionConfig:
+    expect(vision, "hidden_act", "gelu_pytorch_tanh", origin)
+    kinds = ("idefics3", "smolvlm", "idefics3_vision", "smolvlm_vision", "")
+    if vision.get("model_type", "") not in kinds:
+        raise ConfigError(f"{origin}: vision_config is of {vision['model_type']!r}, expected SigLIP's tower")
+    return SiglipVisionConfig(
+        hidden_size=size(vision, "hidden_size", origin, 1152),
+        intermediate_size=size(vision, "intermediate_size", origin, 3072),
+        depth=size(vision, "num_hidden_layers", origin, 12, most=MOST_LAYERS),
+        num_heads=size(vision, "num_attention_heads", origin, 16),
+        norm_eps=real(vision, "layer_norm_eps", origin, 1e-6),
+        patch_size=square_side(vision, "patch_size", origin, 32),
+        in_channels=size(vision, "num_channels", origin, 3),
+        merge_size=merge_size,
+        image_size=square_side(vision, "image_size", origin, 224),
+    )
+
+
+def write_smolvlm_config(config: SmolVLMConfig) -> dict[str, Any]:
+    """The config as transformers 4.52 and 5 read it."""
+    decoder, vision = config.decoder, config.vision
+    architecture, tower = _NAMES[config.model_type]
+    return {
+        "architectures": [architecture],
+        "model_type": config.model_type,
+        "image_token_id": config.image_token_id,
+        "scale_factor": vision.merge_size,
+        "vocab_size": decoder.vocab_size,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
+        "text_config": {"model_type": "llama", "head_dim": decoder.head_dim, **decoder_fields(decoder)},
+        "vision_config": {
+            "model_type": tower,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.num_heads,
+            "num_channels": vision.in_channels,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": vision.norm_eps,
+        },
+    }
+
+
+FORMAT = Format(
+    rules=smolvlm_rules,
+    read_config=read_smolvlm_config,
+    write_config=write_smolvlm_config,
+    canonical_name=canonical_name,
+    hub_name=hub_name,
+    module_name=hub_name,
+)

@@ -1,0 +1,450 @@
+"""SmolVLM and SmolVLM2: SigLIP, pixel shuffle and a LLaMA decoder as one module (Marafioti et al. 2025).
+
+Images are not split into tiles: a view is one square image, as the published processor makes it when
+`do_image_splitting` is off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from spacedrive_jax.bounds import FROM_ZERO, SIDE, Bounds, check_bounds
+from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    VisionConfig,
+    VLConfig,
+)
+from spacedrive_jax.models.family import (
+    IGNORE,
+    IMAGE_PLACEHOLDER,
+    ChatTemplate,
+    ChatTokens,
+    Family,
+    Message,
+    Tokenizer,
+)
+from spacedrive_jax.models.image_processor import HALVES, ImageProcessor, ProcessorSettings
+from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
+from spacedrive_jax.models.partitioning import constrain
+from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
+from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.models.vision_transformer import (
+    VisionBlock,
+    block_flops,
+    check_patches,
+    flatten_patches,
+    pixel_shuffle,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVisionConfig(VisionConfig):
+    """SigLIP's vision transformer (Zhai et al. 2023), as SmolVLM uses it; the defaults are base/16 at 512."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    depth: int = 12
+    num_heads: int = 12
+    norm_eps: float = 1e-6
+    patch_size: int = 16
+    merge_size: int = 4
+    """Side of a visual token in patches (transformers' `scale_factor`)."""
+    image_size: int = 512
+    """Side of the published processor's square images in pixels. What `patch_size` leaves over at their right
+    and bottom is not seen (384 pixels are 27 patches of 14)."""
+
+    BOUNDS: ClassVar[Bounds] = {**VisionConfig.BOUNDS, "image_size": SIDE}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid_side < 1 or self.grid_side % self.merge_size:
+            raise ConfigError(
+                f"image_size {self.image_size} gives {self.grid_side} patches of {self.patch_size} pixels a "
+                f"side, which must be a multiple of merge_size ({self.merge_size})"
+            )
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class SmolVLMConfig(VLConfig):
+    """SmolVLM: SigLIP, pixel shuffle, one linear layer, a LLaMA decoder; the defaults are those of 500M."""
+
+    decoder: LanguageModelConfig = LanguageModelConfig(
+        vocab_size=49280,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        head_dim=64,
+        rope_theta=100_000.0,
+        mrope_section=(32,),
+        norm_eps=1e-5,
+        qkv_bias=False,
+    )
+    vision: SiglipVisionConfig = SiglipVisionConfig()
+    image_token_id: int = 49190
+    model_type: Literal["smolvlm", "idefics3"] = "smolvlm"
+    """What its config.json says: SmolVLM2 is `smolvlm`, the first SmolVLM is `idefics3`; they compute the
+    same."""
+
+    BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
+        if len(self.decoder.mrope_section) != 1 or self.decoder.qkv_bias:
+            raise ConfigError(
+                "SmolVLM's decoder has one-dimensional rotary positions and no attention biases; got "
+                f"mrope_section {self.decoder.mrope_section}, qkv_bias {self.decoder.qkv_bias}"
+            )
+
+    @classmethod
+    def smolvlm_256m(cls) -> SmolVLMConfig:
+        """Dimensions of SmolVLM-256M and SmolVLM2-256M (SmolLM2-135M)."""
+        decoder = cls().decoder
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30}
+        return cls(decoder=dataclasses.replace(decoder, **sizes, num_heads=9, num_kv_heads=3))
+
+    @classmethod
+    def smolvlm_500m(cls) -> SmolVLMConfig:
+        """Dimensions of SmolVLM-500M and SmolVLM2-500M (SmolLM2-360M)."""
+        return cls()
+
+    @classmethod
+    def smolvlm_2b(cls) -> SmolVLMConfig:
+        """Dimensions of SmolVLM2-2.2B (SmolLM2-1.7B, SigLIP so400m/14 at 384)."""
+        decoder = dataclasses.replace(
+            cls().decoder,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_layers=24,
+            num_heads=32,
+            num_kv_heads=32,
+            rope_theta=130_000.0,
+        )
+        return cls(
+            decoder=decoder,
+            vision=SiglipVisionConfig(
+                hidden_size=1152,
+                intermediate_size=4304,
+                depth=27,
+                num_heads=16,
+                patch_size=14,
+                merge_size=3,
+                image_size=384,
+            ),
+        )
+
+
+class SiglipVision(nnx.Module):
+    """Patch embedding, learnt positions, pre-norm blocks with full attention, a last norm; no class token."""
+
+    def __init__(self, config: SiglipVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
+        """Draws a fresh tower.
+
+        Args:
+            config: Architecture.
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+        """
+        self.config = config
+        self.compute = compute
+        width = config.hidden_size
+        self.patch_embedding = Projection(
+            (config.patch_channels,),
+            (width,),
+            (None,),
+            ("vision_embed",),
+            bias=True,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.position_embedding = parameter(
+            nnx.Param,
+            jax.nn.initializers.normal(INIT_STD),
+            (config.grid_side**2, width),
+            (None, "vision_embed"),
+            dtype=compute.storage_dtype,
+            rngs=rngs,
+        )
+        self.layers = stack_layers(
+            lambda streams: VisionBlock(config, activation=tanh_gelu, compute=compute, rngs=streams),
+            config.depth,
+            rngs,
+        )
+        self.last_norm = LayerNorm(width, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs)
+
+    def __call__(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> Float[Array, "I P D"]:
+        """Encodes images.
+
+        Args:
+            pixel_values: Flattened normalised patches in row-major order (`flatten_patches`).
+            grid: Patch rows and columns, as many of the one as of the other.
+
+        Returns:
+            The patches' final-normed hidden states, in row-major order.
+
+        Raises:
+            ConfigError: If the grid is not square or not of whole visual tokens, or the pixels do not fit it.
+        """
+        config = self.config
+        if grid[0] != grid[1] or grid[0] % config.merge_size:
+            raise ConfigError(
+                f"image grid {grid[0]}x{grid[1]} must be square, of visual tokens of "
+                f"{config.merge_size}x{config.merge_size} patches: SmolVLM's images are"
+            )
+        check_patches(pixel_values, grid, config)
+
+        def apply(block: VisionBlock, hidden: Any, _: None) -> tuple[Any, None]:
+            return block(hidden), None
+
+        patches = self.patch_embedding(constrain(pixel_values, "images", None, None))
+        places = position_buckets(grid, config.grid_side)
+        hidden = patches + self.position_embedding[...][places].astype(patches.dtype)
+        hidden, _ = scan_layers(self.layers, apply, hidden, None, self.compute)
+        return self.last_norm(hidden)
+
+
+def position_buckets(grid: tuple[int, int], side: int) -> Int[np.ndarray, " P"]:
+    """Which of the side x side learnt positions each patch of a grid has: the one at its share of the image.
+
+    Worked out in float32 as published, so that 1/3 may fall on either side of a third; a grid of the tower's
+    own size has each position once at all released sizes.
+    """
+    count = int(np.ceil((1.0 - 1.0 / side) / (1.0 / side)))
+    boundaries = (1.0 / side + np.arange(count) * (1.0 / side)).astype(np.float32)
+
+    def buckets(patches: int) -> Int[np.ndarray, " n"]:
+        step = np.float32(1.0) / np.float32(patches)
+        share = np.minimum(np.arange(patches, dtype=np.float32) * step, np.float32(1.0 - 1e-6))
+        return np.searchsorted(boundaries, share, side="right")
+
+    rows, columns = grid
+    return (buckets(rows)[:, None] * side + buckets(columns)).reshape(-1)
+
+
+def tanh_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU's approximation by the hyperbolic tangent, which SigLIP has."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class SmolVLM(VisionLanguageModel):
+    """The vision-language model; a square of patches is a visual token."""
+
+    config: SmolVLMConfig
+
+    def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
+        """Draws tower and connector."""
+        vision, wide = self.config.vision, self.config.decoder.hidden_size
+        self.vision = SiglipVision(vision, compute=compute, rngs=rngs)
+        self.connector = Projection(
+            (vision.hidden_size * vision.merge_size**2,),
+            (wide,),
+            ("vision_embed",),
+            ("embed",),
+            bias=False,
+            compute=compute,
+            rngs=rngs,
+        )
+
+    def encode_images(
+        self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]
+    ) -> Float[Array, "I V D"]:
+        """Visual tokens, one per square of patches; see `SiglipVision`."""
+        features = self.vision(pixel_values, grid)
+        return self.connector(pixel_shuffle(features, grid, self.config.vision.merge_size))
+
+    def sequence_positions(
+        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
+    ) -> RopePositions:
+        """Plain positions 0, 1, 2, ... on every axis, images or not."""
+        return plain_sequence_positions(token_ids, visual_grids, self.config.image_token_id)
+
+
+class SmolVLMChat(ChatTemplate):
+    """`<|im_start|>`, then per turn `User: question<end_of_utterance>` or `Assistant: …`, and a newline.
+
+    A turn that begins with an image has no space behind `User:`. An image is its visual tokens between
+    `<fake_token_around_image><global-img>` and `<fake_token_around_image>`, as published for images that are
+    not split. Answers, their ends and the newline behind are supervised; of them no position token (unless
+    asked for).
+    """
+
+    special_tokens: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {
+            "begin": ("<|im_start|>",),
+            "turn_end": ("<end_of_utterance>",),
+            "image": ("<image>",),
+            "padding": ("<|im_end|>", "<|endoftext|>"),
+            "image_border": ("<fake_token_around_image>",),
+            "whole_image": ("<global-img>",),
+        }
+    )
+    added_tokens = ("<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>")
+
+    def apply_chat_template(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tokens_per_image: int,
+        *,
+        add_generation_prompt: bool = False,
+        supervise_positions: bool = False,
+    ) -> ChatTokens:
+        """Lays out a conversation; see `ChatTemplate`."""
+        border = "<fake_token_around_image>"
+        image = f"{border}<global-img>{'<image>' * tokens_per_image}{border}"
+        token_ids = [tokenizer.special["begin"]]
+        labels = [IGNORE]
+        ignored = None if supervise_positions else tokenizer.position
+        for message in messages:
+            header = f"{message.role.capitalize()}:"
+            space = "" if message.content.startswith(IMAGE_PLACEHOLDER) else " "
+            content = message.content.replace(IMAGE_PLACEHOLDER, image)
+            ids = tokenizer.encode(f"{header}{space}{content}<end_of_utterance>\n")
+            unsupervised = len(tokenizer.encode(header)) if message.role == "assistant" else len(ids)
+            token_ids += ids
+            labels += [IGNORE] * unsupervised
+            labels += [IGNORE if token == ignored else token for token in ids[unsupervised:]]
+        if add_generation_prompt:
+            header_ids = tokenizer.encode("Assistant:")
+            token_ids += header_ids
+            labels += [IGNORE] * len(header_ids)
+        images = [index for index, token in enumerate(token_ids) if token == tokenizer.special["image"]]
+        return ChatTokens(token_ids, labels, images[::tokens_per_image])
+
+    def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+        """One image token between two borders."""
+        border = tokenizer.special["image_border"]
+        return [border, tokenizer.special["image"], border], 1
+
+    def image_end(self, tokenizer: Tokenizer) -> int:
+        """The border behind an image."""
+        return tokenizer.special["image_border"]
+
+
+class SmolVLMImageProcessor(ImageProcessor):
+    """Resize to a square, then patches; the aspect ratio is not kept.
+
+    The published processor, with `do_image_splitting` off, resizes the longer side first, to four times the
+    square's as released, and then to the square. SpaceDrive's views go at once to a square of whole patches,
+    so that no border is left out.
+    """
+
+    mean = std = HALVES
+    published = ProcessorSettings(HALVES, HALVES)
+    """Sizes are those of the tower."""
+    fallback = ProcessorSettings(HALVES, HALVES, size=(("longest_edge", 4 * 364), ("max_longest_edge", 364)))
+    resample = Image.Resampling.LANCZOS
+    pads = True  # what it does to images of several sizes, of which there are none behind the squares
+
+    def __init__(
+        self,
+        vision: SiglipVisionConfig,
+        image_size: tuple[int, int],
+        settings: ProcessorSettings | None = None,
+    ) -> None:
+        """See `ImageProcessor`.
+
+        Raises:
+            ConfigError: the settings ask for a square that is not of whole visual tokens.
+        """
+        super().__init__(vision, image_size, settings)
+        sizes = {} if settings is None else settings.sizes
+        whole = vision.grid_side * vision.patch_size
+        self.side = whole if settings is None else sizes.get("max_longest_edge", vision.image_size)
+        patches, merge = self.side // vision.patch_size, vision.merge_size
+        if patches < merge or patches % merge:
+            raise ConfigError(
+                f"max_image_size {self.side} gives {patches} patches of {vision.patch_size} pixels a side, "
+                f"which must be a multiple of {merge}"
+            )
+        self.first_size: tuple[int, int] | None = None
+        if "height" in sizes and "width" in sizes:
+            self.first_size = (sizes["height"], sizes["width"])
+        if settings is not None and (self.first_size is None or "longest_edge" in dict(settings.size)):
+            self.first_size = with_longest_edge(*image_size, sizes.get("longest_edge", 4 * self.side))
+        self.patch_grid = (patches, patches)
+        self.token_grid = (patches // merge, patches // merge)
+        self.intrinsics_size = (self.side, self.side)
+
+    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+        """Patches in row-major order; K is channel, row, column."""
+        seen = self.patch_grid[0] * self.vision.patch_size
+        resized = np.stack([self._square(image)[:seen, :seen] for image in images])
+        return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
+
+    def _square(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        if self.first_size is not None:
+            image = lanczos(image, *self.first_size)
+        return lanczos(image, self.side, self.side)
+
+
+MOST_EDGE = 4096
+"""Pixels: the longest side that the published processor resizes to."""
+
+
+def with_longest_edge(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The size SmolVLM's processor resizes to first: its longer side given, the other even."""
+    ratio = width / height
+    if width >= height:
+        width, height = longest, int(longest / ratio)
+        height += height % 2
+    else:
+        height, width = longest, int(longest * ratio)
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    ratio = width / height
+    if width >= height and width > MOST_EDGE:
+        width, height = MOST_EDGE, int(MOST_EDGE / ratio)
+    elif height > width and height > MOST_EDGE:
+        height, width = MOST_EDGE, int(MOST_EDGE * ratio)
+    return max(height, 1), max(width, 1)
+
+
+def lanczos(image: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Pillow's Lanczos resize."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def vision_flops(config: SmolVLMConfig, patch_grid: tuple[int, int]) -> int:
+    """Operations of the tower's forward pass over one image, connector included."""
+    vision, patches = config.vision, patch_grid[0] * patch_grid[1]
+    embedding = 2 * patches * vision.patch_channels * vision.hidden_size
+    connector = 2 * patches * vision.hidden_size * config.decoder.hidden_size
+    return vision.depth * block_flops(vision, patches) + embedding + connector
+
+
+def lora(rank: int) -> LoraConfig:
+    """SpaceDrive's adapters as on Qwen2.5-VL: q, k, v, o with alpha 16."""
+    return LoraConfig(rank=rank)
+
+
+FAMILY = Family(
+    name="smolvlm",
+    config=SmolVLMConfig,
+    model=SmolVLM,
+    chat=SmolVLMChat(),
+    image_processor=SmolVLMImageProcessor,
+    position_ids=plain_positions,
+    vision_flops=vision_flops,
+    lora=lora,
+    interop="spacedrive_jax.interop.smolvlm",
+    also=("idefics3",),
+)
