@@ -136,7 +136,8 @@ def register(family: Family) -> None:
         ConfigError: another one has its name or its config class.
     """
     for other in FAMILIES.values():
-        if other is not family and (other.name == family.name or other.config is family.config):
+        shared = {other.name, *other.also} & {family.name, *family.also}
+        if other is not family and (shared or other.config is family.config):
             raise ConfigError(f"the family {family.name} is registered already, as {other.name}")
     FAMILIES[family.name] = family
 

@@ -117,9 +117,15 @@ class SmolVLMConfig(VLConfig):
     @classmethod
     def smolvlm_256m(cls) -> SmolVLMConfig:
         """Dimensions of SmolVLM-256M and SmolVLM2-256M (SmolLM2-135M)."""
-        decoder = cls().decoder
-        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30}
-        return cls(decoder=dataclasses.replace(decoder, **sizes, num_heads=9, num_kv_heads=3))
+        decoder = dataclasses.replace(
+            cls().decoder,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_layers=30,
+            num_heads=9,
+            num_kv_heads=3,
+        )
+        return cls(decoder=decoder)
 
     @classmethod
     def smolvlm_500m(cls) -> SmolVLMConfig:

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
@@ -85,10 +86,12 @@ def assert_same_lora_gradients(model, adapted, torch_inputs, token_ids, images, 
     parameters = dict(adapted.named_parameters())
     flat = dict(nnx.to_flat_state(gradient))
     rules = lora_rules(model.config.decoder, model.decoder.lora)
+    wrapper, module_name = "base_model.model.", format_of(model.config).module_name
     assert {rule.target for rule in rules} == set(flat)
     for rule in rules:
         stacked = np.asarray(flat[rule.target][...])
-        for layer, name in enumerate(rule.source_names()):
+        for layer, canonical in enumerate(rule.source_names()):
+            name = wrapper + module_name(canonical.removeprefix(wrapper))
             theirs = parameters[name.replace(".weight", ".default.weight")].grad
             assert theirs.abs().max() > 0
             assert_close(rule.export(stacked[layer]), theirs, name)

@@ -1,0 +1,71 @@
+"""SpaceDrive on SmolVLM and InternVL3: resumed to the same bits, one pass as token by token."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from spacedrive_jax.batch import stack
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.inference.answers import expected_frame
+from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.training.train import train
+from tests.training.family_runs import NAMES, family_run
+from tests.training.runs import losses_of, make_records, trained_values
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return make_records(tmp_path_factory.mktemp("data") / "records")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def run(request, records, tmp_path_factory):
+    """A run that has learnt its answer's frame."""
+    config = family_run(
+        request.param,
+        records,
+        tmp_path_factory.mktemp(request.param) / "run",
+        steps=120,
+        batch_size=2,
+        learning_rate=1e-2,
+        checkpoint_every=118,
+        max_to_keep=2,
+    )
+    train(config)
+    return config
+
+
+def test_a_run_resumes_to_the_same_bits(run):
+    before, losses = trained_values(run.directory), losses_of(run.directory)
+    assert losses[-1][1] < 0.5 * losses[0][1]
+    train(run, resume=True, step=118)
+    assert losses_of(run.directory) == losses
+    jax.tree.map(np.testing.assert_array_equal, trained_values(run.directory), before)
+
+
+def test_one_pass_says_what_token_by_token_says(run, records):
+    trained = open_trained_model(run.directory)
+    builder = SampleBuilder(run.data, run.model, answer=False)
+    source = open_records(records, "val")
+    batch = stack([builder(source[index], index) for index in range(len(source))])
+    frame = expected_frame(run, builder.tokenizer)
+
+    @functools.partial(jax.jit, static_argnames="one_pass")
+    def answer(trainable, frozen, batch, one_pass):
+        model = nnx.merge(trained.graph, trainable, frozen)
+        return generate(model, batch, builder.tokenizer, 60, frame=frame if one_pass else None)
+
+    one, by_token = (
+        jax.device_get(answer(trained.trainable, trained.frozen, batch, one_pass))
+        for one_pass in (True, False)
+    )
+    assert one.in_one_pass.any()
+    np.testing.assert_array_equal(one.token_ids, by_token.token_ids)
+    np.testing.assert_array_equal(one.is_coordinate, by_token.is_coordinate)
+    assert one.is_coordinate.sum() >= 6
+    np.testing.assert_allclose(one.coordinates, by_token.coordinates, atol=1e-4)
