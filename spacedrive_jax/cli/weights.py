@@ -31,8 +31,9 @@ class ImportWeights(Command):
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive)."""
-    format: Annotated[Literal["hf", "peft", "spacedrive"], tyro.conf.arg(name="from")]
+    """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive); a
+    LLaMA language model such as SmolLM2, to be the decoder of a SmolVLM with a fresh tower (gguf)."""
+    format: Annotated[Literal["hf", "peft", "spacedrive", "gguf"], tyro.conf.arg(name="from")]
     """What the weights are."""
     out: Path
     """Folder to create; one that exists is never touched."""
@@ -46,7 +47,8 @@ class ImportWeights(Command):
     the checkpoint does not carry it. Without one, --config says what leaves no trace in the tensors."""
     config: str | None = None
     """For spacedrive: a preset, or a .py file that defines `config`, whose data and training settings the
-    checkpoint is to be used with; the published ones by default."""
+    checkpoint is to be used with; the published ones by default. For gguf: one on a SmolVLM, whose tower the
+    fresh one is like; that of SmolVLM-256M by default."""
     add_tokens: bool = True
     """Add the coordinate tokens, their rows in embedding and head being the mean of all others."""
     max_shard_gigabytes: float = 2.0
@@ -56,6 +58,7 @@ class ImportWeights(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Imports; see `spacedrive_jax.interop.importing`."""
+        from spacedrive_jax.interop.gguf_import import import_gguf
         from spacedrive_jax.interop.importing import READERS, ImportOptions
         from spacedrive_jax.interop.spacedrive import import_spacedrive
 
@@ -67,7 +70,7 @@ class ImportWeights(Command):
             self.published_config,
             self.config,
         )
-        readers = {**READERS, "spacedrive": import_spacedrive}
+        readers = {**READERS, "spacedrive": import_spacedrive, "gguf": import_gguf}
         outcome = readers[self.format](self.source, self.out, options)
         print(f"imported {outcome['tensors']} tensors, {outcome['parameters']:,} parameters: {self.out}")
         for note in outcome.get("notes", ()):
