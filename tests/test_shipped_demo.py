@@ -9,7 +9,7 @@ import pytest
 import spacedrive_jax.cli.main
 from examples.build_demo import MOST_BYTES
 from spacedrive_jax import Planner
-from spacedrive_jax.inference.trained_folder import trained_metadata
+from spacedrive_jax.training.trained_folder import trained_metadata
 from tests.conftest import ROOT
 
 DEMO = ROOT / "examples" / "demo"

@@ -200,8 +200,8 @@ class Drive(Command):
             return Path(f"drives-{self.policy}")
         if self.checkpoint is not None and self.checkpoint.startswith(("ws://", "wss://")):
             raise ConfigError("a policy server is no run folder to write to: give --out DIR")
-        from spacedrive_jax.inference.trained_folder import is_trained_folder
         from spacedrive_jax.training.checkpoints import locate
+        from spacedrive_jax.training.trained_folder import is_trained_folder
 
         if self.checkpoint is not None and is_trained_folder(self.checkpoint):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out DIR")

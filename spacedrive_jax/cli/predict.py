@@ -102,9 +102,9 @@ class Predict(Command):
 
         connect(self.coordinator, self.num_processes, self.process_id)
         from spacedrive_jax.inference.predict import predict
-        from spacedrive_jax.inference.trained_folder import is_trained_folder
         from spacedrive_jax.interop.trained_parts import is_imported
         from spacedrive_jax.training.checkpoints import locate
+        from spacedrive_jax.training.trained_folder import is_trained_folder
 
         if self.out is None and (is_imported(self.checkpoint) or is_trained_folder(self.checkpoint)):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out FILE")

@@ -16,15 +16,6 @@ from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.inference.trained_folder import (
-    StoredType,
-    TrainedMetadata,
-    is_trained_folder,
-    read_trained,
-    trained_config,
-    trained_metadata,
-    write_trained_folder,
-)
 from spacedrive_jax.interop.exporting import Exportable
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
@@ -50,6 +41,15 @@ from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.trained_folder import (
+    StoredType,
+    TrainedMetadata,
+    is_trained_folder,
+    read_trained,
+    trained_config,
+    trained_metadata,
+    write_trained_folder,
+)
 from spacedrive_jax.training.weights import is_run, run_config
 
 # Opens the vision-language model of whatever folder holds one.
@@ -172,7 +172,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
         config: of the run.
         kind: how it will be loaded.
     """
-    weights = config.model.weights
+    weights = _base_weights(config)
     base = None if weights is None else Path(weights)
     facts = {"Config": f"`{config.name}`, {type(config.model.vlm).__name__}"}
     scores: list[Mapping[str, Any]] = []

@@ -27,6 +27,7 @@ from spacedrive_jax.models.partitioning import axis_names, draw_parameters
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import parameter_sharding
+from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained
 from spacedrive_jax.training.weights import check_architecture, is_run, run_config, starting_state
 
 NOT_DECAYED = ("bias", "scale", "alpha")
@@ -220,8 +221,11 @@ def _load_run(config: Config, mesh: Mesh, weights: str, indicator: int) -> nnx.S
     """What another run has learnt and stood on; what it lacks (fresh adapters, say) is drawn."""
     before = run_config(weights)
     _, trainable, _ = abstract_state(before, mesh)
-    run_dir, step = checkpoints.locate(Path(weights))
-    trainable = checkpoints.restore_trainable(run_dir, step, trainable)
+    if is_trained_folder(weights):
+        trainable = read_trained(Path(weights), trainable)
+    else:
+        run_dir, step = checkpoints.locate(Path(weights))
+        trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     saved = dict(nnx.to_flat_state(trainable)) | dict(nnx.to_flat_state(frozen_state(before, mesh)))
     drawn = dict(nnx.to_flat_state(_draw(config, mesh, lambda path, _: tuple(path) not in saved)))
     return nnx.from_flat_state(starting_state(config, saved, drawn, indicator))

@@ -1,7 +1,7 @@
 """What a run starts from: `model.weights` settles architecture, adapters, tokenizer and image size.
 
 It is a transformers checkpoint of any family, a folder that `import-weights` wrote, or a run of this project
-(its newest checkpoint, or `RUN/checkpoints/STEP`).
+(its newest checkpoint, `RUN/checkpoints/STEP`, or what `export-weights --to safetensors` wrote of it).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from spacedrive_jax.io import MEBIBYTE, read_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.trained_folder import is_trained_folder, trained_config
 
 LENGTH_STEP = 64
 """What a sequence length that is worked out is rounded up to."""
@@ -36,8 +37,12 @@ BASE = "model.vlm."
 
 
 def is_run(weights: str | Path) -> bool:
-    """Whether weights are those of a run of this project (`RUN`, `RUN/best` or `RUN/checkpoints/STEP`)."""
+    """Whether weights are those of a run of this project (`RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or a
+    trained folder, see `trained_folder`).
+    """
     path = Path(weights)
+    if is_trained_folder(path):
+        return True
     if path.name == "best" and not path.is_dir():
         path = path.parent
     return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
@@ -50,6 +55,8 @@ def run_config(weights: str | Path) -> Config:
         CheckpointError: it has no finished checkpoint.
         ConfigError: its config is damaged.
     """
+    if is_trained_folder(weights):
+        return trained_config(Path(weights))
     run_dir, _ = checkpoints.locate(Path(weights))
     return from_json(read_text(run_dir / "config.json", most=16 * MEBIBYTE))
 
@@ -87,8 +94,9 @@ def with_weights(config: Config, preset: Config | None = None) -> Config:
     fields: dict[str, Any] = {}
     before = None
     if is_run(weights):
-        run_dir, step = checkpoints.locate(Path(weights))
-        weights = str(run_dir / "checkpoints" / str(step))  # the newest may be another one tomorrow
+        if not is_trained_folder(weights):
+            run_dir, step = checkpoints.locate(Path(weights))
+            weights = str(run_dir / "checkpoints" / str(step))  # the newest may be another one tomorrow
         before = run_config(weights)
         fields["model.weights"] = weights
     vlm = architecture(weights)

@@ -11,6 +11,9 @@ from safetensors.numpy import load_file
 import spacedrive_jax.cli.main
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import check_start, init_train_state
+from spacedrive_jax.training.weights import with_weights
 from tests.training.runs import make_records, save_untrained, tiny
 
 
@@ -108,3 +111,15 @@ def test_an_exported_run_is_exported_for_transformers_too(exported, tmp_path):
     tensors = load_file(out / "model.safetensors")
     table = next(value for name, value in tensors.items() if "embed_tokens" in name)
     np.testing.assert_array_equal(table, stored["vlm/decoder/embedding"])
+
+
+def test_a_new_run_starts_from_it(exported):
+    config = dataclasses.replace(tiny(exported, exported / "none"), name="further")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=str(exported)))
+    chosen = with_weights(config)
+    assert chosen.data.tokenizer == str(exported)
+    check_start(chosen)
+    trainable, _ = init_train_state(chosen, make_mesh(chosen.mesh))
+    expected = values(open_trained_model(exported))
+    for path, each in nnx.to_flat_state(trainable):
+        np.testing.assert_array_equal(np.asarray(each[...]), expected[path])
