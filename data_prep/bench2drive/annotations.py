@@ -96,7 +96,10 @@ def read_frame(text: bytes, number: int, what: str, unknown: Counter[str]) -> tu
     if not isinstance(boxes, list) or not boxes or not isinstance(boxes[0], dict):
         raise DataError(f"{what}: bounding_boxes lacks the ego vehicle")
     global_to_ego = _mirrored(_array(boxes[0], "world2ego", (4, 4), f"{what}: bounding_boxes[0]"))
-    ego_to_global = exact.affine_inverse(global_to_ego)
+    try:
+        ego_to_global = exact.affine_inverse(global_to_ego)
+    except np.linalg.LinAlgError as error:
+        raise DataError(f"{what}: bounding_boxes[0].world2ego is no pose ({error})") from error
     yaw = float(heading(ego_to_global))
     frame = Frame(
         number=number,
@@ -239,8 +242,13 @@ def category_of(box: Mapping[str, Any]) -> str | None:
     return by_name or _BASE_TYPES.get(str(box.get("base_type")).lower(), "vehicle.car")
 
 
+LARGEST = 1e7
+"""Of any number in a clip: pixels, and metres of a town's coordinates, which are below 1e5."""
+
+
 def _number(value: Any, name: str, unknown: Counter[str], default: float | None) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    # What is not finite, or no metre, radian or second of any town, is as good as not there.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     unknown[f"unknown_{name}"] += 1
     return default
@@ -260,6 +268,8 @@ def _array(values: Mapping[str, Any], name: str, shape: tuple[int, ...], what: s
         array = np.array(values.get(name), np.float64)
     except (TypeError, ValueError):
         array = np.zeros(0)
-    if array.shape != shape or not np.isfinite(array).all():
-        raise DataError(f"{what}: {name} must be {'x'.join(map(str, shape))} finite numbers")
+    if array.shape != shape or not (np.abs(array) <= LARGEST).all():
+        raise DataError(
+            f"{what}: {name} must be {'x'.join(map(str, shape))} finite numbers up to {LARGEST:g}"
+        )
     return array

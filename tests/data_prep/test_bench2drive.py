@@ -263,6 +263,10 @@ def test_damage_is_named(folder, tmp_path):
     assert "command_near 9 is no RoadOption" in broken(lambda anno: anno.update(command_near=9))
     assert "lacks the ego vehicle" in broken(lambda anno: anno.update(bounding_boxes=[]))
     assert "world2ego must be 4x4" in broken(lambda anno: anno["bounding_boxes"][0].pop("world2ego"))
+    nowhere = [[1e308, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert "world2ego must be 4x4" in broken(lambda anno: anno["bounding_boxes"][0].update(world2ego=nowhere))
+    flat = [[0] * 4] * 3 + [[0, 0, 0, 1]]
+    assert "world2ego is no pose" in broken(lambda anno: anno["bounding_boxes"][0].update(world2ego=flat))
     assert "sensors lacks CAM_BACK" in broken(lambda anno: anno["sensors"].pop("CAM_BACK"))
     assert "extent must be 3 finite" in broken(lambda anno: anno["bounding_boxes"][1].update(extent=[1, 2]))
 
