@@ -1,4 +1,4 @@
-"""A few hundred mutated inputs; ten thousand are in benchmarks/results/fuzz.md."""
+"""A few hundred mutated inputs; thousands are in benchmarks/results/fuzz.md."""
 
 import pytest
 
