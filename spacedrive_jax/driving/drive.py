@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +116,7 @@ def _open_folder(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> set
             f"--out {folder} holds a run: go on with it with --resume, or choose another folder"
         )
     known = read_json(path)
+    facts = json.loads(json.dumps(facts))  # as they were written: lists for tuples
     if not isinstance(known, dict):
         raise DataError(
             f"{path} holds no JSON object: it does not say what was driven, choose another folder"

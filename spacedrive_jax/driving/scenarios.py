@@ -50,13 +50,13 @@ class Kind:
     seconds: float = 16.0
     """From the first decision to the end of the script."""
     behind_light: bool = False
-    """The drive goes on behind the first light on the way, wherever the script's driver is at its end:
-    whoever runs the light must be seen to."""
+    """The drive ends just behind the first light on the way, where the script's driver must have got to:
+    whoever runs the light is seen to."""
 
 
 KINDS: Mapping[str, Kind] = {
     **{
-        name: Kind("manoeuvre", name, seconds=20.0 if name == "stop" else 14.0, behind_light=name == "stop")
+        name: Kind("manoeuvre", name, seconds=26.0 if name == "stop" else 14.0, behind_light=name == "stop")
         for name in MANOEUVRES
     },
     "BlockedIntersection": Kind("bench2drive", "turn_right", (Blocker(),)),
@@ -72,7 +72,7 @@ KINDS: Mapping[str, Kind] = {
     "T_Junction": Kind("bench2drive", "turn_left", arms=3),
     "VanillaSignalizedTurnEncounterGreenLight": Kind("bench2drive", "turn_right"),
     "VanillaSignalizedTurnEncounterRedLight": Kind(
-        "bench2drive", "turn_left", red_for=9.0, seconds=20.0, behind_light=True
+        "bench2drive", "turn_left", red_for=9.0, seconds=24.0, behind_light=True
     ),
     "VehicleTurningRoute": Kind(
         "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit"),)
@@ -163,7 +163,7 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
 
     Returns:
         The scenario, and the place on the route at which it ends: where the script's driver is at its end, or
-        further, see `Kind.behind_light`.
+        just behind its light (`Kind.behind_light`).
 
     Raises:
         UnplayableError: the town has no place for it.
@@ -173,9 +173,9 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
         rng = np.random.default_rng([spec.world, zlib.crc32(spec.kind.encode()), spec.seed, attempt, 6])
         try:
             scenario = _staged(kind, town, rng)
+            return scenario, goal_of(scenario, kind)
         except UnplayableError:
             continue
-        return scenario, goal_of(scenario, kind)
     raise UnplayableError(f"{spec.kind} finds no place in {spec.town} with seed {spec.seed}")
 
 
@@ -220,10 +220,18 @@ BEHIND_LIGHT = 12.0
 
 
 def goal_of(scenario: Scenario, kind: Kind) -> float:
-    """Metres along the route at which a drive of a kind ends."""
+    """Metres along the route at which a drive of a kind ends.
+
+    Raises:
+        UnplayableError: the script's driver does not get past the light that the kind is about.
+    """
     reached = scenario.motions[0].at(WARM_UP + kind.seconds)[0]
-    gates = scenario.ego.route.gates
-    return max(reached, gates[0].stop + BEHIND_LIGHT) if kind.behind_light and gates else reached
+    if not kind.behind_light:
+        return reached
+    behind = scenario.ego.route.gates[0].stop + BEHIND_LIGHT
+    if reached < behind:
+        raise UnplayableError("the script's driver still waits at the light at its end")
+    return behind
 
 
 def town_of_drives(location: str, world: int = TEST_SEED) -> Town:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
+FACTS = {"set": "test", "image_size": (27, 48)}
 BLIND = DriveOptions(sense="nothing")
 SEEING = DriveOptions(image_size=(27, 48), depth=True)
 
@@ -57,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drives") / "one"
-    drive_all(SPECS, folder, BLIND, facts={"set": "test"}, inside=constant_velocity, workers=1)
+    drive_all(SPECS, folder, BLIND, facts=FACTS, inside=constant_velocity, workers=1)
     return folder
 
 
@@ -69,7 +73,7 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
         SPECS,
         tmp_path / "two",
         BLIND,
-        facts={"set": "test"},
+        facts=FACTS,
         inside=constant_velocity,
         workers=2,
         resume=True,
@@ -78,11 +82,30 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
     assert contents(tmp_path / "two") == contents(driven)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_four_workers_to_the_same_bytes(tmp_path: Path) -> None:
+    places = ("boston-seaport", "singapore-onenorth")
+    drives = [{"kind": "start", "town": town, "seed": seed} for seed in range(2) for town in places]
+    (tmp_path / "set.json").write_text(json.dumps(drives))
+    command = [sys.executable, "-m", "spacedrive_jax", "drive", "--policy", "constant_velocity"]
+    command += ["--scenarios", str(tmp_path / "set.json"), "--out"]
+    killed, whole = tmp_path / "killed" / "drives", tmp_path / "whole" / "drives"
+    with subprocess.Popen([*command, str(killed), "--workers", "1"]) as process:
+        while not list(killed.glob("drives/*/result.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert not (killed / "results.json").exists()
+    subprocess.run([*command, str(killed), "--workers", "4", "--resume"], check=True)
+    subprocess.run([*command, str(whole), "--workers", "1"], check=True)
+    assert contents(killed) == contents(whole)
+
+
 def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--resume"):
-        drive_all(SPECS, driven, BLIND, facts={"set": "test"}, inside=constant_velocity)
+        drive_all(SPECS, driven, BLIND, facts=FACTS, inside=constant_velocity)
     with pytest.raises(ConfigError, match="another set"):
-        drive_all(SPECS, driven, BLIND, facts={"set": "other"}, inside=constant_velocity, resume=True)
+        drive_all(SPECS, driven, BLIND, facts=FACTS | {"set": "other"}, inside=constant_velocity, resume=True)
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
         drive_all(SPECS, tmp_path, BLIND, facts={}, inside=constant_velocity)

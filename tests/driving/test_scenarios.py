@@ -78,4 +78,5 @@ def test_other_worlds_have_other_towns() -> None:
 def test_a_drive_that_stops_at_a_red_light_goes_on_behind_it() -> None:
     """Whoever runs the light must be seen to."""
     scenario, goal = build_drive(DriveSpec(0, "stop", "boston-seaport", 0))
-    assert goal == scenario.ego.route.gates[0].stop + 12.0  # the script's driver still stands before it
+    assert goal == scenario.ego.route.gates[0].stop + 12.0
+    assert scenario.motions[0].at(WARM_UP + KINDS["stop"].seconds)[0] >= goal
