@@ -98,7 +98,7 @@ def read_frame(text: bytes, number: int, what: str, unknown: Counter[str]) -> tu
     global_to_ego = _mirrored(_array(boxes[0], "world2ego", (4, 4), f"{what}: bounding_boxes[0]"))
     try:
         ego_to_global = exact.affine_inverse(global_to_ego)
-    except np.linalg.LinAlgError as error:
+    except ValueError as error:  # numpy.linalg.LinAlgError is one
         raise DataError(f"{what}: bounding_boxes[0].world2ego is no pose ({error})") from error
     yaw = float(heading(ego_to_global))
     frame = Frame(
