@@ -232,6 +232,12 @@ def _train(
     best = checkpoints.Best.read(run_dir)
     best = best if best is not None and best.measure == settings.best_by else None
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
+
+    def save(done: int, trainable: nnx.State, optimizer_state: Any) -> None:
+        guard.settle()
+        where = position(iterator, settings.batch_size)
+        checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
+
     clock = time.monotonic()
     with (
         PreemptionWatch() as watch,
@@ -270,6 +276,11 @@ def _train(
             if profile is not None and done == profile.start + profile.steps:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
+            due = done % settings.checkpoint_every == 0 or finished or stopped or bool(short_of_room)
+            if due:
+                # What has been done is saved while there still is room for it, and before a validation,
+                # which takes long and may fail.
+                save(done, trainable, optimizer_state)
             better = None
             if validate is not None and (done % settings.validate_every == 0 or finished) and not stopped:
                 guard.settle()
@@ -281,13 +292,12 @@ def _train(
                     best = better = checkpoints.Best(done, settings.best_by, value)
                 if run_folder.is_main_host():
                     log.info("%s", validation_line(done, found, better is not None))
+                # A signal that came meanwhile stops here; several hosts agree behind their next step.
+                stopped = jax.process_count() == 1 and watch.stop_at(done, manager)
             if values:
                 tracker.write(done, values)
-            if done % settings.checkpoint_every == 0 or finished or stopped or short_of_room or better:
-                # What has been done is saved while there still is room for it.
-                guard.settle()
-                where = position(iterator, settings.batch_size)
-                checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
+            if (better or stopped) and not due:
+                save(done, trainable, optimizer_state)
             if better is not None:
                 # Named only when it is whole: until then the best one before it stays.
                 with checkpoints.naming_the_newest(manager):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,30 @@ def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, mo
     assert [line["validation/l2"] for line in lines] == [3.0, 1.0, 2.0, 2.5]
     with pytest.raises(CheckpointError, match=r"has no best\.json"):
         locate(tmp_path / "best")
+
+
+def test_a_step_is_saved_before_it_is_validated_and_a_signal_meanwhile_stops_there(records, tmp_path):
+    class Failing:
+        def __init__(self, config: Config, mesh) -> None:
+            pass
+
+        def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+            raise SpaceDriveError("the validation fails")
+
+    class Signalled(Failing):
+        def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return {f"validation/{name}": 1.0 for name in ("l2", "loss", "collision", "unparsed", "seconds")}
+
+    failed = tiny(records, tmp_path / "failed", steps=3, validate_every=2, checkpoint_every=2)
+    with pytest.raises(SpaceDriveError, match="the validation fails"):
+        loop.train(failed, validation=Failing)
+    assert steps_of(tmp_path / "failed") == [2]
+    told = tiny(records, tmp_path / "told", steps=3, validate_every=1, checkpoint_every=10)
+    result = loop.train(told, validation=Signalled)
+    assert (result.step, result.finished) == (1, False)
+    assert steps_of(tmp_path / "told") == [1]
+    assert Best.read(tmp_path / "told") == Best(1, "l2", 1.0)
 
 
 def test_out_of_memory_comes_with_what_would_fit(records, tmp_path):
