@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -80,7 +81,8 @@ class Show(Command):
             planner = Planner.load(self.checkpoint, average=self.average, depth_model=self.depth_model)
             plan = planner.plan(self._record(planner) if frame is None else frame)
         token = plan.record["token"]
-        image = self.image or Path(f"{token}.png")
+        # A record of somebody else's may be called like a file elsewhere.
+        image = self.image or Path(re.sub(r"[^\w.-]", "_", token) + ".png")
         save_figure(plan.figure(), image)
         print(f"keyframe {token}\nasked    {plan.question}\nanswered {plan.text}")
         if plan.status == "ok":

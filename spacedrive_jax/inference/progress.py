@@ -67,7 +67,7 @@ def prefill(
     model: SpaceDrive,
     batch: DrivingBatch,
     embeddings: Float[Array, "B S D"],
-    deepstack: Float[Array, "K B S D"] | None,
+    deepstack: Float[Array, "depths B S D"] | None,
     room: int,
 ) -> tuple[Float[Array, "B S D"], KVCache]:
     """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them."""

@@ -28,7 +28,7 @@ def continue_greedily(
     *,
     rope_delta: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    deepstack: Float[Array, "K B S D"] | None,
+    deepstack: Float[Array, "depths B S D"] | None,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     pad_id: int,

@@ -257,7 +257,7 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "K B S D"] | None = None,
+        deepstack: Float[Array, "depths B S D"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
@@ -285,7 +285,7 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "K B S D"] | None = None,
+        deepstack: Float[Array, "depths B S D"] | None = None,
         room: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """As a call without a cache, with the same attention, but keeps what it attended to.
@@ -318,7 +318,7 @@ class LanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "K B S D"] | None = None,
+        deepstack: Float[Array, "depths B S D"] | None = None,
     ) -> Float[Array, "states B S D"]:
         """The input and each block's output, before deepstack is added, the last one final-normed
         (transformers' `hidden_states`).
@@ -336,7 +336,7 @@ class LanguageModel(nnx.Module):
         lengths: Int[Array, " B"] | None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
-        deepstack: Float[Array, "K B S D"] | None,
+        deepstack: Float[Array, "depths B S D"] | None,
         *,
         keep: Callable[[Any, Any], Any] = lambda hidden, memory: None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
@@ -409,7 +409,7 @@ class LanguageModel(nnx.Module):
 
 
 def _add_deepstack(
-    hidden: Float[Array, "B S D"], deepstack: Float[Array, "K B S D"], layer: Int[Array, ""]
+    hidden: Float[Array, "B S D"], deepstack: Float[Array, "depths B S D"], layer: Int[Array, ""]
 ) -> Float[Array, "B S D"]:
     """What leaves a block, with its row of `deepstack` where there is one."""
 

@@ -136,7 +136,7 @@ class SpaceDrive(nnx.Module):
 
     def decoder_inputs(
         self, batch: DrivingBatch
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "K B S D"] | None]:
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "depths B S D"] | None]:
         """What the language model reads: embeddings, and what the vision tower adds behind the first K blocks
         at the visual tokens (None in families without deepstack).
         """

@@ -152,7 +152,7 @@ class VisionLanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "K B S D"] | None = None,
+        deepstack: Float[Array, "depths B S D"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
@@ -172,7 +172,7 @@ class VisionLanguageModel(nnx.Module):
         position_ids: Int[Array, "3 B S"],
         *,
         lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "K B S D"] | None = None,
+        deepstack: Float[Array, "depths B S D"] | None = None,
         room: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Final-normed hidden states and a new cache with room for more; see `LanguageModel.prefill`."""
@@ -305,7 +305,7 @@ class VisionLanguageModel(nnx.Module):
         images: Float[Array, "... K"] | None,
         layout: PromptLayout,
         grids: Grids,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "K B S D"] | None]:
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "depths B S D"] | None]:
         """Embeddings with visual tokens in their slots, and what is added behind the first decoder blocks.
 
         Args:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
@@ -135,8 +135,8 @@ def block_flops(config: VisionConfig, tokens: int) -> int:
 
 
 def flatten_patches(
-    pixel_values: Float[np.ndarray | Array, "... C H W"], patch_size: int
-) -> Float[np.ndarray | Array, "... P K"]:
+    pixel_values: Num[np.ndarray | Array, "... C H W"], patch_size: int
+) -> Num[np.ndarray | Array, "... P K"]:
     """Cuts images, as the published image processors hand them over, into the flattened patches towers take.
 
     Args:

@@ -23,7 +23,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.config import Config
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
-from spacedrive_jax.data.depth_sources import open_depth_cache, record_patch_depth
+from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.frame import Frame
 from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.records import Records, open_records
@@ -40,6 +40,7 @@ from spacedrive_jax.reporting.cameras import camera_strip, depth_source, draw_de
 from spacedrive_jax.reporting.cases import DEPTH_TEXTS, asked, explained
 from spacedrive_jax.reporting.run_files import SeenDepth
 from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, styled
+from spacedrive_jax.training.preflight import depth_advice
 
 WRAP = 220
 """Letters in a line of the question and the answer."""
@@ -126,8 +127,7 @@ class Planner:
         """
         records = open_records(Path(folder), split)
         if self._network is None and self.config.model.visual_positions != "none":
-            grid = self._builder.images.token_grid
-            self._cache = open_depth_cache(records, self.config.data.depth, grid)
+            self._cache = self._builder.open_depth(records, advice=depth_advice(self.config))
         return records
 
     def plan(self, keyframe: Record | Frame) -> KeyframePlan:

@@ -58,7 +58,7 @@ def state_fingerprint(state: nnx.State, mesh: Mesh) -> str:
     return arrays_fingerprint(leaves, mesh)
 
 
-def _everywhere(leaves: Mapping[str, Array]) -> NamedSharding | None:
+def _everywhere(leaves: Mapping[str, Any]) -> NamedSharding | None:
     """On every device of the arrays' mesh; None where they have none."""
     placed = (getattr(leaf, "sharding", None) for leaf in leaves.values())
     return next(

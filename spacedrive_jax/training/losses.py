@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,18 +72,18 @@ EMBEDDING_LOSSES = ("cosine", "embedding_l2")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Scalars of one batch."""
+    """Scalars of one batch, on devices or fetched to the host."""
 
-    total: Float[Array, ""]
-    language: Float[Array, ""]
+    total: Float[Any, ""]
+    language: Float[Any, ""]
     """Sum of the supervised tokens' cross-entropy over the batch size, as published (fidelity Q32)."""
-    position: Float[Array, ""]
+    position: Float[Any, ""]
     """Mean position loss over the valid coordinates' x and y; exactly 0 when there is none."""
-    path: Float[Array, ""]
+    path: Float[Any, ""]
     """The same over the path points, those beyond the recorded future left out; 0 without a path."""
-    divergence: Float[Array, ""]
+    divergence: Float[Any, ""]
     """What the `vae` decoder adds; 0 for the others."""
-    displacement: Float[Array, ""]
+    displacement: Float[Any, ""]
     """Mean distance between predicted and true coordinates, metres: to watch, not to train on."""
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 
-from spacedrive_jax.config import Config, load_config
+from spacedrive_jax.config import Config, preset_groups
 from spacedrive_jax.data.loader import MixedSamples, training_samples
 from spacedrive_jax.data.survey import Survey, survey, too_small
-from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import run_folder
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
@@ -126,11 +125,11 @@ def depth_advice(config: Config) -> str:
         grid = family_of(run.model.vlm).image_processor(run.model.vlm.vision, run.data.image_size).token_grid
         return run.data.pixels, run.data.depth.pooling, tuple(grid)
 
-    try:
-        if wanted(load_config(config.name)) == wanted(config):
+    # Among the presets alone: a config of somebody else's may be called like a file, which would be run.
+    for _, presets in preset_groups().values():
+        preset = presets.get(config.name)
+        if preset is not None and wanted(preset) == wanted(config):
             return f"--run {config.name}"
-    except ConfigError:
-        pass  # a config of one's own
     height, width = config.data.image_size
     rows, columns = processor.token_grid
     return (

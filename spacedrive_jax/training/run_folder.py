@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.io import folder_lock, read_json, write_json, write_text
+from spacedrive_jax.training.checkpoints import steps_of
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -84,8 +85,19 @@ def check(
         SpaceDriveError: the folder holds a run already, or its config differs.
     """
     file = run_dir / "config.json"
-    if not file.exists() or overwrite:
+    weights = config.model.weights
+    if overwrite and weights is not None and Path(weights).resolve().is_relative_to(run_dir.resolve()):
+        raise SpaceDriveError(
+            f"--overwrite would remove model.weights {weights}, which lie in {run_dir}: start elsewhere with "
+            "--run-dir"
+        )
+    if overwrite or not (file.exists() or steps_of(run_dir)):
         return []
+    if not file.exists():
+        raise SpaceDriveError(
+            f"{run_dir} has checkpoints and no config.json, as a run whose removal was interrupted: "
+            "--overwrite removes the rest, --run-dir starts elsewhere"
+        )
     if not resume:
         raise SpaceDriveError(
             f"{run_dir} holds a run already: --resume continues it, --overwrite replaces it, --run-dir "

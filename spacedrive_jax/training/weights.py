@@ -45,7 +45,8 @@ def is_run(weights: str | Path) -> bool:
         return True
     if path.name == "best" and not path.is_dir():
         path = path.parent
-    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+    is_step = path.parent.name == "checkpoints" and path.name.isdigit()
+    return is_step or (path / "checkpoints").is_dir()
 
 
 def run_config(weights: str | Path) -> Config:

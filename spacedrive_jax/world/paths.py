@@ -82,13 +82,19 @@ def offset(points: Points, distance: float) -> Points:
     return points + distance * left_normals(points)
 
 
-def bezier(start: Points, start_heading: float, end: Points, end_heading: float, handle: float) -> Points:
+def bezier(
+    start: Float[np.ndarray, "2"],
+    start_heading: float,
+    end: Float[np.ndarray, "2"],
+    end_heading: float,
+    handle: float,
+) -> Float[np.ndarray, "K 2"]:
     """A cubic Bezier curve between two directed points.
 
     Args:
-        start: (2,) first point.
+        start: first point.
         start_heading: direction of travel at the start, radians.
-        end: (2,) last point.
+        end: last point.
         end_heading: direction of travel at the end, radians.
         handle: length of both handles as a fraction of the chord; 0.39 makes a near circular quarter turn.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt16
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import paths
@@ -183,7 +183,7 @@ def _projected_bounds(
     return np.clip(low, -1e6, 1e6), np.clip(high, -1e6, 1e6)
 
 
-def depth_image(buffer: FrameBuffer, scale: float = 256.0) -> Int[np.ndarray, "H W"]:
+def depth_image(buffer: FrameBuffer, scale: float = 256.0) -> UInt16[np.ndarray, "H W"]:
     """The 16-bit depth image: round(metres * scale), 0 for the sky and beyond the 16-bit range."""
     with np.errstate(divide="ignore"):
         metres = np.where(buffer.inverse_depth > 0, 1.0 / buffer.inverse_depth, 0.0)

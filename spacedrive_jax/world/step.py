@@ -277,7 +277,7 @@ class _Moment:
                 options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
         return min(options)
 
-    def _walk(self, i: int, front: float, arrived: bool) -> float:
+    def _walk(self, i: int, front: float, arrived: bool | np.bool) -> float:
         """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
         mover = self.movers[i]
         if mover.crossing >= 0:

@@ -20,8 +20,10 @@ from spacedrive_jax.evaluation.validation import Validation, train
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.checkpoints import Best, locate, steps_of
 from spacedrive_jax.training.preflight import depth_advice, describe, preflight
+from spacedrive_jax.training.run_folder import check
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
+from spacedrive_jax.training.weights import is_run
 from tests.record_factory import make_record, write_records
 from tests.training.runs import TINY, make_records, tiny
 
@@ -80,6 +82,30 @@ def test_depth_is_asked_for_as_the_run_sees_it(records, tmp_path):
         SpaceDriveError, match=r"add-depth --records .* --image-size 56x56 --channel-order rgb"
     ):
         train(wants)
+
+
+def test_a_config_called_like_a_file_runs_no_code(records, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('ran', 'w').close()\n")
+    theirs = change(tiny(records, tmp_path / "run"), "evil.py", {})
+    assert theirs.name == "evil.py"
+    assert depth_advice(theirs).startswith("--image-size 56x56")
+    assert not Path("ran").exists()
+
+
+def test_weights_in_a_folder_called_checkpoints_are_no_run(tmp_path):
+    assert not is_run(tmp_path / "checkpoints" / "Qwen2.5-VL-3B-Instruct")
+    assert is_run(tmp_path / "checkpoints" / "300")
+
+
+def test_the_rest_of_a_removed_run_and_weights_in_the_folder_are_named(records, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(SpaceDriveError, match=r"checkpoints and no config\.json"):
+        train(tiny(records, run_dir, steps=1))
+    own = change(tiny(records, run_dir), "own", {"model.weights": str(run_dir / "checkpoints" / "2")})
+    with pytest.raises(SpaceDriveError, match=r"--overwrite would remove model\.weights"):
+        check(run_dir, own, resume=False, overwrite=True)
 
 
 def test_a_run_is_replaced_only_when_told_and_goes_on_longer(records, tmp_path, capsys):

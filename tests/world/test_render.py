@@ -132,7 +132,7 @@ def test_lidar_agrees_with_one_ray_per_beam() -> None:
 
 
 def test_objects_are_placed_together_as_one_by_one() -> None:
-    objects = [object_quads("vehicle.car", (4.5, 1.8, 1.6), "a"), box((0, 0, 0), (1, 2, 3), (1, 0, 0))]
+    objects = [object_quads("vehicle.car", (4.5, 1.8, 1.6), "a"), box((0, 0, 0), (1, 2, 3), (1.0, 0.0, 0.0))]
     positions, yaws = np.array([[1.0, 2.0, 0.8], [-5.0, 3.0, 1.5]]), np.array([0.4, -2.0])
     together = place_all(objects, positions, yaws)
     single = concatenate([place(*each) for each in zip(objects, positions, yaws, (0, 1), strict=True)])

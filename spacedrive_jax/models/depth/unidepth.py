@@ -332,7 +332,9 @@ class UniDepthV2(nnx.Module):
         return bilinear(values, size.network)
 
     def infer(
-        self, images: UInt8[Array, "B H W 3"], intrinsics: Float[Array, "B 3 3"] | None = None
+        self,
+        images: UInt8[Array, "B H W 3"],
+        intrinsics: Float[Array, "_ 3 3"] | None = None,
     ) -> UniDepthInference:
         """The published `infer`, whole.
 
@@ -373,7 +375,9 @@ class UniDepthV2(nnx.Module):
         )
 
     def __call__(
-        self, images: UInt8[Array, "B H W 3"], intrinsics: Float[Array, "B 3 3"] | None = None
+        self,
+        images: UInt8[Array, "B H W 3"],
+        intrinsics: Float[Array, "_ 3 3"] | None = None,
     ) -> DepthPrediction:
         """See `DepthEstimator`."""
         inferred = self.infer(images, intrinsics)

@@ -105,7 +105,7 @@ def test_each_image_has_its_own_camera(tiny):
     crossed = infer(tiny, images, cameras[::-1].astype(np.float32))
     assert np.abs(np.log(both.depth / crossed.depth)).max() > 1e-3
     with pytest.raises(SpaceDriveError, match="one per image"):
-        tiny.infer(images, cameras[:1])
+        tiny.infer(jnp.asarray(images), jnp.asarray(cameras[:1]))
 
 
 @pytest.mark.parametrize("name", ["vits14", "vitb14", "vitl14"])
