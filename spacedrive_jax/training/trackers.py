@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tensorboardX import SummaryWriter
 
@@ -115,12 +115,7 @@ class WandbTracker:
         Raises:
             ConfigError: wandb is not installed, or cannot begin.
         """
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ConfigError(
-                "--train.trackers wandb needs Weights & Biases: pip install -r requirements-wandb.txt"
-            ) from error
+        wandb = _import_wandb()
         settings = run_dir / "wandb.json"
         if start and settings.is_file():
             identity = str(read_json(settings)["id"])
@@ -137,9 +132,7 @@ class WandbTracker:
                 config=json.loads(to_json(config)),
             )
         except wandb.errors.Error as error:
-            raise ConfigError(
-                f"Weights & Biases cannot begin ({error}): `wandb login`, or WANDB_MODE=offline"
-            ) from error
+            raise _cannot_begin(error) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the metrics of a step."""
@@ -165,7 +158,13 @@ class Trackers:
             ConfigError: one of them cannot be used.
         """
         names = list(dict.fromkeys(config.train.trackers)) if is_main_host() else []
-        self._trackers = [TRACKERS[name](run_dir, config, start) for name in names]
+        self._trackers: list[Tracker] = []
+        try:
+            for name in names:
+                self._trackers.append(TRACKERS[name](run_dir, config, start))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Hands the metrics to each."""
@@ -184,6 +183,41 @@ TRACKERS: Mapping[str, Callable[[Path, Config, int], Tracker]] = {
     "wandb": WandbTracker,
 }
 """By the names that `--train.trackers` takes."""
+
+
+def check_trackers(config: Config, *, log_in: bool = True) -> None:
+    """Refuses trackers that could not be opened, before a run takes its folder; writes nothing there.
+
+    Args:
+        config: the run.
+        log_in: hold the key of Weights & Biases against its server, and ask for one at a terminal where there
+            is none. WANDB_MODE=offline or disabled needs none.
+
+    Raises:
+        ConfigError: Weights & Biases is not installed, or has no key that it takes.
+    """
+    if "wandb" not in config.train.trackers or not is_main_host():
+        return
+    wandb = _import_wandb()
+    if not log_in or os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise _cannot_begin(error) from error
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            "--train.trackers wandb needs Weights & Biases: pip install -r requirements-wandb.txt"
+        ) from error
+
+
+def _cannot_begin(error: Exception) -> ConfigError:
+    return ConfigError(f"Weights & Biases cannot begin ({error}): `wandb login`, or WANDB_MODE=offline")
 
 
 def _drop_behind(path: Path, start: int) -> None:

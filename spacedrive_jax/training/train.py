@@ -42,7 +42,7 @@ from spacedrive_jax.training.throughput import (
     opening_line,
     validation_line,
 )
-from spacedrive_jax.training.trackers import Trackers
+from spacedrive_jax.training.trackers import Trackers, check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ def _train(
     changes = run_folder.check(
         run_dir, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
     )
+    check_trackers(config)
     check_start(config)
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
     check_lengths(samples)

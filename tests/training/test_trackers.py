@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from spacedrive_jax.config import Config, load_config
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training import trackers
-from spacedrive_jax.training.trackers import Tracker, Trackers, tag
+from spacedrive_jax.training.trackers import Tracker, Trackers, check_trackers, tag
 
 VALUES = {"loss": 3.0, "loss_position": 1.5, "learning_rate": 1e-3, "step_seconds": 0.5}
 
@@ -94,6 +95,33 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"requirements-wandb\.txt"):
         Trackers(tmp_path, config("wandb"), 0)
+
+
+def test_a_tracker_that_cannot_begin_is_named_before_the_run_and_closes_the_others(tmp_path, monkeypatch):
+    class RefusedError(Exception):
+        """W&B's own."""
+
+    def login():
+        raise RefusedError("no key")
+
+    wandb = types.SimpleNamespace(login=login, errors=types.SimpleNamespace(Error=RefusedError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match=r"cannot begin \(no key\): `wandb login`, or WANDB_MODE=offline"):
+        check_trackers(config("jsonl", "wandb"))
+    check_trackers(config("wandb"), log_in=False)
+    check_trackers(config("jsonl", "tensorboard"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(config("wandb"))
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"requirements-wandb\.txt"):
+        check_trackers(config("wandb"))
+    closed = []
+    monkeypatch.setattr(trackers.JsonLinesTracker, "close", lambda self: closed.append("jsonl"))
+    with pytest.raises(ConfigError, match=r"requirements-wandb\.txt"):
+        Trackers(tmp_path, config("jsonl", "wandb"), 0)
+    assert closed == ["jsonl"]
 
 
 def test_wandb_runs_offline_and_goes_on_under_its_id(tmp_path, monkeypatch):
