@@ -131,12 +131,7 @@ def checkpoint_values(folder: Path) -> Any:
     trainable, optimizer = _state()
     if checkpoints.steps_of(run) != [3, 7]:  # a step that lost its folder's name is no checkpoint
         return None
-    manager = checkpoints.open_manager(run, keep=2)
-    try:
-        restored = checkpoints.restore(manager, 7, trainable, optimizer)
-    finally:
-        manager.close()
-    state, numbers, position, metadata = restored
+    state, numbers, position, metadata = checkpoints.restore(run, 7, trainable, optimizer)
     return plain([nnx.to_pure_dict(state), numbers, position, metadata])
 
 

@@ -240,9 +240,11 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, trainable: nnx.State, optimizer: Any
+    run_dir: Path, step: int, trainable: nnx.State, optimizer: Any
 ) -> tuple[nnx.State, Any, dict[str, int], dict[str, Any]]:
     """Reads a checkpoint back onto the shardings of the given trees, whatever mesh it was written from.
+
+    Later checkpoints may be there, and damaged: they are not looked at.
 
     Returns:
         trainables, optimiser state, position of the data iterator, metadata.
@@ -250,18 +252,14 @@ def restore(
     Raises:
         CheckpointError: it is damaged; the newest whole one before it is named.
     """
-    run_dir = Path(manager.directory).parent
     with naming_the_whole(run_dir, step):
-        _folder(run_dir, step)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(trainable))),
-                optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
-                position=ocp.args.JsonRestore(),
-                metadata=ocp.args.JsonRestore(),
-            ),
-        )
+        folder = _folder(run_dir, step)
+        # Not through a manager, which opens every checkpoint of the run.
+        restored: dict[str, Any] = {"metadata": _metadata(run_dir, step)}
+        with ocp.StandardCheckpointer() as arrays, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as facts:
+            restored["position"] = facts.restore(folder / "position")
+            for name, tree in (("trainable", nnx.to_pure_dict(trainable)), ("optimizer", optimizer)):
+                restored[name] = arrays.restore(folder / name, _abstract(tree))
         check_saved(restored["trainable"], restored["metadata"], TRAINABLE)
         check_saved(restored["optimizer"], restored["metadata"], OPTIMIZER)
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
@@ -365,23 +363,40 @@ def steps_of(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
 
 
+def later_than(run_dir: Path, step: int) -> list[tuple[Path, Path]]:
+    """What `go_back_to` would move; moves nothing.
+
+    Returns:
+        Each later checkpoint, and its place in `RUN/set_aside`.
+
+    Raises:
+        CheckpointError: there is no checkpoint of that step, or something lies in such a place.
+    """
+    steps = steps_of(run_dir)
+    if step not in steps:
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}, but {steps}")
+    moves = []
+    for later in (str(each) for each in steps if each > step):
+        target = run_dir / "set_aside" / later
+        if target.exists():
+            raise CheckpointError(f"{target} exists: remove it, or move it away, to go back to step {step}")
+        moves.append((run_dir / "checkpoints" / later, target))
+    return moves
+
+
 def go_back_to(run_dir: Path, step: int) -> None:
     """Sets the checkpoints behind a step aside, into `RUN/set_aside`, so that training goes on from it.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: as `later_than`, before the first is moved.
     """
-    if step not in steps_of(run_dir):
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}, but {steps_of(run_dir)}")
-    for later in (each for each in steps_of(run_dir) if each > step):
-        target = run_dir / "set_aside" / str(later)
-        if target.exists():
-            raise CheckpointError(f"{target} exists: remove it, or move it away, to go back to step {step}")
-        target.parent.mkdir(exist_ok=True)
-        (run_dir / "checkpoints" / str(later)).rename(target)
+    moves = later_than(run_dir, step)
     best = Best.read(run_dir)
     if best is not None and best.step > step:
         (run_dir / BEST_FILE).unlink()
+    for checkpoint, target in moves:
+        target.parent.mkdir(exist_ok=True)
+        checkpoint.rename(target)
 
 
 def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -103,7 +103,8 @@ def train(
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint of the run folder.
-        step: go on from this checkpoint instead; later ones are set aside (`RUN/set_aside`).
+        step: go on from this checkpoint instead; later ones are set aside (`RUN/set_aside`),
+            once the first step is done.
         accept_changes: resume although the config or the records differ from the run's.
         overwrite: replace the run that the folder holds, once the new one has done its first step.
         skip_nonfinite: how many steps whose loss or gradient is not finite to leave out before giving up.
@@ -117,6 +118,8 @@ def train(
     """
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if step is not None and not resume:
+        raise ConfigError("step says where to go on: give resume with it")
     if config.train.validate_every and validation is None:
         raise ConfigError(
             f"train.validate_every {config.train.validate_every}: no validation was given; "
@@ -153,6 +156,8 @@ def _train(
     changes = run_folder.check(
         run_dir, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
     )
+    if step is not None:
+        checkpoints.later_than(run_dir, step)  # they move when the run has shown that it goes on
     check_trackers(config)
     check_start(config)
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
@@ -179,19 +184,15 @@ def _train(
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(frozen),
     }
-    if step is not None:
-        if run_folder.is_main_host():
-            checkpoints.go_back_to(run_dir, step)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("later checkpoints are set aside")
     start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
+    if step is not None:
+        start = step
     if start:
         if not accept_changes:
             saved = checkpoints.read_metadata(run_dir, start)
             checkpoints.check_metadata(saved, metadata)
             run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
-        manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
-        trainable, optimizer_state, where, _ = checkpoints.restore(manager, start, trainable, optimizer_state)
+        trainable, optimizer_state, where, _ = checkpoints.restore(run_dir, start, trainable, optimizer_state)
         seek(iterator, where, settings.batch_size)
     opening = opening_line(
         name=config.name,
@@ -221,9 +222,13 @@ def _train(
         if profile is not None and profile.start == start:
             jax.profiler.start_trace(str(run_dir / "profile"))
         first = jax.block_until_ready(advance(start, trainable, optimizer_state))
+    if step is not None:
+        if run_folder.is_main_host():
+            checkpoints.go_back_to(run_dir, step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("later checkpoints are set aside")
     run_folder.claim(run_dir, config, overwrite=overwrite)
-    if not start:
-        manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
+    manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
     if run_folder.is_main_host():
         shown = {name: value for name, value in metadata.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})

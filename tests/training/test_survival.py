@@ -211,6 +211,33 @@ def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(records, whole, t
         train(config, resume=True, step=1)
 
 
+def test_going_back_moves_nothing_before_the_first_step_is_done(records, whole, tmp_path, monkeypatch):
+    run = copied(whole, tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / str(STEPS), run / "checkpoints" / str(STEPS + 2))
+    steps = checkpoints.steps_of(run)
+    assert steps == [STEPS - 2, STEPS, STEPS + 2]
+    config = tiny(records, run, steps=STEPS)
+
+    def fails(batch):
+        raise SpaceDriveError("the first step fails")
+
+    with monkeypatch.context() as patch:
+        on_batch(patch, 1, fails)
+        with pytest.raises(SpaceDriveError, match="the first step fails"):
+            train(config, resume=True, step=steps[0])
+    assert checkpoints.steps_of(run) == steps
+    taken = run / "set_aside" / str(steps[-1])  # the last of those that would move
+    taken.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"set_aside/{steps[-1]} exists"):
+        train(config, resume=True, step=steps[0])
+    with pytest.raises(CheckpointError, match=f"set_aside/{steps[-1]} exists"):
+        checkpoints.go_back_to(run, steps[0])
+    assert checkpoints.steps_of(run) == steps
+    taken.rmdir()
+    assert train(config, resume=True, step=steps[0]).start == steps[0]
+    assert losses_of(run) == losses_of(whole)
+
+
 def test_trainables_of_another_step_are_refused(whole, tmp_path):
     run = copied(whole, tmp_path / "run")
     older, newest = (run / "checkpoints" / str(step) / "trainable" for step in checkpoints.steps_of(run)[-2:])
