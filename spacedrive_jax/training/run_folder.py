@@ -188,7 +188,7 @@ def check_config(
 
 
 def accepted_changes(run_dir: Path) -> list[str]:
-    """The changes that a run was last resumed with.
+    """The changes that a run was resumed with so far, the oldest first.
 
     Raises:
         DataError: run.json is damaged.

@@ -156,6 +156,8 @@ def _train(
     changes = run_folder.check(
         run_dir, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
     )
+    if resume:
+        changes = list(dict.fromkeys([*run_folder.accepted_changes(run_dir), *changes]))
     if step is not None:
         checkpoints.later_than(run_dir, step)  # they move when the run has shown that it goes on
     check_trackers(config)
@@ -191,7 +193,7 @@ def _train(
         if not accept_changes:
             saved = checkpoints.read_metadata(run_dir, start)
             checkpoints.check_metadata(saved, metadata)
-            run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start))
+            run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start), changes)
         trainable, optimizer_state, where, _ = checkpoints.restore(run_dir, start, trainable, optimizer_state)
         seek(iterator, where, settings.batch_size)
     opening = opening_line(

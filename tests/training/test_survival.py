@@ -141,6 +141,15 @@ def test_changes_are_named_and_accepted_only_when_told(records, whole, tmp_path)
     assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == [
         "train.clip_norm: 10.0 -> 9.0"
     ]
+    # Its checkpoint of before the change stays one of this run, whatever was accepted since.
+    again = dataclasses.replace(changed, train=dataclasses.replace(changed.train, seed=3))
+    assert train(again, resume=True, accept_changes=True).step == STEPS + 1
+    assert train(again, resume=True, step=STEPS).step == STEPS + 1
+    assert json.loads((run_dir / "run.json").read_text())["accepted_changes"] == [
+        "train.clip_norm: 10.0 -> 9.0",
+        "train.seed: 888 -> 3",
+    ]
+    changed = again
 
     others = make_records(tmp_path / "others", seed=1)
     elsewhere = dataclasses.replace(changed, data=dataclasses.replace(changed.data, records=str(others)))
