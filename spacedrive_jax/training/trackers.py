@@ -88,7 +88,9 @@ class TensorBoardTracker:
 
     def __init__(self, run_dir: Path, config: Config, start: int) -> None:
         """Opens an event file; events of steps behind `start`, which will be run again, are hidden."""
-        self._board = SummaryWriter(str(run_dir / "tensorboard" / run_dir.resolve().name), purge_step=start)
+        folder = run_dir / "tensorboard" / run_dir.resolve().name
+        # TensorBoard hides the purged step and what is behind it; that of `start` itself stands.
+        self._board = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         # TensorBoard shows text as Markdown: four spaces make it a block of code.
         self._board.add_text("config", "    " + to_json(config).replace("\n", "\n    "), start)
 

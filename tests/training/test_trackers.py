@@ -91,6 +91,18 @@ def test_events_stand_in_a_folder_of_the_runs_name(tmp_path):
     ]
 
 
+def test_a_resume_hides_the_events_behind_its_start_alone(tmp_path, monkeypatch):
+    purged, writer = [], trackers.SummaryWriter
+    monkeypatch.setattr(
+        trackers,
+        "SummaryWriter",
+        lambda folder, purge_step: purged.append(purge_step) or writer(folder, purge_step=purge_step),
+    )
+    for start in (0, 20):
+        Trackers(tmp_path, config("tensorboard"), start).close()
+    assert purged == [0, 21]
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"requirements-wandb\.txt"):
