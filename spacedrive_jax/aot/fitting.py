@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 COMPILED = 4
 """Programs that are compiled at most; each takes a minute at 7B."""
+MORE_DEVICES = "--mesh.data 1 --mesh.fsdp -1"
+"""Flags that spread a run's weights over all devices there are; `data` takes them all by default."""
 
 
 def device_memory() -> int | None:
@@ -61,11 +63,13 @@ def what_fits(config: Config, limit: int | None = None) -> str:
         return ""
     log.info("looking for what fits: compiling up to %d smaller steps", COMPILED)
     topology = Topology("these devices", None, tuple(jax.devices()))
-    compiled, smallest = 0, math.inf
+    compiled, tried = 0, []
     for flags, smaller in _smaller(config):
         try:
             needed: float = least_bytes(smaller)
-            if needed <= limit and compiled < COMPILED:
+            if needed <= limit:
+                if compiled == COMPILED:
+                    continue  # may fit; its least bytes are no account of it
                 compiled += 1
                 needed = make_plan(smaller, topology).peak_bytes
                 if needed <= limit:
@@ -75,11 +79,17 @@ def what_fits(config: Config, limit: int | None = None) -> str:
                     )
         except (SpaceDriveError, jax.errors.JaxRuntimeError):
             continue  # one that these devices cannot even compile
-        smallest = min(smallest, needed)
+        tried.append(needed)
+    if tried:
+        found = (
+            f"nothing that was tried fits a device's {limit / 1e9:.1f} GB (the smallest step takes "
+            f"{min(tried) / 1e9:.1f} GB)"
+        )
+    else:
+        found = f"there is no smaller step of this batch to try on a device's {limit / 1e9:.1f} GB"
     return (
-        f"nothing that was tried fits a device's {limit / 1e9:.1f} GB (the smallest step takes "
-        f"{smallest / 1e9:.1f} GB): use more devices (--mesh.fsdp -1) or larger ones; `aot CONFIG --topology "
-        "CHIP:SHAPE --search` finds which"
+        f"{found}: use more devices ({MORE_DEVICES}) or larger ones; `aot CONFIG --topology CHIP:SHAPE "
+        "--search` finds which"
     )
 
 

@@ -155,8 +155,8 @@ class Train(Command):
 
 _TRAIN_LESS = (
     "keep less for the backward pass (--model.compute.remat full), cut the batch into pieces "
-    "(--train.grad-accum-steps 2) or over more devices (--mesh.fsdp), store the frozen base in fewer bits "
-    "(--model.compute.base-quantization int8)"
+    "(--train.grad-accum-steps 2) or over more devices (--mesh.data 1 --mesh.fsdp -1), store the frozen base "
+    "in fewer bits (--model.compute.base-quantization int8)"
 )
 
 

@@ -203,7 +203,11 @@ def test_out_of_memory_comes_with_what_would_fit(records, tmp_path):
         {"model.compute.remat": "none", "train.grad_accum_steps": 1},
     )
     assert what_fits(config, limit=10**12).startswith("--model.compute.remat full fits")
-    assert what_fits(config, limit=1000).startswith("nothing that was tried fits")
+    nothing = what_fits(config, limit=1000)
+    assert nothing.startswith("nothing that was tried fits")
+    assert "use more devices (--mesh.data 1 --mesh.fsdp -1)" in nothing
+    alone = {"model.compute.remat": "full", "train.batch_size": 1}
+    assert what_fits(change(config, "alone", alone), limit=1000).startswith("there is no smaller step")
     ran_out = pytest.raises(SpaceDriveError, match=r"ran out of memory .*: do less")
     with ran_out, advice_on_memory(lambda: "do less"):
         raise MemoryError("cannot allocate")
