@@ -95,7 +95,7 @@ def process_images(
     Args:
         kind: the family's processor.
         vision: its vision config.
-        images: PIL images (of any mode) or arrays.
+        images: PIL images (of any mode; what is transparent is laid on white) or arrays.
         settings: those of the checkpoint; None for the released ones.
 
     Returns:
@@ -118,6 +118,9 @@ def process_images(
 
 def _rgb(image: Image.Image | np.ndarray, number: int) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(image, Image.Image):
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
     is_array = isinstance(image, np.ndarray)
     if not is_array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -57,6 +57,10 @@ def assert_same_pixels(model: VisionLanguageModel, processor, to_patches=lambda 
     generator = np.random.default_rng(0)
     sizes = ((50, 70), (240, 320), (16, 20), (300, 40))
     images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    see_through = Image.fromarray(generator.integers(0, 256, (40, 60, 4), dtype=np.uint8))
+    on_white = processor([see_through], return_tensors="np")["pixel_values"]
+    wanted = to_patches(on_white)
+    np.testing.assert_array_equal(model.process([see_through])[0], wanted.reshape(-1, wanted.shape[-1]))
     expected = processor([Image.fromarray(image) for image in images], return_tensors="np")
     wanted = to_patches(expected["pixel_values"])
     for given in (images, [Image.fromarray(image) for image in images]):
