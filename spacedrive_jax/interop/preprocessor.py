@@ -20,6 +20,8 @@ from spacedrive_jax.models.image_processor import ProcessorSettings
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 MOST_PIXELS = 1 << 40
+_SIZES = (("size", ""), ("crop_size", "crop_"), ("max_image_size", "max_"))
+"""Fields, and what their edges begin with in `ProcessorSettings.size`."""
 _EDGES = ("shortest_edge", "longest_edge", "height", "width")
 
 
@@ -52,6 +54,7 @@ def read_processor_settings(folder: Path, config: VLConfig) -> ProcessorSettings
 
 def _settings(fields: Fields, origin: str, config: VLConfig) -> ProcessorSettings:
     kind = family_of(config).image_processor
+    fields = {name: value for name, value in fields.items() if value is not None}  # null is the default
     for name in ("do_resize", "do_rescale", "do_normalize"):
         expect(fields, name, True, origin)
     expect(fields, "resample", int(kind.resample), origin)
@@ -61,7 +64,8 @@ def _settings(fields: Fields, origin: str, config: VLConfig) -> ProcessorSetting
         if fields.get(name) is not None and hasattr(config.vision, name):
             expect(fields, name, getattr(config.vision, name), origin)
     fallback = kind.fallback
-    sizes = {**fallback.sizes, **_sizes(fields, origin)}
+    usual = {edge: value for edge, value in fallback.sizes.items() if _field_of(edge) not in fields}
+    sizes = {**usual, **_sizes(fields, origin)}
     if fields.get("do_center_crop") is False:
         sizes = {edge: value for edge, value in sizes.items() if not edge.startswith("crop_")}
     return ProcessorSettings(
@@ -72,10 +76,16 @@ def _settings(fields: Fields, origin: str, config: VLConfig) -> ProcessorSetting
     )
 
 
+def _field_of(edge: str) -> str:
+    """The field that sets a size, all of whose edges it sets."""
+    return next((name for name, prefix in _SIZES[1:] if edge.startswith(prefix)), "size")
+
+
 def _sizes(fields: Fields, origin: str) -> dict[str, int]:
     """Sizes under the names of `ProcessorSettings.size`."""
     found: dict[str, int] = {}
-    for name, prefix in (("size", ""), ("crop_size", "crop_"), ("max_image_size", "max_")):
+    for name, prefix in _SIZES:
+        edges = ("longest_edge",) if name == "max_image_size" else _EDGES
         value = fields.get(name)
         if value is None:
             continue
@@ -84,12 +94,12 @@ def _sizes(fields: Fields, origin: str) -> dict[str, int]:
         inner = {} if not isinstance(value, Mapping) else value
         known = {
             f"{prefix}{edge}": size(inner, edge, origin, most=MOST_PIXELS)
-            for edge in _EDGES
+            for edge in edges
             if inner.get(edge) is not None
         }
         if not known:
             raise ConfigError(
-                f"{origin}: {name} is {str(value)[:40]!r}, expected an object of {', '.join(_EDGES)}"
+                f"{origin}: {name} is {str(value)[:40]!r}, expected an object of {', '.join(edges)}"
             )
         found |= known
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -102,9 +112,9 @@ def _three(fields: Fields, name: str, origin: str, default: tuple[float, float, 
     value = fields.get(name)
     if value is None:
         return default
-    numbers = (
-        isinstance(value, list) and len(value) == 3 and all(type(each) in (int, float) for each in value)
-    )
+    if not isinstance(value, list):  # one for all channels
+        value = [value] * 3
+    numbers = len(value) == 3 and all(type(each) in (int, float) for each in value)
     if not numbers or (name == "image_std" and 0 in value):
-        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected three numbers")
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected one number or three")
     return tuple(float(each) for each in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 from spacedrive_jax import open_model
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.interop.preprocessor import read_processor_settings
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor
-from spacedrive_jax.models.image_processor import ProcessorSettings
+from spacedrive_jax.models.families.smolvlm import SmolVLMConfig, SmolVLMImageProcessor
+from spacedrive_jax.models.image_processor import HALVES, ProcessorSettings
 from tests.models.conftest import random_module, tiny_config
 
 IMAGE = 90
@@ -54,6 +57,33 @@ def test_patches_follow_the_checkpoints_own_settings(model):
     np.testing.assert_allclose(patches[0].reshape(3, 2, 4, 4)[:, 1], expected, rtol=1e-5)
     grey = Image.fromarray(images[0]).convert("L")
     assert len(model.process([grey])[0]) == 24
+
+
+def transparent(mode):
+    """2x2 pixels: red, half red, nothing, blue; the palette's third colour is the transparent one."""
+    pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 128]], [[0, 255, 0, 0], [0, 0, 255, 255]]], np.uint8)
+    if mode == "RGBA":
+        return Image.fromarray(pixels)
+    if mode == "LA":
+        return Image.fromarray(np.array([[[9, 255], [9, 128]], [[0, 0], [200, 255]]], np.uint8), "LA")
+    image = Image.fromarray(np.array([[0, 0], [2, 1]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255, 0, 255, 0])
+    image.info["transparency"] = 2
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("RGBA", [[[255, 0, 0], [255, 127, 127]], [[255, 255, 255], [0, 0, 255]]]),
+        ("LA", [[[9] * 3, [132] * 3], [[255] * 3, [200] * 3]]),
+        ("P", [[[255, 0, 0], [255, 0, 0]], [[255, 255, 255], [0, 0, 255]]]),
+    ],
+)
+def test_what_is_transparent_is_laid_on_white(model, mode, expected):
+    patches, _ = model.process([transparent(mode)])
+    wanted, _ = model.process([np.array(expected, np.uint8)])
+    np.testing.assert_array_equal(patches, wanted)
 
 
 def test_without_a_file_the_released_settings_hold(tiny_model):
@@ -175,6 +205,7 @@ def test_images_without_a_place_are_refused(tiny_model):
         ({"patch_size": 14}, "patch_size 14"),
         ({"resample": 1}, "resample"),
         ({"image_std": [1, 0, 1]}, "image_std"),
+        ({"image_mean": [1, 2]}, "image_mean"),
         ({"size": {"shortest": 3}}, "size is"),
         ({"do_pad": True}, "do_pad"),
     ],
@@ -185,6 +216,31 @@ def test_settings_that_are_not_done_here_are_refused(folder, tmp_path, fields, p
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     with pytest.raises(SpaceDriveError, match=problem):
         open_model(tmp_path)
+
+
+def read_settings(folder, config, **fields):
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    return read_processor_settings(folder, config)
+
+
+def test_a_size_of_the_files_own_replaces_the_usual_one_whole(tmp_path):
+    config, square = SmolVLMConfig(), {"height": 1000, "width": 800}
+    settings = read_settings(tmp_path, config, size=square)
+    assert settings.sizes == {**square, "max_longest_edge": 364}
+    settings = read_settings(tmp_path, config, size=square, max_image_size={"longest_edge": 512})
+    assert SmolVLMImageProcessor(config.vision, (90, 160), settings).first_size == (1000, 800)
+    with pytest.raises(SpaceDriveError, match="an object of longest_edge"):
+        read_settings(tmp_path, config, max_image_size=square)
+    settings = read_settings(tmp_path, tiny_config(), size={"shortest_edge": 64})
+    with pytest.raises(SpaceDriveError, match="must have shortest_edge and longest_edge"):
+        QwenImageProcessor(tiny_config().vision, (16, 24), settings)
+
+
+def test_null_is_the_default_and_one_number_is_for_all_channels(tmp_path):
+    nothing = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "resample", "rescale_factor", "size"))
+    settings = read_settings(tmp_path, tiny_config(), **nothing, image_mean=0.5, image_std=None)
+    fallback = QwenImageProcessor.fallback
+    assert settings == dataclasses.replace(fallback, mean=HALVES, size=tuple(sorted(fallback.size)))
 
 
 def test_settings_saved_with_a_tokenizer_are_found(folder, tmp_path):

@@ -401,11 +401,15 @@ class QwenImageProcessor(ImageProcessor):
         """See `ImageProcessor`.
 
         Raises:
-            ConfigError: the image is more than 200 times as long as it is wide.
+            ConfigError: the image is more than 200 times as long as it is wide, or the settings lack a limit.
         """
         super().__init__(vision, image_size, settings)
         side = vision.patch_size * vision.merge_size
         limits = (settings or self.published).sizes
+        if not {"shortest_edge", "longest_edge"} <= set(limits):
+            raise ConfigError(
+                f"size {dict(limits)} must have shortest_edge and longest_edge: least, most pixels"
+            )
         least, most = limits["shortest_edge"], limits["longest_edge"]
         if settings is None:  # views as small as the caller likes
             least = min(least, side * side)
