@@ -168,6 +168,11 @@ def _as_written(file: GgufFile, decoder: LanguageModelConfig) -> _Written:
     check_names_and_shapes(
         decoder_rules(decoder), found, origin=str(file.path), ignore=("rope_freqs.weight",)
     )
+    if "rope_freqs.weight" in file.shapes and (file.read("rope_freqs.weight") != 1).any():
+        raise CheckpointError(
+            f"{file.path}: rope_freqs.weight scales the rotary frequencies, which is not supported, only "
+            "plain LLaMA"
+        )
     heads = {"q_proj.weight": decoder.num_heads, "k_proj.weight": decoder.num_kv_heads}
     return _Written(file, names, heads)
 

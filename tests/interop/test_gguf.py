@@ -217,6 +217,18 @@ def test_other_models_are_refused_by_name(small, tmp_path, capsys, change, probl
     assert not (tmp_path / "out").exists()
 
 
+def test_scaled_rotary_frequencies_are_refused(small, tmp_path, capsys):
+    metadata, tensors, _ = small
+    source = tmp_path / "lm.gguf"
+    factors = np.ones(WIDTH // HEADS // 2, np.float32)
+    factors[-1] = 8
+    scaled = {"rope_freqs.weight": (factors.shape, F32, factors.tobytes())}
+    source.write_bytes(gguf(metadata, tensors | scaled))
+    assert main(["import-weights", "--from", "gguf", str(source), "--out", str(tmp_path / "out")]) == 1
+    assert "rope_freqs.weight scales the rotary frequencies" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_files_are_named(small, tmp_path):
     metadata, tensors, _ = small
     whole = gguf(metadata, tensors)
