@@ -30,14 +30,17 @@ MOST = 10_000_000
 MOST_LAYERS = 10_000
 
 
-def size(fields: Fields, name: str, origin: str, default: int | None = None, *, most: int = MOST) -> int:
-    """A whole number of at least 1.
+def size(
+    fields: Fields, name: str, origin: str, default: int | None = None, *, least: int = 1, most: int = MOST
+) -> int:
+    """A whole number of at least 1, or `least`.
 
     Args:
         fields: The config, or a part of it.
         name: Field.
         origin: Names the file.
         default: What a missing field, or null, means; None where it must be there.
+        least: Smallest value; 0 for the id of a token.
         most: Largest value.
 
     Raises:
@@ -45,9 +48,9 @@ def size(fields: Fields, name: str, origin: str, default: int | None = None, *, 
     """
     value = required(fields, name, origin) if default is None else fields.get(name)
     value = default if value is None else value
-    if type(value) is not int or not 1 <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         raise ConfigError(
-            f"{origin}: {name} is {str(value)[:40]!r}, expected a whole number from 1 to {most:,}"
+            f"{origin}: {name} is {str(value)[:40]!r}, expected a whole number from {least} to {most:,}"
         )
     return value
 

@@ -38,6 +38,7 @@ _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
+    ("language_model.", "model.language_model."),
     ("vision_tower.", f"{_TOWER}."),
     ("multi_modal_projector.", f"{_PROJECTOR}."),
 )
@@ -117,7 +118,7 @@ def read_internvl_config(fields: Fields, origin: str) -> InternVLConfig:
     return InternVLConfig(
         decoder=plain_decoder(text, origin, "qwen2", tied=is_tied(fields, text, default=True)),
         vision=_vision(vision, merge_size, origin),
-        image_token_id=size(fields, "image_token_id", origin, 151667),
+        image_token_id=size(fields, "image_token_id", origin, 151667, least=0),
     )
 
 
@@ -148,11 +149,6 @@ def _vision(vision: Fields, merge_size: int, origin: str) -> InternVisionConfig:
 def write_internvl_config(config: InternVLConfig) -> dict[str, Any]:
     """The config as transformers 4.52 and 5 read it."""
     decoder, vision = config.decoder, config.vision
-    if decoder.hidden_size != decoder.num_heads * decoder.head_dim:
-        raise ConfigError(
-            "transformers' InternVL needs hidden_size == num_heads * head_dim; this decoder has hidden_size "
-            f"{decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}"
-        )
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
@@ -163,7 +159,7 @@ def write_internvl_config(config: InternVLConfig) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": decoder.tie_word_embeddings,
-        "text_config": {"model_type": "qwen2", **decoder_fields(decoder)},
+        "text_config": {"model_type": "qwen2", "head_dim": decoder.head_dim, **decoder_fields(decoder)},
         "vision_config": {
             "model_type": "internvl_vision",
             "hidden_size": vision.hidden_size,

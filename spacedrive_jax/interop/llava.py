@@ -130,8 +130,8 @@ def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
 
 def _image_token(fields: Fields, origin: str) -> int:
     """Transformers 4 says `image_token_index`, 5 `image_token_id`; a file with both must mean one."""
-    index = size(fields, "image_token_index", origin, 32000)
-    token = size(fields, "image_token_id", origin, index)
+    index = size(fields, "image_token_index", origin, 32000, least=0)
+    token = size(fields, "image_token_id", origin, index, least=0)
     if fields.get("image_token_index") is not None and token != index:
         raise ConfigError(f"{origin}: image_token_index is {index}, but image_token_id is {token}")
     return token

@@ -108,9 +108,9 @@ def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
     return QwenVLConfig(
         decoder=_decoder(text, fields, origin),
         vision=_vision(vision, origin),
-        image_token_id=size(fields, "image_token_id", origin, 151655),
-        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652),
-        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653),
+        image_token_id=size(fields, "image_token_id", origin, 151655, least=0),
+        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652, least=0),
+        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653, least=0),
     )
 
 

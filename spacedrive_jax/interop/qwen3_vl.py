@@ -94,9 +94,9 @@ def read_qwen3_config(fields: Fields, origin: str) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         decoder=_decoder(text, fields, origin),
         vision=_vision(part(fields, "vision_config", origin), origin),
-        image_token_id=size(fields, "image_token_id", origin, 151655),
-        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652),
-        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653),
+        image_token_id=size(fields, "image_token_id", origin, 151655, least=0),
+        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652, least=0),
+        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653, least=0),
     )
 
 
@@ -120,7 +120,10 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
         intermediate_size=size(text, "intermediate_size", origin, 22016),
         num_layers=size(text, "num_hidden_layers", origin, 32, most=MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=size(text, "num_key_value_heads", origin, 32),
+        # null is as many as queries, a field left out the class's number.
+        num_kv_heads=size(
+            text, "num_key_value_heads", origin, heads if "num_key_value_heads" in text else 32
+        ),
         head_dim=head_size(text, origin, hidden, heads) if "head_dim" in text else 128,
         rope_theta=rotary_theta(text, origin, 500_000.0),
         mrope_section=ids(rope, "mrope_section", origin, (24, 20, 20)),

@@ -112,7 +112,7 @@ def read_smolvlm_config(fields: Fields, origin: str) -> SmolVLMConfig:
     return SmolVLMConfig(
         decoder=plain_decoder(text, origin, "llama", tied=tied, norm_eps=usual_eps),
         vision=_vision(vision, size(fields, "scale_factor", origin, 2), origin),
-        image_token_id=size(fields, "image_token_id", origin, 128257),
+        image_token_id=size(fields, "image_token_id", origin, 128257, least=0),
         model_type="idefics3" if fields.get("model_type") == "idefics3" else "smolvlm",
     )
 
@@ -146,7 +146,13 @@ def write_smolvlm_config(config: SmolVLMConfig) -> dict[str, Any]:
         "scale_factor": vision.merge_size,
         "vocab_size": decoder.vocab_size,
         "tie_word_embeddings": decoder.tie_word_embeddings,
-        "text_config": {"model_type": "llama", "head_dim": decoder.head_dim, **decoder_fields(decoder)},
+        "text_config": {
+            "model_type": "llama",
+            "head_dim": decoder.head_dim,
+            **decoder_fields(decoder),
+            # LLaMA's own ids 1 and 2 are other tokens here; generation_config.json names those that end.
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        },
         "vision_config": {
             "model_type": tower,
             "hidden_size": vision.hidden_size,

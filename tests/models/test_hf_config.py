@@ -81,6 +81,11 @@ def test_configs_are_hashable_and_survive_a_round_trip():
     assert read_hf_config(json.loads(json.dumps(write_hf_config(config)))) == config
 
 
+@pytest.mark.parametrize("name", ["image_token_id", "vision_start_token_id", "vision_end_token_id"])
+def test_a_token_may_have_the_first_id(name):
+    assert getattr(read_hf_config({**HUB_7B, name: 0}), name) == 0
+
+
 def test_folder_of_the_golden_model():
     config = read_hf_config(GOLDEN)
     assert config.image_token_id == 509

@@ -191,6 +191,10 @@ def test_a_released_config_is_read_as_it_stands():
     }
     fields = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
     assert read_hf_config(fields) == Qwen3VLConfig.qwen3_vl_4b()
+    sixteen = text | {"num_attention_heads": 16, "num_key_value_heads": None}
+    assert read_hf_config(fields | {"text_config": sixteen}).decoder.num_kv_heads == 16
+    del text["num_key_value_heads"]
+    assert read_hf_config(fields).decoder.num_kv_heads == 32
     for part, change, problem in (
         ("text_config", {"attention_bias": True}, "attention_bias"),
         ("text_config", {"hidden_size": "2560"}, "hidden_size"),

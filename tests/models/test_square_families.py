@@ -18,6 +18,7 @@ from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.interop.internvl import canonical_name, hub_name
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families import family_of, internvl, smolvlm
 from spacedrive_jax.models.family import IGNORE, Message
@@ -157,6 +158,32 @@ SIZES = (
 @pytest.mark.parametrize("config", SIZES)
 def test_a_config_comes_back_from_config_json(config):
     assert read_hf_config(json.loads(json.dumps(write_hf_config(config)))) == config
+
+
+def test_heads_wider_than_their_share_come_back():
+    decoder = dataclasses.replace(SIZES[4].decoder, head_dim=128, mrope_section=(64,))
+    config = dataclasses.replace(SIZES[4], decoder=decoder)
+    assert read_hf_config(write_hf_config(config)) == config
+
+
+@pytest.mark.parametrize("config", [SIZES[0], SIZES[4]], ids=NAMES)
+def test_the_image_token_may_be_the_first(config):
+    assert read_hf_config(changed(config, "image_token_id", value=0)).image_token_id == 0
+    with pytest.raises(ConfigError, match="a whole number from 0"):
+        read_hf_config(changed(config, "image_token_id", value=-1))
+
+
+def test_smolvlms_text_ends_at_none_of_llamas_ids():
+    text = write_hf_config(SIZES[0])["text_config"]
+    assert [text[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "language_model.", "model.language_model."])
+def test_internvls_decoder_goes_by_several_names(prefix):
+    name = canonical_name(f"{prefix}layers.1.mlp.up_proj.weight")
+    assert name == "model.language_model.layers.1.mlp.up_proj.weight"
+    assert hub_name(name) == "language_model.model.layers.1.mlp.up_proj.weight"
+    assert canonical_name("language_model.lm_head.weight") == "lm_head.weight"
 
 
 @pytest.mark.parametrize(
