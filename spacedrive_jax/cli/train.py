@@ -41,8 +41,8 @@ class Train(Command):
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the run that the folder holds, once the new one has done its first step."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Look at every keyframe (tokens, images, depth), at weights, memory and disk, say what the run would be
-    and what would stop it, and write nothing."""
+    """Look at every keyframe (tokens, images, depth), at validation, weights, memory and disk, say what the
+    run would be and what would stop it, and write nothing."""
     step: int | None = None
     """With --resume: go on from this checkpoint instead of the newest; later ones move to RUN/set_aside."""
     accept_changes: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -138,9 +138,17 @@ class Train(Command):
     def _look(self, config: Config) -> Mapping[str, Any]:
         """Says what the run would be."""
         from spacedrive_jax.aot.fitting import device_memory, least_bytes
+        from spacedrive_jax.evaluation.validation import Validation
         from spacedrive_jax.training.preflight import describe, preflight
 
-        seen = preflight(config, resume=self.resume, overwrite=self.overwrite)
+        seen = preflight(
+            config,
+            resume=self.resume,
+            step=self.step,
+            accept_changes=self.accept_changes,
+            overwrite=self.overwrite,
+            validation=Validation,
+        )
         print(describe(config, seen))
         least, memory, problems = least_bytes(config), device_memory(), list(seen.problems)
         if memory is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,6 +21,8 @@ from spacedrive_jax.models.family import IGNORE
 
 LOOKED_AT = 256
 """Keyframes whose tokens are counted before a run starts, evenly spaced; `survey` counts all."""
+VALIDATED_LOOKED_AT = 128
+"""Keyframes of a validation that are looked at before a run starts."""
 NOT_SAID = ("agent_", "drivable", "camera_", "lidar_to_ego", "images", "exact_depth", "lidar")
 """Features that no conversation depends on."""
 PICTURES = ("images", "exact_depth", "lidar")
@@ -80,6 +82,48 @@ def check_lengths(samples: Samples | MixedSamples) -> None:
             f"keyframe {found.longest}: its conversation does not fit; set {' '.join(flags)} or more. (Of "
             f"{found.keyframes} keyframes that were looked at; --dry-run looks at all)"
         )
+
+
+def check_validated(parts: Sequence[Samples]) -> None:
+    """Refuses keyframes that a validation would fail at: too long, without an image or without depth.
+
+    Looks at up to `VALIDATED_LOOKED_AT` of them.
+
+    Args:
+        parts: of the folders, with answers.
+
+    Raises:
+        ConfigError: naming what is short or lacks.
+    """
+    counter = _Counter(pictures=True)
+    rows = [(part, row) for part in parts for row in part.indices]
+    places = np.linspace(0, len(rows) - 1, min(len(rows), VALIDATED_LOOKED_AT)).round().astype(int)
+    for place in np.unique(places):
+        part, row = rows[place]
+        counter.count(part, [row])
+    problems = problems_of(parts[0].builder, counter.result())
+    if problems:
+        raise ConfigError(f"of split val, which is validated: {'; '.join(problems)}")
+
+
+def problems_of(builder: SampleBuilder, found: Survey) -> list[str]:
+    """What of the keyframes would stop a run, with the way out; empty where nothing would."""
+    problems = []
+    flags = too_small(builder, found)
+    if flags:
+        problems.append(f"keyframe {found.longest} does not fit the config's shapes: set {' '.join(flags)}")
+    if found.without_image:
+        problems.append(
+            f"{len(found.without_image)} keyframes lack an image ({found.without_image[0]} is one): convert "
+            "with --missing-images render, or skip"
+        )
+    if found.without_depth:
+        sources = ", ".join(builder.data.depth.sources)
+        problems.append(
+            f"{len(found.without_depth)} keyframes have a camera without depth from {sources} "
+            f"({found.without_depth[0]} is one): set data.depth.sources to what the records have"
+        )
+    return problems
 
 
 def too_small(builder: SampleBuilder, found: Survey) -> list[str]:

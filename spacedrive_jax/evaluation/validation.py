@@ -18,6 +18,7 @@ from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.loader import Samples, complete_futures, evaluation_batches
 from spacedrive_jax.data.records import Records, open_records, records_sources
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.survey import check_validated
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.evaluate import obstacles_of
@@ -73,7 +74,8 @@ class Validation:
         """Chooses the keyframes; compiles nothing yet.
 
         Raises:
-            SpaceDriveError: the records have no `val`, or no keyframe of it has a whole future.
+            SpaceDriveError: the records have no `val`, no keyframe of it has a whole future, or one does not
+                fit the config's shapes, or lacks an image or depth.
         """
         self._config, self._mesh = config, mesh
         self._size = config.train.batch_size // config.train.grad_accum_steps
@@ -92,6 +94,7 @@ class Validation:
             return values | ({"loss_path": parts.path} if config.model.path_points else {})
 
         self._measure = measure
+        check_validated([part.answered for part in self._parts])
 
     def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
         """Validates numbers.

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, preset_groups
 from spacedrive_jax.data.loader import MixedSamples, training_samples
-from spacedrive_jax.data.survey import Survey, survey, too_small
+from spacedrive_jax.data.survey import Survey, problems_of, survey
+from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.training import run_folder
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 from spacedrive_jax.training.state import check_start, count
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.trackers import check_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +40,24 @@ class Preflight:
     epochs: float
 
 
-def preflight(config: Config, *, resume: bool = False, overwrite: bool = False) -> Preflight:
+def preflight(
+    config: Config,
+    *,
+    resume: bool = False,
+    step: int | None = None,
+    accept_changes: bool = False,
+    overwrite: bool = False,
+    validation: Callable[[Config, Mesh], object] | None = None,
+) -> Preflight:
     """Looks at every keyframe, at the weights' shapes, the disk and the run folder; writes nothing.
 
     Args:
         config: the whole run.
         resume: it goes on with the run that the folder holds.
+        step: it goes on from this checkpoint.
+        accept_changes: it goes on although the config differs from the run's.
         overwrite: it replaces the run that the folder holds.
+        validation: makes what `train.validate_every` asks for; None leaves it unlooked at.
 
     Raises:
         SpaceDriveError: there are no records, weights, tokenizer or depth, or mesh and batch do not go
@@ -51,34 +66,30 @@ def preflight(config: Config, *, resume: bool = False, overwrite: bool = False) 
     settings = config.train
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
-    run_folder.check(config.directory, config, resume=resume, overwrite=overwrite)
+    run_folder.check(
+        config.directory, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
+    )
+    if step is not None:
+        checkpoints.later_than(config.directory, step)
     check_start(config)
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
     found = survey(samples)
-    step = make_train_step(config, mesh)
-    changed = _bytes_per_device(step.trainable)
-    state = changed + _bytes_per_device(step.optimizer_state) + _bytes_per_device(step.frozen) + changed
+    built = make_train_step(config, mesh)
+    changed = _bytes_per_device(built.trainable)
+    state = changed + _bytes_per_device(built.optimizer_state) + _bytes_per_device(built.frozen) + changed
     saved = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.trainable, step.optimizer_state))
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((built.trainable, built.optimizer_state))
     )
     folder = config.directory.resolve()
     there = next(each for each in (folder, *folder.parents) if each.is_dir())
-    problems = []
     builder = (samples.parts[0] if isinstance(samples, MixedSamples) else samples).builder
-    flags = too_small(builder, found)
-    if flags:
-        problems.append(f"keyframe {found.longest} does not fit the config's shapes: set {' '.join(flags)}")
-    if found.without_image:
-        problems.append(
-            f"{len(found.without_image)} keyframes lack an image ({found.without_image[0]} is one): convert "
-            "with --missing-images render, or skip"
-        )
-    if found.without_depth:
-        sources = ", ".join(config.data.depth.sources)
-        problems.append(
-            f"{len(found.without_depth)} keyframes have a camera without depth from {sources} "
-            f"({found.without_depth[0]} is one): set data.depth.sources to what the records have"
-        )
+    problems = problems_of(builder, found)
+    try:
+        check_trackers(config, log_in=False)
+        if validation is not None and settings.validate_every:
+            validation(config, mesh)
+    except SpaceDriveError as error:
+        problems.append(str(error))
     kept = 2 if settings.validate_every else 1
     missing = run_folder.lack_of_room(there, saved, checkpoints=kept)
     if missing:
@@ -86,8 +97,8 @@ def preflight(config: Config, *, resume: bool = False, overwrite: bool = False) 
     return Preflight(
         found=found,
         problems=tuple(problems),
-        trainable=count(step.trainable),
-        frozen=count(step.frozen),
+        trainable=count(built.trainable),
+        frozen=count(built.frozen),
         state_bytes=state,
         checkpoint_bytes=saved,
         free_bytes=shutil.disk_usage(there).free,

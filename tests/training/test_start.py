@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from spacedrive_jax.training.run_folder import check
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
 from spacedrive_jax.training.weights import is_run
-from tests.record_factory import make_record, write_records
+from tests.record_factory import encode_png, make_record, write_records
 from tests.training.runs import TINY, make_records, tiny
 
 
@@ -146,6 +147,27 @@ def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_pa
     alone = write_records(tmp_path / "alone", {"train": [make_record(np.random.default_rng(0))]})
     with pytest.raises(ConfigError, match=r"has none of: --train\.validate-every 0 trains without"):
         Validation(tiny(alone, tmp_path / "run"), mesh)
+
+
+def test_what_a_validation_would_fail_at_is_said_before_the_first_step(records, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    depth = [encode_png(np.full((45, 80), 5000, np.uint16))] * 6
+    rng = np.random.default_rng(0)
+    half = {"train": [make_record(rng, exact_depth=depth) for _ in range(4)], "val": [make_record(rng)]}
+    config = tiny(write_records(tmp_path / "half", half), run_dir, validate_every=2)
+    problem = r"of split val, which is validated: 1 keyframes have a camera without depth from "
+    with pytest.raises(ConfigError, match=problem):
+        train(config)
+    assert not run_dir.exists()
+    assert preflight(config).problems == ()
+    (said,) = preflight(config, validation=Validation).problems
+    assert re.match(problem, said)
+    short = change(tiny(records, run_dir), "short", {"data.sequence_length": 100})
+    with pytest.raises(ConfigError, match=r"of split val, .* does not fit .*--data\.sequence-length"):
+        Validation(short, make_mesh(short.mesh))
+    flags = ["--data.records", config.data.records, "--run-dir", str(run_dir), "--train.validate-every", "2"]
+    assert main(["train", str(TINY), *flags, "--dry-run"]) == 1
+    assert re.search(problem, capsys.readouterr().err)
 
 
 def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, monkeypatch):
