@@ -9,6 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import config, install_import_hook
+
+# `CHECK_TYPES=models,evaluation pytest …` holds every call into these rooms against its annotations. Not the
+# default yet: not every room's annotations are true of all that its tests hand over.
+CHECKED = [f"spacedrive_jax.{room}" for room in os.environ.get("CHECK_TYPES", "").split(",") if room]
+if CHECKED:
+    import tests.runtime_types  # noqa: F401  (the hook looks its checker up as an attribute)
+
+    install_import_hook(CHECKED, "tests.runtime_types.check")
 
 # Compiled programs are shared by the tests of a session, those in processes of their own included.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="spacedrive-jax-tests-"))
@@ -29,6 +38,14 @@ def dropped_programs() -> Iterator[None]:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed otherwise
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Types are not checked: the test hands stand-ins to functions that ask for the real thing."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ def test_found_once_for_each_split(folder):
     assert complete_futures(open_records(folder, "val")).tolist() == [True, False]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_kept_beside_the_records(folder):
     records = open_records(folder, "train")
     first = complete_futures(records)

@@ -36,6 +36,7 @@ class Numbered:
         return {"place": np.int32(place)}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_host_makes_its_share_of_every_batch(monkeypatch):
     monkeypatch.setattr("spacedrive_jax.data.loader.stack", lambda each: [sample["place"] for sample in each])
     samples = Numbered(7, [])
@@ -47,6 +48,7 @@ def test_a_host_makes_its_share_of_every_batch(monkeypatch):
     assert whole == [([0, 1, 2, 3], 4), ([4, 5, 6, 6], 3)]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_rows_land_where_the_mesh_wants_them():
     mesh = make_mesh(MeshConfig())
     rows = local_rows(4, mesh)

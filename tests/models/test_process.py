@@ -160,6 +160,7 @@ def test_llava_cuts_the_middle_out():
         model.process([image])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("images", "problem"),
     [
