@@ -100,7 +100,7 @@ class Day:
     def predict(self) -> dict:
         """Predictions of the best validated step: a mistake, one keyframe, all of them."""
         predict = ["predict", "--checkpoint", self.run_dir / "best", "--records", self.records]
-        assert "no keyframe nobody" in self.fail(*predict, "--token", "nobody")
+        assert "no keyframe 'nobody'" in self.fail(*predict, "--token", "nobody")
         few = self.do(*predict, "--limit", 1)
         assert few["samples"] == 1
         whole = self.do(*predict, "--batch-size", 2)

@@ -9,6 +9,7 @@ import pytest
 
 import data_prep.cli.main
 from spacedrive_jax.cli.main import main
+from spacedrive_jax.data.depth_cache import read_provenance, write_provenance
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
 from tests.record_factory import make_record, write_records
@@ -66,7 +67,7 @@ def test_a_source_that_a_keyframe_lacks_is_named(records, tmp_path, capfd):
         ("absent", "has no finished depth of unidepth: run `python -m data_prep add-depth"),
         ("unfinished", "has no finished depth of unidepth"),
         ("other records", "was made from other records"),
-        ("other grid", "the run needs min of 3x3: run add-depth with --run CONFIG"),
+        ("other grid", "--image-size 84x84 --channel-order rgb --grid 3x3 --pooling min"),
     ],
 )
 def test_an_unfit_sidecar_is_refused_before_a_run_begins(records, tmp_path, capfd, damage, message):
@@ -78,8 +79,8 @@ def test_an_unfit_sidecar_is_refused_before_a_run_begins(records, tmp_path, capf
     elif damage == "unfinished":
         (sidecar / "provenance.json").unlink()
     elif damage == "other records":
-        provenance = json.loads((sidecar / "provenance.json").read_text())
-        (sidecar / "provenance.json").write_text(json.dumps(provenance | {"records_fingerprint": "0" * 64}))
+        provenance = read_provenance(sidecar)
+        write_provenance(sidecar, provenance | {"records_fingerprint": "0" * 64})
     else:
         extra = ["--data.image-size", "84", "84", "--data.sequence-length", "200"]
     assert train(copy, tmp_path / "run", "unidepth", *extra) == 1

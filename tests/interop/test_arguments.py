@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spacedrive_jax.data.config import DataConfig
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.interop.spacedrive_config import (
     data_config,
     model_config,
@@ -145,7 +145,6 @@ def test_a_few_lines_cannot_ask_for_much(text):
     ("name", "value"),
     [
         ("pe_freq_coeff", "x"),
-        ("pe_scaling", 10**400),
         ("pe_type", []),
         ("pe_decode_method", {}),
         ("llm_lora_rank", 1.5),
@@ -157,4 +156,11 @@ def test_arguments_of_another_type_are_refused_by_name(tmp_path, name, value):
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps({"model": PUBLISHED | {name: value}}))
     with pytest.raises(ConfigError, match=rf"arguments\.json, model: .*{name}"):
+        read_published_config(file)
+
+
+def test_a_number_that_no_float_holds_is_refused(tmp_path):
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"model": PUBLISHED | {"pe_scaling": 10**400}}))
+    with pytest.raises(DataError, match=r"arguments\.json .*401 digits"):
         read_published_config(file)

@@ -274,7 +274,7 @@ def test_resumed_and_cut_off_logs(run_dir: Path) -> None:
     assert [step["loss"] for step in files.steps] == [3, 1.5]
     assert any("last line of metrics.jsonl is cut off" in text for text in files.missing)
     (run_dir / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "loss": 2}\n')
-    with pytest.raises(SpaceDriveError, match=r"metrics\.jsonl, line 1: not JSON"):
+    with pytest.raises(SpaceDriveError, match=r"metrics\.jsonl, line 1: is not JSON"):
         read_run(run_dir)
 
 
