@@ -252,6 +252,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
 
 
+def remove_partials(folder: Path) -> None:
+    """Removes what `atomic_write` of a killed process left below a folder that nobody else writes."""
+    for partial in folder.rglob(".*.partial-*"):
+        partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a whole file (see `atomic_write`)."""
     with atomic_write(path) as file:

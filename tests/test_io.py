@@ -17,7 +17,9 @@ from spacedrive_jax.io import (
     output_lock,
     parse_json,
     read_typed,
+    remove_partials,
     require_regular,
+    write_text,
 )
 
 HOLD = """
@@ -100,3 +102,10 @@ def test_typed_json_names_the_file(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"a\.json"):
         read_typed(tmp_path / "a.json", dict[str, int])
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    write_text(tmp_path / "a" / "whole.json", "{}")
+    (tmp_path / "a" / ".whole.json.partial-123").write_text("{")
+    remove_partials(tmp_path)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole.json"]

@@ -23,7 +23,7 @@ from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
-from spacedrive_jax.io import convert, read_json, write_json
+from spacedrive_jax.io import convert, read_json, remove_partials, write_json
 
 RESULTS = "results.json"
 SUMMARY = "summary.json"
@@ -126,6 +126,7 @@ def _open_folder(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> set
         raise ConfigError(
             f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"
         )
+    remove_partials(folder)
     drives = folder / "drives"
     return {each.parent.name for each in drives.glob("*/result.json")} if drives.is_dir() else set()
 
