@@ -21,7 +21,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import released_command
-from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
+from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256, read_provenance
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import (
     RecordSerializer,
@@ -210,6 +210,9 @@ class CollectedRecords:
         Raises:
             DataError: there is no record.
         """
+        provenance = self.folder / "provenance.json"
+        if provenance.is_file() and not (self.folder / PARTS).is_dir():
+            return int(read_provenance(self.folder)["records"])  # finished by an earlier call
         parts = [self._part(drive) for drive in drives if self._part(drive).is_file()]
         if not parts:
             raise DataError(f"--collect {self.folder}: no drive left a record")
@@ -223,11 +226,10 @@ class CollectedRecords:
             shards.append(
                 ShardFacts(final.name, records, final.stat().st_size, file_sha256(final), ends_sha256(final))
             )
-        shutil.rmtree(self.folder / PARTS)
         total = sum(shard.records for shard in shards)
         write_dataset_info(self.folder, {"train": shards}, DESCRIPTION)
         write_json(
-            self.folder / "provenance.json",
+            provenance,
             {
                 "source": {"version": "drives", **source},
                 "shards": {
@@ -246,6 +248,7 @@ class CollectedRecords:
             },
             indent=1,
         )
+        shutil.rmtree(self.folder / PARTS)  # last: until provenance.json is there, nothing else is whole
         return total
 
     def _part(self, drive: str) -> Path:

@@ -101,5 +101,6 @@ def test_collected_records_are_a_folder_that_training_reads(tmp_path: Path) -> N
     assert again.finish(["a", "none", "b"], {"policy": "test"}) == 3
     tokens = [record["token"] for record in open_records(tmp_path / "collected", "train")]
     assert tokens == [record["token"] for record in (first, second, third)]
+    assert again.finish(["a", "none", "b"], {"policy": "test"}) == 3  # `drive --resume` of a whole run
     with pytest.raises(DataError, match="no drive left a record"):
         CollectedRecords(tmp_path / "empty").finish(["a"], {})
