@@ -177,7 +177,7 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
     facts = check_folder(directory)
     splits = frozenset(split_of(name) for name in facts.shards)
     if split != "all" and split not in splits:
-        raise DataError(f"{directory} has no keyframe in split {split!r}; try --split all")
+        raise DataError(f"{directory} has no keyframe in split {split!r}; it has {', '.join(sorted(splits))}")
     return Records(directory, split, _source(directory, split, facts), facts.fingerprint, splits)
 
 
