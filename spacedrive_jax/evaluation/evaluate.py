@@ -46,13 +46,13 @@ class KeyframeScores:
     """All planners' scores on one keyframe.
 
     Attributes:
-        facts: what the breakdowns and intervals need to know about the keyframe.
+        situation: what the breakdowns and intervals need to know about the keyframe.
         planners: who answered, row for row of `steps`.
         failed: whose answer was unusable.
         steps: scores by rule; empty when the keyframe is not eligible (some future pose is missing).
     """
 
-    facts: Situation
+    situation: Situation
     planners: tuple[str, ...] = ()
     failed: tuple[bool, ...] = ()
     steps: Mapping[Rule, StepScores] = dataclasses.field(default_factory=dict)
@@ -138,13 +138,13 @@ class PlannerScores:
     """One planner's scores under one protocol.
 
     Attributes:
-        facts: the keyframes counted, in record order.
+        situations: the keyframes counted, in record order.
         horizons: their scores, row for row.
         failures: how many of them are unusable answers counted as failures.
         with_map: how many of them have a drivable area.
     """
 
-    facts: tuple[Situation, ...]
+    situations: tuple[Situation, ...]
     horizons: HorizonScores
     failures: int
     with_map: int
@@ -152,16 +152,16 @@ class PlannerScores:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The keyframes counted."""
-        return tuple(fact.token for fact in self.facts)
+        return tuple(situation.token for situation in self.situations)
 
     @property
     def scenes(self) -> tuple[str, ...]:
         """Their scenes."""
-        return tuple(fact.scene for fact in self.facts)
+        return tuple(situation.scene for situation in self.situations)
 
     def to_json(self) -> dict[str, Any]:
         """`samples`, `l2`, `collision`, `intersection`."""
-        return {"samples": len(self.facts), **summarize(self.horizons)}
+        return {"samples": len(self.situations), **summarize(self.horizons)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Evaluation:
             "confidence": confidence(self.prediction.horizons, self.prediction.scenes),
             "coverage": self.coverage.to_json(),
             "baselines": {name: scores.to_json() for name, scores in self.baselines.items()},
-            "breakdown": break_down(self.prediction.horizons, self.prediction.facts),
+            "breakdown": break_down(self.prediction.horizons, self.prediction.situations),
             "comparison": None if self.comparison is None else self.comparison.to_json(),
             "notes": list(self.notes),
         }
@@ -241,12 +241,12 @@ def _evaluate_protocol(
     records: Records, planners: Planners, keyframes: Sequence[KeyframeScores], protocol: Protocol
 ) -> Evaluation:
     # v1.0-test ships no annotations; a split without a single box says nothing about collisions.
-    annotated = any(keyframe.facts.agents for keyframe in keyframes)
+    annotated = any(keyframe.situation.agents for keyframe in keyframes)
     planned = _combine(planners, keyframes, protocol, annotated)
-    seen = {keyframe.facts.token for keyframe in keyframes}
-    eligible = {keyframe.facts.token for keyframe in keyframes if keyframe.eligible}
+    seen = {keyframe.situation.token for keyframe in keyframes}
+    eligible = {keyframe.situation.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
-        if not planned[name].facts:
+        if not planned[name].situations:
             unparsed = len(seen.intersection(file.unparsed))
             raise DataError(
                 f"none of the {len(file.tokens)} predictions in {file.path} can be scored on split "
@@ -262,7 +262,7 @@ def _evaluate_protocol(
         planners.files[PREDICTION],
         seen,
         eligible,
-        counted=len(prediction.facts),
+        counted=len(prediction.situations),
         with_map=prediction.with_map,
     )
     notes = (
@@ -287,7 +287,7 @@ def _combine(
     steps = stack_scores([keyframe.steps[protocol.steps] for keyframe in eligible])
     owner = np.array([name for keyframe in eligible for name in keyframe.planners])
     failed = np.array([failure for keyframe in eligible for failure in keyframe.failed])
-    facts = [keyframe.facts for keyframe in eligible for _ in keyframe.planners]
+    situations = [keyframe.situation for keyframe in eligible for _ in keyframe.planners]
     usable = np.ones_like(failed) if protocol.failures == "counted" else ~failed
     result = {}
     for name in planners.names:
@@ -297,7 +297,7 @@ def _combine(
         if not annotated:
             horizons = dataclasses.replace(horizons, collision=np.full_like(horizons.collision, np.nan))
         result[name] = PlannerScores(
-            facts=tuple(facts[row] for row in np.flatnonzero(rows)),
+            situations=tuple(situations[row] for row in np.flatnonzero(rows)),
             horizons=horizons,
             failures=int(failed[rows].sum()),
             with_map=int(mine.has_map.sum()),
@@ -321,8 +321,8 @@ def compare_planners(ours: PlannerScores, theirs: PlannerScores, file: str) -> C
         scenes=tuple(ours.scenes[row] for row in here),
         ours=ours.horizons.rows(here),
         theirs=theirs.horizons.rows(there),
-        only_ours=len(ours.facts) - len(pairs),
-        only_theirs=len(theirs.facts) - len(pairs),
+        only_ours=len(ours.situations) - len(pairs),
+        only_theirs=len(theirs.situations) - len(pairs),
     )
 
 

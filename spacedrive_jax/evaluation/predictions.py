@@ -146,10 +146,12 @@ class Coverage:
 
     def to_json(self) -> dict[str, Any]:
         """Counts as numbers, lists as `{"count", "tokens"}`; `share` is counted over eligible."""
-        facts: dict[str, Any] = {"share": self.counted / self.eligible if self.eligible else 0.0}
+        coverage: dict[str, Any] = {"share": self.counted / self.eligible if self.eligible else 0.0}
         for name, value in dataclasses.asdict(self).items():
-            facts[name] = {"count": len(value), "tokens": list(value)} if isinstance(value, tuple) else value
-        return facts
+            coverage[name] = (
+                {"count": len(value), "tokens": list(value)} if isinstance(value, tuple) else value
+            )
+        return coverage
 
 
 def read_splits(records: Records) -> set[str]:

@@ -73,21 +73,21 @@ def situation_of(record: Record) -> Situation:
     )
 
 
-def break_down(horizons: HorizonScores, facts: Sequence[Situation]) -> dict[str, dict[str, Any]]:
+def break_down(horizons: HorizonScores, situations: Sequence[Situation]) -> dict[str, dict[str, Any]]:
     """Scores per group of keyframes.
 
     Args:
         horizons: scores per sample.
-        facts: the samples' situations, row for row.
+        situations: the samples' situations, row for row.
 
     Returns:
         `command`, `speed` and `turn`, each from group name to `samples` and the metrics; groups without a
         sample are absent.
     """
     groups: Mapping[str, list[str]] = {
-        "command": [_command_name(fact.command) for fact in facts],
-        "speed": [_group_name(fact.speed, SPEED_BOUNDS_MPS, "m/s") for fact in facts],
-        "turn": [_group_name(fact.turn, TURN_BOUNDS_DEGREES, "deg") for fact in facts],
+        "command": [_command_name(situation.command) for situation in situations],
+        "speed": [_group_name(situation.speed, SPEED_BOUNDS_MPS, "m/s") for situation in situations],
+        "turn": [_group_name(situation.turn, TURN_BOUNDS_DEGREES, "deg") for situation in situations],
     }
     order = [
         *COMMANDS,

@@ -53,24 +53,24 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_missing_routes_count_as_zero(results: Path) -> None:
-    facts = ScoreBench2Drive((results,)).run()
-    assert facts["driving_score"] == pytest.approx((100 + 60 + 50 + 100) / 220)
-    assert facts["success_rate"] == pytest.approx(100 * 2 / 220)
-    assert facts["efficiency"] == pytest.approx(((50 + 70.5) / 2 + 90) / 2)
-    assert (facts["routes"], facts["route_set"], facts["missing"]) == (4, 220, 216)
-    assert facts["without_speed"] == ("2", "4")
-    assert facts["inconsistent"] == ()
-    assert facts["statuses"] == {"Completed": 2, "Failed - Agent got blocked": 1, "Perfect": 1}
+    result = ScoreBench2Drive((results,)).run()
+    assert result["driving_score"] == pytest.approx((100 + 60 + 50 + 100) / 220)
+    assert result["success_rate"] == pytest.approx(100 * 2 / 220)
+    assert result["efficiency"] == pytest.approx(((50 + 70.5) / 2 + 90) / 2)
+    assert (result["routes"], result["route_set"], result["missing"]) == (4, 220, 216)
+    assert result["without_speed"] == ("2", "4")
+    assert result["inconsistent"] == ()
+    assert result["statuses"] == {"Completed": 2, "Failed - Agent got blocked": 1, "Perfect": 1}
 
 
 def test_route_set_from_a_file(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     routes = tmp_path / "set.xml"
     routes.write_text('<routes><route id="1" town="T"/><route id="2"/><route id="9"/></routes>')
-    facts = ScoreBench2Drive((results,), routes=routes).run()
-    assert facts["driving_score"] == pytest.approx(160 / 3)
-    assert facts["success_rate"] == pytest.approx(100 / 3)
-    assert facts["missing_routes"] == ("9",)
-    assert facts["foreign_routes"] == ("3", "4")
+    result = ScoreBench2Drive((results,), routes=routes).run()
+    assert result["driving_score"] == pytest.approx(160 / 3)
+    assert result["success_rate"] == pytest.approx(100 / 3)
+    assert result["missing_routes"] == ("9",)
+    assert result["foreign_routes"] == ("3", "4")
     assert "not in the set and not counted: 3, 4" in capsys.readouterr().out
     (tmp_path / "set.json").write_text("[1, 2, 9]")
     (tmp_path / "set.txt").write_text("1\n2\n\n9\n")
@@ -222,9 +222,9 @@ def test_comfort_from_logs(results: Path, tmp_path: Path) -> None:
         steps = motion(40, acceleration).tolist()
         content = {str(index): dict(zip(names, step, strict=True)) for index, step in enumerate(steps)}
         (folder / "metric_info.json").write_text(json.dumps(content))
-    facts = ScoreBench2Drive((results,), metric_info=tmp_path / "logs").run()
-    assert facts["comfort"] == 50
-    assert facts["without_motion"] == ["3", "4"]
+    result = ScoreBench2Drive((results,), metric_info=tmp_path / "logs").run()
+    assert result["comfort"] == 50
+    assert result["without_motion"] == ["3", "4"]
     (folder / "metric_info.json").write_text('{"0": {"acceleration": [0, 0]}}')
     with pytest.raises(SpaceDriveError, match=r"route 2: .*every step must have acceleration"):
         ScoreBench2Drive((results,), metric_info=tmp_path / "logs").run()
@@ -241,12 +241,12 @@ def test_published_runs(name: str, routes: int, score: float, success: float, ef
     path = ROOT.parent / "shared" / "bench2drive" / name
     if not path.is_file():
         pytest.skip("the published result files are not on this machine")
-    facts = ScoreBench2Drive((path,)).run()
-    assert facts["driving_score"] == pytest.approx(score, abs=1e-6)
-    assert facts["success_rate"] == pytest.approx(success, abs=1e-6)
-    assert facts["efficiency"] == pytest.approx(efficiency, abs=1e-4)
-    assert (facts["routes"], facts["missing"]) == (routes, 220 - routes)
-    assert facts["inconsistent"] == ()
+    result = ScoreBench2Drive((path,)).run()
+    assert result["driving_score"] == pytest.approx(score, abs=1e-6)
+    assert result["success_rate"] == pytest.approx(success, abs=1e-6)
+    assert result["efficiency"] == pytest.approx(efficiency, abs=1e-4)
+    assert (result["routes"], result["missing"]) == (routes, 220 - routes)
+    assert result["inconsistent"] == ()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 5000, b'{"_checkpoint": 1, "_checkpoint": 2}'])

@@ -13,7 +13,7 @@ def scores(l2: list[float]) -> HorizonScores:
     return HorizonScores(errors, (errors > 3).astype(float), np.full_like(errors, np.nan))
 
 
-def fact(speed: float = 1.0, turn: float = 0.0, command: int = 0) -> Situation:
+def at(speed: float = 1.0, turn: float = 0.0, command: int = 0) -> Situation:
     return Situation("token", "scene", command, speed, turn)
 
 
@@ -26,16 +26,16 @@ def test_facts_of_a_record() -> None:
         waypoint_yaw=np.linspace(0, -np.pi / 6, 6),
         command_released=6,
     )
-    facts = situation_of(record)
-    assert facts.speed == pytest.approx(10.0)
-    assert facts.turn == pytest.approx(30.0)
-    assert facts.command == 6
+    situation = situation_of(record)
+    assert situation.speed == pytest.approx(10.0)
+    assert situation.turn == pytest.approx(30.0)
+    assert situation.command == 6
     assert np.isnan(situation_of({**record, "past_mask": np.zeros(2, bool)}).speed)
 
 
 def test_groups_are_disjoint_and_complete() -> None:
-    facts = [fact(0.0), fact(0.5, 5.0, 2), fact(9.9, 44.9, 2), fact(10.0, 45.0, 7), fact(float("nan"))]
-    groups = break_down(scores([1, 2, 3, 4, 5]), facts)
+    situations = [at(0.0), at(0.5, 5.0, 2), at(9.9, 44.9, 2), at(10.0, 45.0, 7), at(float("nan"))]
+    groups = break_down(scores([1, 2, 3, 4, 5]), situations)
     assert {name: group["samples"] for name, group in groups["speed"].items()} == {
         "under 0.5 m/s": 1,
         "0.5-5 m/s": 1,
@@ -82,7 +82,7 @@ def test_pairing_removes_what_is_common() -> None:
     """Two files that differ by 0.1 m everywhere: each mean is unsure, their difference is not."""
     common = [1.0, 5.0, 9.0, 2.0]
     ours, theirs = scores(common), scores([value + 0.1 for value in common])
-    facts = Comparison("other", ("a", "b", "c", "d"), ours, theirs, 0, 0).to_json()
-    low, high = facts["confidence"]["l2"]["1s"]
+    result = Comparison("other", ("a", "b", "c", "d"), ours, theirs, 0, 0).to_json()
+    low, high = result["confidence"]["l2"]["1s"]
     assert (low, high) == (pytest.approx(-0.1), pytest.approx(-0.1))
-    assert facts["nearer_share"]["1s"] == 1.0
+    assert result["nearer_share"]["1s"] == 1.0

@@ -41,13 +41,13 @@ def test_published_rule_counts_as_published(golden: Path) -> None:
     assert f"number of samples {len(items) - len(unmatched)}" in lines
     for name, title in titles.items():
         count = counts[name]
-        facts = count.to_json()
+        result = count.to_json()
         assert (
             f"{title} - TP: {count.true_positive} FP: {count.false_positive} "
             f"FN: {count.false_negative} TN: {count.true_negative}"
         ) in lines
         for ratio in ("accuracy", "precision", "recall"):
-            assert f"{title} {ratio}: {facts[ratio]}" in lines
+            assert f"{title} {ratio}: {result[ratio]}" in lines
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_counts_by_hand() -> None:
     ]
     counts, unmatched = count_risks(items, "corrected")
     assert unmatched == ("d",)
-    facts = counts["collision"].to_json()
-    assert (facts["precision"], facts["recall"], facts["accuracy"]) == (0.5, 1.0, pytest.approx(2 / 3))
-    facts = counts["safe"].to_json()
-    assert (facts["precision"], facts["recall"]) == (1.0, 0.5)
+    result = counts["collision"].to_json()
+    assert (result["precision"], result["recall"], result["accuracy"]) == (0.5, 1.0, pytest.approx(2 / 3))
+    result = counts["safe"].to_json()
+    assert (result["precision"], result["recall"]) == (1.0, 0.5)
     assert counts["red_light"].to_json()["precision"] is None
 
 
@@ -102,16 +102,16 @@ def test_command_on_folders_and_files(
         if entry["pred"]:
             (answers / entry["id"]).write_text(json.dumps(entry["pred"]))
     (answers / "stranger").write_text('[{"Q": "?", "A": "!"}]')
-    facts = ScoreCounterfactual(answers, annotations).run()
-    assert facts["samples"] == 23
-    assert facts["rules"]["published"]["collision"]["true_positive"] == 4
-    assert facts["unannotated"] == ["stranger"]
-    assert len(facts["unanswered"]) == 3
+    result = ScoreCounterfactual(answers, annotations).run()
+    assert result["samples"] == 23
+    assert result["rules"]["published"]["collision"]["true_positive"] == 4
+    assert result["unannotated"] == ["stranger"]
+    assert len(result["unanswered"]) == 3
     assert "corrected rule" in capsys.readouterr().out
     (tmp_path / "a.json").write_text(json.dumps({e["id"]: e["pred"] for e in entries if e["pred"]}))
     (tmp_path / "b.json").write_text(json.dumps({e["id"]: e["annos"] for e in entries}))
-    assert ScoreCounterfactual(tmp_path / "a.json", tmp_path / "b.json").run()["rules"] == facts["rules"]
-    assert set(facts["rules"]) == set(RULES)
+    assert ScoreCounterfactual(tmp_path / "a.json", tmp_path / "b.json").run()["rules"] == result["rules"]
+    assert set(result["rules"]) == set(RULES)
 
 
 @pytest.mark.parametrize(

@@ -105,15 +105,15 @@ def test_scores_by_hand(folder: Path, tmp_path: Path) -> None:
 def test_baselines(folder: Path, tmp_path: Path) -> None:
     path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0)})
     result = evaluate(open_records(folder, "val"), read_predictions(path), [protocol_named("omnidrive")])
-    facts = result["omnidrive"].to_json()
-    assert facts["samples"] == 1
-    assert facts["l2"]["avg"] == 0
-    baselines = facts["baselines"]
+    result = result["omnidrive"].to_json()
+    assert result["samples"] == 1
+    assert result["l2"]["avg"] == 0
+    baselines = result["baselines"]
     assert set(baselines) == {"standing_still", "constant_velocity", "mean_trajectory", "ground_truth"}
     assert all(scores["samples"] == 3 for scores in baselines.values())
     assert baselines["standing_still"]["l2"]["1s"] == pytest.approx((2 + 4) / 2 / 3)
     assert baselines["ground_truth"]["l2"]["avg"] == 0
-    assert any("2 keyframes of the train split" in note for note in facts["notes"])
+    assert any("2 keyframes of the train split" in note for note in result["notes"])
 
 
 def test_ground_truth_collisions_are_shown(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -122,11 +122,11 @@ def test_ground_truth_collisions_are_shown(tmp_path: Path, rng: np.random.Genera
     folder = write_records(tmp_path / "records", {"val": [record]})
     path = predict(tmp_path / "p.jsonl", {"touch": ahead(2.0)})
     result = evaluate(open_records(folder, "val"), read_predictions(path), [protocol_named("omnidrive")])
-    facts = result["omnidrive"].to_json()
-    assert facts["collision"]["3s"] == 0
-    assert facts["baselines"]["ground_truth"]["collision"]["3s"] == 100
-    assert "mean_trajectory" not in facts["baselines"]
-    assert any("no train split" in note for note in facts["notes"])
+    result = result["omnidrive"].to_json()
+    assert result["collision"]["3s"] == 0
+    assert result["baselines"]["ground_truth"]["collision"]["3s"] == 100
+    assert "mean_trajectory" not in result["baselines"]
+    assert any("no train split" in note for note in result["notes"])
 
 
 def test_coverage_lists_everything_not_scored(folder: Path, tmp_path: Path) -> None:
@@ -166,11 +166,11 @@ def test_split_without_annotations_says_nothing_about_collisions(
     split = open_records(folder, "val")
     for name in ("omnidrive", "corrected"):
         result = evaluate(split, read_predictions(file), [protocol_named(name)])[name]
-        facts = result.to_json()
-        assert set(facts["collision"].values()) == {None}
-        assert facts["l2"]["avg"] is not None
-        assert any("annotated" in note for note in facts["notes"])
-        assert {value for table in facts["baselines"].values() for value in table["collision"].values()} == {
+        result = result.to_json()
+        assert set(result["collision"].values()) == {None}
+        assert result["l2"]["avg"] is not None
+        assert any("annotated" in note for note in result["notes"])
+        assert {value for table in result["baselines"].values() for value in table["collision"].values()} == {
             None
         }
 
@@ -180,26 +180,26 @@ def test_no_map_gives_null(tmp_path: Path, rng: np.random.Generator) -> None:
     records = [make_record(rng, token="a", **bare), make_record(rng, token="b", **bare)]
     path = predict(tmp_path / "p.jsonl", {"a": ahead(1.0), "b": ahead(1.0)})
     command = Evaluate(path, write_records(tmp_path / "bare", {"val": records}))
-    facts = command.run()
-    assert set(facts["intersection"].values()) == {None}
-    assert any("No intersection" in note for note in facts["notes"])
+    result = command.run()
+    assert set(result["intersection"].values()) == {None}
+    assert any("No intersection" in note for note in result["notes"])
     records.append(make_record(rng, token="c"))
-    facts = Evaluate(path, write_records(tmp_path / "mixed", {"val": records})).run()
-    assert set(facts["intersection"].values()) == {None}
+    result = Evaluate(path, write_records(tmp_path / "mixed", {"val": records})).run()
+    assert set(result["intersection"].values()) == {None}
     path = predict(tmp_path / "p.jsonl", {name: ahead(0.5) for name in "abc"})
-    facts = Evaluate(path, tmp_path / "mixed").run()
-    assert facts["intersection"]["avg"] == 0
-    assert facts["coverage"]["with_map"] == 1
-    assert any("over the 1 of 3 counted" in note for note in facts["notes"])
+    result = Evaluate(path, tmp_path / "mixed").run()
+    assert result["intersection"]["avg"] == 0
+    assert result["coverage"]["with_map"] == 1
+    assert any("over the 1 of 3 counted" in note for note in result["notes"])
 
 
 def test_command_writes_what_it_returns(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = predict(tmp_path / "run.jsonl", {"clear": ahead(2.0)})
-    facts = Evaluate(path, folder, protocol="uniad").run()
+    result = Evaluate(path, folder, protocol="uniad").run()
     written = json.loads((tmp_path / "run.uniad.json").read_text())
-    assert written == json.loads(json.dumps(facts))
+    assert written == json.loads(json.dumps(result))
     assert written["records"]["fingerprint"] == open_records(folder, "val").fingerprint
     table = capsys.readouterr().out
     for text in ("uniad protocol", "constant_velocity", "ground_truth", "coverage: 1 of 3", "missing: 2"):
@@ -304,23 +304,23 @@ def test_unusable_answers_are_failures_when_corrected(folder: Path, tmp_path: Pa
     path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0), "car": ahead(1.0)[:4]})
     with path.open("a") as lines:
         lines.write('{"token": "person", "waypoints": [], "status": "unparsed"}\n')
-    facts = Evaluate(path, folder, protocol="corrected").run()
-    assert (facts["samples"], facts["failures"]) == (3, 2)
-    assert facts["coverage"]["counted"] == 3
+    result = Evaluate(path, folder, protocol="corrected").run()
+    assert (result["samples"], result["failures"]) == (3, 2)
+    assert result["coverage"]["counted"] == 3
     for metric in ("collision", "intersection"):
-        assert facts[metric]["3s"] == pytest.approx(200 / 3)
-    assert facts["l2"]["avg"] == 0  # both recorded vehicles stand still, and so does a failure
-    assert any("2 unusable answers count as colliding" in note for note in facts["notes"])
-    facts = Evaluate(path, folder, protocol="omnidrive").run()
-    assert (facts["samples"], facts["failures"]) == (1, 0)
+        assert result[metric]["3s"] == pytest.approx(200 / 3)
+    assert result["l2"]["avg"] == 0  # both recorded vehicles stand still, and so does a failure
+    assert any("2 unusable answers count as colliding" in note for note in result["notes"])
+    result = Evaluate(path, folder, protocol="omnidrive").run()
+    assert (result["samples"], result["failures"]) == (1, 0)
 
 
 def test_pedestrians_are_obstacles_on_request(folder: Path, tmp_path: Path) -> None:
     path = predict(tmp_path / "p.jsonl", {"person": ahead(2.0)})
     assert Evaluate(path, folder, protocol="corrected").run()["collision"]["2s"] == 0
-    facts = Evaluate(path, folder, protocol="corrected", pedestrians=True).run()
-    assert facts["collision"]["2s"] == 100
-    assert facts["pedestrians"] is True
+    result = Evaluate(path, folder, protocol="corrected", pedestrians=True).run()
+    assert result["collision"]["2s"] == 100
+    assert result["pedestrians"] is True
     with pytest.raises(SpaceDriveError, match="use it with --protocol corrected"):
         Evaluate(path, folder, pedestrians=True).run()
 
@@ -362,9 +362,9 @@ def test_mean_trajectory_of_a_large_split_is_of_evenly_spaced_keyframes(
     val = [make_record(rng, token="v", waypoints=ahead(1.0), **no_agents())]
     records = write_records(tmp_path / "large", {"train": train, "val": val})
     path = predict(tmp_path / "p.jsonl", {"v": ahead(1.0)})
-    facts = Evaluate(path, records).run()
-    assert facts["baselines"]["mean_trajectory"]["l2"]["avg"] == 0  # of the first and the third: 1 m a step
-    assert any("2 evenly spaced of the 3 keyframes" in note for note in facts["notes"])
+    result = Evaluate(path, records).run()
+    assert result["baselines"]["mean_trajectory"]["l2"]["avg"] == 0  # of the first and the third: 1 m a step
+    assert any("2 evenly spaced of the 3 keyframes" in note for note in result["notes"])
 
 
 def test_read_only_predictions(
@@ -373,8 +373,8 @@ def test_read_only_predictions(
     """Scores are shown all the same; a file that was asked for is an error, before any work."""
     path = predict(tmp_path / "p.jsonl", {"clear": ahead(2.0)})
     monkeypatch.setattr(os, "access", lambda *_: False)
-    facts = Evaluate(path, folder).run()
-    assert facts["file"] is None
+    result = Evaluate(path, folder).run()
+    assert result["file"] is None
     assert "not written" in capsys.readouterr().out
     assert not list(tmp_path.glob("p.omnidrive.json"))
     with pytest.raises(SpaceDriveError, match="cannot be written to"):

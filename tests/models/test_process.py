@@ -153,7 +153,7 @@ def test_llava_cuts_the_middle_out():
     np.testing.assert_array_equal(grid, [[2, 2]])
     middle, _ = model.process([np.ascontiguousarray(image[:, 3:11])])
     np.testing.assert_array_equal(patches, middle)
-    ids = model.generate([[5, *[IMAGE] * 4, 7]], images=patches, image_grid=grid, max_new_tokens=2)
+    ids = model.generate(np.array([[5, *[IMAGE] * 4, 7]]), images=patches, image_grid=grid, max_new_tokens=2)
     assert ids.shape == (1, 2)
     model.processor_settings = ProcessorSettings(size=(("height", 8), ("width", 8)))
     with pytest.raises(SpaceDriveError, match="shorter side"):
@@ -195,6 +195,11 @@ def test_images_without_a_place_are_refused(tiny_model):
     patches = np.zeros((48, 96), np.float32)
     with pytest.raises(SpaceDriveError, match="1 of 2 images have no image tokens"):
         tiny_model.logits(np.full((1, 6), IMAGE), images=patches, image_grid=(4, 6))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_token_ids_without_a_batch_axis_are_refused(tiny_model):
+    patches = np.zeros((48, 96), np.float32)
     with pytest.raises(SpaceDriveError, match="token_ids"):
         tiny_model.logits(np.full(6, IMAGE), images=patches, image_grid=(4, 6))
 
