@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.errors import CheckpointError, ConfigError
-from spacedrive_jax.io import convert, read_json, require_regular, write_json
+from spacedrive_jax.io import convert, is_there, json_digest, read_json, require_regular, write_json
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.
@@ -125,7 +125,7 @@ class Best:
             DataError: the file is damaged.
         """
         file = run_dir / BEST_FILE
-        return convert(read_json(file), cls, str(file)) if file.is_file() else None
+        return convert(read_json(file), cls, str(file)) if is_there(file) else None
 
     def write(self, run_dir: Path) -> None:
         """Names it in the run's folder."""
@@ -168,6 +168,19 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
 
 TRAINABLE, OPTIMIZER = "trainable_fingerprint", "optimizer_fingerprint"
 """Facts that name the numbers saved beside them."""
+FACTS, POSITION = "facts_fingerprint", "position"
+"""The fingerprint of all other facts, and the place in the data as one of them."""
+_BEFORE_FACTS = frozenset(
+    {
+        *("config", "records", "records_fingerprint", "weights", "base_fingerprint"),
+        *("trainable_parameters", "frozen_parameters", TRAINABLE, OPTIMIZER),
+    }
+)
+"""All that older checkpoints know, which have no such fingerprint."""
+
+
+def _facts_fingerprint(metadata: Mapping[str, Any]) -> str:
+    return json_digest({name: value for name, value in metadata.items() if name != FACTS})
 
 
 def save(
@@ -195,7 +208,9 @@ def save(
     metadata = metadata | {
         TRAINABLE: arrays_fingerprint(_named(nnx.to_pure_dict(trainable))),
         OPTIMIZER: arrays_fingerprint(_named(optimizer)),
+        POSITION: position,
     }
+    metadata |= {FACTS: _facts_fingerprint(metadata)}
     with naming_the_newest(manager):
         manager.save(
             step,
@@ -260,6 +275,8 @@ def restore(
             restored["position"] = facts.restore(folder / "position")
             for name, tree in (("trainable", nnx.to_pure_dict(trainable)), ("optimizer", optimizer)):
                 restored[name] = arrays.restore(folder / name, _abstract(tree))
+        if restored["metadata"].get(POSITION, restored["position"]) != restored["position"]:
+            raise ValueError("its position in the data is not the one that was saved")
         check_saved(restored["trainable"], restored["metadata"], TRAINABLE)
         check_saved(restored["optimizer"], restored["metadata"], OPTIMIZER)
     nnx.replace_by_pure_dict(trainable, restored["trainable"])
@@ -285,6 +302,9 @@ def _metadata(run_dir: Path, step: int) -> dict[str, Any]:
         metadata = checkpointer.restore(folder)
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is no JSON object")
+    known = metadata.get(FACTS)
+    if known != _facts_fingerprint(metadata) and (known is not None or not metadata.keys() <= _BEFORE_FACTS):
+        raise ValueError("its metadata (config and fingerprints) are not those that were saved")
     return metadata
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -272,6 +273,33 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole,
             use(run)
     with pytest.raises(CheckpointError, match=f"is damaged.*{lost}"):
         train(tiny(records, run, steps=STEPS), resume=True)
+
+
+@pytest.mark.parametrize("item", ["position", "metadata"])
+def test_a_changed_digit_of_what_a_checkpoint_says_is_found(records, whole, tmp_path, item):
+    run = copied(whole, tmp_path / "run")
+    folder = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / item
+    (file,) = (
+        each for each in folder.iterdir() if re.search(rb"\d", each.read_bytes()) and "_" not in each.name
+    )
+    said = file.read_bytes()
+    digit = re.search(rb"[0-8]", said).start()
+    file.write_bytes(said[:digit] + bytes([said[digit] + 1]) + said[digit + 1 :])
+    with pytest.raises(CheckpointError, match=r"is damaged .*not .*that (was|were) saved"):
+        train(tiny(records, run, steps=STEPS), resume=True)
+
+
+def test_checkpoints_of_before_the_fingerprint_of_facts_are_read(whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "metadata"
+    (file,) = (each for each in metadata.iterdir() if b"trainable_fingerprint" in each.read_bytes())
+    kept = json.loads(file.read_text())
+    del kept["facts_fingerprint"], kept["position"]
+    file.write_text(json.dumps(kept))
+    assert open_trained_model(run).config.name
+    file.write_text(json.dumps(kept | {"facts_fingerprinu": "0"}))
+    with pytest.raises(CheckpointError, match=r"metadata .* are not those that were saved"):
+        open_trained_model(run)
 
 
 def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
