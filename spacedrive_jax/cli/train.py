@@ -147,7 +147,7 @@ class Train(Command):
             step=self.step,
             accept_changes=self.accept_changes,
             overwrite=self.overwrite,
-            validation=Validation,
+            validation=Validation.where_possible,
         )
         print(describe(config, seen))
         least, memory, problems = least_bytes(config), device_memory(), list(seen.problems)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.config import Config
+from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.loader import Samples, complete_futures, evaluation_batches
 from spacedrive_jax.data.records import Records, open_records, records_sources
@@ -48,7 +49,11 @@ def train(config: Config, **options: Any) -> training.TrainResult:
         config: the whole run.
         options: those of `spacedrive_jax.training.train.train`, whose errors hold too.
     """
-    return training.train(config, validation=Validation, **options)
+    return training.train(config, validation=Validation.where_possible, **options)
+
+
+class _NothingToValidateError(ConfigError):
+    """The records have no keyframe to validate on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,19 @@ class Validation:
     1, 2 and 3 s under the omnidrive protocol, `validation/unparsed`, the share of answers without a
     trajectory, which count as standing still, and `validation/seconds`.
     """
+
+    @classmethod
+    def where_possible(cls, config: Config, mesh: Mesh) -> Validation | None:
+        """A validation; None, and a line in the log, where the records have no keyframe for one.
+
+        Raises:
+            SpaceDriveError: one does not fit the config's shapes, or lacks an image or depth.
+        """
+        try:
+            return cls(config, mesh)
+        except _NothingToValidateError as error:
+            note(f"note: this run is not validated, and names no best checkpoint: {error}")
+            return None
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         """Chooses the keyframes; compiles nothing yet.
@@ -180,9 +198,9 @@ def _parts(config: Config) -> list[_Part]:
         if "val" in open_records(folder, "all").splits:
             opened.append(open_records(folder, "val"))
     if not opened:
-        raise ConfigError(
+        raise _NothingToValidateError(
             f"train.validate_every {config.train.validate_every} needs keyframes of split val, which "
-            f"{data.records} has none of: --train.validate-every 0 trains without"
+            f"{data.records} has none of (--train.validate-every 0 says so)"
         )
     whole = [
         (number, int(row))
@@ -190,9 +208,9 @@ def _parts(config: Config) -> list[_Part]:
         for row in np.flatnonzero(complete_futures(each))
     ]
     if not whole:
-        raise ConfigError(
-            f"no keyframe of split val of {data.records} has a whole future, so nothing can be validated: "
-            "set train.validate_every 0"
+        raise _NothingToValidateError(
+            f"train.validate_every {config.train.validate_every} needs keyframes with a whole future, and "
+            f"split val of {data.records} has none (--train.validate-every 0 says so)"
         )
     places = np.unique(
         np.linspace(0, len(whole) - 1, min(len(whole), config.train.validate_keyframes)).round().astype(int)

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 Validate = Callable[[nnx.State, nnx.State], dict[str, float]]
 """Trainables and frozen weights to metrics: `validation/loss`, `validation/l2` and others of that group."""
-MakeValidation = Callable[[Config, Mesh], Validate]
+MakeValidation = Callable[[Config, Mesh], Validate | None]
 """Made above this room, where answers are generated and scored: `evaluation.validation`."""
 
 

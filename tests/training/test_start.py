@@ -145,8 +145,9 @@ def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_pa
     np.testing.assert_allclose(filled["validation/l2"], expected, rtol=1e-6)
     assert filled["validation/collision"] >= 0
     alone = write_records(tmp_path / "alone", {"train": [make_record(np.random.default_rng(0))]})
-    with pytest.raises(ConfigError, match=r"has none of: --train\.validate-every 0 trains without"):
+    with pytest.raises(ConfigError, match=r"needs keyframes of split val, which .*alone has none of"):
         Validation(tiny(alone, tmp_path / "run"), mesh)
+    assert Validation.where_possible(tiny(alone, tmp_path / "run"), mesh) is None
 
 
 def test_what_a_validation_would_fail_at_is_said_before_the_first_step(records, tmp_path, capsys):
