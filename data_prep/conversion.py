@@ -207,9 +207,9 @@ def masks_needed(dataroot: Path, scenes: Sequence[Scene]) -> list[str]:
     masks = {
         scene.map_mask
         for scene in scenes
-        if scene.map_mask and not expansion_file(dataroot, scene.location).is_file()
+        if scene.map_mask and not io.is_there(expansion_file(dataroot, scene.location))
     }
-    return sorted(mask for mask in masks if (dataroot / mask).is_file())
+    return sorted(mask for mask in masks if io.is_there(dataroot / mask))
 
 
 def source_of(

@@ -79,6 +79,18 @@ def require_regular(path: str | os.PathLike[str], *, most: int | None = None) ->
     return status.st_size
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether an optional file is there; what stands in its place is not taken for "no".
+
+    Raises:
+        DataError: a folder, FIFO, socket or device has its name.
+    """
+    if not os.path.exists(path):
+        return False
+    require_regular(path)
+    return True
+
+
 def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
     """All bytes of a regular file.
 

@@ -14,6 +14,7 @@ from spacedrive_jax.io import (
     atomic_folder,
     folder_lock,
     inside,
+    is_there,
     output_lock,
     parse_json,
     read_typed,
@@ -89,6 +90,10 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
     for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
         with pytest.raises(DataError, match="not a regular file"):
             require_regular(path)
+        with pytest.raises(DataError, match="not a regular file"):
+            is_there(path)
+    assert not is_there(tmp_path / "nothing")
+    assert is_there(__file__)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "", "a\0b", "a\\b"])

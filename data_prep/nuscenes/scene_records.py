@@ -45,7 +45,7 @@ from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields, route_fiel
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, ShardFacts, write_shard
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import read_bytes
+from spacedrive_jax.io import is_there, read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _read_sweep(unit: SceneUnit, filename: str) -> tuple[bytes, str]:
 def _open_map(unit: SceneUnit) -> DrivableMap | None:
     """The expansion of the scene's location, else its basic mask, else nothing."""
     expansion = expansion_file(unit.dataroot, unit.scene.location)
-    if expansion.is_file():
+    if is_there(expansion):
         return open_expansion(expansion)
     cache = mask_cache(unit.mask_folder, unit.scene.map_mask)
     return MaskMap(cache) if unit.scene.map_mask and cache.is_file() else None

@@ -28,7 +28,7 @@ from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
 from spacedrive_jax.data.keyframe_agents import AgentTracks, global_boxes
 from spacedrive_jax.data.keyframe_map import DrivableMap
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, require_regular, say
+from spacedrive_jax.io import MEBIBYTE, is_there, require_regular, say
 from spacedrive_jax.world.stage import Backdrop
 from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
 
@@ -188,7 +188,7 @@ def scan_scene(dataroot: Path, scene: Scene) -> SceneFiles:
         for camera in keyframe.cameras:
             note(camera, check_image(dataroot / camera.filename, camera.width, camera.height), images)
             depth = depth_file(camera.filename)
-            if has_depth and (dataroot / depth).is_file():
+            if has_depth and is_there(dataroot / depth):
                 sizes[depth] = (dataroot / depth).stat().st_size
         note(keyframe.lidar, check_lidar(dataroot / keyframe.lidar.filename), lidar)
     return SceneFiles(images, lidar, sizes)

@@ -13,7 +13,7 @@ from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_fields import Fields, expect, part, real, size
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE, is_there, read_json
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.image_processor import ProcessorSettings
@@ -40,7 +40,7 @@ def read_processor_settings(folder: Path, config: VLConfig) -> ProcessorSettings
     """
     for name in FILES:
         file = folder / name
-        if not file.is_file():
+        if not is_there(file):
             continue
         fields = read_json(file, most=MEBIBYTE)
         if not isinstance(fields, Mapping):

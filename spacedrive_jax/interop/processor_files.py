@@ -13,7 +13,7 @@ from typing import Any
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.importing import copy_tokenizer
-from spacedrive_jax.io import MEBIBYTE, read_json, write_json, write_part
+from spacedrive_jax.io import MEBIBYTE, is_there, read_json, write_json, write_part
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
 
@@ -80,7 +80,7 @@ def _write_generation(file: Path, tokenizer: DrivingTokenizer) -> None:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not is_there(file):
         return {}
     fields = read_json(file, most=64 * MEBIBYTE)
     if not isinstance(fields, dict):
