@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,10 +14,13 @@ from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.io import output_lock
 
 if TYPE_CHECKING:
     from spacedrive_jax.driving.bench import InsidePolicy
+    from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.recovery import CollectedRecords
+    from spacedrive_jax.driving.scenarios import DriveSpec
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -33,6 +36,8 @@ class Drive(Command):
 
     Example: python -m spacedrive_jax drive --checkpoint runs/demo --scenarios small --out runs/demo/drives
     """
+
+    when_stopped: ClassVar[str] = "--resume goes on where it stopped"
 
     checkpoint: str | None = None
     """Run folder (its newest checkpoint), RUN/checkpoints/STEP, or ws://host:port of `serve`."""
@@ -98,8 +103,6 @@ class Drive(Command):
         if (self.checkpoint is None) == (self.policy is None):
             raise ConfigError("give --checkpoint PATH|ws://… or --policy NAME, one of the two")
         self._check_flags()
-        from spacedrive_jax.driving.askers import open_asker
-        from spacedrive_jax.driving.drive import RESULTS, drive_all
         from spacedrive_jax.driving.episode import DriveOptions
         from spacedrive_jax.driving.scenarios import drive_set
         from spacedrive_jax.world.views import parse_image_size
@@ -128,6 +131,19 @@ class Drive(Command):
             "collect": self.collect is not None,
         }
         folder = self._folder()
+        with output_lock(folder):  # two jobs would each remove what the other is writing
+            return self._drive(specs, folder, options, facts)
+
+    def _drive(
+        self,
+        specs: Sequence[DriveSpec],
+        folder: Path,
+        options: DriveOptions,
+        facts: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        from spacedrive_jax.driving.askers import open_asker
+        from spacedrive_jax.driving.drive import RESULTS, drive_all
+
         collected = self._collected(resume=self.resume)
         asker, inside = None, self._inside()
         if self.checkpoint is not None:

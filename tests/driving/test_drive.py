@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spacedrive_jax.cli.main import main
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.drive import drive_all
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
@@ -22,6 +23,7 @@ from spacedrive_jax.driving.policies import constant_velocity, standing_still
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
+from spacedrive_jax.io import output_lock
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
 FACTS = {"set": "test", "image_size": (27, 48)}
@@ -109,6 +111,16 @@ def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
         drive_all(SPECS, tmp_path, BLIND, facts={}, inside=constant_velocity)
+
+
+def test_a_second_job_on_the_same_folder_gives_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "drives"
+    with output_lock(folder):
+        assert main(["drive", "--policy", "constant_velocity", "--out", str(folder)]) == 1
+    assert f"{folder} is in use by process" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_the_scorer_reads_what_was_written(driven: Path) -> None:
