@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -17,6 +18,13 @@ from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
+
+
+def _leave() -> None:
+    """Ends the process as it is, once all is said."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +113,10 @@ class Serve(Command):
         def ready(server: PolicyServer) -> None:
             print(f"serving {policy.metadata['model']} on ws://{self.host}:{server.port}", flush=True)
 
-        served = PolicyServer(policy, config).run(ready, signals=True)
+        server = PolicyServer(policy, config)
+        # A compile that still goes on would abort the process when the interpreter ends below it.
+        atexit.register(lambda: _leave() if server.is_warming_up else None)
+        served = server.run(ready, signals=True)
         print(
             f"{served.requests} requests of {served.sessions} sessions in {served.batches} batches, "
             f"{served.refused} refused",

@@ -106,6 +106,12 @@ class PolicyServer:
         self._open = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
+        self._warming: threading.Thread | None = None
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the policy still compiles, behind `run` too where that was stopped before it was ready."""
+        return self._warming is not None and self._warming.is_alive()
 
     def run(self, ready: Callable[[PolicyServer], None] | None = None, *, signals: bool = False) -> Served:
         """Serves; returns after `stop`, or after SIGTERM or SIGINT where `signals` are caught.
@@ -185,7 +191,8 @@ class PolicyServer:
                 loop.call_soon_threadsafe(done.set)
 
         # A thread that need not be waited for: a compile cannot be interrupted.
-        threading.Thread(target=warm, name="warm-up", daemon=True).start()
+        self._warming = threading.Thread(target=warm, name="warm-up", daemon=True)
+        self._warming.start()
         waits = [asyncio.ensure_future(event.wait()) for event in (done, stopping)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:

@@ -79,6 +79,7 @@ def test_stops_while_it_warms_up():
     running.stop()
     thread.join(1.5)
     assert not thread.is_alive()
+    assert running.is_warming_up  # what `serve` looks at, to leave without waiting for it
 
 
 @pytest.mark.parametrize(
