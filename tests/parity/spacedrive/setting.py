@@ -29,6 +29,8 @@ class Setting:
     """Seconds; one frame each, the outputs are the last one's."""
     without_future: tuple[int, ...] = ()
     """Rows of the batch whose waypoints are not complete."""
+    reply_points: int = 1
+    """Coordinates in the answer of the second round."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of the published constructor, over the defaults below."""
 
@@ -132,7 +134,8 @@ def draw_text(
         tokens = np.array(prompt)
         return tokens, np.full(len(tokens), IGNORE), np.zeros((0, 2), np.float32)
     answer = [*text(4), *(each for _ in range(6) for each in [*coordinate, *text(1)]), ids["im_end"]]
-    question, reply = [*text(3), *coordinate, *text(2)], [*text(2), *coordinate, ids["im_end"]]
+    question = [*text(3), *coordinate, *text(2)]
+    reply = [*text(2), *coordinate * setting.reply_points, ids["im_end"]]
     tokens = np.array([*prompt, *answer, *question, *reply])
     labels = np.array([IGNORE] * len(prompt) + answer + [IGNORE] * len(question) + reply)
-    return tokens, labels, random.uniform(-20, 40, (8, 2)).astype(np.float32)
+    return tokens, labels, random.uniform(-20, 40, (7 + setting.reply_points, 2)).astype(np.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="parity tests need torch")
@@ -46,7 +49,10 @@ SETTINGS = {
             "pe_scaling": 0.03,
         }
     ),
-    "all_coordinates_batch_2": Setting(batch=2, arguments={"planning_only": False, "loss_pos_lambda": 0.5}),
+    "all_coordinates_batch_2": Setting(
+        batch=2, reply_points=30, arguments={"planning_only": False, "loss_pos_lambda": 0.5}
+    ),
+    "no_row_has_a_future": Setting(batch=2, without_future=(0, 1)),
     "cosine": Setting(arguments={"pe_decode_method": "cosine"}),
     "embedding_l2_no_visual_positions": Setting(arguments={"pe_decode_method": "l2", "vis_3d_pos": False}),
     "llava": Setting("llava", width=96, kv_heads=4, grid=(3, 3)),
@@ -113,6 +119,34 @@ def test_runs_of_indicators_equal_torch(name, tmp_path):
     case = write_answer(setting, seed, tmp_path / name, max_new_tokens=limit, insistence=insistence)
     checks = verify_case(case)
     assert {"default/pos_embedding_index", "default/coords"} <= {check.name for check in checks}
+    assert [check for check in checks if not check.passed] == []
+
+
+BEGINNINGS = {  # what the answer says first, and the penalty on what was said
+    "ends_at_once": (("im_end",), 1.0),
+    "end_behind_an_indicator_is_thrown_away": (("pos_indicator", "im_end"), 1.3),
+    "position_token_of_its_own": (("pos_embedding", "pos_indicator"), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_beginning_equals_torch(name, tmp_path):
+    says, penalty = BEGINNINGS[name]
+    case = write_answer(
+        Setting(),
+        5,
+        tmp_path / name,
+        max_new_tokens=12,
+        repetition_penalty=penalty,
+        insistence=20,
+        says=says,
+    )
+    settings = json.loads((case / "config.json").read_text())
+    generated = np.load(case / "outputs.npz")["generated_ids"]
+    assert generated[: len(says)].tolist() == [settings["token_ids"][each] for each in says]
+    assert (len(generated) == 1) == (name == "ends_at_once")
+    checks = verify_case(case)
+    assert "default/generated_ids" in {check.name for check in checks}
     assert [check for check in checks if not check.passed] == []
 
 

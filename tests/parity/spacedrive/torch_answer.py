@@ -21,8 +21,12 @@ def write_answer(
     max_new_tokens: int,
     repetition_penalty: float = 1.0,
     insistence: float = 8.0,
+    says: tuple[str, ...] = ("pos_indicator",),
 ) -> Path:
-    """Answers one prompt and writes the case; the larger `insistence`, the longer runs of indicators are."""
+    """Answers one prompt and writes the case; the larger `insistence`, the longer runs of indicators are.
+
+    `says` are names of special ids: what the answer begins with.
+    """
     model = TorchSpaceDrive(setting, seed)
     inputs = draw_inputs(setting, model.random)
     # The question alone: everything before the first supervised token.
@@ -30,7 +34,7 @@ def write_answer(
     for key in ("input_ids", "labels"):
         inputs[key] = [inputs[key][0][:count]]
     with torch.no_grad():
-        incline_to_indicators(model, inputs, insistence)
+        incline(model, inputs, insistence, says)
         outputs = answer(model, inputs, max_new_tokens, repetition_penalty)
     overrides = {} if repetition_penalty == 1.0 else {"rp": repetition_penalty}
     facts = {
@@ -41,16 +45,23 @@ def write_answer(
     return write_case(folder, model, inputs, outputs, facts)
 
 
-def incline_to_indicators(model: TorchSpaceDrive, inputs: dict[str, Any], insistence: float) -> None:
-    """Turns the indicator's row of the head to the prompt's last state: random rows hardly ever win."""
-    frame = model.prepare(inputs)
-    state = model.language_model(frame.sequence, frame.position_ids, frame.mask).last_hidden_state[0, -1]
-    row = insistence * state / state.square().sum()
-    indicator = model.setting.ids["pos_indicator"]
-    if model.setting.family == "qwen":
-        model.heads["new_lm_head.weight"][0] = row
-    else:
-        model.base["lm_head.weight"][indicator] = model.head[indicator] = row
+def incline(model: TorchSpaceDrive, inputs: dict[str, Any], insistence: float, says: tuple[str, ...]) -> None:
+    """Turns each id's row of the head to the state that it shall follow: random rows hardly ever win."""
+    frame, ids = model.prepare(inputs), model.setting.ids
+    spoken = torch.tensor([ids[name] for name in says[:-1]], dtype=torch.long)
+    sequence = torch.cat([frame.sequence, model.embed(spoken)[None]], dim=1)
+    start = frame.position_ids.max() + 1
+    following = (start + torch.arange(len(spoken))).expand(3, 1, -1)
+    positions = torch.cat([frame.position_ids, following], dim=2)
+    mask = torch.ones(sequence.shape[:2], dtype=torch.long)
+    states = model.language_model(sequence, positions, mask).last_hidden_state[0, -len(says) :]
+    # Each row scores at its own state alone.
+    rows = insistence * torch.linalg.pinv(states).T
+    for name, row in zip(says, rows, strict=True):
+        if name.startswith("pos_") and model.setting.family == "qwen":
+            model.heads["new_lm_head.weight"][("pos_indicator", "pos_embedding").index(name)] = row
+        else:
+            model.base["lm_head.weight"][ids[name]] = model.head[ids[name]] = row
 
 
 def answer(

@@ -95,7 +95,8 @@ class Step:
             for place in answered.tolist():
                 indices.append((row, place))
                 truth.append(points[row][all_embeddings.index(place + 1)])
-        return torch.tensor(indices), torch.tensor(np.array(truth))
+        places = torch.tensor(indices, dtype=torch.long).reshape(-1, 2)
+        return places, torch.tensor(np.array(truth, np.float32).reshape(-1, 2))
 
     def _position_loss(
         self, at: torch.Tensor, truth: torch.Tensor
@@ -103,6 +104,8 @@ class Step:
         arguments = self.model.arguments
         method, kind = arguments["pe_decode_method"], arguments["loss_pos_type"]
         weight = arguments["loss_pos_lambda"]
+        if not len(truth):  # the published loss of nothing is a zero that reaches no parameter
+            return at.sum(), None
         if method in ("cosine", "l2"):
             target = self.model.encode(functional.pad(truth, (0, 1))).detach()
             if method == "cosine":
