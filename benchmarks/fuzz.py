@@ -1,6 +1,6 @@
 """Mutates the files that somebody else may hand over, reads them, and counts what comes of it.
 
-    python -m benchmarks.fuzz --inputs 10000 --seed 0 --out benchmarks/results/fuzz.md
+    python -m benchmarks.fuzz --inputs 10000 --seed 1 --out benchmarks/results/fuzz.md
 
 Each input is one mutation of one file that this script makes (`fuzz_data`: tables, sensor files, records,
 predictions; `fuzz_models`: depth sidecars, runs, checkpoints, weights, tokenizers, configs, results), read in
