@@ -21,7 +21,7 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.inference.answers import Generation, expected_frame
+from spacedrive_jax.inference.answers import Generation, expected_draft
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import activations_on
@@ -271,14 +271,15 @@ def _training(config: Config, mesh: Mesh) -> _Program:
 def _planning(config: Config, mesh: Mesh) -> _Program:
     graph, trainable, frozen = abstract_state(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
-    frame = expected_frame(config, tokenizer)
+    draft = expected_draft(config, tokenizer)
+    frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
     batch = batch_spec(config, sharding=batch_sharding(mesh))
 
     @jax.jit
     def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
         with activations_on(mesh):
             model = nnx.merge(graph, trainable, frozen)
-            return generate(model, batch, tokenizer, LONGEST_ANSWER, frame=frame)
+            return generate(model, batch, tokenizer, LONGEST_ANSWER, frame=frame, opening=opening)
 
     return _Program(
         answer,

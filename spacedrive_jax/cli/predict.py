@@ -24,9 +24,10 @@ class Predict(Command):
     """Predict trajectories for a split of records and write them as JSON Lines.
 
     A line is {"token", "waypoints": [[x, y] x 6] in metres in the ego frame, "text", "status"}, and
-    "path": [[x, y] x 20] where the model gives one. With --task counterfactual the model is asked what would
-    happen on every candidate trajectory of OmniDrive's test instead: {"token", "Q", "A"} a line, which
-    score-counterfactual reads.
+    "path": [[x, y] x 20] where the model gives one. With --task think-before-planning the answer reasons in
+    words before the trajectory, as it does by default where the run was trained so; they are the line's
+    "reasons". With --task counterfactual the model is asked what would happen on every candidate trajectory
+    of OmniDrive's test instead: {"token", "Q", "A"} a line, which score-counterfactual reads.
 
     Example: python -m spacedrive_jax predict --checkpoint runs/demo --records data/records --split val
     --out runs/demo/predictions.jsonl
@@ -47,8 +48,9 @@ class Predict(Command):
     """Only the first so many keyframes of the split; written to predictions.part.jsonl by default."""
     step: int | None = None
     """Of a run folder: the checkpoint to take instead of the newest."""
-    task: Literal["planning", "counterfactual"] = "planning"
-    """Plan, or answer the counterfactual test."""
+    task: Literal["planning", "think-before-planning", "counterfactual"] | None = None
+    """Plan, plan behind words over the scene, or answer the counterfactual test; by default the planning that
+    the run was trained for."""
     language_data: Path | None = None
     """For counterfactual: folder of OmniDrive's language data (its eval_cf); the run's by default."""
     out: Path | None = None
@@ -101,7 +103,7 @@ class Predict(Command):
         from spacedrive_jax.training.sharding import connect, is_first_host
 
         connect(self.coordinator, self.num_processes, self.process_id)
-        from spacedrive_jax.inference.predict import predict
+        from spacedrive_jax.inference.predict import PlanningTask, predict
         from spacedrive_jax.interop.trained_parts import is_imported
         from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.training.trained_folder import is_trained_folder
@@ -112,9 +114,13 @@ class Predict(Command):
         if self.token and self.limit is not None:
             raise ConfigError("--token names keyframes and --limit counts them: give one of the two")
         if part and self.task == "counterfactual":
-            raise ConfigError("--token and --limit go with --task planning only")
+            raise ConfigError("--token and --limit go with planning, not with --task counterfactual")
         if self.task == "counterfactual":
             return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
+        tasks: dict[str | None, PlanningTask] = {
+            "planning": "planning",
+            "think-before-planning": "think_before_planning",
+        }
         name = "predictions.part.jsonl" if part else "predictions.jsonl"
         out = self.out or locate(self.checkpoint)[0] / name
         with advice_on_memory("lower --batch-size"):
@@ -133,6 +139,7 @@ class Predict(Command):
                 mesh=self._mesh(),
                 tokens=self.token,
                 limit=self.limit,
+                task=tasks.get(self.task),
             )
         if self.out is None and not part and is_first_host():
             _note_predictions(out.parent, self.records, self.split, out)

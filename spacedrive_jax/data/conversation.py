@@ -23,13 +23,15 @@ from spacedrive_jax.data.prompts import (
     planning_question,
     replace_coordinates,
 )
+from spacedrive_jax.data.scene_texts import scene_questions, scene_reasons
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.models.family import Message
 
-Tasks = Literal["planning", "planning_and_questions", "counterfactual"]
-"""What a conversation consists of: the planning turn; that and all of OmniDrive's questions; or its two
-counterfactual questions alone, where only the coordinates asked about become tokens (published
-`planning_only`, neither, `counter_only`)."""
+Tasks = Literal["planning", "think_before_planning", "planning_and_questions", "questions", "counterfactual"]
+"""What a conversation consists of: the planning turn; a planning turn whose answer reasons in words before
+the trajectory (paper, supplement C.1); the planning turn and all questions; the questions alone; or
+OmniDrive's two counterfactual questions alone, where only the coordinates asked about become tokens
+(published `planning_only`, -, neither, -, `counter_only`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,9 @@ class ConversationConfig:
     tasks: Tasks = "planning"
     language_data: str | None = None
     """Folder of OmniDrive's language data, for tasks beyond planning."""
+    scene_texts: bool = False
+    """Where there is no language data about a keyframe, ask what its own record knows (`scene_texts`).
+    Reasons before planning come from there in any case."""
     pseudo_coordinates: bool = False
     """Add four questions of arithmetic on random coordinates."""
     command_in_answer: bool = False
@@ -56,6 +61,8 @@ class Conversation:
     """Metres, ego frame, in the order of the tokens, float32."""
     route_nodes: int = 0
     """The first so many coordinates are nodes of the route that the question names."""
+    reason_coordinates: int = 0
+    """The first so many coordinates of the answer belong to the reasons before the trajectory."""
 
 
 def question_turn(
@@ -65,6 +72,7 @@ def question_turn(
     plan: bool = True,
     ego_in_words: bool = False,
     route_targets: bool = False,
+    reasons: bool = False,
 ) -> Message:
     """The user turn that asks for the trajectory, with the command sentence that the source gives.
 
@@ -74,6 +82,7 @@ def question_turn(
         plan: whether to ask for the trajectory.
         ego_in_words: say the ego status too.
         route_targets: name the route's next nodes, as coordinate tokens.
+        reasons: ask for words before the trajectory.
     """
     said = ego_status_in_words(record) if ego_in_words else ""
     command = _command(record, command_source)
@@ -84,6 +93,7 @@ def question_turn(
         plan=plan,
         ego_status=said,
         targets=NUM_TARGETS if route_targets else 0,
+        reasons=reasons,
     )
     return Message("user", question)
 
@@ -140,18 +150,30 @@ def training_conversation(
         DataError: a file of the language data is not laid out as it should be.
     """
     rng = _keyframe_rng(record["token"])
-    planned = bool(record["waypoint_mask"].all()) and config.tasks != "counterfactual"
-    questions = _questions(record["token"], config, rng)
+    planned = is_planned(record, config.tasks)
+    thinks = planned and config.tasks == "think_before_planning"
+    questions = _questions(record, config, rng)
     turns: list[Message] = []
     coordinates: list[np.ndarray] = []
-    nodes = NUM_TARGETS if planned and route_targets else 0
+    nodes, spoken = NUM_TARGETS if planned and route_targets else 0, 0
     if planned:
         turns.append(
-            question_turn(record, command_source, ego_in_words=ego_in_words, route_targets=route_targets)
+            question_turn(
+                record,
+                command_source,
+                ego_in_words=ego_in_words,
+                route_targets=route_targets,
+                reasons=thinks,
+            )
         )
         coordinates.append(question_coordinates(record, route_targets=route_targets))
         command = _command(record, command_source) if config.command_in_answer else None
         waypoints = np.asarray(record["waypoints"], np.float32)
+        reasons = _reasons(record, config) if thinks else ""
+        if coordinate_tokens is not None:
+            reasons, in_reasons = replace_coordinates(reasons, keep_velocities=True)
+            coordinates.append(in_reasons)
+            spoken = len(in_reasons)
         if coordinate_tokens is None:
             answer = planning_answer_in_digits(waypoints, command=command, source=command_source)
         else:
@@ -161,7 +183,7 @@ def training_conversation(
             coordinates.append(waypoints[:coordinate_tokens])
             if path_points:
                 coordinates.append(np.asarray(record["path"][:path_points], np.float32))
-        turns.append(Message("assistant", answer))
+        turns.append(Message("assistant", f"{reasons} {answer}" if reasons else answer))
     for index, pair in enumerate(questions):
         opening = "" if turns or index else context(record["location"])
         for turn in (Message("user", opening + pair.question), Message("assistant", pair.answer)):
@@ -173,17 +195,36 @@ def training_conversation(
             turns.append(turn)
     if not turns:
         turns.append(question_turn(record, command_source, plan=False))
-    return Conversation(turns, np.concatenate([np.zeros((0, 2), np.float32), *coordinates]), nodes)
+    points = np.concatenate([np.zeros((0, 2), np.float32), *coordinates])
+    return Conversation(turns, points, nodes, spoken)
 
 
-def _questions(token: str, config: ConversationConfig, rng: np.random.Generator) -> Sequence[QuestionAnswer]:
+def is_planned(record: Record, tasks: Tasks) -> bool:
+    """Whether the conversation of a keyframe has a planning turn: not where the future is incomplete."""
+    return bool(record["waypoint_mask"].all()) and tasks not in ("counterfactual", "questions")
+
+
+def _reasons(record: Record, config: ConversationConfig) -> str:
+    """OmniDrive's words before a plan where there are any, else those from the record."""
+    said = ""
+    if config.language_data is not None:
+        said = LanguageData(Path(config.language_data)).reasons(record["token"])
+    return said or scene_reasons(record)
+
+
+def _questions(
+    record: Record, config: ConversationConfig, rng: np.random.Generator
+) -> Sequence[QuestionAnswer]:
     questions: list[QuestionAnswer] = []
-    if config.language_data is not None and config.tasks != "planning":
-        data = LanguageData(Path(config.language_data))
-        if config.tasks == "counterfactual":
-            questions = data.counterfactual_questions(token)
-        else:
-            questions = data.questions(token, rng)
+    if config.tasks not in ("planning", "think_before_planning"):
+        if config.language_data is not None:
+            data = LanguageData(Path(config.language_data))
+            if config.tasks == "counterfactual":
+                questions = data.counterfactual_questions(record["token"])
+            else:
+                questions = data.questions(record["token"], rng)
+        if not questions and config.scene_texts and config.tasks != "counterfactual":
+            questions = scene_questions(record, rng)
         questions = [questions[index] for index in rng.permutation(len(questions))]
     return [*questions, *(pseudo_coordinate_questions(rng) if config.pseudo_coordinates else [])]
 

@@ -41,6 +41,8 @@ KINDS = ("keywords", "desc", "vqa", "conv")
 MOST_BYTES = 16 * MEBIBYTE
 COUNTERFACTUAL_PAIRS = slice(2, 4)
 """Of a `vqa` file: attention, action, then two counterfactual pairs."""
+REASON_PAIRS = slice(0, 2)
+"""Those which speak of what matters and what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,20 @@ class LanguageData:
             question = DESCRIPTION_QUESTIONS[int(rng.integers(len(DESCRIPTION_QUESTIONS)))]
             pairs.append(QuestionAnswer(question, _field(description, "description", path)))
         return pairs + self._pairs("vqa", token) + self._pairs("conv", token)
+
+    def reasons(self, token: str) -> str:
+        """What OmniDrive says before a plan: the answers to its attention and action questions, else the
+        short action; empty where there is neither.
+
+        Raises:
+            DataError: a file is not laid out as it should be.
+        """
+        said = [pair.answer for pair in self._pairs("vqa", token)[REASON_PAIRS]]
+        if not said:
+            path, action = self._read("keywords", token)
+            said = [] if action is None else [_text(action, path, "the file")]
+        sentences = " ".join(" ".join(said).split())
+        return sentences if not sentences or sentences.endswith((".", "!", "?")) else f"{sentences}."
 
     def counterfactual_questions(self, token: str) -> list[QuestionAnswer]:
         """The two counterfactual pairs of a keyframe (published `counter_only`).

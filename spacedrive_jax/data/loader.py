@@ -210,13 +210,16 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
 
     Looks at up to `LOOKED_AT` keyframes, evenly spaced: reading all would take as long as an epoch.
     """
-    if config.tasks == "planning":
-        return
+    if config.tasks in ("planning", "think_before_planning"):
+        return  # reasons come from the record where nobody has written them
     if config.language_data is None:
+        if config.scene_texts and config.tasks != "counterfactual":
+            return
         if config.tasks == "counterfactual" or not config.pseudo_coordinates:
             raise ConfigError(
                 f"data.conversation.tasks {config.tasks} needs OmniDrive's language data: set "
                 "data.conversation.language_data to its folder"
+                + ("" if config.tasks == "counterfactual" else ", or data.conversation.scene_texts True")
             )
         return
     kinds = ("vqa",) if config.tasks == "counterfactual" else KINDS

@@ -103,6 +103,10 @@ ROUTE_WORDS: dict[int, str] = {
 """Sentences of `command_route` (RoadOption); this project's wording, no published model takes a route."""
 
 PLANNING_QUESTION = "Please provide the planning trajectory for the ego car without reasons."
+PLANNING_QUESTION_WITH_REASONS = "Please provide the planning trajectory for the ego car with reasons."
+"""Asks to think before planning; the published prompts of that task are not public."""
+PLANNING_OPENING = "Here is the planning trajectory ["
+"""How the planning answer begins, behind a repeated command or reasons."""
 
 
 def context(location: str) -> str:
@@ -138,6 +142,7 @@ def planning_question(
     plan: bool = True,
     ego_status: str = "",
     targets: int = 0,
+    reasons: bool = False,
 ) -> str:
     """The user turn of the planning task (published prompt).
 
@@ -148,6 +153,7 @@ def planning_question(
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
         ego_status: what is said of the ego vehicle before the command, a space behind it.
         targets: nodes of the route to name behind the command.
+        reasons: ask for words before the trajectory.
     """
     if not plan:
         return context(location)
@@ -156,7 +162,7 @@ def planning_question(
         + ego_status
         + (command_sentence(command, source) if command is not None else "")
         + (targets_sentence(targets) if targets else "")
-        + PLANNING_QUESTION
+        + (PLANNING_QUESTION_WITH_REASONS if reasons else PLANNING_QUESTION)
     )
 
 
@@ -180,7 +186,7 @@ def planning_answer(
     stop = "" if num_coordinates == 1 else "."
     said = "" if command is None else command_sentence(command, source)
     path = f" Here is the path [{', '.join([COORDINATE] * path_points)}]." if path_points else ""
-    return f"{said}Here is the planning trajectory [{', '.join([COORDINATE] * num_coordinates)}]{stop}{path}"
+    return f"{said}{PLANNING_OPENING}{', '.join([COORDINATE] * num_coordinates)}]{stop}{path}"
 
 
 def planning_answer_in_digits(
@@ -191,7 +197,7 @@ def planning_answer_in_digits(
 ) -> str:
     """The assistant turn with coordinates as digits, two decimals: the baseline without coordinate tokens."""
     said = "" if command is None else command_sentence(command, source)
-    return f"{said}Here is the planning trajectory [{format_coordinates(waypoints)}]."
+    return f"{said}{PLANNING_OPENING}{format_coordinates(waypoints)}]."
 
 
 def counterfactual_question(location: str, trajectory: str) -> str:

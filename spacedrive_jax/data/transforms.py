@@ -12,6 +12,7 @@ from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import (
     Conversation,
+    is_planned,
     question_coordinates,
     question_turn,
     training_conversation,
@@ -50,11 +51,21 @@ class SampleBuilder:
             self.family.image_processor(model.vlm.vision, data.image_size), channel_order=data.channel_order
         )
         check_vocabulary(self.tokenizer, model)
+        if self.thinks and model.decoder.whole_trajectory:
+            raise ConfigError(
+                "data.conversation.tasks think_before_planning needs a token per waypoint: its words hold "
+                "coordinates too; set model.decoder.whole_trajectory False"
+            )
         self._markers = [
             self.tokenizer.decode([number])
             for name, number in self.tokenizer.special.items()
             if name != "image"
         ]
+
+    @property
+    def thinks(self) -> bool:
+        """Answers reason in words before the trajectory."""
+        return self.data.conversation.tasks == "think_before_planning"
 
     def __call__(self, record: Record, index: int, cached: CachedDepth | None = None) -> DrivingBatch:
         """One sample, numpy arrays without a batch axis.
@@ -90,7 +101,11 @@ class SampleBuilder:
         data, in_words = self.data, self.model.ego_status == "language"
         if not self.answer:
             question = question_turn(
-                record, data.command, ego_in_words=in_words, route_targets=data.route_targets
+                record,
+                data.command,
+                ego_in_words=in_words,
+                route_targets=data.route_targets,
+                reasons=self.thinks,
             )
             points = question_coordinates(record, route_targets=data.route_targets)
             return Conversation([question], points, len(points))
@@ -142,12 +157,13 @@ class SampleBuilder:
                 max_targets=data.max_targets,
                 path_points=self.model.path_points,
                 route_nodes=talk.route_nodes,
+                reason_coordinates=talk.reason_coordinates,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
         except SpaceDriveError as error:
             raise type(error)(f"keyframe {record['token']}: {error}") from error
         # Without a planning turn the answers' first coordinates, if any, are not waypoints.
-        planned = bool(record["waypoint_mask"].all()) and data.conversation.tasks != "counterfactual"
+        planned = is_planned(record, data.conversation.tasks)
         fields["waypoint_mask"] &= planned
         waypoints = np.where(planned, record["waypoints"], 0).astype(np.float32)
         if self.model.path_points:
@@ -228,6 +244,7 @@ def token_fields(
     max_targets: int,
     path_points: int = 0,
     route_nodes: int = 0,
+    reason_coordinates: int = 0,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
 
@@ -241,6 +258,7 @@ def token_fields(
         max_targets: M.
         path_points: R; indicators behind the waypoints' that belong to the path.
         route_nodes: position tokens, from the first on, that stand for nodes of the route.
+        reason_coordinates: indicators of the answer that stand before those of the trajectory.
 
     Returns:
         The fields of `DrivingBatch` that follow from the tokens alone.
@@ -269,8 +287,9 @@ def token_fields(
         raise ConfigError(
             f"{len(supervised)} supervised tokens are more than data.max_targets {max_targets}: raise it"
         )
-    # The first six indicators of the answers are the planning turn's (published rule), then the path's.
-    answered = np.flatnonzero((tokens == tokenizer.indicator) & (labels != IGNORE))
+    # The first six indicators of the answers are the planning turn's (published rule), then the path's;
+    # where words come before the trajectory, their indicators come before both.
+    answered = np.flatnonzero((tokens == tokenizer.indicator) & (labels != IGNORE))[reason_coordinates:]
     indicators = answered[:NUM_WAYPOINTS]
     on_path = answered[NUM_WAYPOINTS : NUM_WAYPOINTS + path_points]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.config import Config, config_changes
 from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
-from spacedrive_jax.data.prompts import context, parse_coordinates, planning_answer
+from spacedrive_jax.data.prompts import PLANNING_OPENING, context, parse_coordinates, planning_answer
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
@@ -55,7 +55,7 @@ class Generation:
     """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
     fed in its stead. In a run of indicators not all of them count."""
     in_one_pass: Bool[Array, " B"]
-    """Answered by the frame alone, without a token-by-token step."""
+    """The trajectory was answered by the frame alone, without a token-by-token step of its own."""
     trajectory: Float[Array, "B T 3"] | None = None
     """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
     none; metres, ego frame."""
@@ -78,8 +78,34 @@ def planning_frame(
         ConfigError: this tokenizer runs the header and the answer's first letters together, so that an answer
             does not begin where the prompt ends.
     """
-    question = Message("user", context("boston"))
-    answer_turn = Message("assistant", planning_answer(num_coordinates, path_points=path_points))
+    return _answer_ids(tokenizer, planning_answer(num_coordinates, path_points=path_points))
+
+
+def frame_behind_reasons(tokenizer: DrivingTokenizer, path_points: int = 0) -> tuple[int, ...]:
+    """The ids of the planning answer where words stand before it: what all answers end in.
+
+    Args:
+        tokenizer: gives the ids and the chat layout.
+        path_points: see `planning_answer`.
+
+    Raises:
+        ConfigError: this tokenizer runs the words and the answer's first letters together, so that the answer
+            depends on the words.
+    """
+    answer = planning_answer(path_points=path_points)
+    first, second = (
+        _answer_ids(tokenizer, f"{words} {answer}") for words in ("We stop.", f"A car at {COORDINATE} moves.")
+    )
+    for start in range(len(first) - 1, -1, -1):
+        if tokenizer.decode(list(first[start:])).lstrip().startswith(PLANNING_OPENING):
+            if second[start - len(first) :] == first[start:]:
+                return first[start:]
+            break
+    raise ConfigError("the tokenizer merges the words before a plan with the plan: no frame can be made")
+
+
+def _answer_ids(tokenizer: DrivingTokenizer, text: str) -> tuple[int, ...]:
+    question, answer_turn = Message("user", context("boston")), Message("assistant", text)
     apply = tokenizer.chat.apply_chat_template
     prompt = apply(tokenizer, [question], 1, add_generation_prompt=True).token_ids
     whole = apply(tokenizer, [question, answer_turn], 1).token_ids
@@ -87,6 +113,38 @@ def planning_frame(
         raise ConfigError("the tokenizer merges the assistant's header with the answer: no frame can be made")
     answer = whole[len(prompt) :]
     return tuple(answer[: answer.index(tokenizer.turn_end) + 1])
+
+
+FIRST_WORDS = "Here is"
+"""Of the planning answer: what a reasoning answer must have said before the rest is drafted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What is expected of an answer, to be run in one pass and checked (see `one_pass`)."""
+
+    frame: tuple[int, ...]
+    """Its ids, a position token behind every indicator, the end of the turn last."""
+    opening: int = 0
+    """0: the answer is the frame. Else it begins with words of its own, token by token, and once it has said
+    the first so many ids of the frame the rest is drafted behind them."""
+
+
+def expected_draft(config: Config, tokenizer: DrivingTokenizer) -> Draft | None:
+    """What every answer of a model of this config is, or ends in; None where that differs from keyframe to
+    keyframe (digits, a repeated command).
+
+    Raises:
+        ConfigError: see `planning_frame` and `frame_behind_reasons`.
+    """
+    if config.data.conversation.tasks != "think_before_planning":
+        frame = expected_frame(config, tokenizer)
+        return None if frame is None else Draft(frame)
+    if not config.model.coordinate_tokens or config.data.conversation.command_in_answer:
+        return None
+    frame = frame_behind_reasons(tokenizer, config.model.path_points)
+    said = (tokenizer.decode(list(frame[:count])).lstrip() for count in range(1, len(frame)))
+    return Draft(frame, 1 + next(count for count, text in enumerate(said) if text.startswith(FIRST_WORDS)))
 
 
 def answer_text(
@@ -123,8 +181,10 @@ def answer_text(
 
 def answer_limit(config: Config) -> int:
     """Longest answer: the published 100 tokens, and four for every point of a path (indicator, position
-    token, comma, and one to spare).
+    token, comma, and one to spare); where words come before it, as many as training had room for.
     """
+    if config.data.conversation.tasks == "think_before_planning":
+        return max(PUBLISHED_LIMIT, config.data.max_targets)
     return PUBLISHED_LIMIT + 4 * config.model.path_points
 
 
@@ -140,7 +200,8 @@ def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ..
 
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
     """One line of the prediction file; an answer without exactly six waypoints and the path, or with one
-    farther than any can be, is `unparsed`.
+    farther than any can be, is `unparsed`. Where words come before the trajectory, they are its `reasons`,
+    and an answer without the trajectory's opening is `unparsed`.
     """
     length = int(generated.lengths[row])
     ids, points, decoded = (
@@ -149,8 +210,18 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
     )
     trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
     text = answer_text(builder.tokenizer, ids, points, decoded, trajectory)
-    if not builder.model.coordinate_tokens:
-        waypoints = parse_coordinates(text)
+    reasons, opening, plan = text.rpartition(PLANNING_OPENING) if builder.thinks else ("", "-", text)
+    if not opening:
+        reasons, plan = text, ""
+        waypoints = np.zeros((0, 2))
+    elif not builder.model.coordinate_tokens:
+        waypoints = parse_coordinates(plan)
+    elif builder.thinks:
+        # Position tokens that the model said itself stand for nothing.
+        said = np.where(decoded, builder.tokenizer.position, ids)
+        said = np.where(~decoded & (ids == builder.tokenizer.position), builder.tokenizer.padding, said)
+        before, _, _ = builder.tokenizer.decode(said.tolist()).rpartition(PLANNING_OPENING)
+        waypoints = points[decoded][before.count(POSITION) :, :2]
     elif trajectory is not None:
         waypoints = trajectory[: NUM_WAYPOINTS * bool(decoded.any()), :2]
     else:
@@ -165,6 +236,7 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
         "text": text,
         "status": "ok" if parsed else "unparsed",
     }
+    line |= {"reasons": reasons.strip()} if builder.thinks else {}
     return line | ({"path": given[NUM_WAYPOINTS:]} if builder.model.path_points else {})
 
 

@@ -9,14 +9,17 @@ token by token, here.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation
-from spacedrive_jax.inference.one_pass import run_frame
+from spacedrive_jax.inference.one_pass import continue_frame, run_frame
 from spacedrive_jax.inference.progress import (
     DecodeState,
     apply_repetition_penalty,
@@ -37,6 +40,7 @@ def generate(
     *,
     repetition_penalty: float = 1.0,
     frame: tuple[int, ...] | None = None,
+    opening: int = 0,
 ) -> Generation:
     """Continues every prompt of a batch until it ends its turn; jit it over `batch`.
 
@@ -50,10 +54,12 @@ def generate(
         max_new_tokens: longest answer.
         repetition_penalty: divides positive and multiplies negative scores of ids that the prompt or the
             answer (discarded ids included) already has (Keskar et al. 2019); 1 for none.
-        frame: the expected answer's ids (`answer_frame`): run in one pass, and whatever a sample says
+        frame: the expected answer's ids (`expected_draft`): run in one pass, and whatever a sample says
             differently is generated token by token. None goes token by token throughout. The result is the
             same. Not tried: a frame longer than `max_new_tokens`, which cannot end, and any frame where
             coordinates are written as digits.
+        opening: the answer has words of its own before the frame: they are generated token by token, and
+            where a sample has said the frame's first `opening` ids the rest is run in one pass behind them.
 
     Raises:
         ConfigError: a limit or penalty that makes no sense.
@@ -63,14 +69,40 @@ def generate(
             f"max_new_tokens must be at least 1 and repetition_penalty positive, got {max_new_tokens} and "
             f"{repetition_penalty}"
         )
-    if frame is not None and len(frame) <= max_new_tokens and model.config.coordinate_tokens:
-        progress = run_frame(model, batch, tokenizer, frame, max_new_tokens, repetition_penalty)
-    else:
-        progress = start(model, batch, tokenizer, max_new_tokens, repetition_penalty)
-    in_frame = progress.finished
+    drafted = frame is not None and len(frame) <= max_new_tokens and model.config.coordinate_tokens
 
     def proceed(progress: DecodeState) -> DecodeState:
         return _step(model, batch, tokenizer, max_new_tokens, repetition_penalty, progress)
+
+    if drafted and not opening:
+        assert frame is not None
+        progress = run_frame(model, batch, tokenizer, frame, max_new_tokens, repetition_penalty)
+        in_frame = progress.finished
+    else:
+        progress = start(model, batch, tokenizer, max_new_tokens, repetition_penalty)
+        in_frame = progress.finished  # none is
+    if drafted and opening:
+        assert frame is not None
+        first, rest = jnp.asarray(frame[:opening], jnp.int32), frame[opening:]
+
+        def waits(progress: DecodeState) -> Bool[Array, " B"]:
+            has_room = progress.count + len(rest) <= max_new_tokens
+            return ~progress.finished & _ends_in(progress, first) & has_room
+
+        def speak(progress: DecodeState) -> DecodeState:
+            waiting = waits(progress)
+            spoken = proceed(dataclasses.replace(progress, finished=progress.finished | waiting))
+            return dataclasses.replace(
+                spoken,
+                finished=spoken.finished & ~waiting,
+                hidden=jnp.where(waiting[:, None], progress.hidden, spoken.hidden),
+                after_indicator=spoken.after_indicator & ~waiting,
+            )
+
+        progress = jax.lax.while_loop(lambda now: jnp.any(~now.finished & ~waits(now)), speak, progress)
+        waiting = waits(progress)
+        progress = continue_frame(model, batch, tokenizer, rest, progress, waiting, repetition_penalty)
+        in_frame = waiting & progress.finished
 
     end = jax.lax.while_loop(lambda progress: ~jnp.all(progress.finished), proceed, progress)
     counts = end.is_position & coordinate_indices(end.token_ids, end.count, tokenizer.indicator)
@@ -85,6 +117,15 @@ def generate(
         in_one_pass=in_frame,
         trajectory=points[jnp.arange(batch.size), jnp.argmax(counts, axis=1)] if whole else None,
     )
+
+
+def _ends_in(progress: DecodeState, ids: Int[Array, " K"]) -> Bool[Array, " B"]:
+    """Whose answer's last tokens are these, none of them discarded."""
+    places = progress.count[:, None] - len(ids) + jnp.arange(len(ids))
+    at = jnp.maximum(places, 0)
+    same = jnp.take_along_axis(progress.token_ids, at, axis=1) == ids
+    discarded = jnp.take_along_axis(progress.is_position, at, axis=1)
+    return jnp.all(same & ~discarded & (places >= 0), axis=1)
 
 
 def _step(

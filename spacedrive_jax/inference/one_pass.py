@@ -10,12 +10,16 @@ generation goes on from there token by token.
 With position input on, what stands at a position token depends on the coordinate before it: the frame is
 then cut behind every indicator, and the pieces are run one after the other over the cache, six short steps
 for six waypoints.
+
+Where an answer reasons in words first, these are generated token by token, and the frame is run behind them
+over the cache they left (`continue_frame`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +72,82 @@ def run_frame(
         they differ (to the prompt where that is a near tie, so that no rounding of this pass decides it).
     """
     hidden, cache = _hidden_states(model, batch, tokenizer, frame, max_new_tokens + 1)
+    size, total = batch.size, max_new_tokens + 1
+    nothing = DecodeState(
+        cache=dataclasses.replace(cache, lengths=batch.lengths),
+        hidden=hidden[:, 0],
+        after_indicator=jnp.zeros(size, bool),
+        finished=jnp.zeros(size, bool),
+        count=jnp.zeros(size, jnp.int32),
+        token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
+        points=jnp.zeros((size, total, points_of_token(model), 3), jnp.float32),
+        is_position=jnp.zeros((size, total), bool),
+        seen=prompt_ids_seen(model, batch, repetition_penalty),
+    )
+    return _agreed(model, tokenizer, frame, hidden, nothing, jnp.ones(size, bool), repetition_penalty)
+
+
+def continue_frame(
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    tokenizer: DrivingTokenizer,
+    frame: tuple[int, ...],
+    progress: DecodeState,
+    drafted: Bool[Array, " B"],
+    repetition_penalty: float,
+) -> DecodeState:
+    """Runs the frame behind what some samples have said, and keeps what each of them agrees with.
+
+    Args:
+        model: the model.
+        batch: prompts.
+        tokenizer: gives the special ids.
+        frame: the rest of the answer's ids, as in `run_frame`.
+        progress: what was said so far.
+        drafted: whose answer the frame goes on with; the others stay as they are. There must be room for the
+            frame in their answers.
+        repetition_penalty: as in `generate`.
+
+    Returns:
+        As `run_frame`; a sample that is cut back at a near tie stands where it stood.
+    """
+    fed = frame[:-1]
+    pieces = _cut_behind_indicators(fed, tokenizer.indicator) if model.config.position_input else [fed]
+    behind = [False] + [True] * (len(pieces) - 1)
+    rest, cache = _run_pieces(
+        model, batch, tokenizer, pieces, behind, progress.cache, progress.hidden, drafted
+    )
+    hidden = jnp.concatenate([progress.hidden[:, None], rest], axis=1)
+    before = dataclasses.replace(progress, cache=dataclasses.replace(cache, lengths=progress.cache.lengths))
+    return _agreed(model, tokenizer, frame, hidden, before, drafted, repetition_penalty)
+
+
+def _agreed(
+    model: SpaceDrive,
+    tokenizer: DrivingTokenizer,
+    frame: tuple[int, ...],
+    hidden: Float[Array, "B F D"],
+    before: DecodeState,
+    drafted: Bool[Array, " B"],
+    repetition_penalty: float,
+) -> DecodeState:
+    """What of the frame the drafted samples agree with, behind what they have said before.
+
+    Args:
+        model: the model.
+        tokenizer: gives the special ids.
+        frame: ids.
+        hidden: predicts each of them.
+        before: the answers so far; the cache holds the frame too, behind its lengths.
+        drafted: the samples whose answers grow.
+        repetition_penalty: as in `generate`.
+    """
     length = len(frame)
     expected = jnp.asarray(frame, jnp.int32)
     discarded = np.asarray(frame) == tokenizer.position
     position_places = np.flatnonzero(discarded)
     scores = model.vlm.decoder.logits(hidden)
-    seen = prompt_ids_seen(model, batch, repetition_penalty)
-    chosen, margin = _choose(scores, seen, repetition_penalty)
+    chosen, margin = _choose(scores, before.seen, repetition_penalty)
 
     is_tie = margin < TIE_MARGIN.get(model.config.compute.dtype, TIE_MARGIN_HALF)
     differs = is_tie | ((chosen != expected) & ~discarded)
@@ -82,25 +155,29 @@ def run_frame(
     place = jnp.argmax(differs, axis=1)
     tied = jnp.take_along_axis(is_tie, place[:, None], axis=1)[:, 0]
     count = jnp.where(agrees, length, jnp.where(tied, 0, place)).astype(jnp.int32)
+    count = jnp.where(drafted, count, 0)
 
     kept = jnp.arange(length) < count[:, None]
-    is_position = kept & discarded
     points = jnp.zeros((*hidden.shape[:2], points_of_token(model), 3), jnp.float32)
     points = points.at[:, position_places].set(decode_points(model, hidden[:, position_places]))
-    points = jnp.where(is_position[..., None, None], points, 0.0)
-    token_ids = jnp.where(kept, chosen, tokenizer.padding)
-    rest = max_new_tokens + 1 - length
+    is_position = kept & discarded
+    # Out of range where it is not kept: dropped.
+    rows = jnp.arange(len(hidden))[:, None]
+    at = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
+    here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return DecodeState(
-        cache=dataclasses.replace(cache, lengths=batch.lengths + count),
-        hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
-        after_indicator=jnp.asarray(discarded)[last],
-        finished=agrees,
-        count=count,
-        token_ids=jnp.pad(token_ids, ((0, 0), (0, rest)), constant_values=tokenizer.padding),
-        points=jnp.pad(points, ((0, 0), (0, rest), (0, 0), (0, 0))),
-        is_position=jnp.pad(is_position, ((0, 0), (0, rest))),
-        seen=mark_seen(seen, token_ids, kept),
+        cache=dataclasses.replace(before.cache, lengths=before.cache.lengths + count),
+        hidden=jnp.where(drafted[:, None], here, before.hidden),
+        after_indicator=jnp.where(drafted, jnp.asarray(discarded)[last], before.after_indicator),
+        finished=before.finished | (drafted & agrees),
+        count=before.count + count,
+        token_ids=before.token_ids.at[rows, at].set(chosen, mode="drop"),
+        points=before.points.at[rows, at].set(
+            jnp.where(is_position[..., None, None], points, 0.0), mode="drop"
+        ),
+        is_position=before.is_position.at[rows, at].set(is_position, mode="drop"),
+        seen=mark_seen(before.seen, chosen, kept),
     )
 
 
@@ -141,32 +218,66 @@ def _hidden_states(
     if len(pieces) == 1:
         return hidden, cache
 
-    valid = np.array([len(piece) for piece in pieces[1:]], np.int32)
+    everyone = jnp.ones(batch.size, bool)
+    behind = [True] * (len(pieces) - 1)
+    rest, cache = _run_pieces(model, batch, tokenizer, pieces[1:], behind, cache, hidden[:, -1], everyone)
+    return jnp.concatenate([hidden, rest], axis=1), cache
+
+
+def _run_pieces(
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    tokenizer: DrivingTokenizer,
+    pieces: Sequence[tuple[int, ...]],
+    behind_indicator: Sequence[bool],
+    cache: KVCache,
+    last: Float[Array, "B D"],
+    growing: Bool[Array, " B"],
+) -> tuple[Float[Array, "B W D"], KVCache]:
+    """Hidden states of pieces of text run one after the other over the cache, and the cache.
+
+    Args:
+        model: the model.
+        batch: prompts.
+        tokenizer: gives the padding.
+        pieces: ids; W in all.
+        behind_indicator: which of them begin with a coordinate's encoding.
+        cache: what stands before the first.
+        last: hidden state of the token before the first.
+        growing: samples whose cache counts the pieces.
+    """
+    valid = np.array([len(piece) for piece in pieces], np.int32)
     width = int(valid.max())
-    padded = np.array([list(piece) + [tokenizer.padding] * (width - len(piece)) for piece in pieces[1:]])
+    padded = np.array([list(piece) + [tokenizer.padding] * (width - len(piece)) for piece in pieces])
 
     def run_piece(
-        carry: tuple[KVCache, Float[Array, "B D"]], piece: tuple[Int[Array, " W"], Int[Array, ""]]
+        carry: tuple[KVCache, Float[Array, "B D"]],
+        piece: tuple[Int[Array, " W"], Int[Array, ""], Bool[Array, ""]],
     ) -> tuple[tuple[KVCache, Float[Array, "B D"]], Float[Array, "B W D"]]:
-        cache, at_indicator = carry
-        ids, count = piece
+        cache, before = carry
+        ids, count, encoded_first = piece
         embeddings = model.vlm.embed(jnp.broadcast_to(ids, (batch.size, width)))
-        encoded = position_embedding(model, at_indicator).astype(embeddings.dtype)
+        if any(behind_indicator):
+            encoded = position_embedding(model, before).astype(embeddings.dtype)
+            encoded = jnp.where(encoded_first, encoded, embeddings[:, 0])
+            embeddings = embeddings.at[:, 0].set(encoded)
         position_ids = cache.lengths[:, None] + batch.rope_delta[:, None] + jnp.arange(width)
         hidden, grown = model.vlm.decode(
-            embeddings.at[:, 0].set(encoded),
+            embeddings,
             jnp.broadcast_to(position_ids, (3, *position_ids.shape)),
-            lengths=jnp.full(batch.size, count),
+            lengths=jnp.where(growing, count, 0),
             cache=cache,
         )
         assert grown is not None
         return (grown, jnp.take(hidden, count - 1, axis=1)), hidden
 
-    (cache, _), rest = jax.lax.scan(
-        run_piece, (cache, hidden[:, -1]), (jnp.asarray(padded, jnp.int32), jnp.asarray(valid))
+    (cache, _), hidden = jax.lax.scan(
+        run_piece,
+        (cache, last),
+        (jnp.asarray(padded, jnp.int32), jnp.asarray(valid), jnp.asarray(behind_indicator)),
     )
-    parts = [rest[index, :, :count] for index, count in enumerate(valid)]
-    return jnp.concatenate([hidden, *parts], axis=1), cache
+    parts = [hidden[index, :, :count] for index, count in enumerate(valid)]
+    return jnp.concatenate(parts, axis=1), cache
 
 
 def _cut_behind_indicators(ids: tuple[int, ...], indicator: int) -> list[tuple[int, ...]]:

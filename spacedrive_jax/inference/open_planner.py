@@ -16,7 +16,7 @@ from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.inference.answers import Generation, answer_limit, expected_frame
+from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
 from spacedrive_jax.inference.export import export_example, write_export
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model
@@ -72,13 +72,14 @@ def planning_step(
     graph: nnx.GraphDef, mesh: Mesh, config: Config, builder: SampleBuilder
 ) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
     """The jitted planning step of a run: trainables, frozen weights and a batch of prompts to answers."""
-    frame, limit = expected_frame(config, builder.tokenizer), answer_limit(config)
+    draft, limit = expected_draft(config, builder.tokenizer), answer_limit(config)
+    frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
 
     @jax.jit
     def plan(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
         with activations_on(mesh):
             model = nnx.merge(graph, trainable, frozen)
-            return generate(model, batch, builder.tokenizer, limit, frame=frame)
+            return generate(model, batch, builder.tokenizer, limit, frame=frame, opening=opening)
 
     return plan
 

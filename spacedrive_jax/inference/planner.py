@@ -127,6 +127,7 @@ def longest_prompt(builder: SampleBuilder, record: Record) -> int:
             builder.data.command,
             ego_in_words=builder.model.ego_status == "language",
             route_targets=builder.data.route_targets,
+            reasons=builder.thinks,
         )
         chat = builder.family.chat.apply_chat_template(
             builder.tokenizer, [turn], rows * columns, add_generation_prompt=True

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
+from spacedrive_jax.config import change
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import Records, keyframe_index, open_records
@@ -29,7 +30,7 @@ from spacedrive_jax.inference.answers import (
     Generation,
     answer_file_of_hosts,
     answer_limit,
-    expected_frame,
+    expected_draft,
     prediction_line,
 )
 from spacedrive_jax.inference.generate import generate
@@ -54,6 +55,8 @@ class Asking:
     repetition_penalty: float = 1.0
     frame: tuple[int, ...] | None = None
     """The expected answer, to be run in one pass."""
+    opening: int = 0
+    """Words come before the frame, see `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,7 @@ def answered_batches(
                 asking.max_new_tokens,
                 repetition_penalty=asking.repetition_penalty,
                 frame=asking.frame,
+                opening=asking.opening,
             )
 
     rows, running, first = local_rows(size, mesh), None, 0
@@ -131,6 +135,10 @@ Decoding = Literal["one-pass", "token-by-token"]
 frame, or one token after the other. Both give the same answers."""
 
 
+PlanningTask = Literal["planning", "think_before_planning"]
+"""The trajectory alone, or words before it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PredictResult:
     """What was written."""
@@ -141,7 +149,7 @@ class PredictResult:
     unparsed: int
     """Answers without exactly six waypoints."""
     in_one_pass: int
-    """Answers that needed no token-by-token step."""
+    """Trajectories that needed no token-by-token step."""
     seconds: float
     """From the second batch on, so that compiling does not count; all of it if there is but one."""
 
@@ -162,6 +170,7 @@ def predict(
     mesh: Mesh | None = None,
     tokens: Sequence[str] = (),
     limit: int | None = None,
+    task: PlanningTask | None = None,
 ) -> PredictResult:
     """Predicts the keyframes of a split.
 
@@ -182,12 +191,16 @@ def predict(
             writes the file.
         tokens: only these keyframes, in this order; none for all.
         limit: only the first so many; None for all.
+        task: whether to ask for words before the trajectory (`reasons` of a line); None asks as the run was
+            trained.
 
     Raises:
         SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
             otherwise.
     """
     config = open_config(checkpoint)
+    if task is not None:
+        config = change(config, config.name, {"data.conversation.tasks": task})
     mesh = mesh_here(config.mesh) if mesh is None else mesh
     check_batch_size(batch_size, mesh)
     builder = SampleBuilder(config.data, config.model, answer=False)
@@ -195,8 +208,10 @@ def predict(
     depth = builder.open_depth(records, advice=depth_advice(config))
     wanted = places_of(records, tokens) if tokens else list(range(len(records)))[:limit]
     longest = answer_limit(config) if max_new_tokens is None else max_new_tokens
-    frame = expected_frame(config, builder.tokenizer) if decoding == "one-pass" else None
-    asking = Asking(batch_size, longest, repetition_penalty, frame)
+    draft = expected_draft(config, builder.tokenizer) if decoding == "one-pass" else None
+    asking = Asking(
+        batch_size, longest, repetition_penalty, *(() if draft is None else (draft.frame, draft.opening))
+    )
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
         "inputs": name_inputs(config, depth),
@@ -207,6 +222,8 @@ def predict(
     }
     if len(wanted) < len(records) or tokens:
         metadata["keyframes"] = list(tokens) or limit
+    if builder.thinks:
+        metadata["task"] = "think_before_planning"
     unparsed, in_one_pass, timed = 0, 0, 0
     with answer_file_of_hosts(
         out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite

@@ -222,16 +222,27 @@ def question_of(record: Record, config: Mapping[str, Any] | None) -> str:
     if command not in get_args(CommandSource):
         return ""
     in_words = ((config or {}).get("model") or {}).get("ego_status") == "language"
-    route_targets = bool(((config or {}).get("data") or {}).get("route_targets"))
-    return asked(record, command, ego_in_words=in_words, route_targets=route_targets)
+    data = (config or {}).get("data") or {}
+    thinks = (data.get("conversation") or {}).get("tasks") == "think_before_planning"
+    targets = bool(data.get("route_targets"))
+    return asked(record, command, ego_in_words=in_words, route_targets=targets, reasons=thinks)
 
 
-def asked(record: Record, command: CommandSource, *, ego_in_words: bool, route_targets: bool) -> str:
+def asked(
+    record: Record,
+    command: CommandSource,
+    *,
+    ego_in_words: bool,
+    route_targets: bool,
+    reasons: bool = False,
+) -> str:
     """The question about a keyframe with its coordinates in metres, the images in one word.
 
     Args: see `data.conversation.question_turn`.
     """
-    text = question_turn(record, command, ego_in_words=ego_in_words, route_targets=route_targets).content
+    text = question_turn(
+        record, command, ego_in_words=ego_in_words, route_targets=route_targets, reasons=reasons
+    ).content
     for x, y in question_coordinates(record, route_targets=route_targets).tolist():
         text = text.replace(COORDINATE, f"{INDICATOR}({x:.2f}, {y:.2f})", 1)
     images = text.count(IMAGE_MARK)

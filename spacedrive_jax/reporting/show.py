@@ -165,7 +165,13 @@ class Planner:
 
     def _question(self, record: Record) -> str:
         data, in_words = self.config.data, self.config.model.ego_status == "language"
-        return asked(record, data.command, ego_in_words=in_words, route_targets=data.route_targets)
+        return asked(
+            record,
+            data.command,
+            ego_in_words=in_words,
+            route_targets=data.route_targets,
+            reasons=data.conversation.tasks == "think_before_planning",
+        )
 
     def _network_depth(self, record: Record) -> CachedDepth | None:
         """A network's depth of a keyframe, from the network itself or the sidecar of its records."""

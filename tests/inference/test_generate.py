@@ -233,7 +233,7 @@ def test_digits_are_read_from_the_text(case):
         in_one_pass=np.array([False]),
     )
     digits = dataclasses.replace(case.model.config, coordinate_tokens=False)
-    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits)
+    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits, thinks=False)
     line = prediction_line(builder, "t", generated, 0)
     assert line["status"] == "ok"
     assert line["waypoints"][:2] == [[1.0, -2.0], [3.5, 0.0]]
@@ -244,7 +244,7 @@ def test_digits_are_read_from_the_text(case):
 def test_digits_that_are_no_place_are_unparsed(case):
     tokenizer = load_tokenizer()  # the case's has no digits
     digits = dataclasses.replace(case.model.config, coordinate_tokens=False)
-    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits)
+    builder = types.SimpleNamespace(tokenizer=tokenizer, model=digits, thinks=False)
     for last, status in (("100000", "ok"), ("100001", "unparsed"), ("9" * 400, "unparsed")):
         points = ", ".join(["(1.0, -2.0)"] * 5 + [f"({last}, 2.0)"])
         ids = np.array([tokenizer.encode(f"Here [{points}]")])
