@@ -13,6 +13,7 @@ from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
+from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.models.family import IGNORE
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -73,7 +74,10 @@ def check_step(
     model = build_model(config, case.tokenizer().indicator, weights)
     noise = expected.get("vae_noise")
     ours = run_step(model, batch, training, noise, sees_truth=vae_trains)
-    checks = [*layout_checks(config, batch, expected), *_loss_checks(ours, expected, training)]
+    checks = [
+        *layout_checks(case.tokenizer(), config, batch, expected),
+        *_loss_checks(ours, expected, training),
+    ]
     if "losses/pe_scaling" in expected:  # published code logs the scale among the losses
         alpha = np.asarray(model.encoder.scale)
         checks.append(compare("losses/pe_scaling", alpha, expected["losses/pe_scaling"], **LOSS))
@@ -139,9 +143,12 @@ def valid_tokens(batch: DrivingBatch) -> Bool[np.ndarray, "B S"]:
     return np.arange(batch.token_ids.shape[1]) < np.asarray(batch.lengths)[:, None]
 
 
-def layout_checks(config: ModelConfig, batch: DrivingBatch, expected: Arrays) -> list[Check]:
+def layout_checks(
+    tokenizer: DrivingTokenizer, config: ModelConfig, batch: DrivingBatch, expected: Arrays
+) -> list[Check]:
     """What follows from texts and poses alone: ids, labels, positions, the ego vehicle's past."""
     checks = []
+    indicator, position = tokenizer.indicator, tokenizer.position
     equal = {"atol": 0.0, "rtol": 0.0}
     valid = valid_tokens(batch)
     if "input_ids" in expected:
@@ -156,6 +163,11 @@ def layout_checks(config: ModelConfig, batch: DrivingBatch, expected: Arrays) ->
         ):
             labels[row, np.asarray(indices)[np.asarray(mask)] + 1] = np.asarray(ids)[np.asarray(mask)]
         checks.append(compare("labels_for_ce", labels, expected["labels_for_ce"], **equal))
+        if "labels_in" in expected:
+            # Before the position tokens behind supervised indicators are taken out.
+            behind = np.roll(labels, 1, axis=1) == indicator
+            given = np.where(behind & (batch.token_ids == position), position, labels)
+            checks.append(compare("labels_in", given, expected["labels_in"], **equal))
     if expected.get("position_ids", np.zeros(0)).size:
         ours = np.swapaxes(np.asarray(batch.position_ids), 0, 1)
         theirs = np.where(valid, expected["position_ids"], 0)
@@ -262,21 +274,27 @@ def _gradient_checks(
     case: Case, config: ModelConfig, gradients: dict[Any, Any], expected: Arrays
 ) -> list[Check]:
     indicator = case.tokenizer().indicator
-    checks = []
+    ours: dict[str, np.ndarray] = {}
     for rule in trainable_rules(config, indicator):
         gradient = np.asarray(gradients[rule.target][...])
         for layer, name in enumerate(rule.source_names()):
-            recorded = expected.get(f"grad/{name}")
-            if recorded is not None:
-                ours = rule.export(gradient if rule.layers is None else gradient[layer])
-                checks.append(compare(f"grad/{name}", ours.reshape(recorded.shape), recorded, **GRADIENT))
+            ours[name] = rule.export(gradient if rule.layers is None else gradient[layer])
     if case.is_llava:
         # The published hooks let the two new rows of the full tables through.
         tables = {"lm_head.weight": "new_head", "model.language_model.embed_tokens.weight": "new_embedding"}
         for name, path in tables.items():
             recorded = expected.get(f"grad/{name}")
             if recorded is not None:
-                ours = np.zeros_like(recorded)
-                ours[indicator : indicator + 2] = gradients["vlm", "decoder", path][...]
-                checks.append(compare(f"grad/{name}", ours, recorded, **GRADIENT))
+                ours[name] = np.zeros_like(recorded)
+                ours[name][indicator : indicator + 2] = gradients["vlm", "decoder", path][...]
+    checks = [
+        compare(f"grad/{name}", gradient.reshape(recorded.shape), recorded, **GRADIENT)
+        for name, gradient in ours.items()
+        if (recorded := expected.get(f"grad/{name}")) is not None
+    ]
+    for flag in (name for name in expected if name.startswith("grad/") and name.endswith("::is_none")):
+        # torch's None: nothing reached the parameter. Here it is not trained, or its gradient is zero.
+        gradient = ours.get(flag.removeprefix("grad/").removesuffix("::is_none"))
+        nothing = gradient is None or (bool(expected[flag]) and not gradient.any())
+        checks.append(compare(flag, np.asarray(nothing), expected[flag], atol=0.0, rtol=0.0))
     return checks

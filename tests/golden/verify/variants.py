@@ -67,7 +67,7 @@ def _variant_checks(case: Case, name: str, variant: Mapping[str, Any]) -> list[C
     if not images_recorded:
         model = build_model(config, case.tokenizer().indicator, weights)
         return [
-            *layout_checks(config, batch, expected),
+            *layout_checks(case.tokenizer(), config, batch, expected),
             *_coordinate_checks(model, batch, expected),
             *_text_checks(model, batch, expected),
             *_head_checks(model, training, expected),
