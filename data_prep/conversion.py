@@ -19,9 +19,9 @@ from typing import Any
 from data_prep.nuscenes.can_bus import pose_file, route_file
 from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.scene_records import SceneResult
+from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from spacedrive_jax import io
-from spacedrive_jax.data.keyframe import Scene
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
 from spacedrive_jax.data.shards import ShardFacts, shard_file
 from spacedrive_jax.errors import ConfigError, DataError
@@ -172,23 +172,22 @@ PACKAGES = (
 class ShardWork:
     """One scene that gets a shard."""
 
-    scene: Scene
+    scene: PackedScene
     files: SceneFiles
     keyframes: tuple[int, ...]
     shard: str
 
 
 def plan_shards(
-    scenes: Sequence[Scene], files: Sequence[SceneFiles], splits: Mapping[str, str], skip: bool
+    scenes: Sequence[PackedScene], files: Sequence[SceneFiles], splits: Mapping[str, str], skip: bool
 ) -> list[ShardWork]:
     """Chooses each scene's keyframes and shard name; scenes left with no keyframe get no shard."""
     kept = []
     for scene, scene_files in zip(scenes, files, strict=True):
-        keyframes = tuple(
-            index
-            for index, keyframe in enumerate(scene.keyframes)
-            if not skip or has_all_images(keyframe, scene_files)
-        )
+        keyframes = tuple(range(scene.num_keyframes))
+        if skip and scene_files.unusable_images:
+            found = scene.unpack().keyframes
+            keyframes = tuple(index for index in keyframes if has_all_images(found[index], scene_files))
         if keyframes:
             kept.append((scene, scene_files, keyframes))
     shards_in_split = Counter(splits[scene.name] for scene, _, _ in kept)
@@ -202,7 +201,7 @@ def plan_shards(
     return work
 
 
-def masks_needed(dataroot: Path, scenes: Sequence[Scene]) -> list[str]:
+def masks_needed(dataroot: Path, scenes: Sequence[PackedScene]) -> list[str]:
     """Basic map masks that exist and serve a location without a map expansion."""
     masks = {
         scene.map_mask
@@ -216,7 +215,7 @@ def source_of(
     dataroot: Path,
     version: str,
     tables: Mapping[str, str],
-    scenes: Sequence[Scene],
+    scenes: Sequence[PackedScene],
     files: Sequence[SceneFiles],
 ) -> dict[str, Any]:
     """Identifies the source: tables by content, the many large files by name and size."""

@@ -21,7 +21,7 @@ from data_prep.conversion import (
 )
 from data_prep.nuscenes.maps import prepare_masks
 from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
-from data_prep.nuscenes.scenes import read_scenes, split_scenes
+from data_prep.nuscenes.scenes import PackedScene, read_scenes, split_scenes
 from data_prep.nuscenes.sensor_files import (
     SceneFiles,
     check_layout,
@@ -87,7 +87,7 @@ class Conversion:
         start = time.monotonic()
         conversion.check_output_folder(self.out, self.resume)
         tables = read_tables(self.dataroot, self.version)
-        scenes = list(read_scenes(tables))
+        scenes = [PackedScene.pack(scene) for scene in read_scenes(tables)]
         digests = tables.digests
         del tables  # gigabytes for the whole of nuScenes
         if not scenes:
@@ -95,12 +95,13 @@ class Conversion:
         check_layout(self.dataroot, scenes)
         splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
         files = [
-            scan_scene(self.dataroot, scene) for scene in progress(scenes, desc="check files", unit="scene")
+            scan_scene(self.dataroot, scene.unpack())
+            for scene in progress(scenes, desc="check files", unit="scene")
         ]
         if self.missing_images == "stop" and any(one.unusable_images for one in files):
             raise DataError(
                 f"camera images under {self.dataroot} are missing or damaged:\n"
-                f"{describe_unusable_images(scenes, files)}\n"
+                f"{describe_unusable_images((scene.unpack() for scene in scenes), files)}\n"
                 f"{self._images_elsewhere(files)}"
                 "fetch them, or choose --missing-images skip, empty or render"
             )
@@ -123,7 +124,7 @@ class Conversion:
         conversion.begin(self.out, plan)
         provenance_path = self.out / conversion.PROVENANCE
         results = self._write_shards(work, render_size)
-        total = sum(len(scene.keyframes) for scene in scenes)
+        total = sum(scene.num_keyframes for scene in scenes)
         provenance = provenance_of(plan, results, splits, total)
         if not is_whole(self.out):
             write_dataset_info(

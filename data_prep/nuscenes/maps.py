@@ -23,6 +23,8 @@ from spacedrive_jax.io import MEBIBYTE, read_typed
 
 MASK_RESOLUTION = 0.1
 """Metres per pixel of the basic map masks."""
+_ROWS_AT_ONCE = 32
+"""Of a raster, so that what is worked out on the way stays in the processor's cache."""
 
 
 EXPANSION_VERSION = (1, 3)
@@ -47,16 +49,33 @@ class MaskMap:
         """Looks up the pixel under every cell centre; see `DrivableMap.raster`."""
         pitch = 2 * extent / cells
         offsets = -extent + pitch * (np.arange(cells) + 0.5)
-        forward, left = offsets[:, None], offsets[None, :]
         cos, sin = exact.cos_sin(yaw)
-        x = (centre[0] + cos * forward) - sin * left
-        y = (centre[1] + sin * forward) + cos * left
+        x_forward, x_left = centre[0] + cos * offsets, sin * offsets
+        y_forward, y_left = centre[1] + sin * offsets, cos * offsets
+        raster = np.empty((cells, cells), np.uint8)
+        for first in range(0, cells, _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            raster[part] = self._bits_at(x_forward[part, None] - x_left, y_forward[part, None] + y_left)
+        return raster
+
+    def _bits_at(self, x: Float[np.ndarray, "r c"], y: Float[np.ndarray, "r c"]) -> UInt8[np.ndarray, "r c"]:
+        """The mask at global points, metres, which are overwritten; 0 outside."""
         rows, row_bytes = self._bits.shape
-        column = np.round(x / MASK_RESOLUTION).astype(np.int64)
-        row = np.round(rows - y / MASK_RESOLUTION).astype(np.int64)
-        inside = (column >= 0) & (column < 8 * row_bytes) & (row >= 0) & (row < rows)
-        packed = self._bits[np.where(inside, row, 0), np.where(inside, column >> 3, 0)]
-        return np.where(inside, (packed >> (7 - (column & 7)).astype(np.uint8)) & 1, 0).astype(np.uint8)
+        for metres in (x, y):
+            np.divide(metres, MASK_RESOLUTION, out=metres)
+        np.subtract(rows, y, out=y)
+        column, row = (np.rint(pixels, out=pixels).astype(np.int64) for pixels in (x, y))
+        whole = column.min() >= 0 and column.max() < 8 * row_bytes and row.min() >= 0 and row.max() < rows
+        inside = None
+        if not whole:
+            inside = (column >= 0) & (column < 8 * row_bytes) & (row >= 0) & (row < rows)
+            row, column = np.where(inside, row, 0), np.where(inside, column, 0)
+        shift = 7 - (column & 7).astype(np.uint8)
+        np.right_shift(column, 3, out=column)
+        row *= row_bytes
+        row += column
+        bits = (self._bits.reshape(-1).take(row) >> shift) & np.uint8(1)
+        return bits if inside is None else bits * inside
 
     def polygons(self, centre: Float[np.ndarray, "2"], yaw: float, extent: float) -> list[shapely.Polygon]:
         """A mask has no polygons."""

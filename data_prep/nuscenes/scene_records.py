@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep.nuscenes.can_bus import read_pose_messages, read_route
 from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
+from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import (
     MOST_BYTES,
     SceneFiles,
@@ -53,7 +54,7 @@ class SceneUnit:
     """All that `convert_scene` needs."""
 
     dataroot: Path
-    scene: Scene
+    scene: PackedScene
     files: SceneFiles
     keyframes: tuple[int, ...]
     """Which keyframes get a record; the others still serve as their past and future."""
@@ -96,15 +97,14 @@ def convert_scene(unit: SceneUnit) -> SceneResult:
         DataError: a CAN bus file, map or depth image is damaged; no shard is left behind.
     """
     counts: Counter[str] = Counter()
-    serialize = RecordSerializer()
-    facts = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, counts)))
-    tokens = tuple(unit.scene.keyframes[index].token for index in unit.keyframes)
+    serialize, scene = RecordSerializer(), unit.scene.unpack()
+    facts = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, scene, counts)))
+    tokens = tuple(scene.keyframes[index].token for index in unit.keyframes)
     return SceneResult(unit.scene.name, facts, tokens, dict(sorted(counts.items())))
 
 
-def scene_records(unit: SceneUnit, counts: Counter[str]) -> Iterator[Record]:
-    """Yields the scene's records in time order and counts what they hold."""
-    scene = unit.scene
+def scene_records(unit: SceneUnit, scene: Scene, counts: Counter[str]) -> Iterator[Record]:
+    """Yields the records of the unit's scene, unpacked, in time order and counts what they hold."""
     messages = read_pose_messages(unit.dataroot, scene.name)
     times = np.array([keyframe.timestamp_us for keyframe in scene.keyframes], np.int64)
     track = ego_track(scene, None if messages is None else can_bus_at(messages, times))

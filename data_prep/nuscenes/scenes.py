@@ -5,11 +5,14 @@ The splits say which scenes are for training and which for validation.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
 
 from data_prep.nuscenes.tables import (
     CalibratedSensor,
@@ -155,6 +158,38 @@ def read_scenes(tables: Tables) -> Iterator[Scene]:
             keyframes=tuple(keyframes),
             annotations=_annotations(tables, scene_row.name, keyframes, rows),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedScene:
+    """A scene that waits for its worker: what planning asks of it, and the whole of it as bytes.
+
+    All scenes of v1.0-trainval take 0.3 GB so, and six times that as objects. A worker is handed one.
+    """
+
+    name: str
+    location: str
+    map_mask: str
+    num_keyframes: int
+    sweep: str
+    """File of the first keyframe's LIDAR_TOP, relative to the dataroot."""
+    packed: bytes
+
+    @classmethod
+    def pack(cls, scene: Scene) -> PackedScene:
+        """Packs a scene."""
+        return cls(
+            scene.name,
+            scene.location,
+            scene.map_mask,
+            len(scene.keyframes),
+            scene.keyframes[0].lidar.filename,
+            msgspec.msgpack.encode(scene),
+        )
+
+    def unpack(self) -> Scene:
+        """The scene again."""
+        return msgspec.msgpack.decode(self.packed, type=Scene)
 
 
 def _keyframe_sensor_rows(tables: Tables) -> dict[tuple[str, str], SampleData]:

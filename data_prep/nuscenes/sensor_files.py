@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_prep.nuscenes.can_bus import pose_file
 from data_prep.nuscenes.maps import expansion_file
+from data_prep.nuscenes.scenes import PackedScene
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
@@ -35,7 +36,7 @@ from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_v
 _PREFIXES = ("", "*/", "*/*/")
 
 
-def check_layout(dataroot: Path, scenes: Sequence[Scene]) -> None:
+def check_layout(dataroot: Path, scenes: Sequence[PackedScene]) -> None:
     """Refuses a dataroot in which CAN bus, map expansion or LiDAR lie in another folder than their own.
 
     Data that are nowhere are no error: they are separate downloads.
@@ -69,7 +70,7 @@ def find_elsewhere(dataroot: Path, wanted: Path) -> Path | None:
     return None
 
 
-def _absent(dataroot: Path, scenes: Sequence[Scene]) -> Iterator[Path]:
+def _absent(dataroot: Path, scenes: Sequence[PackedScene]) -> Iterator[Path]:
     """One file of every kind of data of which there is none."""
     poses = [pose_file(dataroot, scene.name) for scene in scenes]
     if not any(path.exists() for path in poses):
@@ -77,7 +78,7 @@ def _absent(dataroot: Path, scenes: Sequence[Scene]) -> Iterator[Path]:
     for location in dict.fromkeys(scene.location for scene in scenes):
         if not expansion_file(dataroot, location).exists():
             yield expansion_file(dataroot, location)
-    sweeps = [dataroot / scene.keyframes[0].lidar.filename for scene in scenes]
+    sweeps = [dataroot / scene.sweep for scene in scenes]
     if not any(path.exists() for path in sweeps):
         yield sweeps[0]
 
@@ -199,7 +200,7 @@ def has_all_images(keyframe: Keyframe, files: SceneFiles) -> bool:
     return not any(camera.filename in files.unusable_images for camera in keyframe.cameras)
 
 
-def describe_unusable_images(scenes: Sequence[Scene], files: Iterable[SceneFiles], shown: int = 3) -> str:
+def describe_unusable_images(scenes: Iterable[Scene], files: Iterable[SceneFiles], shown: int = 3) -> str:
     """Counts of unusable images per channel with the first few paths, one line per channel."""
     unusable: dict[str, str] = {}
     for one in files:

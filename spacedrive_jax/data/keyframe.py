@@ -160,7 +160,9 @@ def camera_fields(cameras: Sequence[SensorFrame], views: Sequence[View]) -> Reco
         "camera_intrinsics": np.stack(
             [intrinsics_at(camera, view.size) for camera, view in zip(cameras, views, strict=True)]
         ),
-        "camera_to_ego": np.stack([sensor_to_ego(camera) for camera in cameras]),
+        "camera_to_ego": transforms(
+            [camera.sensor_translation for camera in cameras], [camera.sensor_rotation for camera in cameras]
+        ),
         "camera_timestamp_us": np.array([camera.timestamp_us for camera in cameras], np.int64),
         "camera_ego_to_global": transforms(
             [camera.ego_translation for camera in cameras], [camera.ego_rotation for camera in cameras]

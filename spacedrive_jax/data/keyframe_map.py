@@ -116,11 +116,22 @@ class PolygonMap:
         """Args: valid polygons, with their holes."""
         self._polygons = list(polygons)
         self._tree = shapely.STRtree(self._polygons)
+        self._last: tuple[tuple[float, ...], list[list[shapely.Polygon]]] | None = None
 
     def _clipped(
         self, centre: Float[np.ndarray, "2"], yaw: float, extent: float
     ) -> list[list[shapely.Polygon]]:
-        """Per map polygon that meets the square, its pieces inside, in the square's frame."""
+        """Per map polygon that meets the square, its pieces inside, in the square's frame.
+
+        The last square's are kept: a record asks for the same one three times.
+        """
+        square = (float(centre[0]), float(centre[1]), float(yaw), float(extent))
+        last = self._last
+        if last is None or last[0] != square:
+            last = self._last = (square, self._clip(centre, yaw, extent))
+        return last[1]
+
+    def _clip(self, centre: Float[np.ndarray, "2"], yaw: float, extent: float) -> list[list[shapely.Polygon]]:
         cos, sin = exact.cos_sin(yaw)
         rotation = np.array([[cos, -sin], [sin, cos]])
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * extent
@@ -153,7 +164,7 @@ class PolygonMap:
             cv2.fillPoly(canvas, [vertices(piece.exterior) for piece in pieces], 1)
             cv2.fillPoly(canvas, [vertices(hole) for piece in pieces for hole in piece.interiors], 0)
         # The devkit's canvas has row = y, column = x; fillPoly is not symmetric, so draw it so, then turn it.
-        return np.ascontiguousarray(canvas.T)
+        return cv2.transpose(canvas)
 
     def polygons(self, centre: Float[np.ndarray, "2"], yaw: float, extent: float) -> list[shapely.Polygon]:
         """All clipped polygons; see `DrivableMap.polygons`."""

@@ -17,7 +17,7 @@ from data_prep import conversion, convert
 from data_prep.cli.convert import Convert
 from data_prep.cli.main import main as run
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
-from data_prep.nuscenes.scenes import read_scenes
+from data_prep.nuscenes.scenes import PackedScene, read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.constants import CAMERAS
@@ -426,7 +426,7 @@ def test_scene_units_survive_pickling(dataroot, tmp_path):
     scene = next(read_scenes(read_tables(dataroot, VERSION)))
     unit = SceneUnit(
         dataroot=dataroot,
-        scene=scene,
+        scene=PackedScene.pack(scene),
         files=scan_scene(dataroot, scene),
         keyframes=(1, 3),
         shard=tmp_path / "shard",

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from data_prep.nuscenes.scenes import read_scenes
-from data_prep.nuscenes.tables import LINKS, TABLES, EgoPose, SampleData, read_tables
+from data_prep.nuscenes.scenes import PackedScene, read_scenes
+from data_prep.nuscenes.tables import LINKS, TABLES, EgoPose, SampleAnnotation, SampleData, read_tables
 from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import VERSION, TinyNuScenes, token
 
@@ -20,6 +20,36 @@ def test_keeps_keyframe_rows_only(tiny, tmp_path):
     assert set(tables.rows) == set(TABLES)
     assert "sweep" not in tables[SampleData]
     assert "sweep-pose" not in tables[EgoPose]
+
+
+@pytest.mark.parametrize("size", [64, 700, 5000])
+def test_tables_read_in_blocks_are_the_same(tiny, tmp_path, monkeypatch, size):
+    tiny.tables["scene"][0]["description"] = 'looks like },{"token": the end [of a row'
+    tiny.tables["category"].append({"token": "x", "name": "{},{}"})
+    root = tiny.write(tmp_path / "n")
+    whole = read_tables(root, VERSION)
+    monkeypatch.setattr("data_prep.nuscenes.tables.BLOCK_BYTES", size)
+    pieces = read_tables(root, VERSION)
+    assert pieces == whole
+    assert list(read_scenes(pieces)) == list(read_scenes(whole))
+    tiny.tables["sample_annotation"][-1]["size"] = [1.0, -2.0, 3.0]
+    name = tiny.tables["sample_annotation"][-1]["token"]
+    with pytest.raises(SpaceDriveError, match=f"row '{name}', field 'size'"):
+        read_tables(tiny.write(tmp_path / "wrong"), VERSION)
+
+
+def test_a_token_that_many_rows_name_is_kept_once(dataroot):
+    rows = read_tables(dataroot, VERSION)[SampleAnnotation]
+    followed = next(row for row in rows.values() if row.next)
+    assert rows[followed.next].prev is followed.token
+    assert followed.next is rows[followed.next].token
+
+
+def test_packed_scenes_are_the_same(dataroot):
+    for scene in read_scenes(read_tables(dataroot, VERSION)):
+        packed = PackedScene.pack(scene)
+        assert packed.unpack() == scene
+        assert packed.num_keyframes == len(scene.keyframes)
 
 
 def test_missing_version_names_those_found(dataroot):
