@@ -9,6 +9,8 @@ from spacedrive_jax.bounds import COUNT, SIDE, Bounds, check_bounds
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import DepthConfig, Pixels
 from spacedrive_jax.data.prompts import CommandSource
+from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.families import family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +62,18 @@ class DataConfig:
     def pixels(self) -> Pixels:
         """What networks see of a view."""
         return Pixels(self.image_size, self.channel_order)
+
+
+def add_depth_flags(data: DataConfig, vlm: VLConfig) -> str:
+    """The flags of the `add-depth` that makes the depth of a run: pixels, grid of visual tokens, pooling.
+
+    Args:
+        data: of the run.
+        vlm: its vision-language model.
+    """
+    height, width = data.image_size
+    rows, columns = family_of(vlm).image_processor(vlm.vision, data.image_size).token_grid
+    return (
+        f"--image-size {width}x{height} --channel-order {data.channel_order} --grid {rows}x{columns} "
+        f"--pooling {data.depth.pooling}"
+    )

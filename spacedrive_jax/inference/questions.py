@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
-from spacedrive_jax.config import Config
+from spacedrive_jax.config import Config, depth_advice
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.depth_cache import DepthCache
@@ -32,7 +32,6 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
 )
 from spacedrive_jax.inference.predict import Asking, answered_batches
-from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 

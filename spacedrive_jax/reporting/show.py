@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spacedrive_jax import exact
-from spacedrive_jax.config import Config
+from spacedrive_jax.config import Config, depth_advice
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import record_patch_depth
@@ -40,7 +40,6 @@ from spacedrive_jax.reporting.cameras import camera_strip, depth_source, draw_de
 from spacedrive_jax.reporting.cases import DEPTH_TEXTS, asked, explained
 from spacedrive_jax.reporting.run_files import SeenDepth
 from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, styled
-from spacedrive_jax.training.preflight import depth_advice
 
 WRAP = 220
 """Letters in a line of the question and the answer."""
