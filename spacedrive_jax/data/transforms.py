@@ -41,7 +41,11 @@ class SampleBuilder:
             data: what to read and how.
             model: which ego tokens to lay out, and the vision tower's patch sizes.
             answer: with the answer (training) or ending in the assistant's header (prediction).
+
+        Raises:
+            ConfigError: sequences would be longer than the model's rotary angles hold.
         """
+        model.vlm.decoder.check_length(data.sequence_length, "data.sequence_length")
         self.data = data
         self.model = model
         self.answer = answer

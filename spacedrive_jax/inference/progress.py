@@ -70,7 +70,12 @@ def prefill(
     deepstack: Float[Array, "depths B S D"] | None,
     room: int,
 ) -> tuple[Float[Array, "B S D"], KVCache]:
-    """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them."""
+    """Hidden states of right-padded embeddings, and a cache with room for more tokens behind them.
+
+    Raises:
+        ConfigError: the whole would be longer than the rotary angles hold.
+    """
+    model.config.vlm.decoder.check_length(embeddings.shape[1] + room - 1, "prompt and answer")
     position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
     return model.vlm.prefill(embeddings, position_ids, lengths=batch.lengths, deepstack=deepstack, room=room)
 

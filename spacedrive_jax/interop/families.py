@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
+from spacedrive_jax.interop.hf_fields import special_ids
 from spacedrive_jax.interop.weight_table import Format, Published
 from spacedrive_jax.io import MEBIBYTE, read_json, reason
-from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.config import SpecialIds, VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
 
 
@@ -66,13 +67,32 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
         raise ConfigError(f"{origin}: {error}") from error  # of sizes that do not fit each other
 
 
-def write_hf_config(config: VLConfig) -> dict[str, Any]:
+def write_hf_config(config: VLConfig, ids: SpecialIds | None = None) -> dict[str, Any]:
     """The config.json of a model, as transformers 4.52 and 5 read it.
+
+    Args:
+        config: The architecture.
+        ids: What the checkpoint that it came from said of ids.
 
     Raises:
         ConfigError: If transformers cannot express the architecture.
     """
-    return format_of(config).write_config(config)
+    fields = format_of(config).write_config(config)
+    for name, value in () if ids is None else ids.named:
+        fields["text_config"][name] = list(value) if isinstance(value, tuple) else value
+    return fields
+
+
+def read_special_ids(folder: Path) -> SpecialIds:
+    """What the files of a checkpoint say of ids: generation_config.json and config.json.
+
+    Raises:
+        SpaceDriveError: One of them is damaged.
+    """
+    fields, origin = _load(folder)
+    file = folder / "generation_config.json"
+    generation = _load(file)[0] if file.is_file() else None
+    return special_ids(fields, generation, origin if generation is None else str(file))
 
 
 def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.families import format_of, read_hf_config, write_hf_config
+from spacedrive_jax.interop.families import format_of, read_hf_config, read_special_ids, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.preprocessor import read_processor_settings
 from spacedrive_jax.interop.safetensors_folder import (
@@ -181,6 +181,7 @@ def from_hf(
         _copy_new_rows(state, new_tokens, tied=config.decoder.tie_word_embeddings)
     model = nnx.merge(graph, nnx.from_flat_state(state))
     model.processor_settings = read_processor_settings(Path(path), config)
+    model.special_ids = read_special_ids(Path(path))
     return model
 
 
@@ -298,7 +299,7 @@ def to_hf(
     exported = export_tensors(state if values is None else values, rules, dtype)
     tensors = ((rename(name), tensor) for name, tensor in exported)
     shards = plan_shards(planned, max_shard_bytes)
-    write_folder(path, tensors, shards, config=write_hf_config(config), complete=complete)
+    write_folder(path, tensors, shards, config=write_hf_config(config, model.special_ids), complete=complete)
     return config
 
 

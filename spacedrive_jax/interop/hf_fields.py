@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import LanguageModelConfig
-
-log = logging.getLogger(__name__)
+from spacedrive_jax.models.config import Ids, LanguageModelConfig, SpecialIds
 
 Fields = Mapping[str, Any]
 
@@ -156,7 +153,13 @@ def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: A
 
 
 def decoder_fields(decoder: LanguageModelConfig) -> dict[str, Any]:
-    """What both families write of the decoder."""
+    """What all families write of the decoder."""
+    scaled: dict[str, Any] = {}
+    if decoder.max_position_embeddings is not None:
+        scaled = {
+            "max_position_embeddings": decoder.max_position_embeddings,
+            "rope_scaling": {"rope_type": "dynamic", "factor": decoder.dynamic_rope_factor},
+        }
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.hidden_size,
@@ -168,6 +171,7 @@ def decoder_fields(decoder: LanguageModelConfig) -> dict[str, Any]:
         "rms_norm_eps": decoder.norm_eps,
         "rope_theta": decoder.rope_theta,
         "tie_word_embeddings": decoder.tie_word_embeddings,
+        **scaled,
     }
 
 
@@ -280,7 +284,7 @@ def plain_decoder(
     expect(text, "hidden_act", "silu", origin)
     expect(text, "attention_bias", False, origin)
     expect(text, "mlp_bias", False, origin)
-    _expect_plain_rotary(text, origin)
+    scaled = _dynamic_rotary(text, origin)
     expect_full_attention(text, origin)
     hidden = size(text, "hidden_size", origin, usual.hidden_size)
     heads = size(text, "num_attention_heads", origin, usual.num_heads)
@@ -300,17 +304,57 @@ def plain_decoder(
         norm_eps=real(text, "rms_norm_eps", origin, norm_eps or usual.norm_eps),
         qkv_bias=usual.qkv_bias,
         tie_word_embeddings=tied,
+        **scaled,
     )
 
 
-def _expect_plain_rotary(text: Fields, origin: str) -> None:
-    """Refuses scaled rotary embeddings, but for one that leaves all sequences of the trained length alone."""
+def _dynamic_rotary(text: Fields, origin: str) -> dict[str, Any]:
+    """The fields of a scale that leaves all sequences of the trained length alone (InternVL3).
+
+    Raises:
+        ConfigError: If the rotary embedding is scaled otherwise.
+    """
     rope = rotary_type(text, origin)
-    if rope == "dynamic":  # InternVL3
-        longest = size(text, "max_position_embeddings", origin, 32768)
-        log.info("%s: rotary angles are scaled behind %d positions only; they are not, here", origin, longest)
-    elif rope != "default":
+    if rope == "default":
+        return {}
+    if rope != "dynamic":
         raise ConfigError(f"{origin}: rotary embedding of type {rope!r} is not supported")
+    return {
+        "max_position_embeddings": size(text, "max_position_embeddings", origin, 32768),
+        "dynamic_rope_factor": real(rotary_fields(text, origin), "factor", origin, 1.0),
+    }
+
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+"""Fields of the decoder's config that no number depends on, and that an export hands on."""
+
+
+def special_ids(fields: Fields, generation: Fields | None, origin: str) -> SpecialIds:
+    """What a checkpoint says of the ids that begin, end and fill.
+
+    Args:
+        fields: config.json.
+        generation: generation_config.json; None where there is none.
+        origin: Names the folder.
+
+    Raises:
+        ConfigError: If one is neither a whole number, nor a list of such, nor null.
+    """
+    text = part(fields, "text_config", origin)
+    found = {name: _ids(text if text.get(name) is not None else fields, name, origin) for name in KEPT}
+    ends = found["eos_token_id"] if generation is None else _ids(generation, "eos_token_id", origin)
+    stops = () if ends is None else ends if isinstance(ends, tuple) else (ends,)
+    named = tuple((name, value) for name, value in found.items() if value is not None)
+    return SpecialIds(tuple(dict.fromkeys(each for each in stops if each >= 0)), named)
+
+
+def _ids(fields: Fields, name: str, origin: str) -> Ids | None:
+    value = fields.get(name)
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    # -1 stands for none in older files.
+    if not all(type(each) is int and -1 <= each <= MOST for each in several):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected an id, a list of ids or null")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def square_side(fields: Fields, name: str, origin: str, default: int) -> int:

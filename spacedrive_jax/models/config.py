@@ -68,13 +68,37 @@ class LanguageModelConfig:
     """Queries and keys are RMS-normed, head by head, before they are turned (Qwen3)."""
     tie_word_embeddings: bool = False
     """The head is the embedding table."""
+    max_position_embeddings: int | None = None
+    """Positions up to which the rotary angles are as trained, where they are scaled behind them (InternVL3);
+    longer sequences are refused. None where nothing scales them."""
+    dynamic_rope_factor: float = 1.0
+    """By what: transformers' `dynamic` scaling, which is kept for exports and does nothing before."""
 
     BOUNDS: ClassVar[Bounds] = {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), COUNT),
         **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "mrope_section"), COUNT),
         "rope_theta": POSITIVE,
         "norm_eps": POSITIVE,
+        "max_position_embeddings": COUNT,
+        "dynamic_rope_factor": POSITIVE,
     }
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuses sequences behind the positions that the rotary angles hold for.
+
+        Args:
+            length: positions, those of the answer among them.
+            what: what is so long.
+
+        Raises:
+            ConfigError: naming both numbers.
+        """
+        if self.max_position_embeddings is not None and length > self.max_position_embeddings:
+            raise ConfigError(
+                f"{what} of {length} positions: behind max_position_embeddings "
+                f"{self.max_position_embeddings} this model scales its rotary angles (dynamic RoPE), which "
+                "is not done here; make it shorter"
+            )
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model.vlm.decoder")
@@ -141,6 +165,19 @@ class VLConfig:
     decoder: LanguageModelConfig
     vision: VisionConfig
     image_token_id: int
+
+
+Ids = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """What a checkpoint's files say of ids beside the architecture: no number depends on it."""
+
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer: all of generation_config.json, else those of config.json."""
+    named: tuple[tuple[str, Ids], ...] = ()
+    """Other fields of the decoder's config, kept for an export: `bos_token_id` and the like."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig, VLConfig
+from spacedrive_jax.models.config import (
+    ComputeConfig,
+    LoraConfig,
+    NewTokensConfig,
+    SpecialIds,
+    VLConfig,
+)
 from spacedrive_jax.models.family import family_of
 from spacedrive_jax.models.generation import continue_greedily
 from spacedrive_jax.models.image_processor import ProcessorSettings, process_images
@@ -46,6 +52,8 @@ class VisionLanguageModel(nnx.Module):
     decoder: LanguageModel
     processor_settings: ProcessorSettings | None = None
     """How the checkpoint's own files prepare images; None for the family's released settings."""
+    special_ids: SpecialIds = SpecialIds()
+    """What the checkpoint's own files say ends an answer."""
 
     def __init__(
         self,
@@ -238,7 +246,7 @@ class VisionLanguageModel(nnx.Module):
         images: Float[Array | np.ndarray, "... K"] | None = None,
         image_grid: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
-        stop_ids: tuple[int, ...] = (),
+        stop_ids: tuple[int, ...] | None = None,
         pad_id: int = 0,
     ) -> Int[np.ndarray, "B T"]:
         """Continues prompts with the most likely token each time.
@@ -249,18 +257,21 @@ class VisionLanguageModel(nnx.Module):
             images: See `logits`.
             image_grid: Likewise.
             lengths: Valid tokens per prompt; None when all are.
-            stop_ids: Ids that end a sample (the id itself is kept); none by default.
+            stop_ids: Ids that end a sample (the id itself is kept). None takes those of the checkpoint's
+                generation_config.json (`special_ids`); () never stops.
             pad_id: What stands behind the end of a sample that stopped.
 
         Returns:
             The new ids, without the prompt.
 
         Raises:
-            ConfigError: If `max_new_tokens` is not positive, a prompt is empty, or images and ids do not fit.
+            ConfigError: If `max_new_tokens` is not positive, a prompt is empty, images and ids do not fit, or
+                the whole would be longer than the rotary angles hold.
         """
         token_ids, valid = _on_host(token_ids, lengths)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.config.decoder.check_length(int(valid.max()) + max_new_tokens, "prompt and answer")
         layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
         return np.asarray(
             _generate(
@@ -271,7 +282,7 @@ class VisionLanguageModel(nnx.Module):
                 jnp.asarray(valid, jnp.int32),
                 grids=grids,
                 max_new_tokens=max_new_tokens,
-                stop_ids=tuple(stop_ids),
+                stop_ids=self.special_ids.stop_ids if stop_ids is None else tuple(stop_ids),
                 pad_id=pad_id,
             )
         )
@@ -289,6 +300,7 @@ class VisionLanguageModel(nnx.Module):
         The arguments are those of `logits`.
         """
         token_ids, valid = _on_host(token_ids, lengths)
+        self.config.decoder.check_length(int(valid.max()), "a sequence")
         grids, merge = image_grids(images, image_grid), self.config.vision.merge_size
         layout = lay_out(
             token_ids,

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,11 +17,13 @@ from safetensors.numpy import load_file
 from spacedrive_jax import open_model
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.internvl import canonical_name, hub_name
-from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.interop.peft import load_adapter, save_adapter
+from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families import family_of, internvl, smolvlm
 from spacedrive_jax.models.family import IGNORE, Message
 from spacedrive_jax.models.image_processor import ProcessorSettings
@@ -28,7 +32,7 @@ from spacedrive_jax.models.vision_transformer import pixel_shuffle
 from tests.conftest import ROOT
 from tests.interop.conftest import write_tokenizer
 from tests.models.conftest import random_module
-from tests.training.family_runs import NAMES, tiny_vlm
+from tests.training.family_runs import NAMES, family_run, tiny_vlm
 
 
 def test_pixel_shuffle_takes_squares_row_by_row():
@@ -226,9 +230,94 @@ def test_what_the_model_has_not_is_refused(config, path, value, problem):
         read_hf_config(changed(config, *path, value=value))
 
 
-def test_a_scale_behind_the_trained_length_is_read_and_left_out():
-    fields = changed(SIZES[4], "text_config", "rope_scaling", value={"rope_type": "dynamic", "factor": 2.0})
-    assert read_hf_config(fields) == SIZES[4]
+def test_a_scale_behind_the_trained_length_is_kept_and_longer_sequences_are_refused(tmp_path):
+    fields = write_hf_config(SIZES[4])["text_config"]
+    assert fields["rope_scaling"] == {"rope_type": "dynamic", "factor": 2.0}
+    assert fields["max_position_embeddings"] == 32768
+    other = changed(SIZES[4], "text_config", "rope_scaling", value={"rope_type": "dynamic", "factor": 3.0})
+    assert read_hf_config(other).decoder.dynamic_rope_factor == 3.0
+    config = tiny_vlm("internvl")
+    decoder = dataclasses.replace(config.decoder, max_position_embeddings=8, dynamic_rope_factor=2.0)
+    config = dataclasses.replace(config, decoder=decoder)
+    model = random_module(lambda: family_of(config).model(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
+    to_hf(model, tmp_path / "folder")
+    model = open_model(tmp_path / "folder")
+    assert model.config == config
+    ids = np.arange(20, 29)[None]
+    assert model.generate(ids[:, :6], max_new_tokens=2).shape == (1, 2)
+    with pytest.raises(ConfigError, match=r"prompt and answer of 9 positions: behind max_position_emb.* 8 "):
+        model.generate(ids[:, :6], max_new_tokens=3)
+    with pytest.raises(ConfigError, match="a sequence of 9 positions"):
+        model.logits(ids)
+    run = family_run("internvl", tmp_path, tmp_path / "run")
+    short = dataclasses.replace(run.model, vlm=config)
+    with pytest.raises(ConfigError, match=r"data\.sequence_length of 192 positions"):
+        SampleBuilder(run.data, short)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_end_where_the_checkpoints_files_say_and_exports_say_it_again(name, tmp_path):
+    config = tiny_vlm(name)
+    model = random_module(lambda: family_of(config).model(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
+    to_hf(model, tmp_path / "plain")
+    ids = np.arange(20, 28)[None]
+    never = open_model(tmp_path / "plain").generate(ids, max_new_tokens=6)[0].tolist()
+    assert len(set(never)) > 1
+    third = next(place for place, each in enumerate(never) if each != never[0])
+
+    def said(folder, generation, **fields):
+        shutil.copytree(tmp_path / "plain", tmp_path / folder)
+        file = tmp_path / folder / "config.json"
+        whole = json.loads(file.read_text())
+        whole["text_config"] |= fields
+        file.write_text(json.dumps(whole))
+        if generation is not None:
+            (tmp_path / folder / "generation_config.json").write_text(json.dumps(generation))
+        return tmp_path / folder
+
+    whole = said(
+        "list", {"eos_token_id": [999, never[third]]}, eos_token_id=0, bos_token_id=1, pad_token_id=2
+    )
+    opened = open_model(whole)
+    ended = opened.generate(ids, max_new_tokens=6)[0].tolist()
+    assert ended == never[: third + 1] + [0] * (5 - third)
+    assert opened.generate(ids, max_new_tokens=6, stop_ids=())[0].tolist() == never
+    to_hf(opened, tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())["text_config"]
+    assert [written[f"{each}_token_id"] for each in ("eos", "bos", "pad")] == [0, 1, 2]
+    for folder in (
+        said("one", {"eos_token_id": never[third]}),
+        said("config", None, eos_token_id=[never[third]]),
+    ):
+        assert open_model(folder).generate(ids, max_new_tokens=6)[0].tolist() == ended
+    assert open_model(said("none", {}, eos_token_id=never[third])).special_ids.stop_ids == ()
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is 'two'"):
+        open_model(said("bad", {"eos_token_id": "two"}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_on_the_mlp_go_out_and_come_back(name, tmp_path):
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("q", "v", "gate", "up", "down"))
+    config = tiny_vlm(name)
+
+    def build(seed):
+        kind = family_of(config).model
+        return random_module(lambda: kind(config, compute=ComputeConfig(), rngs=nnx.Rngs(0), lora=lora), seed)
+
+    model, other = build(0), build(1)
+    save_adapter(model, tmp_path / "adapter", base_model="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(".mlp.down_proj.lora_B" in key for key in tensors) == config.decoder.num_layers
+    load_adapter(other, tmp_path / "adapter")
+    for ours, theirs in zip(
+        *(jax.tree.leaves(nnx.state(each, nnx.LoRAParam)) for each in (other, model)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    to_hf(model, tmp_path / "merged", merged=True)
+    ids = np.arange(20, 28)[None]
+    np.testing.assert_allclose(
+        open_model(tmp_path / "merged").logits(ids), model.logits(ids), rtol=2e-4, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

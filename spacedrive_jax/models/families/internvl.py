@@ -103,6 +103,8 @@ class InternVLConfig(VLConfig):
         num_kv_heads=2,
         head_dim=64,
         mrope_section=(32,),
+        max_position_embeddings=32768,
+        dynamic_rope_factor=2.0,
     )
     vision: InternVisionConfig = InternVisionConfig()
     image_token_id: int = 151667

@@ -160,6 +160,7 @@ def test_generated_ids(pair):
         image_grid=GRID,
         lengths=inputs.lengths,
         max_new_tokens=12,
+        stop_ids=(),
     )
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,7 +255,7 @@ def test_features_hidden_states_and_logits(pair):
 def test_generated_ids(pair):
     inputs = make_inputs(pair.case, seed=2)
     ours = pair.ours.generate(
-        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, **our_images(pair, inputs)
+        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, stop_ids=(), **our_images(pair, inputs)
     )
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
@@ -266,6 +268,26 @@ def test_generated_ids(pair):
             )
         np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
     assert len(np.unique(ours)) > 4  # not one token again and again
+
+
+def test_answers_end_where_transformers_ends_them(pair, tmp_path):
+    inputs = make_inputs(pair.case, seed=2)
+    images = our_images(pair, inputs)
+    never = pair.ours.generate(
+        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, stop_ids=(), **images
+    )
+    folder = shutil.copytree(pair.folder, tmp_path / "folder")
+    file = folder / "generation_config.json"
+    ends = [int(never[0, 3]), int(never[-1, 7])]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ends, "pad_token_id": 0}))
+    ours = open_model(folder).generate(inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, **images)
+    theirs = pair.kind.from_pretrained(folder, dtype=torch.float32).eval()
+    for row, length in enumerate(inputs.lengths):
+        with torch.no_grad():
+            found = theirs.generate(**torch_inputs(pair, inputs, row), max_new_tokens=12, do_sample=False)
+        found = found[0, length:].numpy()
+        np.testing.assert_array_equal(ours[row, : len(found)], found)
+        assert not ours[row, len(found) :].any()
 
 
 @pytest.mark.parametrize("naming", ["hub", "transformers"])
@@ -295,7 +317,7 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     def base() -> Any:
         return pair.kind.from_pretrained(pair.folder, dtype=torch.float32)
 
-    modules = rf".*{pair.case.decoder}.*\.(q|k|v|o)_proj"
+    modules = rf".*{pair.case.decoder}.*\.(q|k|v|o|gate|up|down)_proj"
     settings = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=modules)
     adapted = peft.get_peft_model(base(), settings).eval()
     with torch.no_grad():
@@ -305,7 +327,11 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     adapted.save_pretrained(tmp_path / "theirs")
 
     lora = read_peft_config(tmp_path / "theirs")
-    assert (lora.rank, lora.scaling, set(lora.targets)) == (4, 2.0, {"q", "k", "v", "o"})
+    assert (lora.rank, lora.scaling, set(lora.targets)) == (
+        4,
+        2.0,
+        {"q", "k", "v", "o", "gate", "up", "down"},
+    )
     model = from_hf(pair.folder, lora=lora)
     load_adapter(model, tmp_path / "theirs")
     inputs = make_inputs(pair.case, seed=3)

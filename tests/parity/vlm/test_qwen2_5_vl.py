@@ -214,6 +214,7 @@ def test_generated_ids_with_cache_batched_and_alone(pair):
         image_grid=inputs.grid,
         lengths=inputs.lengths,
         max_new_tokens=new_tokens,
+        stop_ids=(),
     )
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
@@ -230,6 +231,7 @@ def test_generated_ids_with_cache_batched_and_alone(pair):
             images=None if inputs.pixels is None else inputs.pixels[row : row + 1],
             image_grid=inputs.grid,
             max_new_tokens=new_tokens,
+            stop_ids=(),
         )
         np.testing.assert_array_equal(ours[row], alone[0])
     assert len(np.unique(ours)) > 4  # not one token again and again

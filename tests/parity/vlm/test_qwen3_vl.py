@@ -181,7 +181,9 @@ def test_visual_tokens_and_deepstack(pair):
 
 def test_generated_ids(pair):
     inputs = make_inputs(pair.case, seed=2)
-    ours = pair.ours.generate(inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, **inputs.images)
+    ours = pair.ours.generate(
+        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, stop_ids=(), **inputs.images
+    )
     for row, length in enumerate(inputs.lengths):
         with torch.no_grad():
             theirs = pair.theirs.generate(
