@@ -296,7 +296,7 @@ def list_keyframes(directory: Path, scene: str | None = None) -> list[Listed]:
         places[split] += len(tokens)
     if len(found) != len(records):
         found = []
-        for split in ("train", "val"):
+        for split in sorted(records.splits):
             part = open_records(directory, split)
             for index in progress(range(len(part)), desc=f"list {split}", unit="record"):
                 record = part[index]

@@ -74,7 +74,7 @@ def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
 
 
 def test_a_wrong_name_lists_the_presets_by_group():
-    with pytest.raises(ConfigError, match=r"no config 'table9'; presets: .*demo: demo; .*table3_vision"):
+    with pytest.raises(ConfigError, match=r"no config 'table9'; .*presets: .*demo: demo; .*table3_vision"):
         load_config("table9")
 
 
@@ -125,3 +125,8 @@ def test_a_damaged_config_file_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json does not hold a config"):
         load_config(str(tmp_path / "config.json"))
+
+
+def test_a_name_with_a_slip_comes_with_the_one_that_was_meant():
+    with pytest.raises(ConfigError, match=r"'spacedrive_qwen7b'; did you mean spacedrive_qwen_7b\?"):
+        load_config("spacedrive_qwen7b")

@@ -14,6 +14,7 @@ from data_prep.inspect_record import find_record, list_keyframes
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.reporting.projection import upright_corners
+from tests.conftest import ROOT
 from tests.data_prep.tiny_nuscenes import VERSION
 from tests.record_factory import make_record, write_records
 
@@ -151,3 +152,8 @@ def test_a_film_without_ffmpeg_says_what_to_install(records_folder, tmp_path, mo
     scene = list_keyframes(records_folder)[0].scene
     assert run(["inspect", str(records_folder), "--scene", scene, "--film", str(tmp_path / "a.mp4")]) == 1
     assert "pip install imageio-ffmpeg" in capsys.readouterr().err
+
+
+def test_a_folder_of_one_split_without_notes_is_listed():
+    listed = list_keyframes(ROOT / "examples" / "demo" / "records")
+    assert [(each.split, each.index) for each in listed] == [("val", index) for index in range(5)]
