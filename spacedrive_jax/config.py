@@ -7,6 +7,7 @@ Presets live in `configs/`, a file per family of runs; every field can be overri
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -30,7 +31,7 @@ from spacedrive_jax.bounds import (
     Bounds,
     check_bounds,
 )
-from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.data.config import DataConfig, add_depth_flags
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
 from spacedrive_jax.models.config import VLConfig
@@ -221,8 +222,10 @@ def load_config(name: str) -> Config:
     for _, presets in groups.values():
         if name in presets:
             return presets[name]
+    close = difflib.get_close_matches(name, [each for _, presets in groups.values() for each in presets], 1)
+    meant = f"did you mean {close[0]}? " if close else ""
     listed = "; ".join(f"{group}: {', '.join(presets)}" for group, (_, presets) in groups.items())
-    raise ConfigError(f"no config {name!r}; presets: {listed} (or give a .py or .json file)")
+    raise ConfigError(f"no config {name!r}; {meant}presets: {listed} (or give a .py or .json file)")
 
 
 def _preset_of_file(path: Path, chosen: str) -> Config:
@@ -249,6 +252,20 @@ def _defined_presets(module: ModuleType, path: Path) -> Mapping[str, Config]:
             f"{path} defines neither `config`, a spacedrive_jax.config.Config, nor `PRESETS`, names to such"
         )
     return presets
+
+
+def depth_advice(config: Config) -> str:
+    """The flags of the `add-depth` that makes the depth a run asks for: its preset, or one by one."""
+
+    def wanted(run: Config) -> str:
+        return add_depth_flags(run.data, run.model.vlm)
+
+    # Among the presets alone: a config of somebody else's may be called like a file, which would be run.
+    for _, presets in preset_groups().values():
+        preset = presets.get(config.name)
+        if preset is not None and wanted(preset) == wanted(config):
+            return f"--run {config.name}"
+    return wanted(config)
 
 
 def change(config: Config, name: str, fields: dict[str, Any]) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,13 @@ import tyro
 from spacedrive_jax.bounds import POSITIVE, WORKERS, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import write_json
+from spacedrive_jax.io import read_bytes, write_json
 
 if TYPE_CHECKING:
     from spacedrive_jax.evaluation.prediction_files import AxesName
     from spacedrive_jax.evaluation.predictions import Predictions
 
 METRICS = {"l2": "L2 (m)", "collision": "collision (%)", "intersection": "off road (%)"}
-PREDICTIONS = "predictions.jsonl"
 COLUMNS = ("1s", "2s", "3s", "avg")
 
 
@@ -107,6 +107,7 @@ class Evaluate(Command):
         outcome = {
             **evaluation.to_json(),
             "predictions": str(self.predictions),
+            "predictions_sha256": _digest(self.predictions),
             "axes": self.axes,
             "compare_axes": None if compare is None else compare_axes,
             "discrete_coords": self.discrete_coords,
@@ -128,15 +129,16 @@ class Evaluate(Command):
         from spacedrive_jax.reporting.run_files import read_run
 
         files = read_run(run_dir)
-        predictions = self.predictions or files.resolve(str(files.facts.get("predictions", PREDICTIONS)))
+        predictions = self.predictions or files.predictions
         if not predictions.exists():
             raise DataError(
-                f"{run_dir} has no {predictions.name}: predict first (predict --checkpoint {run_dir})"
+                f"{run_dir} has no {predictions.name}: predict first (python -m spacedrive_jax predict "
+                f"--checkpoint {run_dir} --records {files.predicted.get('records', 'RECORDS')})"
             )
-        named = files.facts.get("records")
+        named = files.predicted.get("records")
         if self.records is None and not named:
             raise DataError(f"{run_dir / 'run.json'} names no records: give --records DIR")
-        split: Any = self.split or files.facts.get("split")
+        split: Any = self.split or files.predicted.get("split")
         if split not in (None, "train", "val", "all"):
             raise DataError(f"{run_dir / 'run.json'}: split {split!r} is none of train, val, all")
         return dataclasses.replace(
@@ -155,6 +157,11 @@ class Evaluate(Command):
         if self.discrete_coords is None:
             return predictions
         return discretize(predictions, self.discrete_coords)
+
+
+def _digest(predictions: Path) -> str | None:
+    """SHA-256 of a prediction file, by which a model card knows its scores; None for a folder."""
+    return hashlib.sha256(read_bytes(predictions)).hexdigest() if predictions.is_file() else None
 
 
 def format_table(outcome: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +14,7 @@ from spacedrive_jax import io
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
-from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -43,9 +44,9 @@ class Predict(Command):
     split: Literal["train", "val", "all"] = "val"
     """Which keyframes to predict."""
     token: tuple[str, ...] = ()
-    """Only these keyframes of the split, in this order; written to predictions.part.jsonl by default."""
+    """Only these keyframes of the split, in this order; by default they replace predictions.part.jsonl."""
     limit: int | None = None
-    """Only the first so many keyframes of the split; written to predictions.part.jsonl by default."""
+    """Only the first so many keyframes of the split; by default they replace predictions.part.jsonl."""
     step: int | None = None
     """Of a run folder: the checkpoint to take instead of the newest."""
     task: Literal["planning", "think-before-planning", "counterfactual"] | None = None
@@ -123,6 +124,11 @@ class Predict(Command):
         }
         name = "predictions.part.jsonl" if part else "predictions.jsonl"
         out = self.out or locate(self.checkpoint)[0] / name
+        if part and self.out is not None and out.exists() and not self.overwrite:
+            raise ConfigError(
+                f"{out} exists, and would hold the keyframes of --token or --limit alone: another --out, "
+                "or none for predictions.part.jsonl, or --overwrite"
+            )
         with advice_on_memory("lower --batch-size"):
             result = predict(
                 self.checkpoint,
@@ -135,16 +141,18 @@ class Predict(Command):
                 repetition_penalty=self.repetition_penalty,
                 average=self.average,
                 resume=self.resume,
-                overwrite=self.overwrite,
+                overwrite=self.overwrite or (part and self.out is None and not self.resume),
                 mesh=self._mesh(),
                 tokens=self.token,
                 limit=self.limit,
                 task=tasks.get(self.task),
             )
         if self.out is None and not part and is_first_host():
-            _note_predictions(out.parent, self.records, self.split, out)
+            _note_predictions(out, self.records, result.made_of)
         rate = result.samples / max(result.seconds, 1e-9)
         print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
+        if self.out is None and not part:
+            print(f"next: python -m spacedrive_jax evaluate {out.parent}, then report {out.parent}")
         return {
             "file": str(out),
             "samples": result.samples,
@@ -190,11 +198,19 @@ class Predict(Command):
         }
 
 
-def _note_predictions(run_dir: Path, records: Path, split: str, out: Path) -> None:
-    """Tells `report` what the run folder's predictions were made on."""
-    file = run_dir / "run.json"
-    outcome = io.read_json(file) if file.is_file() else {}
-    if not isinstance(outcome, dict):
-        raise DataError(f"{file} holds no JSON object: write it again (train --resume)")
-    outcome |= {"records": str(records.resolve()), "split": split, "predictions": out.name}
-    io.write_json(file, outcome, indent=2)
+def _note_predictions(out: Path, records: Path, made_of: Mapping[str, Any]) -> None:
+    """Tells `evaluate`, `report` and model cards what a run folder's predictions are, and of what."""
+    from spacedrive_jax.training.run_folder import note_predictions
+
+    checkpoint = made_of["checkpoint"]
+    facts = {
+        "file": out.name,
+        "sha256": hashlib.sha256(io.read_bytes(out)).hexdigest(),
+        "records": str(records.resolve()),
+        "records_fingerprint": made_of["records"],
+        "split": made_of["split"],
+        "checkpoint": checkpoint["path"],
+        "trainable_fingerprint": checkpoint["trainable_fingerprint"],
+        "average": made_of["average"],
+    }
+    note_predictions(out.parent, facts)

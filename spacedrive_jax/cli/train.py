@@ -91,13 +91,13 @@ class Train(Command):
         )
         from spacedrive_jax.training.weights import with_weights
 
-        config = with_weights(config, preset)
+        config = with_weights(config, preset, resume=self.resume)
         if self.step is not None and not self.resume:
             raise ConfigError("--step says where to go on: give --resume with it")
         use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.evaluation.validation import train
         from spacedrive_jax.training.sharding import connect
-        from spacedrive_jax.training.train import ProfileWindow
+        from spacedrive_jax.training.throughput import ProfileWindow
 
         connect(self.coordinator, self.num_processes, self.process_id)
         if self.dry_run:
@@ -123,6 +123,12 @@ class Train(Command):
                 f"{how} {taken} steps{behind} in {result.seconds:.0f} s; run folder {result.run_dir}"
                 + (f"; best of all validated: step {result.best.step}" if result.best is not None else "")
             )
+        if result.finished and "," not in config.data.records:
+            best = "/best" if result.best is not None else ""
+            print(
+                f"next: python -m spacedrive_jax predict --checkpoint {result.run_dir}{best} --records "
+                f"{config.data.records}"
+            )
         return {
             "run_dir": str(result.run_dir),
             "checkpoint": str(result.run_dir / "checkpoints" / str(result.step)),
@@ -147,7 +153,7 @@ class Train(Command):
             step=self.step,
             accept_changes=self.accept_changes,
             overwrite=self.overwrite,
-            validation=Validation.where_possible,
+            validation=functools.partial(Validation.where_possible, keep=False),
         )
         print(describe(config, seen))
         least, memory, problems = least_bytes(config), device_memory(), list(seen.problems)

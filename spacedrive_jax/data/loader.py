@@ -38,7 +38,7 @@ MOST_BYTES = 256 * MEBIBYTE
 """One byte a keyframe."""
 
 
-def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
+def complete_futures(records: Records, *, keep: bool = True) -> Bool[np.ndarray, " keyframes"]:
     """Tells for every keyframe whether all its waypoints are valid.
 
     The first call on a split reads its records (one feature of each) and leaves the answer in the records
@@ -46,6 +46,7 @@ def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
 
     Args:
         records: a split of records.
+        keep: leave the answer there.
     """
     file = records.directory / f"complete_futures-{records.split}.json"
     kept = _read(file, records)
@@ -55,7 +56,8 @@ def complete_futures(records: Records) -> Bool[np.ndarray, " keyframes"]:
     features = tfds.features.FeaturesDict({_FEATURE: record_features()[_FEATURE]})
     indices = progress(range(len(records)), desc="look for complete futures", unit="keyframe")
     found = np.array([records.source.decode(index, features)[_FEATURE].all() for index in indices], bool)
-    _write(file, records, found)
+    if keep:
+        _write(file, records, found)
     return found
 
 
@@ -160,7 +162,13 @@ class MixedSamples(Sequence[DrivingBatch]):
 
 
 def training_samples(
-    data: DataConfig, model: ModelConfig, batch_size: int, split: str = "train", *, advice: str = ""
+    data: DataConfig,
+    model: ModelConfig,
+    batch_size: int,
+    split: str = "train",
+    *,
+    advice: str = "",
+    keep: bool = True,
 ) -> Samples | MixedSamples:
     """The samples a run trains on: of one records folder, or of several (see `data.mixture`).
 
@@ -170,6 +178,7 @@ def training_samples(
         batch_size: samples a step takes, over all devices: fewer keyframes than these are an error.
         split: of the records.
         advice: flags of the `add-depth` that the run needs, for an error.
+        keep: leave beside the records which keyframes have a whole future (`complete_futures`).
 
     Raises:
         ConfigError: the records are missing, or nothing is left to train on.
@@ -178,7 +187,7 @@ def training_samples(
     builder = SampleBuilder(data, model)
     parts, offset = [], 0
     for folder, _ in sources:
-        parts.append(_folder_samples(folder, data, builder, batch_size, split, offset, advice))
+        parts.append(_folder_samples(folder, data, builder, batch_size, split, offset, advice, keep))
         offset += len(parts[-1].records)
     return parts[0] if len(parts) == 1 else MixedSamples(parts, [weight for _, weight in sources])
 
@@ -191,12 +200,13 @@ def _folder_samples(
     split: str,
     offset: int,
     advice: str,
+    keep: bool,
 ) -> Samples:
     records = open_records(folder, split)
     depth = builder.open_depth(records, advice=advice)
     indices = list(range(len(records)))
     if data.drop_without_future:
-        indices = np.flatnonzero(complete_futures(records)).tolist()
+        indices = np.flatnonzero(complete_futures(records, keep=keep)).tolist()
     if len(indices) < batch_size:
         raise ConfigError(
             f"{folder} has {len(indices)} {split} keyframes, fewer than train.batch_size {batch_size}"

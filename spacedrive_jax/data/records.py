@@ -258,14 +258,20 @@ def records_sources(text: str) -> list[tuple[str, float]]:
     return [(folder, weight / total) for folder, weight in zip(folders, weights, strict=True)]
 
 
+def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
+    """Names what several records folders hold together; a single one's own fingerprint."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+
+
 class MixedRecords(Sequence[Record]):
     """The records of several folders, one behind the other."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
         """Args: the folders' records, in the order of their samples' indices."""
         self.parts = list(parts)
-        named = "\n".join(part.fingerprint for part in parts)
-        self.fingerprint = hashlib.sha256(named.encode()).hexdigest()
+        self.fingerprint = mixed_fingerprint([part.fingerprint for part in parts])
         """Of all of them, in their order."""
 
     def __len__(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import time
 from typing import Any
 
@@ -13,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
-from spacedrive_jax.config import Config
+from spacedrive_jax.config import Config, depth_advice, to_plain
 from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.loader import Samples, complete_futures, evaluation_batches
@@ -32,12 +34,12 @@ from spacedrive_jax.evaluation.metrics import (
 )
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, StepRule
 from spacedrive_jax.inference.answers import prediction_line
+from spacedrive_jax.inference.open_model import name_inputs
 from spacedrive_jax.inference.open_planner import planning_step
 from spacedrive_jax.inference.predict import largest_of_hosts
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training import train as training
 from spacedrive_jax.training.losses import losses
-from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import local_rows, place_rows, replicated
 from spacedrive_jax.training.state import abstract_state
 
@@ -76,20 +78,25 @@ class Validation:
     """
 
     @classmethod
-    def where_possible(cls, config: Config, mesh: Mesh) -> Validation | None:
+    def where_possible(cls, config: Config, mesh: Mesh, *, keep: bool = True) -> Validation | None:
         """A validation; None, and a line in the log, where the records have no keyframe for one.
 
         Raises:
             SpaceDriveError: one does not fit the config's shapes, or lacks an image or depth.
         """
         try:
-            return cls(config, mesh)
+            return cls(config, mesh, keep=keep)
         except _NothingToValidateError as error:
             note(f"note: this run is not validated, and names no best checkpoint: {error}")
             return None
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, *, keep: bool = True) -> None:
         """Chooses the keyframes; compiles nothing yet.
+
+        Args:
+            config: of the run.
+            mesh: its devices.
+            keep: leave beside the records which keyframes have a whole future.
 
         Raises:
             SpaceDriveError: the records have no `val`, no keyframe of it has a whole future, or one does not
@@ -97,7 +104,8 @@ class Validation:
         """
         self._config, self._mesh = config, mesh
         self._size = config.train.batch_size // config.train.grad_accum_steps
-        self._parts = _parts(config)
+        self._parts = _parts(config, keep)
+        self.digest = _digest(config, self._parts)
         self._builder = self._parts[0].asked.builder
         self._length = 0
         graph, _, _ = abstract_state(config, mesh)
@@ -189,7 +197,48 @@ def _score(record: Record, waypoints: np.ndarray) -> StepScores:
     return score_steps(waypoints[None], record["waypoints"], obstacles_of(record), None, rule)
 
 
-def _parts(config: Config) -> list[_Part]:
+def _digest(config: Config, parts: list[_Part]) -> str:
+    """SHA-256 of all that validated numbers depend on beside the model: keyframes, records, what is made of
+    them and asked, and, where the loss decides, how it is made.
+    """
+    data = {name: value for name, value in to_plain(config.data).items() if name not in _NO_MATTER}
+    data["depth"] = {name: value for name, value in data["depth"].items() if name != "cache"}
+    facts = {
+        "data": data,
+        "inputs": [name_inputs(config, part.asked.depth) for part in parts],
+        "keyframes": [[part.asked.records.fingerprint, part.asked.indices] for part in parts],
+    }
+    if config.train.best_by == "loss":
+        train = to_plain(config.train)
+        facts["loss"] = {name: train[name] for name in _OF_THE_LOSS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+_NO_MATTER = (
+    "records",
+    "tokenizer",
+    "sequence_length",
+    "max_targets",
+    "max_coordinates",
+    "read_threads",
+    "prefetch_batches",
+    "cache_in_memory",
+    "drop_without_future",
+)
+"""Fields of `data` that no validated number depends on, or not by the name of a folder."""
+_OF_THE_LOSS = (
+    "path_weight",
+    "language_weight",
+    "position_weight",
+    "huber_delta",
+    "position_loss",
+    "supervision",
+    "vae_weight",
+    "indicator_weight",
+)
+
+
+def _parts(config: Config, keep: bool) -> list[_Part]:
     """`train.validate_keyframes` of the folders' keyframes with a whole future, evenly spaced."""
     data, model = config.data, config.model
     with_answers, prompts = SampleBuilder(data, model), SampleBuilder(data, model, answer=False)
@@ -205,7 +254,7 @@ def _parts(config: Config) -> list[_Part]:
     whole = [
         (number, int(row))
         for number, each in enumerate(opened)
-        for row in np.flatnonzero(complete_futures(each))
+        for row in np.flatnonzero(complete_futures(each, keep=keep))
     ]
     if not whole:
         raise _NothingToValidateError(

@@ -17,6 +17,7 @@ from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.exporting import Exportable
+from spacedrive_jax.interop.families import read_special_ids
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.importing import copy_tokenizer
@@ -142,6 +143,8 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     named = weights or f"random weights of {source}"
     base = _base_name(Path(named)) if is_folder else named
     beside = [Path(each) for each in (weights, config.data.tokenizer) if each is not None]
+    if weights is not None and (Path(weights) / "config.json").is_file() and not is_run(weights):
+        model.vlm.special_ids = read_special_ids(Path(weights))
 
     def write_tokenizer(folder: Path) -> None:
         write_processor(
@@ -157,7 +160,7 @@ def _base_weights(config: Config) -> str | None:
     """Where a run's frozen base came from, through the runs that it was started from."""
     weights = config.model.weights
     while weights is not None and is_run(weights):
-        before = run_config(weights)
+        before = run_config(checkpoints.standing_in(weights))
         if not before.model.use_lora:
             return weights  # that run trained the base itself
         weights = before.model.weights
@@ -181,10 +184,10 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
     else:
         run_dir, step = checkpoints.locate(source)
         known = checkpoints.read_metadata(run_dir, step) | {"step": step}
-        scores = scores_of(run_dir)
+        scores = scores_of(run_dir, known.get("trainable_fingerprint"))
     facts["Steps"] = str(known.get("step"))
     facts["Data"] = f"records with fingerprint `{known.get('records_fingerprint')}`"
-    licence, noted = data_licence(config.data.records)
+    licence, noted = data_licence(config.data.records, known.get("records_fingerprint"))
     if licence:
         facts["Data's licence"] = licence
     if noted:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
-from spacedrive_jax.config import change
+from spacedrive_jax.config import change, depth_advice
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import Records, keyframe_index, open_records
@@ -42,7 +42,6 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
 )
 from spacedrive_jax.models.partitioning import activations_on
-from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_here, place_rows, replicated
 
 
@@ -152,6 +151,8 @@ class PredictResult:
     """Trajectories that needed no token-by-token step."""
     seconds: float
     """From the second batch on, so that compiling does not count; all of it if there is but one."""
+    made_of: Mapping[str, Any]
+    """What the answers depend on: checkpoint, records, split, how they were asked for."""
 
 
 def predict(
@@ -212,7 +213,7 @@ def predict(
     asking = Asking(
         batch_size, longest, repetition_penalty, *(() if draft is None else (draft.frame, draft.opening))
     )
-    metadata = {
+    metadata: dict[str, Any] = {
         "checkpoint": name_checkpoint(checkpoint),
         "inputs": name_inputs(config, depth),
         "records": records.fingerprint,
@@ -249,7 +250,7 @@ def predict(
                 else:
                     timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
-    return PredictResult(out, len(samples), unparsed, in_one_pass, seconds)
+    return PredictResult(out, len(samples), unparsed, in_one_pass, seconds, metadata)
 
 
 def places_of(records: Records, tokens: Sequence[str]) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.data.records import records_sources
+from spacedrive_jax.data.records import mixed_fingerprint, records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, read_text
@@ -38,6 +38,10 @@ PATH`, take it too.""",
 }
 
 
+_SCORED = {"protocol", "l2", "collision", "samples", "records", "predictions_sha256"}
+"""What an evaluation says."""
+
+
 def base_licence(base: Path | None) -> str | None:
     """The licence that a base's own model card names; None where it has no card, or names none."""
     if base is None or not (base / CARD).is_file():
@@ -48,22 +52,21 @@ def base_licence(base: Path | None) -> str | None:
     return named[-1] if named else None
 
 
-def data_licence(records: str) -> tuple[str, str]:
+def data_licence(records: str, fingerprint: str | None) -> tuple[str, str]:
     """What a records folder says of its data: licence, and the version it was converted from; "" for neither.
 
     Args:
-        records: `data.records` of a run; folders that are not here say nothing.
+        records: `data.records` of a run; folders that are not here, or hold other records now, say nothing.
+        fingerprint: of the records that the run was trained on.
     """
     licences, versions = [], []
     try:
-        folders = [folder for folder, _ in records_sources(records)]
+        found = [read_provenance(folder) for folder, _ in records_sources(records)]
     except SpaceDriveError:
         return "", ""
-    for folder in folders:
-        try:
-            provenance = read_provenance(folder)
-        except SpaceDriveError:
-            continue
+    if mixed_fingerprint([str(each.get("fingerprint")) for each in found]) != fingerprint:
+        return "", ""
+    for provenance in found:
         source = provenance.get("source")
         licences.append(provenance.get("licence"))
         versions.append(source.get("version") if isinstance(source, dict) else None)
@@ -71,15 +74,33 @@ def data_licence(records: str) -> tuple[str, str]:
     return " ".join(said[0]), ", ".join(said[1])
 
 
-def scores_of(run_dir: Path) -> list[Mapping[str, Any]]:
-    """The evaluation files of a run folder, whole ones alone."""
+def scores_of(run_dir: Path, trainable_fingerprint: str | None) -> list[Mapping[str, Any]]:
+    """The scores in a run folder that are of these very numbers: of the predictions that `predict` noted in
+    run.json, on the records that they were made on.
+
+    Args:
+        run_dir: the run's folder.
+        trainable_fingerprint: of the checkpoint.
+    """
     found: list[Mapping[str, Any]] = []
+    try:
+        predicted = read_json(run_dir / "run.json", most=16 * MEBIBYTE)["predicted"]
+        of_these = predicted["trainable_fingerprint"] == trainable_fingerprint and not predicted["average"]
+        wanted = predicted["sha256"], predicted["records_fingerprint"], predicted["split"]
+    except (SpaceDriveError, KeyError, TypeError):
+        return found
+    if not of_these or trainable_fingerprint is None:
+        return found
     for file in sorted(run_dir.glob("*.json")):
         try:
             content = read_json(file, most=16 * MEBIBYTE)
         except SpaceDriveError:
             continue
-        if isinstance(content, dict) and {"protocol", "l2", "collision", "samples"} <= content.keys():
+        if not isinstance(content, dict) or not content.keys() >= _SCORED:
+            continue
+        source = content["records"] if isinstance(content["records"], dict) else {}
+        made_of = content["predictions_sha256"], source.get("fingerprint"), source.get("split")
+        if made_of == wanted and content.get("discrete_coords") is None:
             found.append(content)
     return found
 
@@ -132,17 +153,17 @@ def _licence_line(base: str | None, licence: str | None) -> str:
 
 def _score_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     if not scores:
-        return ["None were recorded with the run."]
+        return ["None were recorded with these numbers."]
     lines = [
-        "| protocol | keyframes | L2 at 1 / 2 / 3 s, m | average | collision, % |",
-        "|---|---|---|---|---|",
+        "| protocol | split | keyframes | L2 at 1 / 2 / 3 s, m | average | collision, % |",
+        "|---|---|---|---|---|---|",
     ]
     for each in scores:
         l2, collision = each["l2"], each["collision"]
         horizon = " / ".join(_number(l2.get(column)) for column in ("1s", "2s", "3s"))
         lines.append(
-            f"| {each['protocol']} | {each['samples']} | {horizon} | {_number(l2.get('avg'))} "
-            f"| {_number(collision.get('avg'))} |"
+            f"| {each['protocol']} | {each['records']['split']} | {each['samples']} | {horizon} "
+            f"| {_number(l2.get('avg'))} | {_number(collision.get('avg'))} |"
         )
     return lines
 

@@ -62,7 +62,7 @@ def write_report(
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     notices = list(files.missing)
-    opened = _open_records(files, records, split or str(files.facts.get("split", DEFAULT_SPLIT)), notices)
+    opened = _open_records(files, records, split or str(files.predicted.get("split", DEFAULT_SPLIT)), notices)
     planned = _open_predictions(files, predictions, notices)
     measured, run_depth = None, None
     if opened is not None:
@@ -79,7 +79,7 @@ def write_report(
 def _open_records(files: RunFiles, given: Path | None, split: str, notices: list[str]) -> Records | None:
     if given is not None:
         return open_records(given, split)
-    named = files.facts.get("records")
+    named = files.predicted.get("records")
     if not named:
         notices.append("No records are named in run.json and --records is not given: no keyframe is shown.")
         return None
@@ -93,10 +93,9 @@ def _open_records(files: RunFiles, given: Path | None, split: str, notices: list
 def _open_predictions(files: RunFiles, given: Path | None, notices: list[str]) -> Predictions | None:
     if given is not None:
         return read_predictions(given)
-    named = str(files.facts.get("predictions", "predictions.jsonl"))
-    path = files.resolve(named)
+    path = files.predictions
     if not path.is_file():
-        notices.append(f"There is no prediction file {named}: no predicted path is shown.")
+        notices.append(f"There is no prediction file {path.name}: no predicted path is shown.")
         return None
     return read_predictions(path)
 

@@ -99,10 +99,10 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _open_records(first: RunFiles, given: Path | None, split: str | None) -> Records:
-    if given is None and not first.facts.get("records"):
+    if given is None and not first.predicted.get("records"):
         raise ConfigError(f"{first.directory / 'run.json'} names no records: give --records DIR")
-    directory = given or first.resolve(str(first.facts["records"]))
-    return open_records(directory, split or str(first.facts.get("split", "val")))
+    directory = given or first.resolve(str(first.predicted["records"]))
+    return open_records(directory, split or str(first.predicted.get("split", "val")))
 
 
 def _predictions(
@@ -115,7 +115,7 @@ def _predictions(
     """
     found: dict[str, Predictions] = {}
     for name, run in zip(names, files, strict=True):
-        path = run.resolve(str(run.facts.get("predictions", "predictions.jsonl")))
+        path = run.predictions
         if path.is_file():
             found[name] = read_predictions(path)
         elif not found and name == names[0]:

@@ -83,6 +83,20 @@ class RunFiles:
     evaluations: tuple[Mapping[str, Any], ...]
     missing: tuple[str, ...]
 
+    @property
+    def predicted(self) -> Mapping[str, Any]:
+        """What `predict` said of the newest predictions; of run.json's own fields where it said nothing."""
+        found = self.facts.get("predicted")
+        if isinstance(found, Mapping):
+            return found
+        names = {"file": "predictions", "records": "records", "split": "split"}
+        return {name: self.facts[old] for name, old in names.items() if old in self.facts}
+
+    @property
+    def predictions(self) -> Path:
+        """The newest predictions, which need not be there."""
+        return self.resolve(str(self.predicted.get("file", "predictions.jsonl")))
+
     def resolve(self, value: str) -> Path:
         """A path from `run.json`: absolute, inside the run directory, or relative to where we are."""
         path = Path(value)
@@ -150,7 +164,8 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
             raise
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             raise DataError(f'{path}, line {number}: expected an object with a numeric "step"')
-        steps[entry["step"]] = {name: float(value) for name, value in entry.items() if _is_number(value)}
+        numbers = {name: float(value) for name, value in entry.items() if _is_number(value)}
+        steps.setdefault(entry["step"], {}).update(numbers)  # a validation may have been made up for
     if not steps:
         missing.append(f"{path.name} holds no logged step: training curves are not shown.")
     return tuple(steps[step] for step in sorted(steps))

@@ -116,6 +116,10 @@ class Best:
     measure: str
     """`train.best_by`."""
     value: float
+    validated: str = ""
+    """Digest of what was validated and how (`evaluation.validation`): only steps of the same one compare."""
+    last: int = 0
+    """The last step that was validated."""
 
     @classmethod
     def read(cls, run_dir: Path) -> Best | None:
@@ -126,6 +130,14 @@ class Best:
         """
         file = run_dir / BEST_FILE
         return convert(read_json(file), cls, str(file)) if is_there(file) else None
+
+    def until(self, step: int) -> Best | None:
+        """What it is to a run that goes on from a step, which may lie before it."""
+        return None if self.step > step else dataclasses.replace(self, last=min(self.last, step))
+
+    def compares(self, measure: str, validated: str) -> bool:
+        """Whether numbers of that measure and validation can be held against it."""
+        return (self.measure, self.validated) == (measure, validated)
 
     def write(self, run_dir: Path) -> None:
         """Names it in the run's folder."""
@@ -412,8 +424,9 @@ def go_back_to(run_dir: Path, step: int) -> None:
     """
     moves = later_than(run_dir, step)
     best = Best.read(run_dir)
-    if best is not None and best.step > step:
-        (run_dir / BEST_FILE).unlink()
+    if best is not None:
+        kept = best.until(step)
+        (run_dir / BEST_FILE).unlink() if kept is None else kept.write(run_dir)
     for checkpoint, target in moves:
         target.parent.mkdir(exist_ok=True)
         checkpoint.rename(target)
@@ -484,7 +497,7 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
     Raises:
         CheckpointError: there is no finished checkpoint.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = given = Path(checkpoint)
     if checkpoint.name == "best" and not checkpoint.is_dir():
         best = Best.read(checkpoint.parent)
         if best is None:
@@ -501,11 +514,33 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         steps = steps_of(run_dir)
         found, step = bool(steps), max(steps, default=0)
     if not found or not (run_dir / "config.json").is_file():
+        there = steps_of(run_dir)
+        kept = f" ({run_dir} keeps steps {', '.join(map(str, there))})" if there else ""
         raise CheckpointError(
-            f"no finished checkpoint at {checkpoint}: give a run folder that `python -m spacedrive_jax "
-            "train` wrote, or one of its checkpoints/STEP"
+            f"no finished checkpoint at {checkpoint if there else given}{kept}: give a run folder that "
+            "`python -m spacedrive_jax train` wrote, or one of its checkpoints/STEP"
         )
     return run_dir, step
+
+
+def standing_in(weights: str | Path) -> Path:
+    """A checkpoint of the same run, where the one that was started from is there no longer.
+
+    A run prunes its checkpoints; one that was started from it needs of it no more than what both stand on,
+    once it has a checkpoint of its own. (Its base is held against that one's fingerprint.)
+
+    Args:
+        weights: `RUN/checkpoints/STEP`.
+
+    Returns:
+        The same, where it is there or the run has none at all; else the run's next one.
+    """
+    path = Path(weights)
+    if path.parent.name != "checkpoints" or not path.name.isdigit() or path.is_dir():
+        return path
+    steps = steps_of(path.parent.parent)
+    later = [step for step in steps if step > int(path.name)]
+    return path.parent / str((later or steps)[0]) if steps else path
 
 
 def _abstract(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spacedrive_jax.config import Config, preset_groups
+from spacedrive_jax.config import Config, depth_advice
 from spacedrive_jax.data.loader import MixedSamples, training_samples
 from spacedrive_jax.data.survey import Survey, problems_of, survey
 from spacedrive_jax.errors import SpaceDriveError
@@ -21,6 +21,7 @@ from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 from spacedrive_jax.training.state import check_start, count
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.trackers import check_trackers
+from spacedrive_jax.training.weights import resumable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def preflight(
         SpaceDriveError: there are no records, weights, tokenizer or depth, or mesh and batch do not go
             together: nothing further can be looked at.
     """
-    settings = config.train
+    settings, start = config.train, config
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
     run_folder.check(
@@ -71,8 +72,12 @@ def preflight(
     )
     if step is not None:
         checkpoints.later_than(config.directory, step)
-    check_start(config)
-    samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
+    if resume and checkpoints.steps_of(config.directory):
+        start = resumable(config)
+    check_start(start)
+    samples = training_samples(
+        config.data, config.model, settings.batch_size, advice=depth_advice(config), keep=False
+    )
     found = survey(samples)
     built = make_train_step(config, mesh)
     changed = _bytes_per_device(built.trainable)
@@ -90,8 +95,7 @@ def preflight(
             validation(config, mesh)
     except SpaceDriveError as error:
         problems.append(str(error))
-    kept = 2 if settings.validate_every else 1
-    missing = run_folder.lack_of_room(there, saved, checkpoints=kept)
+    missing = run_folder.lack_of_room_at_the_start(config, saved, overwrite=overwrite)
     if missing:
         problems.append(missing)
     return Preflight(
@@ -126,27 +130,6 @@ def describe(config: Config, seen: Preflight) -> str:
         f"{seen.free_bytes / 1e9:.0f} GB free",
     ]
     return "\n".join(lines)
-
-
-def depth_advice(config: Config) -> str:
-    """The flags of the `add-depth` that makes the depth a run asks for: its preset, or one by one."""
-    processor = family_of(config.model.vlm).image_processor(config.model.vlm.vision, config.data.image_size)
-
-    def wanted(run: Config) -> tuple[Any, ...]:
-        grid = family_of(run.model.vlm).image_processor(run.model.vlm.vision, run.data.image_size).token_grid
-        return run.data.pixels, run.data.depth.pooling, tuple(grid)
-
-    # Among the presets alone: a config of somebody else's may be called like a file, which would be run.
-    for _, presets in preset_groups().values():
-        preset = presets.get(config.name)
-        if preset is not None and wanted(preset) == wanted(config):
-            return f"--run {config.name}"
-    height, width = config.data.image_size
-    rows, columns = processor.token_grid
-    return (
-        f"--image-size {width}x{height} --channel-order {config.data.channel_order} --grid {rows}x{columns} "
-        f"--pooling {config.data.depth.pooling}"
-    )
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
-from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.io import folder_lock, read_json, write_json, write_text
+from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, folder_lock, read_json, write_json, write_text
 from spacedrive_jax.training.checkpoints import steps_of
 
 FREE_TO_CHANGE = (
@@ -199,15 +200,15 @@ def accepted_changes(run_dir: Path) -> list[str]:
     return [change for change in changes or [] if isinstance(change, str)]
 
 
-def lack_of_room(run_dir: Path, checkpoint_bytes: int, *, checkpoints: int = 1) -> str | None:
-    """Says what is missing where the disk has no room for the next checkpoints; None where it has.
+def lack_of_room(run_dir: Path, checkpoint_bytes: int) -> str | None:
+    """Says what is missing where the disk has no room for the next checkpoint beside the one that may be
+    under way; None where it has. All hosts have to ask, and all get the same answer.
 
     Args:
-        run_dir: any folder on that disk.
+        run_dir: the run's folder.
         checkpoint_bytes: size of one.
-        checkpoints: how many must fit beside the next.
     """
-    free, needed = shutil.disk_usage(run_dir).free, (1 + checkpoints) * checkpoint_bytes + MARGIN
+    free, needed = _least_free(run_dir), 2 * checkpoint_bytes + MARGIN
     if free >= needed:
         return None
     return (
@@ -216,8 +217,72 @@ def lack_of_room(run_dir: Path, checkpoint_bytes: int, *, checkpoints: int = 1) 
     )
 
 
+def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrite: bool) -> str | None:
+    """The same for all checkpoints that a run will keep at once, those that lie there already left out.
+
+    Args:
+        config: of the run.
+        checkpoint_bytes: size of one.
+        overwrite: what lies there goes.
+    """
+    run_dir, settings = config.directory, config.train
+    folder = run_dir.resolve()
+    there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    free, held = _least_free(there), 0 if overwrite else len(steps_of(run_dir))
+    if overwrite:
+        files = [path for path in (run_dir / "checkpoints").rglob("*") if path.is_file()]
+        free += sum(path.stat().st_size for path in files)
+    # The newest, the best, and the next one, for which the oldest of them goes only when it is whole.
+    kept = min(settings.max_to_keep, -(-settings.steps // settings.checkpoint_every))
+    beside = 2 if settings.validate_every else 1
+    needed = max(kept + beside - held, 2) * checkpoint_bytes + MARGIN
+    if free >= needed:
+        return None
+    fewer = f", or keep fewer than --train.max-to-keep {settings.max_to_keep}"
+    return (
+        f"{run_dir} has {free / 1e9:.2f} GB free, and the checkpoints of {checkpoint_bytes / 1e9:.2f} GB "
+        f"that it will hold need {needed / 1e9:.2f} GB: make room{fewer if settings.max_to_keep > 1 else ''}"
+    )
+
+
+def _least_free(folder: Path) -> int:
+    """Bytes free on the disk of a folder, by the host that sees the fewest: hosts that disagree would stop
+    at different steps, and the others wait for them.
+    """
+    free = shutil.disk_usage(folder).free
+    if jax.process_count() == 1:
+        return free
+    mebibytes = np.int32(min(free // MEBIBYTE, np.iinfo(np.int32).max))
+    return int(np.min(multihost_utils.process_allgather(mebibytes))) * MEBIBYTE
+
+
+PREDICTED = "predicted"
+"""Key of run.json under which `predict` says what the run's predictions are and were made of."""
+
+
+def note_predictions(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Tells `evaluate` and `report` what the run folder's predictions are, and of what.
+
+    Args:
+        run_dir: the run's folder.
+        facts: file name, its SHA-256, records folder and fingerprint, split, checkpoint.
+
+    Raises:
+        DataError: run.json holds no object.
+    """
+    file = run_dir / "run.json"
+    known = read_json(file) if file.is_file() else {}
+    if not isinstance(known, dict):
+        raise DataError(f"{file} holds no JSON object: write it again (train --resume)")
+    write_json(file, known | {PREDICTED: dict(facts)}, indent=2)
+
+
 def write_provenance(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Writes run.json: the given facts, devices and versions."""
+    """Writes run.json: the given facts, devices and versions; what was predicted before stays."""
+    file = run_dir / "run.json"
+    known = read_json(file) if file.is_file() else {}
+    if isinstance(known, dict) and PREDICTED in known:
+        facts = facts | {PREDICTED: known[PREDICTED]}
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
     facts = facts | {
         "devices": [device.device_kind for device in jax.devices()],
@@ -225,7 +290,7 @@ def write_provenance(run_dir: Path, facts: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in packages},
     }
-    write_json(run_dir / "run.json", facts, indent=2)
+    write_json(file, facts, indent=2)
 
 
 def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[str, float]) -> Path:

@@ -28,7 +28,13 @@ from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import parameter_sharding
 from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained
-from spacedrive_jax.training.weights import check_architecture, is_run, run_config, starting_state
+from spacedrive_jax.training.weights import (
+    check_architecture,
+    is_run,
+    resumable,
+    run_config,
+    starting_state,
+)
 
 NOT_DECAYED = ("bias", "scale", "alpha")
 """Names of vectors and scalars, which have no weight decay. (Stacked over layers they look like matrices.)"""
@@ -181,7 +187,7 @@ def frozen_state(config: Config, mesh: Mesh) -> nnx.State:
     if not config.model.use_lora:
         return nnx.State({})
     if config.model.weights is not None:
-        return init_train_state(config, mesh)[1]
+        return init_train_state(resumable(config), mesh)[1]
     return _draw(config, mesh, nnx.Not(is_trainable(use_lora=True)))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.loader import SampleClock
+from spacedrive_jax.training.checkpoints import Best
 from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 
 # What a training run says on stderr: one line when it starts and one every logging interval.
@@ -54,6 +60,24 @@ def cost_line(step: int, steps: int, step_seconds: float, *, validates: bool) ->
     )
 
 
+def other_validation_line(best: Best, measure: str) -> str:
+    """Why the best step so far counts no longer.
+
+    Args:
+        best: of the run so far.
+        measure: what the run goes by from now on (`train.best_by`).
+    """
+    why = (
+        f"from now on {measure} decides"
+        if measure != best.measure
+        else "other keyframes, or settings, are validated from now on"
+    )
+    return (
+        f"the best step so far, {best.step} with {best.measure} {best.value:.4g}, is compared with no more: "
+        f"{why}. It stays RUN/best until the next validation"
+    )
+
+
 def validation_line(step: int, values: Mapping[str, float], best: bool) -> str:
     """What a validation found.
 
@@ -88,6 +112,53 @@ def interval_line(step: int, steps: int, values: Mapping[str, float]) -> str:
         f"{values['samples_per_second']:.1f} samples/s{mfu}, {values['data_wait']:.1%} waiting for data, "
         f"{left} left"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileWindow:
+    """Steps to trace with the profiler, into RUN/profile."""
+
+    start: int
+    steps: int
+
+
+class Profiler:
+    """Traces the steps of a window; a run that stops within it leaves what was traced until then."""
+
+    def __init__(self, window: ProfileWindow | None, folder: Path) -> None:
+        """Args: the steps, None for none; where the trace goes."""
+        self._window, self._folder, self._running = window, folder, False
+
+    def before(self, done: int) -> None:
+        """Starts tracing where the window begins behind `done` steps."""
+        if self._window is not None and done == self._window.start:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def behind(self, done: int, values: Any) -> None:
+        """Ends it where the window ends with step `done`, which made these values."""
+        if self._running and self._window is not None and done == self._window.start + self._window.steps:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """Ends it, wherever the run is."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def given_up_on_failure(self) -> Iterator[None]:
+        """Removes what was traced where the block fails: a run that cannot start leaves nothing behind."""
+        there = self._folder.exists(), self._folder.parent.exists()
+        try:
+            yield
+        except BaseException:
+            self.close()
+            for folder, was_there in zip((self._folder, self._folder.parent), there, strict=True):
+                if not was_there:
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class Throughput:

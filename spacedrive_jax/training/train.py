@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from spacedrive_jax.config import Config, to_json
+from spacedrive_jax.config import Config, depth_advice, to_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
 from spacedrive_jax.data.records import records_sources
@@ -25,7 +25,6 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
-from spacedrive_jax.training.preflight import depth_advice
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
@@ -36,19 +35,31 @@ from spacedrive_jax.training.sharding import (
 from spacedrive_jax.training.state import check_start, count, init_train_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import (
+    Profiler,
+    ProfileWindow,
     Throughput,
     cost_line,
     interval_line,
     opening_line,
+    other_validation_line,
     validation_line,
 )
 from spacedrive_jax.training.trackers import Trackers, check_trackers
+from spacedrive_jax.training.weights import pinned, resumable
 
 log = logging.getLogger(__name__)
 
 
-Validate = Callable[[nnx.State, nnx.State], dict[str, float]]
-"""Trainables and frozen weights to metrics: `validation/loss`, `validation/l2` and others of that group."""
+class Validate(Protocol):
+    """Trainables and frozen weights to metrics: `validation/loss`, `validation/l2` and others like them."""
+
+    digest: str
+    """Of what is validated and how: numbers of another one do not compare."""
+
+    def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+        """Validates numbers."""
+
+
 MakeValidation = Callable[[Config, Mesh], Validate | None]
 """Made above this room, where answers are generated and scored: `evaluation.validation`."""
 
@@ -70,14 +81,6 @@ class TrainResult:
     """Steps left out because loss or gradient was not finite."""
     best: checkpoints.Best | None
     """The best validated step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileWindow:
-    """Steps to trace with the profiler, into RUN/profile."""
-
-    start: int
-    steps: int
 
 
 STEPS_TIMED = 3
@@ -150,6 +153,7 @@ def _train(
     validation: MakeValidation | None,
 ) -> TrainResult:
     started = time.monotonic()
+    config = pinned(config, resume=resume)
     settings, run_dir = config.train, config.directory
     mesh = make_mesh(config.mesh)
     check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
@@ -161,7 +165,11 @@ def _train(
     if step is not None:
         checkpoints.later_than(run_dir, step)  # they move when the run has shown that it goes on
     check_trackers(config)
-    check_start(config)
+    start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
+    if step is not None:
+        start = step
+    base = resumable(config) if start else config
+    check_start(base)
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
     check_lengths(samples)
     iterator = training_iterator(samples, config.data, batch_size=settings.batch_size, seed=settings.seed)
@@ -169,11 +177,10 @@ def _train(
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
     checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
-    kept = 2 if settings.validate_every else 1
-    missing = run_folder.lack_of_room(run_dir, checkpoint_bytes, checkpoints=kept)
+    missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
     if missing:
         raise SpaceDriveError(missing)
-    trainable, frozen = init_train_state(config, mesh)
+    trainable, frozen = init_train_state(base, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
     validate = validation(config, mesh) if validation is not None and settings.validate_every else None
 
@@ -186,9 +193,6 @@ def _train(
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(frozen),
     }
-    start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
-    if step is not None:
-        start = step
     if start:
         if not accept_changes:
             saved = checkpoints.read_metadata(run_dir, start)
@@ -218,12 +222,26 @@ def _train(
         with jax.transfer_guard("disallow"):
             return (*train_step.run(trainable, optimizer_state, frozen, batch, number), host_batch)
 
+    best = checkpoints.Best.read(run_dir) if start else None
+    best = None if best is None else best.until(start)
+    if best is not None and validate is not None and not best.compares(settings.best_by, validate.digest):
+        if run_folder.is_main_host():
+            log.info("%s", other_validation_line(best, settings.best_by))
+        best = None
+    # A validation that failed, or that the run was killed in, is made up for.
+    made_up: dict[str, float] = {}
+    missed = start > 0 and (best is None or best.last < start)
+    at_end = start == settings.steps
+    if validate is not None and missed and (at_end or start % settings.validate_every == 0):
+        made_up = validate(trainable, frozen)
+
     # The first step shows that data, weights, program and memory are there. Only then is anything written.
     first = None
+    profiler = Profiler(profile, run_dir / "profile")
     if start < settings.steps:
-        if profile is not None and profile.start == start:
-            jax.profiler.start_trace(str(run_dir / "profile"))
-        first = jax.block_until_ready(advance(start, trainable, optimizer_state))
+        with profiler.given_up_on_failure():
+            profiler.before(start)
+            first = jax.block_until_ready(advance(start, trainable, optimizer_state))
     if step is not None:
         if run_folder.is_main_host():
             checkpoints.go_back_to(run_dir, step)
@@ -237,8 +255,6 @@ def _train(
     tracker = Trackers(run_dir, config, start)
 
     done, loss, stopped = start, float("nan"), False
-    best = checkpoints.Best.read(run_dir)
-    best = best if best is not None and best.measure == settings.best_by else None
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
 
     def save(done: int, trainable: nnx.State, optimizer_state: Any) -> None:
@@ -246,16 +262,36 @@ def _train(
         where = position(iterator, settings.batch_size)
         checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
 
-    clock = time.monotonic()
+    def judge(done: int, found: dict[str, float]) -> bool:
+        """Says what a validation found; whether it is the best."""
+        nonlocal best
+        assert validate is not None
+        value = found.get(f"validation/{settings.best_by}", float("nan"))
+        better = value < (float("inf") if best is None else best.value)
+        if better:
+            best = checkpoints.Best(done, settings.best_by, value, validate.digest, done)
+        elif best is not None:
+            best = dataclasses.replace(best, last=done)
+        if run_folder.is_main_host():
+            log.info("%s", validation_line(done, found, better))
+        return better
+
+    clock, validated = time.monotonic(), 0.0
     with (
         PreemptionWatch() as watch,
         checkpoints.closing(manager),
         contextlib.closing(tracker),
+        contextlib.closing(profiler),
         progress(total=settings.steps, initial=start, unit="step", logged=False) as bar,
     ):
+        if made_up:
+            judge(start, made_up)
+            tracker.write(start, made_up)
+            if best is not None and run_folder.is_main_host():
+                best.write(run_dir)
         while done < settings.steps and not stopped:
-            if profile is not None and done == profile.start and first is None:
-                jax.profiler.start_trace(str(run_dir / "profile"))
+            if first is None:
+                profiler.before(done)
             taken = advance(done, trainable, optimizer_state) if first is None else first
             trainable, optimizer_state, metrics, host_batch = taken
             first = None
@@ -268,7 +304,7 @@ def _train(
             short_of_room = None
             if done == start + 1 + STEPS_TIMED and not finished and run_folder.is_main_host():
                 guard.settle()
-                each = (time.monotonic() - clock) / STEPS_TIMED
+                each = (time.monotonic() - clock - validated) / STEPS_TIMED
                 validates = validate is not None
                 log.info("%s", cost_line(done, settings.steps, each, validates=validates))
             values: dict[str, float] = {}
@@ -281,37 +317,33 @@ def _train(
                     if run_folder.is_main_host():
                         log.info("%s", interval_line(done, settings.steps, measured))
                 short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
-            if profile is not None and done == profile.start + profile.steps:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+            profiler.behind(done, metrics)
             due = done % settings.checkpoint_every == 0 or finished or stopped or bool(short_of_room)
             if due:
                 # What has been done is saved while there still is room for it, and before a validation,
                 # which takes long and may fail.
                 save(done, trainable, optimizer_state)
-            better = None
+            found: dict[str, float] = {}
+            better = False
             if validate is not None and (done % settings.validate_every == 0 or finished) and not stopped:
                 guard.settle()
                 found = validate(trainable, frozen)
                 throughput.paused(found["validation/seconds"])
+                validated += found["validation/seconds"]
                 values |= found
-                value = found.get(f"validation/{settings.best_by}", float("nan"))
-                if value < (float("inf") if best is None else best.value):
-                    best = better = checkpoints.Best(done, settings.best_by, value)
-                if run_folder.is_main_host():
-                    log.info("%s", validation_line(done, found, better is not None))
+                better = judge(done, found)
                 # A signal that came meanwhile stops here; several hosts agree behind their next step.
                 stopped = jax.process_count() == 1 and watch.stop_at(done, manager)
             if values:
                 tracker.write(done, values)
             if (better or stopped) and not due:
                 save(done, trainable, optimizer_state)
-            if better is not None:
+            if better:
                 # Named only when it is whole: until then the best one before it stays.
                 with checkpoints.naming_the_newest(manager):
                     manager.wait_until_finished()
-                if run_folder.is_main_host():
-                    better.write(run_dir)
+            if found and best is not None and run_folder.is_main_host():
+                best.write(run_dir)
             if short_of_room and not finished:
                 raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started

@@ -76,13 +76,66 @@ def architecture(weights: str | Path) -> VLConfig:
     return with_own_head(config, SafetensorsFolder(folder, rename=format_of(config).canonical_name))
 
 
-def with_weights(config: Config, preset: Config | None = None) -> Config:
+def pinned(config: Config, *, resume: bool = False) -> Config:
+    """A config whose weights name the step of the run that it starts from: the newest may move.
+
+    Args:
+        config: of a run.
+        resume: take the step that its folder says it was started from, whatever has come since.
+
+    Raises:
+        CheckpointError: that run has no such step.
+    """
+    weights = config.model.weights
+    if weights is None or not is_run(weights) or is_trained_folder(weights):
+        return config
+    path = Path(weights)
+    if resume:
+        begun = _begun_from(config.directory)
+        same = begun is not None and begun.parent.parent.resolve() in (path.resolve(), path.parent.resolve())
+        if begun is not None and same:
+            return change(config, config.name, {"model.weights": str(begun)})
+        if path.parent.name == "checkpoints":
+            return config  # which may be there no longer: `resumable`
+    run_dir, step = checkpoints.locate(path)
+    return change(config, config.name, {"model.weights": str(run_dir / "checkpoints" / str(step))})
+
+
+def resumable(config: Config) -> Config:
+    """What a run that has checkpoints of its own loads: of a run that it was started from and that has
+    pruned that step, another step (`checkpoints.standing_in`).
+    """
+    weights = config.model.weights
+    if weights is None or not is_run(weights) or is_trained_folder(weights):
+        return config
+    standing = checkpoints.standing_in(weights)
+    if standing != Path(weights):
+        note(
+            f"note: {weights}, which this run was started from, is there no longer; its own checkpoint holds "
+            f"what it learnt, the base is read through {standing}"
+        )
+        return change(config, config.name, {"model.weights": str(standing)})
+    return config
+
+
+def _begun_from(run_dir: Path) -> Path | None:
+    """The checkpoint that a run was started from, as its config has it; None where it was from none."""
+    file = run_dir / "config.json"
+    if not file.is_file() or not checkpoints.steps_of(run_dir):
+        return None
+    weights = from_json(read_text(file, most=16 * MEBIBYTE)).model.weights
+    return Path(weights) if weights is not None and Path(weights).parent.name == "checkpoints" else None
+
+
+def with_weights(config: Config, preset: Config | None = None, *, resume: bool = False) -> Config:
     """A config with all that its weights decide: architecture, adapters, tokenizer, image size.
 
     Args:
         config: of a run; unchanged where it names no weights.
         preset: the config before its fields were changed one by one. What differs from it is meant: such a
             field is kept, and where no weights can follow it, it is an error. None takes no field as meant.
+            One that names these weights itself means its own tokenizer and image size too.
+        resume: the run goes on: see `pinned` and `resumable`.
 
     Raises:
         SpaceDriveError: there are no such weights, or a field that is meant says otherwise; each is named
@@ -91,15 +144,13 @@ def with_weights(config: Config, preset: Config | None = None) -> Config:
     if config.model.weights is None:
         return config
     preset = config if preset is None else preset
-    weights = config.model.weights
-    fields: dict[str, Any] = {}
-    before = None
-    if is_run(weights):
-        if not is_trained_folder(weights):
-            run_dir, step = checkpoints.locate(Path(weights))
-            weights = str(run_dir / "checkpoints" / str(step))  # the newest may be another one tomorrow
-        before = run_config(weights)
-        fields["model.weights"] = weights
+    settled = preset.model.weights == config.model.weights
+    config = pinned(config, resume=resume)
+    begun = config.model.weights
+    weights = (resumable(config) if resume else config).model.weights
+    assert weights is not None
+    before = run_config(weights) if is_run(weights) else None
+    fields: dict[str, Any] = {"model.weights": begun}
     vlm = architecture(weights)
     _refuse(_meant(preset, config, BASE), vlm, weights)
     fields["model.vlm"] = vlm
@@ -115,6 +166,11 @@ def with_weights(config: Config, preset: Config | None = None) -> Config:
     else:
         decided["data.tokenizer"] = before.data.tokenizer
         decided["data.image_size"] = before.data.image_size
+    if settled:
+        # The file that names the weights is a run's config.json, or somebody's own: what it says is meant.
+        same_tower = type(vlm) is type(preset.model.vlm)
+        own = {"data.tokenizer": preset.data.tokenizer is not None, "data.image_size": same_tower}
+        decided = {name: value for name, value in decided.items() if not own[name]}
     fields |= {name: value for name, value in decided.items() if not _meant(preset, config, name)}
     chosen = change(config, config.name, fields)
     if chosen.data.tokenizer is None and before is None:

@@ -105,6 +105,11 @@ def test_a_resumed_prediction_has_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "chosen.jsonl").read_text().splitlines() == [lines[2], lines[0]]
     assert main([*command, "--limit", "2"]) == 0
     assert (run / "predictions.part.jsonl").read_text().splitlines() == lines[:2]
+    assert main([*command, "--limit", "1"]) == 0  # a look at something else takes the place of the one before
+    assert (run / "predictions.part.jsonl").read_text().splitlines() == lines[:1]
+    assert main([*command, "--out", str(tmp_path / "whole.jsonl"), "--limit", "1"]) == 1
+    assert "would hold the keyframes of --token or --limit alone" in capsys.readouterr().err
+    assert (tmp_path / "whole.jsonl").read_text().splitlines() == lines
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "none.jsonl"), "--token", tokens[0], "nobody"]) == 1
     assert "has no keyframe 'nobody' in split" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,16 @@ from safetensors.numpy import load_file
 
 import spacedrive_jax.cli.main
 from spacedrive_jax.config import MeshConfig, to_json
+from spacedrive_jax.data.records_folder import read_provenance
+from spacedrive_jax.inference.open_model import run_card
 from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.model_card import data_licence
+from spacedrive_jax.io import write_json
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, init_train_state
+from tests.record_factory import make_record, write_records
 from tests.tiny_config import config as tiny
 
 
@@ -75,3 +81,34 @@ def test_the_adapters_come_with_the_new_tokens_rows(run_dir, tmp_path):
     prefix = "base_model.model.model.language_model.layers.1.self_attn"
     a = model.decoder.layers.attention.q.adapter.a[...][1]
     np.testing.assert_array_equal(adapters[f"{prefix}.q_proj.lora_A.weight"], np.asarray(a).T)
+
+
+def test_a_card_tells_only_the_scores_and_data_that_belong_to_its_numbers(run_dir, tmp_path):
+    folder, _ = run_dir
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    records = write_records(tmp_path / "records", {"train": [make_record(np.random.default_rng(0))]})
+    fingerprint = read_provenance(records)["fingerprint"]
+    known = checkpoints.read_metadata(run, 3)["trainable_fingerprint"]
+    made_of = {"sha256": "digest", "records_fingerprint": "of them", "split": "val"}
+    made_of |= {"trainable_fingerprint": known, "average": False}
+    scores = {"1s": 0.5, "2s": 1.0, "3s": 1.5, "avg": 1.0}
+    evaluation = {"protocol": "omnidrive", "samples": 7, "l2": scores, "collision": scores}
+    evaluation |= {"records": {"fingerprint": "of them", "split": "val"}, "predictions_sha256": "digest"}
+
+    def card(made_of, evaluation):
+        write_json(run / "run.json", {"predicted": made_of})
+        write_json(run / "predictions.omnidrive.json", evaluation)
+        return run_card(run, tiny, "hf")
+
+    assert "| omnidrive | val | 7 | 0.50 / 1.00 / 1.50 | 1.00 | 1.00 |" in card(made_of, evaluation)
+    for other in (
+        card(made_of | {"trainable_fingerprint": "of another step"}, evaluation),
+        card(made_of | {"average": True}, evaluation),
+        card(made_of, evaluation | {"predictions_sha256": "of older ones"}),
+        card(made_of, evaluation | {"records": {"fingerprint": "others", "split": "val"}}),
+        card(made_of, evaluation | {"records": {"fingerprint": "of them", "split": "train"}}),
+    ):
+        assert "None were recorded with these numbers." in other
+    assert data_licence(str(records), fingerprint) != ("", "")
+    assert data_licence(str(records), "other records lay there") == ("", "")

@@ -4,9 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+from collections import namedtuple
 from pathlib import Path
+from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,16 +18,19 @@ from flax import nnx
 from spacedrive_jax.aot.fitting import what_fits
 from spacedrive_jax.cli.common import advice_on_memory
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import Config, change
+from spacedrive_jax.config import Config, change, depth_advice
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.evaluation.validation import Validation, train
+from spacedrive_jax.reporting.run_files import read_run
+from spacedrive_jax.training import run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.checkpoints import Best, locate, steps_of
-from spacedrive_jax.training.preflight import depth_advice, describe, preflight
+from spacedrive_jax.training.preflight import describe, preflight
 from spacedrive_jax.training.run_folder import check
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
+from spacedrive_jax.training.throughput import ProfileWindow
 from spacedrive_jax.training.weights import is_run
 from tests.record_factory import encode_png, make_record, write_records
 from tests.training.runs import TINY, make_records, tiny
@@ -67,6 +74,11 @@ def test_a_dry_run_says_what_a_run_would_be(records, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "10 keyframes have a camera without depth from lidar" in said
     assert not (tmp_path / "run").exists()
+    fresh = make_records(tmp_path / "fresh")
+    before = sorted(path.name for path in fresh.iterdir())
+    flags = ["--data.drop-without-future", "True", "--train.validate-every", "2"]
+    assert main([*arguments, "--data.records", str(fresh), "--dry-run", *flags]) == 0
+    assert sorted(path.name for path in fresh.iterdir()) == before
     config = tiny(records, tmp_path / "run")
     assert "sequence_length" in describe(config, preflight(config))
 
@@ -175,6 +187,8 @@ def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, mo
     measured = iter([3.0, 1.0, 2.0, 2.5])
 
     class Scripted:
+        digest = "these"
+
         def __init__(self, config: Config, mesh) -> None:
             pass
 
@@ -185,7 +199,7 @@ def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, mo
     run_dir = tmp_path / "run"
     config = tiny(records, run_dir, steps=4, validate_every=1, max_to_keep=1, checkpoint_every=1)
     result = loop.train(config, validation=Scripted)
-    assert result.best == Best(2, "l2", 1.0) == Best.read(run_dir)
+    assert result.best == Best(2, "l2", 1.0, "these", 4) == Best.read(run_dir)
     assert steps_of(run_dir) == [2, 4]
     assert locate(run_dir / "best") == (run_dir, 2)
     assert locate(run_dir) == (run_dir, 4)
@@ -197,6 +211,8 @@ def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, mo
 
 def test_a_step_is_saved_before_it_is_validated_and_a_signal_meanwhile_stops_there(records, tmp_path):
     class Failing:
+        digest = "these"
+
         def __init__(self, config: Config, mesh) -> None:
             pass
 
@@ -216,7 +232,7 @@ def test_a_step_is_saved_before_it_is_validated_and_a_signal_meanwhile_stops_the
     result = loop.train(told, validation=Signalled)
     assert (result.step, result.finished) == (1, False)
     assert steps_of(tmp_path / "told") == [1]
-    assert Best.read(tmp_path / "told") == Best(1, "l2", 1.0)
+    assert Best.read(tmp_path / "told") == Best(1, "l2", 1.0, "these", 1)
 
 
 def test_out_of_memory_comes_with_what_would_fit(records, tmp_path):
@@ -234,3 +250,111 @@ def test_out_of_memory_comes_with_what_would_fit(records, tmp_path):
     ran_out = pytest.raises(SpaceDriveError, match=r"ran out of memory .*: do less")
     with ran_out, advice_on_memory(lambda: "do less"):
         raise MemoryError("cannot allocate")
+
+
+class Measuring:
+    """A validation that says what it is told to, and takes all the time there is."""
+
+    digest = "these"
+    values: ClassVar[list[float]] = []
+
+    def __init__(self, config: Config, mesh) -> None:
+        pass
+
+    def __call__(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+        if not self.values:
+            raise SpaceDriveError("the validation fails")
+        names = ("loss", "collision", "unparsed")
+        found = {f"validation/{name}": 0.0 for name in names}
+        return found | {"validation/l2": self.values.pop(0), "validation/seconds": 1e6}
+
+
+def test_a_validation_that_failed_is_made_up_for_and_another_one_is_not_compared(
+    records, tmp_path, monkeypatch, caplog
+):
+    run_dir = tmp_path / "run"
+    config = tiny(records, run_dir, steps=2, validate_every=1, checkpoint_every=1, trackers=("jsonl",))
+    monkeypatch.setattr(Measuring, "values", [2.0])
+    with pytest.raises(SpaceDriveError, match="the validation fails"):
+        loop.train(config, validation=Measuring)
+    assert Best.read(run_dir) == Best(1, "l2", 2.0, "these", 1)
+    Measuring.values.append(1.0)
+    result = loop.train(config, resume=True, validation=Measuring)
+    assert (result.start, result.best) == (2, Best(2, "l2", 1.0, "these", 2))
+    assert Best.read(run_dir) == result.best
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation/l2"] for line in lines if "validation/l2" in line] == [2.0, 1.0]
+
+    said = []
+    monkeypatch.setattr(loop, "cost_line", lambda *args, **_: said.append(args[2]) or "")
+    monkeypatch.setattr(Measuring, "digest", "others")
+    Measuring.values += [9.0, 8.0, 7.5, 8.0, 8.0, 8.0]
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
+    with caplog.at_level("INFO"):
+        result = loop.train(longer, resume=True, validation=Measuring)
+    assert "the best step so far, 2 with l2 1, is compared with no more: other keyframes" in caplog.text
+    assert result.best == Best(4, "l2", 7.5, "others", 7)
+    assert steps_of(run_dir) == [4, 6, 7]
+    assert said[0] < 0  # the time that validations say they took is no step's
+
+
+def test_validations_of_other_keyframes_or_settings_do_not_compare(records, tmp_path):
+    config = tiny(records, tmp_path / "run", validate_every=1)
+    mesh = make_mesh(config.mesh)
+
+    def digest(**fields):
+        return Validation(change(config, "other", fields), mesh).digest
+
+    same = digest(**{"data.read_threads": 1, "train.learning_rate": 1.0, "train.huber_delta": 3.0})
+    assert same == digest()
+    assert digest(**{"train.validate_keyframes": 2}) != same
+    assert digest(**{"data.image_size": (28, 28)}) != same
+    assert digest(**{"data.records": str(make_records(tmp_path / "others", seed=1))}) != same
+    by_loss = digest(**{"train.best_by": "loss"})
+    assert digest(**{"train.best_by": "loss", "train.huber_delta": 3.0}) != by_loss
+
+
+def test_a_profile_ends_with_the_run_and_goes_with_one_that_cannot_start(records, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    train(tiny(records, run_dir, steps=2), profile=ProfileWindow(1, 50))
+    assert list((run_dir / "profile").rglob("*.xplane.pb"))
+
+    def fails(*_):
+        raise SpaceDriveError("the first step fails")
+
+    monkeypatch.setattr(loop, "place_batch", fails)
+    with pytest.raises(SpaceDriveError, match="the first step fails"):
+        train(tiny(records, tmp_path / "none"), profile=ProfileWindow(0, 1))
+    assert not (tmp_path / "none").exists()
+
+
+def test_room_is_asked_for_all_checkpoints_at_once_and_hosts_agree(records, tmp_path, monkeypatch):
+    config = tiny(records, tmp_path / "run", steps=100, checkpoint_every=1, max_to_keep=5)
+    usage, size = namedtuple("usage", "total used free"), 1 << 30
+
+    def missing(checkpoints, **fields):
+        free = checkpoints * size + run_folder.MARGIN
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, free))
+        wanted = dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+        return run_folder.lack_of_room_at_the_start(wanted, size, overwrite=False)
+
+    assert re.search(r"make room, or keep fewer than --train\.max-to-keep 5", missing(5))
+    assert missing(6) is None
+    assert missing(6, validate_every=1) is not None
+    assert missing(2, max_to_keep=1) is None
+    assert missing(4, checkpoint_every=40) is None  # three in all
+    assert run_folder.lack_of_room(tmp_path, size) is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    elsewhere = [4 * 1024, 100]  # mebibytes; this host is the first
+    monkeypatch.setattr(run_folder.multihost_utils, "process_allgather", lambda mine: np.array(elsewhere))
+    assert "0.10 GB free" in run_folder.lack_of_room(tmp_path, size)
+
+
+def test_what_was_predicted_outlives_a_resume(tmp_path):
+    run_folder.write_provenance(tmp_path, {"records": "trained"})
+    run_folder.note_predictions(tmp_path, {"file": "predictions.jsonl", "records": "R", "split": "all"})
+    run_folder.write_provenance(tmp_path, {"records": "trained"})
+    files = read_run(tmp_path)
+    assert (files.predicted["records"], files.predicted["split"]) == ("R", "all")
+    assert files.predictions == Path("predictions.jsonl")
+    assert files.facts["records"] == "trained"

@@ -10,15 +10,17 @@ import pytest
 from flax import nnx
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import change, load_config
+from spacedrive_jax.config import change, load_config, to_json
 from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.evaluation.validation import train
+from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.training.checkpoints import locate
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import check_start, init_train_state, make_model
 from spacedrive_jax.training.weights import with_weights
-from tests.training.runs import make_records, save_untrained, tiny
+from tests.training.runs import TINY, make_records, save_untrained, tiny
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,43 @@ def test_a_run_starts_from_another_run(tmp_path):
         init_train_state(unlike, mesh)
     _, step = locate(before.directory)
     assert step == 1
+
+
+def test_a_run_keeps_the_step_it_was_started_from(tmp_path, capsys):
+    records = make_records(tmp_path / "records")
+    before = tiny(records, tmp_path / "before")
+    save_untrained(before)
+    run_dir, first = tmp_path / "next", before.directory / "checkpoints" / "1"
+
+    def next_run(steps, *flags):
+        arguments = ["--data.records", str(records), "--model.weights", str(before.directory)]
+        more = ["--run-dir", str(run_dir), "--train.steps", str(steps), *flags]
+        return main(["train", str(TINY), *arguments, *more])
+
+    assert next_run(2) == 0
+    first.rename(first.with_name("7"))  # the other run has gone on and pruned the step
+    assert next_run(3, "--resume", "--dry-run") == 0
+    capsys.readouterr()
+    assert next_run(3, "--resume") == 0
+    assert f"{first}, which this run was started from, is there no longer" in capsys.readouterr().err
+    written = json.loads((run_dir / "config.json").read_text())
+    assert written["model"]["weights"] == str(first)
+    assert open_trained_model(run_dir).config.train.steps == 3
+    gone = change(tiny(records, tmp_path / "third"), "third", {"model.weights": str(first)})
+    with pytest.raises(CheckpointError, match=r"no finished checkpoint at .*/1 \(.*before keeps steps 7\)"):
+        train(gone)
+
+
+def test_a_file_that_names_its_weights_keeps_its_own_tokenizer_and_image_size(base, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copyfile(DEMO_TOKENIZER, own / "tokenizer.json")
+    settled = {"model.weights": str(base), "data.tokenizer": str(own), "data.image_size": (28, 28)}
+    file = tmp_path / "config.json"
+    file.write_text(to_json(change(tiny(tmp_path, tmp_path / "run"), "own", settled)))
+    read = load_config(str(file))
+    kept = with_weights(read, read)
+    assert (kept.data.tokenizer, kept.data.image_size) == (str(own), (28, 28))
+    # Where a flag names the weights, they settle what no flag does.
+    plain = change(read, "own", {"model.weights": None})
+    assert with_weights(change(plain, "own", {"model.weights": str(base)}), plain).data.tokenizer == str(base)
