@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import say, to_json
 from spacedrive_jax.parallel import raise_on_sigterm
 
@@ -256,13 +256,26 @@ def main(program: str, description: str, commands: Mapping[str, type[Command]], 
     return parse_and_run(
         lambda: tyro.extras.subcommand_cli_from_dict(
             dict(commands), prog=program, description=f"{description} --version names the version.", args=argv
-        )
+        ),
+        argv,
     )
 
 
-def parse_and_run(parser: Callable[[], Command]) -> int:
-    """Parses a command line, runs its command and returns the exit status."""
+def parse_and_run(parser: Callable[[], Command], argv: Sequence[str] = ()) -> int:
+    """Parses a command line, runs its command and returns the exit status.
+
+    Args:
+        parser: parses `argv`.
+        argv: the command line; a name that is not UTF-8 has lone surrogates, which neither array records nor
+            checkpoints nor safetensors can be opened by.
+    """
     try:
+        for argument in argv:
+            if argument != argument.encode("utf-8", "replace").decode():
+                raise ConfigError(
+                    f"{argument!r} is not UTF-8, and records, checkpoints and weights cannot be opened by "
+                    "such a name: rename it, or, if it is UTF-8, set LC_ALL=C.UTF-8"
+                )
         command = parse(parser)
     except SpaceDriveError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,6 +54,14 @@ def test_errors_are_one_line_unless_debug(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["train", "demo", "--run-dir"], ["evaluate", "--predictions"]])
+def test_names_that_no_library_opens_are_refused_before_anything_runs(command, capsys):
+    assert spacedrive_jax.cli.main.main([*command, "caf\udce9"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'caf\\udce9' is not UTF-8")
+    assert said.count("\n") == 1
+
+
 def test_json_is_the_last_line(capsys):
     assert console.finish(lambda: {"step": 3}, as_json=True, debug=False) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3}

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
-        return console.parse_and_run(lambda: parse_train(argv[1:], f"{PROGRAM} train"))
+        return console.parse_and_run(lambda: parse_train(argv[1:], f"{PROGRAM} train"), argv)
     if argv[:2] == ["train", "--list"]:
         flags = argv[2:]
         return console.finish(list_presets, as_json="--json" in flags, debug="--debug" in flags)
