@@ -1,21 +1,32 @@
-"""How fast drives go, and what a decision costs in processor time: traffic, drawing, the record.
+"""How fast drives go, and what a decision costs in processor time: traffic, drawing, the record, a model.
 
-    python -m benchmarks.driving [--size 352x198] [--drives 2] [--decisions 20]
+    python -m benchmarks.driving [--size 352x198] [--drives 2] [--decisions 20] [--checkpoint RUN]
+    python -m benchmarks.driving --against REVISION
 
 Of the drawing, what pixels see (`render.cast`) and their colours (`shading.shade`) are named; the rest
-is placing the quads, shadows and encoding.
+is placing the quads, shadows and encoding. Its floor is what nobody can leave out who draws this way: one
+z-buffer pass over the pixels of all quads that face the camera, and one pass that paints each pixel.
+`--against` draws the same keyframes with this tree and with another revision's, in turns, in one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
+from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.policies import expert, route_constant_speed
@@ -27,6 +38,8 @@ from spacedrive_jax.world.world import World
 KINDS = ("turn_left", "cruise", "pedestrian", "straight")
 PERIOD_MS = 500.0
 """Simulated time between two decisions."""
+ROUNDS = 4
+"""Of `--against`; the fastest of each side counts."""
 
 
 class Clock:
@@ -56,43 +69,154 @@ def main() -> None:
     parser.add_argument("--size", default="352x198", help="width x height of the images")
     parser.add_argument("--drives", type=int, default=2)
     parser.add_argument("--decisions", type=int, default=20, help="of each drive")
+    parser.add_argument("--checkpoint", help="a run whose model is asked beside")
+    parser.add_argument("--against", metavar="REVISION", help="draw with another revision of this repository")
+    parser.add_argument("--draw", action="store_true", help=argparse.SUPPRESS)  # one side of --against
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
+    if arguments.draw:
+        draw(arguments.size)
+    elif arguments.against:
+        compare(arguments.size, arguments.against)
+    else:
+        parts(arguments)
+
+
+def parts(arguments: argparse.Namespace) -> None:
+    """What each part of a decision takes."""
     clock = Clock()
     clock.watch(stage, "cast", "  of it: what pixels see")
     clock.watch(stage, "shade", "  of it: colours")
+    clock.watch(stage, "_encode", "  of it: JPEG and PNG")
+    ask = None
+    if arguments.checkpoint:
+        from spacedrive_jax.driving.askers import open_asker
+
+        ask = open_asker(arguments.checkpoint, batch_size=1, deadline=600.0, average=False, token=None).plans
+    passes: list[float] = []
     for number in range(arguments.drives):
-        drive(number, arguments.size, arguments.decisions, clock)
+        drive(number, arguments.size, arguments.decisions, clock, ask, passes)
     decisions = arguments.drives * arguments.decisions
     staging = clock.seconds.pop("staging")
     for part, seconds in clock.seconds.items():
         print(f"{part:26} {1e3 * seconds / decisions:8.1f} ms a decision")
+    drawn = clock.seconds["drawing"] / decisions
+    floor = float(np.mean(passes))
+    print(f"{'floor of the drawing':26} {1e3 * floor:8.1f} ms a decision: {drawn / floor:.1f} times less")
     print(f"{'staging':26} {1e3 * staging / arguments.drives:8.1f} ms a drive")
-    seen = sum(clock.seconds[part] for part in ("observation", "traffic and vehicle"))
-    print(
-        f"{PERIOD_MS / (1e3 * seen / decisions):.2f} simulated seconds a second of one core, without a model"
-    )
+    names = ("drawing", "record", "traffic and vehicle", "model")
+    shares = {name: clock.seconds[name] for name in names if name in clock.seconds}
+    total = sum(shares.values())
+    print("shares: " + ", ".join(f"{name} {100 * part / total:.0f} %" for name, part in shares.items()))
+    print(f"{PERIOD_MS / (1e3 * total / decisions):.2f} simulated seconds a second of one core")
 
 
-def drive(number: int, size: str, decisions: int, clock: Clock) -> None:
-    """One drive of a blind driver, with cameras, the expert asked beside."""
+def drive(
+    number: int,
+    size: str,
+    decisions: int,
+    clock: Clock,
+    ask: Callable[[list[Asked]], Any] | None,
+    passes: list[float],
+) -> None:
+    """One drive of a blind driver, with cameras, the expert (and a model) asked beside."""
     spec = DriveSpec(number, KINDS[number % len(KINDS)], "boston-seaport", number)
     scenario, _ = clock.time("staging", lambda: build_drive(spec))
     take = Take(number + 1, 9000, decisions + 1, views.parse_image_size(size), True, spec.town)
     film = clock.time("staging", lambda: Film(take, scenario))
     observer, world, driver = Observer(film, scenario), World(scenario), Driver()
+    photograph, shown = observer._photograph, []
+
+    def timed(recording: Any, keyframe: int) -> Any:
+        shots = clock.time("drawing", lambda: photograph(recording, keyframe))
+        shown.append((recording, keyframe))
+        return shots
+
+    observer._photograph = timed  # type: ignore[method-assign]
     world.reset(steered=False)
     for _ in range(10):
         world.step()
     world.hand_over(steered=True)
-    for _ in range(decisions):
-        record = clock.time("observation", lambda: observer.look(world.recording()))
+    for decision in range(decisions):
+        before = clock.seconds.get("drawing", 0.0)
+        record = clock.time("record", lambda: observer.look(world.recording()))
+        clock.seconds["record"] -= clock.seconds["drawing"] - before
         clock.time("the expert's plan", functools.partial(expert, world, record))
+        if ask is not None:
+            asked = [Asked(number, decision, record)]
+            if not passes:
+                ask(asked)  # compiled
+            clock.time("model", functools.partial(ask, asked))
+        passes.append(floor_of(film, *shown[-1]))
         assert world.state.vehicle is not None
         driver.follow(route_constant_speed(world, record), world.state.vehicle, world.state.time)
         for _ in range(5):
             control = driver.control(world.state.vehicle, world.state.time)
             clock.time("traffic and vehicle", functools.partial(world.step, control))
+
+
+def floor_of(film: Film, scenario: Any, keyframe: int) -> float:
+    """Processor seconds of one z-buffer pass and one pass of paint over the six images of a keyframe."""
+    # Not at the top: other revisions, which `draw` runs with, may lack them.
+    from spacedrive_jax.world.render import fragments, ground_depth, nearest_of
+
+    total = 0.0
+    for number, mount in enumerate(views.CAMERA_MOUNTS):
+        moment = float(film.camera_times[keyframe, number])
+        size = film.take.image_size
+        to_global = film.ego_pose(scenario, moment) @ mount.to_ego()
+        camera = stage.camera_of(mount.intrinsics(size), to_global, size)
+        quads = film.quads(scenario, moment, film.people(scenario, moment), camera)
+        seen, ground = fragments(quads, camera), ground_depth(camera)
+        colours = (255 * np.append(quads.colours, np.ones((2, 3)), axis=0)).astype(np.uint8)
+        started = time.process_time()
+        colours[nearest_of(seen, ground)[1]]
+        total += time.process_time() - started
+    return total
+
+
+def draw(size: str) -> None:
+    """Draws two keyframes of three scenes and prints the processor milliseconds of six images, as JSON."""
+    films = []
+    for number, kind in enumerate(KINDS[:3]):
+        spec = DriveSpec(number, kind, "boston-seaport", number)
+        scenario, _ = build_drive(spec)
+        take = Take(number + 1, 9000, 12, views.parse_image_size(size), True, spec.town)
+        films.append((scenario, Film(take, scenario)))
+    spent = []
+    for _ in range(3):
+        started = time.process_time()
+        for scenario, film in films:
+            for keyframe in (2, 9):
+                for camera in range(len(views.CAMERA_MOUNTS)):
+                    film.photograph(scenario, keyframe, camera)
+        spent.append(1e3 * (time.process_time() - started) / (2 * len(films)))
+    print(json.dumps(min(spent[1:])))  # the first round fills what objects look like
+
+
+def compare(size: str, revision: str) -> None:
+    """Draws with both trees in turns."""
+    here = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(
+            ["git", "worktree", "add", "-q", "--detach", str(tree), revision], cwd=here, check=True
+        )
+        try:
+            fastest = {here: np.inf, tree: np.inf}
+            for _ in range(ROUNDS):
+                for root in fastest:
+                    command = [sys.executable, str(Path(__file__).resolve()), "--draw", "--size", size]
+                    environment = {**os.environ, "PYTHONPATH": str(root)}
+                    done = subprocess.run(
+                        command, cwd=root, env=environment, capture_output=True, text=True, check=True
+                    )
+                    fastest[root] = min(fastest[root], float(done.stdout.split()[-1]))
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=here, check=True)
+    now, then = fastest[here], fastest[tree]
+    print(f"six images at {size}: {now:.1f} ms of processor time, {then:.1f} at {revision}")
+    print(f"{then / now:.2f} times as fast")
 
 
 if __name__ == "__main__":

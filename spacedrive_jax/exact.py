@@ -294,7 +294,10 @@ def arctan2(y: Any, x: Any) -> Any:
 def exp(x: Any) -> Any:
     """The exponential, e to the power of `x`, for `x` from -700 to 700 (beyond, the nearest of these)."""
     value = _number(x)
-    value = _select(value > 700.0, 700.0, _select(value < -700.0, -700.0, value))
+    if isinstance(value, float):
+        value = 700.0 if value > 700.0 else (-700.0 if value < -700.0 else value)
+    else:
+        value = np.minimum(np.maximum(value, -700.0), 700.0)
     k = _round(value * _ONE_OVER_LN2)
     high = value - k * _LN2_HIGH
     low = k * _LN2_LOW

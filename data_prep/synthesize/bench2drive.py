@@ -259,15 +259,14 @@ def view(
         noise: seed of the sensor's noise.
     """
     moving = stage.moving_participants(scenario, time)
-    signals = stage.signal_quads(scenario, time)
     height, width = image_size
     camera = stage.camera_of(
         camera_intrinsics(name, (width, height)), exact.matmul(pose, camera_to_ego(name)), image_size
     )
     picture = stage.take_picture(
         film.backdrop,
-        stage.frame_quads(film.backdrop, [*moving, *film.standing], film.tokens, signals),
-        stage.frame_shadows(film.backdrop, moving, film.light),
+        film.quads(scenario, time, [*moving, *film.standing], camera),
+        film.shadows.draw(moving, camera),
         camera,
         film.light,
         noise,

@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import can_bus, ground, lidar, scenery, stage, views
+from spacedrive_jax.world.render import Camera
 from spacedrive_jax.world.scenario import WARM_UP, Scenario, make_token
-from spacedrive_jax.world.shapes import Quads
+from spacedrive_jax.world.shapes import Blocks, Quads
 from spacedrive_jax.world.stage import Participant, Picture
 from spacedrive_jax.world.weather import WEATHERS, Light
 
@@ -129,6 +130,8 @@ class Film:
         self.standing = stage.standing_participants(scenario)
         shadows = stage.frame_shadows(backdrop, self.standing, self.light)
         self.backdrop = dataclasses.replace(backdrop, shadows=shadows)
+        self.shadows = stage.MovingShadows(self.backdrop, self.light)
+        self._signals: tuple[tuple[str, ...], Blocks] | None = None
         self.epoch_us = int(take.start.timestamp() * 1e6) + int(jitter.integers(1_000_000))
         nominal = WARM_UP + KEYFRAME_PERIOD * np.arange(take.keyframes)
         self.times = nominal + jitter.uniform(-0.003, 0.003, take.keyframes)
@@ -152,37 +155,44 @@ class Film:
         """Everybody annotated at a time, in the order of `tokens`."""
         return [*stage.moving_participants(scenario, time), *self.standing]
 
-    def _quads(self, scenario: Scenario, time: float, people: list[Participant]) -> Quads:
-        signals = stage.signal_quads(scenario, time)
-        return stage.frame_quads(self.backdrop, people, self.tokens, signals)
+    def quads(
+        self, scenario: Scenario, time: float, people: list[Participant], camera: Camera | None = None
+    ) -> Quads:
+        """Everything that stands on the ground at a time; with a camera, what it may see (`frame_quads`)."""
+        states = stage.signal_states(scenario, time)
+        if self._signals is None or self._signals[0] != states:  # they change every few seconds
+            self._signals = states, stage.signal_blocks(scenario.town, states)
+        return stage.frame_quads(self.backdrop, people, self.tokens, self._signals[1], camera)
 
     def photograph(self, scenario: Scenario, keyframe: int, number: int) -> Shot:
         """Takes the image of one camera (in the order of `CAMERA_MOUNTS`) of a keyframe."""
         take, mount = self.take, views.CAMERA_MOUNTS[number]
         time = float(self.camera_times[keyframe, number])
         moving = stage.moving_participants(scenario, time)
-        quads = self._quads(scenario, time, [*moving, *self.standing])
         pose = self.ego_pose(scenario, time)
         camera = stage.camera_of(
             mount.intrinsics(take.image_size), exact.matmul(pose, mount.to_ego()), take.image_size
         )
+        quads = self.quads(scenario, time, [*moving, *self.standing], camera)
         picture = stage.take_picture(
             self.backdrop,
             quads,
-            stage.frame_shadows(self.backdrop, moving, self.light),
+            self.shadows.draw(moving, camera),
             camera,
             self.light,
             take.index * 1000 + keyframe * 6 + number,
             with_depth=take.with_depth,
         )
-        groups = np.append(quads.groups, [-1, -1])[picture.buffer.surface]  # GROUND and SKY have no group
-        names, counts = np.unique(groups[groups >= 0], return_counts=True)
-        return Shot(picture, time, pose, dict(zip(names.tolist(), counts.tolist(), strict=True)))
+        shown = picture.buffer.surface.ravel()
+        groups = quads.groups.take(shown.compress(shown >= 0))
+        counts = np.bincount(groups.compress(groups >= 0))
+        names = np.flatnonzero(counts)
+        return Shot(picture, time, pose, dict(zip(names.tolist(), counts[names].tolist(), strict=True)))
 
     def scan(self, scenario: Scenario, keyframe: int) -> Float[np.ndarray, "P 5"]:
         """The LiDAR sweep of a keyframe; sweeps must be taken in order, their noise is one stream."""
         time = float(self.times[keyframe])
-        quads = self._quads(scenario, time, self.people(scenario, time))
+        quads = self.quads(scenario, time, self.people(scenario, time))
         sensor = exact.matmul(self.ego_pose(scenario, time), views.lidar_to_ego())
         return lidar.sweep(quads, sensor, self.lidar_rng)
 

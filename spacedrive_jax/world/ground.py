@@ -231,24 +231,20 @@ def ground_colours(surface_map: SurfaceMap) -> GroundColours:
     return GroundColours(tuple(levels), tuple(sizes), surface_map.origin)
 
 
-def draw_shadow(
-    raster: UInt8[np.ndarray, "R C"],
-    surface_map: SurfaceMap,
-    footprint: Float[np.ndarray, "K 2"],
-    height: float,
-    sun: Float[np.ndarray, "3"],
-    value: int = 255,
-) -> None:
-    """Draws the shadow of an upright prism, in place.
+def shadow_outlines(
+    footprints: Float[np.ndarray, "A K 2"], heights: Float[np.ndarray, "A"], sun: Float[np.ndarray, "3"]
+) -> Float[np.ndarray, "A 2*K 2"]:
+    """Points whose convex hulls are the shadows of upright prisms.
 
     Args:
-        raster: shadow raster with the cells of `surface_map`; 0 is full sun.
-        surface_map: gives the cells.
-        footprint: convex outline on the ground, global metres.
-        height: of the prism, metres.
+        footprints: convex outlines on the ground, global metres.
+        heights: of the prisms, metres.
         sun: unit vector towards the sun.
-        value: strength, 0 to 255.
     """
-    shift = -sun[:2] / max(float(sun[2]), 0.15) * height
-    points = surface_map.to_cells(np.concatenate([footprint, footprint + shift])).astype(np.float32)
-    fill(raster, cv2.convexHull(points)[:, 0], value)
+    shift = -sun[:2] / max(float(sun[2]), 0.15) * heights[:, None]
+    return np.concatenate([footprints, footprints + shift[:, None]], axis=1)
+
+
+def fill_hull(raster: UInt8[np.ndarray, "R C"], cells: Float[np.ndarray, "K 2"], value: int) -> None:
+    """Fills the convex hull of points given in (column, row), in place."""
+    fill(raster, cv2.convexHull(cells.astype(np.float32))[:, 0], value)

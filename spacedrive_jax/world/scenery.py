@@ -14,7 +14,17 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.world.ground import SurfaceMap
-from spacedrive_jax.world.shapes import Colour, Material, Quads, blob, box, concatenate, place
+from spacedrive_jax.world.shapes import (
+    Blocks,
+    Colour,
+    Material,
+    Quads,
+    blob,
+    blocks_of,
+    box,
+    concatenate,
+    place,
+)
 
 _FACADES: tuple[Colour, ...] = (
     (0.62, 0.42, 0.33),
@@ -35,9 +45,9 @@ _POST_GRID = 24.0
 
 @dataclasses.dataclass(frozen=True)
 class Scenery:
-    """Quads plus what throws long shadows: (outline, height) pairs."""
+    """What stands on the land, plus what throws long shadows: (outline, height) pairs."""
 
-    quads: Quads
+    blocks: Blocks
     casters: tuple[tuple[Float[np.ndarray, "_ 2"], float], ...]
 
 
@@ -107,7 +117,7 @@ def place_scenery(surface_map: SurfaceMap, seed: int = 0) -> Scenery:
         spot = _nearest_kerb(distance, surface_map, x, y)
         if spot is not None:
             parts.append(_lamp_post(*spot))
-    return Scenery(concatenate(parts), tuple(casters))
+    return Scenery(blocks_of(parts), tuple(casters))
 
 
 def _nearest_kerb(

@@ -30,12 +30,19 @@ def _value_noise() -> Float[np.ndarray, "256 256"]:
     return (total / np.abs(total).max()).astype(np.float32)
 
 
-_NOISE = _value_noise()
+_NOISE = _value_noise().ravel()
 _GRAIN = np.random.default_rng(7).normal(0.0, 1.0, (512, 512)).astype(np.float32)
 
 
 def _noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return _NOISE[a.astype(np.int64) & 255, b.astype(np.int64) & 255]
+    """The texture at places in its cells: everything in sight lies within 2^31 of them."""
+    place = a.astype(np.int32)
+    place &= 255
+    place <<= 8
+    column = b.astype(np.int32)
+    column &= 255
+    place |= column
+    return _NOISE.take(place)
 
 
 def shade(
@@ -52,7 +59,7 @@ def shade(
 
     Args:
         buffer: what each pixel sees.
-        quads: the surfaces the buffer's indices point to.
+        quads: the surfaces the buffer's indices point to; their numbers choose textures.
         camera: the view.
         light: sun and weather.
         ground: colour pyramid of the ground.
@@ -69,21 +76,27 @@ def shade(
     image = np.empty_like(rays)
     origin = camera.camera_to_global[:3, 3].astype(np.float32)
     focal = float(camera.intrinsics[0, 0])
-    sky = np.flatnonzero(surface == SKY)
-    image[:, sky] = _sky(rays[:, sky], light)
-    for on_ground in (True, False):
-        seen = np.flatnonzero(surface == GROUND if on_ground else surface >= 0)
-        depth = 1.0 / buffer.inverse_depth.ravel()[seen]
-        toward = rays[:, seen]
-        points = toward * depth + origin[:, None]
-        if on_ground:
-            colour = _shade_ground(points, depth / focal, origin, light, ground, surface_map, shadows)
+    for index in (SKY, GROUND, None):
+        seen = np.flatnonzero(surface >= 0 if index is None else surface == index)
+        toward = rays.take(seen, axis=1)
+        if index == SKY:
+            colour = _sky(toward, light)
         else:
-            colour = _shade_quads(points, surface[seen], depth / focal, quads, light, toward)
-        clear = _exp(-weather.haze * depth * _norm(toward))
-        image[:, seen] = colour * clear + _channels(weather.horizon) * (1 - clear)
-    picture = cv2.merge(list(image.reshape(3, camera.height, camera.width)))
-    return _expose(_soften_edges(picture, buffer), weather, noise_seed)
+            depth = 1.0 / buffer.inverse_depth.ravel().take(seen)
+            points = toward * depth
+            points += origin[:, None]
+            if index == GROUND:
+                colour = _shade_ground(points, depth / focal, origin, light, ground, surface_map, shadows)
+            else:
+                colour = _shade_quads(points, surface.take(seen), depth / focal, quads, light, toward)
+            clear = _exp(-weather.haze * depth * _norm(toward))
+            colour *= clear
+            colour += _channels(weather.horizon) * (1 - clear)
+        for channel, values in zip(image, colour, strict=True):
+            channel[seen] = values
+    picture = image.reshape(3, camera.height, camera.width)
+    _soften_edges(picture, buffer)
+    return _expose(picture, weather, noise_seed)
 
 
 def _channels(colour: tuple[float, ...]) -> Float[np.ndarray, "3 1"]:
@@ -99,13 +112,21 @@ def _inner(left: Float[np.ndarray, "3 *#P"], right: Float[np.ndarray, "3 *#P"]) 
     return left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
 
 
+_CHUNK = 8192
+
+
 def _exp(x: Float[np.ndarray, "P"]) -> Float[np.ndarray, "P"]:
-    return exact.exp(x).astype(np.float32)
+    """Its many steps run through pieces that stay in the processor's cache."""
+    result = np.empty(len(x), dtype=np.float32)
+    for start in range(0, len(x), _CHUNK):
+        result[start : start + _CHUNK] = exact.exp(x[start : start + _CHUNK])
+    return result
 
 
-def _soften_edges(image: Float[np.ndarray, "H W 3"], buffer: FrameBuffer) -> Float[np.ndarray, "H W 3"]:
-    """Blends pixels along silhouettes with their neighbours, a cheap stand-in for anti-aliasing."""
-    edge = np.zeros(buffer.surface.shape, dtype=bool)
+def _soften_edges(image: Float[np.ndarray, "3 H W"], buffer: FrameBuffer) -> None:
+    """Blends pixels along silhouettes with their neighbours, a cheap stand-in for anti-aliasing; in place."""
+    height, width = buffer.surface.shape
+    edge = np.zeros((height, width), dtype=bool)
     across = buffer.surface[:, 1:] != buffer.surface[:, :-1]
     along = buffer.surface[1:] != buffer.surface[:-1]
     edge[:, 1:] |= across
@@ -115,14 +136,15 @@ def _soften_edges(image: Float[np.ndarray, "H W 3"], buffer: FrameBuffer) -> Flo
     # Not cv2.GaussianBlur, which rounds floats as the processor's kernels do.
     side = exact.exp(-0.5 / (0.7 * 0.7))
     weights = [np.float32(weight / (1 + 2 * side)) for weight in (side, 1.0, side)]
-    row, column = np.nonzero(edge)
-    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="reflect")
-    blurred = np.zeros((len(row), 3), dtype=np.float32)
-    for down, weight in enumerate(weights):
-        for right, other in enumerate(weights):
-            blurred += weight * other * padded[row + down, column + right]
-    image[row, column] = blurred
-    return image
+    pixel = np.flatnonzero(edge)
+    corner = pixel + pixel // width * 2  # of the 3 x 3 pixels around each, in the padded image
+    for channel in image:
+        padded = np.pad(channel, 1, mode="reflect").ravel()
+        blurred = np.zeros(len(pixel), dtype=np.float32)
+        for down, weight in enumerate(weights):
+            for right, other in enumerate(weights):
+                blurred += weight * other * padded.take(corner + (down * (width + 2) + right))
+        channel.ravel()[pixel] = blurred
 
 
 def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P"]:
@@ -217,7 +239,8 @@ def _shade_quads(
     shown = np.flatnonzero(np.bincount(index, minlength=len(quads)))
     place = np.zeros(len(quads), dtype=np.int64)
     place[shown] = np.arange(len(shown))
-    facet = place[index]  # position in the tables of the quads that are shown
+    facet = place.take(index)  # position in the tables of the quads that are shown
+    number = shown if quads.numbers is None else quads.numbers[shown]
     corners = quads.vertices[shown]
     normals = np.cross(corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1])
     normals /= exact.norm(normals)[:, None] + 1e-12
@@ -229,19 +252,27 @@ def _shade_quads(
     if weather.night:
         lit = lit + weather.night * 0.18 * np.array([1.0, 0.92, 0.78])
     paint, lit, normals, along, foot = (
-        table.T.astype(np.float32) for table in (quads.colours[shown], lit, normals, along, corners[:, 0])
+        table.T.astype(np.float32, order="C")
+        for table in (quads.colours[shown], lit, normals, along, corners[:, 0])
     )
-    u = sum((points[axis] - foot[axis, facet]) * along[axis, facet] for axis in range(3))
+    u = np.zeros(len(index), dtype=np.float32)
+    for axis in range(3):
+        u += (points[axis] - foot[axis].take(facet)) * along[axis].take(facet)
     v = points[2]
-    result = (paint * lit)[:, facet] * (1 + 0.05 * _noise(u * 37 + index * 13, v * 37 + index * 7))
+    rough = _noise(u * 37 + (number * 13.0).take(facet), v * 37 + (number * 7.0).take(facet))
+    result = (paint * lit).take(facet, axis=1)
+    result *= 1 + 0.05 * rough
 
-    material = quads.materials[shown][facet]
+    material = quads.materials[shown].astype(np.uint8).take(facet)
     wall = np.flatnonzero(material == Material.WALL)
     if len(wall):
-        result[:, wall] = _walls(u[wall], v[wall], index[wall], footprint[wall], result[:, wall], light)
+        base = result.take(wall, axis=1)
+        result[:, wall] = _walls(
+            u.take(wall), v.take(wall), number, facet.take(wall), footprint.take(wall), base, light
+        )
     leaves = np.flatnonzero((material == Material.FOLIAGE) | (material == Material.BARK))
     if len(leaves):
-        x, y, z = points[:, leaves]
+        x, y, z = points.take(leaves, axis=1)
         texture = _noise(x * 30 + z * 21, y * 30 - z * 17) + 0.7 * _noise(x * 9 + 50, z * 9 + y * 7)
         result[:, leaves] *= np.clip(1 + 0.75 * texture, 0.25, 2.0)
     stripes = np.flatnonzero(material == Material.STRIPES)
@@ -265,22 +296,27 @@ def _shade_quads(
 def _walls(
     u: Float[np.ndarray, "P"],
     v: Float[np.ndarray, "P"],
-    index: Int[np.ndarray, "P"],
+    number: Int[np.ndarray, "K"],
+    facet: Int[np.ndarray, "P"],
     footprint: Float[np.ndarray, "P"],
     base: Float[np.ndarray, "3 P"],
     light: Light,
 ) -> Float[np.ndarray, "3 P"]:
-    """Facades: rows of windows, a shop front below, bands between the floors."""
+    """Facades: rows of windows, a shop front below, bands between the floors.
+
+    Every pixel belongs to the quad `facet`, whose number makes its windows unlike its neighbours'.
+    """
     weather = light.weather
-    pitch = (2.4 + (index % 5) * 0.35).astype(np.float32)
+    pitch = (2.4 + (number % 5) * 0.35).astype(np.float32).take(facet)
     floor = 3.1
     column, storey = np.floor(u / pitch), np.floor(v / floor)
     a, b = u / pitch - column, v / floor - storey
     shop = storey < 1
-    wide = np.where(index % 3 == 0, np.float32(0.12), np.float32(0.24))
+    wide = np.where(number % 3 == 0, np.float32(0.12), np.float32(0.24)).take(facet)
     window = (a > wide) & (a < 1 - wide) & (b > 0.28) & (b < 0.84)
     window = np.where(shop, (a > 0.06) & (a < 0.94) & (b > 0.12) & (b < 0.78), window)
-    dice = _noise(column * 41 + index * 7, storey * 59 + index * 3) * 0.5 + 0.5
+    dice = _noise(column * 41 + (number * 7.0).take(facet), storey * 59 + (number * 3.0).take(facet))
+    dice = dice * 0.5 + 0.5
     pane = _channels(weather.horizon) * (0.22 + 0.38 * dice) + _channels((0.02, 0.04, 0.06))
     pane *= 1 - 0.6 * weather.night
     if weather.night > 0.3:
@@ -297,19 +333,21 @@ def _walls(
 
 
 def _expose(
-    image: Float[np.ndarray, "H W 3"], weather: Weather, noise_seed: int
+    image: Float[np.ndarray, "3 H W"], weather: Weather, noise_seed: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Vignette, sensor noise, soft shoulder, 8 bits."""
-    height, width = image.shape[:2]
+    """Vignette, sensor noise, soft shoulder, 8 bits; `image` is used up."""
+    height, width = image.shape[1:]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None]
-    vignette = 1 - 0.10 * (x**2 + y**2)
     shift = np.random.default_rng(noise_seed).integers(0, 512, 2)
     rows, columns = (np.arange(height) + shift[0]) & 511, (np.arange(width) + shift[1]) & 511
-    grain = _GRAIN[np.ix_(rows, columns)] * np.float32(0.006 + 0.010 * weather.night)
-    exposed = image * np.repeat(vignette, 3, axis=1).reshape(image.shape)
-    exposed += np.repeat(grain, 3, axis=1).reshape(image.shape)
-    bright = exposed > 0.8
+    image *= 1 - 0.10 * (x**2 + y**2)
+    image += _GRAIN.take(rows, axis=0).take(columns, axis=1) * np.float32(0.006 + 0.010 * weather.night)
+    values = image.ravel()
+    bright = np.flatnonzero(values > 0.8)
     # 0.8 + 0.2 tanh((x - 0.8) / 0.2)
-    exposed[bright] = 1.0 - 0.4 / (_exp((exposed[bright] - 0.8) * 10.0) + 1.0)
-    return (np.clip(exposed, 0, 1) * 255 + 0.5).astype(np.uint8)
+    values[bright] = 1.0 - 0.4 / (_exp((values.take(bright) - 0.8) * 10.0) + 1.0)
+    np.clip(image, 0, 1, out=image)
+    image *= 255
+    image += 0.5
+    return cv2.merge(list(image.astype(np.uint8)))

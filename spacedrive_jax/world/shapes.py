@@ -10,11 +10,13 @@ import dataclasses
 import enum
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from spacedrive_jax import exact
+from spacedrive_jax.world.paths import expand
 
 
 class Material(enum.IntEnum):
@@ -39,9 +41,56 @@ class Quads:
     materials: Int[np.ndarray, "Q"]
     groups: Int[np.ndarray, "Q"]
     """Index of the annotated object a quad belongs to, -1 for scenery."""
+    numbers: Int[np.ndarray, "Q"] | None = None
+    """Where a part of a whole scene is, the place of each quad in the whole (it chooses the texture)."""
 
     def __len__(self) -> int:
         return len(self.vertices)
+
+    @functools.cached_property
+    def reach(self) -> float:
+        """Metres from the origin within which all of it lies."""
+        return float(exact.norm(self.vertices).max(initial=0.0)) + 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Quads in blocks that are seen or not seen together: a building, a tree, a traffic light."""
+
+    quads: Quads
+    starts: Int[np.ndarray, "B+1"]
+    """First quad of each block, and the number of all quads."""
+    low: Float[np.ndarray, "B 3"]
+    """Lowest coordinates of each block, metres."""
+    high: Float[np.ndarray, "B 3"]
+    """Highest coordinates of each block, metres."""
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def select(self, blocks: Int[np.ndarray, "K"], first: int) -> Quads:
+        """Some of the blocks, in a whole scene in which this collection's quads begin at number `first`."""
+        _, index = expand(self.starts[blocks], self.starts[blocks + 1])
+        whole = self.quads
+        return Quads(
+            whole.vertices.take(index, axis=0),
+            whole.colours.take(index, axis=0),
+            whole.materials.take(index),
+            whole.groups.take(index),
+            first + index,
+        )
+
+
+def blocks_of(parts: list[Quads]) -> Blocks:
+    """Collections as the blocks of one, in order."""
+    parts = [part for part in parts if len(part)]
+    boxes = [part.vertices.reshape(-1, 3) for part in parts]
+    return Blocks(
+        concatenate(parts),
+        np.cumsum([0, *(len(part) for part in parts)]),
+        np.array([points.min(axis=0) for points in boxes]).reshape(-1, 3),
+        np.array([points.max(axis=0) for points in boxes]).reshape(-1, 3),
+    )
 
 
 def concatenate(parts: list[Quads]) -> Quads:
@@ -50,11 +99,13 @@ def concatenate(parts: list[Quads]) -> Quads:
         return Quads(
             np.zeros((0, 4, 3)), np.zeros((0, 3)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         )
+    numbers: list[Any] = [part.numbers for part in parts]
     return Quads(
         np.concatenate([part.vertices for part in parts]),
         np.concatenate([part.colours for part in parts]),
         np.concatenate([part.materials for part in parts]),
         np.concatenate([part.groups for part in parts]),
+        None if any(number is None for number in numbers) else np.concatenate(numbers),
     )
 
 

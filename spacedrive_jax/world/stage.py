@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import ground, scenery, shapes
+from spacedrive_jax.world import ground, paths, scenery, shapes
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
-from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image
+from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image, in_view
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.shading import shade
-from spacedrive_jax.world.shapes import Quads
+from spacedrive_jax.world.shapes import Blocks, Quads
 from spacedrive_jax.world.simulate import corners
-from spacedrive_jax.world.town import LANE_WIDTH
+from spacedrive_jax.world.town import LANE_WIDTH, Town
 from spacedrive_jax.world.traffic import Mover
 from spacedrive_jax.world.weather import Light
 
@@ -45,7 +45,7 @@ class Backdrop:
 
     surface_map: SurfaceMap
     colours: GroundColours
-    quads: Quads
+    land: Blocks
     shadows: UInt8[np.ndarray, "R C"]
 
 
@@ -54,8 +54,9 @@ def build_backdrop(surface_map: SurfaceMap, light: Light, seed: int) -> Backdrop
     land = scenery.place_scenery(surface_map, seed)
     shadows = np.zeros_like(surface_map.classes)
     for outline, height in land.casters:
-        ground.draw_shadow(shadows, surface_map, outline, height, light.sun, 200)
-    return Backdrop(surface_map, ground.ground_colours(surface_map), land.quads, shadows)
+        (shadow,) = ground.shadow_outlines(outline[None], np.array([height]), light.sun)
+        ground.fill_hull(shadows, surface_map.to_cells(shadow), 200)
+    return Backdrop(surface_map, ground.ground_colours(surface_map), land.blocks, shadows)
 
 
 def scene_area(scenario: Scenario, duration: float) -> tuple[np.ndarray, np.ndarray]:
@@ -103,16 +104,26 @@ def _attribute(mover: Mover, speed: float) -> str:
     return "vehicle.moving" if speed > 0.2 else "vehicle.stopped"
 
 
-def signal_quads(scenario: Scenario, time: float) -> Quads:
-    """All traffic lights with their state at a time."""
-    town = scenario.town
-    roads = {node: road for road in town.roads for node in (road.start, road.end)}
-    parts = []
-    for junction in town.junctions:
+def signal_states(scenario: Scenario, time: float) -> tuple[str, ...]:
+    """What every traffic light shows at a time: of each signalised junction, arm by arm."""
+    states = []
+    for junction in scenario.town.junctions:
         if not junction.signalised:
             continue
         green = scenario.cast.signals.green_arm(junction.index, time)
         soon_red = scenario.cast.signals.green_arm(junction.index, time + 1.0) != green
+        states += ["red" if arm != green else ("amber" if soon_red else "green") for arm in junction.arms]
+    return tuple(states)
+
+
+def signal_blocks(town: Town, states: tuple[str, ...]) -> Blocks:
+    """All traffic lights of a town, with what `signal_states` says they show."""
+    roads = {node: road for road in town.roads for node in (road.start, road.end)}
+    shown = iter(states)
+    parts = []
+    for junction in town.junctions:
+        if not junction.signalised:
+            continue
         for arm in junction.arms:
             arriving = junction.arm_heading(arm) + np.pi
             forward = np.array(exact.cos_sin(arriving))
@@ -121,36 +132,123 @@ def signal_quads(scenario: Scenario, time: float) -> Quads:
             kerb = road.half_width + 0.8
             pole = junction.centre + forward * (junction.radius + 0.6) + left * town.side * kerb
             overhead = -left * town.side * (kerb - LANE_WIDTH * (road.lanes - 0.5))
-            state = "red" if arm != green else ("amber" if soon_red else "green")
             where, arm_reach = tuple(pole.tolist()), tuple(overhead.tolist())
-            parts.append(scenery.traffic_light(where, arriving + np.pi, arm_reach, state))
-    return shapes.concatenate(parts)
+            parts.append(scenery.traffic_light(where, arriving + np.pi, arm_reach, next(shown)))
+    return shapes.blocks_of(parts)
 
 
-def frame_quads(backdrop: Backdrop, people: list[Participant], tokens: list[str], signals: Quads) -> Quads:
-    """Scenery, signals and participants (group = position in `people`) as one collection."""
+def frame_quads(
+    backdrop: Backdrop,
+    people: list[Participant],
+    tokens: list[str],
+    signals: Blocks,
+    camera: Camera | None = None,
+) -> Quads:
+    """Scenery, signals and participants (group = position in `people`) as one collection.
+
+    Args:
+        backdrop: the scenery.
+        people: who is there,
+        tokens: and the token of each.
+        signals: the traffic lights.
+        camera: leaves out what this view surely does not show; the rest keeps its numbers.
+    """
     objects = [
         shapes.object_quads(item.category, item.size, token, braking=item.braking)
         for item, token in zip(people, tokens, strict=True)
     ]
     poses = np.array([item.pose for item in people]).reshape(-1, 3)
     centres = np.array([[item.pose[0], item.pose[1], item.size[2] / 2] for item in people]).reshape(-1, 3)
-    return shapes.concatenate([backdrop.quads, signals, shapes.place_all(objects, centres, poses[:, 2])])
+    still = (backdrop.land, signals)
+    if camera is None:
+        placed = shapes.place_all(objects, centres, poses[:, 2])
+        return shapes.concatenate([*(blocks.quads for blocks in still), placed])
+    parts, first = [], 0
+    for blocks in still:
+        seen = np.flatnonzero(in_view(blocks.low, blocks.high, camera))
+        parts.append(blocks.select(seen, first))
+        first += len(blocks.quads)
+    reach = np.array([each.reach for each in objects]).reshape(-1, 1)
+    seen = np.flatnonzero(in_view(centres - reach, centres + reach, camera))
+    lengths = np.array([len(each) for each in objects], dtype=np.int64)
+    ends = first + np.cumsum(lengths)
+    placed = shapes.place_all([objects[i] for i in seen], centres[seen], poses[seen, 2])
+    _, numbers = paths.expand((ends - lengths)[seen], ends[seen])
+    return shapes.concatenate(
+        [*parts, dataclasses.replace(placed, groups=seen[placed.groups], numbers=numbers)]
+    )
 
 
 def frame_shadows(backdrop: Backdrop, people: list[Participant], light: Light) -> UInt8[np.ndarray, "R C"]:
     """The shadow raster with everybody's shadow and the dark patch beneath them."""
     shadows = backdrop.shadows.copy()
-    if not people:
-        return shadows
-    half = np.array([item.size[:2] for item in people]) / 2
-    outlines = corners(np.array([item.pose for item in people]), half * 0.95)
-    for outline, item in zip(outlines, people, strict=True):
-        ground.draw_shadow(shadows, backdrop.surface_map, outline, item.size[2] * 0.9, light.sun, 215)
-        if item.category.startswith("vehicle."):
-            cells = backdrop.surface_map.to_cells(outline)
-            ground.fill(shadows, cells, 255)
+    for item, outline, shadow in _shadows(people, light):
+        _draw_shadow(shadows, backdrop.surface_map, item, outline, shadow)
     return shadows
+
+
+_Shadow = tuple[Participant, Float[np.ndarray, "4 2"], Float[np.ndarray, "8 2"]]
+
+
+def _shadows(people: list[Participant], light: Light) -> list[_Shadow]:
+    """Everybody with the outline on the ground and the points around the shadow, metres."""
+    if not people:
+        return []
+    sizes = np.array([item.size for item in people])
+    outlines = corners(np.array([item.pose for item in people]), sizes[:, :2] / 2 * 0.95)
+    shadows = ground.shadow_outlines(outlines, sizes[:, 2] * 0.9, light.sun)
+    return list(zip(people, outlines, shadows, strict=True))
+
+
+def _draw_shadow(
+    raster: UInt8[np.ndarray, "R C"],
+    surface_map: SurfaceMap,
+    item: Participant,
+    outline: Float[np.ndarray, "4 2"],
+    shadow: Float[np.ndarray, "8 2"],
+) -> None:
+    ground.fill_hull(raster, surface_map.to_cells(shadow), 215)
+    if item.category.startswith("vehicle."):
+        ground.fill(raster, surface_map.to_cells(outline), 255)
+
+
+class MovingShadows:
+    """One shadow raster in which those who move are drawn again for every image.
+
+    What an image changed is put back for the next: a copy of the whole raster would cost more than all that
+    is drawn into it.
+    """
+
+    def __init__(self, backdrop: Backdrop, light: Light) -> None:
+        """Args: what stands still, and the light."""
+        self._backdrop, self._light = backdrop, light
+        self._raster = backdrop.shadows.copy()
+        self._changed: list[tuple[slice, slice]] = []
+
+    def draw(self, people: list[Participant], camera: Camera) -> UInt8[np.ndarray, "R C"]:
+        """The raster with the shadows that a view may show; valid until the next call."""
+        for where in self._changed:
+            self._raster[where] = self._backdrop.shadows[where]
+        self._changed.clear()
+        everybody = _shadows(people, self._light)
+        if not everybody:
+            return self._raster
+        surface_map = self._backdrop.surface_map
+        points = np.stack([shadow for _, _, shadow in everybody])
+        low, high = points.min(axis=1), points.max(axis=1)
+        # A sample blends four cells, and a hull is filled to the sixteenth of a cell.
+        slack = 2 * surface_map.resolution
+        flat = np.zeros((len(low), 1))
+        seen = in_view(
+            np.concatenate([low - slack, flat], axis=1), np.concatenate([high + slack, flat], axis=1), camera
+        )
+        first = np.maximum(np.floor(surface_map.to_cells(low)).astype(int) - 1, 0)
+        last = np.maximum(np.ceil(surface_map.to_cells(high)).astype(int) + 2, 0)
+        for number in np.flatnonzero(seen).tolist():
+            _draw_shadow(self._raster, surface_map, *everybody[number])
+            (left, bottom), (right, top) = first[number].tolist(), last[number].tolist()
+            self._changed.append((slice(bottom, top), slice(left, right)))
+        return self._raster
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Motion:
 
     def at(self, time: float) -> tuple[float, float, float]:
         """Arc length, speed and acceleration at a time in seconds."""
-        step = int(np.clip(time / TIME_STEP, 0, len(self.s) - 1))
+        step = int(min(max(time / TIME_STEP, 0.0), len(self.s) - 1))
         elapsed = time - step * TIME_STEP
         acceleration = float(self.acceleration[step])
         speed = float(self.speed[step])

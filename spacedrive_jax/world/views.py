@@ -212,7 +212,7 @@ def draw_view(
         raise ConfigError(f"the camera is at z = {camera_to_global[2, 3]:.2f} m, not above the ground z = 0")
     backdrop = ground_raster if isinstance(ground_raster, Backdrop) else prepare_ground(ground_raster, seed)
     light = light_of(seed)
-    parts = [backdrop.quads]
+    parts = [backdrop.land.quads]
     for box in boxes:
         quads = shapes.object_quads(box.category, _plain_size(box.size), box.instance_token)
         parts.append(shapes.place(quads, np.asarray(box.centre, dtype=np.float64), box.yaw))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.world import lidar, views
-from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image
-from spacedrive_jax.world.shapes import Quads, box, concatenate, object_quads, place, place_all
+from spacedrive_jax.world import ground, lidar, stage, views
+from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image, in_view
+from spacedrive_jax.world.shapes import Quads, blocks_of, box, concatenate, object_quads, place, place_all
+from spacedrive_jax.world.stage import Backdrop, MovingShadows, Participant
+from spacedrive_jax.world.weather import WEATHERS, Light
 
 FOCAL, WIDTH, HEIGHT, LEVEL = 100.0, 160, 90, 1.5
 FORWARD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
@@ -206,3 +208,63 @@ def test_objects_stay_inside_their_boxes_and_keep_their_look(category: str) -> N
     extent = quads.vertices.max(axis=(0, 1)) - quads.vertices.min(axis=(0, 1))
     assert (extent > 0.4 * np.array(size)).all()
     assert np.array_equal(quads.colours, object_quads.__wrapped__(category, size, "token").colours)
+
+
+def backdrop(seed: int) -> Backdrop:
+    """Boxes around the camera on grass and road."""
+    rng = np.random.default_rng(seed)
+    parts = [
+        block(*rng.uniform(-30, 30, 2), tuple(rng.uniform(0.5, 4.0, 3)), rng.uniform(-3, 3))
+        for _ in range(80)
+    ]
+    classes = rng.integers(0, 7, (600, 600)).astype(np.uint8)
+    surface_map = ground.SurfaceMap(classes, (-30.0, -30.0), 0.1)
+    shadows = rng.integers(0, 200, classes.shape).astype(np.uint8)
+    return Backdrop(surface_map, ground.ground_colours(surface_map), blocks_of(parts), shadows)
+
+
+def crowd_of(seed: int, count: int) -> list[Participant]:
+    """Cars around the camera."""
+    rng = np.random.default_rng(seed)
+    poses = np.column_stack([rng.uniform(-25, 25, (count, 2)), rng.uniform(-4, 4, count)])
+    return [
+        Participant(str(i), "vehicle.car", (4.5, 1.8, 1.6), tuple(pose), 0.0, False, "")
+        for i, pose in enumerate(poses.tolist())
+    ]
+
+
+@pytest.mark.parametrize("turn", [0.0, 2.0])
+def test_what_no_view_shows_is_left_out_without_a_trace(camera: Camera, turn: float) -> None:
+    """A picture is the same, byte for byte, as of everything there is and of what may be seen of it."""
+    pose = camera.camera_to_global.copy()
+    cos, sin = np.cos(turn), np.sin(turn)
+    pose[:3, :3] = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ FORWARD
+    camera = Camera(camera.intrinsics, pose, HEIGHT, WIDTH)
+    land, light = backdrop(3), Light(WEATHERS[2], 0.5)
+    moving, still = MovingShadows(land, light), crowd_of(4, 30)
+    tokens = [f"token{i}" for i in range(30)]
+    signals = blocks_of([block(8.0, 2.0, (0.3, 0.3, 5.0)), block(-8.0, 2.0, (0.3, 0.3, 5.0))])
+    everything = stage.frame_quads(land, still, tokens, signals)
+    some = stage.frame_quads(land, still, tokens, signals, camera)
+    assert len(some) < 0.7 * len(everything)
+    assert some.numbers is not None
+    assert np.array_equal(some.vertices, everything.vertices[some.numbers])
+    assert np.array_equal(some.groups, everything.groups[some.numbers])
+    moving.draw(crowd_of(5, 30), camera)  # an earlier image leaves nothing behind
+    for people in ([], still):
+        whole = stage.frame_shadows(land, people, light)
+        pictures = [
+            stage.take_picture(land, quads, shadows, camera, light, 1)
+            for quads, shadows in ((everything, whole), (some, moving.draw(people, camera)))
+        ]
+        assert pictures[0].jpeg == pictures[1].jpeg
+        assert pictures[0].depth_png == pictures[1].depth_png
+        assert pictures[0].buffer.covered == pictures[1].buffer.covered
+
+
+def test_boxes_are_in_view_until_they_are_wholly_beside_it(camera: Camera) -> None:
+    """The view's left side at 10 m is 8.05 m to the left: half a pixel beyond the first."""
+    centres = np.array([[10.0, 8.0, 1.5], [10.0, 8.55, 1.5], [10.0, 8.7, 1.5], [-10.0, 0.0, 1.5]])
+    half = np.array([0.0, 0.5, 0.5])
+    sides = in_view(centres - half, centres + half, camera)
+    assert sides.tolist() == [True, True, False, False]

@@ -61,7 +61,7 @@ def test_same_input_same_bytes_and_instances_keep_their_colour(
 
 
 def test_scenery_keeps_off_the_road(ground: GroundRaster) -> None:
-    quads = prepare_ground(ground, 0).quads
+    quads = prepare_ground(ground, 0).land.quads
     low = quads.vertices[quads.vertices[..., 2].min(axis=1) < 2.5]  # crowns and lamp arms may reach over
     assert len(low) > 100
     assert (np.abs(low[..., 1] - 900.0) > 5.2).all()
