@@ -73,8 +73,8 @@ def add_depth(
     if keyframes_per_step is not None and keyframes_per_step < 1:
         raise ConfigError(f"--keyframes-per-step {keyframes_per_step} must be 1 or more")
     step_size = keyframes_per_step or math.lcm(len(CAMERAS), jax.local_device_count()) // len(CAMERAS)
-    facts = dict(provenance(network, records.fingerprint)) | {"full": full}
-    name = f"{facts['kind']}-{facts['fingerprint'][:12]}" + ("-full" if full else "")
+    metadata = dict(provenance(network, records.fingerprint)) | {"full": full}
+    name = f"{metadata['kind']}-{metadata['fingerprint'][:12]}" + ("-full" if full else "")
     folder = records.directory / FOLDER / name
     _check_pictures(records)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def add_depth(
     chunks = [range(start, min(start + CHUNK, len(records))) for start in range(0, len(records), CHUNK)]
     files = [folder / f"chunk-{number:05d}.safetensors" for number in range(len(chunks))]
     mine = range(jax.process_index(), len(chunks), jax.process_count())
-    missing = [number for number in mine if not _is_done(files[number], facts)]
+    missing = [number for number in mine if not _is_done(files[number], metadata)]
     reused = sum(len(chunks[number]) for number in mine) - sum(len(chunks[number]) for number in missing)
     if missing:
         try:
@@ -100,16 +100,16 @@ def add_depth(
                             tensors.setdefault(key, []).append(value)
                         tensors.setdefault("token", []).append(keyframe["token"])
                         bar.update()
-                write_chunk(files[number], tensors, facts)
+                write_chunk(files[number], tensors, metadata)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("add-depth")
     aligned = 0
     for file in files:
         aligned += int(chunk_metadata(file)["aligned"])
     if jax.process_index() == 0:
-        write_provenance(folder, facts | {"chunks": [file.name for file in files], "aligned": aligned})
+        write_provenance(folder, metadata | {"chunks": [file.name for file in files], "aligned": aligned})
     return AddedDepth(
-        str(folder), facts["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
+        str(folder), metadata["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
     )
 
 
@@ -160,7 +160,7 @@ def _steps(records: Records, chunk: range, size: int) -> Iterator[list[Record]]:
         yield [records[index] for index in range(start, min(start + size, chunk.stop))]
 
 
-def _is_done(file: Path, facts: Mapping[str, Any]) -> bool:
+def _is_done(file: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether an earlier run finished the chunk.
 
     Raises:
@@ -169,8 +169,8 @@ def _is_done(file: Path, facts: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     metadata = chunk_metadata(file)
-    if metadata.get("records_fingerprint") != facts["records_fingerprint"]:
+    if metadata.get("records_fingerprint") != wanted["records_fingerprint"]:
         raise DataError(
             f"{file.parent} was begun for other records (these were converted again since): remove it first"
         )
-    return metadata.get("fingerprint") == facts["fingerprint"]
+    return metadata.get("fingerprint") == wanted["fingerprint"]

@@ -7,12 +7,11 @@ the views lifted by their depth, coloured, as a PLY file that any viewer opens.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
@@ -22,17 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from data_prep.conversion import finished_scenes
-from spacedrive_jax import exact
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data import lidar
-from spacedrive_jax.data.images import check_photo, decode_depth, decode_grey, decode_photo
-from spacedrive_jax.data.keyframe import camera_to_ego
+from spacedrive_jax.data.images import check_photo, decode_depth, decode_grey
 from spacedrive_jax.data.prompts import COMMAND_WORDS
 from spacedrive_jax.data.records import keyframe_index, open_records
 from spacedrive_jax.data.schema import Record, record_features
-from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import put_in_place, say, write_bytes
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.io import write_bytes
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
 from spacedrive_jax.reporting.cameras import STRIP_ORDER
 from spacedrive_jax.reporting.projection import (
@@ -42,56 +38,8 @@ from spacedrive_jax.reporting.projection import (
     project_segments,
     upright_corners,
 )
+from spacedrive_jax.reporting.recordings import Shown, check_film, check_rerun, write_film, write_rerun
 from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, TRUTH, save_figure, styled
-
-FARTHEST = 80.0
-"""Points farther away are left out, metres."""
-LIDAR_COLOUR = (255, 64, 64)
-
-
-def keyframe_points(
-    record: Record, full_depth: tuple[bytes, ...] | None = None
-) -> tuple[Float[np.ndarray, "P 3"], UInt8[np.ndarray, "P 3"]]:
-    """Every pixel with depth as a point, and the LiDAR sweep in red.
-
-    Args:
-        record: the keyframe.
-        full_depth: a network's depth of every view (`CachedDepth.full`); None takes the exact depth of drawn
-            views.
-
-    Returns:
-        Points in the ego frame at the keyframe, metres, and their colours, RGB.
-
-    Raises:
-        DataError: the keyframe has neither depth of every pixel nor a sweep.
-    """
-    points, colours = [], []
-    encoded = record["exact_depth"] if full_depth is None else full_depth
-    for camera, png in enumerate(encoded):
-        if not png or not record["images"][camera]:
-            continue
-        what = f"keyframe {record['token']}: the {CAMERAS[camera]}"
-        depth = decode_depth(png, f"{what} depth")
-        image = decode_photo(record["images"][camera], f"{what} image")
-        image = cv2.resize(image, depth.shape[::-1], interpolation=cv2.INTER_AREA)
-        native = record["image_size"][camera]
-        scale = np.array([depth.shape[1] / native[1], depth.shape[0] / native[0], 1.0])
-        intrinsics = record["camera_intrinsics"][camera] * scale[:, None]
-        row, column = np.nonzero((depth > 0) & (depth < FARTHEST))
-        pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
-        in_camera = exact.rotate(pixels, exact.inverse_3x3(intrinsics)) * depth[row, column, None]
-        points.append(exact.transform(in_camera, camera_to_ego(record, camera)))
-        colours.append(image[row, column])
-    if record["lidar"]:
-        sweep = lidar.sweep_points(record)
-        to_ego = record["lidar_to_ego"]
-        points.append(exact.transform(sweep, to_ego))
-        colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
-    if not points:
-        raise DataError(
-            f"keyframe {record['token']} has no depth of every pixel and no LiDAR: `add-depth --full` adds it"
-        )
-    return np.concatenate(points), np.concatenate(colours)
 
 
 def write_ply(file: Path, points: Float[np.ndarray, "P 3"], colours: UInt8[np.ndarray, "P 3"]) -> None:
@@ -153,10 +101,6 @@ def record_figure(record: Record) -> Figure:
     return figure
 
 
-FILM_RATE = 2.0
-"""Pictures a second: keyframes come every half second."""
-
-
 def film_scene(directory: Path, scene: str, path: Path) -> int:
     """Films a scene: the picture of `draw_record` for every keyframe, as fast as it was driven.
 
@@ -173,42 +117,41 @@ def film_scene(directory: Path, scene: str, path: Path) -> int:
         DataError: there is no such scene.
         SpaceDriveError: the film cannot be written.
     """
-    if path.suffix.lower() != ".mp4":
-        raise ConfigError(f"--film {path}: films are written as .mp4")
-    try:
-        import imageio_ffmpeg
-    except ImportError:
-        raise ConfigError(
-            "--film needs the extra `video`: pip install imageio-ffmpeg (or spacedrive_jax[video])"
-        ) from None
-    keyframes = list_keyframes(directory, scene)
+    check_film(path, "--film")
+    records = _records_of(directory, list_keyframes(directory, scene), f"film {scene}")
+    return write_film(path, (record_figure(record) for record in records), "--film")
+
+
+def record_scene(directory: Path, scene: str, keyframes: tuple[int, int] | None, path: Path) -> int:
+    """Records keyframes of a scene in 3D (see `reporting.recordings.write_rerun`).
+
+    Args:
+        directory: the records folder.
+        scene: the scene's name.
+        keyframes: the first, and one past the last, counted from 0; None takes all of the scene.
+        path: .rrd file to write.
+
+    Returns:
+        How many keyframes it shows.
+
+    Raises:
+        ConfigError: the extra `rerun` is not installed, the file is no .rrd, or there are no such keyframes.
+        DataError: there is no such scene.
+        SpaceDriveError: the recording cannot be written.
+    """
+    check_rerun(path, "--rerun")
+    listed = list_keyframes(directory, scene)
+    first, end = keyframes or (0, len(listed))
+    if end > len(listed):
+        raise ConfigError(f"--keyframes {first}:{end}: {scene} has {len(listed)}")
+    records = _records_of(directory, listed[first:end], f"record {scene}")
+    return write_rerun(path, (Shown(record) for record in records), "--rerun")
+
+
+def _records_of(directory: Path, keyframes: Sequence[Listed], task: str) -> Iterator[Record]:
     splits = {split: open_records(directory, split) for split in {each.split for each in keyframes}}
-    # ffmpeg writes by name, so it gets one that nobody takes for the film.
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
-    writer = None
-    try:
-        for each in progress(keyframes, desc=f"film {scene}", unit="keyframe"):
-            figure = record_figure(splits[each.split][each.index])
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            picture = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
-            if writer is None:
-                size = picture.shape[1], picture.shape[0]
-                writer = imageio_ffmpeg.write_frames(
-                    str(partial), size, fps=FILM_RATE, macro_block_size=2, quality=7
-                )
-                writer.send(None)
-            writer.send(picture)
-        if writer is not None:
-            writer.close()
-        put_in_place(partial, path)
-    except OSError as error:  # of ffmpeg, too: its pipe breaks
-        raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
-    finally:
-        if writer is not None:
-            writer.close()
-        partial.unlink(missing_ok=True)
-    return len(keyframes)
+    for each in progress(keyframes, desc=task, unit="keyframe"):
+        yield splits[each.split][each.index]
 
 
 def _draw_camera(axes: Axes, record: Record, camera: int) -> None:

@@ -37,6 +37,11 @@ class Inspect(Command):
     film: Path | None = None
     """MP4 to write of a whole --scene: that picture for every keyframe, two a second. Needs the extra `video`
     (imageio-ffmpeg)."""
+    rerun: Path | None = None
+    """Rerun recording (.rrd) to write of a --scene: cameras, depth points, boxes and the recorded way in 3D.
+    Needs the extra `rerun` (rerun-sdk); `rerun FILE.rrd` shows it."""
+    keyframes: str | None = None
+    """FIRST:END, for --rerun: keyframes of the scene, counted from 0; END itself is left out."""
     points: Path | None = None
     """PLY to write: the views lifted by their depth to one coloured point cloud, the LiDAR sweep in red."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -65,8 +70,12 @@ class Inspect(Command):
             f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
             f"fingerprint {provenance['fingerprint'][:12]}"
         )
+        if self.keyframes is not None and self.rerun is None:
+            raise ConfigError("--keyframes says what --rerun shows: give both")
         if self.film is not None:
             return self._film(self.film, provenance["records"])
+        if self.rerun is not None:
+            return self._rerun(self.rerun, provenance["records"])
         if self.list:
             return self._list(provenance["records"])
         record = find_record(self.directory, self.token, self.scene)
@@ -88,11 +97,30 @@ class Inspect(Command):
 
         if self.scene is None:
             raise ConfigError("--film shows a whole scene: name it with --scene (--list names them)")
-        if self.list or self.image is not None or self.points is not None:
-            raise ConfigError("--film goes without --list, --image and --points")
+        if self.rerun or self.list or self.image is not None or self.points is not None:
+            raise ConfigError("--film goes without --rerun, --list, --image and --points")
         shown = film_scene(self.directory, self.scene, film)
         print(f"filmed {shown} keyframes of {self.scene}: {film}")
         return {"records": count, "scene": self.scene, "keyframes": shown, "film": str(film)}
+
+    def _rerun(self, file: Path, count: int) -> Mapping[str, Any]:
+        from data_prep.inspect_record import record_scene
+
+        if self.scene is None:
+            raise ConfigError("--rerun shows a scene: name it with --scene (--list names them)")
+        if self.list or self.image is not None or self.points is not None:
+            raise ConfigError("--rerun goes without --list, --image and --points")
+        shown = record_scene(self.directory, self.scene, self._range(), file)
+        print(f"recorded {shown} keyframes of {self.scene}: {file}")
+        return {"records": count, "scene": self.scene, "keyframes": shown, "rerun": str(file)}
+
+    def _range(self) -> tuple[int, int] | None:
+        if self.keyframes is None:
+            return None
+        parts = self.keyframes.split(":")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+            raise ConfigError(f"--keyframes {self.keyframes!r} is not FIRST:END, for example 0:10")
+        return int(parts[0]), int(parts[1])
 
     def _list(self, count: int) -> Mapping[str, Any]:
         from data_prep.inspect_record import list_keyframes
@@ -107,9 +135,10 @@ class Inspect(Command):
 
     def _write_points(self, file: Path, record: Record, fingerprint: str) -> str:
         # These import jax, which the text and the picture can do without.
-        from data_prep.inspect_record import keyframe_points, write_ply
+        from data_prep.inspect_record import write_ply
         from spacedrive_jax.data.depth_cache import DepthCache, find_cache
         from spacedrive_jax.data.depth_sources import NETWORKS
+        from spacedrive_jax.reporting.projection import keyframe_points
 
         full = None
         if self.depth_cache is not None:

@@ -41,7 +41,8 @@ class Synthesize(Command):
     no map)."""
     perturb: tyro.conf.FlagCreatePairsOff[bool] = False
     """Begin every scene 0.3 to 1 m beside the lane and turned by 5 to 10 degrees, and let the expert drive
-    back: what comes after a mistake, for training in a closed loop."""
+    back: what comes after a mistake, for training in a closed loop. Scenes without room for it are left out,
+    counted and named."""
     workers: int = 0
     """Processes; 0 takes one per core."""
 
@@ -70,4 +71,6 @@ class Synthesize(Command):
         ).run()
         what = f"version {VERSION}" if self.layout == "nuscenes" else "Bench2Drive's layout"
         print(f"wrote {outcome['scenes']} scenes, {outcome['keyframes']} keyframes to {self.out} ({what})")
+        if outcome["skipped"]:
+            print(f"left out {outcome['skipped']}: {', '.join(outcome['skipped_scenes'])}")
         return outcome

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from data_prep.synthesize import maps
 from data_prep.synthesize.bench2drive import ClipJob, record_clip
-from data_prep.synthesize.recorder import SceneJob, record_scene, town_of
+from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene, town_of
 from data_prep.synthesize.tables import fixed_tables, write_tables
-from spacedrive_jax.console import progress
-from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.console import note, progress
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import atomic_folder, remove_stale
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.scenario import make_token
@@ -83,15 +83,17 @@ class Synthesis:
             workers = self.workers or os.cpu_count() or 1
             if self.layout == "bench2drive":
                 write_clips(unfinished, jobs, workers)
+                skipped: list[str] = []
             else:
-                write_folder(unfinished, jobs, workers)
+                skipped = write_folder(unfinished, jobs, workers)
             fingerprint = folder_fingerprint(unfinished)
-        keyframes = self.scenes * self.keyframes
+        scenes = self.scenes - len(skipped)
         return {
-            "keyframes": keyframes,
-            "scenes": self.scenes,
+            "keyframes": scenes * self.keyframes,
+            "scenes": scenes,
             "fingerprint": fingerprint,
-            "skipped": 0,
+            "skipped": len(skipped),
+            "skipped_scenes": skipped,
             "seconds": round(time.monotonic() - started, 3),
         }
 
@@ -105,16 +107,33 @@ def write_clips(root: Path, jobs: list[SceneJob], workers: int) -> None:
             pass
 
 
-def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:
-    """Records all scenes, then writes the maps and, last of all, the tables."""
+def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> list[str]:
+    """Records all scenes, then writes the maps and, last of all, the tables.
+
+    Returns:
+        Names of the scenes that are left out: there is no room beside their lane to begin in.
+
+    Raises:
+        DataError: no scene is left.
+    """
     tables = fixed_tables(jobs[0].seed, jobs[0].image_size)
+    locations: list[str] = []
+    skipped: list[str] = []
     # Closed before the folder is removed: an error must find nobody writing there any more.
     with contextlib.closing(ordered_map(record_scene, jobs, min(workers, len(jobs)))) as recorded:
-        for rows in progress(recorded, total=len(jobs), desc="scenes", unit="scene"):
+        bar = progress(recorded, total=len(jobs), desc="scenes", unit="scene")
+        for job, rows in zip(jobs, bar, strict=True):
+            if isinstance(rows, NotRecorded):
+                note(f"{rows.name} is left out: {rows.reason}")
+                skipped.append(rows.name)
+                continue
+            locations.append(job.location)
             for name, part in rows.items():
                 tables.setdefault(name, []).extend(part)
+    if not locations:
+        raise DataError("--perturb: no scene has room beside its lane to begin in; try another --seed")
     tables["map"] = []
-    for location in dict.fromkeys(job.location for job in jobs):
+    for location in dict.fromkeys(locations):
         town = town_of(jobs[0].seed, location)
         token = make_token(jobs[0].seed, "map", location)
         maps.write_mask(town, root / "maps" / f"{token}.png")
@@ -128,6 +147,7 @@ def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> None:
             }
         )
     write_tables(root, tables)
+    return skipped
 
 
 def folder_fingerprint(root: Path) -> str:

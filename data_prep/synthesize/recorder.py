@@ -16,7 +16,7 @@ from spacedrive_jax.driving.recovery import shifted_recording
 from spacedrive_jax.io import write_part
 from spacedrive_jax.world import can_bus, views
 from spacedrive_jax.world.filming import Film, Shot, Sighting, Take, annotated_span
-from spacedrive_jax.world.scenario import MANOEUVRES, Scenario, build_scenario, make_token
+from spacedrive_jax.world.scenario import MANOEUVRES, Scenario, UnplayableError, build_scenario, make_token
 from spacedrive_jax.world.town import LOCATIONS, Town, build_town
 
 
@@ -50,14 +50,29 @@ def town_of(seed: int, location: str) -> Town:
     return build_town(location, np.random.default_rng([seed, LOCATIONS.index(location), 1]))
 
 
-def record_scene(job: SceneJob) -> dict[str, list[Row]]:
+@dataclasses.dataclass(frozen=True)
+class NotRecorded:
+    """A scene that cannot begin beside its lane."""
+
+    name: str
+    reason: str
+
+
+def record_scene(job: SceneJob) -> dict[str, list[Row]] | NotRecorded:
     """Simulates and records one scene; writes its sensor and CAN files under `job.root`.
 
     Returns:
-        Rows of scene, log, sample, sample_data, ego_pose, instance and sample_annotation.
+        Rows of scene, log, sample, sample_data, ego_pose, instance and sample_annotation; or why there are
+        none, where there is no room for a perturbed scene (then nothing is written).
     """
     cv2.setNumThreads(1)
-    return _Recorder(job).record()
+    try:
+        recorder = _Recorder(job)
+    except UnplayableError as error:
+        if not job.perturb:
+            raise
+        return NotRecorded(job.take.name, str(error))
+    return recorder.record()
 
 
 class _Recorder:

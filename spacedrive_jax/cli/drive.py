@@ -17,7 +17,8 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import output_lock
 
 if TYPE_CHECKING:
-    from spacedrive_jax.driving.bench import InsidePolicy
+    from spacedrive_jax.driving.bench import Finished, InsidePolicy
+    from spacedrive_jax.driving.drive import Show
     from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.recovery import CollectedRecords
     from spacedrive_jax.driving.scenarios import DriveSpec
@@ -80,6 +81,14 @@ class Drive(Command):
     perturb: tyro.conf.FlagCreatePairsOff[bool] = False
     """Follow every plan 0.3 to 1 m beside its line and at 0.6 to 1.3 times its pace, for a second or two at a
     time: with --policy expert --collect, states that an expert never gets into, with its way back."""
+    video: Path | None = None
+    """MP4 to write of one drive: at every decision the front view and the view from above, with the plan and
+    the expert's, two pictures a second. Needs the extra `video` (imageio-ffmpeg)."""
+    rerun: Path | None = None
+    """Rerun recording (.rrd) to write of one drive: cameras, depth points, boxes and plans in 3D. Needs the
+    extra `rerun` (rerun-sdk); `rerun FILE.rrd` shows it."""
+    show: int = 0
+    """Number of the drive, in its set, that --video and --rerun show."""
     against: tuple[Path, ...] = ()
     """Runs of drives on the same scenarios to hold this one against on its page (drives.html)."""
     deadline: float = 60.0
@@ -95,6 +104,7 @@ class Drive(Command):
     BOUNDS: ClassVar[Bounds] = {
         "workers": WORKERS,
         "batch_size": Bound(1, 4096),
+        "show": Bound(0, 1 << 31),
         "deadline": Bound(0.001, 3600),
     }
 
@@ -119,7 +129,7 @@ class Drive(Command):
             controller=self.controller,
             perturb=self.perturb,
         )
-        facts = {
+        metadata = {
             "scenarios": self.scenarios,
             "drives": [spec.name for spec in specs],
             "policy": self.policy,
@@ -128,18 +138,18 @@ class Drive(Command):
             "records": self._records_fingerprint(),
             "options": {**dataclasses.asdict(options)},
             "batch_size": self.batch_size,
-            "collect": self.collect is not None,
+            "collect": None if self.collect is None else str(self.collect.resolve()),
         }
         folder = self._folder()
         with output_lock(folder):  # two jobs would each remove what the other is writing
-            return self._drive(specs, folder, options, facts)
+            return self._drive(specs, folder, options, metadata)
 
     def _drive(
         self,
         specs: Sequence[DriveSpec],
         folder: Path,
         options: DriveOptions,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> Mapping[str, Any]:
         from spacedrive_jax.driving.askers import open_asker
         from spacedrive_jax.driving.drive import RESULTS, drive_all
@@ -161,13 +171,14 @@ class Drive(Command):
                 specs,
                 folder,
                 options,
-                facts=facts,
+                metadata=metadata,
                 asker=asker,
                 inside=inside,
                 workers=self.workers or os.cpu_count() or 1,
                 at_a_time=self.batch_size,
                 resume=self.resume,
                 collect=None if collected is None else collected.add,
+                show=self._show(),
             )
         finally:
             if asker is not None:
@@ -205,7 +216,35 @@ class Drive(Command):
             raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")
         return CollectedRecords(self.collect)
 
+    def _show(self) -> Show | None:
+        if self.video is None and self.rerun is None:
+            return None
+        from spacedrive_jax.driving.drive import Show
+
+        return Show(self.show, self._write_shown)
+
+    def _write_shown(self, drive: Finished) -> None:
+        from spacedrive_jax.reporting.recordings import drive_figure, shown_drive, write_film, write_rerun
+
+        shown = shown_drive(drive.records, drive.trace["decisions"])
+        if self.video is not None:
+            title = drive.record["save_name"]
+            write_film(self.video, (drive_figure(each, title) for each in shown), "--video")
+            print(f"film           {self.video}")
+        if self.rerun is not None:
+            write_rerun(self.rerun, shown, "--rerun")
+            print(f"recording      {self.rerun}")
+
     def _check_flags(self) -> None:
+        if self.video is not None or self.rerun is not None:
+            from spacedrive_jax.reporting.recordings import check_film, check_rerun
+
+            if self.video is not None:
+                check_film(self.video, "--video")
+            if self.rerun is not None:
+                check_rerun(self.rerun, "--rerun")
+        elif self.show:
+            raise ConfigError("--show chooses the drive that --video or --rerun shows: give one of them")
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
             raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
-from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, outcome
+from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, open_loop, outcome
 from spacedrive_jax.driving.policies import expert
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
@@ -43,6 +43,8 @@ class Finished:
     trace: dict[str, Any]
     records: tuple[Record, ...] = ()
     """Of its decisions, with the expert's plan from each as the target."""
+    views: tuple[bytes, ...] = ()
+    """The six images of the decision at which it went wrong, where it did and somebody looked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +62,23 @@ class Bench:
     """Drives of one process."""
 
     def __init__(
-        self, options: DriveOptions, inside: InsidePolicy | None = None, *, collect: bool = False
+        self,
+        options: DriveOptions,
+        inside: InsidePolicy | None = None,
+        *,
+        collect: bool = False,
+        shown: int | None = None,
     ) -> None:
-        """Args: how to drive, the policy where it is asked here, whether to keep records."""
-        self.options, self.inside, self.collect = options, inside, collect
+        """Args: how to drive, the policy where it is asked here, whether to keep all records or one's."""
+        self.options, self.inside, self.collect, self.shown = options, inside, collect, shown
         self._drives: dict[int, Generator[Question, Plan | PlanError, DriveResult]] = {}
 
     def start(self, spec: DriveSpec) -> Event:
         """Begins a drive and goes on to its first question (to its end with a policy inside)."""
-        drive = episode(spec, self.options, keep=self.collect)
+        options, keep = self.options, self.collect
+        if spec.number == self.shown:  # with images, whether the policy looks or not
+            options, keep = dataclasses.replace(options, sense="images"), True
+        drive = episode(spec, options, keep=keep)
         self._drives[spec.number] = drive
         return self._go_on(spec.number, lambda: next(drive))
 
@@ -116,8 +126,10 @@ def finished(result: DriveResult) -> Finished:
         expert_metres=result.expert_metres,
         failures=result.failures,
     )
+    error, counted = open_loop(result)
+    record["open_loop"] = {"l2": round(error, 6), "decisions": counted}
     shown = {**trace(result.log), **outcome(result)}
-    return Finished(spec.number, record, metric_info(result.log), shown, result.records)
+    return Finished(spec.number, record, metric_info(result.log), shown, result.records, result.views)
 
 
 class Fleet:
@@ -130,6 +142,7 @@ class Fleet:
         inside: InsidePolicy | None = None,
         *,
         collect: bool = False,
+        shown: int | None = None,
     ) -> None:
         """Starts the processes.
 
@@ -138,8 +151,9 @@ class Fleet:
             options: how to drive.
             inside: the policy where it is asked where the world is.
             collect: keep records.
+            shown: number of the one drive whose records are kept in any case.
         """
-        self._bench = Bench(options, inside, collect=collect) if workers == 1 else None
+        self._bench = Bench(options, inside, collect=collect, shown=shown) if workers == 1 else None
         self._ready: list[Event] = []
         self._seats: dict[int, int] = {}
         self._pipes: list[Connection] = []
@@ -148,7 +162,9 @@ class Fleet:
             context: Any = multiprocessing.get_context("spawn")
             for _ in range(workers):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(there, options, inside, collect), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(there, options, inside, collect, shown), daemon=True
+                )
                 process.start()
                 there.close()
                 self._pipes.append(here)
@@ -222,10 +238,12 @@ class Fleet:
             raise SpaceDriveError("a process that drives died: run it again with --resume") from error
 
 
-def _serve(pipe: Connection, options: DriveOptions, inside: InsidePolicy | None, collect: bool) -> None:
+def _serve(
+    pipe: Connection, options: DriveOptions, inside: InsidePolicy | None, collect: bool, shown: int | None
+) -> None:
     """A worker's life."""
     end_with_parent()
-    bench = Bench(options, inside, collect=collect)
+    bench = Bench(options, inside, collect=collect, shown=shown)
     while True:
         try:
             message = pipe.recv()

@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Meta
 
 from spacedrive_jax.console import note, progress
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.askers import Asker
 from spacedrive_jax.driving.bench import Asked, Event, Finished, Fleet, InsidePolicy, NoPlace
@@ -23,11 +24,13 @@ from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
-from spacedrive_jax.io import convert, read_json, remove_partials, write_json
+from spacedrive_jax.io import convert, read_json, remove_partials, write_bytes, write_json
 
 RESULTS = "results.json"
+VIEWS = "views"
+"""Folder, in a drive's, of the six images of the decision at which it went wrong."""
 SUMMARY = "summary.json"
-FACTS = "run.json"
+METADATA = "run.json"
 LEVEL, RESAMPLES = 0.95, 2000
 
 
@@ -43,43 +46,64 @@ class DriveRun:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """One drive to show, as a film or a recording."""
+
+    number: int
+    """Of the drive in its set; it is driven with cameras, whether the policy looks or not."""
+    write: Callable[[Finished], None]
+
+
 def drive_all(
     specs: Sequence[DriveSpec],
     folder: Path,
     options: DriveOptions,
     *,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     asker: Asker | None = None,
     inside: InsidePolicy | None = None,
     workers: int = 1,
     at_a_time: int = 8,
     resume: bool = False,
     collect: Callable[[str, Sequence[Record]], None] | None = None,
+    show: Show | None = None,
 ) -> DriveRun:
-    """Drives a set and writes its results.
+    """Drives a set and writes its results; `output_lock` keeps other jobs from the folder meanwhile.
 
     Args:
         specs: the drives.
         folder: where to write; each drive's files appear when it is over, so that an interrupted run goes on.
         options: how to drive.
-        facts: what tells this run from others; a resumed run must have the same.
+        metadata: what tells this run from others; a resumed run must have the same.
         asker: the policy that is asked from outside,
         inside: or the one that knows the world.
         workers: processes that move the world and draw.
         at_a_time: drives under way together.
         resume: go on with an interrupted run.
         collect: is given every drive's name and records, with the expert's plan from each state.
+        show: one drive to show.
 
     Raises:
-        ConfigError: the folder holds another run, or one and `resume` is not given.
+        ConfigError: the folder holds another run, or one and `resume` is not given; there is no such drive to
+            show, or it is done.
         SpaceDriveError: a process died.
     """
     started = time.monotonic()
-    done = _open_folder(folder, facts, resume=resume)
+    if show is not None and show.number not in {spec.number for spec in specs}:
+        raise ConfigError(f"--show {show.number}: the set has drives 0 to {len(specs) - 1}")
+    done = _open_folder(folder, metadata, resume=resume)
+    shown = None if show is None else show.number
+    if any(spec.number == shown and spec.name in done for spec in specs):
+        raise ConfigError(
+            f"--show {shown}: that drive of {folder} is done, choose one that is not, or another folder"
+        )
     todo = [spec for spec in specs if spec.name not in done]
     by_number = {spec.number: spec for spec in specs}
     with (
-        Fleet(min(workers, max(len(todo), 1)), options, inside, collect=collect is not None) as fleet,
+        Fleet(
+            min(workers, max(len(todo), 1)), options, inside, collect=collect is not None, shown=shown
+        ) as fleet,
         progress(total=len(specs), initial=len(specs) - len(todo), desc="drive", unit="drive") as bar,
     ):
         waiting = list(todo)
@@ -95,6 +119,8 @@ def drive_all(
                 spec = by_number[event.number]
                 if collect is not None and isinstance(event, Finished):
                     collect(spec.name, event.records)
+                if show is not None and show.number == event.number and isinstance(event, Finished):
+                    show.write(event)
                 write_drive(folder, spec, event)
                 bar.update()
             if asker is not None and asked:
@@ -103,25 +129,25 @@ def drive_all(
     return DriveRun(folder, finish(specs, folder), len(todo), seconds)
 
 
-def _open_folder(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> set[str]:
+def _open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> set[str]:
     """Names of the drives that are done."""
-    path = folder / FACTS
+    path = folder / METADATA
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--out {folder} exists and is not a run of drives: choose another folder")
-        write_json(path, facts, indent=1, sort_keys=True)
+        write_json(path, metadata, indent=1, sort_keys=True)
         return set()
     if not resume:
         raise ConfigError(
             f"--out {folder} holds a run: go on with it with --resume, or choose another folder"
         )
     known = read_json(path)
-    facts = json.loads(json.dumps(facts))  # as they were written: lists for tuples
+    metadata = json.loads(json.dumps(metadata))  # as they were written: lists for tuples
     if not isinstance(known, dict):
         raise DataError(
             f"{path} holds no JSON object: it does not say what was driven, choose another folder"
         )
-    different = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
+    different = sorted(name for name in {*known, *metadata} if known.get(name) != metadata.get(name))
     if different:
         raise ConfigError(
             f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"
@@ -140,6 +166,8 @@ def write_drive(folder: Path, spec: DriveSpec, event: Event) -> None:
     assert isinstance(event, Finished)
     write_json(folder / "metric_info" / event.record["save_name"] / "metric_info.json", event.metric_info)
     write_json(own / "trace.json", event.trace)
+    for channel, image in zip(CAMERAS if event.views else (), event.views, strict=True):
+        write_bytes(own / VIEWS / f"{channel}.jpg", image)
     write_json(own / "result.json", event.record, indent=1)
 
 
@@ -176,6 +204,9 @@ def summarise(
     driving = np.array([record["scores"]["score_composed"] for record in records])
     pdm = np.array([record["pdm"]["pdms"] for record in records]) * 100
     parts = {name: float(np.mean([record["pdm"][name] for record in records])) for name in records[0]["pdm"]}
+    open_loop = [record["open_loop"] for record in records if record.get("open_loop")]
+    counted = sum(each["decisions"] for each in open_loop)
+    metres = sum(each["l2"] * each["decisions"] for each in open_loop)
     failures: Counter[str] = Counter()
     for record in records:
         failures.update(record["failures"])
@@ -196,6 +227,8 @@ def summarise(
         "pdm_score": float(pdm.mean()),
         "pdm_score_interval": interval(pdm),
         "pdm_parts": parts,
+        "open_loop_l2": metres / counted if counted else None,
+        "open_loop_decisions": counted,
         "neuro_ncap": float(np.mean([record["neuro_ncap"] for record in records])),
         "failures": dict(sorted(failures.items())),
         "statuses": dict(scores.statuses),
@@ -255,5 +288,6 @@ class _Summary(msgspec.Struct):
     pdm_score: float
     pdm_score_interval: _Interval | None
     pdm_parts: dict[str, float]
+    open_loop_l2: float | None
     failures: dict[str, int]
     kinds: dict[str, _KindScores]

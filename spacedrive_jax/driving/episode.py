@@ -10,6 +10,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from spacedrive_jax import exact
+from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap, drive_log
 from spacedrive_jax.driving.driver import Controller, Driver, Plan, PlanError, to_global
@@ -20,6 +22,7 @@ from spacedrive_jax.driving.infractions import (
     LIGHT_REACH,
     STANDING,
     STEPS_BLOCKED,
+    went_wrong,
 )
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.recovery import ExpertTarget, Sway, expert_target, with_target
@@ -95,6 +98,10 @@ class DriveResult:
     failures: Counter[str]
     records: tuple[Record, ...]
     """Of every decision in hindsight with the expert's plan as its target, where `keep` asked for them."""
+    wrong: int | None
+    """Time step at which it first went wrong (`infractions.went_wrong`)."""
+    views: tuple[bytes, ...]
+    """The six JPEGs of the last decision before that; empty where nothing went wrong or nobody looked."""
 
 
 def episode(
@@ -161,11 +168,12 @@ def episode(
         assert later is not None
         waits = later.speed < STANDING and not _red_ahead(world)
         still = still + 1 if waits else 0
-    log = drive_log(world, world.states[first:], goal)
+    log, lanes = drive_log(world, world.states[first:], goal), LaneMap(scenario.town)
+    wrong = went_wrong(log, lanes, ending)
     return DriveResult(
         spec=spec,
         log=log,
-        lanes=LaneMap(scenario.town),
+        lanes=lanes,
         ending=ending,
         expert_metres=goal - log.start,
         decisions=tuple(decisions),
@@ -175,6 +183,8 @@ def episode(
         )
         if keep
         else (),
+        wrong=wrong,
+        views=() if wrong is None else observer.views(wrong // per_decision),
     )
 
 
@@ -204,6 +214,13 @@ class _Eyes:
         if record["route_valid"] and vehicle is not None:
             self.target = to_global(record["target_points"][:1], vehicle)[0]
         return record
+
+    def views(self, number: int) -> tuple[bytes, ...]:
+        frames = [] if self._observer is None else self._observer.frames
+        if not frames:
+            return ()
+        images = tuple(view.image for view in frames[min(number, len(frames) - 1)].views)
+        return images if any(images) else ()
 
     def records(self) -> tuple[Record, ...]:
         if self._observer is None:
@@ -258,10 +275,41 @@ def _disturbed(control: Control, driven: float, rng: np.random.Generator) -> Con
     return Control(control.acceleration + 2.5 * push, control.steer + side * turn * 1.2)
 
 
+AS_RECORDED = (0.5, 0.5)
+"""Metres and m/s within which a vehicle still is where, and as fast as, the script drove (this project's)."""
+
+
+def open_loop(result: DriveResult) -> tuple[float, int]:
+    """How far plans are from what the script drove, where they were made in the script's own states.
+
+    That is the open-loop L2 of the field, on the drive's own scenario. A drive begins in such a state: there
+    is one decision at least, unless it brought no plan.
+
+    Returns:
+        Mean distance over the six waypoints and the decisions that count, metres (0 where none does), and how
+        many decisions count.
+    """
+    script, route = result.log.scenario.motions[0], result.log.scenario.ego.route
+    last = TIME_STEP * (len(script.s) - 1)
+    errors = []
+    for decision in result.decisions:
+        vehicle = decision.vehicle
+        s, speed, _ = script.at(decision.time)
+        x, y, _ = route.pose(s).tolist()
+        off = exact.hypot(vehicle.x - x, vehicle.y - y), abs(vehicle.speed - speed)
+        later = decision.time + KEYFRAME_PERIOD * np.arange(1, NUM_WAYPOINTS + 1)
+        if decision.plan is None or off[0] > AS_RECORDED[0] or off[1] > AS_RECORDED[1] or later[-1] > last:
+            continue
+        driven = route.pose(np.array([script.at(float(time))[0] for time in later]))[:, :2]
+        errors.append(float(exact.norm(to_global(decision.plan.waypoints, vehicle) - driven).mean()))
+    return (float(np.mean(errors)) if errors else 0.0), len(errors)
+
+
 def outcome(result: DriveResult) -> dict[str, Any]:
     """The decisions as plain numbers, for the report."""
     return {
         "ending": result.ending,
+        "wrong_at": None if result.wrong is None else round(result.wrong * TIME_STEP, 3),
         "decisions": [
             {
                 "time": round(decision.time, 3),

@@ -211,6 +211,21 @@ def speed_percentages(log: DriveLog) -> list[float]:
     return percentages
 
 
+def went_wrong(log: DriveLog, lanes: LaneMap, ending: str) -> int | None:
+    """The step at which a drive first went wrong; None where it did not.
+
+    Args:
+        log: what happened.
+        lanes: of its town.
+        ending: `goal`, or why it ended before (then, at the latest, its last step).
+    """
+    steps = [hit.step for hit in collisions(log)] + [light.step for light in red_lights(log, lanes)]
+    steps += np.flatnonzero(outside_lanes(log, lanes))[:1].tolist()
+    if ending != "goal":
+        steps.append(len(log.time) - 1)
+    return min(steps, default=None)
+
+
 def messages(log: DriveLog, lanes: LaneMap) -> Mapping[str, list[str]]:
     """All infractions as Bench2Drive's evaluator words them, by its kinds."""
     result: dict[str, list[str]] = {

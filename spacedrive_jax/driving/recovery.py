@@ -201,8 +201,8 @@ class CollectedRecords:
         if records:
             path = self._part(drive)
             path.parent.mkdir(parents=True, exist_ok=True)
-            facts = write_shard(path, (self._serialize(record) for record in records))
-            write_text(path.with_suffix(".count"), str(facts.records))
+            shard = write_shard(path, (self._serialize(record) for record in records))
+            write_text(path.with_suffix(".count"), str(shard.records))
 
     def finish(self, drives: Sequence[str], source: Mapping[str, Any]) -> int:
         """Names the shards in the order of `drives`, writes what describes them and returns their records.

@@ -108,8 +108,13 @@ class _Scores(msgspec.Struct):
     score_composed: Annotated[float, Meta(ge=0, le=100)]
 
 
+class _OpenLoop(msgspec.Struct):
+    l2: Annotated[float, Meta(ge=0, le=1e8)]
+    decisions: Annotated[int, Meta(ge=0)]
+
+
 class _Record(msgspec.Struct):
-    """What is read back of `drive_record`."""
+    """What is read back of `drive_record` and of `open_loop`."""
 
     index: Annotated[int, Meta(ge=0, le=1 << 31)]
     route_id: Annotated[str, Meta(pattern=r"^RouteScenario_\d+_")]
@@ -119,6 +124,7 @@ class _Record(msgspec.Struct):
     pdm: _Pdm  # type: ignore[valid-type]
     neuro_ncap: _Number
     failures: dict[str, int]
+    open_loop: _OpenLoop | None = None
 
 
 class _NoPlace(msgspec.Struct):
@@ -155,6 +161,7 @@ class _Trace(msgspec.Struct):
     route: list[_Point]
     others: list[_Other]
     decisions: list[_Decision]
+    wrong_at: Annotated[float, Meta(ge=0, le=1e6)] | None = None
 
 
 _AGAIN = "drive it again: remove its folder, then drive --resume"

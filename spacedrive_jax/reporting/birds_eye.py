@@ -61,6 +61,7 @@ def draw_birds_eye(
     ahead: tuple[float, float] = VIEW_AHEAD_M,
     aside: float = VIEW_ASIDE_M,
     lidar: bool = False,
+    recorded: str = "recorded",
 ) -> None:
     """Draws the keyframe from above into axes, forward up, left to the left.
 
@@ -71,6 +72,7 @@ def draw_birds_eye(
         ahead: metres shown behind and ahead of the ego origin, at least; grows to hold the paths.
         aside: metres shown to either side, likewise.
         lidar: draw the sweep, coloured by height.
+        recorded: what the legend calls the record's own waypoints.
     """
     _draw_ground(axes, record)
     points = lidar_points(record) if lidar else None
@@ -96,8 +98,8 @@ def draw_birds_eye(
     if len(past):
         trail = np.concatenate([np.zeros((1, 2)), past])
         axes.plot(trail[:, 1], trail[:, 0], color=MUTED, linewidth=1.4, linestyle=":", zorder=3, label="past")
-    recorded = record["waypoints"][np.asarray(record["waypoint_mask"], bool)]
-    paths = [(recorded, TRUTH, "recorded", 5)] if len(recorded) else []
+    known = record["waypoints"][np.asarray(record["waypoint_mask"], bool)]
+    paths = [(known, TRUTH, recorded, 5)] if len(known) else []
     paths += [(prediction, PREDICTION, "predicted", 6)] if prediction is not None else []
     for waypoints, color, label, order in paths:
         _draw_path(axes, waypoints, color, label, order)

@@ -114,7 +114,7 @@ def camera_strip(record: Record, seen: SeenDepth | None = None) -> UInt8[np.ndar
         cameras = [CAMERAS.index(name) for name in names]
         views = [_view(record, camera) for camera in cameras]
         rows.append(
-            _row([_labelled(view, CAMERAS[camera]) for view, camera in zip(views, cameras, strict=True)])
+            _row([labelled(view, CAMERAS[camera]) for view, camera in zip(views, cameras, strict=True)])
         )
         if seen is not None:
             depth, sources = seen
@@ -166,7 +166,8 @@ def _view(record: Record, camera: int) -> UInt8[np.ndarray, "h w 3"]:
     return cv2.resize(image, TILE_SIZE, interpolation=cv2.INTER_AREA)
 
 
-def _labelled(view: UInt8[np.ndarray, "h w 3"], name: str) -> UInt8[np.ndarray, "h w 3"]:
+def labelled(view: UInt8[np.ndarray, "h w 3"], name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """A tile with its camera's name written into it."""
     text = name.removeprefix("CAM_").replace("_", " ").lower()
     for color, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         view = cv2.putText(
@@ -179,7 +180,7 @@ def _seen(
     depth: Float[np.ndarray, "rows columns"], view: UInt8[np.ndarray, "h w 3"], source: str
 ) -> UInt8[np.ndarray, "h w 3"]:
     colors = cv2.resize(_depth_colors(depth), TILE_SIZE, interpolation=cv2.INTER_NEAREST)
-    return _labelled(cv2.addWeighted(colors, 0.7, view, 0.3, 0), source)
+    return labelled(cv2.addWeighted(colors, 0.7, view, 0.3, 0), source)
 
 
 def _depth(

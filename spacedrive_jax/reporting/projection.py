@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -9,9 +10,10 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import images
 from spacedrive_jax.data.images import decode_photo
-from spacedrive_jax.data.keyframe import ego_to_camera
+from spacedrive_jax.data.keyframe import camera_to_ego, ego_to_camera
 from spacedrive_jax.data.lidar import sweep_points
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.rasters import box_corners
 
 MIN_DEPTH_M = 0.5
@@ -127,3 +129,58 @@ def ground_ribbon(
     offset = width / 2 * np.stack([-tangent[:, 1], tangent[:, 0]], axis=1)
     left, right = (np.pad(centre + side * offset, ((0, 0), (0, 1))) for side in (1, -1))
     return left, right
+
+
+FARTHEST = 80.0
+"""Points farther away are left out, metres."""
+LIDAR_COLOUR = (255, 64, 64)
+
+
+def keyframe_points(
+    record: Record, full_depth: tuple[bytes, ...] | None = None
+) -> tuple[Float[np.ndarray, "P 3"], UInt8[np.ndarray, "P 3"]]:
+    """Every pixel with depth as a point, and the LiDAR sweep in red.
+
+    Args:
+        record: the keyframe.
+        full_depth: a network's depth of every view (`CachedDepth.full`); None takes the exact depth of drawn
+            views.
+
+    Returns:
+        Points in the ego frame at the keyframe, metres, and their colours, RGB.
+
+    Raises:
+        DataError: the keyframe has neither depth of every pixel nor a sweep.
+    """
+    points, colours = [], []
+    encoded = record["exact_depth"] if full_depth is None else full_depth
+    for camera, png in enumerate(encoded):
+        if not png or not record["images"][camera]:
+            continue
+        what = f"keyframe {record['token']}: the {CAMERAS[camera]}"
+        depth = images.decode_depth(png, f"{what} depth")
+        image = decode_photo(record["images"][camera], f"{what} image")
+        image = cv2.resize(image, depth.shape[::-1], interpolation=cv2.INTER_AREA)
+        native = record["image_size"][camera]
+        scale = np.array([depth.shape[1] / native[1], depth.shape[0] / native[0], 1.0])
+        intrinsics = record["camera_intrinsics"][camera] * scale[:, None]
+        row, column = np.nonzero((depth > 0) & (depth < FARTHEST))
+        pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
+        in_camera = exact.rotate(pixels, exact.inverse_3x3(intrinsics)) * depth[row, column, None]
+        points.append(exact.transform(in_camera, camera_to_ego(record, camera)))
+        colours.append(image[row, column])
+    if record["lidar"]:
+        sweep = sweep_points(record)
+        to_ego = record["lidar_to_ego"]
+        points.append(exact.transform(sweep, to_ego))
+        colours.append(np.tile(np.array(LIDAR_COLOUR, np.uint8), (len(sweep), 1)))
+    if not points:
+        raise DataError(
+            f"keyframe {record['token']} has no depth of every pixel and no LiDAR: `add-depth --full` adds it"
+        )
+    return np.concatenate(points), np.concatenate(colours)
+
+
+def has_points(record: Record) -> bool:
+    """Whether a keyframe has depth of every pixel, or a sweep."""
+    return bool(record["lidar"]) or any(map(bool, record["exact_depth"]))

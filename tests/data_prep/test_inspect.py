@@ -134,6 +134,13 @@ def test_a_scene_becomes_a_film(records_folder, tmp_path, capsys):
         (["--film", "a.gif", "--scene", "SCENE"], "films are written as .mp4"),
         (["--film", "a.mp4", "--scene", "SCENE", "--image", "b.png"], "--film goes without"),
         (["--film", "a.mp4", "--scene", "nowhere"], "has no scene 'nowhere'"),
+        (["--film", "a.mp4", "--scene", "SCENE", "--rerun", "b.rrd"], "--film goes without"),
+        (["--rerun", "a.rrd"], "name it with --scene"),
+        (["--rerun", "a.mp4", "--scene", "SCENE"], "recordings are written as .rrd"),
+        (["--rerun", "a.rrd", "--scene", "SCENE", "--points", "b.ply"], "--rerun goes without"),
+        (["--keyframes", "0:1"], "--keyframes says what --rerun shows"),
+        (["--rerun", "a.rrd", "--scene", "SCENE", "--keyframes", "3:1"], "not FIRST:END"),
+        (["--rerun", "a.rrd", "--scene", "SCENE", "--keyframes", "0:99"], "--keyframes 0:99: "),
         (["--film", "absent/a.mp4", "--scene", "SCENE"], "cannot write absent/a.mp4"),
     ],
 )
@@ -142,9 +149,21 @@ def test_films_that_cannot_be(records_folder, tmp_path, monkeypatch, capsys, wor
     monkeypatch.chdir(tmp_path)
     if "cannot write" in said or "nowhere" in said:
         pytest.importorskip("imageio_ffmpeg")
+    if "FIRST" in said or "0:99" in said:
+        pytest.importorskip("rerun")
     chosen = [scene if word == "SCENE" else word for word in words]
     assert run(["inspect", str(records_folder), *chosen]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_keyframes_of_a_scene_become_a_recording(records_folder, tmp_path, capsys):
+    pytest.importorskip("rerun")
+    scene, file = list_keyframes(records_folder)[0].scene, tmp_path / "scene.rrd"
+    words = ["--scene", scene, "--keyframes", "1:3", "--rerun", str(file), "--json"]
+    assert run(["inspect", str(records_folder), *words]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["keyframes"] == 2
+    assert file.stat().st_size > 10_000
 
 
 def test_a_film_without_ffmpeg_says_what_to_install(records_folder, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from data_prep.inspect_record import LIDAR_COLOUR, keyframe_points, write_ply
+from data_prep.inspect_record import write_ply
 from spacedrive_jax.data import lidar
 from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.reporting.projection import LIDAR_COLOUR, keyframe_points
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
 

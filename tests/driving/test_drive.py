@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.driving.bench import Asked
-from spacedrive_jax.driving.drive import drive_all
+from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.driving.bench import Asked, Finished
+from spacedrive_jax.driving.drive import Show, drive_all
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
-from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions
+from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions, _ending
 from spacedrive_jax.driving.policies import constant_velocity, standing_still
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError
@@ -26,7 +29,7 @@ from spacedrive_jax.evaluation.bench2drive.results import read_results, score_ro
 from spacedrive_jax.io import output_lock
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
-FACTS = {"set": "test", "image_size": (27, 48)}
+METADATA = {"set": "test", "image_size": (27, 48)}
 BLIND = DriveOptions(sense="nothing")
 SEEING = DriveOptions(image_size=(27, 48), depth=True)
 
@@ -63,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drives") / "one"
-    drive_all(SPECS, folder, BLIND, facts=FACTS, inside=constant_velocity, workers=1)
+    drive_all(SPECS, folder, BLIND, metadata=METADATA, inside=constant_velocity, workers=1)
     return folder
 
 
@@ -75,7 +78,7 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
         SPECS,
         tmp_path / "two",
         BLIND,
-        facts=FACTS,
+        metadata=METADATA,
         inside=constant_velocity,
         workers=2,
         resume=True,
@@ -105,12 +108,14 @@ def test_a_killed_run_goes_on_with_four_workers_to_the_same_bytes(tmp_path: Path
 
 def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--resume"):
-        drive_all(SPECS, driven, BLIND, facts=FACTS, inside=constant_velocity)
+        drive_all(SPECS, driven, BLIND, metadata=METADATA, inside=constant_velocity)
     with pytest.raises(ConfigError, match="another set"):
-        drive_all(SPECS, driven, BLIND, facts=FACTS | {"set": "other"}, inside=constant_velocity, resume=True)
+        drive_all(
+            SPECS, driven, BLIND, metadata=METADATA | {"set": "other"}, inside=constant_velocity, resume=True
+        )
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
-        drive_all(SPECS, tmp_path, BLIND, facts={}, inside=constant_velocity)
+        drive_all(SPECS, tmp_path, BLIND, metadata={}, inside=constant_velocity)
 
 
 def test_a_second_job_on_the_same_folder_gives_way(
@@ -138,7 +143,7 @@ NONSENSE = [np.zeros((5, 2)), np.full((6, 2), np.nan), "no numbers", PlanError(F
 
 def test_a_policy_that_never_answers_fails_its_drive_and_is_named(tmp_path: Path) -> None:
     asker = Scripted(NONSENSE)
-    run = drive_all(SPECS[:1], tmp_path / "out", SEEING, facts={}, asker=asker)
+    run = drive_all(SPECS[:1], tmp_path / "out", SEEING, metadata={}, asker=asker)
     assert run.summary["driving_score"] < 1.0
     assert run.summary["statuses"] == {"Failed - Agent crashed": 1}
     assert run.summary["failures"] == {"late": MOST_FAILURES - 3, "nonsense": 2, "not finite": 1}
@@ -150,7 +155,7 @@ def test_one_bad_answer_does_not_end_a_drive(tmp_path: Path) -> None:
     still = np.zeros((6, 2))
     asker = Scripted([still, np.full((6, 2), np.inf), still])
     options = dataclasses.replace(SEEING, sense="status")
-    run = drive_all(SPECS[:1], tmp_path / "out", options, facts={}, asker=asker)
+    run = drive_all(SPECS[:1], tmp_path / "out", options, metadata={}, asker=asker)
     assert run.summary["failures"] == {"not finite": 1}
     assert "Failed - Agent crashed" not in run.summary["statuses"]
 
@@ -160,12 +165,68 @@ def raise_always(world, record) -> Plan:
 
 
 def test_a_crash_of_a_policy_is_a_failure_of_its_drive(tmp_path: Path) -> None:
-    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, facts={}, inside=raise_always)
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, inside=raise_always)
     assert run.summary["failures"] == {"crash": MOST_FAILURES}
 
 
+def test_one_drive_is_shown_with_images_though_nobody_looks(tmp_path: Path) -> None:
+    shown: list[Finished] = []
+    options = dataclasses.replace(BLIND, image_size=(27, 48))
+    arguments: dict[str, Any] = {"metadata": {}, "inside": raise_always, "show": Show(0, shown.append)}
+    drive_all(SPECS[:1], tmp_path / "out", options, **arguments)
+    (drive,) = shown
+    assert len(drive.records) == len(drive.trace["decisions"]) == MOST_FAILURES
+    assert all(image[:2] == b"\xff\xd8" for record in drive.records for image in record["images"])
+    assert drive.trace["wrong_at"] is not None
+    views = sorted(path.name for path in (tmp_path / "out" / "drives" / SPECS[0].name / "views").iterdir())
+    assert views == sorted(f"{camera}.jpg" for camera in CAMERAS)
+    with pytest.raises(ConfigError, match=r"that drive of .* is done"):
+        drive_all(SPECS[:1], tmp_path / "out", options, resume=True, **arguments)
+    arguments["show"] = Show(7, shown.append)
+    with pytest.raises(ConfigError, match="drives 0 to 0"):
+        drive_all(SPECS[:1], tmp_path / "other", options, **arguments)
+
+
+def test_open_loop_counts_plans_made_where_the_script_drove(driven: Path) -> None:
+    """Of constant velocity at the start of `start` none is far off: the script stands there as well."""
+    for spec in SPECS:
+        result = json.loads((driven / "drives" / spec.name / "result.json").read_text())
+        trace = json.loads((driven / "drives" / spec.name / "trace.json").read_text())
+        assert 1 <= result["open_loop"]["decisions"] < len(trace["decisions"])
+        assert 0.0 < result["open_loop"]["l2"] < 20.0
+
+
+@pytest.mark.parametrize(
+    ("changed", "ending"),
+    [
+        ({"s": 99.7}, ""),
+        ({"s": 99.76}, "goal"),  # the last quarter metre of a route of 20 m
+        ({"aside": -29.9}, ""),
+        ({"aside": 30.1}, "deviated"),
+        ({"in_a_row": MOST_FAILURES - 1}, ""),
+        ({"in_a_row": MOST_FAILURES}, "crashed"),
+        ({"still": 199}, ""),
+        ({"still": 200}, "blocked"),
+        ({"time": 29.9}, ""),
+        ({"time": 30.0}, "timeout"),
+    ],
+)
+def test_why_a_drive_ends(changed: Mapping[str, float], ending: str) -> None:
+    now = {"s": 85.0, "aside": 0.0, "in_a_row": 0, "still": 0, "time": 10.0} | dict(changed)
+    route = SimpleNamespace(project=lambda place, s: (s, now["aside"]))
+    scenario = SimpleNamespace(ego=SimpleNamespace(route=route))
+    vehicle = SimpleNamespace(x=0.0, y=0.0)
+    states = [
+        SimpleNamespace(traffic=SimpleNamespace(s=[s]), time=now["time"], vehicle=vehicle)
+        for s in (80.0, now["s"])
+    ]
+    world: Any = SimpleNamespace(states=states, state=states[-1])
+    found = _ending(world, 100.0, scenario, 0, 30.0, int(now["in_a_row"]), int(now["still"]))  # type: ignore[arg-type]
+    assert found == ending
+
+
 def test_standing_still_scores_next_to_nothing(tmp_path: Path) -> None:
-    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, facts={}, inside=standing_still)
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, inside=standing_still)
     assert run.summary["driving_score"] < 15
 
 

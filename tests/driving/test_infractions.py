@@ -15,6 +15,7 @@ from spacedrive_jax.driving.infractions import (
     red_lights,
     speed_percentages,
     waits_at_red,
+    went_wrong,
 )
 from spacedrive_jax.driving.results import drive_record, metric_info, result_file
 from spacedrive_jax.evaluation.bench2drive.results import PENALTIES, read_results, score_routes
@@ -158,7 +159,13 @@ def test_a_crashed_policy_fails_with_its_failures_named() -> None:
 
 @pytest.mark.parametrize(
     ("gap", "green", "waits"),
-    [(14.0, False, True), (14.0, True, False), (16.0, False, False), (-2.4, False, True)],
+    [
+        (14.0, False, True),
+        (14.0, True, False),
+        (16.0, False, False),
+        (-2.4, False, True),
+        (-2.6, False, False),
+    ],
 )
 def test_a_red_light_ahead_excuses_standing(gap: float, green: bool, waits: bool) -> None:
     stop = 200.0 - 5.2
@@ -175,6 +182,22 @@ def test_speed_is_held_against_the_traffic_around() -> None:
     far = beside + np.array([0.0, 60.0, 0.0])
     assert not speed_percentages(make_log(x, others=(Other("vehicle.car", far, 16.0),)))
     assert not speed_percentages(make_log(x, others=(Other("human.pedestrian.adult", beside, 1.0),)))
+    for metres, count in ((49.9, 20), (50.1, 0)):
+        ahead = np.stack([x + 0.65 + metres, np.full_like(x, -1.75), np.zeros_like(x)], axis=1)
+        log = make_log(x, others=(Other("vehicle.car", ahead, 16.0),))
+        assert len(speed_percentages(log)) == count
+
+
+def test_a_drive_goes_wrong_at_its_first_offence_or_at_its_end() -> None:
+    x = cruise(140.0)
+    wall = Other("vehicle.car", np.array([60.0, -1.75, 0.0]))
+    hit = make_log(x, others=(wall,))
+    (collision,) = collisions(hit)
+    assert went_wrong(hit, LANES, "goal") == collision.step
+    aside = np.where(x > 30.0, -1.75 - 3.0, -1.75)
+    assert went_wrong(make_log(x, aside, others=(wall,)), LANES, "goal") == int(np.argmax(x > 30.0))
+    assert went_wrong(make_log(x), LANES, "goal") is None
+    assert went_wrong(make_log(x), LANES, "timeout") == len(x) - 1
 
 
 def test_our_scorer_reads_the_files_as_they_are(tmp_path) -> None:

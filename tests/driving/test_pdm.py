@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.driving.pdm import PdmScore, comfortable, neuro_ncap, pdm_score
+from spacedrive_jax.driving.drive_log import DriveLog
+from spacedrive_jax.driving.pdm import PdmScore, at_fault, comfortable, neuro_ncap, pdm_score
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 
 
@@ -73,6 +74,28 @@ def test_progress_is_the_experts_share(expert: float, value: float) -> None:
     assert score(make_log(cruise(70.0)), expert).progress == pytest.approx(value, abs=0.01)
 
 
+@pytest.mark.parametrize(("expert", "value"), [(4.9, 1.0), (5.1, 0.0)])
+def test_where_the_expert_hardly_moves_all_progress_is_full(expert: float, value: float) -> None:
+    assert score(make_log(np.full(20, 10.0)), expert).progress == value
+
+
+@pytest.mark.parametrize(("partner", "value"), [(0.04, 0.0), (0.06, 1.0)])
+def test_who_hits_a_stopped_partner_is_at_fault_wherever_it_hits(partner: float, value: float) -> None:
+    x = cruise(40.0, speed=4.0)
+    drift = np.stack([x + 0.5, np.linspace(2.5, 0.05, len(x)), np.zeros_like(x)], axis=1)
+    assert score(make_log(x, others=(Other("vehicle.car", drift, partner),))).no_collision == value
+
+
+@pytest.mark.parametrize(("speed", "fault"), [(0.004, False), (0.006, True)])
+def test_nobody_standing_is_at_fault(speed: float, fault: bool) -> None:
+    wall = Other("vehicle.car", np.array([15.0, -1.75, 0.0]))
+    log = make_log(10.0 + speed * 0.1 * np.arange(20), others=(wall,))
+    assert at_fault(log, 10, 1, LANES) is fault
+    near = Other("vehicle.car", np.array([10.0 + 3.401 + 2.0, -1.75, 0.0]))
+    log = make_log(10.0 + speed * 0.1 * np.arange(20), others=(near,))
+    assert score(log).time_to_collision == float(not fault)
+
+
 @pytest.mark.parametrize(("gap", "value"), [(0.9 * 8.0 + 0.3, 1.0), (0.9 * 8.0 - 0.3, 0.0)])
 def test_time_to_collision(gap: float, value: float) -> None:
     x = cruise(24.0)
@@ -105,6 +128,39 @@ def test_comfort_bounds_the_yaw_rate(rate: float, calm: bool) -> None:
     yaw = rate * 0.1 * np.arange(30)
     log = make_log(20 + 2 * np.sin(yaw) / rate, 2 * (1 - np.cos(yaw)) / rate, yaw=yaw)
     assert comfortable(log) is calm
+
+
+def winding(speed: float, rate: np.ndarray) -> DriveLog:
+    """A drive at a speed with a yaw rate at every step, its places integrated a hundred times finer."""
+    fine = np.interp(np.arange(100 * (len(rate) - 1) + 1) / 100, np.arange(len(rate)), rate)
+    yaw = np.concatenate([[0.0], np.cumsum((fine[1:] + fine[:-1]) / 2)]) * 0.001
+    step = speed * 0.001
+    x = 20.0 + np.concatenate([[0.0], np.cumsum(np.cos((yaw[1:] + yaw[:-1]) / 2))]) * step
+    y = np.concatenate([[0.0], np.cumsum(np.sin((yaw[1:] + yaw[:-1]) / 2))]) * step
+    return make_log(x[::100], y[::100], yaw=yaw[::100])
+
+
+@pytest.mark.parametrize(("lateral", "calm"), [(4.8, True), (5.0, False)])
+def test_comfort_bounds_the_lateral_acceleration(lateral: float, calm: bool) -> None:
+    assert comfortable(winding(8.0, np.full(30, lateral / 8.0))) is calm
+
+
+@pytest.mark.parametrize(("jerk", "calm"), [(8.2, True), (8.6, False)])
+def test_comfort_bounds_the_jerk_to_the_side(jerk: float, calm: bool) -> None:
+    """Lateral acceleration from -4.3 to 4.3 m/s^2 within a second, yaw acceleration about 1 rad/s^2."""
+    assert comfortable(winding(8.0, jerk / 8.0 * 0.1 * np.arange(-5, 6))) is calm
+
+
+@pytest.mark.parametrize(("change", "calm"), [(1.88, True), (2.0, False)])
+def test_comfort_bounds_the_yaw_acceleration(change: float, calm: bool) -> None:
+    assert comfortable(winding(2.0, change * 0.1 * np.arange(-4, 5))) is calm
+
+
+@pytest.mark.parametrize(("jerk", "calm"), [(4.0, True), (4.3, False), (-4.0, True), (-4.3, False)])
+def test_comfort_bounds_the_jerk_along(jerk: float, calm: bool) -> None:
+    """Acceleration from -2.1 to 2.1 m/s^2 within a second, or back."""
+    t = 0.1 * np.arange(-5, 6)
+    assert comfortable(make_log(20 + 8 * t + jerk * t**3 / 6)) is calm
 
 
 def test_neuro_ncap_counts_what_was_braked_away() -> None:

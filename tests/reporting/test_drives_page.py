@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.driving.bench import Finished, NoPlace
 from spacedrive_jax.driving.drive import finish, write_drive
+from spacedrive_jax.driving.infractions import went_wrong
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.reporting.drives import film, strip, write_page
+from spacedrive_jax.reporting.drive_pictures import film, planned, scatter, strip
+from spacedrive_jax.reporting.drives import write_page
+from spacedrive_jax.reporting.style import PREDICTION
 from tests.driving.hand_made import LANES, Other, cruise, make_log
+from tests.record_factory import encode_jpeg
 
 DECISION = {
     "time": 0.0,
@@ -39,8 +44,13 @@ def write_run(folder: Path, others: tuple[Other, ...]) -> Path:
         expert_metres=140.0,
         failures={},
     )
-    shown = {**trace(log), "ending": "goal", "decisions": [DECISION]}
-    write_drive(folder, spec, Finished(0, record, metric_info(log), shown))
+    wrong = went_wrong(log, LANES, "goal")
+    wrong_at = None if wrong is None else 0.1 * wrong
+    record["open_loop"] = {"l2": 0.5 if others else 1.5, "decisions": 2}
+    shown = {**trace(log), "ending": "goal", "decisions": [DECISION], "wrong_at": wrong_at}
+    image = encode_jpeg(np.full((45, 80, 3), 128, np.uint8))
+    views = () if wrong is None else (image,) * len(CAMERAS)
+    write_drive(folder, spec, Finished(0, record, metric_info(log), shown, views=views))
     finish([spec], folder)
     return folder
 
@@ -54,7 +64,13 @@ def test_the_page_holds_runs_against_each_other_and_shows_what_went_wrong(tmp_pa
     assert "+40.0" in text  # the other run's driving score is higher by so much
     assert "Agent collided against vehicle.car" in text
     assert text.count("<animateTransform") == 2  # the ego vehicle moves, the parked car does not
-    assert "Nothing." in write_page(clean).read_text()
+    assert "when it first went wrong" in text
+    assert text.count("data:image/jpeg;base64,") == 1
+    assert text.count("<circle") == 2
+    assert "<td>0.50</td>" in text
+    alone = write_page(clean).read_text()
+    assert "Nothing." in alone
+    assert "<circle" not in alone
 
 
 def test_film_and_curves_are_whole_pictures(tmp_path: Path) -> None:
@@ -64,7 +80,34 @@ def test_film_and_curves_are_whole_pictures(tmp_path: Path) -> None:
     picture = xml.etree.ElementTree.fromstring(film(shown))
     assert len(list(picture.iter("animateTransform"))) == 4
     assert len(list(picture.iter("animate"))) == 1
-    assert xml.etree.ElementTree.fromstring(strip(shown)).tag == "svg"
+    curves = xml.etree.ElementTree.fromstring(strip({**shown, "wrong_at": 8.8}))
+    lines = [line for line in curves.iter("polyline") if line.get("stroke") == PREDICTION]
+    assert len(lines) == 3  # the one plan's speed, acceleration and steering
+    (mark,) = curves.iter("line")
+    assert float(mark.get("x1", "0")) == pytest.approx(520 * 8.8 / (0.1 * (len(log.time) - 1)), abs=0.1)
+
+
+def test_a_plan_to_the_left_steers_left_and_one_that_slows_brakes() -> None:
+    ego = [[0.0, 0.0, 0.0, 8.0, 0.0, 0.0]] * 31
+    plan = [[4.0, 0.0], [7.0, 2.0], [9.0, 2.0], [10.0, 2.0], [10.0, 2.0], [10.0, 2.0]]
+    shown = {"step_s": 0.1, "ego": ego, "decisions": [DECISION | {"waypoints": plan}]}
+    speeds, accelerations, angles = planned(shown)
+    assert speeds[0][0].tolist() == [0.25, 8.0]
+    assert accelerations[0][0, 1] == pytest.approx((np.hypot(3, 2) - 4) / 0.25)
+    assert angles[0][0, 1] == pytest.approx(np.degrees(np.arctan(2.588 * 4 / 53)))
+    still = planned({**shown, "decisions": [DECISION | {"waypoints": [[0.0, 0.1]] * 6}]})
+    assert still[2][0][0, 1] == 0.0
+
+
+def test_runs_stand_against_each_other_where_two_have_an_open_loop_error() -> None:
+    assert scatter([("alone", 1.0, 50.0, None)]) == ""
+    picture = xml.etree.ElementTree.fromstring(
+        scatter([("a & b", 0.5, 20.0, (10.0, 30.0)), ("b", 1.0, 80.0, None)])
+    )
+    left, right = ((float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in picture.iter("circle"))
+    assert left[0] < right[0]
+    assert left[1] > right[1]  # the better score stands higher
+    assert "a & b" in [text.text for text in picture.iter("text")]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from data_prep.cli.synthesize import Synthesize
-from data_prep.synthesize import folder
-from data_prep.synthesize.folder import folder_fingerprint
-from spacedrive_jax.errors import SpaceDriveError
+from data_prep.synthesize import folder, recorder
+from data_prep.synthesize.folder import folder_fingerprint, write_folder
+from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene
+from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.world.scenario import UnplayableError
 from spacedrive_jax.world.views import parse_image_size
 from tests.world.conftest import TINY
 
@@ -54,7 +56,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = tmp_path / f".world.unfinished-{socket.gethostname()}-999999999"
     left.mkdir()
-    monkeypatch.setattr(folder, "write_folder", lambda root, *_: (root / "whole").touch())
+    monkeypatch.setattr(folder, "write_folder", lambda root, *_: [(root / "whole").touch()][:0])
     Synthesize(out=tmp_path / "world").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
     assert [path.name for path in (tmp_path / "world").iterdir()] == ["whole"]
@@ -69,6 +71,43 @@ def test_bad_image_size_is_explained(text: str) -> None:
 def test_only_one_layout_can_be_perturbed(tmp_path: Path) -> None:
     with pytest.raises(SpaceDriveError, match="--perturb"):
         Synthesize(out=tmp_path / "world", perturb=True, layout="bench2drive").run()
+
+
+def job(index: int, root: Path, *, perturb: bool = True) -> SceneJob:
+    return SceneJob(index, 4, 1, (90, 160), False, root, perturb)
+
+
+def test_a_scene_without_room_beside_its_lane_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnplayableError("no room")
+
+    monkeypatch.setattr(recorder, "build_scenario", lambda *_: None)
+    monkeypatch.setattr(recorder, "shifted_recording", refuse)
+    assert record_scene(job(1, tmp_path)) == NotRecorded("scene-0002", "no room")
+    monkeypatch.setattr(recorder, "build_scenario", refuse)
+    with pytest.raises(UnplayableError):
+        record_scene(job(1, tmp_path, perturb=False))
+
+
+def test_the_others_are_written_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: dict[str, Any] = {}
+    for name in ("write_mask", "write_expansion"):
+        monkeypatch.setattr(folder.maps, name, lambda *_: None)
+    monkeypatch.setattr(folder, "write_tables", lambda _, rows: tables.update(rows))
+
+    def record(job: SceneJob) -> dict[str, Any] | NotRecorded:
+        if job.index != 1:
+            return NotRecorded(job.take.name, "no room")
+        return {"log": [{"token": "log", "location": job.location}]}
+
+    monkeypatch.setattr(folder, "record_scene", record)
+    jobs = [job(index, tmp_path) for index in range(3)]
+    assert write_folder(tmp_path, jobs, 1) == ["scene-0001", "scene-0003"]
+    assert [row["log_tokens"] for row in tables["map"]] == [["log"]]
+    with pytest.raises(DataError, match="another --seed"):
+        write_folder(tmp_path, jobs[:1], 1)
 
 
 def test_image_size_is_width_by_height() -> None:
