@@ -25,7 +25,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from spacedrive_jax.config import Config
-from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
 from spacedrive_jax.io import convert, is_there, json_digest, read_json, require_regular, write_json
 from spacedrive_jax.training.sharding import replicated
 
@@ -129,7 +129,13 @@ class Best:
             DataError: the file is damaged.
         """
         file = run_dir / BEST_FILE
-        return convert(read_json(file), cls, str(file)) if is_there(file) else None
+        if not is_there(file):
+            return None
+        said = read_json(file)
+        # A changed digit would name another checkpoint; files of before carry no digest.
+        if isinstance(said, dict) and said.get("digest", json_digest(said)) != json_digest(said):
+            raise DataError(f"{file} is not as it was written: remove it, and validation writes it again")
+        return convert(said, cls, str(file))
 
     def until(self, step: int) -> Best | None:
         """What it is to a run that goes on from a step, which may lie before it."""
@@ -141,7 +147,8 @@ class Best:
 
     def write(self, run_dir: Path) -> None:
         """Names it in the run's folder."""
-        write_json(run_dir / BEST_FILE, dataclasses.asdict(self))
+        said = dataclasses.asdict(self)
+        write_json(run_dir / BEST_FILE, said | {"digest": json_digest(said)})
 
 
 class _KeepBest(preservation.PreservationPolicy):

@@ -205,6 +205,10 @@ def test_the_best_validated_step_is_kept_beside_the_newest(records, tmp_path, mo
     assert locate(run_dir) == (run_dir, 4)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["validation/l2"] for line in lines] == [3.0, 1.0, 2.0, 2.5]
+    said = (run_dir / "best.json").read_text()
+    (run_dir / "best.json").write_text(said.replace('"step": 2', '"step": 4'))
+    with pytest.raises(SpaceDriveError, match=r"best\.json is not as it was written"):
+        locate(run_dir / "best")
     with pytest.raises(CheckpointError, match=r"has no best\.json"):
         locate(tmp_path / "best")
 
