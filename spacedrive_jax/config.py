@@ -187,7 +187,7 @@ def preset_groups() -> Mapping[str, tuple[str, Mapping[str, Config]]]:
         ConfigError: a file defines no presets, or one that another file has.
     """
     # A package of a name of its own, wherever the folder lies: its files import from one another.
-    package = _load_module(PRESET_FOLDER / "__init__.py", "spacedrive_jax_presets")
+    package = load_module(PRESET_FOLDER / "__init__.py", "spacedrive_jax_presets")
     groups: dict[str, tuple[str, Mapping[str, Config]]] = {}
     for file in sorted(PRESET_FOLDER.glob("[a-z]*.py")):
         module = importlib.import_module(f"{package.__name__}.{file.stem}")
@@ -229,7 +229,7 @@ def load_config(name: str) -> Config:
 
 
 def _preset_of_file(path: Path, chosen: str) -> Config:
-    module = _load_module(path, f"preset_{path.stem}")
+    module = load_module(path, f"preset_{path.stem}")
     config = getattr(module, "config", None)
     if isinstance(config, Config) and not chosen:
         return config
@@ -292,7 +292,7 @@ def _with_field(node: Any, path: list[str], value: Any, whole: str) -> Any:
     return dataclasses.replace(node, **{first: inner})  # type: ignore[type-var]
 
 
-def _load_module(path: Path, name: str) -> ModuleType:
+def load_module(path: Path, name: str) -> ModuleType:
     """A file as a module; an `__init__.py` as a package that finds the files beside it."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -14,6 +14,7 @@ from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
 from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
 from spacedrive_jax.cli.serve import Serve
 from spacedrive_jax.cli.show import Show
+from spacedrive_jax.cli.study import Study
 from spacedrive_jax.cli.train import Train, list_presets, parse_train
 from spacedrive_jax.cli.verify import Verify
 from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[Command]] = {
     "score-bench2drive": ScoreBench2Drive,
     "score-counterfactual": ScoreCounterfactual,
     "report": Report,
+    "study": Study,
     "import-weights": ImportWeights,
     "export-weights": ExportWeights,
     "verify": Verify,

@@ -23,7 +23,7 @@ LOOKED_AT = 256
 """Keyframes whose tokens are counted before a run starts, evenly spaced; `survey` counts all."""
 VALIDATED_LOOKED_AT = 128
 """Keyframes of a validation that are looked at before a run starts."""
-NOT_SAID = ("agent_", "drivable", "camera_", "lidar_to_ego", "images", "exact_depth", "lidar")
+NOT_SAID = ("drivable", "camera_", "lidar_to_ego", "images", "exact_depth", "lidar")
 """Features that no conversation depends on."""
 PICTURES = ("images", "exact_depth", "lidar")
 

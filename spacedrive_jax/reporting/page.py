@@ -160,6 +160,11 @@ def render_drives(page: Any) -> str:
     return _environment().get_template("drives.html.jinja").render(page=page, notices=())
 
 
+def render_study(page: Any) -> str:
+    """The page of a study (`study.report.StudyPage`)."""
+    return _environment().get_template("study.html.jinja").render(page=page, notices=())
+
+
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     """Nested mappings as dotted names with their values as text."""
     for name, item in value.items():

@@ -9,6 +9,7 @@ from spacedrive_jax.config import change, load_config
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
 from spacedrive_jax.data.loader import training_samples
 from spacedrive_jax.data.scene_texts import ego_action, scene_objects, scene_questions, scene_reasons
+from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
@@ -129,6 +130,17 @@ def test_labels_cover_the_words_and_waypoints_stand_behind_them(record):
     np.testing.assert_array_equal(sample.path_indices, indicators[10:12])
     question = SampleBuilder(config.data, config.model, answer=False).conversation(record).turns[0].content
     assert question.endswith("trajectory for the ego car with reasons.")
+
+
+@pytest.mark.parametrize("tasks", ["think_before_planning", "questions"])
+def test_a_run_is_told_what_its_words_need(tmp_path, tasks):
+    talk = {"data.conversation.tasks": tasks, "data.conversation.scene_texts": True}
+    config = change(load_config(str(TINY)), "words", talk)
+    data = dataclasses.replace(config.data, records=str(make_records(tmp_path / "records")))
+    with pytest.raises(ConfigError, match="conversation does not fit"):
+        check_lengths(training_samples(data, config.model, 2))
+    roomy = dataclasses.replace(data, sequence_length=512, max_targets=400, max_coordinates=20)
+    check_lengths(training_samples(roomy, config.model, 2))
 
 
 def test_what_does_not_go_together_is_said(record, tmp_path):

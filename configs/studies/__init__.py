@@ -1,0 +1,1 @@
+"""Plans of studies: what `python -m spacedrive_jax study` runs."""

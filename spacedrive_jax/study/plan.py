@@ -1,0 +1,235 @@
+"""A study as one frozen value: what is varied, over which seeds, what is measured, and what is claimed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, to_json
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.io import json_digest, parse_json
+from spacedrive_jax.study.readout import Readout
+
+Measure = Literal["open_loop", "readout"]
+"""What a run is: train, predict `val`, evaluate; or read points back from their encodings
+(`study.readout`), for which nothing is trained but the reader."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One setting of a factor: its name, and the fields of the config that it changes, and of the plan's
+    `readout` as `readout.FIELD`.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """What is varied."""
+
+    name: str
+    levels: tuple[Level, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That one cell's runs are better than another's, and from which size on that matters.
+
+    The effect is the mean of `worse` less that of `better`, for a metric of which less is better. The answer
+    is `yes` where its 95 % interval lies above zero, `no` where it lies below `margin` (an effect that would
+    matter is excluded), else `cannot tell`; a claim whose interval lies above zero and below `margin` is
+    `yes, but less than matters`.
+    """
+
+    text: str
+    metric: str
+    better: Mapping[str, str]
+    """Factor to level."""
+    worse: Mapping[str, str]
+    margin: float
+    """In the metric's unit."""
+    unit: str = "m"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study."""
+
+    name: str
+    title: str
+    base: Config
+    factors: tuple[Factor, ...]
+    seeds: tuple[int, ...]
+    claims: tuple[Claim, ...]
+    measure: Measure = "open_loop"
+    readout: Readout = dataclasses.field(default_factory=Readout)
+    """How points are read back, where that is measured."""
+    skipped: tuple[Mapping[str, str], ...] = ()
+    """Combinations of levels that are left out: every mapping names the levels of some factors."""
+    pretraining: Mapping[str, Any] | None = None
+    """Fields of the base from which it is trained before, once a seed; every run then starts from its
+    checkpoint (`model.weights`)."""
+    minutes: float = 1.0
+    """Of one run on two processor cores, as far as is known: for the budget that is printed beforehand."""
+    missing: tuple[str, ...] = ()
+    """What the issue of the study asks for and no option of this product offers yet."""
+
+    def __post_init__(self) -> None:
+        names = [factor.name for factor in self.factors]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"plan {self.name}: two factors have the same name")
+        for factor in self.factors:
+            levels = [level.name for level in factor.levels]
+            if not levels or len(set(levels)) < len(levels):
+                raise ConfigError(
+                    f"plan {self.name}: factor {factor.name} needs levels with names of their own"
+                )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"plan {self.name} needs seeds, each once")
+        for cell in (*self.skipped, *(each for claim in self.claims for each in (claim.better, claim.worse))):
+            self._check(cell)
+
+    def _check(self, cell: Mapping[str, str]) -> None:
+        levels = {factor.name: [level.name for level in factor.levels] for factor in self.factors}
+        for name, level in cell.items():
+            if level not in levels.get(name, ()):
+                raise ConfigError(f"plan {self.name}: there is no level {name} = {level}")
+
+    def cells(self) -> list[dict[str, str]]:
+        """Every combination of levels that is run, in the order of the factors."""
+        names = [factor.name for factor in self.factors]
+        products = itertools.product(*([level.name for level in factor.levels] for factor in self.factors))
+        cells = [dict(zip(names, levels, strict=True)) for levels in products]
+        return [
+            cell
+            for cell in cells
+            if not any(all(cell[name] == level for name, level in out.items()) for out in self.skipped)
+        ]
+
+    def runs(self, records: str | None = None) -> Iterator[Run]:
+        """All runs, seed by seed, so that what is finished early covers all cells.
+
+        Args:
+            records: folder to train and score on; None for the base's.
+        """
+        for seed in self.seeds:
+            for cell in self.cells():
+                fields: dict[str, Any] = {}
+                for factor in self.factors:
+                    level = next(level for level in factor.levels if level.name == cell[factor.name])
+                    fields |= level.changes
+                fields["train.seed"] = seed
+                if records is not None:
+                    fields["data.records"] = records
+                apart = {path for path in fields if path.startswith("readout.")}
+                read = {path.removeprefix("readout."): fields.pop(path) for path in apart}
+                readout = dataclasses.replace(self.readout, **read)
+                name = "-".join([self.name, *cell.values(), str(seed)]).replace(" ", "_").replace("/", "_")
+                yield Run(cell, seed, change(self.base, name, fields), readout)
+
+    def pretrained(self, seed: int, records: str | None = None) -> Config | None:
+        """The run whose weights all runs of a seed start from; None where they start from the base's."""
+        if self.pretraining is None:
+            return None
+        fields = {**self.pretraining, "train.seed": seed}
+        if records is not None:
+            fields["data.records"] = records
+        return change(self.base, f"{self.name}-pretraining-{seed}", fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a plan."""
+
+    cell: Mapping[str, str]
+    seed: int
+    config: Config
+    readout: Readout
+
+    def identity(self, measure: Measure, data: str, pretrained: Config | None) -> str:
+        """What the run is, whatever it is called and wherever it lies: 16 hexadecimal digits.
+
+        Args:
+            measure: of the plan.
+            data: fingerprint of the records.
+            pretrained: what it starts from.
+        """
+        whole = {
+            "measure": measure,
+            "data": data,
+            "config": _settings(self.config),
+            "pretrained": None if pretrained is None else _settings(pretrained),
+        }
+        if measure == "readout":
+            whole["readout"] = dataclasses.asdict(self.readout)
+        return json_digest(whole)[:16]
+
+
+def _settings(config: Config) -> Any:
+    """A config as JSON values, without its name and places."""
+    plain = dataclasses.replace(config, name="", run_dir=None)
+    plain = dataclasses.replace(plain, data=dataclasses.replace(plain.data, records=""))
+    return parse_json(to_json(plain), "the config")
+
+
+PLAN_FOLDER = PRESET_FOLDER / "studies"
+
+
+@functools.cache
+def known_plans() -> Mapping[str, Plan]:
+    """The plans that come with the project, by name.
+
+    Raises:
+        ConfigError: a file defines none, or two have the same name.
+    """
+    plans: dict[str, Plan] = {}
+    for file in sorted(PLAN_FOLDER.glob("[a-z]*.py")):
+        for plan in _plans_of(file):
+            if plan.name in plans:
+                raise ConfigError(f"{file} defines the plan {plan.name}, which another file has")
+            plans[plan.name] = plan
+    return plans
+
+
+def load_plan(name: str) -> Plan:
+    """Finds a plan.
+
+    Args:
+        name: of a plan of `configs/studies`, or a .py file that defines `PLANS`, of which FILE.py:NAME takes
+            one.
+
+    Raises:
+        ConfigError: there is no such plan.
+    """
+    place, _, chosen = name.partition(":")
+    path = Path(place)
+    if path.suffix == ".py" and path.is_file():
+        plans = {plan.name: plan for plan in _plans_of(path)}
+        if not chosen and len(plans) == 1:
+            return next(iter(plans.values()))
+        if chosen in plans:
+            return plans[chosen]
+        raise ConfigError(f"{path} defines {', '.join(plans)}: give {path}:NAME")
+    plans_known = known_plans()
+    if name not in plans_known:
+        raise ConfigError(f"no plan {name!r}; plans: {', '.join(plans_known)} (or give a .py file)")
+    return plans_known[name]
+
+
+def _plans_of(file: Path) -> tuple[Plan, ...]:
+    try:
+        module = load_module(file, f"spacedrive_jax_plans_{file.stem}")
+    except SpaceDriveError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{file} cannot be read as Python: {error}") from error
+    plans = getattr(module, "PLANS", None)
+    if not isinstance(plans, tuple) or not plans or not all(isinstance(plan, Plan) for plan in plans):
+        raise ConfigError(f"{file} must define PLANS, a tuple of plans")
+    return plans

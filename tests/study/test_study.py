@@ -1,0 +1,177 @@
+"""Studies end to end: run, killed, gone on with; the arithmetic of their answers by hand."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from spacedrive_jax.cli.main import main
+from spacedrive_jax.config import change
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.study import runs
+from spacedrive_jax.study.analysis import answer, effect_of
+from spacedrive_jax.study.plan import Claim, Factor, Level, known_plans, load_plan
+from spacedrive_jax.study.readout import read_back
+from tests.conftest import ROOT
+from tests.training.runs import make_records
+
+PLAN = ROOT / "tests" / "study" / "study_plan.py"
+
+
+def rows_of(folder):
+    lines = (folder / runs.RESULTS).read_text().splitlines()
+    return [{**json.loads(line), "seconds": 0.0} for line in lines]
+
+
+def test_a_killed_run_goes_on_to_the_same_row(tmp_path, capsys, monkeypatch):
+    command = ["study", f"{PLAN}:drives", "--records", str(make_records(tmp_path / "records")), "--json"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["finished"], told["planned"]) == (1, 1)
+    assert (tmp_path / "whole" / "report.html").samefile(told["file"])
+    row = rows_of(tmp_path / "whole")[0]
+    assert set(row["measures"]) == {"l2", "collision", "lateral", "loss", "unparsed"}
+    assert list(row["groups"]["l2"]) == ["scene-0000"]
+    assert row["groups"]["l2"]["scene-0000"][1] == 3
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    predict, out = runs.predict, tmp_path / "killed"
+    monkeypatch.setattr(runs, "predict", killed)
+    assert main([*command, "--out", str(out)]) == 130
+    assert rows_of(out) == []
+    monkeypatch.setattr(runs, "predict", predict)
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert rows_of(out) == [row]
+
+
+def test_a_killed_study_goes_on_to_the_same_table(tmp_path, capsys, monkeypatch):
+    command = ["study", f"{PLAN}:reads", "--json"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    read_back, done, out = runs.read_back, [], tmp_path / "killed"
+
+    def killed(*arguments):
+        done.append(arguments)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return read_back(*arguments)
+
+    monkeypatch.setattr(runs, "read_back", killed)
+    assert main([*command, "--out", str(out)]) == 130
+    assert len(rows_of(out)) == 1
+    page = (out / "report.md").read_text()
+    assert "1 of 2 planned runs" in page
+    assert "Not finished: encoder nerf, seed 1." in page
+    assert "| Sin-cos beats NeRF | not run |" in page
+    with (out / runs.RESULTS).open("a") as file:
+        file.write('{"plan": "re')  # killed while a row was written
+    capsys.readouterr()
+    assert main([*command, "--out", str(out)]) == 1
+    assert "--resume goes on" in capsys.readouterr().err
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+    # The page needs the results alone, and says the same.
+    again = tmp_path / "again"
+    options = ["--report", "--results", str(out / runs.RESULTS), "--out", str(again)]
+    assert main([*command, *options]) == 0
+    page = (out / "report.md").read_text()
+    assert (again / "report.md").read_text() == page
+    assert "| Sin-cos beats NeRF |" in page
+    assert "not covered by any option yet: a longer training." in page
+    html = (out / "report.html").read_text()
+    assert "data:image/svg+xml" in html
+    assert "<script" not in html
+
+
+def row(level, seed, groups, plan="p"):
+    return runs.Row(plan, f"{level}-{seed}", {"way": level}, seed, "", {}, {"l2": groups}, {}, 1.0, "0")
+
+
+CLAIM = Claim("a beats b", "l2", {"way": "a"}, {"way": "b"}, margin=0.5)
+
+
+def table(difference, spread, seeds=3, scenes=8):
+    """Rows of two ways whose scenes differ by `difference`, give or take `spread` from scene to scene."""
+    rng = np.random.default_rng(0)
+    made = []
+    for seed in range(seeds):
+        level = rng.normal(2.0, 1.0, scenes)
+        off = difference + spread * rng.normal(size=scenes)
+        for way, values in (("a", level), ("b", level + off)):
+            made.append(row(way, seed, {f"s{index}": [4 * v, 4.0] for index, v in enumerate(values)}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("difference", "spread", "verdict"),
+    [
+        (1.0, 0.0, "yes"),
+        (0.2, 0.01, "yes, but less than matters"),
+        (0.0, 0.1, "no"),
+        (-1.0, 0.1, "no"),
+        (0.3, 2.0, "cannot tell"),
+    ],
+)
+def test_answers_follow_the_rule(difference, spread, verdict):
+    found = answer(CLAIM, table(difference, spread))
+    assert found.verdict == verdict
+    assert found.effect.interval[0] <= found.effect.mean <= found.effect.interval[1]
+
+
+def test_pairs_cancel_what_they_share():
+    """Scenes differ by metres; two ways that differ by exactly 1 m everywhere differ by 1 m in every draw."""
+    effect = effect_of(CLAIM, table(1.0, 0.0))
+    np.testing.assert_allclose((effect.mean, *effect.interval), 1.0)
+    assert effect.smallest < 1e-9
+    assert (effect.seeds, effect.groups) == (3, 8)
+    assert effect_of(CLAIM, [each for each in table(1.0, 0.0) if each.cell["way"] == "a"]) is None
+
+
+def test_points_are_read_back_and_noise_costs():
+    plan = load_plan(f"{PLAN}:reads")
+    sizes = dataclasses.replace(plan.readout, steps=60)
+    learns = change(plan.base, "learns", {"model.decoder.kind": "mlp"})
+    clean, noisy = (read_back(learns, dataclasses.replace(sizes, noise=noise)) for noise in (0.0, 2.0))
+    assert clean["measures"]["error"] < noisy["measures"]["error"] < 26.0
+    blocks = clean["groups"]["error"].values()
+    assert sum(count for _, count in blocks) == 200
+    np.testing.assert_allclose(sum(total for total, _ in blocks) / 200, clean["measures"]["error"])
+    fitted = read_back(plan.base, sizes)["measures"]["error"]
+    assert fitted < clean["measures"]["error"]  # solved, not trained
+    high = change(plan.base, "high", {"model.encoder.kind": "nerf"})  # 20,000 octaves
+    with pytest.raises(SpaceDriveError, match="no number"):
+        read_back(high, sizes)
+
+
+def test_what_a_run_is_does_not_depend_on_its_place():
+    plan = load_plan(f"{PLAN}:reads")
+    here, there = (list(plan.runs(records)) for records in ("a", "b/c"))
+    names = [run.identity("readout", "data", None) for run in here]
+    assert names == [run.identity("readout", "data", None) for run in there]
+    assert len(set(names)) == 2
+    assert names[0] != here[0].identity("readout", "other", None)
+    changed = dataclasses.replace(plan, base=change(plan.base, "x", {"train.steps": 3}))
+    assert names[0] != next(changed.runs()).identity("readout", "data", None)
+
+
+def test_plans_are_sound():
+    plans = known_plans()
+    assert {"encodings_readout", "where", "coordinates", "losses", "depth", "status", "ranks"} <= set(plans)
+    for plan in plans.values():
+        assert len(plan.seeds) >= 3
+        for run in plan.runs():
+            assert run.config.name.startswith(plan.name)
+    plan = load_plan(f"{PLAN}:drives")
+    with pytest.raises(ConfigError, match="there is no level loss = l3"):
+        dataclasses.replace(plan, claims=(Claim("x", "l2", {"loss": "l3"}, {"loss": "l1"}, 0.1),))
+    with pytest.raises(ConfigError, match="defines drives, reads: give"):
+        load_plan(str(PLAN))
+    factors = (Factor("loss", (Level("a", {"train.steeps": 1}),)),)
+    wrong = dataclasses.replace(plan, factors=factors, claims=())
+    with pytest.raises(ConfigError, match="has no field"):
+        list(wrong.runs())
+    with pytest.raises(SpaceDriveError, match="no plan 'nothing'"):
+        load_plan("nothing")
