@@ -151,21 +151,25 @@ def pure_pursuit(
 
 
 def _curvature(speed: float, points: np.ndarray) -> float:
-    """Of the circle through the rear axle and the point at the look-ahead distance on the polyline."""
+    """Of the circle through the rear axle and the point at the look-ahead distance on the polyline.
+
+    A vehicle far off its way may have all of it behind: the circle then leads around, back to it.
+    """
     seconds, least, most = LOOK_AHEAD
     wanted = min(max(seconds * speed, least), most)
     points = np.asarray(points, np.float64)
     distances = exact.norm(points)
     ahead = np.flatnonzero((distances >= wanted) & (points[:, 0] > 0))
     if not len(ahead):
-        x, y = points[-1]
-        if distances[-1] < 1.0 or x <= 0:
+        behind, beyond = points[-1, 0] <= 0, np.flatnonzero(distances >= wanted)
+        if distances[-1] < 1.0 or (behind and not len(beyond)):
             return 0.0  # a plan that goes nowhere says nothing about the direction
-        wanted = float(distances[-1])
+        target = int(beyond[0]) if behind else len(points) - 1
+        y, wanted = points[target, 1], float(distances[target])
     else:
         last = int(ahead[0])
         start = points[last - 1] if last else np.zeros(2)
-        x, y = _on_circle(start, points[last], wanted)
+        _, y = _on_circle(start, points[last], wanted)
     return 2 * float(y) / (wanted * wanted)
 
 

@@ -40,6 +40,17 @@ def test_pure_pursuit_starts_from_rest_however_the_first_segment_is_misjudged() 
         assert asked.acceleration == pytest.approx(1.6)
 
 
+def test_pure_pursuit_turns_around_to_a_way_that_lies_behind() -> None:
+    """From beside a junction that the vehicle missed: the route leads off to the left, behind it."""
+    away = np.stack([np.full(20, -4.0), 6.0 + np.arange(20)], axis=1)
+    turn = pure_pursuit(8.0, straight(8.0), away).curvature
+    assert turn == pytest.approx(2 * 6.0 / 52.0)  # the circle through the first point beyond the look-ahead
+    assert pure_pursuit(8.0, straight(8.0), away * [1, -1]).curvature == pytest.approx(-turn)
+    assert pure_pursuit(8.0, -straight(8.0)).curvature == 0.0  # straight back
+    assert pure_pursuit(1.0, np.full((6, 2), -0.3)).curvature == 0.0  # nowhere
+    assert pure_pursuit(8.0, np.full((6, 2), -1.5)).curvature == 0.0  # a stop that was driven past
+
+
 def test_pure_pursuit_holds_a_speed_brakes_for_a_stop_and_stops() -> None:
     assert pure_pursuit(8.0, straight(8.0)).acceleration == pytest.approx(0.0)
     assert pure_pursuit(8.0, np.zeros((6, 2))).acceleration == pytest.approx(-8.0 / 0.75)
