@@ -151,7 +151,9 @@ class Predict(Command):
             _note_predictions(out, self.records, result.made_of)
         rate = result.samples / max(result.seconds, 1e-9)
         print(f"{result.samples} samples, {result.unparsed} unparsed, {rate:.1f} a second: {out}")
-        if self.out is None and not part:
+        if result.unparsed == result.samples > 0:
+            print("no answer holds a trajectory: the model has not learnt to give one (train longer)")
+        elif self.out is None and not part:
             print(f"next: python -m spacedrive_jax evaluate {out.parent}, then report {out.parent}")
         return {
             "file": str(out),

@@ -23,7 +23,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.importing import copy_tokenizer
 from spacedrive_jax.interop.model_card import base_licence, data_licence, model_card, scores_of
 from spacedrive_jax.interop.peft import base_of
-from spacedrive_jax.interop.processor_files import write_processor
+from spacedrive_jax.interop.processor_files import PROCESSOR_FILES, write_processor
 from spacedrive_jax.interop.trained_parts import (
     EXTRAS_FILE,
     RUN_FILE,
@@ -199,6 +199,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
         licence=base_licence(base),
         facts=facts,
         scores=scores,
+        processor=base is not None and any((base / name).is_file() for name in PROCESSOR_FILES),
     )
 
 

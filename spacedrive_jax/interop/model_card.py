@@ -113,6 +113,7 @@ def model_card(
     licence: str | None,
     facts: Mapping[str, str],
     scores: Sequence[Mapping[str, Any]] = (),
+    processor: bool = True,
 ) -> str:
     """The text of a card, with the front matter that model hubs read.
 
@@ -123,10 +124,14 @@ def model_card(
         licence: of the base; None where it is not known.
         facts: what is known of where it comes from, in words.
         scores: of `evaluate`.
+        processor: whether a processor lies beside the weights, or the tokenizer alone.
     """
     lines = ["---", "library_name: " + ("transformers" if kind == "hf" else "spacedrive_jax")]
     lines += [f"license: {licence}"] if licence else []
     lines += ["tags:", "- spacedrive", "- autonomous-driving", "---", f"# {name}", ""]
+    loading = LOADING[kind]
+    if not processor:
+        loading = loading.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
     lines += [
         "SpaceDrive ([arXiv 2512.10719](https://arxiv.org/abs/2512.10719)), trained with spacedrive_jax.",
         "",
@@ -138,7 +143,7 @@ def model_card(
         *_score_lines(scores),
         "",
         "## How to load it",
-        LOADING[kind],
+        loading,
     ]
     return "\n".join(lines) + "\n"
 

@@ -17,6 +17,7 @@ from spacedrive_jax.io import MEBIBYTE, is_there, read_json, write_json, write_p
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SAMPLING = ("temperature", "top_k", "top_p", "typical_p", "min_p")

@@ -105,7 +105,12 @@ def _check_match(
 ) -> list[str]:
     """Sentences about records, scores and predictions that do not belong together."""
     notices = []
-    if predictions is not None and "prediction" not in measured.errors:
+    if predictions is not None and predictions.tokens and predictions.tokens <= set(predictions.unparsed):
+        notices.append(
+            f"None of the {len(predictions.tokens)} predictions holds a trajectory: all are unparsed. After "
+            "few steps of training that is to be expected."
+        )
+    elif predictions is not None and "prediction" not in measured.errors:
         notices.append(
             f"None of the {len(predictions.tokens)} predictions belongs to a keyframe with a whole future in "
             f"split {records.split} of {records.directory}."

@@ -128,9 +128,10 @@ def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
         )
     if not evaluations:
         place = directory if predictions is None else predictions.parent
+        what = directory if predictions is None else f"--predictions {predictions} --records DIR"
         missing.append(
             f"No evaluation file in {place}: scores are not shown. Write one with "
-            "`python -m spacedrive_jax evaluate`."
+            f"`python -m spacedrive_jax evaluate {what}`."
         )
     return RunFiles(directory, facts or {}, config, steps, evaluations, tuple(missing))
 

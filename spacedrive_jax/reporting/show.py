@@ -260,6 +260,6 @@ def _write(part: Any, plan: KeyframePlan) -> None:
 def waypoint_table(waypoints: Float[np.ndarray, "T 2"]) -> str:
     """Waypoints as lines of text: seconds, metres ahead, metres to the left."""
     return "\n".join(
-        f"  {number / 2:.1f} s  {x:7.2f} m ahead  {y:6.2f} m left"
+        f"  {number / 2:.1f} s  {x:7.2f} m ahead  {abs(y):6.2f} m {'left' if y >= 0 else 'right'}"
         for number, (x, y) in enumerate(waypoints.tolist(), start=1)
     )

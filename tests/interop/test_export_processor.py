@@ -14,6 +14,8 @@ from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.model_card import base_licence, model_card
 from spacedrive_jax.interop.processor_files import write_processor
 from spacedrive_jax.models.families import FAMILIES, family_of
+from spacedrive_jax.training.checkpoints import read_metadata
+from spacedrive_jax.training.run_folder import note_predictions
 from tests.models.conftest import random_module
 from tests.tiny_config import config as tiny
 from tests.training.runs import make_records, save_untrained
@@ -79,11 +81,16 @@ def exported(base, tmp_path_factory):
         ),
     )
     save_untrained(config)
+    facts = {"sha256": "theirs", "records_fingerprint": "records", "split": "val", "average": False}
+    facts |= {"trainable_fingerprint": read_metadata(config.directory, 1)["trainable_fingerprint"]}
+    note_predictions(config.directory, facts)
     (folder / "run" / "predictions.omnidrive.json").write_text(
         json.dumps(
             {
                 "protocol": "omnidrive",
                 "samples": 56,
+                "records": {"fingerprint": "records", "split": "val"},
+                "predictions_sha256": "theirs",
                 "l2": {"1s": 0.5, "2s": 1.0, "3s": 1.5, "avg": 1.0},
                 "collision": {"1s": 0.0, "2s": 0.0, "3s": 3.0, "avg": 1.0},
             }
@@ -129,7 +136,7 @@ def test_the_card_says_what_it_is(exported):
     assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\n")
     for said in (
         "Tiny-VL-Instruct",
-        "| omnidrive | 56 | 0.50 / 1.00 / 1.50 | 1.00 | 1.00 |",
+        "| omnidrive | val | 56 | 0.50 / 1.00 / 1.50 | 1.00 | 1.00 |",
         "AutoProcessor",
     ):
         assert said in card

@@ -110,5 +110,6 @@ def test_a_card_tells_only_the_scores_and_data_that_belong_to_its_numbers(run_di
         card(made_of, evaluation | {"records": {"fingerprint": "of them", "split": "train"}}),
     ):
         assert "None were recorded with these numbers." in other
+    assert "AutoTokenizer.from_pretrained" in other  # a base that was drawn has no processor
     assert data_licence(str(records), fingerprint) != ("", "")
     assert data_licence(str(records), "other records lay there") == ("", "")
