@@ -29,11 +29,11 @@ class Report(Command):
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR …")]
     """Folders that `train` wrote; the others are held against the first."""
     records: Path | None = None
-    """Records folder; `records` of run.json by default."""
+    """Records folder; those that were predicted on by default, as run.json has them."""
     predictions: Path | None = None
-    """Of one run: prediction file, its scores beside it; `predictions` of run.json by default."""
+    """Of one run: prediction file, its scores beside it; the newest of the run by default."""
     split: str | None = None
-    """Split to show; `split` of run.json by default, else val."""
+    """Split to show; the one that was predicted by default, else val."""
     highlight: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN …")] = ()
     """Of one run: tokens of keyframes to show besides the best, median and worst."""
     protocol: Literal["omnidrive", "vad", "uniad", "corrected"] = "omnidrive"

@@ -79,7 +79,7 @@ def write_hf_config(config: VLConfig, ids: SpecialIds | None = None) -> dict[str
     """
     fields = format_of(config).write_config(config)
     for name, value in () if ids is None else ids.named:
-        fields["text_config"][name] = list(value) if isinstance(value, tuple) else value
+        fields.get("text_config", fields)[name] = list(value) if isinstance(value, tuple) else value
     return fields
 
 
