@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
@@ -32,6 +33,7 @@ from spacedrive_jax.config import Config, MeshConfig, TrainConfig
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -191,12 +193,13 @@ class TorchSide:
         samples, cameras, rows, columns = batch.patch_depth.shape
         ids = torch.tensor(batch.token_ids, dtype=torch.long)
         images = ids == self.inner.config.image_token_id
+        views = jnp.asarray(batch.pixel_values).reshape(-1, *batch.pixel_values.shape[2:])
+        vlm = config.model.vlm
+        processor = family_of(vlm).image_processor(vlm.vision, views.shape[1:3])
         self.inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.tensor(
-                np.array(normalise(batch.pixel_values)).reshape(-1, batch.pixel_values.shape[-1])
-            ),
+            "pixel_values": torch.tensor(np.array(normalise(processor.view_patches(views)))).flatten(0, 1),
             "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]] * (samples * cameras)),
             "mm_token_type_ids": images.long(),
         }

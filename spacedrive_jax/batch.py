@@ -53,9 +53,9 @@ class DrivingBatch:
     token_type_ids: Int[Leaf, "*B S"]
     """`TokenType` of every place."""
 
-    pixel_values: UInt8[Leaf, "*B N P K"] | Float[Leaf, "*B N P K"]
-    """Flattened patches of the image processor: 0..255 before its rescaling and normalisation (done on
-    the device), or already normalised floats."""
+    pixel_values: UInt8[Leaf, "*B N H W 3"] | Float[Leaf, "*B N P K"]
+    """The views, 0..255, of `data.image_size`, which the device takes through the family's image processor;
+    or what that makes of them, floats: normalised, flattened patches."""
     patch_depth: Float[Leaf, "*B N h w"]
     """Pooled z-depth of every visual token."""
     intrinsics: Float[Leaf, "*B N 3 3"]

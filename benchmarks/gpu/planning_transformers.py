@@ -24,6 +24,7 @@ from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.interop.families import write_hf_config
 from spacedrive_jax.models.config import VLConfig
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training.batches import fake_batch
 
 
@@ -52,10 +53,12 @@ class SayFrame(transformers.LogitsProcessor):
 
 def measure(model: Any, batch: DrivingBatch, vlm: VLConfig, frame: tuple[int, ...], device: str) -> None:
     """Answers once, to see that the frame is said; times; prints the row."""
-    samples, cameras, _, channels = batch.pixel_values.shape
+    samples, cameras, *size, _ = batch.pixel_values.shape
+    processor = family_of(vlm).image_processor(vlm.vision, tuple(size))
+    patches = processor.patches(list(np.asarray(batch.pixel_values).reshape(-1, *size, 3)))
     rows, columns = (side * vlm.vision.merge_size for side in batch.patch_depth.shape[2:])
     ids = torch.tensor(np.asarray(batch.token_ids), dtype=torch.long, device=device)
-    pixels = torch.tensor(np.asarray(batch.pixel_values), device=device).reshape(-1, channels)
+    pixels = torch.tensor(patches, device=device).flatten(0, 1)
     asked = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

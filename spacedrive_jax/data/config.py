@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from spacedrive_jax.bounds import COUNT, SIDE, Bounds, check_bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, SIDE, Bounds, check_bounds
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import DepthConfig, Pixels
 from spacedrive_jax.data.prompts import CommandSource
@@ -43,8 +43,12 @@ class DataConfig:
     cache_in_memory: bool = False
     """Keep prepared samples in host memory: for data sets that fit."""
     read_threads: int = 8
+    """Samples made at a time, by every worker process where there are some."""
     prefetch_batches: int = 8
     """Batches made ahead; no fewer than `read_threads`, or some of those would have nothing to do."""
+    worker_processes: int = 0
+    """Processes that make samples, for hosts with more processors than threads of one Python keep busy;
+    0 for threads alone. Batches and their order are the same."""
 
     BOUNDS: ClassVar[Bounds] = {
         "image_size": SIDE,
@@ -52,6 +56,7 @@ class DataConfig:
         "max_targets": COUNT,
         "max_coordinates": COUNT,
         "read_threads": COUNT,
+        "worker_processes": FROM_ZERO,
         "prefetch_batches": COUNT,
     }
 

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels, and to the patches of the image processor.
+"""Encoded pictures to pixels, and to views of the size that the image processor takes.
 
 The one place where bytes from somebody's file become an image.
 
@@ -10,7 +10,11 @@ error, of a known kind, and no larger than it may be before any memory is taken 
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import functools
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -45,8 +49,13 @@ def decode_photo(encoded: bytes, what: str, size: Size | None = None) -> UInt8[n
     Raises:
         DataError: it is damaged, cut, of another kind, too large, or of another size.
     """
+    return np.array(_photo(encoded, what, size))
+
+
+def _photo(encoded: bytes, what: str, size: Size | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """The same, not to be written to."""
     image = _decode(encoded, what, ("JPEG", "PNG"), ("RGB", "L"), size)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def check_photo(encoded: bytes, what: str) -> None:
@@ -142,9 +151,13 @@ def _decode(
     encoded: bytes, what: str, formats: tuple[str, ...], modes: tuple[str, ...], size: Size | None
 ) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit warns first; ours is below it and an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        declared = picture_size(encoded)
+        with contextlib.ExitStack() as stack:
+            # Pillow's own limit warns first; ours is below it and an error. Filters are the whole process's:
+            # they are not touched for pictures of common sizes, of which several threads decode many.
+            if declared is None or declared[0] * declared[1] > MAX_PIXELS:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=formats)
         width, height = image.size
         if size is not None and (height, width) != tuple(size):
@@ -191,7 +204,11 @@ def _reason(error: Exception) -> str:
 
 
 class ViewProcessor:
-    """Decodes the six views of a record, resizes them to one size and hands them to the image processor."""
+    """Decodes the six views of a record and resizes them to the size that the image processor takes.
+
+    The rest is the device's (`ImageProcessor.view_patches`). Views are prepared side by side, on as many
+    threads as there are processors: libjpeg and OpenCV let go of Python.
+    """
 
     def __init__(self, processor: ImageProcessor, *, channel_order: Literal["rgb", "bgr"] = "rgb") -> None:
         """Prepares it.
@@ -207,24 +224,34 @@ class ViewProcessor:
         self.intrinsics_size = processor.intrinsics_size
         """(height, width) in whose pixels the published code counts intrinsics."""
 
-    def __call__(self, record: Record) -> UInt8[np.ndarray, "N P K"]:
-        """Patches of the record's views, 0..255.
+    def __call__(self, record: Record) -> UInt8[np.ndarray, "N H W 3"]:
+        """The record's views, 0..255.
 
         Raises:
             DataError: an image is absent or cannot be decoded.
         """
-        images = []
-        for camera, encoded in zip(CAMERAS, record["images"], strict=True):
-            if not encoded:
-                raise DataError(
-                    f"keyframe {record['token']} has no {camera} image: it was converted with "
-                    "--missing-images empty; convert with `render`, or `skip` such keyframes"
-                )
-            image = decode_photo(encoded, f"keyframe {record['token']}: the {camera} image")
-            height, width = self.processor.image_size
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            images.append(image if self.channel_order == "rgb" else image[..., ::-1])
-        return self.processor.patches(images)
+        views = np.empty((len(CAMERAS), *self.processor.image_size, 3), np.uint8)
+        # All of them, so that the first camera's error is raised whichever came first.
+        list(_threads().map(functools.partial(self._prepare, record), range(len(CAMERAS)), views))
+        return views
+
+    def _prepare(self, record: Record, camera: int, view: UInt8[np.ndarray, "H W 3"]) -> None:
+        encoded, what = record["images"][camera], f"keyframe {record['token']}: the {CAMERAS[camera]} image"
+        if not encoded:
+            raise DataError(
+                f"keyframe {record['token']} has no {CAMERAS[camera]} image: it was converted with "
+                "--missing-images empty; convert with `render`, or `skip` such keyframes"
+            )
+        height, width = self.processor.image_size
+        cv2.resize(_photo(encoded, what), (width, height), dst=view, interpolation=cv2.INTER_LINEAR)
+        if self.channel_order == "bgr":
+            cv2.cvtColor(view, cv2.COLOR_RGB2BGR, dst=view)
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    """For views; those of several samples share them."""
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="view")
 
 
 def scaled_intrinsics(record: Record, image_size: tuple[int, int]) -> Float[np.ndarray, "N 3 3"]:

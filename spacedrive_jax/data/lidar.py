@@ -45,8 +45,9 @@ def sweep_points(record: Record) -> Float[np.ndarray, "P 3"]:
     return points
 
 
-def points_in_cameras(record: Record) -> list[Float[np.ndarray, "P 3"]]:
-    """The sweep in each camera's frame, metres, moved to that camera's own time by the ego poses.
+def points_in_cameras(record: Record) -> list[Float[np.ndarray, "_ 3"]]:
+    """The sweep in each camera's frame, metres, moved to that camera's own time by the ego poses; points
+    that are farther than `MIN_DEPTH` in front of it.
 
     sensor -> ego at LiDAR time -> global -> ego at camera time -> camera (nuScenes devkit convention).
     """
@@ -56,7 +57,8 @@ def points_in_cameras(record: Record) -> list[Float[np.ndarray, "P 3"]]:
     for camera in range(NUM_CAMERAS):
         global_to_camera = exact.affine_inverse(camera_to_global(record, camera))
         lidar_to_camera = exact.matmul(global_to_camera, lidar_to_global)
-        moved.append(exact.transform(points, lidar_to_camera))
+        depth = exact.dot(points, lidar_to_camera[2, :3]) + lidar_to_camera[2, 3]
+        moved.append(exact.transform(points[depth > MIN_DEPTH], lidar_to_camera))
     return moved
 
 

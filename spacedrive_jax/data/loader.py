@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import flags
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
@@ -27,6 +31,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, write_json
 from spacedrive_jax.models.spacedrive_config import ModelConfig
+from spacedrive_jax.parallel import end_with_parent
 
 # Which keyframes of a split have all their future poses, found once and kept beside the records.
 
@@ -85,7 +90,7 @@ LOOKED_AT = 256
 
 
 class SampleClock:
-    """How long read threads took to make samples."""
+    """How long read threads took to make samples; those of worker processes are not counted."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -102,6 +107,9 @@ class SampleClock:
             taken = self._seconds, self._count
             self._seconds, self._count = 0.0, 0
         return taken
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleClock, ()
 
 
 @dataclasses.dataclass
@@ -121,6 +129,9 @@ class Samples(Sequence[DrivingBatch]):
     def __post_init__(self) -> None:
         self._kept: dict[int, DrivingBatch] = {}
         self.clock = SampleClock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}  # a worker process keeps its own
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -267,9 +278,66 @@ class HostShare(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._host * self._share + place]
 
 
+def read_ahead(dataset: grain.MapDataset, data: DataConfig, ahead: int) -> grain.DatasetIterator:
+    """Goes through a dataset in order while its next elements are being made; close it when done.
+
+    Args:
+        dataset: picklable, where there are worker processes.
+        data: how many threads or processes make elements.
+        ahead: elements made ahead.
+    """
+    workers = data.worker_processes
+    ahead = max(-(-ahead // max(workers, 1)), 1)
+    options = grain.ReadOptions(
+        num_threads=data.read_threads, prefetch_buffer_size=max(ahead, data.read_threads)
+    )
+    elements = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks for flags of its own, which only absl's app parses
+            flags.FLAGS.mark_as_parsed()
+        elements = elements.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead), _begin_worker
+        )
+    return iter(elements)
+
+
+def _begin_worker(number: int, count: int) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators are the parent's
+    end_with_parent()
+
+
+class TrainingBatches(Iterator[DrivingBatch]):
+    """An endless iterator over batches that can be set to any of them."""
+
+    def __init__(self, batches: grain.MapDataset, data: DataConfig) -> None:
+        """Args: all batches, by number; how they are read ahead."""
+        self._batches, self._data = batches, data
+        self._running: grain.DatasetIterator | None = None
+        self.done = 0
+        """Batches that were handed out."""
+
+    def __next__(self) -> DrivingBatch:
+        if self._running is None:
+            self._running = read_ahead(self._batches[self.done :], self._data, self._data.prefetch_batches)
+        batch = next(self._running)
+        self.done += 1
+        return batch
+
+    def go_to(self, done: int) -> None:
+        """Makes the batch with this number the next one."""
+        self.close()
+        self.done = done
+
+    def close(self) -> None:
+        """Ends threads and processes; they begin anew with the next batch that is asked for."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+
 def training_iterator(
     samples: Samples | MixedSamples, data: DataConfig, *, batch_size: int, seed: int
-) -> grain.DatasetIterator:
+) -> TrainingBatches:
     """An endless, checkpointable iterator of this host's share of every global batch.
 
     The order depends on the seed alone, not on the number of hosts; every epoch is shuffled anew. See
@@ -292,14 +360,15 @@ def training_iterator(
     else:
         endless = mixed_order([samples], [1.0], seed)
     share = batch_size // hosts
-    dataset = HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack)
-    ahead = max(data.prefetch_batches, data.read_threads)
-    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=ahead)
-    return iter(dataset.to_iter_dataset(options))
+    return TrainingBatches(HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack), data)
 
 
 def evaluation_batches(
-    samples: Sequence[DrivingBatch], batch_size: int, rows: Sequence[int] | None = None
+    samples: Sequence[DrivingBatch],
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    *,
+    data: DataConfig | None = None,
 ) -> Iterator[tuple[DrivingBatch, int]]:
     """All samples once, in order; the last batch is filled up by repeating its last sample.
 
@@ -307,23 +376,55 @@ def evaluation_batches(
         samples: what to go through.
         batch_size: of a whole batch.
         rows: the places of every batch that are wanted, this host's; None for all.
+        data: how many threads or processes make samples ahead, a batch at least; None for none.
 
     Yields:
         Those places of a batch, and how many samples of the whole batch count.
     """
     wanted = range(batch_size) if rows is None else rows
-    for start in range(0, len(samples), batch_size):
-        count = min(batch_size, len(samples) - start)
-        places = [start + min(row, count - 1) for row in wanted]
-        made = {place: samples[place] for place in sorted(set(places))}
-        yield stack([made[place] for place in places]), count
+    counts = [min(batch_size, len(samples) - start) for start in range(0, len(samples), batch_size)]
+    places = [
+        [number * batch_size + min(row, count - 1) for row in wanted] for number, count in enumerate(counts)
+    ]
+    order = [place for batch in places for place in sorted(set(batch))]
+    if not order:
+        return
+    if data is None:
+        made: Iterator[DrivingBatch] = (samples[place] for place in order)
+        yield from _filled(made, places, counts)
+        return
+    ordered = grain.MapDataset.source(_InOrder(samples, order))
+    with contextlib.closing(read_ahead(ordered, data, len(wanted))) as made:
+        yield from _filled(made, places, counts)
 
 
-def position(iterator: grain.DatasetIterator, batch_size: int) -> dict[str, int]:
+def _filled(
+    made: Iterator[DrivingBatch], places: Sequence[Sequence[int]], counts: Sequence[int]
+) -> Iterator[tuple[DrivingBatch, int]]:
+    for batch, count in zip(places, counts, strict=True):
+        found = {place: next(made) for place in sorted(set(batch))}
+        yield stack([found[place] for place in batch]), count
+
+
+@dataclasses.dataclass(frozen=True)
+class _InOrder(Sequence[DrivingBatch]):
+    """Samples in an order of one's own."""
+
+    samples: Sequence[DrivingBatch]
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> DrivingBatch:  # type: ignore[override]
+        return self.samples[self.order[place]]
+
+
+def position(iterator: TrainingBatches, batch_size: int) -> dict[str, int]:
     """Where a training iterator stands, as counted over all hosts: what a checkpoint keeps of it."""
-    return {"samples": iterator.get_state()["next_index"] * batch_size}
+    return {"samples": iterator.done * batch_size}
 
 
-def seek(iterator: grain.DatasetIterator, where: dict[str, int], batch_size: int) -> None:
+def seek(iterator: TrainingBatches, where: dict[str, int], batch_size: int) -> None:
     """Sets a training iterator to a `position`, whatever the host count or batch size it was saved under."""
-    iterator.set_state({"next_index": where["samples"] // batch_size})
+    iterator.go_to(where["samples"] // batch_size)

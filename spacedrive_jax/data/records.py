@@ -51,13 +51,16 @@ class RecordSource(Sequence[Record]):
 
     def __init__(self, directory: Path, shards: Sequence[tuple[str, int]]) -> None:
         """Args: the records folder; names of shards and how many records each holds."""
-        self.shards = tuple(shards)
+        self.directory, self.shards = directory, tuple(shards)
         self._shards = [directory / name for name, _ in shards]
         self._ends = list(itertools.accumulate(count for _, count in shards))
         paths = [f"{directory / name}[0:{count}]" for name, count in shards]
         self._bytes = ArrayRecordDataSource(paths)
         self._features = record_features()
         self._identity = tfds.features.FeaturesDict({"token": self._features["token"]})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecordSource, (self.directory, self.shards)  # a worker process opens the shards anew
 
     def __len__(self) -> int:
         return self._ends[-1]

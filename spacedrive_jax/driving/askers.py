@@ -168,14 +168,16 @@ class ModelAsker:
     def __init__(self, planner: BatchPlanner) -> None:
         self.planner, self.most = planner, planner.most
         planner.sizes = (planner.most,)
+        self._pool = concurrent.futures.ThreadPoolExecutor(planner.most, thread_name_prefix="sample")
 
     def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
         """See `Asker`."""
         answers: dict[int, Plan | PlanError] = {}
         samples, numbers = [], []
-        for question in asked:
+        prepared = [self._pool.submit(self.planner.sample, question.record) for question in asked]
+        for question, future in zip(asked, prepared, strict=True):
             try:
-                samples.append(self.planner.sample(question.record))
+                samples.append(future.result())
                 numbers.append(question.number)
             except SpaceDriveError as error:
                 answers[question.number] = PlanError(FailureKind.CRASH, str(error))
@@ -186,7 +188,8 @@ class ModelAsker:
         return answers
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Ends the threads that prepare samples."""
+        self._pool.shutdown()
 
 
 class ServerAsker:

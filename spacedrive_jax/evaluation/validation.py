@@ -106,6 +106,8 @@ class Validation:
         self._size = config.train.batch_size // config.train.grad_accum_steps
         self._parts = _parts(config, keep)
         self.digest = _digest(config, self._parts)
+        # Threads: worker processes would take longer to start than a validation takes.
+        self._data = dataclasses.replace(config.data, worker_processes=0)
         self._builder = self._parts[0].asked.builder
         self._length = 0
         graph, _, _ = abstract_state(config, mesh)
@@ -145,7 +147,7 @@ class Validation:
         rows, weight = local_rows(self._size, self._mesh), 0
         total: dict[str, float] = {}
         for part in self._parts:
-            for batch, count in evaluation_batches(part.answered, self._size, rows):
+            for batch, count in evaluation_batches(part.answered, self._size, rows, data=self._data):
                 # Rows that only fill a batch up count for nothing.
                 counts = np.asarray(rows) < count
                 batch = dataclasses.replace(
@@ -171,7 +173,7 @@ class Validation:
         rows, scored, failed, annotated = local_rows(self._size, self._mesh), [], [], False
         for part in self._parts:
             first = 0
-            for batch, count in evaluation_batches(part.asked, self._size, rows):
+            for batch, count in evaluation_batches(part.asked, self._size, rows, data=self._data):
                 self._length = max(self._length, largest_of_hosts(prompt_length(batch)))
                 cut = without_padding(batch, self._length)
                 placed = place_rows(cut, rows, self._size, self._mesh)
@@ -222,6 +224,7 @@ _NO_MATTER = (
     "max_coordinates",
     "read_threads",
     "prefetch_batches",
+    "worker_processes",
     "cache_in_memory",
     "drop_without_future",
 )

@@ -82,7 +82,8 @@ def answered_batches(
 ) -> Iterator[Answered]:
     """Answers all samples in order.
 
-    One batch behind: while the devices are at work on it, the next one is prepared. On several hosts each
+    One batch behind: while the devices are at work on it, the next ones are prepared, by as many threads or
+    processes as `data.read_threads` and `data.worker_processes` of the run say. On several hosts each
     prepares what its devices hold, and all get all answers.
 
     Args:
@@ -110,7 +111,7 @@ def answered_batches(
             )
 
     rows, running, first = local_rows(size, mesh), None, 0
-    for part, count in evaluation_batches(samples, size, rows):
+    for part, count in evaluation_batches(samples, size, rows, data=trained.config.data):
         length = max(length, largest_of_hosts(prompt_length(part)))
         placed = place_rows(without_padding(part, length), rows, size, mesh)
         previous = running

@@ -184,9 +184,11 @@ class SpaceDrive(nnx.Module):
         """
         samples, cameras, rows, columns = batch.patch_depth.shape
         merge = self.config.vlm.vision.merge_size
-        processor = family_of(self.config.vlm).image_processor
-        patches = normalise(batch.pixel_values, processor.mean, processor.std)
-        patches = patches.reshape(samples * cameras, *batch.pixel_values.shape[2:])
+        patches = batch.pixel_values.reshape(samples * cameras, *batch.pixel_values.shape[2:])
+        if patches.dtype == jnp.uint8:
+            vlm = self.config.vlm
+            processor = family_of(vlm).image_processor(vlm.vision, patches.shape[1:3])
+            patches = normalise(processor.view_patches(patches), processor.mean, processor.std)
         features, deepstack = self.vlm.visual_features(patches, (rows * merge, columns * merge))
         features = features.reshape(samples, cameras * rows * columns, -1)
         if deepstack is not None:

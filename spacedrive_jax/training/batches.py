@@ -38,14 +38,13 @@ def batch_spec(
     def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
-    rows, columns = images.patch_grid
     return DrivingBatch(
         token_ids=array(np.int32, length),
         lengths=array(np.int32),
         position_ids=array(np.int32, 3, length),
         rope_delta=array(np.int32),
         token_type_ids=array(np.int32, length),
-        pixel_values=array(np.uint8, NUM_CAMERAS, rows * columns, vision.patch_channels),
+        pixel_values=array(np.uint8, NUM_CAMERAS, *data.image_size, 3),
         patch_depth=array(np.float32, NUM_CAMERAS, *images.token_grid),
         intrinsics=array(np.float32, NUM_CAMERAS, 3, 3),
         camera_to_ego=array(np.float32, NUM_CAMERAS, 4, 4),

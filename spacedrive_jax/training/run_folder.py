@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "model.weights:",
     "data.read_threads",
     "data.prefetch_batches",
+    "data.worker_processes",
     "data.cache_in_memory",
     "train.log_every",
     "train.trackers",

@@ -169,7 +169,7 @@ class Throughput:
     * data_wait: share of the window spent waiting for the input pipeline (0: never the bottleneck);
     * data_headroom: samples a second that the read threads could make, by the time the window's samples took
       them, over those the steps took; above 1 the pipeline keeps up. Absent where every sample was at hand
-      (`data.cache_in_memory`);
+      (`data.cache_in_memory`) or worker processes make the samples;
     * goodput: time in steps over the time since the run was started; the first window, which compiles, does
       not count as steps, nor does waiting for data;
     * mfu: model FLOPs of a step (`scaling.flops`) over step_seconds, devices and peak rate; only where the

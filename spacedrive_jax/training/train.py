@@ -282,6 +282,7 @@ def _train(
         checkpoints.closing(manager),
         contextlib.closing(tracker),
         contextlib.closing(profiler),
+        contextlib.closing(iterator),
         progress(total=settings.steps, initial=start, unit="step", logged=False) as bar,
     ):
         if made_up:

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,13 +9,22 @@ import pytest
 from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_config
 from spacedrive_jax.data.images import scaled_intrinsics
-from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
+from spacedrive_jax.data.loader import (
+    Samples,
+    evaluation_batches,
+    position,
+    seek,
+    training_iterator,
+    training_samples,
+)
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.image_processor import CLIP_MEAN, CLIP_STD, normalise
 from spacedrive_jax.models.unprojection import patch_centres
 from tests.conftest import ROOT
 from tests.record_factory import encode_jpeg, encode_png, make_record
+from tests.training.runs import make_records, tiny
 
 CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))
 
@@ -120,7 +131,9 @@ def test_pixels_reach_the_model_as_the_image_processor_would_hand_them_over(reco
     colour[...] = (10, 100, 200)  # BGR
     images = [encode_jpeg(colour)] * 6
     sample = SampleBuilder(CONFIG.data, CONFIG.model)({**record, "images": images}, 0)
-    patches = np.asarray(normalise(jnp.asarray(sample.pixel_values))).reshape(6, -1, 3, 2 * 14 * 14)
+    processor = family_of(CONFIG.model.vlm).image_processor(CONFIG.model.vlm.vision, CONFIG.data.image_size)
+    made = normalise(processor.view_patches(jnp.asarray(sample.pixel_values)))
+    patches = np.asarray(made).reshape(6, -1, 3, 2 * 14 * 14)
     for channel, value in enumerate((200, 100, 10)):
         expected = (value / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
         np.testing.assert_allclose(patches[:, :, channel], expected, atol=0.1)  # JPEG moves a few levels
@@ -146,11 +159,11 @@ def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
     order = [next(first).index.tolist() for _ in range(5)]
     assert sorted(index for batch in order[:3] for index in batch) == sorted(list(range(6)) * 2)
     assert [next(again).index.tolist() for _ in range(2)] == order[:2]
-    state = again.get_state()
+    state = position(again, CONFIG.train.batch_size)
     resumed = training_iterator(
         samples, CONFIG.data, batch_size=CONFIG.train.batch_size, seed=CONFIG.train.seed
     )
-    resumed.set_state(state)
+    seek(resumed, state, CONFIG.train.batch_size)
     assert [next(resumed).index.tolist() for _ in range(3)] == order[2:]
 
 
@@ -161,3 +174,32 @@ def test_evaluation_batches_cover_every_sample_once():
     batches = list(evaluation_batches(samples, 2))
     assert [count for _, count in batches] == [2, 2, 1]
     assert all(batch.size == 2 for batch, _ in batches)
+
+
+def test_threads_make_the_same_batches_ahead():
+    rng = np.random.default_rng(0)
+    records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(5)]
+    samples = Samples(records, SampleBuilder(CONFIG.data, CONFIG.model), list(range(5)))
+    alone, ahead = (list(evaluation_batches(samples, 2, data=data)) for data in (None, CONFIG.data))
+    assert [count for _, count in ahead] == [2, 2, 1]
+    for (one, _), (other, _) in zip(alone, ahead, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    images = [b""] * 6
+    broken = Samples([*records[:3], records[3] | {"images": images}], samples.builder, list(range(4)))
+    with pytest.raises(SpaceDriveError, match="has no CAM_FRONT image"):
+        list(evaluation_batches(broken, 2, data=CONFIG.data))
+
+
+def test_worker_processes_make_the_same_batches_and_resume(tmp_path):
+    config = tiny(make_records(tmp_path / "records", seed=1), tmp_path / "run")
+    samples = training_samples(config.data, config.model, 2)
+    data = dataclasses.replace(config.data, worker_processes=2, prefetch_batches=2)
+    threads, processes = (
+        training_iterator(samples, each, batch_size=2, seed=3) for each in (config.data, data)
+    )
+    seek(threads, {"samples": 4}, 2)
+    seek(processes, {"samples": 4}, 2)
+    with contextlib.closing(threads), contextlib.closing(processes):
+        for _ in range(3):
+            jax.tree.map(np.testing.assert_array_equal, next(threads), next(processes))
+    assert position(processes, 2) == position(threads, 2) == {"samples": 10}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,10 +18,11 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.interop.preprocessor import read_processor_settings
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
+from spacedrive_jax.models.families import FAMILIES
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenImageProcessor
 from spacedrive_jax.models.families.smolvlm import SmolVLMConfig, SmolVLMImageProcessor
-from spacedrive_jax.models.image_processor import HALVES, ProcessorSettings
+from spacedrive_jax.models.image_processor import HALVES, ProcessorSettings, resize, resize_on_device
 from tests.models.conftest import random_module, tiny_config
 
 IMAGE = 90
@@ -257,3 +261,30 @@ def test_settings_saved_with_a_tokenizer_are_found(folder, tmp_path):
     settings = open_model(tmp_path).processor_settings
     assert settings.sizes == {"shortest_edge": 64, "longest_edge": 1024}
     assert tiny_config().vision.patch_size == 4
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize("wanted", [(44, 48), (17, 48), (40, 96), (97, 5), (40, 48)])
+def test_the_device_resizes_with_pillows_bits(resample, wanted):
+    images = np.stack(views((40, 48), (40, 48)))
+    images[1] = np.where(images[1] > 127, 255, 0)  # overshoots, which are clipped
+    made = jax.jit(lambda each: resize_on_device(each, *wanted, resample))(images)
+    np.testing.assert_array_equal(made, [resize(image, *wanted, resample) for image in images])
+
+
+def test_the_published_size_is_resized_with_pillows_bits():
+    (image,) = views((640, 640))
+    made = jax.jit(lambda each: resize_on_device(each, 644, 644, Image.Resampling.BICUBIC))(image[None])
+    np.testing.assert_array_equal(made[0], resize(image, 644, 644))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_device_cuts_views_as_the_host_does(family):
+    vision = SimpleNamespace(
+        patch_size=4, merge_size=2, temporal_patch_size=2, image_size=24, grid_side=6, window_tokens=2
+    )
+    processor = FAMILIES[family].image_processor(vision, (37, 58))
+    images = views((37, 58), (37, 58))
+    on_host = processor.patches(images)
+    assert on_host.shape[1] == processor.patch_grid[0] * processor.patch_grid[1]
+    np.testing.assert_array_equal(jax.jit(processor.view_patches)(jnp.asarray(np.stack(images))), on_host)

@@ -37,7 +37,7 @@ from spacedrive_jax.models.family import (
     Message,
     Tokenizer,
 )
-from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, bicubic
+from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
@@ -365,12 +365,11 @@ class InternVLImageProcessor(ImageProcessor):
         side = vision.grid_side
         self.patch_grid = (side, side)
         self.token_grid = (side // vision.merge_size, side // vision.merge_size)
-        self.intrinsics_size = (vision.image_size, vision.image_size)
+        self.intrinsics_size = self.resized = (vision.image_size, vision.image_size)
 
-    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
         """Patches in row-major order; K is channel, row, column."""
-        resized = np.stack([bicubic(image, *self.intrinsics_size) for image in images])
-        return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
+        return flatten_patches(images.transpose(0, 3, 1, 2), self.vision.patch_size)
 
 
 def vision_flops(config: InternVLConfig, patch_grid: tuple[int, int]) -> int:

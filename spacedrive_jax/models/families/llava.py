@@ -33,7 +33,7 @@ from spacedrive_jax.models.family import (
     Message,
     Tokenizer,
 )
-from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, bicubic
+from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, resize
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
@@ -381,22 +381,22 @@ class LlavaImageProcessor(ImageProcessor):
                 f"{side}x{side}; the processor's settings say {dict(settings.size) if settings else {}}"
             )
         self.patch_grid = self.token_grid = (vision.grid_side, vision.grid_side)
-        self.intrinsics_size = (vision.image_size, vision.image_size)
+        self.intrinsics_size = self.resized = (vision.image_size, vision.image_size)
 
-    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+    def resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """An image of `image_size` as it is cut: whole for SpaceDrive, its middle as published."""
+        return super().resize(image) if self.settings is None else self._cut_out(image)
+
+    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
         """Patches in row-major order; K is channel, row, column."""
-        if self.settings is None:
-            resized = np.stack([bicubic(image, *self.intrinsics_size) for image in images])
-        else:
-            resized = np.stack([self._cut_out(image) for image in images])
-        return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
+        return flatten_patches(images.transpose(0, 3, 1, 2), self.vision.patch_size)
 
     def _cut_out(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
         """The middle of an image whose shorter side is resized."""
         side, (height, width) = self.vision.image_size, image.shape[:2]
         longer = int(self.shorter * max(height, width) / min(height, width))
         sizes = (self.shorter, longer) if height <= width else (longer, self.shorter)
-        resized = bicubic(image, *sizes)
+        resized = resize(image, *sizes)
         top, left = ((each - side) // 2 for each in sizes)
         return resized[top : top + side, left : left + side]
 

@@ -34,7 +34,7 @@ from spacedrive_jax.models.family import (
     Message,
     Tokenizer,
 )
-from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings, bicubic
+from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import (
@@ -420,14 +420,13 @@ class QwenImageProcessor(ImageProcessor):
         # processor resizes it once more (640 to 644).
         self.intrinsics_size = image_size
 
-    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
+    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
         """Patches in the order of merged tokens; K is channel, frame (two equal ones), row, column."""
         vision, (rows, columns) = self.vision, self.token_grid
         merge, side = vision.merge_size, vision.patch_size
-        resized = np.stack([bicubic(image, *self.resized) for image in images])
-        cut = resized.reshape(len(images), rows, merge, side, columns, merge, side, 3)
+        cut = images.reshape(len(images), rows, merge, side, columns, merge, side, 3)
         cut = cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)[..., None, :, :]
-        frames = np.broadcast_to(cut, (*cut.shape[:-3], vision.temporal_patch_size, side, side))
+        frames = cut.repeat(vision.temporal_patch_size, axis=-3)
         return frames.reshape(len(images), rows * columns * merge * merge, -1)
 
 

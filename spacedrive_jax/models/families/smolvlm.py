@@ -35,7 +35,7 @@ from spacedrive_jax.models.family import (
     Message,
     Tokenizer,
 )
-from spacedrive_jax.models.image_processor import HALVES, ImageProcessor, ProcessorSettings
+from spacedrive_jax.models.image_processor import HALVES, ImageProcessor, ProcessorSettings, resize
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
@@ -388,18 +388,18 @@ class SmolVLMImageProcessor(ImageProcessor):
             self.first_size = with_longest_edge(*image_size, sizes.get("longest_edge", 4 * self.side))
         self.patch_grid = (patches, patches)
         self.token_grid = (patches // merge, patches // merge)
-        self.intrinsics_size = (self.side, self.side)
+        self.intrinsics_size = self.resized = (self.side, self.side)
 
-    def patches(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "N P K"]:
-        """Patches in row-major order; K is channel, row, column."""
-        seen = self.patch_grid[0] * self.vision.patch_size
-        resized = np.stack([self._square(image)[:seen, :seen] for image in images])
-        return np.asarray(flatten_patches(resized.transpose(0, 3, 1, 2), self.vision.patch_size))
-
-    def _square(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    def resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """An image of `image_size` as it is cut, by way of the published size in between."""
         if self.first_size is not None:
-            image = lanczos(image, *self.first_size)
-        return lanczos(image, self.side, self.side)
+            image = resize(image, *self.first_size, self.resample)
+        return super().resize(image)
+
+    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
+        """Patches in row-major order, without a border of less than one; K is channel, row, column."""
+        seen = self.patch_grid[0] * self.vision.patch_size
+        return flatten_patches(images[:, :seen, :seen].transpose(0, 3, 1, 2), self.vision.patch_size)
 
 
 MOST_EDGE = 4096
@@ -422,11 +422,6 @@ def with_longest_edge(height: int, width: int, longest: int) -> tuple[int, int]:
     elif height > width and height > MOST_EDGE:
         height, width = MOST_EDGE, int(MOST_EDGE * ratio)
     return max(height, 1), max(width, 1)
-
-
-def lanczos(image: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Pillow's Lanczos resize."""
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def vision_flops(config: SmolVLMConfig, patch_grid: tuple[int, int]) -> int:
