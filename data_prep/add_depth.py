@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float
 
+from data_prep.beam import run_on_beam
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
@@ -27,10 +30,11 @@ from spacedrive_jax.data.depth_cache import (
 )
 from spacedrive_jax.data.images import scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
-from spacedrive_jax.data.records import Records
+from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
+from spacedrive_jax.io import remove_partials
 
 CHUNK = 32
 """Keyframes per file: what a killed run loses at most."""
@@ -57,6 +61,8 @@ def add_depth(
     *,
     full: bool = False,
     keyframes_per_step: int | None = None,
+    beam_options: str | None = None,
+    workers: int = 1,
 ) -> AddedDepth:
     """Writes the sidecar of one depth network; each process of a multi-host run does its share of the chunks.
 
@@ -66,6 +72,8 @@ def add_depth(
         full: keep the depth of every pixel too.
         keyframes_per_step: keyframes that go through the network together; None takes as few as give every
             device of this process the same number of images.
+        beam_options: have the chunks written by an Apache Beam pipeline with these options; None here.
+        workers: its processes, where the options name no other runner.
 
     Raises:
         ConfigError: the weights cannot be read, or the folder holds a sidecar of other records.
@@ -85,22 +93,22 @@ def add_depth(
     missing = [number for number in mine if not _is_done(files[number], metadata)]
     reused = sum(len(chunks[number]) for number in mine) - sum(len(chunks[number]) for number in missing)
     if missing:
-        try:
-            runner = KeyframeDepth(network)
-        except BaseException:  # weights that cannot be read: nothing was begun
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-            raise
+        units = [
+            ChunkUnit(records.directory, network, chunks[number], step_size, full, metadata, files[number])
+            for number in missing
+        ]
         with progress(total=sum(len(chunks[number]) for number in missing), unit="keyframe") as bar:
-            for number in missing:
-                tensors: dict[str, list[Any]] = {}
-                for step in _steps(records, chunks[number], step_size):
-                    for row, keyframe in zip(sidecar_rows(runner, step, full=full), step, strict=True):
-                        for key, value in row.items():
-                            tensors.setdefault(key, []).append(value)
-                        tensors.setdefault("token", []).append(keyframe["token"])
-                        bar.update()
-                write_chunk(files[number], tensors, metadata)
+            if beam_options is not None:
+                _on_beam(units, beam_options, workers, bar.update)
+            else:
+                try:
+                    runner = KeyframeDepth(network)
+                except BaseException:  # weights that cannot be read: nothing was begun
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+                    raise
+                for unit in units:
+                    _write(unit, records, runner, bar.update)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("add-depth")
     aligned = 0
@@ -111,6 +119,84 @@ def add_depth(
     return AddedDepth(
         str(folder), metadata["fingerprint"], len(records), reused, len(records) * len(CAMERAS), aligned
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkUnit:
+    """All that `write_unit` needs: what becomes one file of a sidecar."""
+
+    records: Path
+    network: DepthNetworkConfig
+    places: range
+    """Of its keyframes among all of the folder."""
+    step_size: int
+    full: bool
+    metadata: Mapping[str, Any]
+    shard: Path
+    """The file to write."""
+
+    def resolved(self) -> ChunkUnit:
+        """The same with absolute paths."""
+        network = dataclasses.replace(self.network, weights=str(Path(self.network.weights).resolve()))
+        return dataclasses.replace(
+            self, records=self.records.resolve(), shard=self.shard.resolve(), network=network
+        )
+
+
+def write_unit(unit: ChunkUnit) -> None:
+    """Writes a chunk in a worker of a cluster, which keeps network and records open for the next one."""
+    records = _opened(unit.records, unit.metadata["records_fingerprint"])
+    _write(unit, records, _loaded(unit.network, unit.metadata["fingerprint"]))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(folder: Path, fingerprint: str) -> Records:
+    records = open_records(folder)
+    if records.fingerprint != fingerprint:
+        raise DataError(f"{folder} holds other records here than where add-depth was started")
+    return records
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(network: DepthNetworkConfig, fingerprint: str) -> KeyframeDepth:
+    """The network; one of other weights at the same place has another fingerprint."""
+    return KeyframeDepth(network)
+
+
+def _write(
+    unit: ChunkUnit, records: Records, runner: KeyframeDepth, advance: Callable[[], object] = lambda: None
+) -> None:
+    tensors: dict[str, list[Any]] = {}
+    for step in _steps(records, unit.places, unit.step_size):
+        for row, keyframe in zip(sidecar_rows(runner, step, full=unit.full), step, strict=True):
+            for key, value in row.items():
+                tensors.setdefault(key, []).append(value)
+            tensors.setdefault("token", []).append(keyframe["token"])
+            advance()
+    write_chunk(unit.shard, tensors, unit.metadata)
+
+
+def _on_beam(
+    units: Sequence[ChunkUnit], options: str, workers: int, advance: Callable[[int], object]
+) -> None:
+    folder, places = units[0].shard.parent, {unit.shard.name: len(unit.places) for unit in units}
+
+    def keyframes_of(name: str) -> int | None:
+        return places[name] if _is_done(folder / name, units[0].metadata) else None
+
+    waiting = folder.parent / f".{folder.name}-units"
+    shutil.rmtree(waiting, ignore_errors=True)
+    run_on_beam(
+        units,
+        write_unit,
+        folder,
+        waiting,
+        workers=workers,
+        options=options,
+        done=keyframes_of,
+        advance=advance,
+    )
+    remove_partials(folder)  # of workers that died
 
 
 def _check_pictures(records: Records) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -54,6 +54,14 @@ class AddDepth(Command):
     keyframes_per_step: int | None = None
     """Keyframes (six images each) that go through the network together; by default as few as give every
     device the same number of images."""
+    runner: Literal["local", "beam"] = "local"
+    """This process, or an Apache Beam pipeline (requirements-beam.txt) with a chunk of 32 keyframes a task;
+    its workers see the records and the weights under the same path."""
+    beam_options: str = ""
+    """Beam's own options in one argument, such as --beam-options="--runner=DaskRunner
+    --dask_client_address=tcp://host:8786"; by default processes of this machine."""
+    workers: int = 1
+    """Processes on this machine, with --runner beam."""
     coordinator: str | None = None
     """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host."""
     num_processes: int | None = None
@@ -61,7 +69,12 @@ class AddDepth(Command):
     process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
 
-    BOUNDS: ClassVar[Bounds] = {"keyframes_per_step": COUNT, "num_processes": COUNT, "process_id": FROM_ZERO}
+    BOUNDS: ClassVar[Bounds] = {
+        "keyframes_per_step": COUNT,
+        "workers": Bound(1, 1024),
+        "num_processes": COUNT,
+        "process_id": FROM_ZERO,
+    }
 
     def run(self) -> Mapping[str, Any]:
         """Writes the sidecar; returns its folder, fingerprint and counts."""
@@ -73,13 +86,22 @@ class AddDepth(Command):
         from spacedrive_jax.io import folder_lock
         from spacedrive_jax.training.sharding import connect
 
+        if self.runner != "beam" and (self.beam_options or self.workers != 1):
+            raise ConfigError("--beam-options and --workers go with --runner beam only")
+        if self.runner == "beam" and self.coordinator is not None:
+            raise ConfigError("--runner beam and --coordinator are two ways to share the work: give one")
         started = time.monotonic()
         connect(self.coordinator, self.num_processes, self.process_id)
         records = open_records(self.records)
         # Hosts share the folder: each holds a lock of its own against a second job of the same share.
         with folder_lock(records.directory / FOLDER, name=f".in-use-{jax.process_index()}.json"):
             result = add_depth(
-                records, self._network(), full=self.full, keyframes_per_step=self.keyframes_per_step
+                records,
+                self._network(),
+                full=self.full,
+                keyframes_per_step=self.keyframes_per_step,
+                beam_options=self.beam_options if self.runner == "beam" else None,
+                workers=self.workers,
             )
         print(
             f"{result.keyframes} keyframes ({result.reused} from an earlier run), {result.aligned} of "

@@ -11,6 +11,7 @@ import tyro
 
 from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.console import Command
+from spacedrive_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Synthesize(Command):
     counted and named."""
     workers: int = 0
     """Processes; 0 takes one per core."""
+    runner: Literal["local", "beam"] = "local"
+    """Processes of this command, or an Apache Beam pipeline (requirements-beam.txt)."""
+    beam_options: str = ""
+    """Beam's own options in one argument, such as --beam-options="--runner=DaskRunner
+    --dask_client_address=tcp://host:8786"; workers see --out under the same path."""
 
     BOUNDS: ClassVar[Bounds] = {
         "scenes": Bound(1, 9000),
@@ -58,6 +64,8 @@ class Synthesize(Command):
         from data_prep.synthesize.folder import Synthesis
         from data_prep.synthesize.tables import VERSION
 
+        if self.beam_options and self.runner != "beam":
+            raise ConfigError("--beam-options only goes with --runner beam")
         outcome = Synthesis(
             out=self.out,
             scenes=self.scenes,
@@ -68,6 +76,7 @@ class Synthesize(Command):
             workers=self.workers,
             layout=self.layout,
             perturb=self.perturb,
+            beam_options=self.beam_options if self.runner == "beam" else None,
         ).run()
         what = f"version {VERSION}" if self.layout == "nuscenes" else "Bench2Drive's layout"
         print(f"wrote {outcome['scenes']} scenes, {outcome['keyframes']} keyframes to {self.out} ({what})")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
+import pickle
+import shutil
 import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
+from data_prep.beam import run_on_beam
 from data_prep.synthesize import maps
 from data_prep.synthesize.bench2drive import ClipJob, record_clip
 from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene, town_of
 from data_prep.synthesize.tables import fixed_tables, write_tables
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import atomic_folder, remove_stale
+from spacedrive_jax.io import atomic_folder, remove_partials, remove_stale, write_bytes
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.scenario import make_token
 from spacedrive_jax.world.views import parse_image_size
@@ -48,6 +53,8 @@ class Synthesis:
     """Whose layout: nuScenes', or Bench2Drive's clips of ten frames a second in CARLA's axes."""
     perturb: bool = False
     """Every scene begins with the ego vehicle beside its lane and turned; the expert drives it back."""
+    beam_options: str | None = None
+    """Have the scenes written by an Apache Beam pipeline with these options; None for processes here."""
 
     def run(self) -> dict[str, Any]:
         """Writes the folder; partial output never stands under its final name.
@@ -80,12 +87,12 @@ class Synthesis:
                 SceneJob(index, self.seed, self.keyframes, image_size, self.depth, unfinished, self.perturb)
                 for index in range(self.scenes)
             ]
-            workers = self.workers or os.cpu_count() or 1
+            workers = min(self.workers or os.cpu_count() or 1, len(jobs))
             if self.layout == "bench2drive":
-                write_clips(unfinished, jobs, workers)
+                write_clips(unfinished, jobs, workers, self.beam_options)
                 skipped: list[str] = []
             else:
-                skipped = write_folder(unfinished, jobs, workers)
+                skipped = write_folder(unfinished, jobs, workers, self.beam_options)
             fingerprint = folder_fingerprint(unfinished)
         scenes = self.scenes - len(skipped)
         return {
@@ -98,16 +105,68 @@ class Synthesis:
         }
 
 
-def write_clips(root: Path, jobs: list[SceneJob], workers: int) -> None:
+Job = TypeVar("Job", SceneJob, ClipJob)
+
+
+@dataclasses.dataclass(frozen=True)
+class JobUnit(Generic[Job]):
+    """A job for a worker of a cluster."""
+
+    job: Job
+    shard: Path
+    """Where to put what `record` returns."""
+
+    def resolved(self) -> JobUnit[Job]:
+        """The same with absolute paths."""
+        job = dataclasses.replace(self.job, root=self.job.root.resolve())
+        return JobUnit(job, self.shard.resolve())
+
+
+def do_job(record: Callable[[Job], Any], unit: JobUnit[Job]) -> None:
+    """Records a scene in a worker of a cluster; what it returned is the last file to appear."""
+    write_bytes(unit.shard, pickle.dumps(record(unit.job)))
+
+
+def _recorded(
+    record: Callable[[Job], Any], jobs: Sequence[Job], workers: int, beam_options: str | None
+) -> Generator[Any, None, None]:
+    """What `record` returns of every job, in their order."""
+    if beam_options is None:
+        yield from ordered_map(record, jobs, workers)
+        return
+    root = jobs[0].root
+    waiting, returned = root / ".units", root / ".returned"
+    units = [JobUnit(job, returned / f"{number:05d}") for number, job in enumerate(jobs)]
+    with progress(total=len(units), desc="record", unit="scene") as bar:
+        run_on_beam(
+            units,
+            functools.partial(do_job, record),
+            root,
+            waiting,
+            workers=workers,
+            options=beam_options,
+            done=lambda name: 1 if (returned / name).is_file() else None,
+            advance=bar.update,
+        )
+    for unit in units:
+        # Written by this command's own workers a moment ago, into its own folder.
+        yield pickle.loads(unit.shard.read_bytes())
+    shutil.rmtree(returned)
+    remove_partials(root)  # of workers that died
+
+
+def write_clips(root: Path, jobs: list[SceneJob], workers: int, beam_options: str | None = None) -> None:
     """Writes all scenes as Bench2Drive clips."""
     clips = [ClipJob(job.index, job.seed, job.keyframes, job.image_size, root) for job in jobs]
-    recorded = ordered_map(record_clip, clips, min(workers, len(clips)))
+    recorded = _recorded(record_clip, clips, workers, beam_options)
     with contextlib.closing(recorded):
         for _ in progress(recorded, total=len(clips), desc="clips", unit="clip"):
             pass
 
 
-def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> list[str]:
+def write_folder(
+    root: Path, jobs: list[SceneJob], workers: int, beam_options: str | None = None
+) -> list[str]:
     """Records all scenes, then writes the maps and, last of all, the tables.
 
     Returns:
@@ -120,7 +179,7 @@ def write_folder(root: Path, jobs: list[SceneJob], workers: int) -> list[str]:
     locations: list[str] = []
     skipped: list[str] = []
     # Closed before the folder is removed: an error must find nobody writing there any more.
-    with contextlib.closing(ordered_map(record_scene, jobs, min(workers, len(jobs)))) as recorded:
+    with contextlib.closing(_recorded(record_scene, jobs, workers, beam_options)) as recorded:
         bar = progress(recorded, total=len(jobs), desc="scenes", unit="scene")
         for job, rows in zip(jobs, bar, strict=True):
             if isinstance(rows, NotRecorded):
