@@ -17,7 +17,17 @@ DRAWING = ROOT / "docs" / "architecture.svg"
 PRODUCT = ("spacedrive_jax", "data_prep", "configs")
 
 ROOMS = (
-    ("errors", "io", "exact", "bounds", "parallel", "restricted_pickle", "pickled_numpy", "constants"),
+    (
+        "errors",
+        "buckets",
+        "io",
+        "exact",
+        "bounds",
+        "parallel",
+        "restricted_pickle",
+        "pickled_numpy",
+        "constants",
+    ),
     ("console",),
     ("batch",),
     ("world",),

@@ -33,7 +33,7 @@ from spacedrive_jax.bounds import (
 )
 from spacedrive_jax.data.config import DataConfig, add_depth_flags
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, parse_json, read_text
+from spacedrive_jax.io import MEBIBYTE, is_bucket, parse_json, place, read_text
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -167,8 +167,8 @@ class Config:
 
     @property
     def directory(self) -> Path:
-        """The run's folder."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        """The run's folder, on this machine or in a bucket."""
+        return place(self.run_dir or f"runs/{self.name}")
 
 
 _BUNDLED = Path(__file__).resolve().parent / "bundled" / "configs"
@@ -209,8 +209,11 @@ def load_config(name: str) -> Config:
     Raises:
         ConfigError: there is no such preset, or its file does not hold a config.
     """
-    place, _, chosen = name.partition(":")
-    path = Path(place)
+    is_url = is_bucket(name)
+    file, _, chosen = (name, "", "") if is_url else name.partition(":")
+    path = place(file)
+    if is_url and path.suffix != ".json":
+        raise ConfigError(f"{name}: of a bucket a config.json alone is taken; copy other files here first")
     if path.suffix == ".json" and path.is_file():
         try:
             return from_json(read_text(path, most=16 * MEBIBYTE))

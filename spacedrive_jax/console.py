@@ -21,6 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
+from spacedrive_jax.buckets import MOUNT, is_bucket, place
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import say, to_json
 from spacedrive_jax.parallel import raise_on_sigterm
@@ -62,12 +64,41 @@ class Command:
     BOUNDS: ClassVar[Bounds] = {}
     """What its numbers may be."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ()
+    """Its flags that take a bucket's `gs://…` as well as a path."""
+
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "--")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            for path in given if isinstance(given, tuple) else (given,):
+                if isinstance(path, _Refused):
+                    raise ConfigError(f"--{field.name.replace('_', '-')} {path.why}")
+                if is_bucket(path) and isinstance(path, os.PathLike) and field.name not in self.BUCKETS:
+                    raise ConfigError(
+                        f"--{field.name.replace('_', '-')} {os.fspath(path)}: this needs a disk; {MOUNT}"
+                    )
 
     def run(self) -> Mapping[str, Any]:
         """Does the work; the returned mapping is what `--json` prints."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refused:
+    """In place of a path that cannot be: tyro has words of its own for an error met while parsing."""
+
+    why: str
+
+    def __fspath__(self) -> str:
+        return self.why
+
+
+def _path_or_refused(given: list[str]) -> Any:
+    try:
+        return place(given[0])
+    except ConfigError as error:
+        return _Refused(str(error))
 
 
 class Terminated(BaseException):
@@ -283,6 +314,25 @@ def parse_and_run(parser: Callable[[], Command], argv: Sequence[str] = ()) -> in
     return run_command(command)
 
 
+_PATHS = tyro.constructors.ConstructorRegistry()
+"""How flags become paths: a bucket's are no `pathlib.Path`, which would lose a slash."""
+
+
+@_PATHS.primitive_rule
+def _path_rule(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if kind.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path_or_refused,
+        is_instance=lambda value: hasattr(value, "__fspath__"),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def parse(parser: Callable[[], T]) -> T:
     """Calls a parser of tyro's, whose error for a value that a dataclass refuses is that dataclass's own.
 
@@ -293,7 +343,7 @@ def parse(parser: Callable[[], T]) -> T:
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _PATHS:
             return parser()
     except SystemExit as stop:
         cause: BaseException | None = stop

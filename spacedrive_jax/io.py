@@ -2,7 +2,8 @@
 
 Everything that the project opens or writes by itself goes through here, so that the rules hold everywhere:
 a FIFO or device is refused before it is opened (it would hang), a size is checked before memory is taken,
-an error names the file, and what appears under a final name is complete.
+an error names the file, and what appears under a final name is complete. A path may be of a bucket too
+(`place`, see `buckets`), where a file is an object: it is uploaded when it is whole.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import GenericAlias
@@ -26,7 +29,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from spacedrive_jax import buckets
+from spacedrive_jax.buckets import BucketPath, is_bucket, local, place, twin
 from spacedrive_jax.errors import DataError, SpaceDriveError
+
+__all__ = ("BucketPath", "is_bucket", "local", "place", "twin")
 
 MEBIBYTE = 1 << 20
 _UNFINISHED = f"unfinished-{socket.gethostname()}-"
@@ -65,18 +72,21 @@ def require_regular(path: str | os.PathLike[str], *, most: int | None = None) ->
     Raises:
         DataError: there is no such file, it is a folder, FIFO, socket or device, or it is too large.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: {say(error)}") from error
-    if not stat.S_ISREG(status.st_mode):
+    if is_bucket(path):
+        found = buckets.size_of(path)
+        kind, size = ("a folder", 0) if found is None else ("", found)
+    else:
+        try:
+            status = os.stat(place(path))
+        except OSError as error:
+            raise DataError(f"{path}: {say(error)}") from error
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        kind, size = "" if stat.S_ISREG(status.st_mode) else kind, status.st_size
+    if kind:
         raise DataError(f"{path} is {kind}, not a regular file")
-    if most is not None and status.st_size > most:
-        raise DataError(
-            f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have"
-        )
-    return status.st_size
+    if most is not None and size > most:
+        raise DataError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have")
+    return size
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
@@ -85,7 +95,7 @@ def is_there(path: str | os.PathLike[str]) -> bool:
     Raises:
         DataError: a folder, FIFO, socket or device has its name.
     """
-    if not os.path.exists(path):
+    if not place(path).exists():
         return False
     require_regular(path)
     return True
@@ -102,6 +112,8 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
         DataError: it cannot be read, or is too large.
     """
     size = require_regular(path, most=most)
+    if is_bucket(path):
+        return buckets.read(path)
     try:
         with open(path, "rb") as file:
             # A file that grows while it is read, or lies about its size (/proc), is cut here.
@@ -197,7 +209,7 @@ def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Itera
     """
     require_regular(path)
     try:
-        with open(path, "rb") as lines:
+        with _opened(path) as lines:
             number = 0
             while line := lines.readline(MOST_JSON + 1):
                 number += 1
@@ -210,6 +222,10 @@ def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Itera
         if isinstance(error, SpaceDriveError):
             raise
         raise DataError(f"{path}: {say(error)}") from error
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    return io.BytesIO(buckets.read(path)) if is_bucket(path) else open(path, "rb")
 
 
 def strict(value: Any) -> Any:
@@ -238,7 +254,8 @@ def json_digest(values: Mapping[str, Any]) -> str:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that appears under its name when it is complete, and not at all when anything fails.
 
-    It is written beside its place, flushed to the disk and renamed, with the mode that umask asks for.
+    It is written beside its place, flushed to the disk and renamed, with the mode that umask asks for. A
+    bucket's is written to a scratch file and uploaded.
 
     Args:
         path: the file; its folder is made. An older file of this name is replaced.
@@ -246,7 +263,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         SpaceDriveError: the operating system refuses; the message names the file and the way out.
     """
-    final = Path(path)
+    final = place(path)
+    if is_bucket(final):
+        with tempfile.NamedTemporaryFile(prefix="spacedrive-") as scratch:
+            yield scratch  # type: ignore[misc]
+            scratch.flush()
+            buckets.upload(scratch.name, final)
+        return
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +319,7 @@ def write_part(path: str | os.PathLike[str], data: bytes | str) -> None:
     Raises:
         SpaceDriveError: the operating system refuses.
     """
-    final = Path(path)
+    final = place(path)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         final.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
@@ -309,13 +332,30 @@ def put_in_place(partial: str | os.PathLike[str], final: str | os.PathLike[str])
 
     For files that another library or a long run writes, where `atomic_write` cannot be used.
 
+    Args:
+        partial: the file, on this machine.
+        final: its name, here or in a bucket.
+
     Raises:
         SpaceDriveError: the operating system refuses.
     """
     try:
-        os.replace(partial, final)
+        if is_bucket(final):
+            buckets.upload(partial, final)
+            os.unlink(partial)
+        else:
+            os.replace(partial, place(final))
     except OSError as error:
         raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def put(file: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Brings a copy of a file of this machine to its place in a bucket, where it appears whole.
+
+    Raises:
+        DataError: the bucket cannot be written.
+    """
+    buckets.upload(file, place(target))
 
 
 class LineFile:
@@ -330,7 +370,9 @@ class LineFile:
         Raises:
             SpaceDriveError: the operating system refuses.
         """
-        self._path = Path(path)
+        self._path = place(path)
+        if is_bucket(self._path):
+            raise SpaceDriveError(f"{path} grows by lines, which an object of a bucket cannot: use a disk")
         try:
             self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by `close`)
         except OSError as error:
@@ -357,7 +399,8 @@ class LineFile:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name when it is complete, and not at all when anything fails.
 
-    While it is made it is kept for this job (see `output_lock`).
+    While it is made it is kept for this job (see `output_lock`). A bucket's is made on this machine and
+    uploaded, those files last by which such a folder is known (*.json).
 
     Args:
         path: the folder, which must not exist.
@@ -368,8 +411,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         SpaceDriveError: it exists, another job makes it, or the operating system refuses.
     """
-    final = Path(path)
-    unfinished = final.with_name(f".{final.name}.{_UNFINISHED}{os.getpid()}")
+    final = place(path)
+    beside = twin(final) if is_bucket(final) else final
+    unfinished = beside.with_name(f".{final.name}.{_UNFINISHED}{os.getpid()}")
     try:
         with output_lock(final):
             if final.exists() or final.is_symlink():
@@ -377,7 +421,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
             try:
                 yield unfinished
-                unfinished.rename(final)
+                if is_bucket(final):
+                    buckets.upload_folder(unfinished, final)
+                else:
+                    unfinished.rename(final)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
@@ -392,7 +439,7 @@ def remove_stale(path: str | os.PathLike[str]) -> None:
     Args:
         path: the folder that was to be made.
     """
-    final = Path(path)
+    final = twin(path) if is_bucket(path) else place(path)
     prefix = f".{final.name}.{_UNFINISHED}"
     for found in final.parent.glob(f"{glob.escape(prefix)}*"):
         number = found.name.removeprefix(prefix)
@@ -424,7 +471,7 @@ def inside(root: str | os.PathLike[str], name: str, what: str) -> Path:
     parts = Path(name).parts
     if not name or "\0" in name or "\\" in name or Path(name).is_absolute() or ".." in parts:
         raise DataError(f"{what} {name!r} does not stay inside {root}")
-    return Path(root) / name
+    return place(root) / name
 
 
 T = TypeVar("T")
@@ -486,7 +533,8 @@ def folder_lock(
 
     The lock is a file in the folder, locked by the kernel and with the holder's name in it. A job that was
     killed leaves the file behind, and the next one on the same machine takes it over; on another machine,
-    where that cannot be known, the message says which file to remove.
+    where that cannot be known, the message says which file to remove. A bucket knows no locks: of its folder
+    the twin on this machine is kept, which tells jobs of one machine apart.
 
     Args:
         folder: is made if it does not exist.
@@ -497,11 +545,11 @@ def folder_lock(
     Raises:
         SpaceDriveError: another job holds it, or it cannot be written to.
     """
-    path = Path(folder) / name
+    path = (twin(folder) if is_bucket(folder) else place(folder)) / name
     made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(path, path.parent, take_over=take_over)
+        file = _locked(path, place(folder), take_over=take_over)
     except OSError as error:
         if isinstance(error, SpaceDriveError):
             raise
@@ -526,8 +574,9 @@ def output_lock(output: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         SpaceDriveError: another job writes it, or its folder cannot be written to.
     """
-    final = Path(output)
-    path = final.with_name(f".{final.name}{LOCK}")
+    final = place(output)
+    beside = twin(final) if is_bucket(final) else final
+    path = beside.with_name(f".{final.name}{LOCK}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(path, final)

@@ -22,6 +22,8 @@ if CHECKED:
 # Compiled programs are shared by the tests of a session, those in processes of their own included.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="spacedrive-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# What is copied from buckets or worked out once; not the user's.
+os.environ["SPACEDRIVE_CACHE"] = tempfile.mkdtemp(prefix="spacedrive-jax-cache-")
 # Tests compile far more than they compute.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 

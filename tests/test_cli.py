@@ -163,9 +163,13 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     use_compilation_cache(tmp_path / "flag")
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "flag")}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("SPACEDRIVE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     use_compilation_cache()
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "spacedrive_jax" / "xla")}
+    monkeypatch.setenv("SPACEDRIVE_CACHE", str(tmp_path / "chosen"))
+    use_compilation_cache()
+    assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "chosen" / "xla")}
 
 
 def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):

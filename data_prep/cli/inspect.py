@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -50,6 +50,8 @@ class Inspect(Command):
     """Decode every picture too, and name those that were damaged before they were converted."""
     depth_cache: str | None = None
     """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
+
+    BUCKETS: ClassVar[tuple[str, ...]] = ("directory",)
 
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""

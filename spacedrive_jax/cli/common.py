@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spacedrive_jax import console
+from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.errors import SpaceDriveError
 
 
@@ -22,7 +23,7 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     import jax
 
     if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spacedrive_jax" / "xla"
+        folder = cache_folder() / "xla"
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 

@@ -14,7 +14,7 @@ from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import output_lock
+from spacedrive_jax.io import is_bucket, output_lock, place
 
 if TYPE_CHECKING:
     from spacedrive_jax.driving.bench import Finished, InsidePolicy
@@ -101,6 +101,7 @@ class Drive(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("records", "compilation_cache")
     BOUNDS: ClassVar[Bounds] = {
         "workers": WORKERS,
         "batch_size": Bound(1, 4096),
@@ -260,14 +261,17 @@ class Drive(Command):
 
         if self.checkpoint is not None and is_trained_folder(self.checkpoint):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out DIR")
-        return locate(Path(self.checkpoint or ""))[0] / "drives"
+        run_dir = locate(place(self.checkpoint or ""))[0]
+        if is_bucket(run_dir):
+            raise ConfigError(f"drives need a disk, and {run_dir} is in a bucket: give --out DIR")
+        return run_dir / "drives"
 
     def _checkpoint_name(self) -> Any:
         if self.checkpoint is None or self.checkpoint.startswith(("ws://", "wss://")):
             return self.checkpoint
         from spacedrive_jax.inference.open_model import name_checkpoint
 
-        return name_checkpoint(Path(self.checkpoint))
+        return name_checkpoint(place(self.checkpoint))
 
     def _records_fingerprint(self) -> str | None:
         if self.policy not in ("mean_trajectory", "ego_mlp"):

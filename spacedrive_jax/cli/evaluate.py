@@ -14,7 +14,7 @@ import tyro
 from spacedrive_jax.bounds import POSITIVE, WORKERS, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import read_bytes, write_json
+from spacedrive_jax.io import is_bucket, read_bytes, write_json
 
 if TYPE_CHECKING:
     from spacedrive_jax.evaluation.prediction_files import AxesName
@@ -62,6 +62,7 @@ class Evaluate(Command):
     run_dir: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")] = None
     """Folder of a run that `predict` has written to, instead of --predictions and --records."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("predictions", "records", "compare", "out", "run_dir")
     BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:
@@ -80,9 +81,9 @@ class Evaluate(Command):
         from spacedrive_jax.evaluation.protocols import protocol_named
 
         out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
-        if self.out is not None and not out.parent.is_dir():
+        if self.out is not None and not is_bucket(out) and not out.parent.is_dir():
             raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
-        writable = os.access(out.parent, os.W_OK)
+        writable = is_bucket(out) or os.access(out.parent, os.W_OK)
         if self.out is not None and not writable:
             raise ConfigError(f"--out {out}: the folder {out.parent} cannot be written to")
         protocol = protocol_named(self.protocol, pedestrians=self.pedestrians)

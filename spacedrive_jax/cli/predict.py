@@ -85,6 +85,13 @@ class Predict(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = (
+        "checkpoint",
+        "records",
+        "language_data",
+        "out",
+        "compilation_cache",
+    )
     BOUNDS: ClassVar[Bounds] = {
         "limit": COUNT,
         "step": FROM_ZERO,

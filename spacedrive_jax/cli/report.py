@@ -43,6 +43,7 @@ class Report(Command):
     out: Path | None = None
     """The page to write; RUN_DIR/report.html by default, of several runs compare.html in the first."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("run_dirs", "records", "predictions", "out")
     BOUNDS: ClassVar[Bounds] = {"workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:

@@ -68,6 +68,7 @@ class Serve(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("checkpoint", "compilation_cache")
     BOUNDS: ClassVar[Bounds] = {
         "port": Bound(0, 65535),
         "batch_size": Bound(1, 4096),

@@ -57,6 +57,7 @@ class Show(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("checkpoint", "records", "image", "compilation_cache")
     BOUNDS: ClassVar[Bounds] = {"speed": Bound(-100, 100)}
 
     def run(self) -> Mapping[str, Any]:

@@ -62,6 +62,7 @@ class Train(Command):
     cache folder."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("compilation_cache",)
     BOUNDS: ClassVar[Bounds] = {
         "step": FROM_ZERO,
         "skip_nonfinite": FROM_ZERO,

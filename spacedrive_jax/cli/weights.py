@@ -12,6 +12,7 @@ import tyro
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.io import local
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -54,6 +55,7 @@ class ImportWeights(Command):
     max_shard_gigabytes: float = 2.0
     """Largest tensor file; about twice this is held in memory."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("source", "out", "base", "tokenizer")
     BOUNDS: ClassVar[Bounds] = {"max_shard_gigabytes": Bound(1e-6)}
 
     def run(self) -> Mapping[str, Any]:
@@ -63,15 +65,15 @@ class ImportWeights(Command):
         from spacedrive_jax.interop.spacedrive import import_spacedrive
 
         options = ImportOptions(
-            self.base,
-            self.tokenizer,
+            None if self.base is None else local(self.base),
+            None if self.tokenizer is None else local(self.tokenizer),
             self.add_tokens,
             int(self.max_shard_gigabytes * 1000**3),
             self.published_config,
             self.config,
         )
         readers = {**READERS, "spacedrive": import_spacedrive, "gguf": import_gguf}
-        outcome = readers[self.format](self.source, self.out, options)
+        outcome = readers[self.format](local(self.source), self.out, options)
         print(f"imported {outcome['tensors']} tensors, {outcome['parameters']:,} parameters: {self.out}")
         for note in outcome.get("notes", ()):
             print(f"note: {note}")
@@ -112,6 +114,7 @@ class ExportWeights(Command):
     process_id: int | None = None
     """This host, from 0, with --coordinator HOST:PORT."""
 
+    BUCKETS: ClassVar[tuple[str, ...]] = ("source", "out")
     BOUNDS: ClassVar[Bounds] = {"num_processes": COUNT, "process_id": FROM_ZERO}
 
     def run(self) -> Mapping[str, Any]:
@@ -156,6 +159,6 @@ class ExportWeights(Command):
         from spacedrive_jax.training.checkpoints import locate
 
         if is_imported(self.source):
-            return export_imported(self.source, self.out)
+            return export_imported(local(self.source), self.out)
         _, step = locate(self.source)
         return export_trained(open_trained_model(self.source, mesh=self._mesh()).model, step, self.out)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from spacedrive_jax.data.prompts import (
 )
 from spacedrive_jax.data.scene_texts import scene_questions, scene_reasons
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.io import local
 from spacedrive_jax.models.family import Message
 
 Tasks = Literal["planning", "think_before_planning", "planning_and_questions", "questions", "counterfactual"]
@@ -204,11 +205,17 @@ def is_planned(record: Record, tasks: Tasks) -> bool:
     return bool(record["waypoint_mask"].all()) and tasks not in ("counterfactual", "questions")
 
 
+@functools.cache
+def _language_data(folder: str) -> LanguageData:
+    """The language data; of a bucket's folder a copy, which is asked for once."""
+    return LanguageData(local(folder))
+
+
 def _reasons(record: Record, config: ConversationConfig) -> str:
     """OmniDrive's words before a plan where there are any, else those from the record."""
     said = ""
     if config.language_data is not None:
-        said = LanguageData(Path(config.language_data)).reasons(record["token"])
+        said = _language_data(config.language_data).reasons(record["token"])
     return said or scene_reasons(record)
 
 
@@ -218,7 +225,7 @@ def _questions(
     questions: list[QuestionAnswer] = []
     if config.tasks not in ("planning", "think_before_planning"):
         if config.language_data is not None:
-            data = LanguageData(Path(config.language_data))
+            data = _language_data(config.language_data)
             if config.tasks == "counterfactual":
                 questions = data.counterfactual_questions(record["token"])
             else:

@@ -34,7 +34,9 @@ from spacedrive_jax.io import (
     convert,
     inside,
     json_digest,
+    local,
     parse_json,
+    place,
     read_json,
     require_regular,
     write_bytes,
@@ -152,7 +154,7 @@ class DepthCache:
 
 
 def find_cache(records: Path, kinds: set[str], name: str | None, *, advice: str = "") -> Path:
-    """The sidecar of a records folder that a run asks for.
+    """The sidecar of a records folder that a run asks for; of one in a bucket a copy on this machine.
 
     Args:
         records: the records folder.
@@ -166,10 +168,10 @@ def find_cache(records: Path, kinds: set[str], name: str | None, *, advice: str 
     flags = f" {advice}" if advice else ""
     command = f"`python -m data_prep add-depth --records {records} --model WEIGHTS{flags}`"
     if name is not None:
-        folder = Path(name) if Path(name).is_dir() else records / FOLDER / name
+        folder = place(name) if place(name).is_dir() else records / FOLDER / name
         if not folder.is_dir():
             raise ConfigError(f"data.depth.cache {name!r} is neither a folder nor one in {records / FOLDER}")
-        return folder
+        return local(folder)
     found = [
         file.parent
         for file in sorted((records / FOLDER).glob(f"*/{PROVENANCE}"))
@@ -182,7 +184,7 @@ def find_cache(records: Path, kinds: set[str], name: str | None, *, advice: str 
             f"{records} has several depth caches: set data.depth.cache to one of "
             f"{', '.join(folder.name for folder in found)}"
         )
-    return found[0]
+    return local(found[0])
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

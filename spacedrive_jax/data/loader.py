@@ -20,6 +20,7 @@ from absl import flags
 from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
+from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
@@ -29,11 +30,12 @@ from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, read_json, write_json
+from spacedrive_jax.io import MEBIBYTE, local, read_json, write_json
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
 
-# Which keyframes of a split have all their future poses, found once and kept beside the records.
+# Which keyframes of a split have all their future poses, found once and kept in the user's cache: a reader
+# writes nothing into a records folder.
 
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,14 @@ MOST_BYTES = 256 * MEBIBYTE
 def complete_futures(records: Records, *, keep: bool = True) -> Bool[np.ndarray, " keyframes"]:
     """Tells for every keyframe whether all its waypoints are valid.
 
-    The first call on a split reads its records (one feature of each) and leaves the answer in the records
-    folder, where that can be written to; later calls take it from there.
+    The first call on a split reads its records (one feature of each) and leaves the answer in the user's
+    cache, under the records' fingerprint; later calls take it from there.
 
     Args:
         records: a split of records.
         keep: leave the answer there.
     """
-    file = records.directory / f"complete_futures-{records.split}.json"
+    file = cache_folder() / "complete_futures" / f"{records.fingerprint}-{records.split}.json"
     kept = _read(file, records)
     if kept is not None:
         return kept
@@ -244,7 +246,7 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
             )
         return
     kinds = ("vqa",) if config.tasks == "counterfactual" else KINDS
-    there = LanguageData(Path(config.language_data)).tokens(kinds)
+    there = LanguageData(local(config.language_data)).tokens(kinds)
     places = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), LOOKED_AT)).round().astype(int))
     token = tfds.features.FeaturesDict({"token": record_features()["token"]})
     tokens = [records.source.decode(indices[place], token)["token"].decode() for place in places]

@@ -38,7 +38,7 @@ from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import read_typed
+from spacedrive_jax.io import place, read_typed
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500
@@ -174,7 +174,7 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
     Raises:
         DataError: the folder or the split does not exist, holds no keyframe, or is damaged.
     """
-    directory = Path(directory)
+    directory = place(directory)
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     facts = check_folder(directory)
@@ -239,7 +239,7 @@ def records_sources(text: str) -> list[tuple[str, float]]:
     Raises:
         ConfigError: a weight is missing or not positive, or a folder is named twice.
     """
-    if "," not in text or Path(text).is_dir():
+    if "," not in text or place(text).is_dir():
         return [(text, 1.0)]
     folders, weights = [], []
     for part in text.split(","):

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
+from spacedrive_jax import buckets
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, record_features
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, convert, read_json, require_regular, say
+from spacedrive_jax.io import MEBIBYTE, convert, is_bucket, place, read_json, require_regular, say
 
 PROVENANCE = "provenance.json"
 DATASET_INFO = "dataset_info.json"
@@ -29,6 +30,8 @@ MOST_JSON = 64 * MEBIBYTE
 """Bytes; provenance of the 850 scenes of nuScenes has a third of a megabyte."""
 END_BYTES = 4096
 """At either end of a shard: its headers, which hold the digest of the first record, and its footer."""
+PIECE = 16 * MEBIBYTE
+"""Of a shard in a bucket, asked for at once."""
 REPAIR = "write it again with `python -m data_prep convert ... --resume`"
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -74,7 +77,7 @@ def read_provenance(directory: Path | str) -> dict[str, Any]:
     Raises:
         DataError: the folder is not a finished records folder, or the file is damaged.
     """
-    return _provenance(Path(directory))[0]
+    return _provenance(place(directory))[0]
 
 
 def _provenance(directory: Path) -> tuple[dict[str, Any], Provenance]:
@@ -172,7 +175,12 @@ def file_sha256(path: Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    require_regular(path)
+    size = require_regular(path)
+    if is_bucket(path):
+        whole = hashlib.sha256()
+        for start in range(0, size, PIECE):
+            whole.update(buckets.read(path, start, min(start + PIECE, size)))
+        return whole.hexdigest()
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -186,7 +194,10 @@ def ends_sha256(path: Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    require_regular(path)
+    size = require_regular(path)
+    if is_bucket(path):
+        first, last = (0, min(END_BYTES, size)), (max(0, size - END_BYTES), size)
+        return hashlib.sha256(buckets.read(path, *first) + buckets.read(path, *last)).hexdigest()
     try:
         with path.open("rb") as stream:
             digest = hashlib.sha256(stream.read(END_BYTES))

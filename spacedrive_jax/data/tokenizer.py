@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import parse_json, read_text
+from spacedrive_jax.io import is_bucket, local, parse_json, place, read_text
 from spacedrive_jax.models.families import qwen2_5_vl
 from spacedrive_jax.models.family import ChatTemplate
 
@@ -110,9 +110,11 @@ def tokenizer_file(path: Path | str | None) -> Path:
     Raises:
         DataError: there is none.
     """
-    file = DEMO_TOKENIZER if path is None else Path(path)
+    file = DEMO_TOKENIZER if path is None else place(path)
     if file.is_dir():
         file = file / "tokenizer.json"
+    if is_bucket(file) and file.is_file():
+        file = local(file)
     if not file.is_file():
         raise DataError(f"no tokenizer at {file}: give a tokenizer.json or the folder that holds one")
     return file

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from spacedrive_jax.driving.bench import Asked
@@ -24,6 +23,7 @@ from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.inference.open_planner import open_planner
 from spacedrive_jax.inference.planner import BatchPlanner
+from spacedrive_jax.io import place
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD
 
 Item = TypeVar("Item")
@@ -275,7 +275,7 @@ def open_asker(
     """
     if checkpoint.startswith(("ws://", "wss://")):
         return ServerAsker(checkpoint, batch_size, deadline, token)
-    planner = open_planner(Path(checkpoint), warm_up_record(), average=average, most=batch_size)
+    planner = open_planner(place(checkpoint), warm_up_record(), average=average, most=batch_size)
     try:
         check_depth(planner.config, None)
     except ConfigError as error:

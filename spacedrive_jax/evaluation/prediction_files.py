@@ -21,7 +21,16 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
-from spacedrive_jax.io import MOST_JSON, parse_json, read_json, read_json_lines, read_text
+from spacedrive_jax.io import (
+    MOST_JSON,
+    is_bucket,
+    local,
+    parse_json,
+    place,
+    read_json,
+    read_json_lines,
+    read_text,
+)
 from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
 # Axes in which other projects write waypoints.
@@ -215,7 +224,11 @@ def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predi
         DataError: the file does not exist or is empty, or something in it is not a prediction (the message
             names the line or token and what is wrong with it).
     """
-    return to_ego_axes(_read(Path(path)), axes)
+    found = place(path)
+    # A folder has thousands of small files; a pickle is read by what needs a disk.
+    if is_bucket(found) and (found.suffix in PICKLE_SUFFIXES or found.is_dir()):
+        found = local(found)
+    return to_ego_axes(_read(found), axes)
 
 
 def _read(path: Path) -> Predictions:

@@ -21,12 +21,14 @@ from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, Drivi
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import (
+    is_bucket,
     output_lock,
     put_in_place,
     read_bytes,
     read_json,
     say,
     to_json,
+    twin,
     write_bytes,
     write_json,
 )
@@ -289,7 +291,8 @@ def answer_file(
     """Opens a file of answers; `out` appears when the block ends without an error.
 
     Until then the answers stand in `.NAME.partial` beside it, and what they depend on in
-    `.NAME.partial.json`. An interrupted run that is gone on with writes the bytes of one that was not.
+    `.NAME.partial.json`. An interrupted run that is gone on with writes the bytes of one that was not. Where
+    `out` is in a bucket, they grow in its twin on this machine (`io.twin`), and `out` is uploaded at the end.
 
     Args:
         out: file to write.
@@ -305,14 +308,15 @@ def answer_file(
     with output_lock(out):
         if out.exists() and not overwrite:
             raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
-        yield from _answers(out, metadata, batch_size, resume=resume, overwrite=overwrite)
+        beside = twin(out) if is_bucket(out) else out
+        yield from _answers(out, beside, metadata, batch_size, resume=resume, overwrite=overwrite)
 
 
 def _answers(
-    out: Path, metadata: Mapping[str, Any], batch_size: int, *, resume: bool, overwrite: bool
+    out: Path, beside: Path, metadata: Mapping[str, Any], batch_size: int, *, resume: bool, overwrite: bool
 ) -> Iterator[AnswerFile]:
-    partial = out.with_name(f".{out.name}.partial")
-    facts_file = out.with_name(f".{out.name}.partial.json")
+    partial = beside.with_name(f".{out.name}.partial")
+    facts_file = beside.with_name(f".{out.name}.partial.json")
     metadata = json.loads(to_json(metadata))
     kept, length = b"", 0
     if facts_file.is_file() and not overwrite:

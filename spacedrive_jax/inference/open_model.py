@@ -33,7 +33,7 @@ from spacedrive_jax.interop.trained_parts import (
     trained_rules,
 )
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata, load
-from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text
+from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
@@ -51,7 +51,7 @@ from spacedrive_jax.training.trained_folder import (
     trained_metadata,
     write_trained_folder,
 )
-from spacedrive_jax.training.weights import is_run, run_config
+from spacedrive_jax.training.weights import is_run, on_disk, run_config
 
 # Opens the vision-language model of whatever folder holds one.
 
@@ -74,7 +74,7 @@ def open_model(
     Raises:
         CheckpointError: the folder is none of these, or damaged.
     """
-    path = Path(path)
+    path = on_disk(path)
     if is_run(path) or is_imported(path) or is_trained_folder(path):
         return open_trained_model(path, average=average, mesh=mesh)
     return open_vlm(path).model
@@ -94,7 +94,7 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
     Raises:
         CheckpointError: If the folder is none of these, or damaged.
     """
-    source = Path(source)
+    source = on_disk(source)
     tokenizer = functools.partial(copy_tokenizer, source)
     if is_imported(source):
         return _open_imported(source)
@@ -117,7 +117,7 @@ def _base_name(source: Path) -> str:
     """
     named = base_of(source / ADAPTER_FOLDER) if (source / ADAPTER_FOLDER).is_dir() else None
     named = named or WeightsMetadata.read(source).source
-    return named if (Path(named) / "config.json").is_file() else str(source)
+    return named if (place(named) / "config.json").is_file() else str(source)
 
 
 def _open_imported(source: Path) -> Exportable:
@@ -139,12 +139,12 @@ def _open_run(source: Path, mesh: Mesh | None) -> Exportable:
     config, model = trained.config, trained.model
     modules = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))} - {"vlm"}
     weights = _base_weights(config)
-    is_folder = weights is not None and (Path(weights) / METADATA_FILE).is_file()
+    is_folder = weights is not None and (place(weights) / METADATA_FILE).is_file()
     named = weights or f"random weights of {source}"
-    base = _base_name(Path(named)) if is_folder else named
-    beside = [Path(each) for each in (weights, config.data.tokenizer) if each is not None]
-    if weights is not None and (Path(weights) / "config.json").is_file() and not is_run(weights):
-        model.vlm.special_ids = read_special_ids(Path(weights))
+    base = _base_name(on_disk(named)) if is_folder else named
+    beside = [on_disk(each) for each in (weights, config.data.tokenizer) if each is not None]
+    if weights is not None and (place(weights) / "config.json").is_file() and not is_run(weights):
+        model.vlm.special_ids = read_special_ids(on_disk(weights))
 
     def write_tokenizer(folder: Path) -> None:
         write_processor(
@@ -176,7 +176,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
         kind: how it will be loaded.
     """
     weights = _base_weights(config)
-    base = None if weights is None else Path(weights)
+    base = None if weights is None else on_disk(weights)
     facts = {"Config": f"`{config.name}`, {type(config.model.vlm).__name__}"}
     scores: list[Mapping[str, Any]] = []
     if is_trained_folder(source):
@@ -226,6 +226,7 @@ def open_config(checkpoint: Path) -> Config:
     Raises:
         CheckpointError: there is neither a finished checkpoint nor an imported one.
     """
+    checkpoint = on_disk(checkpoint)
     if is_imported(checkpoint):
         if (checkpoint / "checkpoints").is_dir():
             raise CheckpointError(
@@ -265,6 +266,7 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
     Raises:
         SpaceDriveError: see `open_config`.
     """
+    checkpoint = on_disk(checkpoint)
     if is_imported(checkpoint):
         # What the numbers mean stands in the JSON beside them: the run, the adapter's scale.
         parts = [checkpoint / EXTRAS_FILE, checkpoint / RUN_FILE]
@@ -321,6 +323,7 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
         CheckpointError: it is none of these, or damaged, holds no average, or its base is no longer the one
             it was trained on.
     """
+    checkpoint = on_disk(checkpoint)
     config = open_config(checkpoint)
     mesh = mesh_here(config.mesh) if mesh is None else mesh
     graph, trainable, _ = abstract_state(config, mesh)

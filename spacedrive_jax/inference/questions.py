@@ -32,6 +32,7 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
 )
 from spacedrive_jax.inference.predict import Asking, answered_batches
+from spacedrive_jax.io import local
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
 
@@ -173,7 +174,7 @@ def _folder(given: Path | None, config: Config) -> LanguageData:
         raise ConfigError(
             "the counterfactual test needs OmniDrive's language data: give --language-data FOLDER"
         )
-    root = Path(named or "") if given is None else given
+    root = local((named or "") if given is None else given)
     if not (root / "eval_cf").is_dir():
         raise ConfigError(f"{root} has no folder eval_cf with the counterfactual test: give --language-data")
     return LanguageData(root)

@@ -21,6 +21,7 @@ from spacedrive_jax.io import (
     MEBIBYTE,
     atomic_folder,
     inside,
+    place,
     read_json,
     remove_stale,
     require_regular,
@@ -218,7 +219,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: If `path` exists.
     """
-    remove_stale(Path(path))
+    remove_stale(path)
     with atomic_folder(path) as folder:
         yield folder
 
@@ -293,7 +294,7 @@ def write_folder(
         CheckpointError: If `path` exists.
     """
     if jax.process_index() > 0:  # the first host writes; the others bring their parts of every tensor
-        if Path(path).exists():
+        if place(path).exists():
             raise CheckpointError(f"{path} exists")
         collections.deque(tensors, maxlen=0)
         return

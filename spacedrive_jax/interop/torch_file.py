@@ -20,7 +20,7 @@ from spacedrive_jax.interop.safetensors_folder import (
     SafetensorsFolder,
     require_finite,
 )
-from spacedrive_jax.io import MEBIBYTE, atomic_write, require_regular
+from spacedrive_jax.io import MEBIBYTE, atomic_write, place, require_regular
 from spacedrive_jax.restricted_pickle import MOST_BYTES, Allowed, Refused, RestrictedUnpickler, numpy_allowed
 
 # Reads and writes torch's zip files of tensors without torch, and without running anything they pickle.
@@ -224,7 +224,7 @@ def write_torch_file(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         DataError: the file exists, or a value or dtype cannot be written.
     """
-    path = Path(path)
+    path = place(path)
     if path.exists():
         raise DataError(f"{path} exists: choose another name")
     storages: list[np.ndarray] = []

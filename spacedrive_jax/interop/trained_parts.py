@@ -26,7 +26,7 @@ from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, new_row_rules
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata
-from spacedrive_jax.io import read_text
+from spacedrive_jax.io import place, read_text
 from spacedrive_jax.models.config import LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
 from spacedrive_jax.models.spacedrive_config import ModelConfig
@@ -63,7 +63,7 @@ State = dict[ParameterPath, Any]
 
 def is_imported(folder: str | Path) -> bool:
     """Whether a weights folder came from a published SpaceDrive checkpoint."""
-    return (Path(folder) / RUN_FILE).is_file() and (Path(folder) / EXTRAS_FILE).is_file()
+    return (place(folder) / RUN_FILE).is_file() and (place(folder) / EXTRAS_FILE).is_file()
 
 
 def imported_config(folder: Path) -> Config:

@@ -12,7 +12,7 @@ from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
-from spacedrive_jax.io import write_text
+from spacedrive_jax.io import is_bucket, write_text
 from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
@@ -59,7 +59,7 @@ def write_report(
     """
     files = read_run(run_dir, predictions)
     out = out or run_dir / "report.html"
-    if not out.parent.is_dir():
+    if not is_bucket(out) and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     notices = list(files.missing)
     opened = _open_records(files, records, split or str(files.predicted.get("split", DEFAULT_SPLIT)), notices)

@@ -14,7 +14,7 @@ from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.evaluation.protocols import protocol_named
-from spacedrive_jax.io import write_text
+from spacedrive_jax.io import is_bucket, write_text
 from spacedrive_jax.reporting.build import WrittenReport
 from spacedrive_jax.reporting.curves import LINE_COLORS, compared_curves
 from spacedrive_jax.reporting.page import (
@@ -55,7 +55,7 @@ def write_comparison(
         raise ConfigError("a run is given twice: name each run directory once")
     files = [read_run(directory) for directory in run_dirs]
     out = out or run_dirs[0] / "compare.html"
-    if not out.parent.is_dir():
+    if not is_bucket(out) and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     names = _names(run_dirs)
     colors = dict(zip(names, itertools.cycle(LINE_COLORS), strict=False))

@@ -21,7 +21,7 @@ from spacedrive_jax.data.depth_sources import (
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import MOST_JSON, parse_json, read_json, read_text
+from spacedrive_jax.io import MOST_JSON, parse_json, place, read_json, read_text
 
 SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
 """Depth of the visual tokens, metres, and which source each camera's came from."""
@@ -99,9 +99,11 @@ class RunFiles:
 
     def resolve(self, value: str) -> Path:
         """A path from `run.json`: absolute, inside the run directory, or relative to where we are."""
-        path = Path(value)
+        path = place(value)
+        if path.is_absolute():
+            return path
         inside = self.directory / path
-        return inside if not path.is_absolute() and inside.exists() else path
+        return inside if inside.exists() else path
 
 
 def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:

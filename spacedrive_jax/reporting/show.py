@@ -34,6 +34,7 @@ from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model
 from spacedrive_jax.inference.open_planner import planner_of
 from spacedrive_jax.inference.planner import BatchPlanner, Plan, longest_prompt
+from spacedrive_jax.io import local, place
 from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.reporting.birds_eye import draw_birds_eye
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, draw_depth_scale, front_overlay
@@ -110,8 +111,8 @@ class Planner:
         Raises:
             SpaceDriveError: it is none of these, or damaged; or the network is not the model's.
         """
-        trained = open_trained_model(Path(path), average=average)
-        network = None if depth_model is None else open_depth_network(Path(depth_model), trained.config)
+        trained = open_trained_model(place(path), average=average)
+        network = None if depth_model is None else open_depth_network(local(depth_model), trained.config)
         return cls(trained, network)
 
     def records(self, folder: str | Path, split: str = "val") -> Records:
@@ -124,7 +125,7 @@ class Planner:
         Raises:
             SpaceDriveError: it cannot be read, or its sidecar is not for this model.
         """
-        records = open_records(Path(folder), split)
+        records = open_records(folder, split)
         if self._network is None and self.config.model.visual_positions != "none":
             self._cache = self._builder.open_depth(records, advice=depth_advice(self.config))
         return records

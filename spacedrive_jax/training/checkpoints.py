@@ -24,9 +24,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from spacedrive_jax import buckets
 from spacedrive_jax.config import Config
 from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
-from spacedrive_jax.io import convert, is_there, json_digest, read_json, require_regular, write_json
+from spacedrive_jax.io import (
+    convert,
+    is_bucket,
+    is_there,
+    json_digest,
+    place,
+    read_json,
+    require_regular,
+    write_json,
+)
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.
@@ -334,7 +344,7 @@ def _folder(run_dir: Path, step: int) -> Path:
         ValueError: it holds something else.
     """
     folder = (run_dir / "checkpoints" / str(step)).resolve()
-    for path in folder.rglob("*"):
+    for path in () if is_bucket(folder) else folder.rglob("*"):
         if not path.is_dir():
             require_regular(path)
     return folder
@@ -399,7 +409,16 @@ def _is_whole(run_dir: Path, step: int) -> bool:
 
 def steps_of(run_dir: Path) -> list[int]:
     """Steps of the finished checkpoints of a run, ascending."""
-    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
+    folder = run_dir / "checkpoints"
+    if is_bucket(folder):  # where nothing is renamed: a file says that a checkpoint is whole
+        found = [path.parent for path in folder.glob(f"*/{COMMITTED}")]
+    else:
+        found = list(folder.glob("*"))
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+COMMITTED = "commit_success.txt"
+"""What orbax writes last into a checkpoint in a bucket."""
 
 
 def later_than(run_dir: Path, step: int) -> list[tuple[Path, Path]]:
@@ -435,8 +454,11 @@ def go_back_to(run_dir: Path, step: int) -> None:
         kept = best.until(step)
         (run_dir / BEST_FILE).unlink() if kept is None else kept.write(run_dir)
     for checkpoint, target in moves:
-        target.parent.mkdir(exist_ok=True)
-        checkpoint.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_bucket(checkpoint):
+            buckets.move(checkpoint, target, first=COMMITTED)
+        else:
+            checkpoint.rename(target)
 
 
 def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -504,7 +526,7 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
     Raises:
         CheckpointError: there is no finished checkpoint.
     """
-    checkpoint = given = Path(checkpoint)
+    checkpoint = given = place(checkpoint)
     if checkpoint.name == "best" and not checkpoint.is_dir():
         best = Best.read(checkpoint.parent)
         if best is None:
@@ -515,7 +537,7 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         checkpoint = checkpoint.parent / "checkpoints" / str(best.step)
     if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
         run_dir, step = checkpoint.parent.parent, int(checkpoint.name)
-        found = checkpoint.is_dir()
+        found = step in steps_of(run_dir) if is_bucket(run_dir) else checkpoint.is_dir()
     else:
         run_dir = checkpoint
         steps = steps_of(run_dir)
@@ -542,7 +564,7 @@ def standing_in(weights: str | Path) -> Path:
     Returns:
         The same, where it is there or the run has none at all; else the run's next one.
     """
-    path = Path(weights)
+    path = place(weights)
     if path.parent.name != "checkpoints" or not path.name.isdigit() or path.is_dir():
         return path
     steps = steps_of(path.parent.parent)

@@ -15,6 +15,7 @@ from spacedrive_jax.config import Config, depth_advice
 from spacedrive_jax.data.loader import MixedSamples, training_samples
 from spacedrive_jax.data.survey import Survey, problems_of, survey
 from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.io import is_bucket
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
@@ -36,8 +37,8 @@ class Preflight:
     state_bytes: int
     """Weights, optimiser state and gradients of one device."""
     checkpoint_bytes: int
-    free_bytes: int
-    """On the disk of the run folder."""
+    free_bytes: int | None
+    """On the disk of the run folder; None where it is in a bucket."""
     epochs: float
 
 
@@ -86,7 +87,9 @@ def preflight(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((built.trainable, built.optimizer_state))
     )
     folder = config.directory.resolve()
-    there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    there = folder
+    if not is_bucket(folder):
+        there = next(each for each in (folder, *folder.parents) if each.is_dir())
     builder = (samples.parts[0] if isinstance(samples, MixedSamples) else samples).builder
     problems = problems_of(builder, found)
     try:
@@ -105,7 +108,7 @@ def preflight(
         frozen=count(built.frozen),
         state_bytes=state,
         checkpoint_bytes=saved,
-        free_bytes=shutil.disk_usage(there).free,
+        free_bytes=None if is_bucket(there) else shutil.disk_usage(there).free,
         epochs=settings.steps * settings.batch_size / max(len(samples), 1),
     )
 
@@ -126,8 +129,8 @@ def describe(config: Config, seen: Preflight) -> str:
         f"{data.max_coordinates}",
         f"  memory: {seen.state_bytes / 1e9:.2f} GB a device for weights, optimiser and gradients, "
         "activations on top",
-        f"  disk: checkpoints of {seen.checkpoint_bytes / 1e9:.2f} GB in {config.directory}, "
-        f"{seen.free_bytes / 1e9:.0f} GB free",
+        f"  disk: checkpoints of {seen.checkpoint_bytes / 1e9:.2f} GB in {config.directory}"
+        + ("" if seen.free_bytes is None else f", {seen.free_bytes / 1e9:.0f} GB free"),
     ]
     return "\n".join(lines)
 

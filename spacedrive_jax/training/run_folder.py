@@ -15,9 +15,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from spacedrive_jax import buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, folder_lock, read_json, write_json, write_text
+from spacedrive_jax.io import (
+    MEBIBYTE,
+    folder_lock,
+    is_bucket,
+    place,
+    read_json,
+    twin,
+    write_json,
+    write_text,
+)
 from spacedrive_jax.training.checkpoints import steps_of
 
 FREE_TO_CHANGE = (
@@ -88,7 +98,7 @@ def check(
     """
     file = run_dir / "config.json"
     weights = config.model.weights
-    if overwrite and weights is not None and Path(weights).resolve().is_relative_to(run_dir.resolve()):
+    if overwrite and weights is not None and place(weights).resolve().is_relative_to(run_dir.resolve()):
         raise SpaceDriveError(
             f"--overwrite would remove model.weights {weights}, which lie in {run_dir}: start elsewhere with "
             "--run-dir"
@@ -131,6 +141,8 @@ def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
     if is_main_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            if is_bucket(run_dir) and (overwrite or not steps_of(run_dir)):
+                _remove_run(twin(run_dir))  # an earlier run's files on this machine
             if overwrite:
                 _remove_run(run_dir)
             write_text(run_dir / "config.json", to_json(config))
@@ -144,7 +156,9 @@ def _remove_run(run_dir: Path) -> None:
     """Removes what runs and the commands after them write; the config goes first, so none is half a run."""
     for name in OF_A_RUN:
         for path in run_dir.glob(name):
-            if path.is_dir() and not path.is_symlink():
+            if is_bucket(path):
+                buckets.remove(path)
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -209,6 +223,8 @@ def lack_of_room(run_dir: Path, checkpoint_bytes: int) -> str | None:
         run_dir: the run's folder.
         checkpoint_bytes: size of one.
     """
+    if is_bucket(run_dir):
+        return None
     free, needed = _least_free(run_dir), 2 * checkpoint_bytes + MARGIN
     if free >= needed:
         return None
@@ -227,6 +243,8 @@ def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrit
         overwrite: what lies there goes.
     """
     run_dir, settings = config.directory, config.train
+    if is_bucket(run_dir):
+        return None
     folder = run_dir.resolve()
     there = next(each for each in (folder, *folder.parents) if each.is_dir())
     free, held = _least_free(there), 0 if overwrite else len(steps_of(run_dir))

@@ -7,7 +7,6 @@ global clip.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.trained_parts import check_trained_parts, fill_trained_parts
+from spacedrive_jax.io import place
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
@@ -31,6 +31,7 @@ from spacedrive_jax.training.trained_folder import is_trained_folder, read_train
 from spacedrive_jax.training.weights import (
     check_architecture,
     is_run,
+    on_disk,
     resumable,
     run_config,
     starting_state,
@@ -167,7 +168,7 @@ def check_start(config: Config) -> None:
     check_architecture(config)
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(model.vlm).chat)
     if not is_run(model.weights):
-        check_trained_parts(Path(model.weights), model, tokenizer.indicator)
+        check_trained_parts(on_disk(model.weights), model, tokenizer.indicator)
 
 
 def init_train_state(config: Config, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
@@ -209,7 +210,7 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
         return _load_run(config, mesh, weights, indicator)
     shardings = functools.partial(parameter_sharding, mesh=mesh)
     vlm = from_hf(
-        weights,
+        on_disk(weights),
         compute=model.compute,
         lora=model.lora if model.use_lora else None,
         new_tokens=new_token_rows(model, indicator),
@@ -219,7 +220,7 @@ def _load(config: Config, mesh: Mesh, weights: str) -> nnx.State:
     outside = _draw(config, mesh, lambda path, _: path[0] != "vlm")
     inside = [(("vlm", *path), variable) for path, variable in nnx.to_flat_state(nnx.state(vlm))]
     state = dict([*nnx.to_flat_state(outside), *inside])
-    fill_trained_parts(state, Path(weights), model, indicator, shardings)
+    fill_trained_parts(state, on_disk(weights), model, indicator, shardings)
     return nnx.from_flat_state(state)
 
 
@@ -228,9 +229,9 @@ def _load_run(config: Config, mesh: Mesh, weights: str, indicator: int) -> nnx.S
     before = run_config(weights)
     _, trainable, _ = abstract_state(before, mesh)
     if is_trained_folder(weights):
-        trainable = read_trained(Path(weights), trainable)
+        trainable = read_trained(on_disk(weights), trainable)
     else:
-        run_dir, step = checkpoints.locate(Path(weights))
+        run_dir, step = checkpoints.locate(place(weights))
         trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     saved = dict(nnx.to_flat_state(trainable)) | dict(nnx.to_flat_state(frozen_state(before, mesh)))
     drawn = dict(nnx.to_flat_state(_draw(config, mesh, lambda path, _: tuple(path) not in saved)))

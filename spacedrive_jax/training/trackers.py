@@ -18,11 +18,23 @@ from tensorboardX import SummaryWriter
 
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import LineFile, parse_json, read_json, read_text, write_json, write_text
+from spacedrive_jax.io import (
+    LineFile,
+    is_bucket,
+    parse_json,
+    put,
+    read_json,
+    read_text,
+    twin,
+    write_json,
+    write_text,
+)
 from spacedrive_jax.io import to_json as json_line
 from spacedrive_jax.training.run_folder import is_main_host
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 GROUPS: Mapping[str, str] = {
     "loss": "loss/total",
     "displacement_m": "waypoints/displacement_m",
@@ -65,13 +77,18 @@ def tag(name: str) -> str:
     return f"other/{name}"
 
 
+def on_disk(run_dir: Path) -> Path:
+    """The folder that trackers write to: the run's, or of a run in a bucket its twin on this machine."""
+    return twin(run_dir) if is_bucket(run_dir) else run_dir
+
+
 class JsonLinesTracker:
     """RUN/metrics.jsonl: an object a step, with the metrics' own names."""
 
     def __init__(self, run_dir: Path, config: Config, start: int) -> None:
         """Opens the file behind step `start`: lines of steps that will be run again are dropped."""
-        file = run_dir / METRICS_FILE
-        _drop_behind(file, start)
+        file = on_disk(run_dir) / METRICS_FILE
+        _drop_behind(run_dir / METRICS_FILE, file, start)
         self._lines = LineFile(file)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +105,7 @@ class TensorBoardTracker:
 
     def __init__(self, run_dir: Path, config: Config, start: int) -> None:
         """Opens an event file; events of steps behind `start`, which will be run again, are hidden."""
-        folder = run_dir / "tensorboard" / run_dir.resolve().name
+        folder = on_disk(run_dir) / TENSORBOARD / run_dir.resolve().name
         # TensorBoard hides the purged step and what is behind it; that of `start` itself stands.
         self._board = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         # TensorBoard shows text as Markdown: four spaces make it a block of code.
@@ -105,7 +122,9 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Weights & Biases, with files below RUN/wandb; a resumed run goes on under the same id.
+    """Weights & Biases; a resumed run goes on under the same id.
+
+    Its files lie below RUN/wandb, those of a run in a bucket on this machine alone.
 
     What W&B reads from the environment holds: WANDB_MODE=offline needs no network and no key (`wandb sync`
     uploads later), WANDB_PROJECT, WANDB_ENTITY and WANDB_API_KEY say where.
@@ -130,7 +149,7 @@ class WandbTracker:
                 name=run_dir.resolve().name,
                 id=identity,
                 resume="allow",
-                dir=str(run_dir),
+                dir=str(on_disk(run_dir)),
                 config=json.loads(to_json(config)),
             )
         except wandb.errors.Error as error:
@@ -159,6 +178,7 @@ class Trackers:
         Raises:
             ConfigError: one of them cannot be used.
         """
+        self._run_dir = run_dir
         names = list(dict.fromkeys(config.train.trackers)) if is_main_host() else []
         self._trackers: list[Tracker] = []
         try:
@@ -173,10 +193,25 @@ class Trackers:
         for tracker in self._trackers:
             tracker.write(step, values)
 
+    def keep(self) -> None:
+        """Brings what is written so far to a run's bucket; on a disk it is there already.
+
+        Raises:
+            DataError: the bucket cannot be written.
+        """
+        if not is_bucket(self._run_dir) or not self._trackers:
+            return
+        folder = on_disk(self._run_dir)
+        for name in (METRICS_FILE, TENSORBOARD, PROFILE):
+            for file in ((folder / name), *(folder / name).rglob("*")):
+                if file.is_file():
+                    put(file, self._run_dir / file.relative_to(folder).as_posix())
+
     def close(self) -> None:
         """Closes each."""
         for tracker in self._trackers:
             tracker.close()
+        self.keep()
 
 
 TRACKERS: Mapping[str, Callable[[Path, Config, int], Tracker]] = {
@@ -222,7 +257,8 @@ def _cannot_begin(error: Exception) -> ConfigError:
     return ConfigError(f"Weights & Biases cannot begin ({error}): `wandb login`, or WANDB_MODE=offline")
 
 
-def _drop_behind(path: Path, start: int) -> None:
+def _drop_behind(path: Path, file: Path, start: int) -> None:
+    """Writes the lines up to a step into the file that will grow; `path` is where the run has them."""
     lines = read_text(path).splitlines() if path.exists() else []
     kept = []
     for line in lines:
@@ -231,4 +267,4 @@ def _drop_behind(path: Path, start: int) -> None:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):  # the line that was being written when the process died
             break
-    write_text(path, "".join(line + "\n" for line in kept))
+    write_text(file, "".join(line + "\n" for line in kept))

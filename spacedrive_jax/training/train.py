@@ -22,6 +22,7 @@ from spacedrive_jax.data.loader import position, seek, training_iterator, traini
 from spacedrive_jax.data.records import records_sources
 from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.io import place
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
@@ -44,7 +45,7 @@ from spacedrive_jax.training.throughput import (
     other_validation_line,
     validation_line,
 )
-from spacedrive_jax.training.trackers import Trackers, check_trackers
+from spacedrive_jax.training.trackers import PROFILE, Trackers, check_trackers, on_disk
 from spacedrive_jax.training.weights import pinned, resumable
 
 log = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def _train(
 
     # The first step shows that data, weights, program and memory are there. Only then is anything written.
     first = None
-    profiler = Profiler(profile, run_dir / "profile")
+    profiler = Profiler(profile, on_disk(run_dir) / PROFILE)
     if start < settings.steps:
         with profiler.given_up_on_failure():
             profiler.before(start)
@@ -260,6 +261,7 @@ def _train(
     def save(done: int, trainable: nnx.State, optimizer_state: Any) -> None:
         guard.settle()
         where = position(iterator, settings.batch_size)
+        tracker.keep()
         checkpoints.save(manager, done, trainable, optimizer_state, where, metadata)
 
     def judge(done: int, found: dict[str, float]) -> bool:
@@ -355,8 +357,8 @@ def _resolved(records: str) -> str:
     """The records folders with absolute paths, written as the config has them."""
     sources = records_sources(records)
     if len(sources) == 1:
-        return str(Path(records).resolve())
-    return ",".join(f"{Path(folder).resolve()}:{weight}" for folder, weight in sources)
+        return str(place(records).resolve())
+    return ",".join(f"{place(folder).resolve()}:{weight}" for folder, weight in sources)
 
 
 def _bytes(tree: Any) -> int:

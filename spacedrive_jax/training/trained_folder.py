@@ -29,7 +29,16 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, new_folder, save_tensors
-from spacedrive_jax.io import MEBIBYTE, read_bytes, read_text, read_typed, write_json, write_part, write_text
+from spacedrive_jax.io import (
+    MEBIBYTE,
+    place,
+    read_bytes,
+    read_text,
+    read_typed,
+    write_json,
+    write_part,
+    write_text,
+)
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import to_host
 
@@ -58,7 +67,7 @@ class TrainedMetadata:
 
 def is_trained_folder(folder: str | Path) -> bool:
     """Whether a folder is what `write_trained_folder` writes."""
-    return (Path(folder) / TENSORS).is_file() and (Path(folder) / METADATA).is_file()
+    return (place(folder) / TENSORS).is_file() and (place(folder) / METADATA).is_file()
 
 
 def write_trained_folder(

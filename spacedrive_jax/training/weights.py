@@ -25,7 +25,7 @@ from spacedrive_jax.interop.peft import read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.trained_parts import NOT_COMPARED
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER
-from spacedrive_jax.io import MEBIBYTE, read_text
+from spacedrive_jax.io import MEBIBYTE, is_bucket, local, place, read_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import checkpoints
@@ -40,13 +40,29 @@ def is_run(weights: str | Path) -> bool:
     """Whether weights are those of a run of this project (`RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or a
     trained folder, see `trained_folder`).
     """
-    path = Path(weights)
+    path = place(weights)
     if is_trained_folder(path):
         return True
     if path.name == "best" and not path.is_dir():
         path = path.parent
     is_step = path.parent.name == "checkpoints" and path.name.isdigit()
     return is_step or (path / "checkpoints").is_dir()
+
+
+def on_disk(weights: str | Path) -> Path:
+    """Weights as files of this machine, which safetensors maps into memory.
+
+    Args:
+        weights: a folder or file, or `gs://…`, of which a copy is kept (`io.local`). A run in a bucket stays
+            there: its checkpoints are read where they are.
+
+    Raises:
+        SpaceDriveError: the bucket has no such folder, or cannot be reached.
+    """
+    path = place(weights)
+    if not is_bucket(path) or (is_run(path) and not is_trained_folder(path)):
+        return path
+    return local(path)
 
 
 def run_config(weights: str | Path) -> Config:
@@ -57,8 +73,8 @@ def run_config(weights: str | Path) -> Config:
         ConfigError: its config is damaged.
     """
     if is_trained_folder(weights):
-        return trained_config(Path(weights))
-    run_dir, _ = checkpoints.locate(Path(weights))
+        return trained_config(on_disk(weights))
+    run_dir, _ = checkpoints.locate(place(weights))
     return from_json(read_text(run_dir / "config.json", most=16 * MEBIBYTE))
 
 
@@ -70,7 +86,7 @@ def architecture(weights: str | Path) -> VLConfig:
     """
     if is_run(weights):
         return run_config(weights).model.vlm
-    folder = Path(weights)
+    folder = on_disk(weights)
     check_folder(folder)
     config = read_hf_config(folder)
     return with_own_head(config, SafetensorsFolder(folder, rename=format_of(config).canonical_name))
@@ -89,7 +105,7 @@ def pinned(config: Config, *, resume: bool = False) -> Config:
     weights = config.model.weights
     if weights is None or not is_run(weights) or is_trained_folder(weights):
         return config
-    path = Path(weights)
+    path = place(weights)
     if resume:
         begun = _begun_from(config.directory)
         same = begun is not None and begun.parent.parent.resolve() in (path.resolve(), path.parent.resolve())
@@ -109,7 +125,7 @@ def resumable(config: Config) -> Config:
     if weights is None or not is_run(weights) or is_trained_folder(weights):
         return config
     standing = checkpoints.standing_in(weights)
-    if standing != Path(weights):
+    if standing != place(weights):
         note(
             f"note: {weights}, which this run was started from, is there no longer; its own checkpoint holds "
             f"what it learnt, the base is read through {standing}"
@@ -124,7 +140,9 @@ def _begun_from(run_dir: Path) -> Path | None:
     if not file.is_file() or not checkpoints.steps_of(run_dir):
         return None
     weights = from_json(read_text(file, most=16 * MEBIBYTE)).model.weights
-    return Path(weights) if weights is not None and Path(weights).parent.name == "checkpoints" else None
+    if weights is None or place(weights).parent.name != "checkpoints":
+        return None
+    return place(weights)
 
 
 def with_weights(config: Config, preset: Config | None = None, *, resume: bool = False) -> Config:
@@ -159,7 +177,7 @@ def with_weights(config: Config, preset: Config | None = None, *, resume: bool =
     )
     decided: dict[str, Any] = {}
     if before is None:
-        decided["data.tokenizer"] = weights if (Path(weights) / "tokenizer.json").is_file() else None
+        decided["data.tokenizer"] = weights if (place(weights) / "tokenizer.json").is_file() else None
         side = getattr(vlm.vision, "image_size", None)
         if side is not None and type(vlm) is not type(preset.model.vlm):
             decided["data.image_size"] = (side, side)
@@ -262,8 +280,8 @@ def _adapters(weights: str, before: Config | None, preset: Config, vlm: VLConfig
     """The adapters that weights have, or the family's own at the preset's rank."""
     if before is not None:
         return before.model.lora if before.model.use_lora else preset.model.lora
-    if (Path(weights) / ADAPTER_FOLDER).is_dir():
-        held = read_peft_config(Path(weights) / ADAPTER_FOLDER)
+    if (place(weights) / ADAPTER_FOLDER).is_dir():
+        held = read_peft_config(on_disk(weights) / ADAPTER_FOLDER)
         return dataclasses.replace(held, dropout=preset.model.lora.dropout)
     if type(vlm) is type(preset.model.vlm):
         return preset.model.lora

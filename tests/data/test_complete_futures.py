@@ -40,7 +40,8 @@ def test_found_once_for_each_split(folder):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_kept_beside_the_records(folder):
+def test_kept_in_the_cache_and_not_beside_the_records(folder):
+    before = sorted(folder.iterdir())
     records = open_records(folder, "train")
     first = complete_futures(records)
     kept = dataclasses.replace(records, source=Unreadable(len(records)))
@@ -48,20 +49,21 @@ def test_kept_beside_the_records(folder):
     others = dataclasses.replace(kept, fingerprint="of other records")
     with pytest.raises(AssertionError, match="read again"):
         complete_futures(others)
-    assert not list(folder.glob("*.partial"))
+    assert sorted(folder.iterdir()) == before
 
 
-def test_a_damaged_note_or_a_read_only_folder_costs_time_only(folder, monkeypatch):
+def test_a_damaged_note_or_a_read_only_cache_costs_time_only(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPACEDRIVE_CACHE", str(tmp_path / "cache"))
     records = open_records(folder, "train")
     expected = complete_futures(records)
-    (folder / "complete_futures-train.json").write_text("{")
+    (note,) = (tmp_path / "cache" / "complete_futures").iterdir()
+    note.write_text("{")
     np.testing.assert_array_equal(complete_futures(records), expected)
-    (folder / "complete_futures-train.json").unlink()
+    note.unlink()
 
     def refuse(*_):
         raise OSError("read-only")
 
     monkeypatch.setattr("os.replace", refuse)
     np.testing.assert_array_equal(complete_futures(records), expected)
-    assert not list(folder.glob("complete_futures*"))
-    assert not list(folder.glob(".complete_futures*"))
+    assert not list(note.parent.iterdir())
