@@ -98,15 +98,14 @@ class Study(Command):
 
     def _report(self, plan: Plan, out: Path) -> Mapping[str, Any]:
         from spacedrive_jax.study.report import write_pages
-        from spacedrive_jax.study.runs import RESULTS, progress_of, read_rows
+        from spacedrive_jax.study.runs import RESULTS, read_rows, reported
 
         file = self.results or out / RESULTS
         if not file.is_file():
             raise ConfigError(f"{file} does not exist: run the study first, or give --results FILE")
         rows = read_rows(file)
         out.mkdir(parents=True, exist_ok=True)
-        data = next((row.data for row in rows if row.plan == plan.name), "")
-        progress = progress_of(plan, rows, data)
+        progress = reported(plan, rows)
         return _told(plan, progress, write_pages(plan, progress, out))
 
 

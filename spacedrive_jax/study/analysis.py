@@ -57,11 +57,6 @@ class CellScore:
     """Means over the seeds."""
 
 
-def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """Metrics that every row has by group, in order."""
-    return [name for name in rows[0].groups if all(name in row.groups for row in rows)] if rows else []
-
-
 def cell_scores(rows: Sequence[Row], metric: str) -> list[CellScore]:
     """The mean of every cell, in the order of the rows."""
     found = []
@@ -124,7 +119,7 @@ def _matching(
 ) -> dict[tuple[int, tuple[tuple[str, str], ...]], Row]:
     """Rows of a cell's levels, by seed and the rest of their levels."""
     return {
-        (row.seed, tuple((name, level) for name, level in row.cell.items() if name not in cell)): row
+        (row.seed, tuple((name, level) for name, level in sorted(row.cell.items()) if name not in cell)): row
         for row in rows
         if metric in row.groups and all(row.cell.get(name) == level for name, level in cell.items())
     }

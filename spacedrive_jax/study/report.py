@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.page import render_study
 from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, new_figure, save_figure, styled, to_svg
-from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores, metrics_of
+from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores
 from spacedrive_jax.study.plan import Plan
 from spacedrive_jax.study.runs import Progress, Row
 
@@ -102,7 +102,7 @@ def _group_word(metric: str) -> str:
 
 
 def _score_tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
-    metrics = metrics_of(rows)
+    metrics = _metrics(rows)
     if not metrics:
         return []
     scores = {metric: cell_scores(rows, metric) for metric in metrics}
@@ -123,6 +123,12 @@ def _score_tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
         ]
         tables.append(Table([*factors, *(f"{title.split(',')[0]}, {x:g}" for x, _ in first)], lines))
     return tables
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    """Metrics that every row has by group, in the order of `METRICS`."""
+    shared = {name for name in rows[0].groups if all(name in row.groups for row in rows)} if rows else set()
+    return [*(name for name in METRICS if name in shared), *sorted(shared - set(METRICS))]
 
 
 def _with_interval(score: CellScore) -> str:
@@ -161,7 +167,7 @@ def _methods(plan: Plan, progress: Progress) -> list[str]:
 
 @styled
 def _figures(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Figure]]:
-    metrics = metrics_of(rows)
+    metrics = _metrics(rows)
     if not metrics:
         return []
     scores = cell_scores(rows, metrics[0])

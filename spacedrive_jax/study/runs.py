@@ -24,7 +24,9 @@ from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import protocol_named
 from spacedrive_jax.evaluation.validation import train
+from spacedrive_jax.inference.open_model import open_vlm
 from spacedrive_jax.inference.predict import predict
+from spacedrive_jax.interop.exporting import export_hf
 from spacedrive_jax.io import (
     LineFile,
     convert,
@@ -127,6 +129,21 @@ def progress_of(plan: Plan, rows: Sequence[Row], data: str) -> Progress:
     return Progress(done, missing)
 
 
+def reported(plan: Plan, rows: Sequence[Row]) -> Progress:
+    """Which of a plan's runs a results file has, by plan, cell and seed: of whichever settings the plan had
+    when they were made.
+    """
+    found = {(frozenset(row.cell.items()), row.seed): row for row in rows if row.plan == plan.name}
+    done, missing = [], []
+    for run in plan.runs():
+        row = found.get((frozenset(run.cell.items()), run.seed))
+        if row is None:
+            missing.append(describe_run(run))
+        else:
+            done.append(row)
+    return Progress(done, missing)
+
+
 def run_plan(
     plan: Plan,
     out: Path,
@@ -169,7 +186,7 @@ def run_plan(
                     break
                 note(f"{plan.name}: {describe_run(run)}")
                 row = _measure(plan, run, name, data, out, pretrained)
-                lines.write(to_json(dataclasses.asdict(row), sort_keys=True))
+                lines.write(to_json(dataclasses.asdict(row)))
                 rows.append(row)
                 if after is not None:
                     after(progress_of(plan, rows, data))
@@ -203,8 +220,12 @@ def _open_loop(config: Config, folder: Path, out: Path, pretrained: Config | Non
     """Trains, predicts and scores one run, going on with what an interrupted call left."""
     if pretrained is not None:
         base = out / "runs" / pretrained.name
-        _train(change(pretrained, pretrained.name, {"run_dir": str(base)}))
-        config = change(config, config.name, {"model.weights": str(base)})
+        weights = base / "exported"
+        if not weights.exists():
+            _train(change(pretrained, pretrained.name, {"run_dir": str(base)}))
+            # As a bare vision-language model: what runs start from has other settings than they.
+            export_hf(open_vlm(base), weights)
+        config = change(config, config.name, {"model.weights": str(weights)})
     config = change(config, config.name, {"run_dir": str(folder)})
     loss = _train(config)
     predictions = folder / "predictions.jsonl"

@@ -13,6 +13,7 @@ from spacedrive_jax.study import runs
 from spacedrive_jax.study.analysis import answer, effect_of
 from spacedrive_jax.study.plan import Claim, Factor, Level, known_plans, load_plan
 from spacedrive_jax.study.readout import read_back
+from spacedrive_jax.study.report import write_pages
 from tests.conftest import ROOT
 from tests.training.runs import make_records
 
@@ -175,3 +176,13 @@ def test_plans_are_sound():
         list(wrong.runs())
     with pytest.raises(SpaceDriveError, match="no plan 'nothing'"):
         load_plan("nothing")
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results" / "study").glob("*/results.jsonl"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
+def test_a_kept_page_is_what_its_results_say(file, tmp_path):
+    plan = load_plan(file.parent.name)
+    write_pages(plan, runs.reported(plan, runs.read_rows(file)), tmp_path)
+    assert (tmp_path / "report.md").read_text() == (file.parent / "report.md").read_text()
