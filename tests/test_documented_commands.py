@@ -121,6 +121,8 @@ def config_flags(kind=Config, place=""):
 
 FLAG = re.compile(r"(?<![\w-])(?<!var\()--(?!xla_)[a-z][a-z0-9_.-]*[a-z0-9]\b(?!: ?(?:#|\Z))")
 OTHERS = {  # flags that no command of ours declares: whose they are
+    "--dask_client_address": "Beam",
+    "--dask_partition_size": "Beam",
     "--runner": "Beam",
     "--flink_master": "Beam",
     "--direct_num_workers": "Beam",
