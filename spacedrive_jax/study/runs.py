@@ -31,7 +31,9 @@ from spacedrive_jax.io import (
     LineFile,
     convert,
     folder_lock,
+    parse_json,
     read_json_lines,
+    read_text,
     remove_partials,
     to_json,
     write_json,
@@ -75,8 +77,9 @@ def read_rows(file: Path) -> list[Row]:
     """
     if not file.is_file():
         return []
-    _drop_cut_line(file)
-    rows = [convert(value, Row, place) for place, value in read_json_lines(file)]
+    whole, _, _ = read_text(file).rpartition("\n")
+    places = ((f"{file}, line {number}:", line) for number, line in enumerate(whole.splitlines(), 1))
+    rows = [convert(parse_json(line, place), Row, place) for place, line in places]
     names = [row.run for row in rows]
     if len(set(names)) < len(names):
         raise DataError(f"{file} has two rows of one run: remove one of them")
@@ -84,8 +87,8 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _drop_cut_line(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    whole, end, cut = text.rpartition("\n")
+    """What an interrupted study left behind the last whole row would run into the next one."""
+    whole, end, cut = read_text(file).rpartition("\n") if file.is_file() else ("", "", "")
     if cut:
         write_text(file, whole + end)
 
@@ -174,6 +177,7 @@ def run_plan(
         if rows and not resume:
             raise SpaceDriveError(f"{file} holds {len(rows)} finished runs: --resume goes on with them")
         remove_partials(out)
+        _drop_cut_line(file)
         started = time.monotonic()
         lines = LineFile(file)
         try:
