@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -145,22 +144,22 @@ def convert(checkout: Path, root: Path, out: Path, workers: int, seconds: float)
     command = [sys.executable, "-m", "data_prep", "convert", "--dataroot", str(root), "--version", NAME]
     command += ["--out", str(out), "--workers", str(workers), "--missing-images", "empty"]
     environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
-    started, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
     running = subprocess.Popen(
         command, cwd=checkout, env=environment, start_new_session=True, stderr=subprocess.PIPE
     )
     first, peak = None, 0
     until = float("inf")
-    before = 0.0
+    before = group = 0.0
     while running.poll() is None and time.monotonic() < until:
         peak = max(peak, _peak_memory(running.pid))
         if first is None and any(out.glob("*.partial")):
             first = time.monotonic()
             before, until = _group_seconds(running.pid), first + seconds
-        time.sleep(0.05)
+        group = max(group, _group_seconds(running.pid))  # workers that have ended are not seen any more
+        time.sleep(0.1)
     elapsed = time.monotonic() - (first or started)
     whole = running.poll() is not None
-    group = _group_seconds(running.pid)
     if not whole:
         os.killpg(running.pid, signal.SIGTERM)
     said = running.communicate()[1].decode()
@@ -168,16 +167,12 @@ def convert(checkout: Path, root: Path, out: Path, workers: int, seconds: float)
         raise SystemExit(said)
     notes = [json.loads(path.read_text()) for path in (out / "conversion").glob("*array_record*.json")]
     records = sum(note["shard"]["records"] for note in notes)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = (
-        after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime - before if whole else group - before
-    )
     return {
         "first": (first or started) - started,
         "first_cost": before,
         "peak": peak,
         "rate": records / elapsed,
-        "cost": spent / max(records, 1),
+        "cost": (group - before) / max(records, 1),
         "records": records,
     }
 
