@@ -91,8 +91,10 @@ def _scaled(table: str, rows: list[dict[str, Any]], copies: int) -> Iterator[str
 
 
 _OWN = ("token", "sample_token", "ego_pose_token", "instance_token", "scene_token")
-_LINKS = ("prev", "next", "first_sample_token", "last_sample_token")
-_LINKS += ("first_annotation_token", "last_annotation_token")
+_LINKS = (
+    *("prev", "next", "first_sample_token", "last_sample_token"),
+    *("first_annotation_token", "last_annotation_token"),
+)
 
 
 def _renamed(field: str, value: Any, copy: int) -> Any:
