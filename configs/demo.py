@@ -4,6 +4,8 @@ The architecture is Qwen2.5-VL's and the data path is the real one; only the siz
 released weights to adapt, so everything trains, at one rate.
 """
 
+import dataclasses
+
 from spacedrive_jax.config import Config, TrainConfig
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.models.config import LanguageModelConfig
@@ -11,6 +13,15 @@ from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLCo
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 128
+VISION = QwenVisionConfig(
+    hidden_size=64,
+    intermediate_size=192,
+    depth=4,
+    num_heads=4,
+    full_attention_blocks=(1, 3),
+    window_size=56,
+    out_hidden_size=WIDTH,
+)
 
 DEMO = Config(
     name="demo",
@@ -27,15 +38,7 @@ DEMO = Config(
                 mrope_section=(4, 6, 6),
                 tie_word_embeddings=True,
             ),
-            vision=QwenVisionConfig(
-                hidden_size=64,
-                intermediate_size=192,
-                depth=4,
-                num_heads=4,
-                full_attention_blocks=(1, 3),
-                window_size=56,
-                out_hidden_size=WIDTH,
-            ),
+            vision=VISION,
             image_token_id=5,
             vision_start_token_id=3,
             vision_end_token_id=4,
@@ -69,4 +72,36 @@ DEMO = Config(
     ),
 )
 
-PRESETS = {"demo": DEMO}
+DEMO_DRIVE = Config(
+    name="demo_drive",
+    # What makes a model that starts from nothing learn from its first steps on, and less of everything else:
+    # benchmarks/results/driving_demo.md has the experiments.
+    model=dataclasses.replace(
+        DEMO.model,
+        vlm=dataclasses.replace(
+            DEMO.model.vlm,
+            decoder=dataclasses.replace(DEMO.model.vlm.decoder, num_layers=2),
+            vision=dataclasses.replace(VISION, depth=2, full_attention_blocks=(1,)),
+        ),
+        compute=dataclasses.replace(DEMO.model.compute, init="fan_in"),
+        decoder=dataclasses.replace(DEMO.model.decoder, output_scale=10.0),
+        encoder=dataclasses.replace(DEMO.model.encoder, base=100.0, frequency_scaling=0.3, alpha=1.0),
+        ego_units=True,
+        route_in_status=True,
+    ),
+    data=dataclasses.replace(DEMO.data, image_size=(56, 84), sequence_length=192),
+    train=dataclasses.replace(
+        DEMO.train,
+        steps=700,
+        learning_rate=1.5e-3,
+        warmup_steps=20,
+        beta2=0.95,
+        language_weight=0.05,
+        position_loss="l1",
+        validate_every=0,
+    ),
+)
+"""To drive with: a third of the demo's work a step, more steps, records of a swaying expert beside the
+demo's (docs/how-to/driving.md)."""
+
+PRESETS = {"demo": DEMO, "demo_drive": DEMO_DRIVE}

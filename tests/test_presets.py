@@ -74,7 +74,8 @@ def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
 
 
 def test_a_wrong_name_lists_the_presets_by_group():
-    with pytest.raises(ConfigError, match=r"no config 'table9'; .*presets: .*demo: demo; .*table3_vision"):
+    listed = r"no config 'table9'; .*presets: .*demo: demo, demo_drive; .*table3_vision"
+    with pytest.raises(ConfigError, match=listed):
         load_config("table9")
 
 

@@ -223,6 +223,10 @@ class ComputeConfig:
     """Activations and matrix products. Norms, softmax, rotary angles and logits are float32 always."""
     param_dtype: str = "float32"
     """Storage of the base weights. Adapters and new-token rows are float32 always."""
+    init: Literal["fixed", "fan_in"] = "fixed"
+    """How base weights that no checkpoint gives are drawn: with a deviation of 0.02 whatever their shape
+    (transformers' `initializer_range`, made for widths of thousands), or of 1 / sqrt(inputs), which keeps
+    signals their size: a small model drawn the first way hardly learns in its first hundreds of steps."""
     base_quantization: BaseQuantization = "none"
     """Storage of the frozen base's projections, in decoder and vision tower: as `param_dtype` says, in
     eight bits with a scale for every output channel, or in four with one for every 64 weights

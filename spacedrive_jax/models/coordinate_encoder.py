@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spacedrive_jax.bounds import FROM_ZERO, POSITIVE, Bound, Bounds, check_bounds
+from spacedrive_jax.constants import NUM_PAST, NUM_TARGETS
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 BASE = 10000.0
@@ -238,13 +239,57 @@ class CoordinateEncoder(nnx.Module):
         return self.output(jax.nn.relu(self.hidden(points.astype(jnp.float32))))
 
 
+def status_units() -> Float[np.ndarray, "74"]:
+    """What is usual of each number of the ego status: by these `ego_units` divides it.
+
+    Two past states and the present one (command, orientation, acceleration, rotation rate, velocity), then
+    the two past poses.
+    """
+    state = [4.0, *[1.0] * 4, 3.0, 3.0, 10.0, *[0.2] * 3, *[8.0] * 3]
+    pose = np.ones((4, 4))
+    pose[:3, 3] = 5.0
+    return np.concatenate([np.tile(state, NUM_PAST + 1), np.tile(pose.ravel(), NUM_PAST)]).astype(np.float32)
+
+
+NODE_UNIT = 10.0
+"""Metres, for nodes of the route beside the ego status."""
+
+
 class EgoStatusEncoder(nnx.Module):
     """The ego feature token: a two-layer MLP over the 74 ego status numbers (SpaceDrive+)."""
 
-    def __init__(self, status_size: int, model_width: int, *, rngs: nnx.Rngs) -> None:
-        self.hidden = nnx.Linear(status_size, model_width, rngs=rngs)
+    def __init__(
+        self,
+        status_size: int,
+        model_width: int,
+        *,
+        units: bool = False,
+        route: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Draws a fresh encoder.
+
+        Args:
+            status_size: E.
+            model_width: D.
+            units: divide every number by what is usual of it.
+            route: read the route's next nodes as well.
+            rngs: random streams (`params`).
+        """
+        self.units, self.route = units, route
+        inputs = status_size + 2 * NUM_TARGETS * route
+        self.hidden = nnx.Linear(inputs, model_width, rngs=rngs)
         self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 
-    def __call__(self, status: Float[Array, "... E"]) -> Float[Array, "... D"]:
-        """(..., 74) ego status -> (..., D) float32."""
-        return self.output(jax.nn.relu(self.hidden(status.astype(jnp.float32))))
+    def __call__(
+        self, status: Float[Array, "... E"], nodes: Float[Array, "... nodes 3"] | None = None
+    ) -> Float[Array, "... D"]:
+        """(..., 74) ego status, and (..., 2, 3) metres where it reads nodes -> (..., D) float32."""
+        status = status.astype(jnp.float32)
+        if self.units:
+            status = status / jnp.asarray(status_units())
+        if self.route:
+            assert nodes is not None
+            flat = nodes[..., :2].reshape(*nodes.shape[:-2], -1) / NODE_UNIT
+            status = jnp.concatenate([status, flat], axis=-1)
+        return self.output(jax.nn.relu(self.hidden(status)))

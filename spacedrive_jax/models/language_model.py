@@ -22,13 +22,13 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import attend
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.layers import (
-    INIT_STD,
     Projection,
     RMSNorm,
     SwiGLU,
     parameter,
     scan_layers,
     stack_layers,
+    weight_initializer,
 )
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RotaryTables, decoder_rotary, frequency_axes, rotate
@@ -215,8 +215,8 @@ class LanguageModel(nnx.Module):
         self.compute = compute
         self.lora = lora
         self.new_tokens = new_tokens
-        normal = jax.nn.initializers.normal(INIT_STD)
         width = config.hidden_size
+        normal = weight_initializer(compute, width)
         table = functools.partial(
             parameter, nnx.Param, normal, (config.vocab_size, width), ("vocab", "embed"), rngs=rngs
         )

@@ -96,6 +96,16 @@ INIT_STD = 0.02
 """Standard deviation of freshly drawn weights (transformers' initializer_range)."""
 
 
+def weight_initializer(compute: ComputeConfig, inputs: int) -> Initializer:
+    """How fresh weights of a linear map or a table are drawn.
+
+    Args:
+        compute: says by which rule (`ComputeConfig.init`).
+        inputs: numbers that each output is a sum over.
+    """
+    return jax.nn.initializers.normal(INIT_STD if compute.init == "fixed" else 1.0 / math.sqrt(inputs))
+
+
 def parameter(
     kind: type[nnx.Param],
     initializer: Initializer,
@@ -227,9 +237,9 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
         lora: LoraConfig | None = None,
     ) -> None:
-        normal = jax.nn.initializers.normal(INIT_STD)
+        drawn = weight_initializer(compute, math.prod(in_shape))
         make = functools.partial(parameter, nnx.Param, dtype=compute.storage_dtype, rngs=rngs)
-        kernel = make(normal, (*in_shape, *out_shape), (*in_names, *out_names))
+        kernel = make(drawn, (*in_shape, *out_shape), (*in_names, *out_names))
         self.kernel, self.kernel_scale = kernel, None
         if compute.base_quantization != "none":
             kind = compute.base_quantization

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
-from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
+from spacedrive_jax.constants import NUM_TARGETS, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import GridDecoder, VaeDecoder, make_decoder
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, EgoStatusEncoder, rotate_features
@@ -63,7 +63,13 @@ class SpaceDrive(nnx.Module):
         self.encoder = CoordinateEncoder(config.encoder, width, rngs=rngs)
         self.decoder = make_decoder(config.decoder, width, NUM_WAYPOINTS, rngs=rngs)
         has_feature = config.ego_status in ("feature", "both")
-        self.ego_encoder = EgoStatusEncoder(STATUS_SIZE, width, rngs=rngs) if has_feature else None
+        self.ego_encoder = (
+            EgoStatusEncoder(
+                STATUS_SIZE, width, units=config.ego_units, route=config.route_in_status, rngs=rngs
+            )
+            if has_feature
+            else None
+        )
 
     def __call__(
         self,
@@ -163,7 +169,8 @@ class SpaceDrive(nnx.Module):
             visual_tokens = self.visual_features(batch).tokens
         embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
-            feature = self.ego_encoder(batch.ego_status)[:, None]
+            nodes = batch.coordinates[:, :NUM_TARGETS] if config.route_in_status else None
+            feature = self.ego_encoder(batch.ego_status, nodes)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)

@@ -45,6 +45,12 @@ class ModelConfig:
     any other when an answer is generated."""
     ego_status: EgoStatusInput = "both"
     """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
+    ego_units: bool = False
+    """Divide each number of the ego status by what is usual of it before its MLP (speed by 8 m/s, yaw rate by
+    0.2 rad/s). The published model reads them raw; from scratch it then learns from the large ones first."""
+    route_in_status: bool = False
+    """The ego feature's MLP reads the route's next nodes too, beside their tokens (`data.route_targets`): a
+    model that trains from scratch learns from them hundreds of steps earlier."""
     path_points: int = 0
     """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
     (waypoints give the speed, the path the direction), 0 for none."""
@@ -66,6 +72,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.compute.base_quantization {self.compute.base_quantization} needs a frozen base: set "
                 "model.use_lora True, or base_quantization none"
+            )
+        if (self.ego_units or self.route_in_status) and self.ego_status not in ("feature", "both"):
+            raise ConfigError(
+                "model.ego_units and model.route_in_status are about the ego feature: set model.ego_status "
+                f"feature or both, not {self.ego_status}"
             )
         if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
             raise ConfigError(

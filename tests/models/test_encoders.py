@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from spacedrive_jax.constants import STATUS_SIZE
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models import grid as grids
 from spacedrive_jax.models.coordinate_decoder import (
     CoordinateDecoderConfig,
@@ -19,8 +21,11 @@ from spacedrive_jax.models.coordinate_decoder import (
 from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     CoordinateEncoderConfig,
+    EgoStatusEncoder,
     rotate_features,
+    status_units,
 )
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 48
 POINTS = jnp.asarray(np.random.default_rng(0).uniform(-50, 50, (2, 5, 3)), jnp.float32)
@@ -84,6 +89,35 @@ def test_gumbel_sampling_follows_the_scores():
 def test_whole_trajectory_from_one_state():
     decoder = make_decoder(CoordinateDecoderConfig(whole_trajectory=True), WIDTH, 6, rngs=nnx.Rngs(0))
     assert decoder(jnp.ones((2, WIDTH))).shape == (2, 6, 3)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_the_output_scale_is_metres_per_unit(kind):
+    plain, scaled = (
+        make_decoder(CoordinateDecoderConfig(kind=kind, output_scale=scale), WIDTH, 6, rngs=nnx.Rngs(0))
+        for scale in (1.0, 10.0)
+    )
+    np.testing.assert_allclose(
+        scaled(POINTS @ jnp.ones((3, WIDTH))), 10 * plain(POINTS @ jnp.ones((3, WIDTH)))
+    )
+    with pytest.raises(ConfigError, match=r"output_scale 10.0 is for the kinds mlp and linear"):
+        CoordinateDecoderConfig(kind="vae", output_scale=10.0)
+
+
+def test_the_ego_feature_in_units_and_with_the_route():
+    status = np.random.default_rng(0).normal(size=(2, STATUS_SIZE)).astype(np.float32)
+    nodes = np.array([[[20, -3, 0], [40, 8, 0]], [[5, 0, 0], [5, 0, 0]]], np.float32)
+    raw, scaled = (EgoStatusEncoder(STATUS_SIZE, WIDTH, units=on, rngs=nnx.Rngs(0)) for on in (False, True))
+    np.testing.assert_allclose(scaled(status), raw(status / status_units()), atol=1e-6)
+    # can_bus of the present state: acceleration, rotation rate, velocity behind command and orientation.
+    present = status_units()[2 * 14 : 3 * 14]
+    np.testing.assert_allclose(present[[5, 10, 11]], [3.0, 0.2, 8.0])
+    routed = EgoStatusEncoder(STATUS_SIZE, WIDTH, route=True, rngs=nnx.Rngs(0))
+    inputs = np.concatenate([status, nodes[..., :2].reshape(2, 4) / 10], axis=1)
+    by_hand = routed.output(jax.nn.relu(routed.hidden(jnp.asarray(inputs))))
+    np.testing.assert_allclose(routed(status, nodes), by_hand, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"set model\.ego_status feature or both, not none"):
+        ModelConfig(ego_status="none", route_in_status=True)
 
 
 def test_divergence_is_that_of_normal_distributions():

@@ -40,6 +40,20 @@ def test_layers_start_from_different_weights(decoder):
     np.testing.assert_array_equal(decoder.layers.attention.q.adapter.b[...], 0.0)
 
 
+def test_weights_drawn_by_their_inputs_keep_signals_their_size():
+    drawn = initialize(
+        lambda rngs: LanguageModel(CONFIG, compute=ComputeConfig(init="fan_in"), rngs=rngs), seed=0
+    )
+    layer, width = drawn.layers, CONFIG.hidden_size
+    for kernel, inputs in (
+        (layer.mlp.gate.kernel, width),
+        (layer.mlp.down.kernel, CONFIG.intermediate_size),
+        (layer.attention.o.kernel, CONFIG.num_heads * CONFIG.head_dim),
+        (drawn.embedding, width),
+    ):
+        assert np.asarray(kernel[...]).std() == pytest.approx(inputs**-0.5, rel=0.1)
+
+
 def test_a_part_is_drawn_as_in_the_whole_and_where_it_is_asked_to_be(decoder):
     mesh = jax.make_mesh((1,), ("model",))
 
