@@ -46,6 +46,10 @@ class SampleBuilder:
             ConfigError: sequences would be longer than the model's rotary angles hold.
         """
         model.vlm.decoder.check_length(data.sequence_length, "data.sequence_length")
+        if model.route_in_status and not data.route_targets:
+            raise ConfigError(
+                "model.route_in_status reads the nodes that data.route_targets names: set it True"
+            )
         self.data = data
         self.model = model
         self.answer = answer

@@ -169,7 +169,7 @@ class SpaceDrive(nnx.Module):
             visual_tokens = self.visual_features(batch).tokens
         embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
-            nodes = batch.coordinates[:, :NUM_TARGETS] if config.route_in_status else None
+            nodes = self._route_nodes(batch) if config.route_in_status else None
             feature = self.ego_encoder(batch.ego_status, nodes)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
@@ -183,6 +183,13 @@ class SpaceDrive(nnx.Module):
             embeddings = place_rows(embeddings, fed, is_coordinate)
         # What is asked about is known, whatever is fed of the answer: a sample's nodes are its first rows.
         return place_rows(embeddings, coordinates, is_node)
+
+    def _route_nodes(self, batch: DrivingBatch) -> Float[Array, "B nodes 3"]:
+        """The nodes that a sample's question names, zeros where it names none: then its first coordinates are
+        something else, the answer's among it.
+        """
+        named = jnp.any(batch.token_type_ids == TokenType.ROUTE_NODE, axis=1)
+        return jnp.where(named[:, None, None], batch.coordinates[:, :NUM_TARGETS], 0.0)
 
     def visual_features(self, batch: DrivingBatch) -> VisualFeatures:
         """Visual tokens that know where they are, (B, NV, D): h + alpha * phi(point), order camera, row,

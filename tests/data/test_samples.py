@@ -79,6 +79,12 @@ def test_the_question_names_the_routes_nodes_and_says_where_they_are(record, ans
     ).any()
 
 
+def test_a_route_beside_the_status_must_be_one_that_is_named():
+    model = dataclasses.replace(CONFIG.model, ego_status="both", route_in_status=True)
+    with pytest.raises(SpaceDriveError, match=r"route_in_status reads the nodes that data\.route_targets"):
+        SampleBuilder(CONFIG.data, model)
+
+
 def test_position_tokens_can_be_supervised(record):
     talk = dataclasses.replace(CONFIG.data.conversation, supervise_position_tokens=True)
     data = dataclasses.replace(CONFIG.data, conversation=talk, max_targets=40)
