@@ -38,7 +38,7 @@ from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import place, read_typed
+from spacedrive_jax.io import is_bucket, place, read_typed
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500
@@ -239,7 +239,7 @@ def records_sources(text: str) -> list[tuple[str, float]]:
     Raises:
         ConfigError: a weight is missing or not positive, or a folder is named twice.
     """
-    if "," not in text or place(text).is_dir():
+    if "," not in text or (not is_bucket(text) and Path(text).is_dir()):
         return [(text, 1.0)]
     folders, weights = [], []
     for part in text.split(","):
