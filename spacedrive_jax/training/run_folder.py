@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from spacedrive_jax import buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
 from spacedrive_jax.io import (
-    MEBIBYTE,
     folder_lock,
     is_bucket,
     place,
@@ -217,7 +215,7 @@ def accepted_changes(run_dir: Path) -> list[str]:
 
 def lack_of_room(run_dir: Path, checkpoint_bytes: int) -> str | None:
     """Says what is missing where the disk has no room for the next checkpoint beside the one that may be
-    under way; None where it has. All hosts have to ask, and all get the same answer.
+    under way; None where it has.
 
     Args:
         run_dir: the run's folder.
@@ -225,7 +223,7 @@ def lack_of_room(run_dir: Path, checkpoint_bytes: int) -> str | None:
     """
     if is_bucket(run_dir):
         return None
-    free, needed = _least_free(run_dir), 2 * checkpoint_bytes + MARGIN
+    free, needed = shutil.disk_usage(run_dir).free, 2 * checkpoint_bytes + MARGIN
     if free >= needed:
         return None
     return (
@@ -247,7 +245,7 @@ def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrit
         return None
     folder = run_dir.resolve()
     there = next(each for each in (folder, *folder.parents) if each.is_dir())
-    free, held = _least_free(there), 0 if overwrite else len(steps_of(run_dir))
+    free, held = shutil.disk_usage(there).free, 0 if overwrite else len(steps_of(run_dir))
     if overwrite:
         files = [path for path in (run_dir / "checkpoints").rglob("*") if path.is_file()]
         free += sum(path.stat().st_size for path in files)
@@ -262,17 +260,6 @@ def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrit
         f"{run_dir} has {free / 1e9:.2f} GB free, and the checkpoints of {checkpoint_bytes / 1e9:.2f} GB "
         f"that it will hold need {needed / 1e9:.2f} GB: make room{fewer if settings.max_to_keep > 1 else ''}"
     )
-
-
-def _least_free(folder: Path) -> int:
-    """Bytes free on the disk of a folder, by the host that sees the fewest: hosts that disagree would stop
-    at different steps, and the others wait for them.
-    """
-    free = shutil.disk_usage(folder).free
-    if jax.process_count() == 1:
-        return free
-    mebibytes = np.int32(min(free // MEBIBYTE, np.iinfo(np.int32).max))
-    return int(np.min(multihost_utils.process_allgather(mebibytes))) * MEBIBYTE
 
 
 PREDICTED = "predicted"
