@@ -113,7 +113,7 @@ def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> N
     assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
     assert len(family(mark)) >= 3
     parent.send_signal(number)
-    _, said = parent.communicate(timeout=20)
+    _, said = parent.communicate(timeout=60)
     assert parent.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
     assert wait_until(lambda: not family(mark), 5), "left behind"
     if number == signal.SIGTERM:

@@ -162,7 +162,7 @@ def _agreed(
     points = points.at[:, position_places].set(decode_points(model, hidden[:, position_places]))
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
-    rows = jnp.arange(len(hidden))[:, None]
+    rows = jnp.arange(hidden.shape[0])[:, None]
     at = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
     here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -1,5 +1,6 @@
 """Bench2Drive clips: the world, written in CARLA's axes and converted back, is the same."""
 
+import functools
 import gzip
 import json
 import math
@@ -10,7 +11,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_prep.beam import convert_unit_file
+from data_prep.beam import convert_and_note, do_unit_file
 from data_prep.bench2drive.annotations import category_of
 from data_prep.bench2drive.clip_records import ClipUnit, convert_clip
 from data_prep.bench2drive.clips import VALIDATION, Clip, find_clips, split_clips
@@ -222,8 +223,8 @@ def test_a_beam_worker_converts_a_clip(folder, records, tmp_path):
     unit.shard.parent.mkdir()
     (unit.shard.parent / "conversion").mkdir()
     file = tmp_path / f"{shard.name}.unit"
-    file.write_bytes(pickle.dumps((convert_clip, unit)))
-    convert_unit_file(str(file))
+    file.write_bytes(pickle.dumps((functools.partial(convert_and_note, convert_clip), unit)))
+    do_unit_file(str(file))
     same = [one for one in records[2].glob("*.array_record-*") if one.read_bytes() == unit.shard.read_bytes()]
     assert len(same) == 1
 

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, from_json, load_config, to_json
+from spacedrive_jax.data.records import open_records
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.checkpoints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
@@ -46,7 +47,11 @@ def save_untrained(config: Config) -> Path:
     (config.directory / "config.json").write_text(to_json(config))
     mesh = make_mesh(config.mesh)
     trainable, frozen = init_train_state(config, mesh)
-    metadata = {"config": to_json(config), "base_fingerprint": base_fingerprint(config, frozen, mesh)}
+    metadata = {
+        "config": to_json(config),
+        "base_fingerprint": base_fingerprint(config, frozen, mesh),
+        "records_fingerprint": open_records(Path(config.data.records), "train").fingerprint,
+    }
     manager = checkpoints.open_manager(config.directory, keep=1)
     checkpoints.save(manager, 1, trainable, {"step": np.int32(1)}, {"samples": 0}, metadata)
     with checkpoints.closing(manager):

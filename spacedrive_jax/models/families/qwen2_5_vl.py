@@ -424,10 +424,10 @@ class QwenImageProcessor(ImageProcessor):
         """Patches in the order of merged tokens; K is channel, frame (two equal ones), row, column."""
         vision, (rows, columns) = self.vision, self.token_grid
         merge, side = vision.merge_size, vision.patch_size
-        cut = images.reshape(len(images), rows, merge, side, columns, merge, side, 3)
+        cut = images.reshape(images.shape[0], rows, merge, side, columns, merge, side, 3)
         cut = cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)[..., None, :, :]
         frames = cut.repeat(vision.temporal_patch_size, axis=-3)
-        return frames.reshape(len(images), rows * columns * merge * merge, -1)
+        return frames.reshape(images.shape[0], rows * columns * merge * merge, -1)
 
 
 def smart_resize(
