@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo drive test kernels parity beam lint format clean
+.PHONY: help demo drive test kernels parity beam lint format environments clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
@@ -45,6 +45,9 @@ $(BEAM)/development: requirements-beam.txt requirements-dev.txt requirements.txt
 	$(BEAM)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BEAM)/bin/python -m pip install --quiet --requirement requirements-beam.txt
 	@touch $@
+
+# What .ci/run needs, to be made side by side: `make --jobs 3 environments`.
+environments: $(VENV)/development $(PARITY)/development $(BEAM)/development
 
 # Each step is skipped when its result is there, and a step that was interrupted goes on.
 demo: $(DEMO)/run/predictions.jsonl
