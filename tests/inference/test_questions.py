@@ -55,11 +55,10 @@ def language_data(records, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "questions"
-    config = change(
-        load_config(str(TINY)), "questions", {"run_dir": str(folder), "data.sequence_length": 192}
-    )
+    changes = {"run_dir": str(folder), "data.records": str(records), "data.sequence_length": 192}
+    config = change(load_config(str(TINY)), "questions", changes)
     save_untrained(config)
     return config
 

@@ -89,7 +89,7 @@ def test_a_frozen_base_of_random_numbers_has_to_be_meant(tmp_path, capsys):
 
 
 def test_a_run_starts_from_another_run(tmp_path):
-    before = tiny(tmp_path, tmp_path / "before")
+    before = tiny(make_records(tmp_path / "records"), tmp_path / "before")
     save_untrained(before)
     wanted = change(before, "next", {"model.weights": str(before.directory), "run_dir": None})
     same = with_weights(wanted, before)
