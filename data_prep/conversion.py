@@ -23,7 +23,7 @@ from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from spacedrive_jax import io
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
-from spacedrive_jax.data.shards import ShardFacts, shard_file
+from spacedrive_jax.data.shards import ShardMetadata, shard_file
 from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def finished_scene(out: Path, shard: str) -> SceneResult | None:
-    """The facts of a shard finished by an earlier run, or None when it must be written."""
+    """What a shard holds that was finished by an earlier run, or None when it must be written."""
     path = out / FOLDER / f"{shard}.json"
     if not path.is_file() or not (out / shard).is_file():
         return None
@@ -128,7 +128,7 @@ def finished_scene(out: Path, shard: str) -> SceneResult | None:
 
 
 def whole_scene(out: Path, shard: str) -> SceneResult | None:
-    """The facts of a shard finished by an earlier run whose bytes are still those that were written.
+    """What a shard holds that was finished by an earlier run whose bytes are still those that were written.
 
     Reads the whole shard: a damaged one is found here and written again, not after hours of training.
     """
@@ -241,9 +241,9 @@ def source_of(
     }
 
 
-def shards_by_split(results: Sequence[SceneResult]) -> dict[str, list[ShardFacts]]:
+def shards_by_split(results: Sequence[SceneResult]) -> dict[str, list[ShardMetadata]]:
     """The finished shards of each split, in shard order."""
-    by_split: dict[str, list[ShardFacts]] = {"train": [], "val": []}
+    by_split: dict[str, list[ShardMetadata]] = {"train": [], "val": []}
     for result in sorted(results, key=lambda one: one.shard.file):
         by_split[split_of(result.shard.file)].append(result.shard)
     return by_split

@@ -170,7 +170,7 @@ class Conversion:
     def _write_shards(
         self, work: Sequence[ShardWork], render_size: tuple[int, int] | None
     ) -> list[SceneResult]:
-        """Writes the shards that are not done yet; returns the facts of all, in order."""
+        """Writes the shards that are not done yet; returns what each holds, in order."""
         finished = {
             one.shard: conversion.whole_scene(self.out, one.shard)
             for one in progress(work, desc="check shards", unit="shard")
@@ -220,9 +220,9 @@ class Conversion:
         return [result for result in finished.values() if result is not None]
 
 
-def summary(facts: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """What a person wants to know after a conversion."""
-    counts = facts["counts"]
+    counts = result["counts"]
 
     def listed(prefix: str) -> str:
         found = {
@@ -239,13 +239,13 @@ def summary(facts: Mapping[str, Any]) -> str:
         notes.append(f"  note: {counts['lidar_damaged']} LiDAR sweeps are damaged and were left out")
     return "\n".join(
         [
-            f"{facts['records']} records in {facts['out']} "
-            f"(train {facts['splits']['train']}, val {facts['splits']['val']}, {facts['split_rule']} split; "
-            f"{facts['skipped']} keyframes skipped)",
+            f"{result['records']} records in {result['out']} "
+            f"(train {result['splits']['train']}, val {result['splits']['val']}, "
+            f"{result['split_rule']} split; {result['skipped']} keyframes skipped)",
             f"  images: {listed('images_')}",
             f"  lidar: {listed('lidar_')}   CAN bus: {listed('can_bus_')}",
             f"  drivable area: {listed('drivable_')}",
-            f"  fingerprint {facts['fingerprint']}",
+            f"  fingerprint {result['fingerprint']}",
             *notes,
         ]
     )

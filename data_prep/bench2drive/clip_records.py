@@ -81,12 +81,12 @@ def convert_clip(unit: ClipUnit) -> SceneResult:
             )
 
     try:
-        facts = write_shard(unit.shard, serialized())
+        shard = write_shard(unit.shard, serialized())
     except OSError as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"cannot convert {unit.clip.path}: {say(error)}") from error
-    return SceneResult(unit.clip.name, facts, tuple(tokens), dict(sorted(counts.items())))
+    return SceneResult(unit.clip.name, shard, tuple(tokens), dict(sorted(counts.items())))
 
 
 def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:

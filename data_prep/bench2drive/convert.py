@@ -122,7 +122,7 @@ class ClipConversion:
         }
 
     def _write_shards(self, units: Sequence[ClipUnit]) -> list[SceneResult]:
-        """Writes the shards that are not done yet; returns the facts of all, in order."""
+        """Writes the shards that are not done yet; returns what each holds, in order."""
         finished = {
             unit.shard.name: conversion.whole_scene(self.out, unit.shard.name)
             for unit in progress(units, desc="check shards", unit="shard")
@@ -168,18 +168,18 @@ def _units(
     return units
 
 
-def summary(facts: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """What a person wants to know after a conversion."""
-    counts = facts["counts"]
+    counts = result["counts"]
     unknown = {name.removeprefix("unknown_"): n for name, n in counts.items() if name.startswith("unknown_")}
     lines = [
-        f"{facts['records']} records of {facts['clips']} clips in {facts['out']} "
-        f"(train {facts['splits']['train']}, "
-        f"val {facts['splits']['val']}, {facts['split_rule']} split; {facts['skipped']} keyframes skipped)",
+        f"{result['records']} records of {result['clips']} clips in {result['out']} "
+        f"(train {result['splits']['train']}, val {result['splits']['val']}, {result['split_rule']} split; "
+        f"{result['skipped']} keyframes skipped)",
         f"  images: {counts.get('images_from_files', 0)} from files, {counts.get('images_empty', 0)} empty; "
         "no exact depth, no drivable area: Bench2Drive has neither",
         f"  lidar: {counts.get('lidar_present', 0)} sweeps kept",
-        f"  fingerprint {facts['fingerprint']}",
+        f"  fingerprint {result['fingerprint']}",
     ]
     if counts.get("frames_missing"):
         lines.append(

@@ -1,6 +1,6 @@
 """The unit of work: one scene in, one shard of records out.
 
-`convert_scene` takes plain picklable data and returns plain facts, so the same function serves a loop, a
+`convert_scene` takes plain picklable data and returns plain values, so the same function serves a loop, a
 process pool or a distributed map.
 """
 
@@ -44,7 +44,7 @@ from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent
 from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields, route_fields
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.shards import RecordSerializer, ShardFacts, write_shard
+from spacedrive_jax.data.shards import RecordSerializer, ShardMetadata, write_shard
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import is_there, read_bytes
 
@@ -83,7 +83,7 @@ class SceneResult:
     """What became of one scene."""
 
     scene: str
-    shard: ShardFacts
+    shard: ShardMetadata
     tokens: tuple[str, ...]
     """Keyframe tokens in the order of the shard's records."""
     counts: Mapping[str, int]
@@ -98,9 +98,9 @@ def convert_scene(unit: SceneUnit) -> SceneResult:
     """
     counts: Counter[str] = Counter()
     serialize, scene = RecordSerializer(), unit.scene.unpack()
-    facts = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, scene, counts)))
+    shard = write_shard(unit.shard, (serialize(record) for record in scene_records(unit, scene, counts)))
     tokens = tuple(scene.keyframes[index].token for index in unit.keyframes)
-    return SceneResult(unit.scene.name, facts, tokens, dict(sorted(counts.items())))
+    return SceneResult(unit.scene.name, shard, tokens, dict(sorted(counts.items())))
 
 
 def scene_records(unit: SceneUnit, scene: Scene, counts: Counter[str]) -> Iterator[Record]:

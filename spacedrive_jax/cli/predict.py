@@ -212,7 +212,7 @@ def _note_predictions(out: Path, records: Path, made_of: Mapping[str, Any]) -> N
     from spacedrive_jax.training.run_folder import note_predictions
 
     checkpoint = made_of["checkpoint"]
-    facts = {
+    metadata = {
         "file": out.name,
         "sha256": hashlib.sha256(io.read_bytes(out)).hexdigest(),
         "records": str(records.resolve()),
@@ -222,4 +222,4 @@ def _note_predictions(out: Path, records: Path, made_of: Mapping[str, Any]) -> N
         "trainable_fingerprint": checkpoint["trainable_fingerprint"],
         "average": made_of["average"],
     }
-    note_predictions(out.parent, facts)
+    note_predictions(out.parent, metadata)

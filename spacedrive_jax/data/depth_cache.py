@@ -204,14 +204,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_provenance(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Writes a sidecar's provenance.json, with which it is whole.
 
     Args:
         folder: the sidecar.
-        facts: JSON values: those of the network, `records_fingerprint`, `full`, the names of the `chunks`.
+        metadata: JSON values: those of the network, `records_fingerprint`, `full`, the names of the `chunks`.
     """
-    write_json(folder / PROVENANCE, {**facts, "digest": json_digest(facts)})
+    write_json(folder / PROVENANCE, {**metadata, "digest": json_digest(metadata)})
 
 
 def _checksum(
@@ -228,14 +228,14 @@ def _checksum(
     return value
 
 
-def write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, Any]) -> None:
+def write_chunk(file: Path, rows: Mapping[str, list[Any]], made_of: Mapping[str, Any]) -> None:
     """Writes one chunk; it appears under its name only when whole.
 
     Args:
         file: to write.
         rows: by keyframe: `token`, `patch_depth` (N, h, w), `alignment` (N, 3: scale, shift, points), and
             `full`, a PNG for each camera, where they are kept.
-        facts: `fingerprint` and `records_fingerprint`.
+        made_of: `fingerprint` and `records_fingerprint`.
     """
     tensors = {name: np.stack(rows[name]) for name in ("patch_depth", "alignment")}
     pictures = [tuple(views) for views in rows.get("full", [()] * len(rows["token"]))]
@@ -247,8 +247,8 @@ def write_chunk(file: Path, rows: Mapping[str, list[Any]], facts: Mapping[str, A
     whole = zip(rows["token"], tensors["patch_depth"], tensors["alignment"], pictures, strict=True)
     tensors["checksum"] = np.array([_checksum(*row) for row in whole], np.uint32)
     metadata = {
-        "fingerprint": str(facts["fingerprint"]),
-        "records_fingerprint": str(facts["records_fingerprint"]),
+        "fingerprint": str(made_of["fingerprint"]),
+        "records_fingerprint": str(made_of["records_fingerprint"]),
         "tokens": json.dumps(rows["token"]),
         "aligned": str(int(np.sum(tensors["alignment"][..., 2] > 0))),
     }

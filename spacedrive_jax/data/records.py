@@ -177,11 +177,11 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
     directory = place(directory)
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    facts = check_folder(directory)
-    splits = frozenset(split_of(name) for name in facts.shards)
+    provenance = check_folder(directory)
+    splits = frozenset(split_of(name) for name in provenance.shards)
     if split != "all" and split not in splits:
         raise DataError(f"{directory} has no keyframe in split {split!r}; it has {', '.join(sorted(splits))}")
-    return Records(directory, split, _source(directory, split, facts), facts.fingerprint, splits)
+    return Records(directory, split, _source(directory, split, provenance), provenance.fingerprint, splits)
 
 
 class _Noted(msgspec.Struct):
@@ -219,12 +219,12 @@ def keyframe_index(records: Records, token: str) -> int:
     )
 
 
-def _source(directory: Path, split: str, facts: Provenance) -> RecordSource:
+def _source(directory: Path, split: str, provenance: Provenance) -> RecordSource:
     return RecordSource(
         directory,
         [
-            (name, facts.shards[name].keyframes)
-            for name in sorted(facts.shards)
+            (name, provenance.shards[name].keyframes)
+            for name in sorted(provenance.shards)
             if split in ("all", split_of(name))
         ],
     )

@@ -97,19 +97,20 @@ def check_folder(directory: Path) -> Provenance:
     Raises:
         DataError: something is missing, damaged, or not what this project writes; the message names the file.
     """
-    _, facts = _provenance(directory)
+    _, provenance = _provenance(directory)
     _check_features(directory)
-    lengths = _shard_lengths(directory, facts)
-    if content_fingerprint((name, entry.sha256) for name, entry in facts.shards.items()) != facts.fingerprint:
+    lengths = _shard_lengths(directory, provenance)
+    shards = provenance.shards
+    if content_fingerprint((name, entry.sha256) for name, entry in shards.items()) != provenance.fingerprint:
         raise DataError(
             f"{directory / PROVENANCE}: the fingerprint is not that of its shards; {REPAIR}, or fetch the "
             "folder again"
         )
     counts = {split: sum(each) for split, each in lengths.items()}
-    if {split: count for split, count in facts.splits.items() if count} != counts:
+    if {split: count for split, count in provenance.splits.items() if count} != counts:
         raise DataError(f"{directory / PROVENANCE}: splits and shards disagree; {REPAIR}")
     _check_dataset_info(directory, lengths)
-    for name, entry in facts.shards.items():
+    for name, entry in provenance.shards.items():
         size = require_regular(directory / name)
         if size != entry.bytes:
             raise DataError(
@@ -121,7 +122,7 @@ def check_folder(directory: Path) -> Provenance:
                 f"{directory / name} is not the shard that {PROVENANCE} names: it is damaged or was put in "
                 f"another's place; {REPAIR}"
             )
-    return facts
+    return provenance
 
 
 def is_whole(directory: Path) -> bool:
@@ -146,19 +147,20 @@ def check_contents(directory: Path, report: Callable[[str], None] = lambda name:
     Raises:
         DataError: some are damaged; the message lists them.
     """
-    facts = check_folder(directory)
+    provenance = check_folder(directory)
     damaged = []
-    for name, entry in facts.shards.items():
+    for name, entry in provenance.shards.items():
         if file_sha256(directory / name) != entry.sha256:
             damaged.append(name)
         report(name)
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         raise DataError(
-            f"{directory}: {len(damaged)} of {len(facts.shards)} shards are damaged ({', '.join(damaged[:5])}"
-            f"{more}); write them again with `python -m data_prep convert ... --resume`"
+            f"{directory}: {len(damaged)} of {len(provenance.shards)} shards are damaged "
+            f"({', '.join(damaged[:5])}{more}); write them again with "
+            "`python -m data_prep convert ... --resume`"
         )
-    return len(facts.shards)
+    return len(provenance.shards)
 
 
 def content_fingerprint(shards: Iterable[tuple[str, str]]) -> str:
@@ -235,17 +237,17 @@ def _first_difference(found: Any) -> str:
         return "it does not describe the features of a record"
 
 
-def _shard_lengths(directory: Path, facts: Provenance) -> dict[str, list[int]]:
+def _shard_lengths(directory: Path, provenance: Provenance) -> dict[str, list[int]]:
     """Keyframes of each split's shards, in order."""
     lengths: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
-    for name in sorted(facts.shards):
+    for name in sorted(provenance.shards):
         match = _SHARD.fullmatch(name)
         split, total = (match[1], int(match[3])) if match else ("", 0)
         place = len(lengths.get(split, ()))
         if match is None or int(match[2]) != place or totals.setdefault(split, total) != total:
             raise DataError(f"{directory / PROVENANCE}: {name!r} is not the name of shard {place}")
-        lengths.setdefault(split, []).append(facts.shards[name].keyframes)
+        lengths.setdefault(split, []).append(provenance.shards[name].keyframes)
     short = [split for split, total in totals.items() if total != len(lengths[split])]
     if short or not lengths:
         missing = " and ".join(short) or "train or val"

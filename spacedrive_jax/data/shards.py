@@ -25,7 +25,7 @@ JPEG images already, and because the files then depend on no compressor's versio
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardFacts:
+class ShardMetadata:
     """What a finished shard holds."""
 
     file: str
@@ -60,7 +60,7 @@ def shard_file(split: str, index: int, count: int) -> str:
     return f"{DATASET_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
+def write_shard(path: Path, records: Iterable[bytes]) -> ShardMetadata:
     """Writes one shard; the file appears under its name only when whole."""
     # A name of its own: a cluster may have two workers at the same shard.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -75,12 +75,12 @@ def write_shard(path: Path, records: Iterable[bytes]) -> ShardFacts:
         with _naming(path):
             writer.close()
         size = partial.stat().st_size
-        facts = ShardFacts(path.name, count, size, file_sha256(partial), ends_sha256(partial))
+        written = ShardMetadata(path.name, count, size, file_sha256(partial), ends_sha256(partial))
         put_in_place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return facts
+    return written
 
 
 @contextlib.contextmanager
@@ -96,12 +96,12 @@ def _naming(path: Path) -> Iterator[None]:
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardFacts]], description: str) -> None:
+def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardMetadata]], description: str) -> None:
     """Writes `dataset_info.json` and `features.json` beside the shards.
 
     Args:
         folder: the records folder.
-        shards: split to the facts of its shards, in shard order; a split without shards is left out.
+        shards: split to what is known of its shards, in shard order; a split without shards is left out.
         description: one line on what the data is.
     """
     identity = dataset_info.DatasetIdentity(
@@ -115,8 +115,8 @@ def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardFacts]],
     splits = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[shard.records for shard in facts],
-            num_bytes=sum(shard.bytes for shard in facts),
+            shard_lengths=[shard.records for shard in of_split],
+            num_bytes=sum(shard.bytes for shard in of_split),
             filename_template=naming.ShardedFileTemplate(
                 dataset_name=DATASET_NAME,
                 data_dir=str(folder),
@@ -125,8 +125,8 @@ def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardFacts]],
                 template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
             ),
         )
-        for split, facts in shards.items()
-        if facts
+        for split, of_split in shards.items()
+        if of_split
     ]
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(str(folder))

@@ -25,7 +25,7 @@ from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256,
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import (
     RecordSerializer,
-    ShardFacts,
+    ShardMetadata,
     shard_file,
     write_dataset_info,
     write_shard,
@@ -224,7 +224,9 @@ class CollectedRecords:
             final.unlink(missing_ok=True)
             os.link(part, final)
             shards.append(
-                ShardFacts(final.name, records, final.stat().st_size, file_sha256(final), ends_sha256(final))
+                ShardMetadata(
+                    final.name, records, final.stat().st_size, file_sha256(final), ends_sha256(final)
+                )
             )
         total = sum(shard.records for shard in shards)
         write_dataset_info(self.folder, {"train": shards}, DESCRIPTION)

@@ -205,15 +205,15 @@ def _digest(config: Config, parts: list[_Part]) -> str:
     """
     data = {name: value for name, value in to_plain(config.data).items() if name not in _NO_MATTER}
     data["depth"] = {name: value for name, value in data["depth"].items() if name != "cache"}
-    facts = {
+    validated = {
         "data": data,
         "inputs": [name_inputs(config, part.asked.depth) for part in parts],
         "keyframes": [[part.asked.records.fingerprint, part.asked.indices] for part in parts],
     }
     if config.train.best_by == "loss":
         train = to_plain(config.train)
-        facts["loss"] = {name: train[name] for name in _OF_THE_LOSS}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        validated["loss"] = {name: train[name] for name in _OF_THE_LOSS}
+    return hashlib.sha256(json.dumps(validated, sort_keys=True).encode()).hexdigest()
 
 
 _NO_MATTER = (

@@ -251,8 +251,8 @@ class AnswerFile:
     length: int
     """Tokens that its prompts were cut to (see `answered_batches`); 0 at the start."""
     _lines: TextIO
-    _facts_file: Path
-    _facts: Mapping[str, Any]
+    _metadata_file: Path
+    _metadata: Mapping[str, Any]
 
     def write(self, lines: Iterable[Mapping[str, Any]], length: int) -> None:
         """Adds the answers of a batch.
@@ -264,7 +264,7 @@ class AnswerFile:
         if length != self.length:
             # Before the answers: a later run that finds these cuts the next batch as this one would.
             self.length = length
-            write_json(self._facts_file, {"facts": self._facts, "length": length}, indent=2)
+            write_json(self._metadata_file, {"metadata": self._metadata, "length": length}, indent=2)
         try:
             self._lines.write("".join(to_json(line) + "\n" for line in lines))
             self._lines.flush()
@@ -303,7 +303,7 @@ def answer_file(
 
     Raises:
         SpaceDriveError: `out` exists, another job writes it, an interrupted run is there and it is not said
-            what to do with it, or it was made from other facts.
+            what to do with it, or it was made of other inputs.
     """
     with output_lock(out):
         if out.exists() and not overwrite:
@@ -316,21 +316,21 @@ def _answers(
     out: Path, beside: Path, metadata: Mapping[str, Any], batch_size: int, *, resume: bool, overwrite: bool
 ) -> Iterator[AnswerFile]:
     partial = beside.with_name(f".{out.name}.partial")
-    facts_file = beside.with_name(f".{out.name}.partial.json")
+    metadata_file = beside.with_name(f".{out.name}.partial.json")
     metadata = json.loads(to_json(metadata))
     kept, length = b"", 0
-    if facts_file.is_file() and not overwrite:
+    if metadata_file.is_file() and not overwrite:
         if not resume:
             raise SpaceDriveError(
                 f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew"
             )
-        kept, length = _interrupted(partial, facts_file, metadata, batch_size)
-    write_json(facts_file, {"facts": metadata, "length": length}, indent=2)
+        kept, length = _interrupted(partial, metadata_file, metadata, batch_size)
+    write_json(metadata_file, {"metadata": metadata, "length": length}, indent=2)
     write_bytes(partial, kept)
     with partial.open("a", encoding="utf-8") as lines:
-        yield AnswerFile(kept.count(b"\n"), length, lines, facts_file, metadata)
+        yield AnswerFile(kept.count(b"\n"), length, lines, metadata_file, metadata)
     put_in_place(partial, out)
-    facts_file.unlink()
+    metadata_file.unlink()
 
 
 @contextlib.contextmanager
@@ -364,13 +364,13 @@ def answer_file_of_hosts(
 
 
 def _interrupted(
-    partial: Path, facts_file: Path, metadata: Mapping[str, Any], batch_size: int
+    partial: Path, metadata_file: Path, metadata: Mapping[str, Any], batch_size: int
 ) -> tuple[bytes, int]:
     """The whole batches that an interrupted run wrote, and the length it had come to."""
-    saved = read_json(facts_file)
-    if not isinstance(saved, dict) or not isinstance(saved.get("length"), int) or "facts" not in saved:
-        raise DataError(f"{facts_file} is damaged: --overwrite starts anew")
-    changes = config_changes(saved["facts"], metadata)
+    saved = read_json(metadata_file)
+    if not isinstance(saved, dict) or not isinstance(saved.get("length"), int) or "metadata" not in saved:
+        raise DataError(f"{metadata_file} is damaged: --overwrite starts anew")
+    changes = config_changes(saved["metadata"], metadata)
     if changes:
         raise SpaceDriveError(
             f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "

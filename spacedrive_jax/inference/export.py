@@ -63,7 +63,7 @@ def write_export(
         most: largest batch, where sizes must be fixed.
 
     Returns:
-        The facts written: `batch` is `any`, or the sizes.
+        What is written: `batch` is `any`, or the sizes.
 
     Raises:
         SpaceDriveError: the folder exists, or cannot be written.
@@ -129,7 +129,7 @@ def open_exported(folder: Path, *, most: int = 8) -> BatchPlanner:
         CheckpointError: it is not such a folder, is damaged, or was exported for another kind of device.
         ConfigError: it holds no program for so small a batch.
     """
-    metadata = _facts(folder)
+    metadata = _metadata(folder)
     config = from_json(json.dumps(metadata["config"]))
     builder = SampleBuilder(config.data, config.model, answer=False)
     programs = {
@@ -183,7 +183,7 @@ def _platform(name: str) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> dict[str, Any]:
     file = folder / FACTS
     metadata = io.read_json(file, most=MOST_FACTS_BYTES)
     if not isinstance(metadata, dict) or metadata.get("version") != VERSION:

@@ -177,7 +177,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
     """
     weights = _base_weights(config)
     base = None if weights is None else on_disk(weights)
-    facts = {"Config": f"`{config.name}`, {type(config.model.vlm).__name__}"}
+    details = {"Config": f"`{config.name}`, {type(config.model.vlm).__name__}"}
     scores: list[Mapping[str, Any]] = []
     if is_trained_folder(source):
         known = dataclasses.asdict(trained_metadata(source))
@@ -185,19 +185,19 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
         run_dir, step = checkpoints.locate(source)
         known = checkpoints.read_metadata(run_dir, step) | {"step": step}
         scores = scores_of(run_dir, known.get("trainable_fingerprint"))
-    facts["Steps"] = str(known.get("step"))
-    facts["Data"] = f"records with fingerprint `{known.get('records_fingerprint')}`"
+    details["Steps"] = str(known.get("step"))
+    details["Data"] = f"records with fingerprint `{known.get('records_fingerprint')}`"
     licence, noted = data_licence(config.data.records, known.get("records_fingerprint"))
     if licence:
-        facts["Data's licence"] = licence
+        details["Data's licence"] = licence
     if noted:
-        facts["Data's source"] = noted
+        details["Data's source"] = noted
     return model_card(
         name=config.name,
         base=None if base is None else base.name,
         kind=kind,
         licence=base_licence(base),
-        facts=facts,
+        details=details,
         scores=scores,
         processor=base is not None and any((base / name).is_file() for name in PROCESSOR_FILES),
     )
@@ -375,6 +375,6 @@ def export_trained_folder(
         raise CheckpointError(f"{source} is such a folder already: copy it")
     run_dir, step = checkpoints.locate(source)
     trained = open_trained_model(source, average=average, mesh=mesh)
-    facts = checkpoints.read_metadata(run_dir, step) | {"step": step}
+    metadata = checkpoints.read_metadata(run_dir, step) | {"step": step}
     card = run_card(source, trained.config, "safetensors")
-    return write_trained_folder(out, trained.config, trained.trainable, facts, card, dtype)
+    return write_trained_folder(out, trained.config, trained.trainable, metadata, card, dtype)

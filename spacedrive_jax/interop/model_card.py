@@ -111,7 +111,7 @@ def model_card(
     base: str | None,
     kind: Literal["hf", "safetensors"],
     licence: str | None,
-    facts: Mapping[str, str],
+    details: Mapping[str, str],
     scores: Sequence[Mapping[str, Any]] = (),
     processor: bool = True,
 ) -> str:
@@ -122,7 +122,7 @@ def model_card(
         base: what the weights were trained from; None where they were drawn.
         kind: how it is loaded.
         licence: of the base; None where it is not known.
-        facts: what is known of where it comes from, in words.
+        details: what is known of where it comes from, in words.
         scores: of `evaluate`.
         processor: whether a processor lies beside the weights, or the tokenizer alone.
     """
@@ -137,7 +137,7 @@ def model_card(
         "",
         f"* **Base**: {base or 'none, everything was trained from numbers drawn by the seed'}",
         f"* **Licence**: {_licence_line(base, licence)}",
-        *(f"* **{fact}**: {value}" for fact, value in facts.items()),
+        *(f"* **{name}**: {value}" for name, value in details.items()),
         "",
         "## Scores",
         *_score_lines(scores),

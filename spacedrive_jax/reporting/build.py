@@ -127,7 +127,7 @@ def _check_match(
                 f"The {evaluation['protocol']} scores are of split {evaluation['records'].get('split')}, the "
                 f"keyframes shown are of split {records.split}."
             )
-    trained_on = files.facts.get("records_fingerprint")
+    trained_on = files.provenance.get("records_fingerprint")
     if trained_on is not None and trained_on != records.fingerprint:
         notices.append(
             f"The run was trained on other records (fingerprint {trained_on}) than the keyframes shown "
@@ -206,15 +206,15 @@ def _provenance(
     predictions: Predictions | None,
     measured: SplitErrors | None,
 ) -> dict[str, str]:
-    facts = {f"run.json: {name}": value for name, value in flatten(files.facts)}
-    facts["run directory"] = str(files.directory)
+    rows = {f"run.json: {name}": value for name, value in flatten(files.provenance)}
+    rows["run directory"] = str(files.directory)
     if records is not None and measured is not None:
-        facts["records shown"] = f"{records.directory}, split {records.split}, {len(records)} keyframes"
-        facts["records fingerprint"] = records.fingerprint
+        rows["records shown"] = f"{records.directory}, split {records.split}, {len(records)} keyframes"
+        rows["records fingerprint"] = records.fingerprint
         provenance = read_provenance(records.directory)
-        facts["dataset version"] = str(provenance.get("source", {}).get("version", "not recorded"))
-        facts["licence of the data"] = str(provenance.get("licence", "not recorded"))
-        facts["camera images"] = measured.images.describe(provenance)
+        rows["dataset version"] = str(provenance.get("source", {}).get("version", "not recorded"))
+        rows["licence of the data"] = str(provenance.get("licence", "not recorded"))
+        rows["camera images"] = measured.images.describe(provenance)
     if predictions is not None:
-        facts["predictions shown"] = f"{predictions.path}, {len(predictions.tokens)} keyframes"
-    return facts
+        rows["predictions shown"] = f"{predictions.path}, {len(predictions.tokens)} keyframes"
+    return rows

@@ -154,7 +154,7 @@ class Case:
 
     Attributes:
         title: why it is shown.
-        facts: short name to short value.
+        details: short name to short value.
         birds_eye: PNG data address.
         front: JPEG data address of the front view with paths, None without pixels.
         strip: JPEG data address of the six views with depth, None without pixels.
@@ -167,7 +167,7 @@ class Case:
     """
 
     title: str
-    facts: Mapping[str, str]
+    details: Mapping[str, str]
     birds_eye: str
     front: str | None
     strip: str | None
@@ -268,20 +268,20 @@ def make_case(
     plan = predictions.waypoints.get(token) if predictions else None
     seen = run_depth(record) if run_depth is not None else None
     front, strip = front_overlay(record, plan), camera_strip(record, seen)
-    facts = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
-    facts["location"] = record["location"] or "-"
+    details = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
+    details["location"] = record["location"] or "-"
     if plan is not None and np.all(record["waypoint_mask"]):
         error = exact.norm(plan - record["waypoints"])
-        facts["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
+        details["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
     elif plan is None:
-        facts["error"] = _why_no_plan(token, predictions)
+        details["error"] = _why_no_plan(token, predictions)
     else:
-        facts["error"] = "not scored: the recorded future is incomplete"
+        details["error"] = "not scored: the recorded future is incomplete"
     question = question_of(record, config)
     answer = predictions.text.get(token, "") if predictions else ""
     return Case(
         title=title,
-        facts=facts,
+        details=details,
         birds_eye=birds_eye_view(record, plan),
         front=None if front is None else to_jpeg(front),
         strip=None if strip is None else to_jpeg(strip),

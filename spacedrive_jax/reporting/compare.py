@@ -138,7 +138,7 @@ def _score(
     first = next(iter(planned))
     scores, differences = [], []
     for name, predictions in planned.items():
-        facts = evaluate(
+        result = evaluate(
             records,
             predictions,
             [rule],
@@ -148,8 +148,8 @@ def _score(
                 rows, total=len(records), desc=f"score {name}", unit="keyframe"
             ),
         )[protocol].to_json()
-        scores.append(ScoreRow(name, colors[name], facts["samples"], facts, facts["confidence"]))
-        against: Mapping[str, Any] | None = facts["comparison"]
+        scores.append(ScoreRow(name, colors[name], result["samples"], result, result["confidence"]))
+        against: Mapping[str, Any] | None = result["comparison"]
         if against is not None:
             differences.append(
                 ScoreRow(name, colors[name], against["samples"], against["difference"], against["confidence"])

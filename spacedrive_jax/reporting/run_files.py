@@ -69,7 +69,7 @@ class RunFiles:
 
     Attributes:
         directory: the run directory.
-        facts: `run.json`: versions, records, checkpoint; empty when absent.
+        provenance: `run.json`: versions, records, checkpoint; empty when absent.
         config: `config.json`, the resolved configuration; None when absent.
         steps: lines of `metrics.jsonl`, numeric values only, in step order.
         evaluations: evaluation files by protocol and records split.
@@ -77,7 +77,7 @@ class RunFiles:
     """
 
     directory: Path
-    facts: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     config: Mapping[str, Any] | None
     steps: tuple[Mapping[str, float], ...]
     evaluations: tuple[Mapping[str, Any], ...]
@@ -86,11 +86,11 @@ class RunFiles:
     @property
     def predicted(self) -> Mapping[str, Any]:
         """What `predict` said of the newest predictions; of run.json's own fields where it said nothing."""
-        found = self.facts.get("predicted")
+        found = self.provenance.get("predicted")
         if isinstance(found, Mapping):
             return found
         names = {"file": "predictions", "records": "records", "split": "split"}
-        return {name: self.facts[old] for name, old in names.items() if old in self.facts}
+        return {name: self.provenance[old] for name, old in names.items() if old in self.provenance}
 
     @property
     def predictions(self) -> Path:
@@ -119,11 +119,11 @@ def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
     if not directory.is_dir():
         raise DataError(f"no run directory {directory}; give the folder that `train` wrote")
     missing: list[str] = []
-    facts = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
+    provenance = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
     config = _read_object(directory / "config.json", missing, "the configuration is not shown")
     steps = _read_steps(directory / "metrics.jsonl", missing)
-    evaluations = _read_evaluations(directory, facts or {}, predictions)
-    if facts is None and config is None and not steps and not evaluations:
+    evaluations = _read_evaluations(directory, provenance or {}, predictions)
+    if provenance is None and config is None and not steps and not evaluations:
         raise DataError(
             f"{directory} does not look like a run: it has no run.json, config.json, metrics.jsonl or "
             f"evaluation file"
@@ -135,7 +135,7 @@ def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
             f"No evaluation file in {place}: scores are not shown. Write one with "
             f"`python -m spacedrive_jax evaluate {what}`."
         )
-    return RunFiles(directory, facts or {}, config, steps, evaluations, tuple(missing))
+    return RunFiles(directory, provenance or {}, config, steps, evaluations, tuple(missing))
 
 
 def _read_object(path: Path, missing: list[str], consequence: str) -> dict[str, Any] | None:
@@ -175,15 +175,15 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
 
 
 def _read_evaluations(
-    directory: Path, facts: Mapping[str, Any], predictions: Path | None
+    directory: Path, provenance: Mapping[str, Any], predictions: Path | None
 ) -> tuple[Mapping[str, Any], ...]:
     """What `evaluate` wrote in the run directory and what `run.json` names, or of `predictions` alone."""
     if predictions is not None:
         candidates = sorted(predictions.parent.glob(f"{predictions.stem}.*.json"))
-        facts = {}
+        provenance = {}
     else:
         candidates = sorted(directory.glob("*.json"))
-    named = facts.get("evaluation")
+    named = provenance.get("evaluation")
     if isinstance(named, str) and (directory / named).is_file():
         candidates.append(directory / named)
     found: dict[str, Mapping[str, Any]] = {}

@@ -242,13 +242,13 @@ def _write(part: Any, plan: KeyframePlan) -> None:
     record = plan.record
     title = f"{plan.model}  ·  {record['scene_name'] or 'keyframe'}, frame {int(record['frame_index'])}"
     part.text(0.006, 0.95, title, fontsize=15, fontweight="bold", color=INK, va="top")
-    facts = [f"keyframe {record['token']}"]
+    notes = [f"keyframe {record['token']}"]
     if record["can_bus_valid"]:
-        facts.append(f"{float(record['can_bus'][10]):.1f} m/s")
-    facts.append("unparsed: the answer holds no trajectory" if plan.status != "ok" else "answer read")
+        notes.append(f"{float(record['can_bus'][10]):.1f} m/s")
+    notes.append("unparsed: the answer holds no trajectory" if plan.status != "ok" else "answer read")
     if plan.error is not None:
-        facts.append(f"{plan.error:.2f} m off the recorded drive on average")
-    part.text(0.006, 0.72, "   |   ".join(facts), fontsize=10, color=MUTED, va="top")
+        notes.append(f"{plan.error:.2f} m off the recorded drive on average")
+    part.text(0.006, 0.72, "   |   ".join(notes), fontsize=10, color=MUTED, va="top")
     # $ would begin a formula in matplotlib.
     lines = [
         textwrap.fill(f"{name}: {said}".replace("$", r"\$"), WRAP)

@@ -197,9 +197,9 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
 
 TRAINABLE, OPTIMIZER = "trainable_fingerprint", "optimizer_fingerprint"
 """Facts that name the numbers saved beside them."""
-FACTS, POSITION = "facts_fingerprint", "position"
-"""The fingerprint of all other facts, and the place in the data as one of them."""
-_BEFORE_FACTS = frozenset(
+FINGERPRINT, POSITION = "metadata_fingerprint", "position"
+"""The fingerprint of all other metadata, and the place in the data as one of them."""
+_BEFORE_FINGERPRINT = frozenset(
     {
         *("config", "records", "records_fingerprint", "weights", "base_fingerprint"),
         *("trainable_parameters", "frozen_parameters", TRAINABLE, OPTIMIZER),
@@ -208,8 +208,8 @@ _BEFORE_FACTS = frozenset(
 """All that older checkpoints know, which have no such fingerprint."""
 
 
-def _facts_fingerprint(metadata: Mapping[str, Any]) -> str:
-    return json_digest({name: value for name, value in metadata.items() if name != FACTS})
+def _metadata_fingerprint(metadata: Mapping[str, Any]) -> str:
+    return json_digest({name: value for name, value in metadata.items() if name != FINGERPRINT})
 
 
 def save(
@@ -239,7 +239,7 @@ def save(
         OPTIMIZER: arrays_fingerprint(_named(optimizer)),
         POSITION: position,
     }
-    metadata |= {FACTS: _facts_fingerprint(metadata)}
+    metadata |= {FINGERPRINT: _metadata_fingerprint(metadata)}
     with naming_the_newest(manager):
         manager.save(
             step,
@@ -300,8 +300,8 @@ def restore(
         folder = _folder(run_dir, step)
         # Not through a manager, which opens every checkpoint of the run.
         restored: dict[str, Any] = {"metadata": _metadata(run_dir, step)}
-        with ocp.StandardCheckpointer() as arrays, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as facts:
-            restored["position"] = facts.restore(folder / "position")
+        with ocp.StandardCheckpointer() as arrays, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as position:
+            restored["position"] = position.restore(folder / "position")
             for name, tree in (("trainable", nnx.to_pure_dict(trainable)), ("optimizer", optimizer)):
                 restored[name] = arrays.restore(folder / name, _abstract(tree))
         if restored["metadata"].get(POSITION, restored["position"]) != restored["position"]:
@@ -331,8 +331,9 @@ def _metadata(run_dir: Path, step: int) -> dict[str, Any]:
         metadata = checkpointer.restore(folder)
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is no JSON object")
-    known = metadata.get(FACTS)
-    if known != _facts_fingerprint(metadata) and (known is not None or not metadata.keys() <= _BEFORE_FACTS):
+    known = metadata.get(FINGERPRINT)
+    older = known is None and metadata.keys() <= _BEFORE_FINGERPRINT
+    if known != _metadata_fingerprint(metadata) and not older:
         raise ValueError("its metadata (config and fingerprints) are not those that were saved")
     return metadata
 

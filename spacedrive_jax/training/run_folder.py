@@ -208,8 +208,8 @@ def accepted_changes(run_dir: Path) -> list[str]:
         DataError: run.json is damaged.
     """
     file = run_dir / "run.json"
-    facts = read_json(file) if file.is_file() else {}
-    changes = facts.get("accepted_changes") if isinstance(facts, dict) else None
+    provenance = read_json(file) if file.is_file() else {}
+    changes = provenance.get("accepted_changes") if isinstance(provenance, dict) else None
     return [change for change in changes or [] if isinstance(change, str)]
 
 
@@ -266,12 +266,12 @@ PREDICTED = "predicted"
 """Key of run.json under which `predict` says what the run's predictions are and were made of."""
 
 
-def note_predictions(run_dir: Path, facts: Mapping[str, Any]) -> None:
+def note_predictions(run_dir: Path, predictions: Mapping[str, Any]) -> None:
     """Tells `evaluate` and `report` what the run folder's predictions are, and of what.
 
     Args:
         run_dir: the run's folder.
-        facts: file name, its SHA-256, records folder and fingerprint, split, checkpoint.
+        predictions: file name, its SHA-256, records folder and fingerprint, split, checkpoint.
 
     Raises:
         DataError: run.json holds no object.
@@ -280,23 +280,23 @@ def note_predictions(run_dir: Path, facts: Mapping[str, Any]) -> None:
     known = read_json(file) if file.is_file() else {}
     if not isinstance(known, dict):
         raise DataError(f"{file} holds no JSON object: write it again (train --resume)")
-    write_json(file, known | {PREDICTED: dict(facts)}, indent=2)
+    write_json(file, known | {PREDICTED: dict(predictions)}, indent=2)
 
 
-def write_provenance(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Writes run.json: the given facts, devices and versions; what was predicted before stays."""
+def write_provenance(run_dir: Path, provenance: dict[str, Any]) -> None:
+    """Writes run.json: what is given, devices and versions; what was predicted before stays."""
     file = run_dir / "run.json"
     known = read_json(file) if file.is_file() else {}
     if isinstance(known, dict) and PREDICTED in known:
-        facts = facts | {PREDICTED: known[PREDICTED]}
+        provenance = provenance | {PREDICTED: known[PREDICTED]}
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-    facts = facts | {
+    provenance = provenance | {
         "devices": [device.device_kind for device in jax.devices()],
         "hosts": jax.process_count(),
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in packages},
     }
-    write_json(file, facts, indent=2)
+    write_json(file, provenance, indent=2)
 
 
 def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[str, float]) -> Path:

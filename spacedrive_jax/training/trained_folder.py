@@ -74,7 +74,7 @@ def write_trained_folder(
     out: Path,
     config: Config,
     trainable: nnx.State,
-    facts: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
     card: str,
     dtype: StoredType = "float32",
 ) -> TrainedMetadata:
@@ -84,7 +84,7 @@ def write_trained_folder(
         out: folder to create.
         config: of the run.
         trainable: its trained numbers; of several hosts all bring their parts, and the first writes.
-        facts: `step`, `base_fingerprint`, `records_fingerprint`.
+        checkpoint: `step`, `base_fingerprint`, `records_fingerprint`.
         card: text of README.md.
         dtype: to store the numbers in; only float32 keeps their bits.
 
@@ -98,15 +98,15 @@ def write_trained_folder(
     }
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat).tokenizer
     if jax.process_index() > 0:
-        return TrainedMetadata(facts["step"], dtype, "", None, None)
+        return TrainedMetadata(checkpoint["step"], dtype, "", None, None)
     with new_folder(out) as folder:
         save_tensors(tensors, folder / TENSORS)
         metadata = TrainedMetadata(
-            step=facts["step"],
+            step=checkpoint["step"],
             dtype=dtype,
             sha256=_digest(folder / TENSORS),
-            base_fingerprint=facts.get("base_fingerprint"),
-            records_fingerprint=facts.get("records_fingerprint"),
+            base_fingerprint=checkpoint.get("base_fingerprint"),
+            records_fingerprint=checkpoint.get("records_fingerprint"),
         )
         write_json(folder / METADATA, dataclasses.asdict(metadata), indent=2)
         # Where it was trained, and on what folder, does not matter to whoever takes it.

@@ -178,7 +178,7 @@ def test_licences_are_read_or_said_to_be_unknown(base, tmp_path):
     assert base_licence(base) == "apache-2.0"
     assert base_licence(tmp_path) is None
     assert base_licence(None) is None
-    fields = {"name": "x", "kind": "safetensors", "licence": None, "facts": {}}
+    fields = {"name": "x", "kind": "safetensors", "licence": None, "details": {}}
     assert "no base to inherit one from" in model_card(base=None, **fields)
     assert "names none that could be read" in model_card(base="B", **fields)
     assert "None were recorded" in model_card(base="B", **fields)

@@ -356,4 +356,4 @@ def test_what_was_predicted_outlives_a_resume(tmp_path):
     files = read_run(tmp_path)
     assert (files.predicted["records"], files.predicted["split"]) == ("R", "all")
     assert files.predictions == Path("predictions.jsonl")
-    assert files.facts["records"] == "trained"
+    assert files.provenance["records"] == "trained"

@@ -289,15 +289,15 @@ def test_a_changed_digit_of_what_a_checkpoint_says_is_found(records, whole, tmp_
         train(tiny(records, run, steps=STEPS), resume=True)
 
 
-def test_checkpoints_of_before_the_fingerprint_of_facts_are_read(whole, tmp_path):
+def test_checkpoints_of_before_the_fingerprint_of_metadata_are_read(whole, tmp_path):
     run = copied(whole, tmp_path / "run")
     metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "metadata"
     (file,) = (each for each in metadata.iterdir() if b"trainable_fingerprint" in each.read_bytes())
     kept = json.loads(file.read_text())
-    del kept["facts_fingerprint"], kept["position"]
+    del kept["metadata_fingerprint"], kept["position"]
     file.write_text(json.dumps(kept))
     assert open_trained_model(run).config.name
-    file.write_text(json.dumps(kept | {"facts_fingerprinu": "0"}))
+    file.write_text(json.dumps(kept | {"metadata_fingerprinu": "0"}))
     with pytest.raises(CheckpointError, match=r"metadata .* are not those that were saved"):
         open_trained_model(run)
 
