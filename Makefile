@@ -7,12 +7,13 @@ RUN := $(VENV)/bin/python
 DEMO ?= demo
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: help demo drive test kernels parity beam lint format environments clean
+.PHONY: help demo drive test slow kernels parity beam lint format environments clean
 
 help:
 	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
 	@echo "make drive   let the demo's model and the baselines drive (after make demo; into $(DEMO)/drives/)"
 	@echo "make test    run the tests"
+	@echo "make slow    run those that take a minute or more: a user's whole day, kills, what a GPU runs"
 	@echo "make kernels prove that bits and decisions do not depend on the processor (two minutes)"
 	@echo "make parity  compare with transformers' and peft's torch models (installs torch beside, in $(PARITY))"
 	@echo "make beam    test the converter on Apache Beam (installed beside, in $(BEAM))"
@@ -73,7 +74,10 @@ drive: $(DEMO)/run/predictions.jsonl
 	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/standing_still
 
 test: $(VENV)/development
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
+
+slow: $(VENV)/development
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 -m slow
 
 kernels: $(VENV)/development
 	$(RUN) -m tests.kernels

@@ -32,7 +32,7 @@ from spacedrive_jax.models.vision_transformer import pixel_shuffle
 from tests.conftest import ROOT
 from tests.interop.conftest import write_tokenizer
 from tests.models.conftest import random_module
-from tests.training.family_runs import NAMES, family_run, tiny_vlm
+from tests.training.family_runs import NAMES, SQUARE_NAMES, family_run, tiny_vlm
 
 
 def test_pixel_shuffle_takes_squares_row_by_row():
@@ -81,7 +81,7 @@ TALK = [
             "Left.<|im_end|>\n",
         ),
     ],
-    ids=NAMES,
+    ids=SQUARE_NAMES,
 )
 def test_conversations_are_laid_out_as_published(family, expected, supervised):
     border = "<fake_token_around_image>"
@@ -170,7 +170,7 @@ def test_heads_wider_than_their_share_come_back():
     assert read_hf_config(write_hf_config(config)) == config
 
 
-@pytest.mark.parametrize("config", [SIZES[0], SIZES[4]], ids=NAMES)
+@pytest.mark.parametrize("config", [SIZES[0], SIZES[4]], ids=SQUARE_NAMES)
 def test_the_image_token_may_be_the_first(config):
     assert read_hf_config(changed(config, "image_token_id", value=0)).image_token_id == 0
     with pytest.raises(ConfigError, match="a whole number from 0"):
@@ -255,7 +255,7 @@ def test_a_scale_behind_the_trained_length_is_kept_and_longer_sequences_are_refu
         SampleBuilder(run.data, short)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SQUARE_NAMES)
 def test_answers_end_where_the_checkpoints_files_say_and_exports_say_it_again(name, tmp_path):
     config = tiny_vlm(name)
     model = random_module(lambda: family_of(config).model(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
@@ -295,7 +295,7 @@ def test_answers_end_where_the_checkpoints_files_say_and_exports_say_it_again(na
         open_model(said("bad", {"eos_token_id": "two"}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SQUARE_NAMES)
 def test_adapters_on_the_mlp_go_out_and_come_back(name, tmp_path):
     lora = LoraConfig(rank=2, alpha=4.0, targets=("q", "v", "gate", "up", "down"))
     config = tiny_vlm(name)
@@ -320,7 +320,7 @@ def test_adapters_on_the_mlp_go_out_and_come_back(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SQUARE_NAMES)
 def test_an_import_makes_room_for_the_coordinate_tokens(name, tmp_path):
     config = tiny_vlm(name)
     decoder = dataclasses.replace(config.decoder, vocab_size=520, tie_word_embeddings=True)

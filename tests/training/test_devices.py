@@ -21,8 +21,7 @@ from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
-
-STEPS = 20
+from tests.training.same_losses import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def test_any_number_of_devices_has_the_same_losses_and_one_compilation(records):
     )
     assert done.returncode == 0, done.stderr
     (one, compiled), *others = json.loads(done.stdout.splitlines()[-1])
-    assert len(one) == 20
+    assert len(one) == STEPS
     assert compiled == 1
     for losses, programs in others:
         np.testing.assert_allclose(losses, one, rtol=1e-5)

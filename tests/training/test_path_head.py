@@ -126,7 +126,7 @@ def test_train_and_predict(records, tmp_path, capsys):
         run_dir=str(run_dir),
         data=dataclasses.replace(CONFIG.data, records=str(records)),
         train=dataclasses.replace(
-            CONFIG.train, steps=120, batch_size=8, learning_rate=1e-2, log_every=20, checkpoint_every=120
+            CONFIG.train, steps=100, batch_size=4, learning_rate=1e-2, log_every=20, checkpoint_every=100
         ),
     )
     train(config)
