@@ -1,6 +1,7 @@
 """The documents hold together: links lead somewhere, lines fit a screen, quirks named have a number."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -68,3 +69,30 @@ def test_documents_in_code_exist():
         if not (ROOT / name).exists()
     ]
     assert found == []
+
+
+FENCE = re.compile(r"```(?:bash|sh)?\n(.*?)```", re.S)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_is_to_be_typed_can_be(document):
+    """Variables have names that a shell takes; requirements files, extras, targets and modules are there."""
+    text = document.read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    wrong = []
+    for block in FENCE.findall(text):
+        names = re.findall(r"(?:^|export |env )([^\s=\"']+)=\S+ *(?:python|make|$|#)", block, re.M)
+        wrong += [name for name in names if not re.fullmatch(r"[A-Za-z_]\w*", name)]
+    wrong += [
+        name
+        for name in re.findall(r"\brequirements[\w-]*\.(?:txt|lock)", text)
+        if not (ROOT / name).is_file()
+    ]
+    for extras in re.findall(r"pip install ['\"](?:\.|spacedrive_jax)\[([\w,]+)\]", text):
+        wrong += [each for each in extras.split(",") if each not in project["optional-dependencies"]]
+    wrong += [name for name in re.findall(r"(?:^|`)make ([a-z]+)\b", text, re.M) if name not in targets]
+    for module in re.findall(r"python3? -m ((?:benchmarks|tests|docs)(?:\.\w+)+)", text):
+        path = ROOT.joinpath(*module.split("."))
+        wrong += [] if path.with_suffix(".py").is_file() or path.is_dir() else [module]
+    assert wrong == []
