@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
+from spacedrive_jax.cli.common import on_all_hosts
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -76,6 +77,7 @@ class AddDepth(Command):
         "process_id": FROM_ZERO,
     }
 
+    @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Writes the sidecar; returns its folder, fingerprint and counts."""
         import jax

@@ -67,6 +67,11 @@ class Inspect(Command):
         provenance = read_provenance(self.directory)
         if self.token is not None and self.scene is not None:
             raise ConfigError("--token names a keyframe and --scene a scene: give one of them")
+        if self.image is not None:
+            # matplotlib takes a second to import; the text needs none of it.
+            from spacedrive_jax.reporting.style import check_picture
+
+            check_picture(self.image)
         print(
             f"{self.directory}: {provenance['records']} records "
             f"({', '.join(f'{split} {count}' for split, count in provenance['splits'].items())}), "
@@ -84,7 +89,6 @@ class Inspect(Command):
         print(describe_record(record))
         outcome: dict[str, Any] = {"token": record["token"], "records": provenance["records"]}
         if self.image is not None:
-            # matplotlib takes a second to import; the text needs none of it.
             from data_prep.inspect_record import draw_record
 
             draw_record(record, self.image)

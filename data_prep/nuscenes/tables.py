@@ -246,6 +246,9 @@ def _versions_found(dataroot: Path) -> str:
     if not dataroot.is_dir():
         return "--dataroot is not a folder"
     found = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
+    if not found and (dataroot / "sample.json").is_file():
+        above = dataroot.absolute()
+        return f"--dataroot is a folder of tables: give --dataroot {above.parent} --version {above.name}"
     return f"versions found under --dataroot: {', '.join(found) or 'none'} (choose one with --version)"
 
 

@@ -1,16 +1,39 @@
-"""What several commands share: where compiled programs are kept, and advice where memory is short."""
+"""What several commands share: hosts that end together, compiled programs that are kept, advice on memory."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from spacedrive_jax import console
 from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.errors import SpaceDriveError
+
+C = TypeVar("C", bound=console.Command)
+
+
+def on_all_hosts(run: Callable[[C], Mapping[str, Any]]) -> Callable[[C], Mapping[str, Any]]:
+    """Lets a command that several hosts run as one (`--coordinator`) end on all of them when it fails on one.
+
+    Args:
+        run: the command's own, which joins the hosts (`connect`).
+    """
+
+    @functools.wraps(run)
+    def together(command: C) -> Mapping[str, Any]:
+        if getattr(command, "coordinator", None) is None:
+            return run(command)
+        from spacedrive_jax.training.sharding import failing_together
+
+        with failing_together():
+            return run(command)
+
+    return together
 
 
 def use_compilation_cache(folder: Path | None = None) -> None:

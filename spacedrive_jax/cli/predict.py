@@ -12,7 +12,7 @@ import tyro
 
 from spacedrive_jax import io
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.cli.common import advice_on_memory, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -102,6 +102,7 @@ class Predict(Command):
         "process_id": FROM_ZERO,
     }
 
+    @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
         if self.step is not None:

@@ -12,7 +12,7 @@ import tyro
 
 from spacedrive_jax import console
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.cli.common import advice_on_memory, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 
@@ -71,6 +71,7 @@ class Train(Command):
         "process_id": FROM_ZERO,
     }
 
+    @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Trains; see `spacedrive_jax.training.train.train`."""
         from spacedrive_jax.config import Config, load_config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
+from spacedrive_jax.cli.common import on_all_hosts
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import local
@@ -117,6 +118,7 @@ class ExportWeights(Command):
     BUCKETS: ClassVar[tuple[str, ...]] = ("source", "out")
     BOUNDS: ClassVar[Bounds] = {"num_processes": COUNT, "process_id": FROM_ZERO}
 
+    @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.interop.exporting`."""
         from spacedrive_jax.training.sharding import connect

@@ -83,12 +83,34 @@ def read_provenance(directory: Path | str) -> dict[str, Any]:
 def _provenance(directory: Path) -> tuple[dict[str, Any], Provenance]:
     path = directory / PROVENANCE
     if not path.exists():
-        raise DataError(
-            f"{directory} is not a finished records folder ({path.name} is missing): "
-            f"write one with `python -m data_prep convert`, or finish it with `--resume`"
-        )
+        raise DataError(f"{directory} is not a finished records folder: {_what_it_is(directory)}")
     content = read_json(path, most=MOST_JSON)
     return content, convert(content, Provenance, path, f"is it of an older version? {REPAIR}")
+
+
+def _what_it_is(directory: Path) -> str:
+    """What a place without provenance seems to be, and the way out."""
+    write = "write one with `python -m data_prep convert`"
+    if is_bucket(directory):
+        return f"it has no {PROVENANCE}; {write}"
+    if not directory.exists():
+        return f"{'it is a link to nothing' if directory.is_symlink() else 'nothing has this name'}; {write}"
+    if not directory.is_dir():
+        return "it is a file; give the folder that `python -m data_prep convert` wrote"
+    if (directory / "conversion" / "plan.json").is_file():
+        return "its conversion was interrupted; the same command with --resume finishes it"
+    near = [*(path.parent for path in sorted(directory.glob(f"*/{PROVENANCE}"))), directory.parent]
+    for folder in near:
+        if (folder / PROVENANCE).is_file():
+            return f"{folder} is one"
+    for tables in sorted(directory.glob("*/scene.json")):
+        return (
+            f"it is a nuScenes folder; `python -m data_prep convert --dataroot {directory} --version "
+            f"{tables.parent.name} --out RECORDS` makes one of it"
+        )
+    if (directory / "config.json").is_file():
+        return "it is a folder of a run or of weights; give the records"
+    return f"it has no {PROVENANCE}; {write}"
 
 
 def check_folder(directory: Path) -> Provenance:

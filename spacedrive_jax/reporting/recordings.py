@@ -100,7 +100,12 @@ def write_film(path: Path, figures: Iterable[Figure], flag: str) -> int:
             if writer is None:
                 size = picture.shape[1], picture.shape[0]
                 writer = imageio_ffmpeg.write_frames(
-                    str(partial), size, fps=FILM_RATE, macro_block_size=2, quality=7
+                    str(partial),
+                    size,
+                    fps=FILM_RATE,
+                    macro_block_size=2,
+                    quality=7,
+                    ffmpeg_log_level="error",
                 )
                 writer.send(None)
             writer.send(picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -53,6 +54,17 @@ class PreemptionWatch:
         if jax.process_count() > 1:
             return manager.reached_preemption(step)
         return self._noticed.is_set()
+
+    def ask(self) -> bool:
+        """Asks for what a notice asks for: that every host saves and stops.
+
+        Returns:
+            Whether to do so behind this very step: several hosts agree on a later one (`stop_at`).
+        """
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax's notifier brings it to the others
+            return False
+        return True
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

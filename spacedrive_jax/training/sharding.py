@@ -8,20 +8,29 @@ activations in every block, stays inside.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import math
+import os
+import signal
+import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax._src import distributed  # its client has no public name; orbax takes it from here too
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
+from spacedrive_jax.console import Terminated, first_line
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, logical_to_mesh_axes
 
@@ -131,6 +140,66 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise SpaceDriveError(f"the hosts of the run could not be joined: {error}") from error
+    threading.Thread(target=_end_with_others, name="other hosts", daemon=True).start()
+
+
+FAILED, GONE = "spacedrive/failed", "spacedrive/gone"
+"""What the hosts of a run tell each other through the service that joined them: no device, and no host that
+hangs, has a part in it."""
+LOOK_SECONDS, FAREWELL_SECONDS = 1.0, 20.0
+_own_failure = threading.Event()
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Ends every host of a run where one of them fails; else the others wait for it in a collective.
+
+    The others say on stderr which host failed and why, and exit with 1. A single host is left alone.
+    """
+    try:
+        yield
+    except BaseException as error:
+        client = distributed.global_state.client
+        if client is not None and distributed.global_state.num_processes > 1:
+            _own_failure.set()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
+                client.key_value_set(f"{FAILED}/{distributed.global_state.process_id}", first_line(error))
+            kinds = {KeyboardInterrupt: 128 + signal.SIGINT, Terminated: 128 + signal.SIGTERM}
+            # Ahead of jax's own farewell, which waits minutes for hosts that will not come, and whether or
+            # not some thread of a library still waits for them.
+            atexit.register(_leave, client, kinds.get(type(error), 1))
+            overdue = threading.Timer(FAREWELL_SECONDS, _leave, (client, kinds.get(type(error), 1)))
+            overdue.daemon = True
+            overdue.start()
+        raise
+
+
+def _end_with_others() -> None:
+    """Looks whether another host has failed, until this process ends."""
+    client = distributed.global_state.client
+    while client is not None and not _own_failure.wait(LOOK_SECONDS):
+        try:
+            failed = client.key_value_dir_get(FAILED)
+        except jax.errors.JaxRuntimeError:  # the hosts have taken leave of each other
+            return
+        if failed and not _own_failure.is_set():
+            name, said = failed[0]
+            print(f"error: host {name.rpartition('/')[2]} of the run failed: {said}", file=sys.stderr)
+            _leave(client, 1)
+
+
+def _leave(client: Any, status: int) -> None:
+    """Ends this process; the first host, which has the service, once the others have heard."""
+    state = distributed.global_state
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{GONE}/{state.process_id}", "", allow_overwrite=True)
+        deadline = time.monotonic() + (0 if state.process_id else FAREWELL_SECONDS)
+        while len(client.key_value_dir_get(GONE)) < state.num_processes and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS / 10)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def is_first_host() -> bool:

@@ -178,9 +178,10 @@ def _train(
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
     checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
-    missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
-    if missing:
-        raise SpaceDriveError(missing)
+    if run_folder.is_main_host():  # one disk, which hosts that look at other moments may find otherwise
+        missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
+        if missing:
+            raise SpaceDriveError(missing)
     trainable, frozen = init_train_state(base, mesh)
     optimizer_state = train_step.initialize_optimizer(trainable)
     validate = validation(config, mesh) if validation is not None and settings.validate_every else None
@@ -255,7 +256,7 @@ def _train(
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
     tracker = Trackers(run_dir, config, start)
 
-    done, loss, stopped = start, float("nan"), False
+    done, loss, stopped, short_of_room = start, float("nan"), False, None
     guard = NonfiniteGuard(run_dir, samples, skip_nonfinite)
 
     def save(done: int, trainable: nnx.State, optimizer_state: Any) -> None:
@@ -304,7 +305,6 @@ def _train(
             guard.watch(done, host_batch, metrics)
             stopped = watch.stop_at(done, manager)
             finished = done == settings.steps
-            short_of_room = None
             if done == start + 1 + STEPS_TIMED and not finished and run_folder.is_main_host():
                 guard.settle()
                 each = (time.monotonic() - clock - validated) / STEPS_TIMED
@@ -319,12 +319,14 @@ def _train(
                     loss, values = measured["loss"], measured
                     if run_folder.is_main_host():
                         log.info("%s", interval_line(done, settings.steps, measured))
-                short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
+                if run_folder.is_main_host() and not (finished or short_of_room):
+                    short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
+                    if short_of_room:  # saved while there still is room for it
+                        stopped = watch.ask() or stopped
             profiler.behind(done, metrics)
-            due = done % settings.checkpoint_every == 0 or finished or stopped or bool(short_of_room)
+            due = done % settings.checkpoint_every == 0 or finished or stopped
             if due:
-                # What has been done is saved while there still is room for it, and before a validation,
-                # which takes long and may fail.
+                # What has been done is saved before a validation, which takes long and may fail.
                 save(done, trainable, optimizer_state)
             found: dict[str, float] = {}
             better = False
@@ -347,8 +349,8 @@ def _train(
                     manager.wait_until_finished()
             if found and best is not None and run_folder.is_main_host():
                 best.write(run_dir)
-            if short_of_room and not finished:
-                raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
+        if short_of_room and done < settings.steps:
+            raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")
     seconds = time.monotonic() - started
     return TrainResult(run_dir, done, start, loss, seconds, done == settings.steps, guard.skipped, best)
 

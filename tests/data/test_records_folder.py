@@ -1,6 +1,7 @@
 """A records folder of somebody else's: held against its provenance and our schema before it is read."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -38,6 +39,29 @@ def test_whole_folder_is_read(folder):
     assert [len(open_records(folder, split)) for split in ("train", "val", "all")] == [3, 2, 5]
     assert open_records(folder).splits == {"train", "val"}
     assert check_contents(folder) == 2
+
+
+def test_what_is_no_records_folder_is_called_what_it_is(folder, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "begun" / "conversion").mkdir(parents=True)
+    (tmp_path / "begun" / "conversion" / "plan.json").write_text("{}")
+    (tmp_path / "nuscenes" / "v1.0-mini").mkdir(parents=True)
+    (tmp_path / "nuscenes" / "v1.0-mini" / "scene.json").write_text("[]")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "empty").mkdir()
+    for name, said in {
+        "nowhere": "nothing has this name",
+        "link": "a link to nothing",
+        "r/features.json": "a file; give the folder",
+        "begun": "was interrupted; the same command with --resume",
+        ".": f"{folder} is one",
+        "nuscenes": f"convert --dataroot {tmp_path / 'nuscenes'} --version v1.0-mini --out",
+        "run": "a run or of weights; give the records",
+        "run/empty": "it has no provenance.json",
+    }.items():
+        with pytest.raises(DataError, match=re.escape(said)):
+            open_records(tmp_path / name)
 
 
 def test_class_named_in_features_is_refused(folder):

@@ -53,6 +53,9 @@ def test_packed_scenes_are_the_same(dataroot):
 
 
 def test_missing_version_names_those_found(dataroot):
+    tables = rf"is a folder of tables: give --dataroot {dataroot} --version {VERSION}"
+    with pytest.raises(SpaceDriveError, match=tables):
+        read_tables(dataroot / VERSION, VERSION)
     with pytest.raises(SpaceDriveError, match=f"v1.0-nope does not exist; versions found .*{VERSION}"):
         read_tables(dataroot, "v1.0-nope")
 

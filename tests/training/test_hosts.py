@@ -46,6 +46,32 @@ def start_hosts(records, run_dir, *flags):
     ]
 
 
+def test_a_host_that_fails_takes_the_others_along():
+    """The first one, which has the service by which they hear of it; the other waits in a collective."""
+    script = ROOT / "tests" / "training" / "one_host_fails.py"
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, str(script), coordinator, str(index), "0"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [host.communicate(timeout=LIMIT)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [1, 1], said
+    assert said[0].splitlines()[-1].endswith("DataError: records are damaged")
+    assert said[1] == "error: host 0 of the run failed: records are damaged\n"
+
+
 def wait_for_steps(hosts, run_dir, steps):
     deadline = time.monotonic() + LIMIT
     log = run_dir / "metrics.jsonl"
