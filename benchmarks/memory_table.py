@@ -102,10 +102,8 @@ def table(results: Mapping[str, Any]) -> str:
 def for_a_sample(results: Mapping[str, Any]) -> str:
     """What a further sample takes, from the two batches that were compiled."""
     one, eight = (results[f"Qwen2.5-VL-7B bf16 train {batch}"]["peak_bytes"] for batch in (1, 8))
-    return (
-        f"\n\nA further sample takes {(eight - one) / 7 / GB:.1f} GB with the 7B base, at any precision. Other "
-        "cells follow: the\nparameters of the precision, the samples, and half a gigabyte."
-    )
+    more = f"{(eight - one) / 7 / GB:.1f} GB"
+    return f"\n\nA further sample takes {more} with the 7B base, at any precision; other cells follow."
 
 
 INTRODUCTION = """# Memory: what a base needs on one device

@@ -225,6 +225,11 @@ def load_config(name: str) -> Config:
     for _, presets in groups.values():
         if name in presets:
             return presets[name]
+    if (path / "config.json").is_file():
+        raise ConfigError(f"{name} is a folder: give the config in it, {path / 'config.json'}")
+    if "/" in name or path.suffix in (".py", ".json"):
+        what = "it is neither a .py nor a .json file" if path.exists() else "there is no such file"
+        raise ConfigError(f"no config {name!r}: {what} (`train --list` names the presets)")
     close = difflib.get_close_matches(name, [each for _, presets in groups.values() for each in presets], 1)
     meant = f"did you mean {close[0]}? " if close else ""
     listed = "; ".join(f"{group}: {', '.join(presets)}" for group, (_, presets) in groups.items())

@@ -79,6 +79,18 @@ def test_a_wrong_name_lists_the_presets_by_group():
         load_config("table9")
 
 
+def test_a_path_that_is_no_config_is_called_what_it_is(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("")
+    for name, said in {
+        tmp_path: f"is a folder: give the config in it, {tmp_path / 'config.json'}",
+        tmp_path / "gone.py": "there is no such file",
+        tmp_path / "notes.txt": "it is neither a .py nor a .json file",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_config(str(name))
+
+
 def test_list_names_every_preset(capsys):
     assert main(["train", "--list"]) == 0
     listed = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,7 @@ def drive_all(
     started = time.monotonic()
     if show is not None and show.number not in {spec.number for spec in specs}:
         raise ConfigError(f"--show {show.number}: the set has drives 0 to {len(specs) - 1}")
-    done = _open_folder(folder, metadata, resume=resume)
+    done = open_folder(folder, metadata, resume=resume)
     shown = None if show is None else show.number
     if any(spec.number == shown and spec.name in done for spec in specs):
         raise ConfigError(
@@ -129,12 +130,33 @@ def drive_all(
     return DriveRun(folder, finish(specs, folder), len(todo), seconds)
 
 
-def _open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> set[str]:
-    """Names of the drives that are done."""
+def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> set[str]:
+    """Claims a folder for a run of drives.
+
+    Args:
+        folder: of the run; is made.
+        metadata: what the drives depend on (JSON values).
+        resume: go on with those that were driven under the same metadata.
+
+    Returns:
+        Names of the drives that are done.
+
+    Raises:
+        SpaceDriveError: the folder holds something else, or drives that are not to be gone on with.
+    """
     path = folder / METADATA
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--out {folder} exists and is not a run of drives: choose another folder")
+        write_json(path, metadata, indent=1, sort_keys=True)
+        return set()
+    done = {each.parent.name for each in folder.glob("drives/*/result.json")}
+    begun = {METADATA, "drives", "metric_info"}
+    others = [each for each in folder.iterdir() if each.name not in begun and not each.name.startswith(".")]
+    if not done and not others:  # what stopped before its first drive was done burns no folder
+        remove_partials(folder)
+        for half in ("drives", "metric_info"):
+            shutil.rmtree(folder / half, ignore_errors=True)
         write_json(path, metadata, indent=1, sort_keys=True)
         return set()
     if not resume:
@@ -153,8 +175,7 @@ def _open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> 
             f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"
         )
     remove_partials(folder)
-    drives = folder / "drives"
-    return {each.parent.name for each in drives.glob("*/result.json")} if drives.is_dir() else set()
+    return done
 
 
 def write_drive(folder: Path, spec: DriveSpec, event: Event) -> None:

@@ -307,7 +307,8 @@ def answer_file(
     """
     with output_lock(out):
         if out.exists() and not overwrite:
-            raise SpaceDriveError(f"{out} exists: give another --out, or --overwrite")
+            what = "is finished: nothing is left to --resume;" if resume else "exists:"
+            raise SpaceDriveError(f"{out} {what} give another --out, or --overwrite")
         beside = twin(out) if is_bucket(out) else out
         yield from _answers(out, beside, metadata, batch_size, resume=resume, overwrite=overwrite)
 
@@ -319,7 +320,8 @@ def _answers(
     metadata_file = beside.with_name(f".{out.name}.partial.json")
     metadata = json.loads(to_json(metadata))
     kept, length = b"", 0
-    if metadata_file.is_file() and not overwrite:
+    begun = metadata_file.is_file() and partial.is_file() and partial.stat().st_size > 0
+    if begun and not overwrite:
         if not resume:
             raise SpaceDriveError(
                 f"{out} was begun and interrupted: --resume goes on, --overwrite starts anew"
@@ -327,8 +329,14 @@ def _answers(
         kept, length = _interrupted(partial, metadata_file, metadata, batch_size)
     write_json(metadata_file, {"metadata": metadata, "length": length}, indent=2)
     write_bytes(partial, kept)
-    with partial.open("a", encoding="utf-8") as lines:
-        yield AnswerFile(kept.count(b"\n"), length, lines, metadata_file, metadata)
+    try:
+        with partial.open("a", encoding="utf-8") as lines:
+            yield AnswerFile(kept.count(b"\n"), length, lines, metadata_file, metadata)
+    except BaseException:
+        if not partial.stat().st_size:  # what failed before its first answer leaves nothing to go on with
+            partial.unlink()
+            metadata_file.unlink()
+        raise
     put_in_place(partial, out)
     metadata_file.unlink()
 

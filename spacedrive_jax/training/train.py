@@ -211,7 +211,7 @@ def _train(
         start=start,
         steps=settings.steps,
     )
-    if run_folder.is_main_host():
+    if run_folder.is_main_host() and start < settings.steps:
         log.info("%s", opening)
     throughput = Throughput(config, started, samples.clock)
 

@@ -19,7 +19,7 @@ import pytest
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.driving.bench import Asked, Finished
-from spacedrive_jax.driving.drive import Show, drive_all
+from spacedrive_jax.driving.drive import Show, drive_all, open_folder
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions, _ending
 from spacedrive_jax.driving.policies import constant_velocity, standing_still
@@ -116,6 +116,17 @@ def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
         drive_all(SPECS, tmp_path, BLIND, metadata={}, inside=constant_velocity)
+
+
+def test_a_start_that_failed_burns_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "drives" / "one").mkdir(parents=True)
+    (tmp_path / "run.json").write_text('{"set": "before"}')
+    assert open_folder(tmp_path, {"set": "now"}, resume=False) == set()
+    assert (tmp_path / "run.json").read_text().split() == ["{", '"set":', '"now"', "}"]
+    assert not (tmp_path / "drives").exists()
+    (tmp_path / "checkpoints").mkdir()  # as a run of training has it
+    with pytest.raises(ConfigError, match="holds a run"):
+        open_folder(tmp_path, {"set": "other"}, resume=False)
 
 
 def test_a_second_job_on_the_same_folder_gives_way(

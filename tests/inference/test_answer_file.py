@@ -58,6 +58,20 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_what_fails_before_its_first_answer_leaves_nothing(tmp_path):
+    out, other = tmp_path / "answers.jsonl", FACTS | {"checkpoint": "other"}
+    with pytest.raises(KeyboardInterrupt):
+        write(out, [1, 2], fail_after=0)
+    assert list(tmp_path.iterdir()) == []
+    # Nor is anything in the way of what was killed there.
+    (tmp_path / ".answers.jsonl.partial").write_text("")
+    (tmp_path / ".answers.jsonl.partial.json").write_text("{}")
+    assert write(out, [1, 2], facts=other) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(SpaceDriveError, match="is finished: nothing is left to --resume"):
+        write(out, [1, 2], resume=True)
+
+
 def test_half_a_batch_is_made_again(tmp_path):
     out, partial = tmp_path / "answers.jsonl", tmp_path / ".answers.jsonl.partial"
     with pytest.raises(KeyboardInterrupt):
