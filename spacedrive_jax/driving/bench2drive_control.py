@@ -44,7 +44,7 @@ class Preset(NamedTuple):
     half second."""
     aim_rule: str
     """`waypoint`: where a waypoint segment lies nearest `aim`; `lookahead`: on the path, by speed; `second`:
-    the path point one second ahead; `midpoint`: where a path segment lies nearest `aim`."""
+    the path point one second ahead; `midpoint`: the path point, or middle of a segment, nearest `aim`."""
     aim: float
     """Metres."""
     target_point: bool
@@ -125,6 +125,8 @@ THROTTLES = ("pid", "pdm_lite")
 # Zoo's rule when a target point replaces the aim.
 _ANGLE_THRESHOLD = 0.3
 _DISTANCE_THRESHOLD = 10.0
+# MindDrive steers straight on when what it aims at is not ahead, metres.
+_LEAST_AHEAD = 0.02
 # SimLingo's look-ahead: index on a path of 0.1 m steps, linear in km/h.
 _LOOKAHEAD = (0.9755321901954155, 1.9152884533402488, 24, 105)
 _FINE_STEP = 0.1
@@ -229,7 +231,9 @@ class Controller:
         if preset.aim_rule == "waypoint":
             aim = _nearest_segment(waypoints, preset.aim)
         elif preset.aim_rule == "midpoint":
-            aim = _nearest_segment(path, preset.aim)
+            aim = _nearest_point(path, preset.aim)
+            if aim[0] <= _LEAST_AHEAD:
+                return 0.0
         elif preset.aim_rule == "second":
             distances = _length(path)
             aim = path[int(np.argmin(np.abs(distances - speed)))]
@@ -359,6 +363,13 @@ def _nearest_segment(points: Any, distance: float) -> Any:
     """The first point of the segment whose middle lies nearest a distance from the car."""
     middles = (points[1:] + points[:-1]) / 2
     return points[int(np.argmin(np.abs(_length(middles) - distance)))]
+
+
+def _nearest_point(points: Any, distance: float) -> Any:
+    """The point, or middle between two, that lies nearest a distance from the car; the first of several."""
+    middles = (points[1:] + points[:-1]) / 2
+    candidates = np.stack([points[:-1], middles], axis=1).reshape(-1, 2)
+    return candidates[int(np.argmin(np.abs(_length(candidates) - distance)))]
 
 
 def _angle_to(point: Any) -> float:

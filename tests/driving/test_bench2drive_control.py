@@ -100,6 +100,56 @@ def test_zoo_takes_the_target_point_where_that_asks_for_less():
     assert far == 0
 
 
+def test_zoo_is_the_published_rule():
+    """Written down again in its own axes (x right, y ahead): aim, target point, both PIDs, tick by tick."""
+    rng = np.random.default_rng(0)
+    ours, turn, pedal, taken = Controller("zoo"), [0.0] * 40, [0.0] * 40, 0
+
+    def pid(window, error, gains):
+        window.append(error)
+        del window[0]
+        return gains[0] * error + gains[1] * np.mean(window) + gains[2] * (window[-1] - window[-2])
+
+    def angle_to(point):
+        return np.degrees(np.pi / 2 - np.arctan2(point[1], point[0])) / 90
+
+    for _ in range(300):
+        ahead = np.cumsum(rng.uniform(0.1, 4, 6))
+        waypoints = np.stack([ahead, np.cumsum(rng.normal(0, 1, 6))], axis=1)
+        target = np.array([rng.uniform(0.1, 30), rng.normal(0, 8)])
+        speed = float(rng.uniform(0, 10))
+        found = ours.step(speed, waypoints, None, target)
+
+        way, goal = waypoints[:, ::-1] * [-1, 1], target[::-1] * [-1, 1]
+        middles = np.linalg.norm((way[1:] + way[:-1]) / 2, axis=1)
+        angle = angle_to(way[:-1][np.argmin(np.abs(4.0 - middles))])
+        last, to_goal = angle_to(way[-1] - way[-2]), angle_to(goal)
+        if abs(to_goal) < abs(angle) or (abs(to_goal - last) > 0.3 and goal[1] < 10):
+            angle, taken = to_goal, taken + 1
+        wanted = 2 * np.mean(np.linalg.norm(np.diff(way, axis=0), axis=1))
+        assert found.steer == pytest.approx(np.clip(pid(turn, angle, (0.75, 0.75, 0.3)), -1, 1), abs=1e-9)
+        throttle = np.clip(pid(pedal, np.clip(wanted - speed, 0, 0.25), (5, 0.5, 1)), 0, 0.75)
+        brake = wanted < 0.4 or speed / wanted > 1.1
+        assert found.brake == brake
+        assert found.throttle == pytest.approx(0 if brake else throttle, abs=1e-9)
+    assert 50 < taken < 250
+
+
+def test_minddrive_aims_at_a_path_point_or_the_middle_of_two():
+    """Whichever lies nearest 3.5 m: of a straight path's the middle of the third and the fourth."""
+    path = np.stack([np.arange(1.0, 21.0), np.array([0, 0, 0.3, -0.5, *np.zeros(16)])], axis=1)
+    first = Controller("minddrive").step(5.0, straight(5.0), path).steer
+    error = np.degrees(np.arctan2(0.1, 3.5)) / 90
+    assert first == pytest.approx(error * (1.7 + 0.3 / 40 + 0.6))
+    path[:, 0] += 0.5  # now a point does
+    path[2] = [3.5, 0.2]
+    error = -np.degrees(np.arctan2(0.2, 3.5)) / 90
+    steer = Controller("minddrive").step(5.0, straight(5.0), path).steer
+    assert steer == pytest.approx(error * (1.7 + 0.3 / 40 + 0.6))
+    path[:, 0] = 0.01  # nothing is ahead
+    assert Controller("minddrive").step(5.0, straight(5.0), path).steer == 0
+
+
 def test_simlingo_looks_ahead_by_speed():
     _, path = arc(5.0, 0.05)
     steers = [Controller("simlingo").step(speed, straight(speed), path).steer for speed in (0.5, 8.0, 12.0)]
