@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +64,24 @@ def test_beam_writes_the_same_bytes(source, converted, tmp_path, monkeypatch, wo
     facts = convert_tiny(source, Path("beam"), runner="beam", workers=workers)
     assert content(tmp_path / "beam") == content(converted)
     assert facts["records"] == 9
+
+
+@needs_beam
+def test_clips_on_beam_have_the_same_bytes(tmp_path, monkeypatch):
+    """Bench2Drive's, from folders and from a tar file."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    clips = tmp_path / "clips"
+    Synthesize(out=clips, workers=1, scenes=2, keyframes=2, image_size="64x36", layout="bench2drive").run()
+    (first, *_) = sorted(path for path in clips.iterdir() if path.is_dir())
+    with tarfile.open(clips / f"{first.name}.tar.gz", "w:gz") as packed:
+        packed.add(first, first.name)
+    shutil.rmtree(first)
+    options = {"source": "bench2drive", "dataroot": clips}
+    here = Convert(out=tmp_path / "here", workers=1, **options).run()
+    there = Convert(out=tmp_path / "there", runner="beam", workers=2, **options).run()
+    assert there["fingerprint"] == here["fingerprint"]
+    assert there["records"] == here["records"] > 0
+    assert content(tmp_path / "there") == content(tmp_path / "here")
 
 
 @needs_beam
