@@ -31,12 +31,12 @@ from benchmarks.train_depth import (
     load_views,
     record_views,
 )
-from data_prep.add_depth import camera_alignments
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.inference.depth_network import camera_alignments
 from spacedrive_jax.interop.unidepth import load_unidepth
 from spacedrive_jax.models.depth.unidepth import UniDepthV2
 

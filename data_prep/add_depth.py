@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float
 
 from data_prep.beam import run_on_beam
 from spacedrive_jax.console import progress
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import (
     FOLDER,
     PROVENANCE,
@@ -28,12 +26,15 @@ from spacedrive_jax.data.depth_cache import (
     write_chunk,
     write_provenance,
 )
-from spacedrive_jax.data.images import scaled_intrinsics
-from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, provenance
+from spacedrive_jax.inference.depth_network import (
+    DepthNetworkConfig,
+    KeyframeDepth,
+    camera_alignments,
+    provenance,
+)
 from spacedrive_jax.io import remove_partials
 
 CHUNK = 32
@@ -225,20 +226,6 @@ def sidecar_rows(runner: KeyframeDepth, records: Sequence[Record], *, full: bool
         if full:
             row["full"] = [encode_depth(view) for view in views]
         yield row
-
-
-def camera_alignments(
-    record: Record, views: Float[np.ndarray, "N H W"], config: FusionConfig | None = None
-) -> list[Alignment]:
-    """Fits every view of a keyframe to its LiDAR sweep; unaligned where there is none or too little."""
-    if not record["lidar"]:
-        return [UNALIGNED] * len(views)
-    size = (views.shape[1], views.shape[2])
-    intrinsics = scaled_intrinsics(record, size)
-    return [
-        align(*depth_pairs(view, points, camera), config)
-        for view, points, camera in zip(views, lidar.points_in_cameras(record), intrinsics, strict=True)
-    ]
 
 
 def _steps(records: Records, chunk: range, size: int) -> Iterator[list[Record]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.batch import DrivingBatch
@@ -19,14 +18,14 @@ from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS
 from spacedrive_jax.data.depth_cache import CachedDepth, NetworkKind
 from spacedrive_jax.data.depth_sources import NETWORKS, record_patch_depth
-from spacedrive_jax.data.lidar import UNALIGNED
+from spacedrive_jax.data.lidar import UNALIGNED, Alignment
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.client import PROTOCOL
 from spacedrive_jax.driving.protocol import PAST_SECONDS, partial_record
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
+from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, camera_alignments
 from spacedrive_jax.inference.planner import BatchPlanner, Plan
 
 NATIVE_SIZE = (900, 1600)
@@ -41,8 +40,8 @@ class DepthNetwork:
 
     kind: NetworkKind
     pooling: str
-    run: Callable[[list[Record]], Float[np.ndarray, "R N h w"]]
-    """Records to the pooled depth of their views, metres."""
+    run: Callable[[list[Record]], Sequence[CachedDepth]]
+    """Records to the depth of their views, fitted to their sweeps where `data.depth` asks for fused depth."""
 
 
 def open_depth_network(weights: Path, config: Config) -> DepthNetwork:
@@ -67,8 +66,22 @@ def open_depth_network(weights: Path, config: Config) -> DepthNetwork:
         pooling=config.data.depth.pooling,
         grid=SampleBuilder(config.data, config.model, answer=False).images.token_grid,
     )
-    runner = KeyframeDepth(network)
-    return DepthNetwork(network.kind(), network.pooling, lambda records: runner(records)[1])
+    runner, kind, fused = KeyframeDepth(network), network.kind(), "fused" in config.data.depth.sources
+
+    def run(records: list[Record]) -> list[CachedDepth]:
+        full, patches = runner(records)
+        return [
+            CachedDepth(
+                kind,
+                network.pooling,
+                pooled,
+                tuple(camera_alignments(record, views)) if fused else (UNALIGNED,) * NUM_CAMERAS,
+                (),
+            )
+            for record, views, pooled in zip(records, full, patches, strict=True)
+        ]
+
+    return DepthNetwork(kind, network.pooling, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,36 +126,35 @@ class ModelPolicy:
         record = partial_record(message)
         if self.network is None:
             return _Prepared(self.planner.sample(record), None)
-        return _Prepared(self.planner.sample(record, self._placeholder()), record)
+        return _Prepared(self.planner.sample(record, self._placeholder(swept=bool(record["lidar"]))), record)
 
     def run(self, prepared: Sequence[_Prepared]) -> list[dict[str, Any]]:
         """Plans."""
         samples = [one.sample for one in prepared]
         if self.network is not None:
             records = [one.record for one in prepared if one.record is not None]
-            pooled = self.network.run(records)
             samples = [
                 self._with_depth(sample, record, depth)
-                for sample, record, depth in zip(samples, records, pooled, strict=True)
+                for sample, record, depth in zip(samples, records, self.network.run(records), strict=True)
             ]
         return [_answer(plan) for plan in self.planner.plan(samples)]
 
-    def _placeholder(self) -> CachedDepth | None:
-        """Depth in the network's place: a sample can be built before the network ran."""
+    def _placeholder(self, *, swept: bool = True) -> CachedDepth | None:
+        """Depth in the network's place: a sample can be built before the network ran.
+
+        Args:
+            swept: there is a sweep that the network's depth can be fitted to.
+        """
         if self.network is None:
             return None
-        return self._cached(np.ones((NUM_CAMERAS, *self.planner.builder.images.token_grid), np.float32))
+        depth = np.ones((NUM_CAMERAS, *self.planner.builder.images.token_grid), np.float32)
+        fitted = Alignment(1.0, 0.0, 1) if swept else UNALIGNED
+        return CachedDepth(self.network.kind, self.network.pooling, depth, (fitted,) * NUM_CAMERAS, ())
 
-    def _with_depth(
-        self, sample: DrivingBatch, record: Record, depth: Float[np.ndarray, "N h w"]
-    ) -> DrivingBatch:
+    def _with_depth(self, sample: DrivingBatch, record: Record, depth: CachedDepth) -> DrivingBatch:
         grid, config = self.planner.builder.images.token_grid, self.planner.config.data.depth
-        patch_depth, _ = record_patch_depth(record, grid, config, self._cached(depth))
+        patch_depth, _ = record_patch_depth(record, grid, config, depth)
         return dataclasses.replace(sample, patch_depth=patch_depth)
-
-    def _cached(self, depth: Float[np.ndarray, "N h w"]) -> CachedDepth:
-        assert self.network is not None
-        return CachedDepth(self.network.kind, self.network.pooling, depth, (UNALIGNED,) * NUM_CAMERAS, ())
 
 
 def check_depth(config: Config, network: DepthNetwork | None) -> None:
@@ -154,12 +166,10 @@ def check_depth(config: Config, network: DepthNetwork | None) -> None:
     if config.model.visual_positions == "none":
         return  # nothing reads it
     sources = config.data.depth.sources
-    wanted = [source for source in sources if source in NETWORKS]
-    if "fused" in sources and not wanted:
-        raise ConfigError("data.depth.sources `fused` fits depth to LiDAR in add-depth: it cannot be served")
+    wanted = [source for source in sources if source in (*NETWORKS, "fused")]
     if wanted and network is None:
         raise ConfigError(f"the model's depth comes from {' and '.join(wanted)}: give --depth-model WEIGHTS")
-    if network is not None and network.kind not in sources:
+    if network is not None and network.kind not in sources and "fused" not in sources:
         raise ConfigError(
             f"--depth-model is {network.kind}, the model's depth comes from {', '.join(sources)}"
         )

@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import NetworkKind
 from spacedrive_jax.data.images import decode_photo, scaled_intrinsics
+from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
@@ -193,6 +195,20 @@ def keyframe_views(
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         views[camera] = image if channel_order == "rgb" else image[..., ::-1]
     return views
+
+
+def camera_alignments(
+    record: Record, views: Float[np.ndarray, "N H W"], config: FusionConfig | None = None
+) -> list[Alignment]:
+    """Fits every view of a keyframe to its LiDAR sweep; unaligned where there is none or too little."""
+    if not record["lidar"]:
+        return [UNALIGNED] * len(views)
+    size = (views.shape[1], views.shape[2])
+    intrinsics = scaled_intrinsics(record, size)
+    return [
+        align(*depth_pairs(view, points, camera), config)
+        for view, points, camera in zip(views, lidar.points_in_cameras(record), intrinsics, strict=True)
+    ]
 
 
 def provenance(config: DepthNetworkConfig, records_fingerprint: str) -> Mapping[str, Any]:
