@@ -51,6 +51,10 @@ def pool_depth(
     xp: ModuleType = jnp if isinstance(depth, jax.Array) else np
     rows, row_valid = windows(depth.shape[-2], grid[0])
     columns, column_valid = windows(depth.shape[-1], grid[1])
+    if pooling == "min" and xp is np:  # of many pixels: rows first, without a copy of all windows
+        nearest = _least(_least(depth, rows, row_valid), columns, column_valid, axis=-1)
+        filled = row_valid.any(-1)[:, None] & column_valid.any(-1)
+        return np.where(filled, nearest, 0).astype(depth.dtype)
     # Rows first, then columns: (..., h, Kr, w, Kc) -> (..., h, w, Kr*Kc)
     gathered = depth[..., rows[:, :, None, None], columns[None, None, :, :]]
     gathered = xp.swapaxes(gathered, -3, -2)
@@ -67,6 +71,17 @@ def pool_depth(
         index = xp.broadcast_to(middle, (*gathered.shape[:-1], 1))
         pooled = xp.take_along_axis(xp.sort(far, axis=-1), index, axis=-1)[..., 0]
     return xp.where(count > 0, pooled, 0).astype(depth.dtype)
+
+
+def _least(
+    depth: Float[np.ndarray, "*B"], places: np.ndarray, valid: np.ndarray, axis: int = -2
+) -> Float[np.ndarray, "*C"]:
+    """The least over windows of one axis; inf for an empty one."""
+    parts = [
+        np.min(depth.take(place[inside], axis), axis, initial=np.inf)
+        for place, inside in zip(places, valid, strict=True)
+    ]
+    return np.stack(parts, axis)
 
 
 MIN_DEPTH = 1e-5
