@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+from jax.sharding import Mesh
+
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.client import PolicyClient, PolicyError
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
@@ -31,6 +33,8 @@ Result = TypeVar("Result")
 
 WAIT_SHARE = 0.25
 """Sessions that were answered together come back together, but not within microseconds."""
+GLANCE = 0.002
+"""Seconds between two looks at whether requests are still on their way."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,8 @@ class Batcher(Generic[Item, Result]):
     """Runs a function over whatever has come in, from a thread of its own.
 
     The first request of a batch waits at most `wait_s` for others, or `WAIT_SHARE` of what a batch takes
-    where that is longer, and not at all once as many are there as sessions could send. A batch over which
+    where that is longer, and not at all once as many are there as sessions could send. For requests that are
+    known to be on their way it waits as long as a batch takes. A batch over which
     the function fails is run again one by one, so that a request which cannot be answered spoils no other.
     """
 
@@ -70,6 +75,7 @@ class Batcher(Generic[Item, Result]):
         most: int,
         wait_s: float,
         expected: Callable[[], int],
+        coming: Callable[[], int] = lambda: 0,
     ) -> None:
         """Starts the thread.
 
@@ -78,8 +84,10 @@ class Batcher(Generic[Item, Result]):
             most: items of a batch.
             wait_s: see the class.
             expected: how many requests may come at once: the sessions at work.
+            coming: how many have come and are being prepared.
         """
-        self._function, self._most, self._wait_s, self._expected = function, most, wait_s, expected
+        self._function, self._most, self._wait_s = function, most, wait_s
+        self._expected, self._coming = expected, coming
         self._queue: queue.Queue[_Waiting[Item, Result] | None] = queue.Queue()
         self.batches = self.requests = 0
         self._usual_s = 0.0
@@ -111,13 +119,18 @@ class Batcher(Generic[Item, Result]):
     def _collect(self, first: _Waiting[Item, Result]) -> tuple[list[_Waiting[Item, Result]], bool]:
         """The batch that begins with a request; False where the queue was closed."""
         wait_s = max(self._wait_s, WAIT_SHARE * self._usual_s) if self._wait_s else 0.0
-        batch, deadline = [first], time.monotonic() + wait_s
+        batch, now = [first], time.monotonic()
+        soon, late = now + wait_s, now + (max(wait_s, self._usual_s) if self._wait_s else 0.0)
         while len(batch) < self._most:
             # What is there already is taken; only for more is there a wait.
-            wait = 0.0 if len(batch) >= self._expected() else max(deadline - time.monotonic(), 0.0)
+            now = time.monotonic()
+            on_their_way = self._coming() > 0 and now < late
+            wait = 0.0 if len(batch) >= self._expected() else max(soon - now, GLANCE if on_their_way else 0.0)
             try:
                 following = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
             except queue.Empty:
+                if on_their_way and wait:
+                    continue
                 break
             if following is None:
                 return batch, False
@@ -259,7 +272,13 @@ def _checked(waypoints: object, path: object, text: str) -> Plan | PlanError:
 
 
 def open_asker(
-    checkpoint: str, *, batch_size: int, deadline: float, average: bool = False, token: str | None = None
+    checkpoint: str,
+    *,
+    batch_size: int,
+    deadline: float,
+    average: bool = False,
+    token: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Asker:
     """Opens what `--checkpoint` names.
 
@@ -269,13 +288,14 @@ def open_asker(
         deadline: seconds within which a server's answer counts.
         average: take the moving average of the weights.
         token: of the server.
+        mesh: devices of this host for the model; None for those there are.
 
     Raises:
         SpaceDriveError: it cannot be opened, or its depth comes from a network.
     """
     if checkpoint.startswith(("ws://", "wss://")):
         return ServerAsker(checkpoint, batch_size, deadline, token)
-    planner = open_planner(place(checkpoint), warm_up_record(), average=average, most=batch_size)
+    planner = open_planner(place(checkpoint), warm_up_record(), average=average, most=batch_size, mesh=mesh)
     try:
         check_depth(planner.config, None)
     except ConfigError as error:

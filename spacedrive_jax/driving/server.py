@@ -102,7 +102,7 @@ class PolicyServer:
         self.port = config.port
         self._healthy = False
         self._acting: set[ServerConnection] = set()
-        self._under_way = 0
+        self._under_way = self._preparing = 0
         self._open = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -142,6 +142,7 @@ class PolicyServer:
             most=self.policy.most,
             wait_s=config.wait_ms / 1e3,
             expected=lambda: len(self._acting),
+            coming=lambda: self._preparing,
         )
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "prepare")
         try:
@@ -270,7 +271,11 @@ class PolicyServer:
             if kind != "act":
                 raise _RefusedError(f"a request has kind act or reset, not {str(kind)[:40]!r}", 1007)
             self._acting.add(connection)
-            prepared = await loop.run_in_executor(self._threads, self.policy.prepare, message)
+            self._preparing += 1
+            try:
+                prepared = await loop.run_in_executor(self._threads, self.policy.prepare, message)
+            finally:
+                self._preparing -= 1
             prepared_s = time.monotonic() - started
             batched = await asyncio.wrap_future(self._batcher.submit(prepared))
         except (PolicyError, SpaceDriveError) as error:

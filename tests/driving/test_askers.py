@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from spacedrive_jax.driving import askers
-from spacedrive_jax.driving.askers import ServerAsker
+from spacedrive_jax.driving.askers import Batcher, ServerAsker
 from spacedrive_jax.driving.bench import Asked
 from spacedrive_jax.driving.client import PolicyError
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
@@ -80,3 +81,22 @@ def test_answers_late_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> N
     assert [client.route for client in FakeClient.made] == ["drive 7", "drive 8"]
     asker.close()
     assert all(client.closed for client in FakeClient.made)
+
+
+def test_a_batch_waits_for_requests_that_are_on_their_way() -> None:
+    """As long as a batch takes, and only while there are any."""
+    coming = 0
+    batcher = Batcher(list, most=4, wait_s=0.005, expected=lambda: 4, coming=lambda: coming)
+    batcher._usual_s = 1.0
+    sizes = []
+    for coming in (1, 0):
+        first = batcher.submit(1)
+        time.sleep(0.5)  # beyond a quarter of what a batch takes
+        second = batcher.submit(2)
+        if coming:
+            time.sleep(0.01)
+            coming = 0
+        sizes.append([each.result(10).size for each in (first, second)])
+        batcher._usual_s = 1.0
+    batcher.close()
+    assert sizes == [[2, 2], [1, 1]]
