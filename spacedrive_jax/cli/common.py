@@ -1,4 +1,4 @@
-"""What several commands share: hosts that end together, compiled programs that are kept, advice on memory."""
+"""What several commands share: hosts that end together, devices, compiled programs, advice on memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spacedrive_jax import console
 from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.errors import SpaceDriveError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 C = TypeVar("C", bound=console.Command)
 
@@ -49,6 +52,26 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         folder = cache_folder() / "xla"
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+
+
+def mesh_of(text: str | None, *, local: bool = False) -> Mesh | None:
+    """The devices that `--mesh` names; None where it names none.
+
+    Args:
+        text: such as `data=4,fsdp=2`.
+        local: over the devices of this host alone.
+
+    Raises:
+        ConfigError: it is no mesh, or does not fit the devices.
+    """
+    if text is None:
+        return None
+    import jax
+
+    from spacedrive_jax.aot.search import parse_mesh
+    from spacedrive_jax.training.sharding import make_mesh
+
+    return make_mesh(parse_mesh(text), jax.local_devices() if local else None)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import WORKERS, Bound, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, WORKERS, Bound, Bounds
+from spacedrive_jax.cli.common import advice_on_memory, mesh_of, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import is_bucket, output_lock, place
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.recovery import CollectedRecords
     from spacedrive_jax.driving.scenarios import DriveSpec
+    from spacedrive_jax.training.sharding import Hosts
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -97,6 +99,16 @@ class Drive(Command):
     """Of the policy server; by default what SPACEDRIVE_TOKEN says."""
     average: tyro.conf.FlagCreatePairsOff[bool] = False
     """Drive with the moving average of the weights that `--train.ema-decay` keeps."""
+    mesh: str | None = None
+    """Devices of a host along each axis, such as data=4,fsdp=2 (one may be -1). By default the run's where it
+    fits them, else all of them along fsdp."""
+    coordinator: str | None = None
+    """Several hosts: `auto` on SLURM, GKE and Cloud TPU, or HOST:PORT of the first host. Each drives its
+    share with a model of its own, the first one writes the result; --out need not be on a shared disk."""
+    num_processes: int | None = None
+    """Hosts, with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """This host, from 0, with --coordinator HOST:PORT."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
@@ -107,6 +119,8 @@ class Drive(Command):
         "batch_size": Bound(1, 4096),
         "show": Bound(0, 1 << 31),
         "deadline": Bound(0.001, 3600),
+        "num_processes": COUNT,
+        "process_id": FROM_ZERO,
     }
 
     def run(self) -> Mapping[str, Any]:
@@ -114,6 +128,7 @@ class Drive(Command):
         if (self.checkpoint is None) == (self.policy is None):
             raise ConfigError("give --checkpoint PATH|ws://… or --policy NAME, one of the two")
         self._check_flags()
+        hosts = self._hosts()
         from spacedrive_jax.driving.episode import DriveOptions
         from spacedrive_jax.driving.scenarios import drive_set
         from spacedrive_jax.world.views import parse_image_size
@@ -142,8 +157,25 @@ class Drive(Command):
             "collect": None if self.collect is None else str(self.collect.resolve()),
         }
         folder = self._folder()
-        with output_lock(folder):  # two jobs would each remove what the other is writing
-            return self._drive(specs, folder, options, metadata)
+        with contextlib.ExitStack() as stack:
+
+            def lock() -> None:  # two jobs would each remove what the other is writing
+                if hosts is None or hosts.is_first:
+                    stack.enter_context(output_lock(folder))
+
+            lock() if hosts is None else hosts.in_turn(lock)
+            return self._drive(specs, folder, options, metadata, hosts)
+
+    def _hosts(self) -> Hosts | None:
+        """The hosts of this run; None for this one alone, which need not wait for JAX."""
+        if (self.coordinator, self.num_processes, self.process_id) == (None, None, None):
+            return None
+        from spacedrive_jax.training.sharding import connect, hosts_of_run
+
+        if self.collect is not None:
+            raise ConfigError("--collect writes one folder: collect on one host, without --coordinator")
+        connect(self.coordinator, self.num_processes, self.process_id)
+        return hosts_of_run()
 
     def _drive(
         self,
@@ -151,6 +183,7 @@ class Drive(Command):
         folder: Path,
         options: DriveOptions,
         metadata: Mapping[str, Any],
+        hosts: Hosts | None,
     ) -> Mapping[str, Any]:
         from spacedrive_jax.driving.askers import open_asker
         from spacedrive_jax.driving.drive import RESULTS, drive_all
@@ -166,6 +199,7 @@ class Drive(Command):
                     deadline=self.deadline,
                     average=self.average,
                     token=self.token or os.environ.get(TOKEN_VARIABLE) or None,
+                    mesh=mesh_of(self.mesh, local=True),
                 )
         try:
             run = drive_all(
@@ -180,6 +214,7 @@ class Drive(Command):
                 resume=self.resume,
                 collect=None if collected is None else collected.add,
                 show=self._show(),
+                hosts=hosts,
             )
         finally:
             if asker is not None:
@@ -192,7 +227,8 @@ class Drive(Command):
                 [spec.name for spec in specs], {"policy": self.policy, "drives": len(specs)}
             )
             print(f"collected      {kept} records in {self.collect}")
-        page = write_page(folder, self.against) if summary["drives"] else None
+        first = hosts is None or hosts.is_first
+        page = write_page(folder, self.against) if summary["drives"] and first else None
         print(_text(summary, folder))
         if page is not None:
             print(f"page           {page}")
@@ -246,6 +282,8 @@ class Drive(Command):
                 check_rerun(self.rerun, "--rerun")
         elif self.show:
             raise ConfigError("--show chooses the drive that --video or --rerun shows: give one of them")
+        if self.mesh is not None and (self.checkpoint is None or _is_server(self.checkpoint)):
+            raise ConfigError("--mesh lays out a model in this process: it goes with --checkpoint PATH")
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
             raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
 
@@ -254,7 +292,7 @@ class Drive(Command):
             return self.out
         if self.policy is not None:
             return Path(f"drives-{self.policy}")
-        if self.checkpoint is not None and self.checkpoint.startswith(("ws://", "wss://")):
+        if self.checkpoint is not None and _is_server(self.checkpoint):
             raise ConfigError("a policy server is no run folder to write to: give --out DIR")
         from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.training.trained_folder import is_trained_folder
@@ -267,7 +305,7 @@ class Drive(Command):
         return run_dir / "drives"
 
     def _checkpoint_name(self) -> Any:
-        if self.checkpoint is None or self.checkpoint.startswith(("ws://", "wss://")):
+        if self.checkpoint is None or _is_server(self.checkpoint):
             return self.checkpoint
         from spacedrive_jax.inference.open_model import name_checkpoint
 
@@ -289,6 +327,10 @@ class Drive(Command):
 
         records = None if self.records is None else open_records(self.records, "train")
         return policy_named(self.policy, records)
+
+
+def _is_server(checkpoint: str) -> bool:
+    return checkpoint.startswith(("ws://", "wss://"))
 
 
 def _text(summary: Mapping[str, Any], folder: Path) -> str:

@@ -6,18 +6,15 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
 from spacedrive_jax import io
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, on_all_hosts, use_compilation_cache
+from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +147,7 @@ class Predict(Command):
                 average=self.average,
                 resume=self.resume,
                 overwrite=self.overwrite or (part and self.out is None and not self.resume),
-                mesh=self._mesh(),
+                mesh=mesh_of(self.mesh),
                 tokens=self.token,
                 limit=self.limit,
                 task=tasks.get(self.task),
@@ -171,12 +168,6 @@ class Predict(Command):
             "samples_per_second": rate,
         }
 
-    def _mesh(self) -> Mesh | None:
-        from spacedrive_jax.aot.search import parse_mesh
-        from spacedrive_jax.training.sharding import make_mesh
-
-        return None if self.mesh is None else make_mesh(parse_mesh(self.mesh))
-
     def _ask(self, out: Path) -> Mapping[str, Any]:
         from spacedrive_jax.inference.questions import answer_counterfactual
 
@@ -193,7 +184,7 @@ class Predict(Command):
                 average=self.average,
                 resume=self.resume,
                 overwrite=self.overwrite,
-                mesh=self._mesh(),
+                mesh=mesh_of(self.mesh),
             )
         print(
             f"{result.questions} questions about {result.keyframes} keyframes, {result.without_candidates} "

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import tyro
 
 from spacedrive_jax.bounds import Bound, Bounds
-from spacedrive_jax.cli.common import use_compilation_cache
+from spacedrive_jax.cli.common import mesh_of, use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
 
@@ -60,6 +60,9 @@ class Serve(Command):
     """Sessions at a time."""
     most_megabytes: int = 64
     """Largest message."""
+    mesh: str | None = None
+    """Devices along each axis, such as data=4,fsdp=2 (one may be -1). By default the run's where it fits the
+    devices there are, else all of them along fsdp."""
     depth_model: Path | None = None
     """Weights (or add-depth's JSON file) of the depth network, where the model's depth comes from one."""
     average: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -82,6 +85,8 @@ class Serve(Command):
         if (self.checkpoint is None) == (self.exported is None):
             raise ConfigError("give --checkpoint PATH or --exported DIR, one of the two")
         use_compilation_cache(self.compilation_cache)
+        if self.mesh is not None and (self.exported is not None or self.export is not None):
+            raise ConfigError("--mesh goes with --checkpoint alone: an export runs on one device")
         if self.export is not None:
             return self._export(self.export)
         from spacedrive_jax.driving.model_policy import ModelPolicy, open_depth_network, warm_up_record
@@ -96,7 +101,11 @@ class Serve(Command):
 
             assert self.checkpoint is not None
             planner = open_planner(
-                self.checkpoint, warm_up_record(), average=self.average, most=self.batch_size
+                self.checkpoint,
+                warm_up_record(),
+                average=self.average,
+                most=self.batch_size,
+                mesh=mesh_of(self.mesh),
             )
         network = None if self.depth_model is None else open_depth_network(self.depth_model, planner.config)
         policy = ModelPolicy(planner, network)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bound, Bounds
-from spacedrive_jax.cli.common import on_all_hosts
+from spacedrive_jax.cli.common import mesh_of, on_all_hosts
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import local
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,22 +132,16 @@ class ExportWeights(Command):
             from spacedrive_jax.interop.exporting import export_hf, export_peft
 
             write = {"hf": export_hf, "peft": export_peft}[self.format]
-            outcome = write(open_vlm(self.source, self._mesh()), self.out)
+            outcome = write(open_vlm(self.source, mesh_of(self.mesh)), self.out)
         left_out = outcome.get("left_out")
         print(f"wrote {self.out}" + (f", without {', '.join(left_out)}" if left_out else ""))
         return outcome
-
-    def _mesh(self) -> Mesh | None:
-        from spacedrive_jax.aot.search import parse_mesh
-        from spacedrive_jax.training.sharding import make_mesh
-
-        return None if self.mesh is None else make_mesh(parse_mesh(self.mesh))
 
     def _whole(self) -> Mapping[str, Any]:
         from spacedrive_jax.inference.open_model import export_trained_folder
 
         metadata = export_trained_folder(
-            self.source, self.out, dtype=self.dtype, average=self.average, mesh=self._mesh()
+            self.source, self.out, dtype=self.dtype, average=self.average, mesh=mesh_of(self.mesh)
         )
         return {"out": str(self.out), **dataclasses.asdict(metadata)}
 
@@ -163,4 +154,4 @@ class ExportWeights(Command):
         if is_imported(self.source):
             return export_imported(local(self.source), self.out)
         _, step = locate(self.source)
-        return export_trained(open_trained_model(self.source, mesh=self._mesh()).model, step, self.out)
+        return export_trained(open_trained_model(self.source, mesh=mesh_of(self.mesh)).model, step, self.out)

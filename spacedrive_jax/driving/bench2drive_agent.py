@@ -24,10 +24,13 @@ if __package__:
     from spacedrive_jax.driving.bench2drive_rig import (
         IMAGE_SIZE,
         JPEG_QUALITY,
+        LIDAR,
+        LIDAR_RATE,
         RIG,
         camera_intrinsics,
         camera_to_ego,
         ego_numbers,
+        sweep_in_ego,
     )
     from spacedrive_jax.driving.bench2drive_route import (
         GNSS_X,
@@ -47,10 +50,13 @@ else:  # the evaluator imports this file by its bare name, from its folder
     from bench2drive_rig import (  # type: ignore
         IMAGE_SIZE,
         JPEG_QUALITY,
+        LIDAR,
+        LIDAR_RATE,
         RIG,
         camera_intrinsics,
         camera_to_ego,
         ego_numbers,
+        sweep_in_ego,
     )
     from bench2drive_route import (  # type: ignore
         GNSS_X,
@@ -97,6 +103,8 @@ class Options(NamedTuple):
     """`simlingo` or `lead`: press the throttle after standing for long."""
     target_point: int = 1
     """0: never aim at the route's target point in the plan's stead, which the `zoo` preset does."""
+    lidar: int = 1
+    """Carry a LiDAR where the server's model reads depth from one; 0: never."""
     speed_cap: float = 0.0
     """No throttle above this speed, m/s; 0 for none."""
     token: str = ""
@@ -195,6 +203,8 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         )
         self.client.connect()
         self.client.reset(self.save_name)
+        reads = {"lidar", "fused"} & set(self.client.metadata.get("depth") or ())
+        self.sweeps = collections.deque(maxlen=LIDAR_RATE) if reads and self.options.lidar else None
 
     def sensors(self) -> list:
         """The rig that Bench2Drive's data was recorded with."""
@@ -210,6 +220,9 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
             dict(zero, type="sensor.other.gnss", id="GPS", x=GNSS_X, y=0.0, z=0.0, sensor_tick=0.01),
             {"type": "sensor.speedometer", "id": "SPEED", "reading_frequency": 20},
         ]
+        if self.sweeps is not None:
+            x, y, z = LIDAR
+            rig.append(dict(zero, type="sensor.lidar.ray_cast", id="LIDAR", x=x, y=y, z=z))
         # 50 m above the car: only with SAVE_PATH does the evaluator let a sensor be farther than 3 m.
         if self.options.video and os.environ.get("SAVE_PATH"):
             rig.append(
@@ -228,6 +241,8 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         speed = float(input_data["SPEED"][1]["speed"])
         pose = self.localiser.update(timestamp, speed, float(imu[-1]), gps)
         self.history.append((pose, ego_numbers(pose.yaw, imu, speed)))
+        if self.sweeps is not None and "LIDAR" in input_data:
+            self.sweeps.append((pose, sweep_in_ego(input_data["LIDAR"][1])))
         command, targets = self._route(pose)
         self.commands.append(command)
         if self.step % self.options.every == 0 or self.plan is None:
@@ -286,11 +301,17 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         if missing:
             log.warning("no image of %s yet", ", ".join(missing))
             return
+        if self.sweeps is not None and len(self.sweeps) < LIDAR_RATE:
+            return  # half a sweep leaves cameras without depth
         cameras = self.client.metadata.get("cameras") or list(RIG)
         past = [self._past(ticks) for ticks in HISTORY_TICKS]
         pose, numbers = self.history[-1]
+        message = (
+            {} if self.sweeps is None else {"lidar": _joined(pose, self.sweeps), "lidar_to_ego": np.eye(4)}
+        )
         answer = self.client.act(
             {
+                **message,
                 "step": self.step,
                 "time_s": float(timestamp),
                 "images": [_encoded(self.images[name]) for name in cameras],
@@ -350,6 +371,16 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         os.makedirs(os.path.join(folder, "plan"), exist_ok=True)
         with open(os.path.join(folder, "plan", f"{self.step:05d}.json"), "w") as file:
             json.dump({"plan": plan, "controls": controls._asdict()}, file)
+
+
+def _joined(pose: Pose, sweeps: Any) -> bytes:
+    """The last parts of a sweep as one, each moved to where the car is now."""
+    parts = []
+    for then, points in sweeps:
+        points = points.copy()
+        points[:, :2] = into(pose, out_of(then, points[:, :2]))
+        parts.append(points)
+    return np.concatenate(parts).astype("<f4").tobytes()
 
 
 def _encoded(image: Any) -> bytes:

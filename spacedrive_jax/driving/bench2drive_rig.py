@@ -23,6 +23,11 @@ RIG = {
     "CAM_BACK_RIGHT": (-0.32, 0.55, 1.60, 110.0, 70.0),
 }
 
+LIDAR = (-0.39, 0.0, 1.84)
+"""Where the data's LiDAR was mounted, metres as in `RIG`, looking ahead."""
+LIDAR_RATE = 2
+"""Ticks that the LiDAR takes for one turn: each brings half a sweep."""
+
 
 def camera_intrinsics(name: str, size: tuple[int, int] = IMAGE_SIZE) -> Any:
     """(3, 3), pixels of a camera's image of a size (width, height)."""
@@ -43,6 +48,15 @@ def camera_to_ego(name: str) -> Any:
     """(4, 4) from a camera's frame (x right, y down, z forward) to the ego frame (x forward, y left)."""
     optical = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
     return np.diag([1.0, -1.0, 1.0, 1.0]).dot(mount_matrix(name)).dot(optical)
+
+
+def sweep_in_ego(points: Any) -> Any:
+    """A LiDAR measurement (P, 4: x forward, y right, z up and intensity, the sensor's frame) as the records
+    have sweeps: (P, 5) x, y, z in the ego frame (y left), intensity, ring, float32.
+    """
+    points = np.asarray(points, np.float32).reshape(-1, 4)
+    x, y, z, intensity = points.T
+    return np.stack([x + LIDAR[0], -(y + LIDAR[1]), z + LIDAR[2], intensity, np.zeros_like(x)], axis=1)
 
 
 def ego_numbers(yaw: float, imu: Any, speed: float) -> Any:

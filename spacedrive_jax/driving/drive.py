@@ -26,6 +26,7 @@ from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 from spacedrive_jax.io import convert, read_json, remove_partials, write_bytes, write_json
+from spacedrive_jax.training.sharding import ALONE, Hosts
 
 RESULTS = "results.json"
 VIEWS = "views"
@@ -69,8 +70,12 @@ def drive_all(
     resume: bool = False,
     collect: Callable[[str, Sequence[Record]], None] | None = None,
     show: Show | None = None,
+    hosts: Hosts | None = None,
 ) -> DriveRun:
     """Drives a set and writes its results; `output_lock` keeps other jobs from the folder meanwhile.
+
+    On several hosts each drives its share of the drives, and the first one then has the files of all: through
+    the folder itself where it is on a shared disk, else from the others.
 
     Args:
         specs: the drives.
@@ -84,6 +89,7 @@ def drive_all(
         resume: go on with an interrupted run.
         collect: is given every drive's name and records, with the expert's plan from each state.
         show: one drive to show.
+        hosts: of the run; None for this one alone.
 
     Raises:
         ConfigError: the folder holds another run, or one and `resume` is not given; there is no such drive to
@@ -93,19 +99,48 @@ def drive_all(
     started = time.monotonic()
     if show is not None and show.number not in {spec.number for spec in specs}:
         raise ConfigError(f"--show {show.number}: the set has drives 0 to {len(specs) - 1}")
-    done = open_folder(folder, metadata, resume=resume)
+    hosts = hosts or ALONE
+    # The first host says whether the folder may be written to; where it does, the others go on in theirs.
+    done = hosts.in_turn(lambda: open_folder(folder, metadata, resume=resume or not hosts.is_first))
     shown = None if show is None else show.number
     if any(spec.number == shown and spec.name in done for spec in specs):
         raise ConfigError(
             f"--show {shown}: that drive of {folder} is done, choose one that is not, or another folder"
         )
-    todo = [spec for spec in specs if spec.name not in done]
-    by_number = {spec.number: spec for spec in specs}
+    mine = specs[hosts.index :: hosts.count]
+    todo = [spec for spec in mine if spec.name not in done]
+    problem: Exception | None = None
+    try:
+        _drive(mine, todo, folder, options, asker, inside, workers, at_a_time, collect, show)
+    except Exception as error:  # the other hosts must not wait for this one
+        problem = error
+    hosts.check(problem)
+    _bring_together(specs, folder, hosts)
+    summary = finish(specs, folder) if hosts.is_first else {}
+    summary = json.loads(hosts.exchange(json.dumps(summary).encode())[0])
+    return DriveRun(folder, summary, len(todo), time.monotonic() - started)
+
+
+def _drive(
+    mine: Sequence[DriveSpec],
+    todo: Sequence[DriveSpec],
+    folder: Path,
+    options: DriveOptions,
+    asker: Asker | None,
+    inside: InsidePolicy | None,
+    workers: int,
+    at_a_time: int,
+    collect: Callable[[str, Sequence[Record]], None] | None,
+    show: Show | None,
+) -> None:
+    """Drives what is left of this host's share."""
+    by_number = {spec.number: spec for spec in mine}
+    shown = None if show is None else show.number
     with (
         Fleet(
             min(workers, max(len(todo), 1)), options, inside, collect=collect is not None, shown=shown
         ) as fleet,
-        progress(total=len(specs), initial=len(specs) - len(todo), desc="drive", unit="drive") as bar,
+        progress(total=len(mine), initial=len(mine) - len(todo), desc="drive", unit="drive") as bar,
     ):
         waiting = list(todo)
         while waiting or fleet.under_way:
@@ -126,8 +161,33 @@ def drive_all(
                 bar.update()
             if asker is not None and asked:
                 fleet.answer(asker.plans(sorted(asked, key=lambda event: event.number)))
-    seconds = time.monotonic() - started
-    return DriveRun(folder, finish(specs, folder), len(todo), seconds)
+
+
+def _bring_together(specs: Sequence[DriveSpec], folder: Path, hosts: Hosts) -> None:
+    """Writes on the first host the drives of the others that are not in its folder anyway."""
+    if hosts.count == 1:
+        return
+    lacking = [spec.name for spec in specs if not (folder / "drives" / spec.name / "result.json").is_file()]
+    wanted = set(json.loads(hosts.exchange(json.dumps(lacking).encode())[0]))
+    sent: list[dict[str, bytes]] = []
+    for spec in specs[hosts.index :: hosts.count]:
+        if spec.name in wanted and not hosts.is_first:
+            own = folder / "drives" / spec.name
+            files = [path for path in sorted(own.rglob("*")) if path.is_file() and path.name != "result.json"]
+            record = read_drive(own / "result.json")
+            if "save_name" in record:
+                files.append(_metric_info(folder, record["save_name"]))
+            files.append(own / "result.json")  # last: it says that the others are whole
+            sent.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    for data in hosts.exchange(msgspec.msgpack.encode(sent)):
+        for files_of_drive in msgspec.msgpack.decode(data, type=list[dict[str, bytes]]):
+            for name, content in files_of_drive.items():
+                if hosts.is_first:
+                    write_bytes(folder / name, content)
+
+
+def _metric_info(folder: Path, save_name: str) -> Path:
+    return folder / "metric_info" / save_name / "metric_info.json"
 
 
 def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> set[str]:
@@ -185,7 +245,7 @@ def write_drive(folder: Path, spec: DriveSpec, event: Event) -> None:
         write_json(own / "result.json", {"no_place": event.reason})
         return
     assert isinstance(event, Finished)
-    write_json(folder / "metric_info" / event.record["save_name"] / "metric_info.json", event.metric_info)
+    write_json(_metric_info(folder, event.record["save_name"]), event.metric_info)
     write_json(own / "trace.json", event.trace)
     for channel, image in zip(CAMERAS if event.views else (), event.views, strict=True):
         write_bytes(own / VIEWS / f"{channel}.jpg", image)

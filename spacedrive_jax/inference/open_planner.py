@@ -19,10 +19,10 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
 from spacedrive_jax.inference.export import export_example, write_export
 from spacedrive_jax.inference.generate import generate
-from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model
+from spacedrive_jax.inference.open_model import TrainedModel, open_config, open_trained_model
 from spacedrive_jax.inference.planner import BatchPlanner, Plan, doubled_sizes, longest_prompt
 from spacedrive_jax.models.partitioning import BATCH_AXES, activations_on
-from spacedrive_jax.training.sharding import place_batch
+from spacedrive_jax.training.sharding import mesh_here, place_batch
 
 
 def plan(model: TrainedModel, record: Record) -> Plan:
@@ -39,7 +39,9 @@ def plan(model: TrainedModel, record: Record) -> Plan:
     return planner.plan([planner.sample(record)])[0]
 
 
-def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8) -> BatchPlanner:
+def open_planner(
+    checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8, mesh: Mesh | None = None
+) -> BatchPlanner:
     """Loads a checkpoint for planning.
 
     Args:
@@ -47,11 +49,14 @@ def open_planner(checkpoint: Path, longest: Record, *, average: bool = False, mo
         longest: a record whose prompt is as long as any will be, but for the command.
         average: take the moving average of the weights.
         most: largest batch.
+        mesh: devices of this host to plan on; None for the run's where it fits them, else all of them.
 
     Raises:
         SpaceDriveError: it cannot be opened, or `most` does not suit its mesh.
     """
-    return planner_of(open_trained_model(checkpoint, average=average), longest, most=most)
+    if mesh is None:
+        mesh = mesh_here(open_config(checkpoint).mesh, jax.local_devices())
+    return planner_of(open_trained_model(checkpoint, average=average, mesh=mesh), longest, most=most)
 
 
 def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> BatchPlanner:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -18,14 +19,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jax._src import distributed  # its client has no public name; orbax takes it from here too
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
@@ -33,6 +34,8 @@ from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.console import Terminated, first_line
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, logical_to_mesh_axes
+
+T = TypeVar("T")
 
 FIND = -1
 """As many slices as the devices say."""
@@ -207,6 +210,68 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The hosts of a run, as one of them sees them."""
+
+    index: int
+    count: int
+    exchange: Callable[[bytes], Sequence[bytes]]
+    """Hands out bytes and returns every host's, in order; all hosts call it equally often."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this host writes what a run has one of."""
+        return self.index == 0
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Does something on the first host, then on the others; an error on one ends all.
+
+        Raises:
+            SpaceDriveError: the work's own here, or that another host has failed, and with what.
+        """
+        outcome: list[T] = []
+        for turn in (True, False):
+            problem: SpaceDriveError | None = None
+            if turn == self.is_first:
+                try:
+                    outcome.append(work())
+                except SpaceDriveError as error:
+                    problem = error
+            self.check(problem)
+        return outcome[0]
+
+    def check(self, problem: Exception | None) -> None:
+        """Ends all hosts where one has a problem.
+
+        Raises:
+            Exception: the problem.
+            SpaceDriveError: another host's.
+        """
+        told = self.exchange(str(problem or "").encode())
+        if problem is not None:
+            raise problem
+        for index, text in enumerate(told):
+            if text:
+                raise SpaceDriveError(f"host {index} of {self.count} has ended: {text.decode()}")
+
+
+ALONE = Hosts(0, 1, lambda data: [data])
+
+
+def hosts_of_run() -> Hosts:
+    """The hosts that `connect` joined."""
+    return Hosts(jax.process_index(), jax.process_count(), _exchange) if jax.process_count() > 1 else ALONE
+
+
+def _exchange(data: bytes) -> Sequence[bytes]:
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(np.asarray(rows), lengths.tolist(), strict=True)]
+
+
 log = logging.getLogger(__name__)
 
 REPLICATED_LIMIT = 0.05
@@ -248,18 +313,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ) from error
 
 
-def mesh_here(config: MeshConfig) -> Mesh:
+def mesh_here(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A run's mesh where it fits the devices there are, else all of them along `fsdp`: for a model that was
     trained elsewhere.
 
     Args:
         config: the run's.
+        devices: those to use; None for all of the run's hosts.
     """
     try:
-        return make_mesh(config)
+        return make_mesh(config, devices)
     except SpaceDriveError as error:
-        log.info("%s; all %d devices along fsdp instead", error, jax.device_count())
-        return make_mesh(MeshConfig(data=1, fsdp=-1))
+        count = jax.device_count() if devices is None else len(devices)
+        log.info("%s; all %d devices along fsdp instead", error, count)
+        return make_mesh(MeshConfig(data=1, fsdp=-1), devices)
 
 
 def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

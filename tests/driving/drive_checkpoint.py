@@ -14,7 +14,10 @@ import cv2
 import numpy as np
 
 from data_prep.synthesize.bench2drive import ClipJob, script, view
+from spacedrive_jax import exact
 from spacedrive_jax.cli.main import main as spacedrive
+from spacedrive_jax.driving.bench2drive_rig import LIDAR
+from spacedrive_jax.world import lidar
 from spacedrive_jax.world.filming import Film
 from spacedrive_jax.world.scenario import WARM_UP
 from spacedrive_jax.world.views import pose_matrix
@@ -39,10 +42,20 @@ def drive_of(number: int, seed: int, every: int, size: tuple[int, int]) -> Drive
             shown[name] = np.dstack([big, np.full(big.shape[:2], 255, np.uint8)])
         return shown[name]
 
+    def sweep(car: Car, tick: int) -> np.ndarray:
+        time = WARM_UP + tick * TICK
+        x, y, z = LIDAR
+        pose = exact.matmul(pose_matrix(*car.origin, car.yaw), pose_matrix(x, -y, 0.0, z))
+        quads = film.quads(scenario, time, film.people(scenario, time))
+        points = lidar.sweep(quads, pose, np.random.default_rng(tick))[:, :4]
+        return points * np.array([1, -1, 1, 1], np.float32)  # CARLA's y is to the right
+
     route, start = scenario.ego.route, float(scenario.ego.start)
     end = min(start + LENGTH, float(route.lengths[-1]) - 5)
     name = job.manoeuvre.title().replace("_", "")
-    return Drive(number, name, route, start, end, start_speed=float(scenario.ego.speed), picture=picture)
+    return Drive(
+        number, name, route, start, end, start_speed=float(scenario.ego.speed), picture=picture, sweep=sweep
+    )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 import spacedrive_jax.driving
 from data_prep.synthesize.bench2drive import route_nodes
+from spacedrive_jax.driving.bench2drive_rig import LIDAR
 from spacedrive_jax.driving.bench2drive_route import GNSS_X, REAR_AXLE
 from spacedrive_jax.world.traffic import Route
 
@@ -179,6 +180,8 @@ class Drive:
     start_speed: float = 0.0
     picture: Callable[[str, Car, int], np.ndarray] | None = None
     """BGRA of a camera."""
+    sweep: Callable[[Car, int], np.ndarray] | None = None
+    """Points around (P, 4): x, y, z, intensity in the frame of a LiDAR at `LIDAR`, CARLA's axes."""
 
     @property
     def save_name(self) -> str:
@@ -276,6 +279,13 @@ class Evaluator:
             if sensor["type"] == "sensor.camera.rgb":
                 size = (sensor["height"], sensor["width"])
                 values[name] = self._picture(name, size, tick)
+            elif sensor["type"] == "sensor.lidar.ray_cast":
+                assert self.route is not None
+                assert self.route.sweep is not None
+                assert (sensor["x"], sensor["y"], sensor["z"], sensor["yaw"]) == (*LIDAR, 0)
+                points = self.route.sweep(car, tick)
+                # 10 turns a second: a tick brings the half that it passes over.
+                values[name] = points[points[:, 1] > 0 if tick % 2 else points[:, 1] <= 0]
         return {name: (tick, value) for name, value in values.items()}
 
     def _picture(self, name: str, size: tuple[int, int], tick: int) -> np.ndarray:

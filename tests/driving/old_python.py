@@ -49,10 +49,12 @@ place = types.SimpleNamespace(location=types.SimpleNamespace(x=0.0, y=0.0))
 end = types.SimpleNamespace(location=types.SimpleNamespace(x=100.0, y=0.0))
 agent.set_global_plan([({"lat": 42.0, "lon": 2.0, "z": 0}, 4)] * 2, [(place, 4), (end, 4)])
 agent.setup(sys.argv[2] + "?controller=zoo+route")
+assert any(sensor["id"] == "LIDAR" for sensor in agent.sensors())  # the server's model reads one
 cameras = [sensor["id"] for sensor in agent.sensors() if "camera" in sensor["type"]]
 for tick in range(25):
     data = {name: (tick, np.full((900, 1600, 4), 90, np.uint8)) for name in cameras}
     data["IMU"] = (tick, np.array([0.0, 0, 9.8, 0, 0, 0, math.nan if tick == 0 else math.pi / 2]))
+    data["LIDAR"] = (tick, np.ones((50, 4), np.float32))
     data["GPS"] = (tick, np.array([42.0, 2.0, 0.0]))
     data["SPEED"] = (tick, {"speed": 0.5})
     control = agent.run_step(data, 0.5 + tick * 0.05)

@@ -1,6 +1,7 @@
 """The shipped agent file, in the life cycle of the benchmark's evaluator, against a running server."""
 
 import ast
+import dataclasses
 import itertools
 import json
 import math
@@ -16,9 +17,10 @@ import pytest
 from data_prep.synthesize.recorder import town_of
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.driving.bench2drive_control import PRESETS
-from spacedrive_jax.driving.bench2drive_rig import RIG, camera_intrinsics, camera_to_ego, ego_numbers
+from spacedrive_jax.driving.bench2drive_rig import LIDAR, RIG, camera_intrinsics, camera_to_ego, ego_numbers
+from spacedrive_jax.driving.protocol import partial_record
 from spacedrive_jax.world import traffic
-from tests.driving.evaluator import AGENT_FILES, Drive, Evaluator, Expert, carla
+from tests.driving.evaluator import AGENT_FILES, Drive, Evaluator, Expert, _into, carla
 from tests.driving.served import Straight, serving
 
 CLIENT_FILES = ("client", "bench2drive_agent", "bench2drive_control", "bench2drive_rig", "bench2drive_route")
@@ -148,6 +150,40 @@ def test_what_the_model_is_told(expert_server, town):
         last = ahead["target_points"][1]
         assert last[0] > 0
         assert np.sign(last[1]) == side or abs(last[1]) < 2
+
+
+def test_a_model_that_reads_lidar_gets_whole_sweeps(expert_server, town):
+    """Two half turns, both in the frame of where the car is when it asks."""
+    policy, (_, left, _, _) = expert_server["policy"], drives(town)
+    middle = left.route.pose(np.array([left.start + 25.0]))[0, :2]
+    marks = middle + 30 * np.stack([np.cos(np.arange(8.0)), np.sin(np.arange(8.0))], axis=1)
+    x, y, z = LIDAR
+
+    def sweep(car, tick):
+        here = _into(car, marks)  # y to the left
+        columns = (here[:, 0] - x, -here[:, 1] - y, np.full(len(marks), 0.5 - z), np.arange(8.0))
+        return np.stack(columns, axis=1).astype(np.float32)
+
+    seen = []
+
+    def prepare(message):
+        points = np.frombuffer(message["lidar"], "<f4").reshape(-1, 5)
+        places = np.insert(_into(expert_server["evaluator"].car, marks), 2, 0.5, axis=1)
+        seen.append((len(points), np.abs(points[:, :3] - places[points[:, 3].astype(int)]).max()))
+        return partial_record(message)
+
+    policy.metadata = policy.metadata | {"depth": ["unidepth", "lidar"]}
+    policy.prepare = prepare
+    evaluator = evaluator_of(expert_server, "?every=30")
+    short = dataclasses.replace(left, sweep=sweep, end=left.start + 40)
+    assert evaluator.run(short)["status"] == "Perfect"
+    assert len(seen) > 5
+    assert {count for count, _ in seen} >= {8}
+    assert max(off for _, off in seen) < 0.05
+    del policy.prepare
+    policy.seen.clear()
+    evaluator_of(expert_server, "?lidar=0").run(dataclasses.replace(left, end=left.start + 3))
+    assert "lidar" not in policy.seen[0]
 
 
 def test_plan_is_moved_between_calls(expert_server, town):
@@ -296,7 +332,9 @@ def test_agent_runs_in_carlas_python():
     found = shutil.which(python) and subprocess.run([python, "-c", packages], capture_output=True)
     if not found or found.returncode:
         pytest.skip(f"{python} has not all of: {packages} (SPACEDRIVE_OLD_PYTHON names another)")
-    with serving(Straight()) as server:
+    policy = Straight()
+    policy.metadata = {**policy.metadata, "depth": ["lidar"]}
+    with serving(policy) as server:
         done = subprocess.run(
             [
                 python,
@@ -310,3 +348,4 @@ def test_agent_runs_in_carlas_python():
         )
     assert done.returncode == 0, done.stderr
     assert "drove 25 ticks" in done.stdout
+    assert all(len(one["lidar"]) == 100 * 20 for one in policy.seen)

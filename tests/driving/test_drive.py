@@ -7,8 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +21,15 @@ import pytest
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.driving.bench import Asked, Finished
-from spacedrive_jax.driving.drive import Show, drive_all, open_folder
+from spacedrive_jax.driving.drive import DriveRun, Show, drive_all, open_folder
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions, _ending
 from spacedrive_jax.driving.policies import constant_velocity, standing_still
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
-from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 from spacedrive_jax.io import output_lock
+from spacedrive_jax.training.sharding import ALONE, Hosts
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
 METADATA = {"set": "test", "image_size": (27, 48)}
@@ -85,6 +88,70 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
     )
     assert run.driven == 1
     assert contents(tmp_path / "two") == contents(driven)
+
+
+def hosts_in_threads(count: int, work: Callable[[Hosts], Any]) -> list[Any]:
+    """What each host's work came to, or its error; bytes are exchanged as between processes."""
+    barrier, given = threading.Barrier(count, timeout=60), [b""] * count
+
+    def host(index: int) -> Any:
+        def exchange(data: bytes) -> list[bytes]:
+            given[index] = data
+            barrier.wait()
+            told = list(given)
+            barrier.wait()
+            return told
+
+        try:
+            return work(Hosts(index, count, exchange))
+        except SpaceDriveError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(host, range(count)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_hosts_drive_their_shares_to_the_bytes_of_one(driven: Path, tmp_path: Path, shared: bool) -> None:
+    """On one disk, and each on its own."""
+
+    def folder(hosts: Hosts) -> Path:
+        return tmp_path / ("disk" if shared else f"disk-{hosts.index}")
+
+    shutil.copytree(driven, folder(ALONE))
+    if not shared:
+        (logs,) = (path.name for path in (driven / "metric_info").iterdir() if "bend" in path.name.lower())
+        shutil.rmtree(folder(ALONE) / "drives" / SPECS[1].name)
+        shutil.rmtree(folder(ALONE) / "metric_info" / logs)
+
+    def drive(hosts: Hosts) -> DriveRun:
+        options = {"metadata": METADATA, "inside": constant_velocity, "resume": True, "hosts": hosts}
+        return drive_all(SPECS, folder(hosts), BLIND, **options)
+
+    first, second = hosts_in_threads(2, drive)
+    assert (first.driven, second.driven) == (0, 0 if shared else 1)
+    assert first.summary == second.summary
+    assert contents(folder(ALONE)) == contents(driven)
+
+
+def test_what_is_wrong_on_one_host_ends_all(driven: Path, tmp_path: Path) -> None:
+    def drive(hosts: Hosts) -> DriveRun:
+        return drive_all(SPECS, driven, BLIND, metadata=METADATA, inside=constant_velocity, hosts=hosts)
+
+    first, second = hosts_in_threads(2, drive)
+    assert "go on with it with --resume" in str(first)
+    assert str(second) == f"host 0 of 2 has ended: {first}"
+
+    def other(hosts: Hosts) -> DriveRun:
+        if not hosts.is_first:
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1" / "file").write_text("something else")
+        folder = tmp_path / str(hosts.index)
+        return drive_all(SPECS, folder, BLIND, metadata=METADATA, inside=constant_velocity, hosts=hosts)
+
+    first, second = hosts_in_threads(2, other)
+    assert "not a run of drives" in str(second)
+    assert str(first) == f"host 1 of 2 has ended: {second}"
 
 
 @pytest.mark.slow
