@@ -178,11 +178,6 @@ class Throughput(NamedTuple):
     batch: float
     """Requests in a batch, mean."""
 
-    @property
-    def busy(self) -> float:
-        """Cores at work, on average."""
-        return self.rate * (self.server_ms + self.clients_ms) / 1e3
-
 
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has taken."""
@@ -224,7 +219,7 @@ def throughput(
 def throughput_table(in_turn: Throughput, batched: Throughput) -> list[str]:
     """Both ways side by side, and what the machine's cores bound."""
     cores = len(os.sched_getaffinity(0))
-    bound = 1e3 * cores / (batched.server_ms + batched.clients_ms)
+    spent = [each.server_ms + each.clients_ms for each in (in_turn, batched)]
     both = (in_turn, batched)
     rows = [
         ("answers a second", *(f"{each.rate:.1f}" for each in both)),
@@ -232,15 +227,16 @@ def throughput_table(in_turn: Throughput, batched: Throughput) -> list[str]:
         ("a call of the model, ms", *(f"{each.model_ms:.1f}" for each in both)),
         ("processor time of the server an answer, ms", *(f"{each.server_ms:.1f}" for each in both)),
         ("processor time of the clients an answer, ms", *(f"{each.clients_ms:.1f}" for each in both)),
-        ("cores busy", *(f"{each.busy:.2f}" for each in both)),
     ]
     return [
         f"| {CLIENTS} clients | taken in turn | batched |",
         "|---|---|---|",
         *(f"| {name} | {one} | {other} |" for name, one, other in rows),
         "",
-        f"Batched over in turn: {batched.rate / in_turn.rate:.2f}x. With that processor time an answer, "
-        f"{cores} cores give at most {bound:.1f} a second, {bound / in_turn.rate:.2f}x of what turns give.",
+        f"Batched over in turn: {batched.rate / in_turn.rate:.2f}x. Where a turn keeps a core busy, batching "
+        "brings what it saves of an",
+        f"answer's processor time, on all cores: at most {cores} x {spent[0]:.1f} / {spent[1]:.1f} = "
+        f"{cores * spent[0] / spent[1]:.1f}x.",
     ]
 
 

@@ -204,7 +204,8 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         self.client.connect()
         self.client.reset(self.save_name)
         reads = {"lidar", "fused"} & set(self.client.metadata.get("depth") or ())
-        self.sweeps = collections.deque(maxlen=LIDAR_RATE) if reads and self.options.lidar else None
+        carries = bool(reads and self.options.lidar)
+        self.sweeps = collections.deque(maxlen=LIDAR_RATE) if carries else None  # type: Any
 
     def sensors(self) -> list:
         """The rig that Bench2Drive's data was recorded with."""

@@ -53,7 +53,7 @@ def pool_depth(
     columns, column_valid = windows(depth.shape[-1], grid[1])
     if pooling == "min" and xp is np:  # of many pixels: rows first, without a copy of all windows
         nearest = _least(_least(depth, rows, row_valid), columns, column_valid, axis=-1)
-        filled = row_valid.any(-1)[:, None] & column_valid.any(-1)
+        filled = np.any(row_valid, axis=1, keepdims=True) & np.any(column_valid, axis=1)
         return np.where(filled, nearest, 0).astype(depth.dtype)
     # Rows first, then columns: (..., h, Kr, w, Kc) -> (..., h, w, Kr*Kc)
     gathered = depth[..., rows[:, :, None, None], columns[None, None, :, :]]

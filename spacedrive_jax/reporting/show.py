@@ -21,11 +21,9 @@ from matplotlib.figure import Figure
 
 from spacedrive_jax import exact
 from spacedrive_jax.config import Config, depth_advice
-from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.frame import Frame
-from spacedrive_jax.data.lidar import UNALIGNED
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -178,9 +176,7 @@ class Planner:
         if self.config.model.visual_positions == "none":
             return None
         if self._network is not None:
-            depth = self._network.run([record])[0]
-            unaligned = (UNALIGNED,) * NUM_CAMERAS
-            return CachedDepth(self._network.kind, self._network.pooling, depth, unaligned, ())
+            return self._network.run([record])[0]
         if self._cache is not None:
             return self._cache.read(record["token"])
         try:

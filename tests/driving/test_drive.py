@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 from spacedrive_jax.io import output_lock
 from spacedrive_jax.training.sharding import ALONE, Hosts
+from tests.conftest import ROOT
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
 METADATA = {"set": "test", "image_size": (27, 48)}
@@ -132,6 +134,33 @@ def test_hosts_drive_their_shares_to_the_bytes_of_one(driven: Path, tmp_path: Pa
     assert (first.driven, second.driven) == (0, 0 if shared else 1)
     assert first.summary == second.summary
     assert contents(folder(ALONE)) == contents(driven)
+
+
+def test_two_processes_are_two_hosts(driven: Path, tmp_path: Path) -> None:
+    """Each with a disk of its own, over JAX's own network."""
+    drives = [{"kind": spec.kind, "town": spec.town, "seed": spec.seed} for spec in SPECS]
+    (tmp_path / "set.json").write_text(json.dumps(drives))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "spacedrive_jax", "drive", "--policy", "constant_velocity"]
+    command += ["--scenarios", str(tmp_path / "set.json"), "--workers", "1"]
+    command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
+    hosts = [
+        subprocess.Popen(
+            [*command, "--process-id", str(index), "--out", str(tmp_path / str(index))], cwd=ROOT
+        )
+        for index in range(2)
+    ]
+    try:
+        assert [host.wait(300) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    first, one = contents(tmp_path / "0"), contents(driven)
+    del one["run.json"]  # says how they were driven
+    assert {name: first[name] for name in one} == one
+    assert not (tmp_path / "1" / "results.json").exists()
 
 
 def test_what_is_wrong_on_one_host_ends_all(driven: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
-"""Drives a checkpoint in the stand-in evaluator, through the world's pictures, and scores it; no test.
+"""How a checkpoint drives in the stand-in for Bench2Drive's evaluator: served, asked by the shipped agent.
 
-PYTHONPATH=. python tests/driving/drive_checkpoint.py runs/mine --out drives
+The world's pictures and LiDAR at the places of CARLA's rig, the benchmark's life cycle, SimLingo's bicycle.
+The stand-in counts how far a route was driven and how far off it; collisions and lights it does not judge.
+
+    PYTHONPATH=. python benchmarks/bench2drive.py --checkpoint examples/demo/model --out standin
 """
 
 from __future__ import annotations
@@ -62,30 +65,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="new folder: results.json, table.md")
     parser.add_argument("--routes", type=int, default=6)
     parser.add_argument("--seed", type=int, default=7, help="a world that nothing was trained on")
     parser.add_argument("--controller", default="simlingo")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
     command = [sys.executable, "-m", "spacedrive_jax", "serve", "--checkpoint", str(arguments.checkpoint)]
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--batch-size", "1"], stdout=subprocess.PIPE, text=True
+    )
+    rows = ["| route | ended as | driven, % | farthest off the route, m |", "|---|---|---|---|"]
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
         evaluator = Evaluator(f"{url}?controller={arguments.controller}")
         for number in range(arguments.routes):
-            record = evaluator.run(drive_of(number, arguments.seed, 10, (99, 176)))
-            score = record["scores"]["score_route"]
-            off = f"{score:.1f} %, off {evaluator.farthest:.1f} m"
-            print(f"{record['scenario_name']}: {record['status']}, {off}", flush=True)
+            record = evaluator.run(drive_of(number, arguments.seed, 10, (198, 352)))
+            score, off = record["scores"]["score_route"], evaluator.farthest
+            rows.append(f"| {record['scenario_name']} | {record['status']} | {score:.1f} | {off:.1f} |")
+            print(rows[-1], flush=True)
     finally:
         process.terminate()
         process.wait(60)
     results, routes = arguments.out / "results.json", arguments.out / "routes.txt"
     evaluator.write(results)
     routes.write_text("".join(f"{number}\n" for number in range(arguments.routes)))
+    (arguments.out / "table.md").write_text("\n".join(rows) + "\n")
     spacedrive(["score-bench2drive", str(results), "--routes", str(routes)])
 
 
