@@ -10,22 +10,22 @@ import sys
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.depth_cache import CachedDepth
-from spacedrive_jax.data.depth_sources import DepthConfig, record_patch_depth
+from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.driving import model_policy
 from spacedrive_jax.driving.client import PolicyClient
 from spacedrive_jax.driving.model_policy import ModelPolicy, open_depth_network, warm_up_record
 from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
-from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth, camera_alignments
+from spacedrive_jax.inference.depth_network import camera_alignments
 from spacedrive_jax.inference.export import open_exported
 from spacedrive_jax.inference.open_model import open_config
 from spacedrive_jax.inference.open_planner import export_planner, open_planner
 from spacedrive_jax.inference.predict import predict
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
-from tests.models.depth.tiny_unidepth import save_tiny
 from tests.record_factory import make_record
 from tests.training.runs import make_records, save_untrained, tiny
 
@@ -127,30 +127,27 @@ def test_a_model_without_visual_positions_needs_no_depth(case):
     assert not sample.patch_depth.any()
 
 
-def test_fused_depth_is_fitted_to_the_sweep_of_the_request(case, tmp_path):
-    """As add-depth fits it to a record's."""
+def test_fused_depth_is_fitted_to_the_sweep_of_the_request(case, monkeypatch):
+    """A network that sees everything at 6 m, walls at 12: as add-depth would fit it."""
     run, _, _ = case
     planner = open_planner(run, warm_up_record(), most=1)
-    save_tiny(tmp_path / "weights")
     data = dataclasses.replace(planner.config.data, depth=DepthConfig(sources=("fused",)))
     planner.config = dataclasses.replace(planner.config, data=data)
     planner.builder = SampleBuilder(data, planner.config.model, answer=False)
-    policy = ModelPolicy(planner, open_depth_network(tmp_path / "weights", planner.config))
+    grid = planner.builder.images.token_grid
+    seen = np.full((1, 6, *data.image_size), 6.0, np.float32), np.full((1, 6, *grid), 6.0, np.float32)
+    monkeypatch.setattr(model_policy, "KeyframeDepth", lambda network: lambda records: seen)
+    policy = ModelPolicy(planner, open_depth_network(Path("weights"), planner.config))
     given = []
     planner.plan = lambda samples: given.extend(samples) or []
 
     record = make_record(np.random.default_rng(0), lidar=walls_around(12.0))
     policy.run([policy.prepare(act_message(record, 0, 0.0))])
-    config = DepthNetworkConfig(
-        str(tmp_path / "weights"), image_size=data.image_size, grid=planner.builder.images.token_grid
-    )
-    full, pooled = KeyframeDepth(config)([record])
-    fitted = camera_alignments(record, full[0])
-    assert any(each.points for each in fitted)
-    cached = CachedDepth("unidepth", "min", pooled[0], tuple(fitted), ())
-    wanted, used = record_patch_depth(record, config.grid, data.depth, cached)
-    assert set(used) == {"fused"}
-    np.testing.assert_array_equal(given[0].patch_depth, wanted)
+    fitted = camera_alignments(record, seen[0][0])
+    assert all(each.points for each in fitted)
+    for camera, alignment in enumerate(fitted):
+        np.testing.assert_array_equal(given[0].patch_depth[camera], apply(seen[1][0, camera], alignment))
+    assert given[0].patch_depth.min() > 10
     with pytest.raises(SpaceDriveError, match="no depth for CAM_FRONT from fused"):
         policy.prepare(act_message(record | {"lidar": b""}, 0, 0.0))
 
