@@ -30,7 +30,7 @@ from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 from spacedrive_jax.io import output_lock
-from spacedrive_jax.training.sharding import ALONE, Hosts
+from spacedrive_jax.training.sharding import ALONE, Hosts, _exchange
 from tests.conftest import ROOT
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
@@ -136,6 +136,7 @@ def test_hosts_drive_their_shares_to_the_bytes_of_one(driven: Path, tmp_path: Pa
     assert contents(folder(ALONE)) == contents(driven)
 
 
+@pytest.mark.slow
 def test_two_processes_are_two_hosts(driven: Path, tmp_path: Path) -> None:
     """Each with a disk of its own, over JAX's own network."""
     drives = [{"kind": spec.kind, "town": spec.town, "seed": spec.seed} for spec in SPECS]
@@ -161,6 +162,10 @@ def test_two_processes_are_two_hosts(driven: Path, tmp_path: Path) -> None:
     del one["run.json"]  # says how they were driven
     assert {name: first[name] for name in one} == one
     assert not (tmp_path / "1" / "results.json").exists()
+
+
+def test_bytes_of_any_length_are_exchanged() -> None:
+    assert [list(_exchange(data)) for data in (b"", b"some")] == [[b""], [b"some"]]
 
 
 def test_what_is_wrong_on_one_host_ends_all(driven: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from spacedrive_jax.inference.depth_network import camera_alignments
 from spacedrive_jax.inference.export import open_exported
 from spacedrive_jax.inference.open_model import open_config
 from spacedrive_jax.inference.open_planner import export_planner, open_planner
+from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt
 from spacedrive_jax.inference.predict import predict
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
@@ -128,14 +129,14 @@ def test_a_model_without_visual_positions_needs_no_depth(case):
     assert not sample.patch_depth.any()
 
 
-def test_fused_depth_is_fitted_to_the_sweep_of_the_request(case, monkeypatch):
+def test_fused_depth_is_fitted_to_the_sweep_of_the_request(tmp_path, monkeypatch):
     """A network that sees everything at 6 m, walls at 12: as add-depth would fit it."""
-    run, _, _ = case
-    planner = open_planner(run, warm_up_record(), most=1)
-    data = dataclasses.replace(planner.config.data, depth=DepthConfig(sources=("fused",)))
-    planner.config = dataclasses.replace(planner.config, data=data)
-    planner.builder = SampleBuilder(data, planner.config.model, answer=False)
-    grid = planner.builder.images.token_grid
+    config = tiny(tmp_path / "records", tmp_path / "run")
+    data = dataclasses.replace(config.data, depth=DepthConfig(sources=("fused",)))
+    builder = SampleBuilder(data, config.model, answer=False)
+    config, grid = dataclasses.replace(config, data=data), builder.images.token_grid
+    length = longest_prompt(builder, warm_up_record())
+    planner = BatchPlanner(config, builder, lambda batch: batch, (1,), length)
     seen = np.full((1, 6, *data.image_size), 6.0, np.float32), np.full((1, 6, *grid), 6.0, np.float32)
     monkeypatch.setattr(model_policy, "KeyframeDepth", lambda network: lambda records: seen)
     policy = ModelPolicy(planner, open_depth_network(Path("weights"), planner.config))
