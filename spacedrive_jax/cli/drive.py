@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, WORKERS, Bound, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, mesh_of, use_compilation_cache
+from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import is_bucket, output_lock, place
@@ -123,6 +123,7 @@ class Drive(Command):
         "process_id": FROM_ZERO,
     }
 
+    @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Drives; see `spacedrive_jax.driving.drive.drive_all`."""
         if (self.checkpoint is None) == (self.policy is None):
@@ -157,13 +158,9 @@ class Drive(Command):
             "collect": None if self.collect is None else str(self.collect.resolve()),
         }
         folder = self._folder()
-        with contextlib.ExitStack() as stack:
-
-            def lock() -> None:  # two jobs would each remove what the other is writing
-                if hosts is None or hosts.is_first:
-                    stack.enter_context(output_lock(folder))
-
-            lock() if hosts is None else hosts.in_turn(lock)
+        first = hosts is None or hosts.is_first
+        # Two jobs would each remove what the other is writing.
+        with output_lock(folder) if first else contextlib.nullcontext():
             return self._drive(specs, folder, options, metadata, hosts)
 
     def _hosts(self) -> Hosts | None:

@@ -109,12 +109,7 @@ def drive_all(
         )
     mine = specs[hosts.index :: hosts.count]
     todo = [spec for spec in mine if spec.name not in done]
-    problem: Exception | None = None
-    try:
-        _drive(mine, todo, folder, options, asker, inside, workers, at_a_time, collect, show)
-    except Exception as error:  # the other hosts must not wait for this one
-        problem = error
-    hosts.check(problem)
+    _drive(mine, todo, folder, options, asker, inside, workers, at_a_time, collect, show)
     _bring_together(specs, folder, hosts)
     summary = finish(specs, folder) if hosts.is_first else {}
     summary = json.loads(hosts.exchange(json.dumps(summary).encode())[0])

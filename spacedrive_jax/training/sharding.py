@@ -225,35 +225,13 @@ class Hosts:
         return self.index == 0
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Does something on the first host, then on the others; an error on one ends all.
-
-        Raises:
-            SpaceDriveError: the work's own here, or that another host has failed, and with what.
-        """
+        """Does something on the first host, then on the others; all go on when all have done it."""
         outcome: list[T] = []
         for turn in (True, False):
-            problem: SpaceDriveError | None = None
             if turn == self.is_first:
-                try:
-                    outcome.append(work())
-                except SpaceDriveError as error:
-                    problem = error
-            self.check(problem)
+                outcome.append(work())
+            self.exchange(b"")
         return outcome[0]
-
-    def check(self, problem: Exception | None) -> None:
-        """Ends all hosts where one has a problem.
-
-        Raises:
-            Exception: the problem.
-            SpaceDriveError: another host's.
-        """
-        told = self.exchange(str(problem or "").encode())
-        if problem is not None:
-            raise problem
-        for index, text in enumerate(told):
-            if text:
-                raise SpaceDriveError(f"host {index} of {self.count} has ended: {text.decode()}")
 
 
 ALONE = Hosts(0, 1, lambda data: [data])
