@@ -61,6 +61,9 @@ def check_output_folder(out: Path, resume: bool) -> None:
     if all(".partial" in name or name == io.LOCK for name in files):
         return
     has_plan = (out / FOLDER / "plan.json").is_file()
+    if has_plan and not resume and not any(out.glob("*.array_record-*-of-?????")):
+        shutil.rmtree(out / FOLDER)  # what failed before its first shard burns no folder
+        return check_output_folder(out, resume)
     if not resume:
         hint = "add --resume to continue the conversion in it, or" if has_plan else "remove it or"
         raise ConfigError(f"--out {out} is not empty; {hint} name another folder")

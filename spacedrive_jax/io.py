@@ -57,6 +57,22 @@ def say(error: OSError) -> str:
     return _SAY.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
 
 
+def said_by(error: Exception, path: str | os.PathLike[str]) -> str:
+    """What a library's error in writing a file means: it puts the operating system's into words of its own.
+
+    Args:
+        error: the library's.
+        path: the file; a program that writes it (ffmpeg) may only say that it has ended.
+    """
+    codes = [code for code in _SAY if os.strerror(code) in str(error)]
+    if isinstance(error, OSError) and error.errno in _SAY:
+        codes.insert(0, error.errno)
+    folder = place(path).parent
+    if not codes and folder.is_dir() and shutil.disk_usage(folder).free < MEBIBYTE:
+        codes = [errno.ENOSPC]
+    return _SAY[codes[0]] if codes else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason(error: Exception, path: object) -> str:
     """What an error says of a file without the file's name before it, for a sentence that names it."""
     return str(error).removeprefix(str(path)).lstrip(": ").removeprefix("is ")
@@ -553,6 +569,9 @@ def folder_lock(
     except OSError as error:
         if isinstance(error, SpaceDriveError):
             raise
+        if made:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
         raise SpaceDriveError(f"cannot write into {folder}: {say(error)}") from error
     with file:
         try:
@@ -618,10 +637,16 @@ def _locked(path: Path, what: Path, *, take_over: bool = False) -> BinaryIO:
             f"{what} is in use by {_name(holder)}: wait for that job, or remove {path} if it is gone"
         )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    file.seek(0)
-    file.truncate()
-    file.write(to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode())
-    file.flush()
+    try:
+        file.seek(0)
+        file.truncate()
+        file.write(to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode())
+        file.flush()
+    except OSError:  # a full disk: what was not begun leaves no lock behind
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
     return file
 
 

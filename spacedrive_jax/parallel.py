@@ -108,11 +108,14 @@ def raise_on_sigterm(kind: type[BaseException]) -> Callable[[], None]:
 
     def lost(unraisable: Any) -> None:
         nonlocal raised
-        if not issubclass(unraisable.exc_type, kind):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):  # Ctrl-C meets the same fate
+            number = signal.SIGINT
+        elif issubclass(unraisable.exc_type, kind):
+            number, raised = signal.SIGTERM, False
+        else:
             report(unraisable)
             return
-        raised = False
-        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
 

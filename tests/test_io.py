@@ -1,5 +1,6 @@
 """Files: one job a folder at a time, typed JSON, nothing half written."""
 
+import errno
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from spacedrive_jax.io import (
     read_typed,
     remove_partials,
     require_regular,
+    said_by,
     write_text,
 )
 
@@ -64,6 +66,23 @@ def test_a_scheduler_may_start_a_job_again_on_another_machine(tmp_path):
     (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01"}')
     with folder_lock(tmp_path, take_over=True):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_finds_the_disk_full_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("spacedrive_jax.io.to_json", full)
+    for lock in (folder_lock(tmp_path / "run"), output_lock(tmp_path / "p.jsonl")):
+        with pytest.raises(SpaceDriveError, match="the disk is full"):
+            lock.__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_of_libraries_become_ours(tmp_path):
+    told = RuntimeError("Failed to write: No space left on device (os error 28)")
+    assert said_by(told, tmp_path / "a.rrd").startswith("the disk is full")
+    assert said_by(ValueError("bad header\nand more"), tmp_path / "a") == "bad header"
 
 
 def test_of_two_jobs_that_write_one_folder_or_file_one_gives_way(tmp_path):

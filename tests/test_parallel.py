@@ -139,10 +139,14 @@ def test_sigterm_unwinds_a_command_and_leaves_the_handler_as_it_was(capsys) -> N
     assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"
 
 
-def test_sigterm_that_meets_a_finaliser_is_not_lost(capsys) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_that_meets_a_finaliser_is_not_lost(number, status, said, capsys) -> None:
     class Finalised:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.2)
 
     def action():
@@ -150,6 +154,6 @@ def test_sigterm_that_meets_a_finaliser_is_not_lost(capsys) -> None:
         time.sleep(5)
 
     started = time.monotonic()
-    assert console.finish(action, as_json=False, debug=False) == 143
+    assert console.finish(action, as_json=False, debug=False) == status
     assert time.monotonic() - started < 4
-    assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"
+    assert capsys.readouterr().err == f"{said}; nothing was kept\n"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from tensorflow_datasets.core import dataset_info, example_serializer, file_adap
 from spacedrive_jax.data.records_folder import ends_sha256, file_sha256
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, Record, record_features
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.io import put_in_place, say
+from spacedrive_jax.io import put_in_place, said_by
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, so that random access reads nothing else. Uncompressed, because most bytes are
@@ -89,11 +87,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        why = next((say(OSError(code, "")) for code in _CODES if os.strerror(code) in str(error)), str(error))
-        raise SpaceDriveError(f"cannot write {path}: {why}") from error
-
-
-_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        raise SpaceDriveError(f"cannot write {path}: {said_by(error, path)}") from error
 
 
 def write_dataset_info(folder: Path, shards: Mapping[str, Sequence[ShardMetadata]], description: str) -> None:

@@ -21,7 +21,7 @@ from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import camera_to_ego
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import put_in_place, say
+from spacedrive_jax.io import put_in_place, said_by
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
 from spacedrive_jax.reporting.cameras import front_overlay
 from spacedrive_jax.reporting.projection import has_points, keyframe_points
@@ -114,7 +114,7 @@ def write_film(path: Path, figures: Iterable[Figure], flag: str) -> int:
             writer.close()
         put_in_place(partial, path)
     except OSError as error:  # of ffmpeg, too: its pipe breaks
-        raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
+        raise SpaceDriveError(f"cannot write {path}: {said_by(error, path)}") from error
     finally:
         if writer is not None:
             writer.close()
@@ -204,8 +204,8 @@ def write_rerun(path: Path, keyframes: Iterable[Shown], flag: str) -> int:
         recording.flush()
         recording.disconnect()
         put_in_place(partial, path)
-    except OSError as error:
-        raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
+    except (OSError, RuntimeError) as error:  # rerun's own
+        raise SpaceDriveError(f"cannot write {path}: {said_by(error, path)}") from error
     finally:
         partial.unlink(missing_ok=True)
     return count
