@@ -33,6 +33,8 @@ GRAVITY = 9.81
 NOW_US = 10_000_000
 """Time of the keyframe; only differences count."""
 MOST_SPEED = 100.0
+MOST_SPEED = 100.0
+"""m/s, forwards or back."""
 MOST_OFFSET = 50.0
 """Metres that a camera, and a past position each second, may be from the ego origin."""
 TOLERANCE = 1e-3
@@ -218,6 +220,9 @@ def read_frame(images: Path, calibration: Path, speed: float | None = None) -> F
         raise DataError(f"{calibration}: cameras {' and '.join(said)}: it must hold {', '.join(CAMERAS)}")
     if speed is None and found.speed is None:
         raise DataError(f"{calibration} says no speed: give --speed, m/s, or add the field `speed`")
+    fast = float(found.speed if speed is None else speed)  # type: ignore[arg-type]
+    if not abs(fast) <= MOST_SPEED:
+        raise DataError(f"{calibration}: a speed of {fast} is beyond {MOST_SPEED} m/s: is it in m/s?")
     cameras = [found.cameras[name] for name in CAMERAS]
     pictures, depths = [], []
     for name, camera in zip(CAMERAS, cameras, strict=True):
@@ -228,12 +233,8 @@ def read_frame(images: Path, calibration: Path, speed: float | None = None) -> F
             else inside(images, camera.image, f"{what}.image")
         )
         pictures.append(read_bytes(file, most=MOST_IMAGE_BYTES))
-        _size(pictures[-1], str(file))
-        depths.append(
-            read_bytes(inside(images, camera.depth, f"{what}.depth"), most=MOST_IMAGE_BYTES)
-            if camera.depth
-            else b""
-        )
+        _check_principal_point(camera.intrinsics, _size(pictures[-1], str(file)), what)
+        depths.append(_depth(inside(images, camera.depth, f"{what}.depth")) if camera.depth else b"")
     intrinsics = np.array([camera.intrinsics for camera in cameras], np.float64)
     to_ego = np.array([camera.camera_to_ego for camera in cameras], np.float64)
     check_calibration(intrinsics, to_ego, str(calibration))
@@ -245,7 +246,7 @@ def read_frame(images: Path, calibration: Path, speed: float | None = None) -> F
         images=tuple(pictures),
         intrinsics=intrinsics,
         camera_to_ego=to_ego,
-        speed=float(found.speed if speed is None else speed),  # type: ignore[arg-type]
+        speed=fast,
         acceleration=found.acceleration,
         yaw_rate=found.yaw_rate,
         past_to_ego=past,
@@ -273,6 +274,23 @@ def _size(picture: bytes, what: str) -> np.ndarray:
     if size is None or min(size) < 1:
         raise DataError(f"{what} is neither a JPEG nor a PNG picture")
     return np.array(size, np.int32)
+
+
+def _check_principal_point(intrinsics: Any, size: np.ndarray, what: str) -> None:
+    """Refuses intrinsics of a picture of another size, as they are before it was made smaller."""
+    (height, width), x, y = size.tolist(), intrinsics[0][2], intrinsics[1][2]
+    if not (width <= 10 * x <= 9 * width and height <= 10 * y <= 9 * height):
+        raise DataError(
+            f"{what}.intrinsics has the principal point at ({x:g}, {y:g}), at the border or outside of its "
+            f"picture of {width}x{height}: are they of another size? fx, fy, cx and cy go with the picture's"
+        )
+
+
+def _depth(file: Path) -> bytes:
+    data = read_bytes(file, most=MOST_IMAGE_BYTES)
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or data[24:26] != b"\x10\x00":
+        raise DataError(f"{file} is no 16-bit grey PNG, which depth is: metres times 256, 0 where unknown")
+    return data
 
 
 def check_calibration(
@@ -321,7 +339,8 @@ def _check_pose(pose: Float[np.ndarray, "4 4"], what: str, most: float) -> None:
     away = np.abs(exact.matmul(rotation, rotation.T) - np.eye(3)).max()
     turned = exact.dot(np.cross(rotation[:, 0], rotation[:, 1]), rotation[:, 2])
     if away > TOLERANCE or turned < 0:
-        raise DataError(f"{what} is no pose: its upper left 3 x 3 is no rotation (off by {away:.3g})")
+        why = f"no rotation (off by {away:.3g})" if away > TOLERANCE else "a mirror image, no rotation"
+        raise DataError(f"{what} is no pose: its upper left 3 x 3 is {why}")
     if exact.norm(pose[:3, 3]) > most:
         raise DataError(
             f"{what} is {exact.norm(pose[:3, 3]):.4g} m away, more than {most:g} m: is it in metres?"

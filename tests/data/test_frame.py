@@ -109,6 +109,13 @@ FAR = (camera_to_ego(0.0) + np.array([[0, 0, 0, 1500.0], [0] * 4, [0] * 4, [0] *
         ),
         broken("intrinsics", _set("CAM_BACK", "intrinsics", [[60, 0, 40], [0, 0, 22], [0, 0, 1]])),
         broken("cameras[...].intrinsics", _set("CAM_BACK", "intrinsics", [[60, 0, 40]])),
+        broken(
+            "its picture of 80x45: are they of another size",
+            _set("CAM_BACK", "intrinsics", [[600, 0, 400], [0, 600, 225], [0, 0, 1]]),
+        ),
+        broken("is no 16-bit grey PNG", _set("CAM_BACK", "depth", "CAM_BACK.jpg")),
+        broken("a speed of 300.0 is beyond", lambda content: content.update(speed=300)),
+        broken("is a mirror image", _set("CAM_BACK", "camera_to_ego", UPSIDE)),
         broken("CAM_BACK.camera_to_ego is no pose", _set("CAM_BACK", "camera_to_ego", UPSIDE)),
         broken("is it ego_to_camera", _set("CAM_FRONT", "camera_to_ego", BACKWARDS)),
         broken("is it in metres", _set("CAM_FRONT", "camera_to_ego", FAR)),
