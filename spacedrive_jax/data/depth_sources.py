@@ -146,7 +146,8 @@ def record_patch_depth(
             raise DataError(
                 f"keyframe {record['token']} has no depth for {CAMERAS[camera]} from "
                 f"{' or '.join(config.sources)}: set data.depth.sources to a source the records have, or "
-                "convert with --missing-images render"
+                "convert with --missing-images render; for images of your own, name each camera's `depth` in "
+                "the calibration"
             )
     return depth, used
 
