@@ -13,7 +13,8 @@ import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
 from spacedrive_jax.data.config import DataConfig
-from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.depth_sources import DepthConfig, DepthDisturbance
+from spacedrive_jax.data.images import CameraFault
 from spacedrive_jax.data.lidar import FusionConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
@@ -35,6 +36,7 @@ from spacedrive_jax.models.grid import GridConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 CONFIGS = [
+    CameraFault,
     ClipVisionConfig,
     ComputeConfig,
     Config,
@@ -44,6 +46,7 @@ CONFIGS = [
     LanguageModelConfig,
     DepthAnythingConfig,
     DepthConfig,
+    DepthDisturbance,
     DepthNetworkConfig,
     Dinov2Config,
     FusionConfig,

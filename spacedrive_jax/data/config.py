@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, SIDE, Bounds, check_bounds
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_sources import DepthConfig, Pixels
+from spacedrive_jax.data.ego_status import EgoFault
+from spacedrive_jax.data.images import CameraFault
 from spacedrive_jax.data.prompts import CommandSource
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
@@ -26,11 +28,15 @@ class DataConfig:
     """Height and width each view is squashed to before the image processor."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The published pipeline hands BGR to everything (fidelity Q26); use `bgr` with its weights."""
+    cameras: CameraFault = CameraFault()
+    """Bad conditions for the cameras, made on purpose; none by default."""
     command: CommandSource = "navigation"
     route_targets: bool = False
     """Name the next two nodes of the route in the question, as coordinate tokens (closed loop); they count
     towards `max_coordinates`."""
     depth: DepthConfig = DepthConfig()
+    ego_fault: EgoFault = "none"
+    """Tell the model nothing of its speed and past (`zero`), or what was so a keyframe ago (`late`)."""
     sequence_length: int = 3456
     """S; a longer conversation is an error, not a cut."""
     max_targets: int = 64

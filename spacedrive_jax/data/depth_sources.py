@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.bounds import POSITIVE, Bounds, check_bounds
+from spacedrive_jax import exact
+from spacedrive_jax.bounds import ANY, FROM_ZERO, POSITIVE, SEED, SHARE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
@@ -27,6 +29,51 @@ NETWORKS = ("unidepth", "depth_anything")
 
 
 @dataclasses.dataclass(frozen=True)
+class DepthDisturbance:
+    """Faults added to the depth of the visual tokens, to see what a model makes of them: in training or, of a
+    trained run, in its predictions.
+
+    On the grid of visual tokens, in the order of the fields. Noise and holes are drawn from the keyframe's
+    token, so that a keyframe always has the same ones.
+    """
+
+    blur: float = 0.0
+    """Standard deviation of a Gaussian over the grid, visual tokens."""
+    scale: float = 1.0
+    shift: float = 0.0
+    """Metres, added behind the scale."""
+    noise: float = 0.0
+    """Every token's depth is multiplied by e to the power of a normal draw with this standard deviation."""
+    holes: float = 0.0
+    """Share of the tokens that lose their depth: they take `far`, as a pixel without depth does."""
+    cameras: tuple[str, ...] = ()
+    """Of which cameras alone, by channel name (`CAM_FRONT`); none named, of all."""
+    seed: int = 0
+    """Of the draws."""
+
+    BOUNDS: ClassVar[Bounds] = {
+        "blur": FROM_ZERO,
+        "scale": POSITIVE,
+        "shift": ANY,
+        "noise": FROM_ZERO,
+        "holes": SHARE,
+        "seed": SEED,
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "data.depth.disturb")
+        for name in self.cameras:
+            if name not in CAMERAS:
+                raise ConfigError(
+                    f"data.depth.disturb.cameras: there is no camera {name}; cameras: {', '.join(CAMERAS)}"
+                )
+
+
+NEAREST = 0.1
+"""Metres; disturbed depth stays in front of the camera."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DepthConfig:
     """Where the depth of the visual tokens comes from."""
 
@@ -38,6 +85,8 @@ class DepthConfig:
     """Depth of sky and of surfaces beyond it, metres."""
     cache: str | None = None
     """Name (in RECORDS/depth) or folder of the sidecar with the network's depth; None takes the only one."""
+    disturb: DepthDisturbance = DepthDisturbance()
+    """Faults of the depth network, made on purpose; none by default."""
 
     BOUNDS: ClassVar[Bounds] = {"far": POSITIVE}
 
@@ -117,7 +166,7 @@ def record_patch_depth(
     Args:
         record: a keyframe.
         grid: rows and columns of visual tokens.
-        config: sources, pooling, farthest depth.
+        config: sources, pooling, farthest depth, faults to add.
         cached: a network's depth of this keyframe, where a source is a network's (`open_depth_cache`).
 
     Returns:
@@ -149,7 +198,44 @@ def record_patch_depth(
                 "convert with --missing-images render; for images of your own, name each camera's `depth` in "
                 "the calibration"
             )
-    return depth, used
+    return disturbed(depth, record["token"], config), used
+
+
+def disturbed(
+    depth: Float[np.ndarray, "N h w"], token: str, config: DepthConfig
+) -> Float[np.ndarray, "N h w"]:
+    """Depth with the faults of `config.disturb`; the same array where there are none.
+
+    Args:
+        depth: of the visual tokens, metres.
+        token: the keyframe's, which the draws come from.
+        config: the faults, and the depth of holes.
+
+    Returns:
+        Metres, float32, from `NEAREST` to `config.far`.
+    """
+    fault = config.disturb
+    if fault == DepthDisturbance(cameras=fault.cameras, seed=fault.seed):
+        return depth
+    # Draws of all cameras, whichever are disturbed: a camera's do not depend on the others.
+    digest = hashlib.sha256(f"{fault.seed}:{token}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+    normal, share = rng.standard_normal(depth.shape), rng.random(depth.shape)
+    changed = depth.astype(np.float64)
+    if fault.blur:
+        rows, columns = (_blurring(side, fault.blur) for side in depth.shape[1:])
+        changed = exact.matmul(exact.matmul(rows, changed), columns.T)
+    changed = (changed * fault.scale + fault.shift) * exact.exp(fault.noise * normal)
+    changed = np.where(share < fault.holes, config.far, np.clip(changed, NEAREST, config.far))
+    chosen = np.array([not fault.cameras or name in fault.cameras for name in CAMERAS])
+    return np.where(chosen[:, None, None], changed, depth).astype(np.float32)
+
+
+def _blurring(side: int, deviation: float) -> Float[np.ndarray, "side side"]:
+    """Weights of a Gaussian along one side of the grid; at its edges of what is there."""
+    apart = np.arange(side)[:, None] - np.arange(side)
+    weights = exact.exp(-0.5 * np.square(apart / deviation))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _exact(

@@ -145,6 +145,45 @@ def ego_status(
     return EgoStatus(status, poses[:, :3, 3].astype(np.float32))
 
 
+EgoFault = Literal["none", "zero", "late"]
+"""What is wrong with what the vehicle says of itself, on purpose: to see how far a model relies on it."""
+
+
+def with_ego_fault(record: Record, fault: EgoFault) -> Record:
+    """A record whose CAN bus and past poses are lost, or those of the keyframe before; the rest as it is.
+
+    Late, the record knows one keyframe behind the one that is told for now; that one is taken to have been
+    driven as the next one was. Commands come from elsewhere and stay.
+
+    Args:
+        record: a keyframe.
+        fault: `none`, `zero` (no speed, no past) or `late` (by a keyframe; lost where there was none).
+    """
+    if fault == "none":
+        return record
+    if fault == "zero" or not remembered(record)[0]:
+        return {
+            **record,
+            "can_bus": np.zeros_like(record["can_bus"]),
+            "past_can_bus": np.zeros_like(record["past_can_bus"]),
+            "can_bus_valid": False,
+            "past_mask": np.zeros_like(record["past_mask"]),
+        }
+    newest, older = record["past_to_ego"]
+    if remembered(record)[1]:
+        step = exact.matmul(exact.rigid_inverse(newest), older)
+        can_bus = record["past_can_bus"]
+    else:
+        step, can_bus = newest, record["past_can_bus"][[0, 0]]
+    return {
+        **record,
+        "can_bus": can_bus[0],
+        "past_can_bus": can_bus[[1, 1]],
+        "past_to_ego": np.stack([step, exact.matmul(step, step)]),
+        "past_mask": np.ones_like(record["past_mask"]),
+    }
+
+
 def remembered(record: Record) -> Bool[np.ndarray, "2"]:
     """Which of the two past keyframes the memory still holds."""
     present = record["past_mask"].astype(bool).copy()

@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import io
 import os
 import struct
 import warnings
 import zlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from spacedrive_jax import exact
+from spacedrive_jax.bounds import ANY, SHARE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.schema import DEPTH_SCALE, Record
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.models.image_processor import ImageProcessor
 
 MAX_PIXELS = 8192 * 8192
@@ -261,3 +264,56 @@ def scaled_intrinsics(record: Record, image_size: tuple[int, int]) -> Float[np.n
         [image_size[1] / native[:, 1], image_size[0] / native[:, 0], np.ones(len(native))], axis=1
     )
     return record["camera_intrinsics"] * scale[:, :, None]
+
+
+FOG = 200
+"""Grey that fog fades to, of 255."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraFault:
+    """Bad conditions for the cameras, made on purpose: to see what a model makes of them, in training or, of
+    a trained run, in its predictions. Depth is not touched.
+    """
+
+    dark: float = 0.0
+    """Share of the light that is missing."""
+    fog: float = 0.0
+    """Share of every pixel that is grey instead."""
+    dead: tuple[str, ...] = ()
+    """Cameras whose views are black, by channel name (`CAM_FRONT`)."""
+    yaw: float = 0.0
+    """Degrees by which the calibration says that every camera looks further left than it does."""
+    forward: float = 0.0
+    """Metres by which it says that every camera stands further ahead."""
+
+    BOUNDS: ClassVar[Bounds] = {"dark": SHARE, "fog": SHARE, "yaw": ANY, "forward": ANY}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "data.cameras")
+        for name in self.dead:
+            if name not in CAMERAS:
+                raise ConfigError(
+                    f"data.cameras.dead: there is no camera {name}; cameras: {', '.join(CAMERAS)}"
+                )
+
+    def views(self, views: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
+        """What the cameras show under these conditions; the same array where there are none."""
+        if self.dark or self.fog:
+            lit = (1 - self.fog) * (1 - self.dark) * views + self.fog * (1 - self.dark) * FOG
+            views = np.rint(lit).astype(np.uint8)
+        if self.dead:
+            alive = np.array([name not in self.dead for name in CAMERAS])
+            views = np.where(alive[:, None, None, None], views, np.uint8(0))
+        return views
+
+    def camera_to_ego(self, poses: Float[np.ndarray, "N 4 4"]) -> Float[np.ndarray, "N 4 4"]:
+        """The calibration as it is told; the same array where it is right."""
+        if not self.yaw and not self.forward:
+            return poses
+        cos, sin = exact.cos_sin(np.deg2rad(self.yaw))
+        turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        told = poses.copy()
+        told[:, :3, :3] = exact.matmul(np.broadcast_to(turn, (len(poses), 3, 3)), poses[:, :3, :3])
+        told[:, 0, 3] += self.forward
+        return told

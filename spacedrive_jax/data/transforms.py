@@ -19,7 +19,7 @@ from spacedrive_jax.data.conversation import (
 )
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import open_depth_cache, record_patch_depth
-from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens
+from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens, with_ego_fault
 from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
@@ -107,6 +107,7 @@ class SampleBuilder:
     def conversation(self, record: Record) -> Conversation:
         """What is said about a record; without the answers where the builder makes prompts."""
         data, in_words = self.data, self.model.ego_status == "language"
+        record = with_ego_fault(record, data.ego_fault)
         if not self.answer:
             question = question_turn(
                 record,
@@ -153,7 +154,7 @@ class SampleBuilder:
             SpaceDriveError: as when called.
         """
         data, grid = self.data, self.images.token_grid
-        status = ego_status(record, data.command)
+        status = ego_status(with_ego_fault(record, data.ego_fault), data.command)
         try:
             fields = token_fields(
                 self.family,
@@ -185,10 +186,10 @@ class SampleBuilder:
             depth, _ = record_patch_depth(record, grid, data.depth, cached)
         return DrivingBatch(
             **fields,
-            pixel_values=self.images(record),
+            pixel_values=data.cameras.views(self.images(record)),
             patch_depth=depth,
             intrinsics=scaled_intrinsics(record, self.images.intrinsics_size).astype(np.float32),
-            camera_to_ego=record["camera_to_ego"].astype(np.float32),
+            camera_to_ego=data.cameras.camera_to_ego(record["camera_to_ego"]).astype(np.float32),
             ego_status=status.status,
             past_positions=status.past_positions,
             coordinates=coordinates,

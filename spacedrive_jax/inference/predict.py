@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
-from spacedrive_jax.config import change, depth_advice
+from spacedrive_jax.config import change, depth_advice, to_plain
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import Records, keyframe_index, open_records
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.inference.answers import (
     Generation,
     answer_file_of_hosts,
@@ -72,6 +72,40 @@ class Answered:
     """On the host."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a compiled program for answers depends on."""
+
+    graph: nnx.GraphDef
+    mesh: Mesh
+    asking: Asking
+    ids: tuple[int, ...]
+    """Of the tokenizer, as far as answers are made of them."""
+    tokenizer: DrivingTokenizer = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(program: _Program) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
+    """The program; models of one kind that are asked in one process, as a study's, share it."""
+    asking = program.asking
+
+    # The answers are small: every host gets them whole, and the first one writes them.
+    @functools.partial(jax.jit, out_shardings=replicated(program.mesh))
+    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
+        with activations_on(program.mesh):
+            return generate(
+                nnx.merge(program.graph, trainable, frozen),
+                batch,
+                program.tokenizer,
+                asking.max_new_tokens,
+                repetition_penalty=asking.repetition_penalty,
+                frame=asking.frame,
+                opening=asking.opening,
+            )
+
+    return answer
+
+
 def answered_batches(
     trained: TrainedModel,
     samples: Sequence[DrivingBatch],
@@ -95,21 +129,8 @@ def answered_batches(
             lengths are compiled for.
     """
     mesh, size = trained.mesh, asking.batch_size
-
-    # The answers are small: every host gets them whole, and the first one writes them.
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        with activations_on(mesh):
-            return generate(
-                nnx.merge(trained.graph, trainable, frozen),
-                batch,
-                tokenizer,
-                asking.max_new_tokens,
-                repetition_penalty=asking.repetition_penalty,
-                frame=asking.frame,
-                opening=asking.opening,
-            )
-
+    ids = (tokenizer.turn_end, tokenizer.indicator, tokenizer.position, tokenizer.padding)
+    answer = _compiled(_Program(trained.graph, mesh, asking, ids, tokenizer))
     rows, running, first = local_rows(size, mesh), None, 0
     for part, count in evaluation_batches(samples, size, rows, data=trained.config.data):
         length = max(length, largest_of_hosts(prompt_length(part)))
@@ -173,6 +194,7 @@ def predict(
     tokens: Sequence[str] = (),
     limit: int | None = None,
     task: PlanningTask | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> PredictResult:
     """Predicts the keyframes of a split.
 
@@ -195,12 +217,18 @@ def predict(
         limit: only the first so many; None for all.
         task: whether to ask for words before the trajectory (`reasons` of a line); None asks as the run was
             trained.
+        changes: fields of the run's `data` that are otherwise now than in training, e.g.
+            `{"data.depth.disturb.scale": 1.1}`; None for none.
 
     Raises:
+        ConfigError: `changes` names another field than one of `data`.
         SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
             otherwise.
     """
     config = open_config(checkpoint)
+    if changes:
+        check_changes(changes)
+        config = change(config, config.name, dict(changes))
     if task is not None:
         config = change(config, config.name, {"data.conversation.tasks": task})
     mesh = mesh_here(config.mesh) if mesh is None else mesh
@@ -224,6 +252,8 @@ def predict(
     }
     if len(wanted) < len(records) or tokens:
         metadata["keyframes"] = list(tokens) or limit
+    if changes:
+        metadata["changes"] = {name: to_plain(value) for name, value in changes.items()}
     if builder.thinks:
         metadata["task"] = "think_before_planning"
     unparsed, in_one_pass, timed = 0, 0, 0
@@ -252,6 +282,20 @@ def predict(
                     timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds, metadata)
+
+
+def check_changes(fields: Mapping[str, Any]) -> None:
+    """Refuses to change anything of a trained model but how it sees its data.
+
+    Args:
+        fields: dotted names of a config.
+
+    Raises:
+        ConfigError: one is not of `data`.
+    """
+    for name in fields:
+        if not name.startswith("data."):
+            raise ConfigError(f"{name} cannot be changed for predictions alone: only fields of data can")
 
 
 def places_of(records: Records, tokens: Sequence[str]) -> list[int]:

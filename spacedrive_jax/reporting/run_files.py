@@ -21,7 +21,7 @@ from spacedrive_jax.data.depth_sources import (
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import MOST_JSON, parse_json, place, read_json, read_text
+from spacedrive_jax.io import MOST_JSON, convert, parse_json, place, read_json, read_text
 
 SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
 """Depth of the visual tokens, metres, and which source each camera's came from."""
@@ -50,7 +50,7 @@ def open_run_depth(records: Records, config: Mapping[str, Any] | None, notices: 
         notices: gets a sentence where there should be a sidecar and it cannot be read.
     """
     settings = (config or {}).get("data", {}).get("depth", {})
-    depth = DepthConfig(**(settings | {"sources": tuple(settings.get("sources", DepthConfig().sources))}))
+    depth = convert(settings, DepthConfig, "data.depth of the run's config.json")
     try:
         cache = open_depth_cache(records, depth)
     except SpaceDriveError as error:

@@ -6,7 +6,7 @@ import pytest
 from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_config
 from spacedrive_jax.constants import STATUS_SIZE
-from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words, remembered
+from spacedrive_jax.data.ego_status import ego_status, ego_status_in_words, remembered, with_ego_fault
 from spacedrive_jax.data.transforms import SampleBuilder
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
@@ -94,6 +94,38 @@ def test_in_words():
     assert ego_status_in_words({**no_past, "can_bus_valid": False}) == ""
     gap = {**record, "past_timestamp_us": record["timestamp_us"] - np.array([500_000, 2_600_000])}
     assert ego_status_in_words(gap).endswith("Its past positions are (-3.75, 0.0). ")
+
+
+def test_faults_of_the_ego_status():
+    """A vehicle that drives 4 m a keyframe and turns by 0.1 rad: half a second ago it was told the same."""
+    cos, sin = np.cos(0.1), np.sin(0.1)
+    back = np.eye(4)
+    back[:2, :2], back[:2, 3] = [[cos, sin], [-sin, cos]], [-4.0, 0.2]
+    past = np.stack([back, back @ back])
+    speeds = np.zeros((3, 13))
+    speeds[:, 10] = [9.0, 8.0, 7.0]  # now, and at the two keyframes before
+    record = make_record(
+        np.random.default_rng(0),
+        past_to_ego=past,
+        can_bus=speeds[0],
+        past_can_bus=speeds[1:],
+        command_route=3,
+    )
+    assert with_ego_fault(record, "none") is record
+    late = ego_status(with_ego_fault(record, "late"), "route").status
+    np.testing.assert_allclose(late[:42].reshape(3, 14)[:, 11], [7.0, 7.0, 8.0])
+    np.testing.assert_allclose(late[42:].reshape(2, 4, 4), past, atol=1e-6)
+    lost = ego_status(with_ego_fault(record, "zero"), "route")
+    assert lost.status.nonzero()[0].tolist() == [28]
+    assert lost.status[28] == 3.0  # the command
+    assert not lost.past_positions.any()
+    assert ego_status_in_words(with_ego_fault(record, "zero")) == ""
+    # Of the first two keyframes of a scene less is known.
+    second = {**record, "past_mask": np.array([True, False])}
+    late = ego_status(with_ego_fault(second, "late"), "route").status
+    np.testing.assert_allclose(late[:42].reshape(3, 14)[:, 11], [8.0, 8.0, 8.0])
+    first = {**record, "past_mask": np.zeros(2, bool)}
+    np.testing.assert_array_equal(ego_status(with_ego_fault(first, "late"), "route").status, lost.status)
 
 
 def test_the_question_says_it_and_no_tokens_are_inserted():

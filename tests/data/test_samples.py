@@ -8,7 +8,7 @@ import pytest
 
 from spacedrive_jax.batch import TokenType
 from spacedrive_jax.config import load_config
-from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.images import CameraFault, scaled_intrinsics
 from spacedrive_jax.data.loader import (
     Samples,
     evaluation_batches,
@@ -18,7 +18,7 @@ from spacedrive_jax.data.loader import (
     training_samples,
 )
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.image_processor import CLIP_MEAN, CLIP_STD, normalise
 from spacedrive_jax.models.unprojection import patch_centres
@@ -152,6 +152,26 @@ def test_squashed_intrinsics_keep_pixels_on_the_same_rays(record):
     moved = squashed[0] @ point
     np.testing.assert_allclose(moved[:2], native[:2] * [56 / 80, 56 / 45])
     np.testing.assert_allclose(patch_centres((2, 2), 28)[1, 0], [14.0, 42.0])
+
+
+def test_bad_conditions_for_the_cameras(record):
+    def sample(fault):
+        return SampleBuilder(dataclasses.replace(CONFIG.data, cameras=fault), CONFIG.model)(record, 0)
+
+    sound = sample(CameraFault())
+    lit = sound.pixel_values.astype(float)
+    faulty = sample(CameraFault(dark=0.5, dead=("CAM_FRONT",), yaw=90.0, forward=2.0))
+    assert not faulty.pixel_values[0].any()
+    np.testing.assert_allclose(faulty.pixel_values[1:], lit[1:] / 2, atol=0.5)
+    np.testing.assert_allclose(sample(CameraFault(fog=0.25)).pixel_values, 0.75 * lit + 0.25 * 200, atol=0.5)
+    # A quarter turn to the left: what looked ahead (x) is said to look left (y).
+    right, told = sound.camera_to_ego, faulty.camera_to_ego
+    np.testing.assert_allclose(told[:, 1, :3], right[:, 0, :3], atol=1e-6)
+    np.testing.assert_allclose(told[:, 0, :3], -right[:, 1, :3], atol=1e-6)
+    np.testing.assert_allclose(told[:, :3, 3] - right[:, :3, 3], [[2.0, 0.0, 0.0]] * 6, atol=1e-6)
+    np.testing.assert_array_equal(faulty.patch_depth, sound.patch_depth)
+    with pytest.raises(ConfigError, match="there is no camera FRONT"):
+        CameraFault(dead=("FRONT",))
 
 
 def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
-from spacedrive_jax.data.depth_sources import DepthConfig, record_patch_depth
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.data.depth_sources import DepthConfig, DepthDisturbance, disturbed, record_patch_depth
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from tests.models.depth.sweeps import sweep
 from tests.record_factory import encode_png, make_record
 
@@ -45,6 +46,50 @@ def test_sources_are_tried_in_order_and_none_is_an_error():
     assert used == ["exact"] + ["lidar"] * 5
     with pytest.raises(SpaceDriveError, match="no depth for CAM_FRONT_RIGHT from exact:"):
         record_patch_depth(record, (2, 3), DepthConfig(sources=("exact",)))
+
+
+def faulty(depth, token="a", **fault):
+    return disturbed(depth, token, DepthConfig(far=100.0, disturb=DepthDisturbance(**fault)))
+
+
+def test_depth_is_disturbed_as_asked():
+    depth = np.random.default_rng(0).uniform(5.0, 50.0, (6, 4, 6)).astype(np.float32)
+    assert faulty(depth, seed=3, cameras=("CAM_FRONT",)) is depth
+    # The scale first, then the shift; never behind the camera, never beyond `far`.
+    np.testing.assert_allclose(
+        faulty(depth, scale=2.0, shift=-15.0), np.clip(2 * depth - 15, 0.1, 100.0), rtol=1e-6
+    )
+    noisy = faulty(np.full((6, 40, 40), 10.0, np.float32), noise=0.1)
+    ratio = np.log(noisy / 10.0)
+    np.testing.assert_allclose([ratio.mean(), ratio.std()], [0.0, 0.1], atol=3e-3)
+    holes = faulty(np.full((6, 40, 40), 10.0, np.float32), holes=0.3)
+    assert set(np.unique(holes)) == {10.0, 100.0}
+    np.testing.assert_allclose((holes == 100.0).mean(), 0.3, atol=0.02)
+    # A blur keeps what is even, and over the whole grid leaves its mean.
+    np.testing.assert_allclose(faulty(np.full((6, 4, 6), 7.0, np.float32), blur=1.0), 7.0, rtol=1e-6)
+    means = np.broadcast_to(depth.mean(axis=(1, 2), keepdims=True), depth.shape)
+    np.testing.assert_allclose(faulty(depth, blur=1e3), means, rtol=1e-4)
+    with pytest.raises(ConfigError, match="there is no camera CAM_FRNT"):
+        DepthDisturbance(cameras=("CAM_FRNT",))
+
+
+def test_faults_belong_to_the_keyframe_and_its_cameras():
+    depth = np.full((6, 4, 6), 10.0, np.float32)
+    fault = {"noise": 0.2, "holes": 0.3}
+    first = faulty(depth, **fault)
+    np.testing.assert_array_equal(first, faulty(depth, **fault))
+    for other in (faulty(depth, token="b", **fault), faulty(depth, seed=1, **fault)):
+        assert not np.array_equal(first, other)
+    front = faulty(depth, cameras=("CAM_FRONT",), **fault)
+    is_front = np.array([name == "CAM_FRONT" for name in CAMERAS])
+    np.testing.assert_array_equal(front[is_front], first[is_front])
+    np.testing.assert_array_equal(front[~is_front], depth[~is_front])
+    record = make_record(
+        np.random.default_rng(0), exact_depth=[encode_png(np.full((45, 80), 2560, np.uint16))] * 6
+    )
+    config = DepthConfig(sources=("exact",), disturb=DepthDisturbance(**fault))
+    given, _ = record_patch_depth(record, (4, 6), config)
+    np.testing.assert_array_equal(given, disturbed(depth, record["token"], config))
 
 
 def _quarter_turns():
