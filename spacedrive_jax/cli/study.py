@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from spacedrive_jax.bounds import POSITIVE, Bounds
+from spacedrive_jax.bounds import POSITIVE, SEED, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
@@ -40,6 +40,12 @@ class Study(Command):
     """Folder to write; runs/studies/PLAN by default."""
     records: Path | None = None
     """Records folder to train and score on; the base config's by default."""
+    runs: Path | None = None
+    """Folder of what is trained; OUT/runs by default. Plans that are given the same one train once what they
+    have in common."""
+    seeds: tuple[int, ...] = ()
+    """Make the runs of these of the plan's seeds alone: several machines share a plan, each with its own
+    --out, and the lines of their results files together are the plan's."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on with the study that the folder holds."""
     minutes: float | None = None
@@ -52,7 +58,7 @@ class Study(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
-    BOUNDS: ClassVar[Bounds] = {"minutes": POSITIVE}
+    BOUNDS: ClassVar[Bounds] = {"minutes": POSITIVE, "seeds": SEED}
 
     def run(self) -> Mapping[str, Any]:
         """Runs the plan and writes its page.
@@ -70,6 +76,8 @@ class Study(Command):
         if self.results is not None and not self.report:
             raise ConfigError("--results goes with --report")
         plan = load_plan(self.plan)
+        if self.seeds:
+            plan = plan.with_seeds(self.seeds)
         out = self.out or Path("runs/studies") / plan.name
         if self.report:
             return self._report(plan, out)
@@ -83,7 +91,7 @@ class Study(Command):
         planned = len(list(plan.runs()))
         print(
             f"{plan.title}: {planned} runs ({len(plan.cells())} cells, {len(plan.seeds)} seeds), about "
-            f"{planned * plan.minutes:.0f} minutes on two cores"
+            f"{plan.budget:.0f} minutes on a core"
         )
         with advice_on_memory("lower train.batch_size of the plan's base"):
             progress = run_plan(
@@ -92,6 +100,7 @@ class Study(Command):
                 records=None if self.records is None else str(self.records),
                 resume=self.resume,
                 minutes=self.minutes,
+                runs=self.runs,
                 after=write,
             )
         return _told(plan, progress, write_pages(plan, progress, out))

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, to_json
+from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, to_json, to_plain
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.inference.predict import check_changes
 from spacedrive_jax.io import json_digest, parse_json
 from spacedrive_jax.study.readout import Readout
 
@@ -35,6 +36,9 @@ class Factor:
 
     name: str
     levels: tuple[Level, ...]
+    at_test: bool = False
+    """Its levels change fields of `data` for the predictions alone: all of them are measured on the same
+    trained run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Plan:
     """Fields of the base from which it is trained before, once a seed; every run then starts from its
     checkpoint (`model.weights`)."""
     minutes: float = 1.0
-    """Of one run on two processor cores, as far as is known: for the budget that is printed beforehand."""
+    """Of one training on a processor core, as far as is known: for the budget that is printed beforehand."""
+    minutes_at_test: float = 0.0
+    """Of predicting and scoring, likewise."""
     missing: tuple[str, ...] = ()
     """What the issue of the study asks for and no option of this product offers yet."""
 
@@ -90,8 +96,21 @@ class Plan:
                 raise ConfigError(
                     f"plan {self.name}: factor {factor.name} needs levels with names of their own"
                 )
+            if factor.at_test and self.measure != "open_loop":
+                raise ConfigError(
+                    f"plan {self.name}: nothing is trained that factor {factor.name} could test"
+                )
+            if factor.at_test:
+                check_changes(
+                    {path: value for level in factor.levels for path, value in level.changes.items()}
+                )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"plan {self.name} needs seeds, each once")
+        for claim in self.claims:
+            if set(claim.better) != set(claim.worse):
+                raise ConfigError(
+                    f"plan {self.name}: claim {claim.text!r} must name the same factors on both sides"
+                )
         for cell in (*self.skipped, *(each for claim in self.claims for each in (claim.better, claim.worse))):
             self._check(cell)
 
@@ -100,6 +119,19 @@ class Plan:
         for name, level in cell.items():
             if level not in levels.get(name, ()):
                 raise ConfigError(f"plan {self.name}: there is no level {name} = {level}")
+
+    def with_seeds(self, seeds: tuple[int, ...]) -> Plan:
+        """The part of the plan that has these of its seeds.
+
+        Raises:
+            ConfigError: the plan does not have one of them.
+        """
+        for seed in seeds:
+            if seed not in self.seeds:
+                raise ConfigError(
+                    f"plan {self.name} has the seeds {', '.join(map(str, self.seeds))}, not {seed}"
+                )
+        return dataclasses.replace(self, seeds=seeds)
 
     def cells(self) -> list[dict[str, str]]:
         """Every combination of levels that is run, in the order of the factors."""
@@ -112,6 +144,14 @@ class Plan:
             if not any(all(cell[name] == level for name, level in out.items()) for out in self.skipped)
         ]
 
+    @property
+    def budget(self) -> float:
+        """Minutes that all runs take, as far as is known."""
+        cells = self.cells()
+        varied = [factor.name for factor in self.factors if not factor.at_test]
+        trained = {tuple(cell[name] for name in varied) for cell in cells}
+        return len(self.seeds) * (len(trained) * self.minutes + len(cells) * self.minutes_at_test)
+
     def runs(self, records: str | None = None) -> Iterator[Run]:
         """All runs, seed by seed, so that what is finished early covers all cells.
 
@@ -121,9 +161,10 @@ class Plan:
         for seed in self.seeds:
             for cell in self.cells():
                 fields: dict[str, Any] = {}
+                at_test: dict[str, Any] = {}
                 for factor in self.factors:
                     level = next(level for level in factor.levels if level.name == cell[factor.name])
-                    fields |= level.changes
+                    (at_test if factor.at_test else fields).update(level.changes)
                 fields["train.seed"] = seed
                 if records is not None:
                     fields["data.records"] = records
@@ -131,7 +172,7 @@ class Plan:
                 read = {path.removeprefix("readout."): fields.pop(path) for path in apart}
                 readout = dataclasses.replace(self.readout, **read)
                 name = "-".join([self.name, *cell.values(), str(seed)]).replace(" ", "_").replace("/", "_")
-                yield Run(cell, seed, change(self.base, name, fields), readout)
+                yield Run(cell, seed, change(self.base, name, fields), readout, at_test)
 
     def pretrained(self, seed: int, records: str | None = None) -> Config | None:
         """The run whose weights all runs of a seed start from; None where they start from the base's."""
@@ -151,14 +192,19 @@ class Run:
     seed: int
     config: Config
     readout: Readout
+    at_test: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the config that are otherwise for the predictions."""
 
-    def identity(self, measure: Measure, data: str, pretrained: Config | None) -> str:
+    def identity(
+        self, measure: Measure, data: str, pretrained: Config | None, *, trained: bool = False
+    ) -> str:
         """What the run is, whatever it is called and wherever it lies: 16 hexadecimal digits.
 
         Args:
             measure: of the plan.
             data: fingerprint of the records.
             pretrained: what it starts from.
+            trained: of what is trained alone, however it is tested.
         """
         whole = {
             "measure": measure,
@@ -168,7 +214,14 @@ class Run:
         }
         if measure == "readout":
             whole["readout"] = dataclasses.asdict(self.readout)
+        if self.at_test and not trained:
+            whole["at_test"] = {path: to_plain(value) for path, value in self.at_test.items()}
         return json_digest(whole)[:16]
+
+
+def name_of_base(pretrained: Config, data: str) -> str:
+    """The folder of a base: its name, and a digest of what it is trained on and how."""
+    return f"{pretrained.name}-{json_digest({'data': data, 'config': _settings(pretrained)})[:8]}"
 
 
 def _settings(config: Config) -> Any:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.page import render_study
-from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, new_figure, save_figure, styled, to_svg
+from spacedrive_jax.reporting.style import (
+    INK,
+    MUTED,
+    PREDICTION,
+    TRUTH,
+    new_figure,
+    save_figure,
+    styled,
+    to_svg,
+)
 from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores
 from spacedrive_jax.study.plan import Plan
 from spacedrive_jax.study.runs import Progress, Row
@@ -59,18 +70,20 @@ def write_pages(plan: Plan, progress: Progress, out: Path, name: str = "report")
         The HTML page.
     """
     figures = _figures(plan, progress.rows)
-    page = StudyPage(
-        title=plan.title,
-        findings=[_findings(plan, progress.rows)],
-        plots=[(title, to_svg(figure)) for title, figure in figures],
-        scores=_score_tables(plan, progress.rows),
-        methods=_methods(plan, progress),
-    )
     pictures = []
-    for number, (title, figure) in enumerate(figures, 1):
-        picture = out / f"{name}-{number}.svg"
-        save_figure(figure, picture)
-        pictures.append((title, picture.name))
+    # Letters as text, not as outlines: a fifth of the size.
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        page = StudyPage(
+            title=plan.title,
+            findings=[_findings(plan, progress.rows)],
+            plots=[(title, to_svg(figure)) for title, figure in figures],
+            scores=_score_tables(plan, progress.rows),
+            methods=_methods(plan, progress),
+        )
+        for number, (title, figure) in enumerate(figures, 1):
+            picture = out / f"{name}-{number}.svg"
+            save_figure(figure, picture)
+            pictures.append((title, picture.name))
     write_text(out / f"{name}.md", _markdown(page, pictures))
     html = out / f"{name}.html"
     write_text(html, render_study(page))
@@ -155,7 +168,7 @@ def _methods(plan: Plan, progress: Progress) -> list[str]:
     if progress.unfinished:
         said.append(f"Not finished: {'; '.join(progress.unfinished)}.")
     if plan.missing:
-        said.append(f"Asked for, and not covered by any option yet: {'; '.join(plan.missing)}.")
+        said.append(f"Asked for, and not covered here: {'; '.join(plan.missing)}.")
     if rows:
         data = sorted({row.data[:16] for row in rows if row.data})
         said.append(
@@ -175,7 +188,11 @@ def _figures(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     figures = [
         (f"{title.capitalize()}, {unit}: mean and 95 % interval", _whiskers(scores, f"{title}, {unit}"))
     ]
-    return figures + [(name.capitalize(), _curves(scores, name)) for name in scores[0].curves]
+    # Three horizons are read from the table.
+    drawn = [name for name, points in scores[0].curves.items() if len(points) > 3]
+    figures += [(name.capitalize(), _curves(scores, name)) for name in drawn]
+    found = [each for each in answers(plan, rows) if each.effect is not None]
+    return [*figures, ("Effects: how much worse, with 95 % interval", _effects(found))] if found else figures
 
 
 def _whiskers(scores: Sequence[CellScore], label: str) -> Figure:
@@ -192,6 +209,22 @@ def _whiskers(scores: Sequence[CellScore], label: str) -> Figure:
     axes.set_xlabel(label)
     if means and min(means) > 0 and max(means) > 20 * min(means):
         axes.set_xscale("log")
+    return figure
+
+
+def _effects(found: Sequence[Answer]) -> Figure:
+    figure, axes = new_figure(7.0, 0.8 + 0.28 * len(found))
+    axes.axvline(0.0, color=MUTED, linewidth=0.8)
+    for place, each in enumerate(found):
+        assert each.effect is not None
+        low, high = each.effect.interval
+        axes.plot([low, high], [place, place], color=MUTED)
+        axes.plot([each.effect.mean], [place], "o", color=PREDICTION)
+        axes.plot([each.claim.margin], [place], "|", color=TRUTH, markersize=9)
+    names = [f"{textwrap.shorten(each.claim.text, 70, placeholder=' …')}: {each.verdict}" for each in found]
+    axes.set_yticks(range(len(found)), names, color=INK, fontsize=6.5)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("effect, m (yellow: what matters)")
     return figure
 
 

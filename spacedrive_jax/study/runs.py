@@ -39,14 +39,18 @@ from spacedrive_jax.io import (
     write_json,
     write_text,
 )
-from spacedrive_jax.study.plan import Plan, Run
+from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
+from spacedrive_jax.training.checkpoints import steps_of
 
 RESULTS = "results.jsonl"
 PROTOCOL = "omnidrive"
 """Under which open-loop runs are scored: the paper's."""
 SPLIT = "val"
 METRICS = "metrics.jsonl"
+RUNS = "runs"
+PREDICTED_TOGETHER = 32
+"""Keyframes a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +158,18 @@ def run_plan(
     records: str | None = None,
     resume: bool = False,
     minutes: float | None = None,
+    runs: Path | None = None,
     after: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Makes a plan's runs that have no row yet.
 
     Args:
         plan: the study.
-        out: folder of the results and, below `runs/`, of what is trained.
+        out: folder of the results.
         records: folder to train and score on; None for the base's.
         resume: go on with a study that the folder holds.
         minutes: begin no further run after so many; None for no bound.
+        runs: folder of what is trained; None for OUT/runs. Plans that share it train what they share once.
         after: called behind every run.
 
     Raises:
@@ -189,7 +195,7 @@ def run_plan(
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
                     break
                 note(f"{plan.name}: {describe_run(run)}")
-                row = _measure(plan, run, name, data, out, pretrained)
+                row = _measure(plan, run, name, data, runs or out / RUNS, pretrained)
                 lines.write(to_json(dataclasses.asdict(row)))
                 rows.append(row)
                 if after is not None:
@@ -199,13 +205,16 @@ def run_plan(
         return progress_of(plan, rows, data)
 
 
-def _measure(plan: Plan, run: Run, name: str, data: str, out: Path, pretrained: Config | None) -> Row:
+def _measure(plan: Plan, run: Run, name: str, data: str, runs: Path, pretrained: Config | None) -> Row:
     started = time.monotonic()
     found: Mapping[str, Any]
     if plan.measure == "readout":
         found = read_back(run.config, run.readout)
     else:
-        found = _open_loop(run.config, out / "runs" / name, out, pretrained)
+        trained = runs / run.identity(plan.measure, data, pretrained, trained=True)
+        asked = f"-{name}" if run.at_test else ""
+        base = None if pretrained is None else runs / name_of_base(pretrained, data)
+        found = _open_loop(run, trained, f"predictions{asked}.jsonl", base, pretrained)
     return Row(
         plan=plan.name,
         run=name,
@@ -220,10 +229,12 @@ def _measure(plan: Plan, run: Run, name: str, data: str, out: Path, pretrained: 
     )
 
 
-def _open_loop(config: Config, folder: Path, out: Path, pretrained: Config | None) -> Mapping[str, Any]:
+def _open_loop(
+    run: Run, folder: Path, answers: str, base: Path | None, pretrained: Config | None
+) -> Mapping[str, Any]:
     """Trains, predicts and scores one run, going on with what an interrupted call left."""
-    if pretrained is not None:
-        base = out / "runs" / pretrained.name
+    config = run.config
+    if pretrained is not None and base is not None:
         weights = base / "exported"
         if not weights.exists():
             _train(change(pretrained, pretrained.name, {"run_dir": str(base)}))
@@ -232,15 +243,28 @@ def _open_loop(config: Config, folder: Path, out: Path, pretrained: Config | Non
         config = change(config, config.name, {"model.weights": str(weights)})
     config = change(config, config.name, {"run_dir": str(folder)})
     loss = _train(config)
-    predictions = folder / "predictions.jsonl"
+    predictions = folder / answers
     if not predictions.exists():
-        predict(folder, Path(config.data.records), SPLIT, predictions, resume=True)
+        predict(
+            folder,
+            Path(config.data.records),
+            SPLIT,
+            predictions,
+            batch_size=PREDICTED_TOGETHER,
+            # Digits take more tokens than the published limit allows, and would be cut.
+            max_new_tokens=None if config.model.coordinate_tokens else config.data.max_targets,
+            resume=True,
+            changes=run.at_test,
+        )
     records = open_records(config.data.records, SPLIT)
     # As published, answers without a trajectory would be left out; between cells that would favour the one
     # that answers less.
     protocol = dataclasses.replace(protocol_named(PROTOCOL), failures="counted")
     evaluation = evaluate(records, read_predictions(predictions, "forward-left"), [protocol])[PROTOCOL]
-    write_json(folder / "evaluation.json", evaluation.to_json(), indent=2)
+    scored = predictions.with_suffix(".json")
+    write_json(
+        scored.with_name(scored.name.replace("predictions", "evaluation")), evaluation.to_json(), indent=2
+    )
     scores = evaluation.prediction
     values = {name: np.asarray(getattr(scores.horizons, name)).mean(axis=1) for name in ("l2", "collision")}
     values["lateral"] = _lateral(predictions, records, scores.tokens)
@@ -262,7 +286,8 @@ def _train(config: Config) -> float:
     Raises:
         SpaceDriveError: it was stopped.
     """
-    if not train(config, resume=True).finished:
+    there = steps_of(config.directory)
+    if max(there, default=0) < config.train.steps and not train(config, resume=True).finished:
         raise SpaceDriveError(f"{config.directory} was stopped: --resume goes on with the study")
     losses = [entry["loss"] for _, entry in read_json_lines(config.directory / METRICS) if "loss" in entry]
     return float(losses[-1])
@@ -285,10 +310,10 @@ def _lateral(predictions: Path, records: Records, tokens: Sequence[str]) -> Floa
 
 
 def _by_scene(values: Float[np.ndarray, " K"], scenes: Sequence[str]) -> Mapping[str, list[float]]:
-    """Sum and count of what was measured in every scene."""
+    """Sum and count of what was measured in every scene; sums to six digits behind the point."""
     found: dict[str, list[float]] = {}
     for value, scene in zip(values.tolist(), scenes, strict=True):
         entry = found.setdefault(scene, [0.0, 0.0])
         if not np.isnan(value):
             entry[0], entry[1] = entry[0] + value, entry[1] + 1
-    return dict(sorted(found.items()))
+    return {scene: [round(total, 6), count] for scene, (total, count) in sorted(found.items())}

@@ -12,7 +12,14 @@ PLANS = (
         name="drives",
         title="One loss",
         base=change(TINY, "tiny", {"train.steps": 2, "train.trackers": ("jsonl",)}),
-        factors=(Factor("loss", (Level("l1", {"train.position_loss": "l1"}),)),),
+        factors=(
+            Factor("loss", (Level("l1", {"train.position_loss": "l1"}),)),
+            Factor(
+                "depth",
+                (Level("as it was"), Level("half", {"data.depth.disturb.scale": 0.5})),
+                at_test=True,
+            ),
+        ),
         seeds=(1,),
         claims=(),
     ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -29,23 +30,37 @@ def test_a_killed_run_goes_on_to_the_same_row(tmp_path, capsys, monkeypatch):
     command = ["study", f"{PLAN}:drives", "--records", str(make_records(tmp_path / "records")), "--json"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (told["finished"], told["planned"]) == (1, 1)
+    assert (told["finished"], told["planned"]) == (2, 2)
     assert (tmp_path / "whole" / "report.html").samefile(told["file"])
-    row = rows_of(tmp_path / "whole")[0]
+    row, disturbed = rows_of(tmp_path / "whole")
     assert set(row["measures"]) == {"l2", "collision", "lateral", "loss", "unparsed"}
     assert list(row["groups"]["l2"]) == ["scene-0000"]
     assert row["groups"]["l2"]["scene-0000"][1] == 3
+    # One training, measured twice; what is asked at test is what the samples are made with.
+    (trained,) = (tmp_path / "whole" / "runs").iterdir()
+    answers = [f"predictions{asked}.jsonl" for asked in ("", f"-{disturbed['run']}")]
+    assert {file.name for file in trained.glob("predictions*.jsonl")} == set(answers)
+    assert disturbed["measures"]["loss"] == row["measures"]["loss"]
+    again = {"data.sequence_length": 20}
+    with pytest.raises(ConfigError, match="sequence_length 20: raise it"):
+        runs.predict(trained, tmp_path / "records", "val", tmp_path / "again.jsonl", changes=again)
+
+    asked = []
 
     def killed(*arguments, **options):
-        raise KeyboardInterrupt
+        asked.append(options["changes"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return predict(*arguments, **options)
 
     predict, out = runs.predict, tmp_path / "killed"
     monkeypatch.setattr(runs, "predict", killed)
     assert main([*command, "--out", str(out)]) == 130
-    assert rows_of(out) == []
+    assert rows_of(out) == [row]
+    assert asked == [{}, {"data.depth.disturb.scale": 0.5}]
     monkeypatch.setattr(runs, "predict", predict)
     assert main([*command, "--out", str(out), "--resume"]) == 0
-    assert rows_of(out) == [row]
+    assert rows_of(out) == [row, disturbed]
 
 
 def test_a_killed_study_goes_on_to_the_same_table(tmp_path, capsys, monkeypatch):
@@ -81,7 +96,7 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path, capsys, monkeypatch)
     page = (out / "report.md").read_text()
     assert (again / "report.md").read_text() == page
     assert "| Sin-cos beats NeRF |" in page
-    assert "not covered by any option yet: a longer training." in page
+    assert "not covered here: a longer training." in page
     html = (out / "report.html").read_text()
     assert "data:image/svg+xml" in html
     assert "<script" not in html
@@ -156,6 +171,13 @@ def test_what_a_run_is_does_not_depend_on_its_place():
     assert names[0] != here[0].identity("readout", "other", None)
     changed = dataclasses.replace(plan, base=change(plan.base, "x", {"train.steps": 3}))
     assert names[0] != next(changed.runs()).identity("readout", "data", None)
+    tested = list(load_plan(f"{PLAN}:drives").runs())
+    assert len({run.identity("open_loop", "data", None) for run in tested}) == 2
+    assert len({run.identity("open_loop", "data", None, trained=True) for run in tested}) == 1
+    several = dataclasses.replace(plan, seeds=(1, 2))
+    assert [run.identity("readout", "data", None) for run in several.with_seeds((1,)).runs()] == names
+    with pytest.raises(ConfigError, match="plan reads has the seeds 1, 2, not 3"):
+        several.with_seeds((3,))
 
 
 def test_plans_are_sound():
@@ -170,6 +192,8 @@ def test_plans_are_sound():
         dataclasses.replace(plan, claims=(Claim("x", "l2", {"loss": "l3"}, {"loss": "l1"}, 0.1),))
     with pytest.raises(ConfigError, match="defines drives, reads: give"):
         load_plan(str(PLAN))
+    with pytest.raises(ConfigError, match="steps cannot be changed for predictions alone"):
+        dataclasses.replace(plan, factors=(Factor("x", (Level("a", {"train.steps": 1}),), at_test=True),))
     factors = (Factor("loss", (Level("a", {"train.steeps": 1}),)),)
     wrong = dataclasses.replace(plan, factors=factors, claims=())
     with pytest.raises(ConfigError, match="has no field"):
@@ -186,3 +210,20 @@ def test_a_kept_page_is_what_its_results_say(file, tmp_path):
     plan = load_plan(file.parent.name)
     write_pages(plan, runs.reported(plan, runs.read_rows(file)), tmp_path)
     assert (tmp_path / "report.md").read_text() == (file.parent / "report.md").read_text()
+
+
+EFFECT = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
+
+
+def test_effects_on_the_page_are_those_of_kept_results():
+    kept = [
+        [float(number) for number in found]
+        for file in RESULTS
+        for found in EFFECT.findall((file.parent / "report.md").read_text())
+    ]
+    told = EFFECT.findall((ROOT / "docs" / "study.md").read_text())
+    assert len(told) >= 10
+    for found in told:
+        assert np.isclose(kept, [float(number) for number in found], rtol=0, atol=5.1e-3).all(axis=1).any(), (
+            found
+        )
