@@ -96,10 +96,10 @@ WHERE = Plan(
         Factor(
             "encodings",
             (
-                Level("none", {"model.visual_positions": "none", **DIGITS}),
-                Level("vision", DIGITS),
-                Level("text", {"model.visual_positions": "none"}),
                 Level("both"),
+                Level("text", {"model.visual_positions": "none"}),
+                Level("vision", DIGITS),
+                Level("none", {"model.visual_positions": "none", **DIGITS}),
             ),
         ),
         Factor("ego status", (Level("without"), Level("with", PLUS))),
