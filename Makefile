@@ -10,7 +10,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 .PHONY: help demo drive test slow kernels parity beam lint format environments clean
 
 help:
-	@echo "make demo    synthesize a world, convert, train, predict, evaluate, report (into $(DEMO)/)"
+	@echo "make demo    synthesize a world, convert, collect, train, predict, evaluate, report (into $(DEMO)/)"
 	@echo "make drive   let the demo's model and the baselines drive (after make demo; into $(DEMO)/drives/)"
 	@echo "make test    run the tests"
 	@echo "make slow    run those that take a minute or more: a user's whole day, kills, what a GPU runs"
@@ -61,17 +61,22 @@ $(DEMO)/nuscenes/v1.0-synthetic/scene.json: | $(VENV)/runtime
 $(DEMO)/records/provenance.json: $(DEMO)/nuscenes/v1.0-synthetic/scene.json
 	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS) --resume
 
-$(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json
-	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records --run-dir $(DEMO)/run --resume
+# An expert who sways, in towns of their own: the way back to the lane, for `drive`.
+$(DEMO)/collected/provenance.json: | $(VENV)/runtime
+	$(RUN) -m spacedrive_jax drive --policy expert --perturb --scenarios train --image-size 176x99 --collect $(DEMO)/collected --out $(DEMO)/collected-drives --workers $(WORKERS) --resume
+
+$(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json $(DEMO)/collected/provenance.json
+	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records:0.25,$(DEMO)/collected:0.75 --run-dir $(DEMO)/run --resume
 	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val --overwrite
 
 # The demo's model against the expert and the blind baselines, in towns that it has not seen.
 drive: $(DEMO)/run/predictions.jsonl
-	$(RUN) -m spacedrive_jax drive --policy expert --scenarios small --out $(DEMO)/drives/expert --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy route_constant_speed --scenarios small --out $(DEMO)/drives/route_constant_speed --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy constant_velocity --scenarios small --out $(DEMO)/drives/constant_velocity --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy standing_still --scenarios small --out $(DEMO)/drives/standing_still --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/standing_still
+	$(RUN) -m spacedrive_jax drive --policy expert --scenarios small --image-size 176x99 --out $(DEMO)/drives/expert --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy route_constant_speed --scenarios small --image-size 176x99 --out $(DEMO)/drives/route_constant_speed --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy constant_velocity --scenarios small --image-size 176x99 --out $(DEMO)/drives/constant_velocity --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy constant_yaw_rate --scenarios small --image-size 176x99 --out $(DEMO)/drives/constant_yaw_rate --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy standing_still --scenarios small --image-size 176x99 --out $(DEMO)/drives/standing_still --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --image-size 176x99 --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/constant_yaw_rate $(DEMO)/drives/standing_still
 
 test: $(VENV)/development
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"

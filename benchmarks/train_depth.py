@@ -44,7 +44,7 @@ from spacedrive_jax.models.partitioning import initialize
 log = logging.getLogger("spacedrive_jax.benchmarks")
 
 IMAGE_SIZE = (84, 140)
-"""Height and width of the images, pixels: 6 x 10 patches; the demo's size."""
+"""Height and width of the images, pixels: 6 x 10 patches; that of the preset `demo_published`."""
 FARTHEST = 80.0
 """Depth beyond it is not measured; the network only learns that it is far, metres."""
 NETWORK = UniDepthConfig(

@@ -1,8 +1,9 @@
 """Makes examples/demo anew: a trained demo, small enough to ship, and a handful of keyframes to look at.
 
-    python -m examples.build_demo demo/run demo/records
+    python -m examples.build_demo demo/run demo/records --drives demo/drives/demo --note "As of make demo."
 
-model/        the run as one folder of safetensors (`export-weights --to safetensors --dtype float16`)
+model/        the run as one folder of safetensors (`export-weights --to safetensors --dtype float16`), its
+              card with what it scores in a run of drives and how it was trained
 records/      keyframes of the validation split, without their LiDAR sweeps
 answers.json  what the model answers to them, which tests/test_shipped_demo.py holds it to
 """
@@ -21,8 +22,9 @@ from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.records_folder import PROVENANCE, content_fingerprint, read_provenance
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, shard_file, write_dataset_info, write_shard
+from spacedrive_jax.driving.drive import METADATA, read_summary
 from spacedrive_jax.inference.open_model import export_trained_folder
-from spacedrive_jax.io import write_json
+from spacedrive_jax.io import read_json, write_json
 
 HERE = Path(__file__).resolve().parent / "demo"
 MOST_BYTES = 5_000_000
@@ -73,19 +75,39 @@ def write_records(folder: Path, kept: list[Record], source: Records) -> None:
     write_json(folder / PROVENANCE, facts, indent=1, sort_keys=True)
 
 
+def driving_section(drives: Path | None, note: str) -> str:
+    """What the card says of driving and of training; "" where nothing is known of either."""
+    lines = [] if drives is None and not note else ["## Driving and training"]
+    if drives is not None:
+        summary, run = read_summary(drives), read_json(drives / METADATA)
+        low, high = summary["driving_score_interval"]
+        lines += [
+            f"Driving score {summary['driving_score']:.1f} [{low:.1f}, {high:.1f}] of 100 over "
+            f"{summary['drives']} drives (`drive --scenarios {run['scenarios']}`, towns that no training "
+            f"record shows), {summary['success_rate']:.0f} % without an infraction.",
+            "",
+        ]
+    return "\n".join([*lines, *([note, ""] if note else []), ""]) if lines else ""
+
+
 def main() -> None:
     """Builds the folder, and refuses one that is too large."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder of a trained demo")
-    parser.add_argument("records", type=Path, help="the records that it was trained on")
+    parser.add_argument("records", type=Path, help="records that it was trained on, with a split val to show")
+    parser.add_argument("--drives", type=Path, help="run of drives with it, as `drive --out` writes it")
+    parser.add_argument("--note", default="", help="how it was trained, for its card")
     given = parser.parse_args()
     new = HERE.with_name("demo.new")
     shutil.rmtree(new, ignore_errors=True)
     source = open_records(given.records, "val")
     write_records(new / "records", chosen(source), source)
     export_trained_folder(given.run, new / "model", dtype="float16")
+    card = new / "model" / "README.md"
+    before, how = card.read_text().split("## How to load it")
+    card.write_text(f"{before}{driving_section(given.drives, given.note)}## How to load it{how}")
     planner = Planner.load(new / "model")
     answers = {}
     for record in planner.records(new / "records"):

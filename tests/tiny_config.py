@@ -4,7 +4,7 @@ import dataclasses
 
 from spacedrive_jax.config import load_config
 
-_demo = load_config("demo")
+_demo = load_config("demo_published")
 _decoder = dataclasses.replace(
     _demo.model.vlm.decoder,
     hidden_size=32,

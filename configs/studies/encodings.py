@@ -7,7 +7,7 @@ from spacedrive_jax.config import change, load_config
 from spacedrive_jax.study.plan import Claim, Factor, Level, Plan
 from spacedrive_jax.study.readout import Readout
 
-DEMO = load_config("demo")
+DEMO = load_config("demo_published")
 SEEDS = (1, 2, 3)
 
 WAVES = tuple(

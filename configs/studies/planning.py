@@ -8,7 +8,7 @@ from spacedrive_jax.data.images import CameraFault
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.study.plan import Claim, Factor, Level, Plan
 
-DEMO = load_config("demo")
+DEMO = load_config("demo_published")
 SMALL = change(
     DEMO,
     "study_small",

@@ -59,8 +59,9 @@ class Drive(Command):
     ) = None
     """Drive with this instead of a model; the last two learn from --records."""
     scenarios: str = "small"
-    """full, unseen (a town of other geometry), small, tiny, train (other towns than those that scores are
-    taken in: to collect in), or a JSON file: [{"kind", "town", "seed"}], some with a "world"."""
+    """full, unseen (a town of other geometry), medium (every kind once in each of the three towns), small,
+    tiny, train (other towns than those that scores are taken in: to collect in), or a JSON file: [{"kind",
+    "town", "seed"}], some with a "world"."""
     out: Path | None = None
     """Folder to write; drives/ in the run folder, or drives-POLICY, by default."""
     records: Path | None = None
@@ -216,7 +217,7 @@ class Drive(Command):
         finally:
             if asker is not None:
                 asker.close()
-        from spacedrive_jax.reporting.drives import write_page
+        from spacedrive_jax.reporting.drives import run_rows, score_table, write_page
 
         summary = run.summary
         if collected is not None:
@@ -227,6 +228,8 @@ class Drive(Command):
         first = hosts is None or hosts.is_first
         page = write_page(folder, self.against) if summary["drives"] and first else None
         print(_text(summary, folder))
+        if page is not None and self.against:
+            print(score_table(run_rows(folder, self.against)))
         if page is not None:
             print(f"page           {page}")
         return {

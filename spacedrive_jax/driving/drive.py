@@ -275,7 +275,7 @@ def finish(specs: Sequence[DriveSpec], folder: Path) -> dict[str, Any]:
 def summarise(
     records: Sequence[Mapping[str, Any]], specs: Mapping[str, DriveSpec], results: Path
 ) -> dict[str, Any]:
-    """All scores of a run, with bootstrap intervals over drives and a row per kind."""
+    """All scores of a run, with bootstrap intervals over drives, and a row per kind and per town."""
     scores = score_routes(read_results([results]), [record["route_id"].split("_")[1] for record in records])
     driving = np.array([record["scores"]["score_composed"] for record in records])
     pdm = np.array([record["pdm"]["pdms"] for record in records]) * 100
@@ -286,14 +286,19 @@ def summarise(
     failures: Counter[str] = Counter()
     for record in records:
         failures.update(record["failures"])
-    rows = {}
-    for kind in dict.fromkeys(specs[record["route_id"]].kind for record in records):
-        chosen = np.array([specs[record["route_id"]].kind == kind for record in records])
-        rows[kind] = {
-            "drives": int(chosen.sum()),
-            "driving_score": float(driving[chosen].mean()),
-            "pdm_score": float(pdm[chosen].mean()),
-        }
+
+    def rows(names: Sequence[str]) -> dict[str, Any]:
+        found = {}
+        for name in dict.fromkeys(names):
+            chosen = np.array([each == name for each in names])
+            found[name] = {
+                "drives": int(chosen.sum()),
+                "driving_score": float(driving[chosen].mean()),
+                "driving_score_interval": interval(driving[chosen]),
+                "pdm_score": float(pdm[chosen].mean()),
+            }
+        return found
+
     return {
         "drives": len(records),
         "driving_score": scores.driving_score,
@@ -308,7 +313,8 @@ def summarise(
         "neuro_ncap": float(np.mean([record["neuro_ncap"] for record in records])),
         "failures": dict(sorted(failures.items())),
         "statuses": dict(scores.statuses),
-        "kinds": rows,
+        "kinds": rows([specs[record["route_id"]].kind for record in records]),
+        "towns": rows([specs[record["route_id"]].town for record in records]),
     }
 
 

@@ -108,6 +108,7 @@ class DriveSpec:
 SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "full": (tuple(KINDS), LOCATIONS, 5),
     "unseen": (tuple(KINDS), (TEST_TOWN,), 5),
+    "medium": (tuple(KINDS), (*LOCATIONS, TEST_TOWN), 1),
     "small": (
         ("turn_left", "turn_right", "stop", "follow", "bend", "DynamicObjectCrossing", "HardBreakRoute"),
         LOCATIONS,

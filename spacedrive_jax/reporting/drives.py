@@ -85,12 +85,7 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
     runs = [folder, *others]
     names = _names(runs)
     summaries = [read_summary(run) for run in runs]
-    scores = [_scores(run) for run in runs]
-    rows = [
-        _row(name, summary, own, scores[0] if number else None)
-        for number, (name, summary, own) in enumerate(zip(names, summaries, scores, strict=True))
-        if summary["drives"]
-    ]
+    rows = run_rows(folder, others)
     kinds = dict.fromkeys(kind for summary in summaries for kind in summary.get("kinds", {}))
     table = [
         (
@@ -112,6 +107,38 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
     path = folder / PAGE
     write_text(path, render_drives(page))
     return path
+
+
+def run_rows(folder: Path, others: Sequence[Path] = ()) -> list[RunRow]:
+    """A row for every run that drove, the first what the others are held against.
+
+    Args:
+        folder: of the run.
+        others: runs on the same scenarios.
+
+    Raises:
+        DataError: one of the folders is no finished run of drives.
+    """
+    runs = [folder, *others]
+    summaries = [read_summary(run) for run in runs]
+    scores = [_scores(run) for run in runs]
+    return [
+        _row(name, summary, own, scores[0] if number else None)
+        for number, (name, summary, own) in enumerate(zip(_names(runs), summaries, scores, strict=True))
+        if summary["drives"]
+    ]
+
+
+def score_table(rows: Sequence[RunRow]) -> str:
+    """Rows as lines for a terminal, the best driving score first."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':{width}}  driving score        success, %  PDM score"]
+    for row in sorted(rows, key=lambda row: -row.driving_score):
+        between = row.driving_interval
+        shown = "" if between is None else f" [{between[0]:.1f}, {between[1]:.1f}]"
+        score = f"{row.driving_score:.1f}{shown}"
+        lines.append(f"{row.name:{width}}  {score:19}  {row.success_rate:10.1f}  {row.pdm_score:9.1f}")
+    return "\n".join(lines)
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

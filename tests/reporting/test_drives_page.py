@@ -16,7 +16,7 @@ from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.reporting.drive_pictures import film, planned, scatter, strip
-from spacedrive_jax.reporting.drives import write_page
+from spacedrive_jax.reporting.drives import run_rows, score_table, write_page
 from spacedrive_jax.reporting.style import PREDICTION
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 from tests.record_factory import encode_jpeg
@@ -68,6 +68,8 @@ def test_the_page_holds_runs_against_each_other_and_shows_what_went_wrong(tmp_pa
     assert text.count("data:image/jpeg;base64,") == 1
     assert text.count("<circle") == 2
     assert "<td>0.50</td>" in text
+    lines = score_table(run_rows(hit, [clean])).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["clean", "100.0"], ["hit", "60.0"]]
     alone = write_page(clean).read_text()
     assert "Nothing." in alone
     assert "<circle" not in alone

@@ -37,7 +37,7 @@ def test_four_flags_train_any_preset_on_any_size(base, tmp_path, capsys):
     preset = tmp_path / "preset.py"
     preset.write_text(
         "from spacedrive_jax.config import change, load_config\n"
-        "config = change(load_config('demo'), 'own', {'train.steps': 2, 'train.batch_size': 2, "
+        "config = change(load_config('demo_published'), 'own', {'train.steps': 2, 'train.batch_size': 2, "
         "'model.use_lora': True, 'data.sequence_length': 320, 'train.validate_every': 0})\n"
     )
     arguments = [str(preset), "--model.weights", str(base), "--data.records", str(records)]
@@ -61,16 +61,19 @@ def test_another_family_brings_its_image_size_adapters_and_length(golden, tmp_pa
     folder.mkdir()
     for file in [*(golden / "llava_plus_train").glob("model*"), golden / "llava_plus_train" / "config.json"]:
         shutil.copyfile(file, folder / file.name)
-    preset = change(load_config("demo"), "own", {"model.weights": str(folder)})
+    preset = change(load_config("demo_published"), "own", {"model.weights": str(folder)})
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         with_weights(preset)
     shutil.copyfile(DEMO_TOKENIZER, folder / "tokenizer.json")
-    chosen = with_weights(preset, load_config("demo"))
+    chosen = with_weights(preset, load_config("demo_published"))
     side = chosen.model.vlm.vision.image_size
     assert chosen.data.image_size == (side, side)
-    assert chosen.model.lora.targets != load_config("demo").model.lora.targets or chosen.model.lora.rank == 16
+    assert (
+        chosen.model.lora.targets != load_config("demo_published").model.lora.targets
+        or chosen.model.lora.rank == 16
+    )
     kept = change(preset, "own", {"data.image_size": (28, 28), "model.lora.rank": 3})
-    meant = with_weights(kept, load_config("demo"))
+    meant = with_weights(kept, load_config("demo_published"))
     assert meant.data.image_size == (28, 28)
     assert meant.model.lora.rank == 3
 
