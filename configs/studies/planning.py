@@ -141,9 +141,9 @@ COORDINATES = Plan(
             "coordinates",
             (
                 Level("regressed"),
-                Level("digits", DIGITS),
-                Level("grid", GRID),
                 Level("one token", {"model.decoder.whole_trajectory": True}),
+                Level("grid", GRID),
+                Level("digits", DIGITS),
             ),
         ),
     ),
