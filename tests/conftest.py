@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import config, install_import_hook
 
-# `CHECK_TYPES=models,evaluation pytest …` holds every call into these rooms against its annotations. Not the
-# default yet: not every room's annotations are true of all that its tests hand over.
-CHECKED = [f"spacedrive_jax.{room}" for room in os.environ.get("CHECK_TYPES", "").split(",") if room]
+# Every call into these rooms is held against its annotations, shapes included; `CHECK_TYPES=data,world` takes
+# others. Not all of them yet: the other rooms' tests hand over stand-ins that no annotation allows.
+ROOMS = "batch,exact,models,evaluation"
+CHECKED = [f"spacedrive_jax.{room}" for room in os.environ.get("CHECK_TYPES", ROOMS).split(",") if room]
 if CHECKED:
     import tests.runtime_types  # noqa: F401  (the hook looks its checker up as an attribute)
 

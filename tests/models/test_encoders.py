@@ -105,8 +105,8 @@ def test_the_output_scale_is_metres_per_unit(kind):
 
 
 def test_the_ego_feature_in_units_and_with_the_route():
-    status = np.random.default_rng(0).normal(size=(2, STATUS_SIZE)).astype(np.float32)
-    nodes = np.array([[[20, -3, 0], [40, 8, 0]], [[5, 0, 0], [5, 0, 0]]], np.float32)
+    status = jnp.asarray(np.random.default_rng(0).normal(size=(2, STATUS_SIZE)).astype(np.float32))
+    nodes = jnp.array([[[20, -3, 0], [40, 8, 0]], [[5, 0, 0], [5, 0, 0]]], jnp.float32)
     raw, scaled = (EgoStatusEncoder(STATUS_SIZE, WIDTH, units=on, rngs=nnx.Rngs(0)) for on in (False, True))
     np.testing.assert_allclose(scaled(status), raw(status / status_units()), atol=1e-6)
     # can_bus of the present state: acceleration, rotation rate, velocity behind command and orientation.

@@ -279,7 +279,7 @@ def test_the_published_size_is_resized_with_pillows_bits():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_device_cuts_views_as_the_host_does(family):
+def test_the_device_cuts_views_as_the_host_does(family, unchecked):
     vision = SimpleNamespace(
         patch_size=4, merge_size=2, temporal_patch_size=2, image_size=24, grid_side=6, window_tokens=2
     )
