@@ -146,7 +146,8 @@ class PolicyClient:
                 raise PolicyError(
                     f"{self.url} stayed away for {self.patience_seconds:.0f} s ({problem}): is it running?"
                 ) from problem
-            log.warning("%s is not ready (%s); trying again", self.url, problem)
+            left = deadline - time.monotonic()
+            log.warning("%s is not ready (%s); trying again for up to %.0f s", self.url, problem, left)
             time.sleep(self.retry_seconds)
             problem = self._attempt()
         return self.metadata
