@@ -304,12 +304,9 @@ def _run_with_prompt(
         deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, width), (0, 0)))
     position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
     counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
-    longer = dataclasses.replace(
-        batch,
-        lengths=batch.lengths + width,
-        position_ids=jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted),
-    )
+    position_ids = jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted)
     embeddings = embeddings.at[rows, behind].set(text)
-    hidden, cache = prefill(model, longer, embeddings, deepstack, room - width)
+    lengths = batch.lengths + width
+    hidden, cache = prefill(model, position_ids, lengths, embeddings, deepstack, room - width)
     indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
     return jnp.take_along_axis(hidden, indices[..., None], axis=1), cache

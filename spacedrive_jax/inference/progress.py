@@ -49,7 +49,7 @@ def start(
     """Runs the prompts; nothing is generated yet."""
     size, total = batch.size, max_new_tokens + 1
     embeddings, deepstack = model.decoder_inputs(batch)
-    hidden, cache = prefill(model, batch, embeddings, deepstack, total)
+    hidden, cache = prefill(model, batch.position_ids, batch.lengths, embeddings, deepstack, total)
     return DecodeState(
         cache=cache,
         hidden=jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0],
@@ -65,7 +65,8 @@ def start(
 
 def prefill(
     model: SpaceDrive,
-    batch: DrivingBatch,
+    position_ids: Int[Array, "B 3 S"],
+    lengths: Int[Array, " B"],
     embeddings: Float[Array, "B S D"],
     deepstack: Float[Array, "depths B S D"] | None,
     room: int,
@@ -76,8 +77,8 @@ def prefill(
         ConfigError: the whole would be longer than the rotary angles hold.
     """
     model.config.vlm.decoder.check_length(embeddings.shape[1] + room - 1, "prompt and answer")
-    position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
-    return model.vlm.prefill(embeddings, position_ids, lengths=batch.lengths, deepstack=deepstack, room=room)
+    axes_first = jnp.swapaxes(position_ids, 0, 1)
+    return model.vlm.prefill(embeddings, axes_first, lengths=lengths, deepstack=deepstack, room=room)
 
 
 def points_of_token(model: SpaceDrive) -> int:

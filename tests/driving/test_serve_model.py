@@ -73,7 +73,8 @@ def test_served_process_answers_like_predict(case, devices):
         process.kill()
 
 
-def test_exported_answers_are_equal(case, tmp_path):
+def test_exported_answers_are_equal(case, tmp_path, unchecked):
+    # Unchecked: annotated shapes are compared as numbers, which an unknown batch size has none of.
     run, records, lines = case
     facts = export_planner(run, tmp_path / "exported", warm_up_record(), most=2)
     assert facts["batch"] == "any"
