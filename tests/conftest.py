@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ COMPILE_FAST = (
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
 os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
+
+# A shell that starts the tests in its background has them ignore Ctrl-C, and whatever they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

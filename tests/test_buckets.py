@@ -64,7 +64,7 @@ def killed_while_it_saves(service, arguments: list[str], step: int) -> None:
 
 
 @needs_gcs
-def test_a_day_in_a_bucket_is_one_on_a_disk(bucket, tmp_path, capsys):
+def test_a_day_in_a_bucket_is_one_on_a_disk(bucket, tmp_path, capsys, unchecked):
     """Trains, is killed, resumes, predicts, scores, reports and exports."""
     here = make_records(tmp_path / "records")
     for file in here.rglob("*"):
