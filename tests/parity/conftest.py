@@ -1,4 +1,4 @@
-"""Comparisons with the published code: in float32 as users get it, and with the arrays that torch hands over."""
+"""Comparisons with the published code: in float32 as users get it, with the arrays that torch hands over."""
 
 from collections.abc import Iterator
 
