@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.records import Records, open_records, records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
-from spacedrive_jax.io import is_bucket, write_text
+from spacedrive_jax.io import is_bucket, place, write_text
 from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
@@ -128,7 +128,7 @@ def _check_match(
                 f"keyframes shown are of split {records.split}."
             )
     trained_on = files.provenance.get("records_fingerprint")
-    if trained_on is not None and trained_on != records.fingerprint:
+    if trained_on not in (None, records.fingerprint) and not _among(files.provenance.get("records"), records):
         notices.append(
             f"The run was trained on other records (fingerprint {trained_on}) than the keyframes shown "
             f"({records.fingerprint})."
@@ -140,6 +140,15 @@ def _check_match(
             + f" in split {records.split}."
         )
     return notices
+
+
+def _among(trained_on: object, records: Records) -> bool:
+    """Whether a run was trained on several folders of records, these among them."""
+    try:
+        folders = [folder for folder, _ in records_sources(str(trained_on))]
+    except ConfigError:  # one folder with a comma in its name, which is gone
+        return False
+    return len(folders) > 1 and str(place(records.directory).resolve()) in folders
 
 
 def _make_page(

@@ -259,6 +259,18 @@ def test_scores_of_other_records_are_flagged(run_dir: Path, tmp_path: Path) -> N
     assert any("computed on other records (fingerprint another)" in notice for notice in notices)
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "noted"), [("{records}", 1), ("/gone:0.75,{records}:0.25", 0), ("/gone:1,/lost:1", 1)]
+)
+def test_a_run_trained_on_other_records_is_flagged(run_dir: Path, trained_on: str, noted: int) -> None:
+    provenance = json.loads((run_dir / "run.json").read_text())
+    records = Path(provenance["records"]).resolve()
+    of_several = {"records": trained_on.format(records=records), "records_fingerprint": "of all"}
+    (run_dir / "run.json").write_text(json.dumps(provenance | of_several))
+    notices = Report((run_dir,), records=records).run()["notices"]
+    assert sum("was trained on other records (fingerprint of all)" in each for each in notices) == noted
+
+
 def test_scores_of_another_split_are_flagged(run_dir: Path) -> None:
     notices = Report((run_dir,), split="all").run()["notices"]
     assert notices == ["The omnidrive scores are of split val, the keyframes shown are of split all."]
