@@ -27,11 +27,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # What is copied from buckets or worked out once; not the user's.
 os.environ["SPACEDRIVE_CACHE"] = tempfile.mkdtemp(prefix="spacedrive-jax-cache-")
 # Tests compile far more than they compute: these take half of a training step's compilation away.
-COMPILE_FAST = (
-    *("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"),
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
 os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
 
 # A shell that starts the tests in its background has them ignore Ctrl-C, and whatever they start.

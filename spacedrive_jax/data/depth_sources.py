@@ -14,7 +14,7 @@ from spacedrive_jax.bounds import ANY, FROM_ZERO, POSITIVE, SEED, SHARE, Bounds,
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
-from spacedrive_jax.data.images import decode_depth
+from spacedrive_jax.data.images import check_cameras, decode_depth
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError
@@ -62,11 +62,7 @@ class DepthDisturbance:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "data.depth.disturb")
-        for name in self.cameras:
-            if name not in CAMERAS:
-                raise ConfigError(
-                    f"data.depth.disturb.cameras: there is no camera {name}; cameras: {', '.join(CAMERAS)}"
-                )
+        check_cameras(self.cameras, "data.depth.disturb.cameras")
 
 
 NEAREST = 0.1

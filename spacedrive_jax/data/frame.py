@@ -33,7 +33,6 @@ GRAVITY = 9.81
 NOW_US = 10_000_000
 """Time of the keyframe; only differences count."""
 MOST_SPEED = 100.0
-MOST_SPEED = 100.0
 """m/s, forwards or back."""
 MOST_OFFSET = 50.0
 """Metres that a camera, and a past position each second, may be from the ego origin."""

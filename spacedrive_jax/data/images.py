@@ -19,6 +19,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import cv2
@@ -266,6 +267,21 @@ def scaled_intrinsics(record: Record, image_size: tuple[int, int]) -> Float[np.n
     return record["camera_intrinsics"] * scale[:, :, None]
 
 
+def check_cameras(names: Sequence[str], field: str) -> None:
+    """Refuses a channel name that none of the cameras has.
+
+    Args:
+        names: channel names, such as `CAM_FRONT`.
+        field: of the config, with dots.
+
+    Raises:
+        ConfigError: there is no such camera.
+    """
+    for name in names:
+        if name not in CAMERAS:
+            raise ConfigError(f"{field}: there is no camera {name}; cameras: {', '.join(CAMERAS)}")
+
+
 FOG = 200
 """Grey that fog fades to, of 255."""
 
@@ -291,11 +307,7 @@ class CameraFault:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "data.cameras")
-        for name in self.dead:
-            if name not in CAMERAS:
-                raise ConfigError(
-                    f"data.cameras.dead: there is no camera {name}; cameras: {', '.join(CAMERAS)}"
-                )
+        check_cameras(self.dead, "data.cameras.dead")
 
     def views(self, views: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
         """What the cameras show under these conditions; the same array where there are none."""

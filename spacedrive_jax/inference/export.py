@@ -36,9 +36,9 @@ from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
 VERSION = 2
-FACTS = "export.json"
+METADATA = "export.json"
 WEIGHTS = "weights.safetensors"
-MOST_FACTS_BYTES = 16 << 20
+MOST_METADATA_BYTES = 16 << 20
 
 Arrays = dict[str, Any]
 
@@ -114,7 +114,7 @@ def write_export(
         with (unfinished / WEIGHTS).open("rb") as stream:
             metadata["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
         metadata["digest"] = io.json_digest(metadata)
-        io.write_json(unfinished / FACTS, metadata, indent=2)
+        io.write_json(unfinished / METADATA, metadata, indent=2)
     return metadata
 
 
@@ -184,8 +184,8 @@ def _platform(name: str) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    file = folder / FACTS
-    metadata = io.read_json(file, most=MOST_FACTS_BYTES)
+    file = folder / METADATA
+    metadata = io.read_json(file, most=MOST_METADATA_BYTES)
     if not isinstance(metadata, dict) or metadata.get("version") != VERSION:
         raise CheckpointError(f"{file} is not of this version of the project: export it again")
     io.convert(metadata, _Facts, file, "export it again")
@@ -213,7 +213,7 @@ def _tokenizer_digest(config_json: str) -> str:
 
 
 def _checked(folder: Path, metadata: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:
-    path = io.inside(folder, name, f"{folder / FACTS}: file")
+    path = io.inside(folder, name, f"{folder / METADATA}: file")
     io.require_regular(path)
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -74,12 +74,12 @@ def pool_depth(
 
 
 def _least(
-    depth: Float[np.ndarray, "*B"], places: np.ndarray, valid: np.ndarray, axis: int = -2
+    depth: Float[np.ndarray, "*B"], indices: np.ndarray, valid: np.ndarray, axis: int = -2
 ) -> Float[np.ndarray, "*C"]:
     """The least over windows of one axis; inf for an empty one."""
     parts = [
-        np.min(depth.take(place[inside], axis), axis, initial=np.inf)
-        for place, inside in zip(places, valid, strict=True)
+        np.min(depth.take(window[inside], axis), axis, initial=np.inf)
+        for window, inside in zip(indices, valid, strict=True)
     ]
     return np.stack(parts, axis)
 

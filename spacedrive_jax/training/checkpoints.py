@@ -196,7 +196,7 @@ def open_manager(run_dir: Path, *, keep: int) -> ocp.CheckpointManager:
 
 
 TRAINABLE, OPTIMIZER = "trainable_fingerprint", "optimizer_fingerprint"
-"""Facts that name the numbers saved beside them."""
+"""Metadata that names the numbers saved beside it."""
 FINGERPRINT, POSITION = "metadata_fingerprint", "position"
 """The fingerprint of all other metadata, and the place in the data as one of them."""
 _BEFORE_FINGERPRINT = frozenset(

@@ -15,12 +15,12 @@ from spacedrive_jax.inference.answers import answer_file
 from spacedrive_jax.inference.open_model import name_inputs
 from tests.training.runs import make_records, save_untrained, tiny
 
-FACTS = {"checkpoint": "run/checkpoints/1", "asking": {"frame": (1, 2)}}
+METADATA = {"checkpoint": "run/checkpoints/1", "asking": {"frame": (1, 2)}}
 
 
-def write(out, numbers, *, fail_after=None, resume=False, overwrite=False, facts=FACTS):
+def write(out, numbers, *, fail_after=None, resume=False, overwrite=False, metadata=METADATA):
     """Writes numbers in batches of two; answers how many were there already."""
-    with answer_file(out, facts, batch_size=2, resume=resume, overwrite=overwrite) as file:
+    with answer_file(out, metadata, batch_size=2, resume=resume, overwrite=overwrite) as file:
         for start in range(file.done, len(numbers), 2):
             if start == fail_after:
                 raise KeyboardInterrupt
@@ -52,21 +52,21 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
     with pytest.raises(SpaceDriveError, match="--resume goes on, --overwrite starts anew"):
         write(out, [1, 2, 3, 4, 5])
     with pytest.raises(SpaceDriveError, match=r"asking\.frame"):
-        write(out, [1, 2, 3, 4, 5], resume=True, facts=FACTS | {"asking": {"frame": (1, 3)}})
+        write(out, [1, 2, 3, 4, 5], resume=True, metadata=METADATA | {"asking": {"frame": (1, 3)}})
     assert write(out, [1, 2, 3, 4, 5], resume=True) == 4
     assert contents(out) == [1, 2, 3, 4, 5]
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_what_fails_before_its_first_answer_leaves_nothing(tmp_path):
-    out, other = tmp_path / "answers.jsonl", FACTS | {"checkpoint": "other"}
+    out, other = tmp_path / "answers.jsonl", METADATA | {"checkpoint": "other"}
     with pytest.raises(KeyboardInterrupt):
         write(out, [1, 2], fail_after=0)
     assert list(tmp_path.iterdir()) == []
     # Nor is anything in the way of what was killed there.
     (tmp_path / ".answers.jsonl.partial").write_text("")
     (tmp_path / ".answers.jsonl.partial.json").write_text("{}")
-    assert write(out, [1, 2], facts=other) == 0
+    assert write(out, [1, 2], metadata=other) == 0
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(SpaceDriveError, match="is finished: nothing is left to --resume"):
         write(out, [1, 2], resume=True)
@@ -78,7 +78,7 @@ def test_half_a_batch_is_made_again(tmp_path):
         write(out, [1, 2, 3, 4], fail_after=2)
     with partial.open("a") as file:
         file.write('{"n": 7}\n{"n": ')
-    with answer_file(out, FACTS, batch_size=2, resume=True, overwrite=False) as again:
+    with answer_file(out, METADATA, batch_size=2, resume=True, overwrite=False) as again:
         assert (again.done, again.length) == (2, 64)
     assert contents(out) == [1, 2]
 
@@ -140,7 +140,7 @@ def test_answers_with_another_tokenizer_are_not_gone_on_with(tmp_path):
     file.write_bytes(DEMO_TOKENIZER.read_bytes() + b"\n")
     out = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        write(out, [1, 2, 3, 4, 5], fail_after=4, facts=FACTS | {"inputs": before})
-    now = FACTS | {"inputs": name_inputs(config, None)}
+        write(out, [1, 2, 3, 4, 5], fail_after=4, metadata=METADATA | {"inputs": before})
+    now = METADATA | {"inputs": name_inputs(config, None)}
     with pytest.raises(SpaceDriveError, match=r"begun otherwise .*inputs\.tokenizer"):
-        write(out, [1], resume=True, facts=now)
+        write(out, [1], resume=True, metadata=now)
