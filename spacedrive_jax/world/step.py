@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import traffic
 from spacedrive_jax.world.town import Town
-from spacedrive_jax.world.traffic import TIME_STEP, Gate, Mover, Obstacle, Part, Signals, Zebra
+from spacedrive_jax.world.traffic import TIME_STEP, Gate, Mover, Obstacle, Signals, Zebra
 
 OFF_ROUTE = 6.0
 """Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
 FORESIGHT = 5.0
 """Seconds that an alert driver looks ahead, in steps of `FORESIGHT_STEP`."""
 FORESIGHT_STEP = 0.2
+COARSE = 8
+"""Points of a corridor of which one is looked at first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Tracks:
         self.last = counts - 1.0
         self.spacing = np.array([route.lengths[-1] for route in routes]) / self.last
         self.table = np.concatenate([np.column_stack([r.points, r.headings]) for r in routes])
+        self.x, self.y = np.ascontiguousarray(self.table[:, 0]), np.ascontiguousarray(self.table[:, 1])
+        self.lengths = np.concatenate([route.lengths for route in routes])
+        self.ends = np.array([route.lengths[-1] for route in routes])
         self.ahead = np.array([mover.reference_to_centre for mover in movers])
 
     def poses(self, s: Float[np.ndarray, "A"]) -> Float[np.ndarray, "A 3"]:
@@ -102,7 +107,9 @@ class Traffic:
         count = len(self.movers)
         # A corridor begins at the box centre; 2 m more than its length for the way there being no straight
         # line. Whoever is further off than that from the centre cannot stand in it.
-        reach = np.array([_reach(mover) for mover in self.movers]) + 2.8
+        self.reach = np.where(self.on_foot[:count], 4.0, traffic.LOOKAHEAD)
+        """Metres ahead of its front that each mover looks."""
+        reach = self.reach + 2.8
         reach = reach + self.half[:count, 0] + self.half[:count, 1]
         self.farthest = (reach[:, None] + self.radii) ** 2
         """Squared metres between two box centres from which on nobody has to look, movers first."""
@@ -122,7 +129,10 @@ class Traffic:
                 self.arrivals.setdefault(zebra.crossing, []).append((i, zebra))
             for gate in mover.route.gates:
                 self.entries.setdefault(gate.junction, []).append((i, gate))
+        self.gates = [(i, gate) for i, mover in enumerate(self.movers) for gate in mover.route.gates]
+        self.zebras = [(i, zebra) for i, mover in enumerate(self.movers) for zebra in mover.route.zebras]
         self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]
+        self.tempers = np.array([mover.temper for mover in self.movers])
         self.conflicts: dict[tuple[int, Zebra, int], float] = {}
         """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
 
@@ -199,7 +209,7 @@ class Traffic:
             since = self._triggered(step * TIME_STEP, poses[0, :2], float(speed[0]), since)
         moment = _Moment(self, step * TIME_STEP, s, speed, since, poses, off_route)
         first = 0 if ego is None else 1
-        wanted = np.array([moment.decide(i) for i in range(first, len(self.movers))])
+        wanted = moment.decide(first)
         # Stop exactly at zero within the step, so that speed and distance stay consistent.
         acceleration = np.maximum(wanted, -speed[first:] / TIME_STEP)
         if ego is not None:
@@ -248,87 +258,143 @@ class _Moment:
         )
         self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
         self.close = whole.close(self.x, self.y)
+        self.front = s + whole.tracks.ahead + self.half[: len(s), 0]
+        """Arc length of every mover's front."""
         self.all_speeds = np.zeros(len(poses))
         self.all_speeds[: len(s)] = speed
         self.astray = 0 if off_route else -1
         """The mover whose arc length says nothing (an ego vehicle far from its route), -1 for none."""
 
-    def decide(self, i: int) -> float:
-        """The acceleration that mover `i` wants, m/s^2."""
-        mover, time = self.movers[i], self.time
-        if mover.part is not None and 0.0 <= time - self.since[i] < mover.part.yields_after:
-            return self._act(i, mover.part)
-        route, s, speed = mover.route, float(self.s[i]), float(self.speed[i])
-        front = s + mover.reference_to_centre + self.half[i, 0]
-        end = float(route.lengths[-1]) - 1.0
-        if mover.pedestrian:
-            return self._walk(i, front, front >= end)
-        limit = float(np.interp(s, route.lengths, self.whole.profiles[i]))
-        wanted = min(self._wish(i), limit)
-        options = [traffic.follow_acceleration(speed, wanted, max(end - front, 0.0), speed, mover)]
-        gap, leader_speed = self._leader(i, front)
-        options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
-        stop = min(self._gate_stop(i, front), self._zebra_stop(i, front))
-        if np.isfinite(stop):
-            gap = max(stop - front + mover.standstill_gap - 0.4, 0.0)
-            options.append(traffic.follow_acceleration(speed, wanted, gap, speed, mover))
-        if mover.alert:
-            for gap, leader_speed in self._foreseen(i, front):
-                options.append(traffic.follow_acceleration(speed, wanted, gap, speed - leader_speed, mover))
-        return min(options)
+    def decide(self, first: int) -> Float[np.ndarray, "D"]:
+        """The accelerations that the movers from `first` on want, m/s^2."""
+        count = len(self.movers)
+        parts = [i for i in self.whole.parts if self._acts(i)]
+        drives = ~self.on_foot[:count]
+        drives[:first], drives[parts] = False, False
+        crosses = np.array([mover.crossing >= 0 for mover in self.movers])
+        gaps, leader_speeds = self._leaders(drives | crosses)
+        wanted = np.zeros(count)
+        drivers = np.flatnonzero(drives)
+        wanted[drivers] = self._drive(drivers, gaps[drivers], leader_speeds[drivers])
+        for i in np.flatnonzero(self.on_foot[:count]).tolist():
+            wanted[i] = self._walk(i, float(gaps[i]))
+        for i in parts:
+            wanted[i] = self._act(i)
+        return wanted[first:]
 
-    def _walk(self, i: int, front: float, arrived: bool | np.bool) -> float:
+    def _drive(
+        self, who: Int[np.ndarray, "D"], gaps: Float[np.ndarray, "D"], leader_speeds: Float[np.ndarray, "D"]
+    ) -> Float[np.ndarray, "D"]:
+        """Drivers keep their distance to whatever comes first: leaders, lines, the end of their route."""
+        speed, front, tempers = self.speed[who], self.front[who], self.whole.tempers[who]
+        wishes = [min(self._wish(i), self._limit(i)) for i in who.tolist()]
+        wanted = np.array(wishes).reshape(len(who))
+        room = np.maximum(self.whole.tracks.ends[who] - 1.0 - front, 0.0)
+        stops = self._stops(who)[who]
+        # A line is not a bumper: the front comes to stand 0.4 m before it.
+        line = np.maximum(stops - front + tempers[:, 2] - 0.4, 0.0)
+        options = [
+            traffic.follow_acceleration(speed, wanted, room, speed, tempers),
+            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, tempers),
+            traffic.follow_acceleration(speed, wanted, line, speed, tempers),
+        ]
+        slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
+        for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
+            for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
+                own = speed[k], wanted[k], np.float64(gap), speed[k] - leader_speed
+                option = traffic.follow_acceleration(*(np.asarray(value) for value in own), tempers[k])
+                slowest[k] = np.minimum(slowest[k], option)
+        return slowest
+
+    def _limit(self, i: int) -> float:
+        """The fastest comfortable speed where a mover is, m/s."""
+        return float(np.interp(self.s[i], self.movers[i].route.lengths, self.whole.profiles[i]))
+
+    def _walk(self, i: int, gap: float) -> float:
         """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
         mover = self.movers[i]
+        arrived = self.front[i] >= self.whole.tracks.ends[i] - 1.0
         if mover.crossing >= 0:
             if self.s[i] < 0.6 and not self._may_walk(mover):
                 return -4.0
-            arrived = arrived or self._leader(i, front)[0] < 0.6
+            arrived = arrived or gap < 0.6
         return -3.0 if arrived else (self._wish(i) - float(self.speed[i])) / 0.4
 
-    def _leader(self, i: int, front: float) -> tuple[float, float]:
-        """Gap to, and speed along the route of, the first thing that stands in the swept corridor."""
-        near = np.flatnonzero(self.close[i])
-        mover = self.movers[i]
-        lengths = mover.route.lengths
-        first = lengths.searchsorted(front - self.half[i, 0])
-        last = lengths.searchsorted(front + _reach(mover))
-        points = mover.route.points[first:last]
-        if not len(points) or not len(near):
-            return np.inf, 0.0
-        squared = (points[:, :1] - self.x[near]) ** 2 + (points[:, 1:2] - self.y[near]) ** 2
-        closest = squared.argmin(axis=0)
-        beside = np.sqrt(squared.min(axis=0))
-        width, back = mover.size[1], -2 * float(self.half[i, 0])
-        nearest, towards = np.inf, 0.0
-        # Whoever is further than this from the corridor cannot stand in it; few are left to look at closely.
-        for k in np.flatnonzero(beside < self.radii[near] + width / 2 + 0.8).tolist():
-            j, place, lateral = int(near[k]), int(closest[k]), float(beside[k])
-            aligned, turned = exact.cos_sin(
-                float(self.poses[j, 2]) - float(mover.route.headings[first + place])
-            )
-            cos, sin = abs(aligned), abs(turned)
-            half_length, half_width = float(self.half[j, 0]), float(self.half[j, 1])
-            lateral_extent = half_length * sin + half_width * cos
-            along_extent = half_length * cos + half_width * sin
-            # People on the road need room; predicted half a second ahead they need more.
-            margin = 0.8 if self.on_foot[j] else 0.35
-            gap = float(lengths[first + place]) - front - along_extent
-            inside = lateral < width / 2 + lateral_extent + margin and place < len(points) - 1
-            if inside and back < gap < nearest:
-                nearest, towards = gap, float(self.all_speeds[j]) * aligned
-        return nearest, max(towards, 0.0)
+    def _leaders(self, who: Bool[np.ndarray, "A"]) -> tuple[Float[np.ndarray, "A"], Float[np.ndarray, "A"]]:
+        """Gaps to, and speeds along the routes of, the first things that stand in the swept corridors.
 
-    def _gate_stop(self, i: int, front: float) -> float:
-        """Arc length of the stop line at which the vehicle must hold, inf when it may go."""
-        for gate in self.movers[i].route.gates:
+        Args:
+            who: the movers that look.
+        """
+        whole, tracks = self.whole, self.whole.tracks
+        count = len(self.movers)
+        gaps, speeds = np.full(count, np.inf), np.zeros(count)
+        first, span = np.zeros(count, int), np.zeros(count, int)
+        for i in np.flatnonzero(who).tolist():
+            lengths, front = self.movers[i].route.lengths, self.front[i]
+            first[i] = lengths.searchsorted(front - self.half[i, 0])
+            span[i] = lengths.searchsorted(front + whole.reach[i]) - first[i]
+        # Every pair of one who looks and one who is near, and the corridor's points, as far as it reaches.
+        i, j = np.nonzero(self.close & (who & (span > 0))[:, None])
+        if not len(i):
+            return gaps, speeds
+        # Most are out of reach by any of the corridor's points, which are seen from every eighth of them.
+        base, half_width = tracks.first + first, self.half[: len(who), 1]
+        coarse = np.minimum(np.arange(0, span.max() + COARSE, COARSE), span[i, None] - 1)
+        rows = base[i, None] + coarse
+        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
+        most = self.radii[j] + half_width[i] + 0.8 + COARSE / 2 * tracks.spacing[i] + 0.1
+        possible = squared.min(axis=1) < most * most
+        i, j = i[possible], j[possible]
+        steps = np.arange(span.max())
+        rows = np.minimum(base[i, None] + steps, len(tracks.x) - 1)
+        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
+        squared[steps >= span[i, None]] = np.inf
+        place = squared.argmin(axis=1)
+        beside = np.sqrt(squared[np.arange(len(i)), place])
+        # Whoever is further than this from the corridor cannot stand in it; few are left to look at closely.
+        left = beside < self.radii[j] + half_width[i] + 0.8
+        i, j, place, beside = i[left], j[left], place[left], beside[left]
+        row = base[i] + place
+        aligned, turned = exact.cos_sin(self.poses[j, 2] - tracks.table[row, 2])
+        cos, sin = np.abs(aligned), np.abs(turned)
+        lateral_extent = self.half[j, 0] * sin + self.half[j, 1] * cos
+        along_extent = self.half[j, 0] * cos + self.half[j, 1] * sin
+        # People on the road need room; predicted half a second ahead they need more.
+        margin = np.where(self.on_foot[j], 0.8, 0.35)
+        gap = tracks.lengths[row] - self.front[i] - along_extent
+        inside = (beside < half_width[i] + lateral_extent + margin) & (place < span[i] - 1)
+        inside &= gap > -2 * self.half[i, 0]
+        i, gap = i[inside], gap[inside]
+        towards = np.maximum(self.all_speeds[j[inside]] * aligned[inside], 0.0)
+        order = np.lexsort((gap, i))  # keeps the order of equals
+        looking, nearest = np.unique(i[order], return_index=True)
+        gaps[looking], speeds[looking] = gap[order][nearest], towards[order][nearest]
+        return gaps, speeds
+
+    def _stops(self, who: Int[np.ndarray, "D"]) -> Float[np.ndarray, "A"]:
+        """Arc length of the line at which every mover must hold, inf where it may go."""
+        looking = set(who.tolist())
+        gates, zebras = np.full(len(self.movers), np.inf), np.full(len(self.movers), np.inf)
+        for i, gate in self.whole.gates:
+            front = self.front[i]
             if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
                 continue  # already committed, or far away
-            green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
-            can_stop = gate.stop - front > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
-            if (not green or self._occupied(i, gate.junction, gate.arm)) and can_stop:
-                return gate.stop
-        return np.inf
+            if i in looking and np.isinf(gates[i]) and self._held_by(i, gate):
+                gates[i] = gate.stop
+        for i, zebra in self.whole.zebras:
+            front, line = self.front[i], zebra.near - 1.5
+            if front > zebra.near or line - front > traffic.LOOKAHEAD:
+                continue
+            if i in looking and np.isinf(zebras[i]) and self._yields_at(i, zebra, line - front):
+                zebras[i] = line
+        return np.minimum(gates, zebras)
+
+    def _held_by(self, i: int, gate: Gate) -> bool:
+        """Whether a red light or somebody from another arm keeps a vehicle, that still can stop, out."""
+        green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
+        can_stop = gate.stop - self.front[i] > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
+        return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
 
     def _occupied(self, i: int, junction: int, arm: int) -> bool:
         for j, gate in self.whole.entries[junction]:
@@ -344,18 +410,13 @@ class _Moment:
         area = self.whole.town.junctions[junction]
         return bool(exact.norm(self.poses[0, :2] - area.centre) < area.radius + self.half[0, 0])
 
-    def _zebra_stop(self, i: int, front: float) -> float:
-        for zebra in self.movers[i].route.zebras:
-            line = zebra.near - 1.5
-            if front > zebra.near or line - front > traffic.LOOKAHEAD:
-                continue
-            room = line - front
-            braking = self.speed[i] * self.speed[i] / 2
-            if room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra):
-                return line
-            if room > braking / 3.0 and self._someone_waits(zebra.crossing):
-                return line
-        return np.inf
+    def _yields_at(self, i: int, zebra: Zebra, room: float) -> bool:
+        """Whether a vehicle has to stop, and can, for people on a crossing or with the right to walk."""
+        braking = self.speed[i] * self.speed[i] / 2
+        return bool(
+            (room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra))
+            or (room > braking / 3.0 and self._someone_waits(zebra.crossing))
+        )
 
     def _someone_walks(self, i: int, zebra: Zebra) -> bool:
         """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
@@ -424,8 +485,15 @@ class _Moment:
             return mover.part.speed_at(self.time - float(self.since[i]))
         return mover.desired_speed(self.time)
 
-    def _act(self, i: int, part: Part) -> float:
+    def _acts(self, i: int) -> bool:
+        """Whether a mover plays its part now, and yields to nobody."""
+        part = self.movers[i].part
+        return part is not None and bool(0.0 <= self.time - self.since[i] < part.yields_after)
+
+    def _act(self, i: int) -> float:
         """Somebody who yields to nobody: only the wanted speed and the end of the route count."""
+        part = self.movers[i].part
+        assert part is not None
         route, s, speed = self.movers[i].route, float(self.s[i]), float(self.speed[i])
         wanted = 0.0 if s + self.half[i, 0] >= float(route.lengths[-1]) - 1.0 else self._wish(i)
         return min(max((wanted - speed) / TIME_STEP, -part.braking), part.acceleration)
@@ -484,8 +552,3 @@ class _Moment:
             s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
         times, lengths, speeds = np.array(rows).T
         return times, lengths, speeds
-
-
-def _reach(mover: Mover) -> float:
-    """Metres ahead of its front that a mover looks."""
-    return 4.0 if mover.pedestrian else traffic.LOOKAHEAD

@@ -180,6 +180,11 @@ class Mover:
         """Whether this is somebody on foot."""
         return self.category.startswith("human.")
 
+    @property
+    def temper(self) -> tuple[float, float, float]:
+        """How it follows others: acceleration in m/s^2, headway in seconds, standstill gap in metres."""
+        return self.acceleration, self.headway, self.standstill_gap
+
 
 @dataclasses.dataclass(frozen=True)
 class Obstacle:
@@ -309,28 +314,33 @@ def speed_limit_profile(route: Route) -> Float[np.ndarray, "K"]:
     return limit
 
 
-def follow_acceleration(speed: float, wanted: float, gap: float, closing_speed: float, mover: Mover) -> float:
-    """The Intelligent Driver Model.
+def follow_acceleration(
+    speed: Float[np.ndarray, "*A"],
+    wanted: Float[np.ndarray, "*A"],
+    gap: Float[np.ndarray, "*A"],
+    closing_speed: Float[np.ndarray, "*A"],
+    temper: Float[np.ndarray, "*A 3"],
+) -> Float[np.ndarray, "*A"]:
+    """The Intelligent Driver Model, of any number of drivers at once.
 
     Args:
         speed: own speed, m/s.
         wanted: desired speed, m/s.
         gap: bumper to bumper distance to the leader, metres (inf without one).
         closing_speed: own speed minus the leader's, m/s.
-        mover: whose acceleration, headway and standstill gap apply.
+        temper: acceleration, headway and standstill gap (`Mover.temper`).
 
     Returns:
         Acceleration in m/s^2, never harder than `HARDEST_BRAKING`.
     """
-    ratio = speed / max(wanted, 0.1)
-    free = (
-        mover.acceleration * (1 - exact.power(ratio, 4)) if ratio < 1 else -min(1.2 * (speed - wanted), 2.5)
+    acceleration, headway, standstill_gap = temper[..., 0], temper[..., 1], temper[..., 2]
+    ratio = speed / np.maximum(wanted, 0.1)
+    free = np.where(
+        ratio < 1,
+        acceleration * (1 - exact.power(ratio, 4)),
+        -np.minimum(1.2 * (speed - wanted), 2.5),
     )
-    dynamic = speed * mover.headway + speed * closing_speed / (
-        2 * math.sqrt(mover.acceleration * COMFORT_BRAKING)
-    )
-    desired_gap = mover.standstill_gap + max(dynamic, 0.0)
-    interaction = (
-        mover.acceleration * exact.power(desired_gap / max(gap, 0.3), 2) if math.isfinite(gap) else 0.0
-    )
-    return min(max(free - interaction, -HARDEST_BRAKING), mover.acceleration)
+    dynamic = speed * headway + speed * closing_speed / (2 * np.sqrt(acceleration * COMFORT_BRAKING))
+    desired_gap = standstill_gap + np.maximum(dynamic, 0.0)
+    interaction = acceleration * exact.power(desired_gap / np.maximum(gap, 0.3), 2)
+    return np.minimum(np.maximum(free - interaction, -HARDEST_BRAKING), acceleration)

@@ -117,12 +117,11 @@ def driver() -> Mover:
 
 def test_idm_is_at_rest_where_it_should_be() -> None:
     mover = driver()
-    assert traffic.follow_acceleration(10.0, 10.0, np.inf, 0.0, mover) == pytest.approx(0.0, abs=1e-9)
-    assert traffic.follow_acceleration(0.0, 10.0, np.inf, 0.0, mover) == pytest.approx(mover.acceleration)
-    assert traffic.follow_acceleration(0.0, 10.0, mover.standstill_gap, 0.0, mover) == pytest.approx(
-        0.0, abs=1e-9
-    )
-    assert traffic.follow_acceleration(10.0, 10.0, 3.0, 10.0, mover) == -traffic.HARDEST_BRAKING
+    speed, gap = np.array([10.0, 0.0, 0.0, 10.0]), np.array([np.inf, np.inf, mover.standstill_gap, 3.0])
+    closing = np.array([0.0, 0.0, 0.0, 10.0])
+    found = traffic.follow_acceleration(speed, np.full(4, 10.0), gap, closing, np.array([mover.temper] * 4))
+    wanted = [0.0, mover.acceleration, 0.0, -traffic.HARDEST_BRAKING]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
 
 
 def test_overlap_test_on_hand_made_rectangles() -> None:
