@@ -301,9 +301,11 @@ class _Moment:
         slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
         for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
             for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
-                own = speed[k], wanted[k], np.float64(gap), speed[k] - leader_speed
-                option = traffic.follow_acceleration(*(np.asarray(value) for value in own), tempers[k])
-                slowest[k] = np.minimum(slowest[k], option)
+                closing = speed[k : k + 1] - leader_speed
+                option = traffic.follow_acceleration(
+                    speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, tempers[k : k + 1]
+                )
+                slowest[k] = min(slowest[k], option[0])
         return slowest
 
     def _limit(self, i: int) -> float:
@@ -330,10 +332,10 @@ class _Moment:
         count = len(self.movers)
         gaps, speeds = np.full(count, np.inf), np.zeros(count)
         first, span = np.zeros(count, int), np.zeros(count, int)
-        for i in np.flatnonzero(who).tolist():
-            lengths, front = self.movers[i].route.lengths, self.front[i]
-            first[i] = lengths.searchsorted(front - self.half[i, 0])
-            span[i] = lengths.searchsorted(front + whole.reach[i]) - first[i]
+        for k in np.flatnonzero(who).tolist():
+            lengths, front = self.movers[k].route.lengths, self.front[k]
+            first[k] = lengths.searchsorted(front - self.half[k, 0])
+            span[k] = lengths.searchsorted(front + whole.reach[k]) - first[k]
         # Every pair of one who looks and one who is near, and the corridor's points, as far as it reaches.
         i, j = np.nonzero(self.close & (who & (span > 0))[:, None])
         if not len(i):
