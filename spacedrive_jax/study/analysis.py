@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.evaluation.statistics import LEVEL, RESAMPLES
-from spacedrive_jax.study.plan import Claim, Plan
+from spacedrive_jax.study.plan import Claim, Plan, RankClaim
 from spacedrive_jax.study.runs import Row
 
 POWER = 1.96 + 0.84
@@ -24,7 +24,7 @@ POWER = 1.96 + 0.84
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A difference of two cells' means."""
+    """A difference of two cells' means, or a rank correlation over runs."""
 
     mean: float
     interval: tuple[float, float]
@@ -32,14 +32,16 @@ class Effect:
     smallest: float
     """The smallest effect that the study would have found with 80 % power."""
     seeds: int
+    """Seeds; runs, of a rank correlation."""
     groups: int
+    """Of the metric; of the outcome, of a rank correlation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a study says about a claim."""
 
-    claim: Claim
+    claim: Claim | RankClaim
     verdict: str
     """`yes`, `yes, but less than matters`, `no`, `cannot tell` or `not run`."""
     effect: Effect | None
@@ -68,9 +70,9 @@ def cell_scores(rows: Sequence[Row], metric: str) -> list[CellScore]:
     return found
 
 
-def answer(claim: Claim, rows: Sequence[Row]) -> Answer:
-    """The answer to a claim by the rule of `Claim`."""
-    found = effect_of(claim, rows)
+def answer(claim: Claim | RankClaim, rows: Sequence[Row]) -> Answer:
+    """The answer to a claim by the rule of its class."""
+    found = rank_correlation(claim, rows) if isinstance(claim, RankClaim) else effect_of(claim, rows)
     if found is None:
         return Answer(claim, "not run", None)
     low, high = found.interval
@@ -112,6 +114,67 @@ def effect_of(claim: Claim, rows: Sequence[Row]) -> Effect | None:
         seeds=len(seeds),
         groups=len(names),
     )
+
+
+def rank_correlation(claim: RankClaim, rows: Sequence[Row]) -> Effect | None:
+    """Spearman's correlation of a metric and an outcome over runs, by the rule of `RankClaim`; None of fewer
+    than three cells.
+    """
+    chosen = compared(claim, rows)
+    cells = _cells(chosen)
+    if len(cells) < 3:
+        return None
+    rng = np.random.default_rng(0)
+    tables = [_tables(chosen, metric) for metric in (claim.metric, claim.outcome)]
+    means = [_means(*table, np.ones((1, table[0].shape[1])))[0] for table in tables]
+    drawn = [
+        _means(*table, rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES))
+        for table in tables
+        for groups in [table[0].shape[1]]
+    ]
+    members = [np.array([place for place, row in enumerate(chosen) if row.cell == cell]) for cell in cells]
+    found = np.full(RESAMPLES, np.nan)
+    for draw, picked in enumerate(rng.integers(len(cells), size=(RESAMPLES, len(cells)))):
+        places = np.concatenate([members[cell] for cell in picked])
+        found[draw] = spearman(drawn[0][draw, places], drawn[1][draw, places])
+    return Effect(
+        mean=spearman(*means),
+        interval=_interval(found),
+        smallest=POWER * float(np.nanstd(found)),
+        seeds=len(chosen),
+        groups=tables[1][0].shape[1],
+    )
+
+
+def compared(claim: RankClaim, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a rank claim is about."""
+    return [
+        row
+        for row in rows
+        if {claim.metric, claim.outcome} <= set(row.groups)
+        and all(row.cell.get(name) == level for name, level in claim.among.items())
+    ]
+
+
+def spearman(first: Float[np.ndarray, " M"], second: Float[np.ndarray, " M"]) -> float:
+    """Spearman's rank correlation, ties by their mean rank; nan where one of both is the same everywhere."""
+    ranks = []
+    for values in (first, second):
+        # What rounds otherwise elsewhere must not become another rank.
+        _, place, counts = np.unique(np.round(values, 9), return_inverse=True, return_counts=True)
+        rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ranks.append(rank - rank.mean())
+    size = float(np.sqrt(exact.dot(ranks[0], ranks[0]) * exact.dot(ranks[1], ranks[1])))
+    return float(exact.dot(ranks[0], ranks[1])) / size if size else float("nan")
+
+
+def _means(
+    sums: Float[np.ndarray, "M G"], counts: Float[np.ndarray, "M G"], of_group: np.ndarray
+) -> Float[np.ndarray, "R M"]:
+    """Every run's mean over groups, each counted as often as a draw has it."""
+    times = of_group.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return exact.matmul(times, sums.T) / exact.matmul(times, counts.T)
 
 
 def _matching(

@@ -62,6 +62,40 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
+class RankClaim:
+    """That who is better by one metric is better by another: runs are ranked by both.
+
+    The effect is Spearman's rank correlation over the runs, for two metrics of which less is better. Cells
+    are drawn with replacement, with all of their seeds, for seeds of one cell are much alike; so are the
+    groups of both metrics. `yes` where the 95 % interval lies above zero, `no` where it lies below `margin`,
+    else `cannot tell`.
+    """
+
+    text: str
+    metric: str
+    """By which runs are told apart."""
+    outcome: str
+    """What is to be known of them."""
+    among: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Factor to level: of these cells alone."""
+    margin: float = 0.5
+    """From which rank correlation on a metric is of use."""
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drives:
+    """Closed-loop drives of every trained run."""
+
+    scenarios: str = "small"
+    """As `drive --scenarios`."""
+    image_size: tuple[int, int] = (99, 176)
+    """Height and width of the camera images, pixels."""
+    together: int = 8
+    """Drives under way together."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A study."""
 
@@ -70,7 +104,7 @@ class Plan:
     base: Config
     factors: tuple[Factor, ...]
     seeds: tuple[int, ...]
-    claims: tuple[Claim, ...]
+    claims: tuple[Claim | RankClaim, ...]
     measure: Measure = "open_loop"
     readout: Readout = dataclasses.field(default_factory=Readout)
     """How points are read back, where that is measured."""
@@ -78,7 +112,9 @@ class Plan:
     """Combinations of levels that are left out: every mapping names the levels of some factors."""
     pretraining: Mapping[str, Any] | None = None
     """Fields of the base from which it is trained before, once a seed; every run then starts from its
-    checkpoint (`model.weights`)."""
+    checkpoint (`model.weights`), and is asked in the end what its base was trained on."""
+    drives: Drives | None = None
+    """Drive with every run, in the closed loop, too."""
     minutes: float = 1.0
     """Of one training on a processor core, as far as is known: for the budget that is printed beforehand."""
     minutes_at_test: float = 0.0
@@ -106,13 +142,20 @@ class Plan:
                 )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"plan {self.name} needs seeds, each once")
+        if self.drives is not None and self.measure != "open_loop":
+            raise ConfigError(f"plan {self.name}: nothing is trained that could drive")
+        for cell in self.skipped:
+            self._check(cell)
         for claim in self.claims:
+            if isinstance(claim, RankClaim):
+                self._check(claim.among)
+                continue
             if set(claim.better) != set(claim.worse):
                 raise ConfigError(
                     f"plan {self.name}: claim {claim.text!r} must name the same factors on both sides"
                 )
-        for cell in (*self.skipped, *(each for claim in self.claims for each in (claim.better, claim.worse))):
-            self._check(cell)
+            self._check(claim.better)
+            self._check(claim.worse)
 
     def _check(self, cell: Mapping[str, str]) -> None:
         levels = {factor.name: [level.name for level in factor.levels] for factor in self.factors}
@@ -196,7 +239,13 @@ class Run:
     """Fields of the config that are otherwise for the predictions."""
 
     def identity(
-        self, measure: Measure, data: str, pretrained: Config | None, *, trained: bool = False
+        self,
+        measure: Measure,
+        data: str,
+        pretrained: Config | None,
+        drives: Drives | None = None,
+        *,
+        trained: bool = False,
     ) -> str:
         """What the run is, whatever it is called and wherever it lies: 16 hexadecimal digits.
 
@@ -204,6 +253,7 @@ class Run:
             measure: of the plan.
             data: fingerprint of the records.
             pretrained: what it starts from.
+            drives: that are driven with it.
             trained: of what is trained alone, however it is tested.
         """
         whole = {
@@ -214,14 +264,16 @@ class Run:
         }
         if measure == "readout":
             whole["readout"] = dataclasses.asdict(self.readout)
+        if drives is not None and not trained:
+            whole["drives"] = dataclasses.asdict(drives)
         if self.at_test and not trained:
             whole["at_test"] = {path: to_plain(value) for path, value in self.at_test.items()}
         return json_digest(whole)[:16]
 
 
 def name_of_base(pretrained: Config, data: str) -> str:
-    """The folder of a base: its name, and a digest of what it is trained on and how."""
-    return f"{pretrained.name}-{json_digest({'data': data, 'config': _settings(pretrained)})[:8]}"
+    """The folder of a base, whichever plan it is for: a digest of what it is trained on and how."""
+    return f"base-{json_digest({'data': data, 'config': _settings(pretrained)})[:16]}"
 
 
 def _settings(config: Config) -> Any:

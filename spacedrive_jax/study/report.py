@@ -22,19 +22,27 @@ from spacedrive_jax.reporting.style import (
     styled,
     to_svg,
 )
-from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores
-from spacedrive_jax.study.plan import Plan
+from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores, compared
+from spacedrive_jax.study.plan import Plan, RankClaim
 from spacedrive_jax.study.runs import Progress, Row
 
 METRICS = {
     "l2": ("L2, average of 1 to 3 s", "m"),
     "lateral": ("error to the side", "m"),
+    "lost": ("driving score lost", "points"),
     "collision": ("collision rate", "share"),
     "error": ("error of the point read back", "m"),
+    "off the road": ("off the road", "share"),
+    "along": ("error along the way", "m"),
+    "lateral on turns": ("error to the side on turns", "m"),
+    "lost pdm": ("PDM score lost", "points"),
+    "wrong words": ("wrong words of answers", "share"),
+    "forgotten": ("more wrong words than before", "share"),
 }
-"""What the metrics by scene are called, and their units."""
+"""What the metrics by scene or drive are called, and their units."""
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a94a0", "#1f2a37")
 STYLES = ("-", "--", ":")
+MARKERS = ("o", "^", "s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +106,22 @@ def _findings(plan: Plan, rows: Sequence[Row]) -> Table:
 def _finding(found: Answer) -> list[str]:
     claim, effect = found.claim, found.effect
     if effect is None:
-        return [claim.text, found.verdict, "–", f"{claim.margin:g} {claim.unit}", "–", "–"]
+        return [claim.text, found.verdict, "–", f"{claim.margin:g} {claim.unit}".rstrip(), "–", "–"]
     low, high = effect.interval
     return [
         claim.text,
         found.verdict,
-        f"{effect.mean:+.3f} [{low:+.3f}, {high:+.3f}] {claim.unit}",
-        f"{claim.margin:g} {claim.unit}",
-        f"{effect.smallest:.3f} {claim.unit}",
-        f"{effect.seeds} seeds, {effect.groups} {_group_word(claim.metric)}",
+        f"{effect.mean:+.3f} [{low:+.3f}, {high:+.3f}] {claim.unit}".rstrip(),
+        f"{claim.margin:g} {claim.unit}".rstrip(),
+        f"{effect.smallest:.3f} {claim.unit}".rstrip(),
+        f"{effect.seeds} runs, {effect.groups} {_group_word(claim.outcome)}"
+        if isinstance(claim, RankClaim)
+        else f"{effect.seeds} seeds, {effect.groups} {_group_word(claim.metric)}",
     ]
 
 
 def _group_word(metric: str) -> str:
-    return "blocks" if metric == "error" else "scenes"
+    return "blocks" if metric == "error" else "drives" if metric.startswith("lost") else "scenes"
 
 
 def _score_tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
@@ -165,6 +175,12 @@ def _methods(plan: Plan, progress: Progress) -> list[str]:
         "lies above zero, no where it lies below the effect that matters, else cannot tell. The smallest "
         "effect that could be seen is 2.8 standard errors of the draws (80 % power at the 5 % level).",
     ]
+    if any(isinstance(claim, RankClaim) for claim in plan.claims):
+        said.append(
+            "A rank correlation is Spearman's, over runs: +1 where who has less of one has less of the "
+            "other. Its interval comes from 2,000 draws of cells, each with all of its seeds, of scenes "
+            "and of drives."
+        )
     if progress.unfinished:
         said.append(f"Not finished: {'; '.join(progress.unfinished)}.")
     if plan.missing:
@@ -183,16 +199,52 @@ def _figures(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     metrics = _metrics(rows)
     if not metrics:
         return []
-    scores = cell_scores(rows, metrics[0])
-    title, unit = METRICS.get(metrics[0], (metrics[0], ""))
-    figures = [
-        (f"{title.capitalize()}, {unit}: mean and 95 % interval", _whiskers(scores, f"{title}, {unit}"))
-    ]
+    figures = []
+    for metric in (metrics[0], *(["lost"] if "lost" in metrics[1:] else [])):
+        title, unit = METRICS.get(metric, (metric, ""))
+        scores = cell_scores(rows, metric)
+        name = f"{title[0].upper()}{title[1:]}, {unit}: mean and 95 % interval"
+        figures.append((name, _whiskers(scores, f"{title}, {unit}")))
     # Three horizons are read from the table.
     drawn = [name for name, points in scores[0].curves.items() if len(points) > 3]
     figures += [(name.capitalize(), _curves(scores, name)) for name in drawn]
     found = [each for each in answers(plan, rows) if each.effect is not None]
-    return [*figures, ("Effects: how much worse, with 95 % interval", _effects(found))] if found else figures
+    ranked = [each for each in found if isinstance(each.claim, RankClaim)]
+    if ranked and isinstance(ranked[0].claim, RankClaim):
+        figures.append((ranked[0].claim.text, _scatter(ranked[0].claim, rows)))
+        figures.append(("Rank correlations, with 95 % interval", _effects(ranked, "rank correlation")))
+    units = list(dict.fromkeys(each.claim.unit for each in found if not isinstance(each.claim, RankClaim)))
+    for unit in units:
+        of_unit = [each for each in found if each.claim.unit == unit and each not in ranked]
+        title = "Effects: how much worse, with 95 % interval" + (f" ({unit})" if len(units) > 1 else "")
+        figures.append((title, _effects(of_unit, f"effect, {unit}")))
+    return figures
+
+
+def _scatter(claim: RankClaim, rows: Sequence[Row]) -> Figure:
+    """Every run by a metric and an outcome."""
+    figure, axes = new_figure(7.0, 4.2)
+    chosen = compared(claim, rows)
+    first, second = (cell_scores(chosen, metric) for metric in (claim.metric, claim.outcome))
+    for number, (score, outcome) in enumerate(zip(first, second, strict=True)):
+        runs = [row for row in chosen if row.cell == score.cell]
+        values = [
+            [sum(each[0] for each in row.groups[metric].values()) for row in runs]
+            for metric in (claim.metric, claim.outcome)
+        ]
+        counts = [
+            [sum(each[1] for each in row.groups[metric].values()) for row in runs]
+            for metric in (claim.metric, claim.outcome)
+        ]
+        xs, ys = ([v / c for v, c in zip(*both, strict=True)] for both in zip(values, counts, strict=True))
+        marker = MARKERS[number // len(PALETTE) % len(MARKERS)]
+        name = ", ".join(level for factor, level in outcome.cell.items() if factor not in claim.among)
+        color = PALETTE[number % len(PALETTE)]
+        axes.plot(xs, ys, marker, color=color, label=name, markersize=4.5, alpha=0.85)
+    for set_label, metric in ((axes.set_xlabel, claim.metric), (axes.set_ylabel, claim.outcome)):
+        set_label(", ".join(filter(None, METRICS.get(metric, (metric, "")))))
+    axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
 def _whiskers(scores: Sequence[CellScore], label: str) -> Figure:
@@ -212,7 +264,7 @@ def _whiskers(scores: Sequence[CellScore], label: str) -> Figure:
     return figure
 
 
-def _effects(found: Sequence[Answer]) -> Figure:
+def _effects(found: Sequence[Answer], label: str) -> Figure:
     figure, axes = new_figure(7.0, 0.8 + 0.28 * len(found))
     axes.axvline(0.0, color=MUTED, linewidth=0.8)
     for place, each in enumerate(found):
@@ -224,7 +276,7 @@ def _effects(found: Sequence[Answer]) -> Figure:
     names = [f"{textwrap.shorten(each.claim.text, 70, placeholder=' …')}: {each.verdict}" for each in found]
     axes.set_yticks(range(len(found)), names, color=INK, fontsize=6.5)
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel("effect, m (yellow: what matters)")
+    axes.set_xlabel(f"{label} (yellow: what matters)")
     return figure
 
 

@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
 
 from spacedrive_jax import __version__
 from spacedrive_jax.config import Config, change
 from spacedrive_jax.console import note
-from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.records import open_records
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.evaluation.evaluate import evaluate
-from spacedrive_jax.evaluation.prediction_files import read_predictions
-from spacedrive_jax.evaluation.protocols import protocol_named
 from spacedrive_jax.evaluation.validation import train
 from spacedrive_jax.inference.open_model import open_vlm
-from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.interop.exporting import export_hf
 from spacedrive_jax.io import (
     LineFile,
@@ -36,21 +28,16 @@ from spacedrive_jax.io import (
     read_text,
     remove_partials,
     to_json,
-    write_json,
     write_text,
 )
+from spacedrive_jax.study.measures import SPLIT, Measured, closed_loop, forgotten, open_loop
 from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
 from spacedrive_jax.training.checkpoints import steps_of
 
 RESULTS = "results.jsonl"
-PROTOCOL = "omnidrive"
-"""Under which open-loop runs are scored: the paper's."""
-SPLIT = "val"
 METRICS = "metrics.jsonl"
 RUNS = "runs"
-PREDICTED_TOGETHER = 32
-"""Keyframes a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +54,7 @@ class Row:
     """Fingerprint of the records; empty where none are needed."""
     measures: dict[str, float | None]
     groups: dict[str, dict[str, list[float]]]
-    """Metric to group (scene, or block of points) to sum and count."""
+    """Metric to group (scene, drive, or block of points) to sum and count."""
     curves: dict[str, list[list[float | None]]]
     seconds: float
     version: str
@@ -128,7 +115,7 @@ def progress_of(plan: Plan, rows: Sequence[Row], data: str) -> Progress:
     found = {row.run: row for row in rows}
     done, missing = [], []
     for run in plan.runs():
-        row = found.get(run.identity(plan.measure, data, plan.pretrained(run.seed)))
+        row = found.get(run.identity(plan.measure, data, plan.pretrained(run.seed), plan.drives))
         if row is None:
             missing.append(describe_run(run))
         else:
@@ -189,7 +176,7 @@ def run_plan(
         try:
             for run in plan.runs(records):
                 pretrained = plan.pretrained(run.seed, records)
-                name = run.identity(plan.measure, data, pretrained)
+                name = run.identity(plan.measure, data, pretrained, plan.drives)
                 if any(row.run == name for row in rows):
                     continue
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
@@ -207,77 +194,48 @@ def run_plan(
 
 def _measure(plan: Plan, run: Run, name: str, data: str, runs: Path, pretrained: Config | None) -> Row:
     started = time.monotonic()
-    found: Mapping[str, Any]
     if plan.measure == "readout":
-        found = read_back(run.config, run.readout)
+        read = read_back(run.config, run.readout)
+        found = Measured(read["measures"], read["groups"], read["curves"])
     else:
-        trained = runs / run.identity(plan.measure, data, pretrained, trained=True)
-        asked = f"-{name}" if run.at_test else ""
-        base = None if pretrained is None else runs / name_of_base(pretrained, data)
-        found = _open_loop(run, trained, f"predictions{asked}.jsonl", base, pretrained)
+        found = _trained(plan, run, name, data, runs, pretrained)
     return Row(
         plan=plan.name,
         run=name,
         cell=dict(run.cell),
         seed=run.seed,
         data=data,
-        measures=found["measures"],
-        groups={metric: dict(groups) for metric, groups in found["groups"].items()},
-        curves=found["curves"],
+        measures=dict(found.measures),
+        groups={metric: dict(groups) for metric, groups in found.groups.items()},
+        curves=dict(found.curves),
         seconds=round(time.monotonic() - started, 1),
         version=__version__,
     )
 
 
-def _open_loop(
-    run: Run, folder: Path, answers: str, base: Path | None, pretrained: Config | None
-) -> Mapping[str, Any]:
-    """Trains, predicts and scores one run, going on with what an interrupted call left."""
-    config = run.config
-    if pretrained is not None and base is not None:
+def _trained(plan: Plan, run: Run, name: str, data: str, runs: Path, pretrained: Config | None) -> Measured:
+    """Trains a run and measures it, going on with what an interrupted call left."""
+    folder = runs / run.identity(plan.measure, data, pretrained, trained=True)
+    config = change(run.config, run.config.name, {"run_dir": str(folder)})
+    base = None
+    if pretrained is not None:
+        base = runs / name_of_base(pretrained, data)
         weights = base / "exported"
         if not weights.exists():
             _train(change(pretrained, pretrained.name, {"run_dir": str(base)}))
             # As a bare vision-language model: what runs start from has other settings than they.
             export_hf(open_vlm(base), weights)
         config = change(config, config.name, {"model.weights": str(weights)})
-    config = change(config, config.name, {"run_dir": str(folder)})
     loss = _train(config)
-    predictions = folder / answers
-    if not predictions.exists():
-        predict(
-            folder,
-            Path(config.data.records),
-            SPLIT,
-            predictions,
-            batch_size=PREDICTED_TOGETHER,
-            # Digits take more tokens than the published limit allows, and would be cut.
-            max_new_tokens=None if config.model.coordinate_tokens else config.data.max_targets,
-            resume=True,
-            changes=run.at_test,
-        )
-    records = open_records(config.data.records, SPLIT)
-    # As published, answers without a trajectory would be left out; between cells that would favour the one
-    # that answers less.
-    protocol = dataclasses.replace(protocol_named(PROTOCOL), failures="counted")
-    evaluation = evaluate(records, read_predictions(predictions, "forward-left"), [protocol])[PROTOCOL]
-    scored = predictions.with_suffix(".json")
-    write_json(
-        scored.with_name(scored.name.replace("predictions", "evaluation")), evaluation.to_json(), indent=2
-    )
-    scores = evaluation.prediction
-    values = {name: np.asarray(getattr(scores.horizons, name)).mean(axis=1) for name in ("l2", "collision")}
-    values["lateral"] = _lateral(predictions, records, scores.tokens)
-    return {
-        "measures": {name: float(np.mean(value)) for name, value in values.items()}
-        | {"loss": loss, "unparsed": scores.failures / len(scores.situations)},
-        "groups": {name: _by_scene(value, scores.scenes) for name, value in values.items()},
-        "curves": {
-            "L2 by horizon, m": [
-                [s, float(m)] for s, m in zip((1, 2, 3), scores.horizons.l2.mean(axis=0), strict=True)
-            ]
-        },
-    }
+    asked = f"-{name}" if run.at_test else ""
+    closed = plan.drives is not None
+    found = open_loop(config, folder, f"predictions{asked}.jsonl", run.at_test, finely=closed)
+    found = Measured({"loss": loss}, {}).beside(found)
+    if plan.drives is not None:
+        found = found.beside(closed_loop(folder, folder / f"drives-{name}", run.at_test, plan.drives))
+    if pretrained is not None and base is not None:
+        found = found.beside(forgotten(config, folder, pretrained, base))
+    return found
 
 
 def _train(config: Config) -> float:
@@ -291,29 +249,3 @@ def _train(config: Config) -> float:
         raise SpaceDriveError(f"{config.directory} was stopped: --resume goes on with the study")
     losses = [entry["loss"] for _, entry in read_json_lines(config.directory / METRICS) if "loss" in entry]
     return float(losses[-1])
-
-
-def _lateral(predictions: Path, records: Records, tokens: Sequence[str]) -> Float[np.ndarray, " K"]:
-    """Mean distance to the side between planned and recorded waypoints, metres, of every keyframe; an answer
-    that cannot be read counts as standing still.
-    """
-    planned = {line["token"]: line["waypoints"] for _, line in read_json_lines(predictions)}
-    truth = {record["token"]: record["waypoints"] for record in map(records.__getitem__, range(len(records)))}
-    return np.array(
-        [
-            np.mean(
-                np.abs((np.asarray(planned[token])[:, 1] if planned[token] else 0.0) - truth[token][:, 1])
-            )
-            for token in tokens
-        ]
-    )
-
-
-def _by_scene(values: Float[np.ndarray, " K"], scenes: Sequence[str]) -> Mapping[str, list[float]]:
-    """Sum and count of what was measured in every scene; sums to six digits behind the point."""
-    found: dict[str, list[float]] = {}
-    for value, scene in zip(values.tolist(), scenes, strict=True):
-        entry = found.setdefault(scene, [0.0, 0.0])
-        if not np.isnan(value):
-            entry[0], entry[1] = entry[0] + value, entry[1] + 1
-    return {scene: [round(total, 6), count] for scene, (total, count) in sorted(found.items())}

@@ -9,10 +9,12 @@ import pytest
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import change
+from spacedrive_jax.driving import drive
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.study import runs
-from spacedrive_jax.study.analysis import answer, effect_of
-from spacedrive_jax.study.plan import Claim, Factor, Level, known_plans, load_plan
+from spacedrive_jax.inference.open_model import config_of_run
+from spacedrive_jax.study import measures, runs
+from spacedrive_jax.study.analysis import answer, effect_of, spearman
+from spacedrive_jax.study.plan import Claim, Drives, Factor, Level, RankClaim, known_plans, load_plan
 from spacedrive_jax.study.readout import read_back
 from spacedrive_jax.study.report import write_pages
 from tests.conftest import ROOT
@@ -43,7 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_row(tmp_path, capsys, monkeypatch):
     assert disturbed["measures"]["loss"] == row["measures"]["loss"]
     again = {"data.sequence_length": 20}
     with pytest.raises(ConfigError, match="sequence_length 20: raise it"):
-        runs.predict(trained, tmp_path / "records", "val", tmp_path / "again.jsonl", changes=again)
+        measures.predict(trained, tmp_path / "records", "val", tmp_path / "again.jsonl", changes=again)
 
     asked = []
 
@@ -53,14 +55,63 @@ def test_a_killed_run_goes_on_to_the_same_row(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return predict(*arguments, **options)
 
-    predict, out = runs.predict, tmp_path / "killed"
-    monkeypatch.setattr(runs, "predict", killed)
+    predict, out = measures.predict, tmp_path / "killed"
+    monkeypatch.setattr(measures, "predict", killed)
     assert main([*command, "--out", str(out)]) == 130
     assert rows_of(out) == [row]
     assert asked == [{}, {"data.depth.disturb.scale": 0.5}]
-    monkeypatch.setattr(runs, "predict", predict)
+    monkeypatch.setattr(measures, "predict", predict)
     assert main([*command, "--out", str(out), "--resume"]) == 0
     assert rows_of(out) == [row, disturbed]
+    check_finely(trained, row)
+    check_drives(trained, tmp_path, monkeypatch)
+    check_forgotten(trained)
+
+
+def check_finely(trained, row):
+    """What is held against driving goes on with the answers that are there, and agrees with itself."""
+    config = config_of_run(trained)
+    found = measures.open_loop(config, trained, "predictions.jsonl", {}, finely=True)
+    assert found.groups["l2"] == row["groups"]["l2"]
+    total, count = found.groups["lateral on turns"]["scene-0000"]
+    assert 0 <= count <= found.groups["lateral"]["scene-0000"][1]
+    assert total <= found.groups["lateral"]["scene-0000"][0]
+    values = found.measures
+    assert values["l2 at 1 s"] < values["l2"] < values["l2 at 3 s"]
+    assert max(values["along"], values["lateral"]) <= values["l2 at 3 s"]
+
+
+def check_drives(trained, folder, monkeypatch):
+    """A drive that was finished before is not driven again, and is scored as it was."""
+    scenarios = folder / "one.json"
+    scenarios.write_text(json.dumps([{"kind": "straight", "town": "boston-seaport", "seed": 0}]))
+    drives = Drives(str(scenarios), image_size=(18, 32), together=1)
+    found = measures.closed_loop(trained, folder / "driven", {}, drives)
+    (record,) = (folder / "driven").glob("drives/*/result.json")
+    score = json.loads(record.read_text())["scores"]["score_composed"]
+    np.testing.assert_allclose(found.measures["lost"], 100 - score, atol=1e-6)
+    assert list(found.groups["lost"]) == [record.parent.name]
+    monkeypatch.setattr(drive, "write_drive", lambda *_: pytest.fail("driven twice"))
+    assert measures.closed_loop(trained, folder / "driven", {}, drives) == found
+    with pytest.raises(ConfigError, match="another changes"):
+        measures.closed_loop(trained, folder / "driven", {"data.ego_fault": "zero"}, drives)
+
+
+def check_forgotten(trained):
+    """Who has not been trained on has forgotten nothing; else what the base knew counts."""
+    config = config_of_run(trained)
+    asked = {"data.conversation.tasks": "questions", "data.conversation.scene_texts": True}
+    asked |= {"model.coordinate_tokens": False, "data.sequence_length": 640, "data.max_targets": 320}
+    base = change(config, "base", asked)
+    found = measures.forgotten(config, trained, base, trained)
+    assert found.measures["forgotten"] == 0.0
+    assert 0.5 < found.measures["wrong words"] <= 1.0  # after two steps
+    kept = trained / "answers.json"
+    wrong, words = json.loads(kept.read_text())["scene-0000"]
+    assert [wrong, words] == found.groups["wrong words"]["scene-0000"]
+    kept.write_text(json.dumps({"scene-0000": [wrong - 7, words]}))
+    found = measures.forgotten(config, trained, base, trained)
+    assert found.groups["forgotten"] == {"scene-0000": [7.0, words]}
 
 
 def test_a_killed_study_goes_on_to_the_same_table(tmp_path, capsys, monkeypatch):
@@ -146,6 +197,47 @@ def test_pairs_cancel_what_they_share():
     assert effect_of(CLAIM, [each for each in table(1.0, 0.0) if each.cell["way"] == "a"]) is None
 
 
+RANKS = RankClaim("less a goes with less lost", "a", "lost")
+
+
+def driven(agreement, cells=8, seeds=2):
+    """Rows whose driving follows their metric as far as `agreement` says, each cell's seeds alike."""
+    rng = np.random.default_rng(1)
+    made = []
+    for cell in range(cells):
+        lost = agreement * cell + (1 - abs(agreement)) * cells * rng.normal()
+        for seed in range(seeds):
+            groups = {
+                "a": {f"s{index}": [3.0 * (cell + 0.1 * index), 3.0] for index in range(5)},
+                "lost": {f"d{index}": [lost + 0.1 * index, 1.0] for index in range(6)},
+            }
+            name = f"{cell}-{seed}"
+            made.append(runs.Row("p", name, {"model": str(cell)}, seed, "", {}, groups, {}, 1.0, "0"))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("agreement", "verdict", "mean"),
+    [(1.0, "yes", 1.0), (-1.0, "no", -1.0), (0.1, "cannot tell", None)],
+)
+def test_ranks_are_held_against_ranks(agreement, verdict, mean):
+    found = answer(RANKS, driven(agreement))
+    assert found.verdict == verdict
+    assert (found.effect.seeds, found.effect.groups) == (16, 6)
+    assert mean is None or np.isclose(found.effect.mean, mean)
+    low, high = found.effect.interval
+    assert -1.0 <= low <= found.effect.mean <= high <= 1.0
+    apart = dataclasses.replace(RANKS, among={"model": "0"})
+    assert answer(apart, driven(agreement)).verdict == "not run"
+
+
+def test_spearman_by_hand():
+    assert np.isclose(spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 30.0, 20.0, 40.0])), 0.8)
+    # Ties share their mean rank: 1.5, 1.5, 3 against 1, 2, 3.
+    assert np.isclose(spearman(np.array([5.0, 5.0, 9.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(0.75))
+    assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
+
+
 def test_points_are_read_back_and_noise_costs():
     plan = load_plan(f"{PLAN}:reads")
     sizes = dataclasses.replace(plan.readout, steps=60)
@@ -174,6 +266,14 @@ def test_what_a_run_is_does_not_depend_on_its_place():
     tested = list(load_plan(f"{PLAN}:drives").runs())
     assert len({run.identity("open_loop", "data", None) for run in tested}) == 2
     assert len({run.identity("open_loop", "data", None, trained=True) for run in tested}) == 1
+    # Driven, the same training is another row.
+    drives = Drives()
+    assert (
+        len({run.identity("open_loop", "data", None, each) for run in tested for each in (None, drives)}) == 4
+    )
+    assert tested[0].identity("open_loop", "data", None, drives, trained=True) == tested[0].identity(
+        "open_loop", "data", None, trained=True
+    )
     several = dataclasses.replace(plan, seeds=(1, 2))
     assert [run.identity("readout", "data", None) for run in several.with_seeds((1,)).runs()] == names
     with pytest.raises(ConfigError, match="plan reads has the seeds 1, 2, not 3"):
@@ -182,7 +282,16 @@ def test_what_a_run_is_does_not_depend_on_its_place():
 
 def test_plans_are_sound():
     plans = known_plans()
-    assert {"encodings_readout", "where", "coordinates", "losses", "depth", "status", "ranks"} <= set(plans)
+    assert {
+        "encodings_readout",
+        "where",
+        "coordinates",
+        "losses",
+        "depth",
+        "status",
+        "ranks",
+        "loops",
+    } <= set(plans)
     for plan in plans.values():
         assert len(plan.seeds) >= 3
         for run in plan.runs():
@@ -194,6 +303,10 @@ def test_plans_are_sound():
         load_plan(str(PLAN))
     with pytest.raises(ConfigError, match="steps cannot be changed for predictions alone"):
         dataclasses.replace(plan, factors=(Factor("x", (Level("a", {"train.steps": 1}),), at_test=True),))
+    with pytest.raises(ConfigError, match="there is no level loss = l4"):
+        dataclasses.replace(plan, claims=(dataclasses.replace(RANKS, among={"loss": "l4"}),))
+    with pytest.raises(ConfigError, match="nothing is trained that could drive"):
+        dataclasses.replace(load_plan(f"{PLAN}:reads"), drives=Drives())
     factors = (Factor("loss", (Level("a", {"train.steeps": 1}),)),)
     wrong = dataclasses.replace(plan, factors=factors, claims=())
     with pytest.raises(ConfigError, match="has no field"):

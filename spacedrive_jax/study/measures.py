@@ -1,0 +1,273 @@
+"""What is measured of a planner that a study trained: its plans, its driving, and what it still knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import Config, change, to_plain
+from spacedrive_jax.data.loader import Samples, evaluation_batches
+from spacedrive_jax.data.records import Records, open_records
+from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.driving.askers import ModelAsker
+from spacedrive_jax.driving.drive import drive_all
+from spacedrive_jax.driving.episode import DriveOptions
+from spacedrive_jax.driving.model_policy import check_depth, warm_up_record
+from spacedrive_jax.driving.results import read_drive
+from spacedrive_jax.driving.scenarios import drive_set
+from spacedrive_jax.evaluation.evaluate import evaluate
+from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.protocols import protocol_named
+from spacedrive_jax.inference.open_model import name_checkpoint, open_trained_model
+from spacedrive_jax.inference.open_planner import planner_of
+from spacedrive_jax.inference.predict import predict
+from spacedrive_jax.io import output_lock, read_json, read_json_lines, write_json
+from spacedrive_jax.models.partitioning import activations_on
+from spacedrive_jax.study.plan import Drives
+from spacedrive_jax.training.sharding import place_batch
+
+PROTOCOL = "omnidrive"
+"""Under which open-loop runs are scored: the paper's."""
+SPLIT = "val"
+PREDICTED_TOGETHER = 32
+"""Keyframes a step."""
+ASKED_TOGETHER = 8
+"""Keyframes whose questions are asked in a step."""
+ASIDE = 1.0
+"""Metres beside the straight line at 3 s from which on a keyframe counts as turning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured of one run."""
+
+    measures: Mapping[str, float | None]
+    groups: Mapping[str, Mapping[str, list[float]]]
+    """Metric to group (scene, drive) to sum and count."""
+    curves: Mapping[str, list[list[float | None]]] = dataclasses.field(default_factory=dict)
+
+    def beside(self, other: Measured) -> Measured:
+        """Both together."""
+        return Measured(
+            {**self.measures, **other.measures},
+            {**self.groups, **other.groups},
+            {**self.curves, **other.curves},
+        )
+
+
+def open_loop(
+    config: Config, folder: Path, answers: str, changes: Mapping[str, Any], *, finely: bool
+) -> Measured:
+    """Predicts and scores a split.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        answers: file in it that is written, or gone on with.
+        changes: see `predict`.
+        finely: measure every figure that is held against driving, not the usual three alone.
+    """
+    predictions = folder / answers
+    if not predictions.exists():
+        predict(
+            folder,
+            Path(config.data.records),
+            SPLIT,
+            predictions,
+            batch_size=PREDICTED_TOGETHER,
+            # Digits take more tokens than the published limit allows, and would be cut.
+            max_new_tokens=None if config.model.coordinate_tokens else config.data.max_targets,
+            resume=True,
+            changes=changes,
+        )
+    records = open_records(config.data.records, SPLIT)
+    # As published, answers without a trajectory would be left out; between cells that would favour the one
+    # that answers less.
+    protocol = dataclasses.replace(protocol_named(PROTOCOL), failures="counted")
+    evaluation = evaluate(records, read_predictions(predictions, "forward-left"), [protocol])[PROTOCOL]
+    scored = predictions.with_suffix(".json")
+    write_json(
+        scored.with_name(scored.name.replace("predictions", "evaluation")), evaluation.to_json(), indent=2
+    )
+    scores, horizons = evaluation.prediction, evaluation.prediction.horizons
+    values = {name: np.asarray(getattr(horizons, name)).mean(axis=1) for name in ("l2", "collision")}
+    off, turning = _off(predictions, records, scores.tokens)
+    values["lateral"] = off[:, 1]
+    if finely:
+        values["l2 at 1 s"], values["l2 at 3 s"] = horizons.l2[:, 0], horizons.l2[:, 2]
+        values["off the road"] = horizons.intersection.mean(axis=1)
+        values["along"] = off[:, 0]
+        values["lateral on turns"] = np.where(turning, off[:, 1], np.nan)
+    return Measured(
+        {name: _mean(value) for name, value in values.items()}
+        | {"unparsed": scores.failures / len(scores.situations)},
+        {name: _by_group(value, scores.scenes) for name, value in values.items()},
+        {
+            "L2 by horizon, m": [
+                [s, float(m)] for s, m in zip((1, 2, 3), horizons.l2.mean(axis=0), strict=True)
+            ]
+        },
+    )
+
+
+def _mean(values: Float[np.ndarray, " K"]) -> float | None:
+    """Of what was measured; None where nothing was."""
+    known = values[~np.isnan(values)]
+    return float(np.mean(known)) if len(known) else None
+
+
+def _off(
+    predictions: Path, records: Records, tokens: Sequence[str]
+) -> tuple[Float[np.ndarray, "K 2"], np.ndarray]:
+    """Mean distance along x and along y between planned and recorded waypoints, metres, of every keyframe,
+    and whether the record turns; an answer that cannot be read counts as standing still.
+    """
+    planned = {line["token"]: line["waypoints"] for _, line in read_json_lines(predictions)}
+    truth = {record["token"]: record["waypoints"] for record in map(records.__getitem__, range(len(records)))}
+    off = [
+        np.mean(np.abs((np.asarray(planned[token]) if planned[token] else 0.0) - truth[token]), axis=0)
+        for token in tokens
+    ]
+    return np.array(off), np.array([abs(truth[token][-1, 1]) > ASIDE for token in tokens])
+
+
+def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Drives) -> Measured:
+    """Drives with a trained run, going on with what an interrupted call left.
+
+    Args:
+        folder: of the run.
+        out: folder of the drives.
+        changes: fields of the run's `data` that are otherwise now than in training.
+        drives: which, and how.
+    """
+    specs = drive_set(drives.scenarios)
+    options = DriveOptions(image_size=drives.image_size)
+    metadata = {
+        "scenarios": drives.scenarios,
+        "drives": [spec.name for spec in specs],
+        "checkpoint": name_checkpoint(folder),
+        "changes": {name: to_plain(value) for name, value in changes.items()},
+        "options": dataclasses.asdict(options),
+        "batch_size": drives.together,
+    }
+    trained = open_trained_model(folder)
+    trained = dataclasses.replace(trained, config=change(trained.config, trained.config.name, dict(changes)))
+    check_depth(trained.config, None)
+    with output_lock(out):
+        asker = ModelAsker(planner_of(trained, warm_up_record(), most=drives.together))
+        try:
+            summary = drive_all(
+                specs,
+                out,
+                options,
+                metadata=metadata,
+                asker=asker,
+                workers=os.cpu_count() or 1,
+                at_a_time=drives.together,
+                resume=True,
+            ).summary
+        finally:
+            asker.close()
+    driven = {spec.name: read_drive(out / "drives" / spec.name / "result.json") for spec in specs}
+    driven = {name: drive for name, drive in driven.items() if "no_place" not in drive}
+    lost = np.array([100.0 - drive["scores"]["score_composed"] for drive in driven.values()])
+    lost_pdm = np.array([100.0 * (1.0 - drive["pdm"]["pdms"]) for drive in driven.values()])
+    return Measured(
+        {
+            "lost": float(np.mean(lost)),
+            "lost pdm": float(np.mean(lost_pdm)),
+            "success_rate": summary["success_rate"],
+            "own_l2": summary["open_loop_l2"],
+        },
+        {"lost": _by_group(lost, list(driven)), "lost pdm": _by_group(lost_pdm, list(driven))},
+    )
+
+
+def forgotten(config: Config, folder: Path, pretrained: Config, base: Path) -> Measured:
+    """How much worse a run answers the questions that its base was trained on than the base does.
+
+    The answers of a split are read, not generated: `wrong words` is the share of their tokens that are not
+    the likeliest one, `forgotten` how much more of them that are than before.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        pretrained: of the base.
+        base: its folder, where what it answers is kept.
+    """
+    kept = base / "answers.json"
+    if not kept.exists():
+        write_json(kept, _wrong_words(base, pretrained, pretrained))
+    before, after = read_json(kept), _wrong_words(folder, config, pretrained)
+    more = {scene: [after[scene][0] - before[scene][0], after[scene][1]] for scene in after}
+    groups = {"wrong words": after, "forgotten": more}
+    return Measured(
+        {
+            name: sum(each[0] for each in group.values()) / sum(each[1] for each in group.values())
+            for name, group in groups.items()
+        },
+        groups,
+    )
+
+
+def _wrong_words(folder: Path, config: Config, pretrained: Config) -> dict[str, list[float]]:
+    """Scene to the answers' tokens that a run gets wrong and all of them, asked as the base was."""
+    model = dataclasses.replace(config.model, coordinate_tokens=pretrained.model.coordinate_tokens)
+    builder = SampleBuilder(pretrained.data, model)
+    records = open_records(config.data.records, SPLIT)
+    samples = Samples(records, builder, list(range(len(records))), builder.open_depth(records))
+    trained = open_trained_model(folder)
+    check = _checker(trained.graph, trained.mesh)
+    wrong, words = [], []
+    for batch, count in evaluation_batches(samples, ASKED_TOGETHER, data=config.data):
+        found = jax.device_get(check(trained.trainable, trained.frozen, place_batch(batch, trained.mesh)))
+        wrong += found[:count].tolist()
+        words += batch.target_mask[:count].sum(axis=1).tolist()
+    scenes = [records[row]["scene_name"] for row in range(len(records))]
+    return {
+        scene: [
+            float(sum(each for each, name in zip(wrong, scenes, strict=True) if name == scene)),
+            float(sum(each for each, name in zip(words, scenes, strict=True) if name == scene)),
+        ]
+        for scene in sorted(set(scenes))
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def _checker(
+    graph: nnx.GraphDef, mesh: Mesh
+) -> Callable[[nnx.State, nnx.State, DrivingBatch], Float[Array, " B"]]:
+    """The program that counts an answer's wrong tokens."""
+
+    @jax.jit
+    def check(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Float[Array, " B"]:
+        with activations_on(mesh):
+            model = nnx.merge(graph, trainable, frozen)
+            hidden = model(batch).hidden
+            predicting = jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
+            said = jnp.argmax(model.vlm.decoder.logits(predicting), axis=-1)
+            return jnp.sum((said != batch.target_ids) & batch.target_mask, axis=1).astype(jnp.float32)
+
+    return check
+
+
+def _by_group(values: Float[np.ndarray, " K"], groups: Sequence[str]) -> Mapping[str, list[float]]:
+    """Sum and count of what was measured in every group; sums to six digits behind the point."""
+    found: dict[str, list[float]] = {}
+    for value, name in zip(values.tolist(), groups, strict=True):
+        entry = found.setdefault(name, [0.0, 0.0])
+        if not np.isnan(value):
+            entry[0], entry[1] = entry[0] + value, entry[1] + 1
+    return {name: [round(total, 6), count] for name, (total, count) in sorted(found.items())}
