@@ -111,9 +111,9 @@ def open_loop(
         values["along"] = off[:, 0]
         values["lateral on turns"] = np.where(turning, off[:, 1], np.nan)
     return Measured(
-        {name: _mean(value) for name, value in values.items()}
+        {name: mean_of(value) for name, value in values.items()}
         | {"unparsed": scores.failures / len(scores.situations)},
-        {name: _by_group(value, scores.scenes) for name, value in values.items()},
+        {name: by_group(value, scores.scenes) for name, value in values.items()},
         {
             "L2 by horizon, m": [
                 [s, float(m)] for s, m in zip((1, 2, 3), horizons.l2.mean(axis=0), strict=True)
@@ -122,7 +122,7 @@ def open_loop(
     )
 
 
-def _mean(values: Float[np.ndarray, " K"]) -> float | None:
+def mean_of(values: Float[np.ndarray, " K"]) -> float | None:
     """Of what was measured; None where nothing was."""
     known = values[~np.isnan(values)]
     return float(np.mean(known)) if len(known) else None
@@ -191,7 +191,7 @@ def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Dri
             "success_rate": summary["success_rate"],
             "own_l2": summary["open_loop_l2"],
         },
-        {"lost": _by_group(lost, list(driven)), "lost pdm": _by_group(lost_pdm, list(driven))},
+        {"lost": by_group(lost, list(driven)), "lost pdm": by_group(lost_pdm, list(driven))},
     )
 
 
@@ -263,7 +263,7 @@ def _checker(
     return check
 
 
-def _by_group(values: Float[np.ndarray, " K"], groups: Sequence[str]) -> Mapping[str, list[float]]:
+def by_group(values: Float[np.ndarray, " K"], groups: Sequence[str]) -> Mapping[str, list[float]]:
     """Sum and count of what was measured in every group; sums to six digits behind the point."""
     found: dict[str, list[float]] = {}
     for value, name in zip(values.tolist(), groups, strict=True):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from spacedrive_jax.inference.predict import check_changes
 from spacedrive_jax.io import json_digest, parse_json
 from spacedrive_jax.study.readout import Readout
 
-Measure = Literal["open_loop", "readout"]
-"""What a run is: train, predict `val`, evaluate; or read points back from their encodings
-(`study.readout`), for which nothing is trained but the reader."""
+Measure = Literal["open_loop", "readout", "counterfactual"]
+"""What a run is: train, predict `val`, evaluate; read points back from their encodings (`study.readout`), for
+which nothing is trained but the reader; or train on questions what would come of other trajectories, and ask
+about `val` (`study.counterfactual`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +296,10 @@ def known_plans() -> Mapping[str, Plan]:
         ConfigError: a file defines none, or two have the same name.
     """
     plans: dict[str, Plan] = {}
+    # As a package: plans share their bases.
+    load_module(PLAN_FOLDER / "__init__.py", _PACKAGE)
     for file in sorted(PLAN_FOLDER.glob("[a-z]*.py")):
-        for plan in _plans_of(file):
+        for plan in _plans_of(file, f"{_PACKAGE}.{file.stem}"):
             if plan.name in plans:
                 raise ConfigError(f"{file} defines the plan {plan.name}, which another file has")
             plans[plan.name] = plan
@@ -327,9 +331,13 @@ def load_plan(name: str) -> Plan:
     return plans_known[name]
 
 
-def _plans_of(file: Path) -> tuple[Plan, ...]:
+_PACKAGE = "spacedrive_jax_plans"
+
+
+def _plans_of(file: Path, known: str | None = None) -> tuple[Plan, ...]:
+    """The plans of a file; of one that comes with the project by its module's name."""
     try:
-        module = load_module(file, f"spacedrive_jax_plans_{file.stem}")
+        module = load_module(file, f"{_PACKAGE}_{file.stem}") if known is None else import_module(known)
     except SpaceDriveError:
         raise
     except Exception as error:

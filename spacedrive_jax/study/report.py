@@ -38,6 +38,9 @@ METRICS = {
     "lost pdm": ("PDM score lost", "points"),
     "wrong words": ("wrong words of answers", "share"),
     "forgotten": ("more wrong words than before", "share"),
+    "misjudged": ("misjudged trajectories", "share"),
+    "missed": ("unsafe ones called safe", "share"),
+    "false alarm": ("safe ones called unsafe", "share"),
 }
 """What the metrics by scene or drive are called, and their units."""
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a94a0", "#1f2a37")

@@ -30,6 +30,7 @@ from spacedrive_jax.io import (
     to_json,
     write_text,
 )
+from spacedrive_jax.study.counterfactual import counterfactual, write_language_data
 from spacedrive_jax.study.measures import SPLIT, Measured, closed_loop, forgotten, open_loop
 from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
@@ -226,6 +227,12 @@ def _trained(plan: Plan, run: Run, name: str, data: str, runs: Path, pretrained:
             # As a bare vision-language model: what runs start from has other settings than they.
             export_hf(open_vlm(base), weights)
         config = change(config, config.name, {"model.weights": str(weights)})
+    if plan.measure == "counterfactual":
+        texts = runs / f"counterfactual-{data[:16]}"
+        write_language_data(config.data.records, texts)
+        config = change(config, config.name, {"data.conversation.language_data": str(texts)})
+        loss = _train(config)
+        return Measured({"loss": loss}, {}).beside(counterfactual(config, folder, texts))
     loss = _train(config)
     asked = f"-{name}" if run.at_test else ""
     closed = plan.drives is not None

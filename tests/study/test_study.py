@@ -9,11 +9,23 @@ import pytest
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import change
+from spacedrive_jax.data.language_data import LanguageData
+from spacedrive_jax.data.prompts import counterfactual_text
+from spacedrive_jax.data.records import open_records
 from spacedrive_jax.driving import drive
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.evaluation.counterfactual import STATUS_RISKS, corrected_risks
+from spacedrive_jax.evaluation.evaluate import obstacles_of
 from spacedrive_jax.inference.open_model import config_of_run
 from spacedrive_jax.study import measures, runs
 from spacedrive_jax.study.analysis import answer, effect_of, spearman
+from spacedrive_jax.study.counterfactual import (
+    ANSWERS,
+    candidates,
+    counterfactual,
+    risks_of,
+    write_language_data,
+)
 from spacedrive_jax.study.plan import Claim, Drives, Factor, Level, RankClaim, known_plans, load_plan
 from spacedrive_jax.study.readout import read_back
 from spacedrive_jax.study.report import write_pages
@@ -236,6 +248,51 @@ def test_spearman_by_hand():
     # Ties share their mean rank: 1.5, 1.5, 3 against 1, 2, 3.
     assert np.isclose(spearman(np.array([5.0, 5.0, 9.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(0.75))
     assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
+
+
+def test_other_trajectories_have_the_risks_that_they_run(tmp_path):
+    records, folder = make_records(tmp_path / "records"), tmp_path / "texts"
+    write_language_data(str(records), folder)
+    split, data, unsafe, asked = open_records(records, "val"), LanguageData(folder), [], []
+    collisions = 0
+    for record in map(split.__getitem__, range(len(split))):
+        tests = data.counterfactual_test(record["token"])
+        if not np.all(record["waypoint_mask"]):
+            assert not tests
+            continue
+        others = obstacles_of(record)
+        into = np.repeat(others.centre[others.mask[:, 5], 5][:1, None], 6, axis=1)
+        away = np.full((1, 6, 2), 45.0)
+        ways = np.concatenate([candidates(record)[:1], away, into])
+        recorded, far, *hit = risks_of(record, ways)
+        assert recorded == ()
+        assert "Collision" not in far
+        assert len(hit) == bool(others.mask[:, 5].any())
+        assert all("Collision" in each for each in hit)
+        collisions += len(hit)
+        assert len({test.trajectory for test in tests}) == 4
+        for test in tests:
+            said = {risk for word, risk in STATUS_RISKS.items() if word in test.risks}
+            assert corrected_risks(ANSWERS[test.risks]) == said
+            unsafe.append(bool(said))
+            asked.append(
+                {"token": record["token"], "Q": counterfactual_text(test.trajectory), "A": "A crash!"}
+            )
+        taught = [pair.answer for pair in data.counterfactual_questions(record["token"])]
+        assert taught == [ANSWERS[test.risks] for test in tests[:2]]
+    assert collisions
+    assert 0 < sum(unsafe) < len(unsafe)
+    # Who calls everything unsafe misses nothing, and every safe one is a false alarm.
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in asked))
+    config = change(load_plan(f"{PLAN}:drives").base, "run", {"data.records": str(records)})
+    found = counterfactual(config, run, folder).measures
+    assert (found["missed"], found["false alarm"], found["unsafe"]) == (0.0, 1.0, np.mean(unsafe))
+    assert found["misjudged"] == 1 - np.mean(unsafe)
+    whole = (folder / "whole.json").stat().st_mtime_ns
+    write_language_data(str(records), folder)
+    assert (folder / "whole.json").stat().st_mtime_ns == whole
 
 
 def test_points_are_read_back_and_noise_costs():
