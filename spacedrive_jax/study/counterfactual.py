@@ -63,10 +63,13 @@ def risks_of(record: Record, trajectories: Float[np.ndarray, "M 6 2"]) -> list[t
     area = drivable_area(record)
     if area is None:
         raise DataError(f"record {record['token']} has no map: nobody can say what leaves its road")
-    hits = overlaps(trajectories, obstacles_of(record, pedestrians=True), rule).any(axis=1)
-    off = leaves_road(trajectories, area, rule)[:, 1:].any(axis=1)
+    hits = overlaps(trajectories, obstacles_of(record, pedestrians=True), rule)
+    off = leaves_road(trajectories, area, rule)[:, 1:]
     return [
-        (*(("Collision",) if hits[place] else ()), *(("Out of the drivable area",) if off[place] else ()))
+        (
+            *(("Collision",) if hits[place].any() else ()),
+            *(("Out of the drivable area",) if off[place].any() else ()),
+        )
         for place in range(len(trajectories))
     ]
 
