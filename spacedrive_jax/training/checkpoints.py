@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -303,6 +304,7 @@ def restore(
         with ocp.StandardCheckpointer() as arrays, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as position:
             restored["position"] = position.restore(folder / "position")
             for name, tree in (("trainable", nnx.to_pure_dict(trainable)), ("optimizer", optimizer)):
+                _require_same_arrays(folder / name, tree)
                 restored[name] = arrays.restore(folder / name, _abstract(tree))
         if restored["metadata"].get(POSITION, restored["position"]) != restored["position"]:
             raise ValueError("its position in the data is not the one that was saved")
@@ -374,14 +376,51 @@ def _named(tree: Any) -> dict[str, Any]:
     return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def _require_same_arrays(folder: Path, tree: Any) -> None:
+    """Tells a whole checkpoint of another model from a damaged one.
+
+    Args:
+        folder: of trainables or optimiser.
+        tree: what its config means here, arrays or their shapes.
+
+    Raises:
+        CheckpointError: arrays are named or shaped otherwise.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        kept = handler.metadata(epath.Path(folder)).tree
+    finally:
+        handler.close()
+    saved, wanted = (
+        {name: tuple(leaf.shape) for name, leaf in _named(each).items() if hasattr(leaf, "shape")}
+        for each in (kept, tree)
+    )
+    differing = [f"it lacks {name}" for name in sorted(wanted.keys() - saved.keys())]
+    differing += [f"{name} is not known here" for name in sorted(saved.keys() - wanted.keys())]
+    differing += [
+        f"{name} has shape {list(saved[name])}, not {list(wanted[name])}"
+        for name in sorted(saved.keys() & wanted.keys())
+        if saved[name] != wanted[name]
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint {folder.parent} holds another model than its config means here "
+            f"({'; '.join(differing[:3])}{more}): another version of spacedrive_jax wrote it (RUN/run.json "
+            "names it), or the config was changed. Open it with that version or config, or train anew"
+        )
+
+
 @contextlib.contextmanager
 def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
     """Turns a failed read into an error that names the newest checkpoint before it that can be read."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise almost anything
+        if "RESOURCE_EXHAUSTED" in str(error):  # the devices are full, nothing is wrong with the file
+            raise
         said = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         earlier = [other for other in reversed(steps_of(run_dir)) if other < step]
         whole = next((other for other in earlier if _is_whole(run_dir, other)), None)
@@ -488,6 +527,7 @@ def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.Sta
     """Reads only the trainables of a checkpoint, onto the shardings of an (abstract) state."""
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         folder = _folder(run_dir, step) / "trainable"
+        _require_same_arrays(folder, nnx.to_pure_dict(trainable))
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
         check_saved(restored, _metadata(run_dir, step), TRAINABLE)
     nnx.replace_by_pure_dict(trainable, restored)
@@ -512,6 +552,7 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
         )
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         folder = _folder(run_dir, step) / "optimizer"
+        _require_same_arrays(folder, optimizer)
         restored = checkpointer.restore(folder, _abstract(optimizer))
         check_saved(restored, _metadata(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")

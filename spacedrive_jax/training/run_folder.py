@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from spacedrive_jax import buckets
+from spacedrive_jax import __version__, buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
 from spacedrive_jax.io import (
@@ -293,7 +293,7 @@ def write_provenance(run_dir: Path, provenance: dict[str, Any]) -> None:
     provenance = provenance | {
         "devices": [device.device_kind for device in jax.devices()],
         "hosts": jax.process_count(),
-        "versions": {"python": platform.python_version()}
+        "versions": {"spacedrive_jax": __version__, "python": platform.python_version()}
         | {package: metadata.version(package) for package in packages},
     }
     write_json(file, provenance, indent=2)

@@ -11,10 +11,12 @@ import time
 from collections import namedtuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from spacedrive_jax import __version__
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.inference.open_model import (
@@ -255,6 +257,16 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
     shutil.copytree(older, newest)
     with pytest.raises(CheckpointError, match="not those that were saved"):
         open_trained_model(run)
+
+
+def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(whole):
+    step = checkpoints.steps_of(whole)[-1]
+    other = nnx.State({"gate": nnx.Param(jnp.zeros(3))})
+    said = r"holds another model .*it lacks gate.*is not known here.* and \d+ more.*run.json"
+    with pytest.raises(CheckpointError, match=said) as raised:
+        checkpoints.restore_trainable(whole, step, other)
+    assert "damaged" not in str(raised.value)
+    assert json.loads((whole / "run.json").read_text())["versions"]["spacedrive_jax"] == __version__
 
 
 @pytest.mark.parametrize("lost", ["metadata", "config"])
