@@ -247,13 +247,18 @@ def _evaluate_protocol(
     eligible = {keyframe.situation.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
         if not planned[name].situations:
-            unparsed = len(seen.intersection(file.unparsed))
+            unusable = {
+                "unparsed: their answers hold no trajectory": file.unparsed,
+                "with fewer than six waypoints": file.short,
+                "with a waypoint that is not finite": file.non_finite,
+            }
+            counts = {what: len(seen.intersection(tokens)) for what, tokens in unusable.items()}
+            said = "".join(f", {count} of them {what}" for what, count in counts.items() if count)
             raise DataError(
                 f"none of the {len(file.tokens)} predictions in {file.path} can be scored on split "
                 f"{records.split!r} of {records.directory}, which has {len(eligible)} keyframes with a "
-                f"whole future ({len(file.tokens & seen)} predicted tokens are in the split"
-                + (f", {unparsed} of them unparsed: their answers hold no trajectory)" if unparsed else ")")
-                + ("; check --records and --split" if unparsed < len(file.tokens) else "")
+                f"whole future ({len(file.tokens & seen)} predicted tokens are in the split{said})"
+                + ("; check --records and --split" if sum(counts.values()) < len(file.tokens) else "")
             )
     prediction = planned.pop(PREDICTION)
     other = planned.pop(COMPARED, None)
