@@ -115,6 +115,7 @@ class Drive(Command):
     cache folder."""
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("records", "compilation_cache")
+    WRITES: ClassVar[tuple[str, ...]] = ("video", "rerun")
     BOUNDS: ClassVar[Bounds] = {
         "workers": WORKERS,
         "batch_size": Bound(1, 4096),
@@ -135,6 +136,7 @@ class Drive(Command):
         from spacedrive_jax.driving.scenarios import drive_set
         from spacedrive_jax.world.views import parse_image_size
 
+        folder = self._folder()
         specs = drive_set(self.scenarios)
         looks = self.policy is None or self.collect is not None
         sense: Literal["nothing", "status", "images"] = (
@@ -158,7 +160,6 @@ class Drive(Command):
             "batch_size": self.batch_size,
             "collect": None if self.collect is None else str(self.collect.resolve()),
         }
-        folder = self._folder()
         first = hosts is None or hosts.is_first
         # Two jobs would each remove what the other is writing.
         with output_lock(folder) if first else contextlib.nullcontext():
@@ -305,8 +306,12 @@ class Drive(Command):
         return run_dir / "drives"
 
     def _checkpoint_name(self) -> Any:
-        if self.checkpoint is None or _is_server(self.checkpoint):
-            return self.checkpoint
+        if self.checkpoint is None:
+            return None
+        if _is_server(self.checkpoint):
+            from spacedrive_jax.driving.askers import name_server
+
+            return name_server(self.checkpoint, self.token or os.environ.get(TOKEN_VARIABLE) or None)
         from spacedrive_jax.inference.open_model import name_checkpoint
 
         return name_checkpoint(place(self.checkpoint))

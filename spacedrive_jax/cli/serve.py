@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.cli.common import mesh_of, use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
+from spacedrive_jax.io import read_bytes
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -93,10 +95,12 @@ class Serve(Command):
         from spacedrive_jax.driving.server import PolicyServer, ServerConfig
 
         if self.exported is not None:
-            from spacedrive_jax.inference.export import open_exported
+            from spacedrive_jax.inference.export import METADATA, open_exported
 
             planner = open_exported(self.exported, most=self.batch_size)
+            weights = hashlib.sha256(read_bytes(self.exported / METADATA)).hexdigest()
         else:
+            from spacedrive_jax.inference.open_model import name_checkpoint
             from spacedrive_jax.inference.open_planner import open_planner
 
             assert self.checkpoint is not None
@@ -107,8 +111,11 @@ class Serve(Command):
                 most=self.batch_size,
                 mesh=mesh_of(self.mesh),
             )
+            weights = str(name_checkpoint(self.checkpoint)["trainable_fingerprint"])
+            if self.average:
+                weights = hashlib.sha256(f"{weights} average".encode()).hexdigest()
         network = None if self.depth_model is None else open_depth_network(self.depth_model, planner.config)
-        policy = ModelPolicy(planner, network)
+        policy = ModelPolicy(planner, network, weights[:16])
         config = ServerConfig(
             self.host,
             self.port,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -269,6 +269,26 @@ def _checked(waypoints: object, path: object, text: str) -> Plan | PlanError:
         return checked_plan(waypoints, path, text)
     except PlanError as error:
         return error
+
+
+def name_server(url: str, token: str | None = None) -> dict[str, Any]:
+    """Which model a policy server serves now, as it says itself.
+
+    Args:
+        url: `ws://host:port`.
+        token: of the server.
+
+    Raises:
+        SpaceDriveError: it is away, or refuses.
+    """
+    client = PolicyClient(url, token=token)
+    try:
+        said = client.connect()
+    except PolicyError as error:
+        raise SpaceDriveError(str(error)) from error
+    finally:
+        client.close()
+    return {"path": url} | {name: said.get(name) for name in ("model", "config_hash", "weights")}
 
 
 def open_asker(

@@ -60,7 +60,7 @@ def unpack(data: bytes) -> Any:
     """
     try:
         return msgpack.unpackb(data, object_hook=_unpack_array, strict_map_key=False)
-    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise PolicyError(f"the message is not valid msgpack: {error or type(error)}") from error
 
 
@@ -134,7 +134,8 @@ class PolicyClient:
         """Connects, waiting for the server to be there and warm; returns its metadata.
 
         Raises:
-            PolicyError: it speaks another protocol, refuses the token, or does not come in time.
+            PolicyError: it speaks another protocol, refuses the token, does not come in time, or serves
+                another model than when it was connected to before.
         """
         deadline = time.monotonic() + self.patience_seconds
         problem = self._attempt()
@@ -230,6 +231,12 @@ class PolicyClient:
             raise PolicyError(
                 f"{self.url} speaks protocol {said}, this client {PROTOCOL}: update the older one"
             )
+        if self.metadata and _named(metadata) != _named(self.metadata):
+            self.close()
+            raise PolicyError(
+                f"{self.url} serves another model now ({_named(metadata)}) than before "
+                f"({_named(self.metadata)}): serve that one again, or begin anew"
+            )
         self.metadata = metadata
 
     def _check_health(self) -> None:
@@ -247,6 +254,11 @@ class PolicyClient:
             self.close()
             raise PolicyError(answer)
         return unpack(answer)
+
+
+def _named(metadata: dict) -> dict:
+    """What tells a server's model from another one."""
+    return {name: metadata.get(name) for name in ("model", "config_hash", "weights")}
 
 
 def _is_local(url: str) -> bool:

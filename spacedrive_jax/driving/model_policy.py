@@ -94,12 +94,13 @@ class _Prepared:
 class ModelPolicy:
     """Serves a planner (see `spacedrive_jax.driving.server.Policy`)."""
 
-    def __init__(self, planner: BatchPlanner, network: DepthNetwork | None = None) -> None:
+    def __init__(self, planner: BatchPlanner, network: DepthNetwork | None = None, weights: str = "") -> None:
         """Prepares a policy.
 
         Args:
             planner: the model.
             network: needed where the config's depth sources are networks'.
+            weights: fingerprint of the model's numbers, by which clients tell it from another one.
 
         Raises:
             ConfigError: the config's depth comes from a network and none is given.
@@ -107,7 +108,7 @@ class ModelPolicy:
         check_depth(planner.config, network)
         self.planner, self.network = planner, network
         self.most = planner.most
-        self.metadata: Mapping[str, Any] = metadata_of(planner.config)
+        self.metadata: Mapping[str, Any] = metadata_of(planner.config) | {"weights": weights}
 
     def warm_up(self) -> None:
         """Compiles the model, and the network for every number of keyframes, too."""

@@ -266,6 +266,8 @@ class PolicyServer:
         try:
             message = await loop.run_in_executor(self._threads, unpack, data)
             kind = message.get("kind") if isinstance(message, dict) else None
+            if not isinstance(kind, str):  # an array equals nothing, and says so element by element
+                raise _RefusedError(f"a request has kind act or reset, not {str(kind)[:40]!r}", 1007)
             if kind == "reset":
                 return pack({"kind": "reset", "route_id": str(message.get("route_id", ""))[:200]})
             if kind != "act":

@@ -12,10 +12,12 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from spacedrive_jax.cli.drive import Drive
 from spacedrive_jax.driving import server as server_module
 from spacedrive_jax.driving.client import PolicyClient, PolicyError, pack, unpack
+from spacedrive_jax.driving.drive import open_folder
 from spacedrive_jax.driving.server import PolicyServer, ServerConfig
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from tests.driving.served import Straight, client_of, observation, serving
 
 
@@ -115,6 +117,8 @@ def test_bad_observations_are_named(server, change, said):
         ("text", "binary msgpack"),
         (msgpack.packb([1, 2]), "kind act or reset"),
         (msgpack.packb({"kind": "drop tables"}), "kind act or reset"),
+        (pack({"kind": np.zeros(2)}), "kind act or reset"),
+        (msgpack.packb({b"__npgeneric__": True, b"data": 2**40, b"dtype": "|i1"}), "not valid msgpack"),
         (packed_array("|O8", [1]), "dtype"),
         (packed_array("<c16", [1]), "dtype"),
         (packed_array("|V9", [1]), "dtype"),
@@ -309,3 +313,24 @@ def test_another_protocol_is_refused():
     policy.metadata = {"protocol": 99}
     with serving(policy) as running, pytest.raises(PolicyError, match="speaks protocol 99"):
         client_of(running).connect()
+
+
+def test_another_model_behind_the_same_address_is_not_gone_on_with(tmp_path):
+    """A server that comes back with other weights would end a drive, or a set of drives, as another model."""
+    policy = Straight()
+    policy.metadata = {**policy.metadata, "config_hash": "a", "weights": "1"}
+    with serving(policy) as running:
+        client = client_of(running)
+        client.act(observation(1))
+        before = Drive(checkpoint=running.url)._checkpoint_name()
+        policy.metadata = {**policy.metadata, "weights": "2"}
+        client.close()
+        with pytest.raises(PolicyError, match=r"serves another model now .*'weights': '2'.* than before"):
+            client.act(observation(2))
+        after = Drive(checkpoint=running.url)._checkpoint_name()
+    assert before == {"path": running.url, "model": "straight", "config_hash": "a", "weights": "1"}
+    open_folder(tmp_path / "out", {"checkpoint": before}, resume=False)
+    (tmp_path / "out/drives/one").mkdir(parents=True)
+    (tmp_path / "out/drives/one/result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="begun with another checkpoint"):
+        open_folder(tmp_path / "out", {"checkpoint": after}, resume=True)
