@@ -31,13 +31,21 @@ from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
 from spacedrive_jax.buckets import MOUNT, is_bucket, place
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import say, to_json
+from spacedrive_jax.io import require_replaceable, say, to_json
 from spacedrive_jax.parallel import raise_on_sigterm
 
 T = TypeVar("T")
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOGGERS = ("spacedrive_jax", "data_prep")
 """The project's own: other libraries speak from warnings on."""
+
+KEPT_NAMES = frozenset(
+    (
+        *("config.json", "run.json", "best.json", "metrics.jsonl", "wandb.json"),
+        *("provenance.json", "dataset_info.json", "features.json", "weights.json", "spacedrive.json"),
+    )
+)
+"""What makes a folder a run, records or weights: no flag's file may be called so."""
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +74,12 @@ class Command:
 
     BUCKETS: ClassVar[tuple[str, ...]] = ()
     """Its flags that take a bucket's `gs://…` as well as a path."""
+    WRITES: ClassVar[tuple[str, ...]] = ()
+    """Its flags that name a file to write, which replaces what is there."""
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "--")
+        self._check_outputs()
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             for path in given if isinstance(given, tuple) else (given,):
@@ -78,6 +89,30 @@ class Command:
                     raise ConfigError(
                         f"--{field.name.replace('_', '-')} {os.fspath(path)}: this needs a disk; {MOUNT}"
                     )
+
+    def _check_outputs(self) -> None:
+        """Refuses to write over what is read, another output, what makes a folder a run, or a device."""
+        given: dict[str, str] = {}
+        for name in sorted((each.name for each in dataclasses.fields(self)), key=self.WRITES.__contains__):
+            paths = getattr(self, name)
+            for path in paths if isinstance(paths, tuple) else (paths,):
+                if not isinstance(path, os.PathLike) or isinstance(path, _Refused):
+                    continue
+                real = os.fspath(path) if is_bucket(path) else os.path.realpath(path)
+                if name in self.WRITES:
+                    flag = f"--{name.replace('_', '-')} {os.fspath(path)}"
+                    if real in given:
+                        other = f"--{given[real].replace('_', '-')}"
+                        raise ConfigError(
+                            f"{flag} is the file of {other} too, and would replace it: name another"
+                        )
+                    if not is_bucket(path):
+                        require_replaceable(path)
+                    if os.path.basename(real) in KEPT_NAMES:
+                        raise ConfigError(
+                            f"{flag}: runs, records or weights keep something else there: name another"
+                        )
+                given[real] = name
 
     def run(self) -> Mapping[str, Any]:
         """Does the work; the returned mapping is what `--json` prints."""

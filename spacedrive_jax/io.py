@@ -286,6 +286,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             scratch.flush()
             buckets.upload(scratch.name, final)
         return
+    require_replaceable(final)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -301,6 +302,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if isinstance(error, SpaceDriveError):
             raise
         raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error
+
+
+def require_replaceable(path: str | os.PathLike[str]) -> None:
+    """Refuses to put a file in the place of a device, a pipe or a socket (`--out /dev/null`).
+
+    Raises:
+        SpaceDriveError: it is one, or a link to one.
+    """
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    # /dev/stdout is a link to whatever file the shell opened; the link is what would be replaced.
+    if special or os.path.dirname(os.path.abspath(path)) in ("/dev", "/dev/fd", "/proc/self/fd"):
+        raise SpaceDriveError(f"cannot write {os.fspath(path)}: it is a device or a pipe, name a file")
 
 
 def remove_partials(folder: Path) -> None:
@@ -360,6 +373,7 @@ def put_in_place(partial: str | os.PathLike[str], final: str | os.PathLike[str])
             buckets.upload(partial, final)
             os.unlink(partial)
         else:
+            require_replaceable(final)
             os.replace(partial, place(final))
     except OSError as error:
         raise SpaceDriveError(f"cannot write {final}: {say(error)}") from error

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,12 @@ import data_prep.cli.main
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.cli.common import use_compilation_cache
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.cli.drive import Drive
+from spacedrive_jax.cli.evaluate import Evaluate
+from spacedrive_jax.cli.predict import Predict
+from spacedrive_jax.cli.report import Report
+from spacedrive_jax.cli.show import Show
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from tests.conftest import ROOT
 
 
@@ -205,3 +211,45 @@ def test_help_waits_for_no_heavy_library(module):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_output_replaces_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    one, other, run = Path("a.jsonl"), Path("b.json"), Path("run")
+    scored = {"predictions": one, "compare": other, "records": Path("r")}
+    predicted = {"checkpoint": run, "records": Path("r"), "overwrite": True}
+    with pytest.raises(ConfigError, match=r"--out a.jsonl is the file of --predictions"):
+        Evaluate(**scored, out=one)
+    with pytest.raises(ConfigError, match=r"is the file of --compare"):
+        Evaluate(**scored, out=Path("here/../b.json"))
+    with pytest.raises(ConfigError, match="keep something else there: name another"):
+        Evaluate(**scored, out=Path("r/provenance.json"))
+    with pytest.raises(SpaceDriveError, match="/dev/null: it is a device"):
+        Evaluate(**scored, out=Path("/dev/null"))
+    with pytest.raises(ConfigError, match="keep something else there"):
+        Report((run,), out=run / "metrics.jsonl")
+    with pytest.raises(ConfigError, match="is the file of --predictions"):
+        Report((run,), predictions=one, out=one)
+    with pytest.raises(ConfigError, match=r"name it \.html"):
+        Report((run,), out=run / "page.pdf").run()
+    with pytest.raises(ConfigError, match="keep something else there"):
+        Predict(**predicted, out=run / "metrics.jsonl")
+    with pytest.raises(ConfigError, match="give one of the two"):
+        Predict(**predicted, resume=True, out=run / "p.jsonl").run()
+    with pytest.raises(ConfigError, match=r"x\.mp4 is the file of --(video|rerun)"):
+        Drive(policy="expert", video=Path("x.mp4"), rerun=Path("x.mp4"))
+    with pytest.raises(ConfigError, match="among the pictures"):
+        Show(run, images=Path(), calibration=Path("c.json"), image=Path("CAM_FRONT.jpg")).run()
+
+
+def test_what_a_run_was_predicted_is_no_place_for_its_scores(tmp_path, capsys):
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text('{"token": "a", "waypoints": [], "text": "", "status": "unparsed"}\n')
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+    before = predictions.read_bytes()
+    command = ["evaluate", str(tmp_path), "--records", str(tmp_path), "--out", str(predictions)]
+    assert spacedrive_jax.cli.main.main(command) == 1
+    assert "--predictions" in capsys.readouterr().err
+    assert predictions.read_bytes() == before

@@ -18,9 +18,11 @@ from spacedrive_jax.io import (
     is_there,
     output_lock,
     parse_json,
+    put_in_place,
     read_typed,
     remove_partials,
     require_regular,
+    require_replaceable,
     said_by,
     write_text,
 )
@@ -102,6 +104,23 @@ def test_folder_made_for_nothing_is_removed(tmp_path):
     with pytest.raises(ValueError, match="no"), folder_lock(tmp_path / "new"):
         raise ValueError("no")
     assert not (tmp_path / "new").exists()
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        made = tmp_path / "made"
+        made.write_text("made")
+        with pytest.raises(SpaceDriveError, match="device or a pipe, name a file"):
+            write_text(path, "text")
+        with pytest.raises(SpaceDriveError, match="device or a pipe, name a file"):
+            put_in_place(made, path)
+    assert pipe.is_fifo()
+    for device in ("/dev/null", "/dev/stdout", "/dev/fd/1"):
+        with pytest.raises(SpaceDriveError, match="device or a pipe, name a file"):
+            require_replaceable(device)
 
 
 def test_pipes_and_devices_are_not_opened(tmp_path):

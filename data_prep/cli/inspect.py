@@ -51,6 +51,7 @@ class Inspect(Command):
     depth_cache: str | None = None
     """For --points: sidecar of `add-depth --full` to use; without it the exact depth of drawn views."""
 
+    WRITES: ClassVar[tuple[str, ...]] = ("image", "film", "rerun", "points")
     BUCKETS: ClassVar[tuple[str, ...]] = ("directory",)
 
     def run(self) -> Mapping[str, Any]:

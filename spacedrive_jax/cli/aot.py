@@ -53,6 +53,7 @@ class Aot(Command):
     results: Path | None = None
     """JSON file that keeps what --search has compiled, so that a search can be interrupted or widened."""
 
+    WRITES: ClassVar[tuple[str, ...]] = ("results",)
     BOUNDS: ClassVar[Bounds] = {"batch_size": COUNT, "limit": FROM_ZERO, "slices": COUNT}
 
     def run(self) -> Mapping[str, Any]:

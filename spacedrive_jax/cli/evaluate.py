@@ -63,6 +63,7 @@ class Evaluate(Command):
     """Folder of a run that `predict` has written to, instead of --predictions and --records."""
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("predictions", "records", "compare", "out", "run_dir")
+    WRITES: ClassVar[tuple[str, ...]] = ("out",)
     BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax import io
-from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, POSITIVE, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
@@ -89,11 +89,12 @@ class Predict(Command):
         "out",
         "compilation_cache",
     )
+    WRITES: ClassVar[tuple[str, ...]] = ("out",)
     BOUNDS: ClassVar[Bounds] = {
         "limit": COUNT,
         "step": FROM_ZERO,
         "batch_size": COUNT,
-        "max_new_tokens": COUNT,
+        "max_new_tokens": Bound(1, 4096),
         "repetition_penalty": POSITIVE,
         "num_processes": COUNT,
         "process_id": FROM_ZERO,
@@ -102,6 +103,13 @@ class Predict(Command):
     @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Predicts; see `spacedrive_jax.inference.predict.predict` and `.questions`."""
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume goes on with a file and --overwrite replaces it: give one of the two")
+        part = bool(self.token) or self.limit is not None
+        if self.token and self.limit is not None:
+            raise ConfigError("--token names keyframes and --limit counts them: give one of the two")
+        if part and self.task == "counterfactual":
+            raise ConfigError("--token and --limit go with planning, not with --task counterfactual")
         if self.step is not None:
             checkpoint = self.checkpoint / "checkpoints" / str(self.step)
             return dataclasses.replace(self, checkpoint=checkpoint, step=None).run()
@@ -116,11 +124,6 @@ class Predict(Command):
 
         if self.out is None and (is_imported(self.checkpoint) or is_trained_folder(self.checkpoint)):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out FILE")
-        part = bool(self.token) or self.limit is not None
-        if self.token and self.limit is not None:
-            raise ConfigError("--token names keyframes and --limit counts them: give one of the two")
-        if part and self.task == "counterfactual":
-            raise ConfigError("--token and --limit go with planning, not with --task counterfactual")
         if self.task == "counterfactual":
             return self._ask(self.out or locate(self.checkpoint)[0] / "counterfactual.jsonl")
         tasks: dict[str | None, PlanningTask] = {

@@ -44,6 +44,7 @@ class Report(Command):
     """The page to write; RUN_DIR/report.html by default, of several runs compare.html in the first."""
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("run_dirs", "records", "predictions", "out")
+    WRITES: ClassVar[tuple[str, ...]] = ("out",)
     BOUNDS: ClassVar[Bounds] = {"workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:
@@ -55,6 +56,8 @@ class Report(Command):
         """
         if not self.run_dirs:
             raise ConfigError("name the folder of a run, or several to compare")
+        if self.out is not None and self.out.suffix.lower() not in (".html", ".htm"):
+            raise ConfigError(f"--out {self.out}: the page is HTML, name it .html")
         # Here, not above: figures and records take a second to import, which --help need not wait for.
         if len(self.run_dirs) > 1:
             if self.highlight or self.predictions is not None:

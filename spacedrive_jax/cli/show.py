@@ -58,6 +58,7 @@ class Show(Command):
     cache folder."""
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("checkpoint", "records", "image", "compilation_cache")
+    WRITES: ClassVar[tuple[str, ...]] = ("image",)
     BOUNDS: ClassVar[Bounds] = {"speed": Bound(-100, 100)}
 
     def run(self) -> Mapping[str, Any]:
@@ -70,6 +71,9 @@ class Show(Command):
             raise ConfigError("--speed goes with --images: records say how fast the car was")
         if self.token is not None and self.records is None:
             raise ConfigError("--token names a keyframe of --records")
+        places = (self.images, None if self.image is None else self.image.parent)
+        if None not in places and len({each.resolve() for each in places if each is not None}) == 1:
+            raise ConfigError(f"--image {self.image} lies among the pictures of --images: write it elsewhere")
         from spacedrive_jax.reporting.style import check_picture, save_figure
 
         if self.image is not None:
