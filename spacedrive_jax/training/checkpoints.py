@@ -303,8 +303,8 @@ def restore(
         restored: dict[str, Any] = {"metadata": _metadata(run_dir, step)}
         with ocp.StandardCheckpointer() as arrays, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as position:
             restored["position"] = position.restore(folder / "position")
+            _require_same_arrays(folder / "trainable", nnx.to_pure_dict(trainable))
             for name, tree in (("trainable", nnx.to_pure_dict(trainable)), ("optimizer", optimizer)):
-                _require_same_arrays(folder / name, tree)
                 restored[name] = arrays.restore(folder / name, _abstract(tree))
         if restored["metadata"].get(POSITION, restored["position"]) != restored["position"]:
             raise ValueError("its position in the data is not the one that was saved")
@@ -380,8 +380,8 @@ def _require_same_arrays(folder: Path, tree: Any) -> None:
     """Tells a whole checkpoint of another model from a damaged one.
 
     Args:
-        folder: of trainables or optimiser.
-        tree: what its config means here, arrays or their shapes.
+        folder: of trainables.
+        tree: those that its config means here, or their shapes.
 
     Raises:
         CheckpointError: arrays are named or shaped otherwise.
@@ -552,7 +552,6 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
         )
     with naming_the_whole(run_dir, step), ocp.StandardCheckpointer() as checkpointer:
         folder = _folder(run_dir, step) / "optimizer"
-        _require_same_arrays(folder, optimizer)
         restored = checkpointer.restore(folder, _abstract(optimizer))
         check_saved(restored, _metadata(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")
