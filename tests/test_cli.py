@@ -17,6 +17,7 @@ from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.predict import Predict
 from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.show import Show
+from spacedrive_jax.cli.study import Study
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from tests.conftest import ROOT
 
@@ -241,6 +242,14 @@ def test_no_output_replaces_what_is_read(tmp_path, monkeypatch):
         Drive(policy="expert", video=Path("x.mp4"), rerun=Path("x.mp4"))
     with pytest.raises(ConfigError, match="among the pictures"):
         Show(run, images=Path(), calibration=Path("c.json"), image=Path("CAM_FRONT.jpg")).run()
+
+
+def test_a_study_is_not_written_into_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for report in (True, False):
+        with pytest.raises(ConfigError, match=r"--out .* holds config\.json: it is a run"):
+            Study("encodings_readout", out=tmp_path, report=report).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_a_run_was_predicted_is_no_place_for_its_scores(tmp_path, capsys):

@@ -11,7 +11,7 @@ import tyro
 
 from spacedrive_jax.bounds import POSITIVE, SEED, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, use_compilation_cache
-from spacedrive_jax.console import Command
+from spacedrive_jax.console import KEPT_NAMES, Command
 from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class Study(Command):
         if self.seeds:
             plan = plan.with_seeds(self.seeds)
         out = self.out or Path("runs/studies") / plan.name
+        taken = sorted(name for name in KEPT_NAMES if (out / name).exists())
+        if taken:
+            raise ConfigError(
+                f"--out {out} holds {taken[0]}: it is a run, records or weights; choose another folder"
+            )
         if self.report:
             return self._report(plan, out)
         use_compilation_cache(self.compilation_cache)
