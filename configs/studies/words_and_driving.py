@@ -93,15 +93,15 @@ MODELS = (
     Level("status", STATUS_FIELDS),
     Level("status, command", PLUS),
     Level("status, route", ROUTE),
-    Level("nothing, 50 steps", _steps(50)),
-    Level("status, command, 50 steps", {**PLUS, **_steps(50)}),
-    Level("status, route, 50 steps", {**ROUTE, **_steps(50)}),
-    Level("status, command, 500 steps", {**PLUS, **_steps(500)}),
-    Level("status, route, 500 steps", {**ROUTE, **_steps(500)}),
+    Level("nothing, 100 steps", _steps(100)),
+    Level("status, command, 100 steps", {**PLUS, **_steps(100)}),
+    Level("status, route, 100 steps", {**ROUTE, **_steps(100)}),
     Level("no depth", {"model.visual_positions": "none"}),
     Level("noisy depth", {"data.depth.disturb": DepthDisturbance(noise=0.3, holes=0.1)}),
     Level("one token", {"model.decoder.whole_trajectory": True}),
     Level("l2 loss", {"train.position_loss": "l2"}),
+    Level("status, command, 500 steps", {**PLUS, **_steps(500)}),
+    Level("status, route, 500 steps", {**ROUTE, **_steps(500)}),
 )
 """Told nothing and trained for 200 steps where their names say no other."""
 AS_TRAINED = {"at test": "as trained"}
@@ -171,9 +171,9 @@ LOOPS = Plan(
         *_compared("SpaceDrive+ beats SpaceDrive", _driver("status, command"), _driver("nothing")),
         *_compared("The route beats a command", _driver("status, route"), _driver("status, command")),
         *_compared(
-            "500 steps beat 50, told the route",
+            "500 steps beat 100, told the route",
             _driver("status, route, 500 steps"),
-            _driver("status, route, 50 steps"),
+            _driver("status, route, 100 steps"),
         ),
         *(
             each

@@ -80,13 +80,14 @@ def write_pages(plan: Plan, progress: Progress, out: Path, name: str = "report")
     Returns:
         The HTML page.
     """
-    figures = _figures(plan, progress.rows)
+    found = answers(plan, progress.rows)
+    figures = _figures(found, progress.rows)
     pictures = []
     # Letters as text, not as outlines: a fifth of the size.
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         page = StudyPage(
             title=plan.title,
-            findings=[_findings(plan, progress.rows)],
+            findings=[_findings(found)],
             plots=[(title, to_svg(figure)) for title, figure in figures],
             scores=_score_tables(plan, progress.rows),
             methods=_methods(plan, progress),
@@ -101,9 +102,9 @@ def write_pages(plan: Plan, progress: Progress, out: Path, name: str = "report")
     return html
 
 
-def _findings(plan: Plan, rows: Sequence[Row]) -> Table:
+def _findings(found: Sequence[Answer]) -> Table:
     head = ["claim", "answer", "effect [95 %]", "matters from", "smallest that could be seen", "from"]
-    return Table(head, [_finding(found) for found in answers(plan, rows)])
+    return Table(head, [_finding(each) for each in found])
 
 
 def _finding(found: Answer) -> list[str]:
@@ -198,7 +199,7 @@ def _methods(plan: Plan, progress: Progress) -> list[str]:
 
 
 @styled
-def _figures(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Figure]]:
+def _figures(answered: Sequence[Answer], rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     metrics = _metrics(rows)
     if not metrics:
         return []
@@ -211,7 +212,7 @@ def _figures(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     # Three horizons are read from the table.
     drawn = [name for name, points in scores[0].curves.items() if len(points) > 3]
     figures += [(name.capitalize(), _curves(scores, name)) for name in drawn]
-    found = [each for each in answers(plan, rows) if each.effect is not None]
+    found = [each for each in answered if each.effect is not None]
     ranked = [each for each in found if isinstance(each.claim, RankClaim)]
     if ranked and isinstance(ranked[0].claim, RankClaim):
         figures.append((ranked[0].claim.text, _scatter(ranked[0].claim, rows)))
