@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from spacedrive_jax.interop.families import write_hf_config
-from spacedrive_jax.interop.qwen2_5_vl import hub_name, qwen_rules
+from spacedrive_jax.interop.qwen2_5_vl import FORMAT, qwen_rules
 from spacedrive_jax.interop.safetensors_folder import PlannedTensor, plan_shards, write_folder
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
@@ -40,7 +40,7 @@ def write_random_checkpoint(config: QwenVLConfig, folder: Path) -> int:
     """Writes the checkpoint and returns its size in bytes."""
     generator = np.random.default_rng(0)
     planned = [
-        PlannedTensor(hub_name(name), 2 * int(np.prod(rule.source_shape)))
+        PlannedTensor(FORMAT.hub_name(name), 2 * int(np.prod(rule.source_shape)))
         for rule in qwen_rules(config)
         for name in rule.source_names()
     ]

@@ -156,7 +156,7 @@ def _step(
         encoded = position_embedding(model, progress.hidden)[:, None]
         embedding = jnp.where(discarded[:, None, None], encoded.astype(embedding.dtype), embedding)
     position_ids = (progress.cache.lengths + batch.rope_delta)[None, :, None]
-    hidden, cache = model.vlm.decode(
+    hidden, cache = model.vlm.decoder(
         embedding,
         jnp.broadcast_to(position_ids, (3, batch.size, 1)),
         lengths=(~finished).astype(jnp.int32),

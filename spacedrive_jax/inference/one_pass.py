@@ -262,7 +262,7 @@ def _run_pieces(
             encoded = jnp.where(encoded_first, encoded, embeddings[:, 0])
             embeddings = embeddings.at[:, 0].set(encoded)
         position_ids = cache.lengths[:, None] + batch.rope_delta[:, None] + jnp.arange(width)
-        hidden, grown = model.vlm.decode(
+        hidden, grown = model.vlm.decoder(
             embeddings,
             jnp.broadcast_to(position_ids, (3, *position_ids.shape)),
             lengths=jnp.where(growing, count, 0),

@@ -78,7 +78,7 @@ def prefill(
     """
     model.config.vlm.decoder.check_length(embeddings.shape[1] + room - 1, "prompt and answer")
     axes_first = jnp.swapaxes(position_ids, 0, 1)
-    return model.vlm.prefill(embeddings, axes_first, lengths=lengths, deepstack=deepstack, room=room)
+    return model.vlm.decoder.prefill(embeddings, axes_first, lengths=lengths, deepstack=deepstack, room=room)
 
 
 def points_of_token(model: SpaceDrive) -> int:

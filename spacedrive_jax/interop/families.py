@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.interop.hf_fields import special_ids
+from spacedrive_jax.interop.hf_fields import MOST, Fields, part
 from spacedrive_jax.interop.weight_table import Format, Published
 from spacedrive_jax.io import MEBIBYTE, read_json, reason
-from spacedrive_jax.models.config import SpecialIds, VLConfig
+from spacedrive_jax.models.config import Ids, SpecialIds, VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
 
 
@@ -93,6 +93,38 @@ def read_special_ids(folder: Path) -> SpecialIds:
     file = folder / "generation_config.json"
     generation = _load(file)[0] if file.is_file() else None
     return special_ids(fields, generation, origin if generation is None else str(file))
+
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+"""Fields of the decoder's config that no number depends on, and that an export hands on."""
+
+
+def special_ids(fields: Fields, generation: Fields | None, origin: str) -> SpecialIds:
+    """What a checkpoint says of the ids that begin, end and fill.
+
+    Args:
+        fields: config.json.
+        generation: generation_config.json; None where there is none.
+        origin: Names the folder.
+
+    Raises:
+        ConfigError: If one is neither a whole number, nor a list of such, nor null.
+    """
+    text = part(fields, "text_config", origin)
+    found = {name: _ids(text if text.get(name) is not None else fields, name, origin) for name in KEPT}
+    ends = found["eos_token_id"] if generation is None else _ids(generation, "eos_token_id", origin)
+    stops = () if ends is None else ends if isinstance(ends, tuple) else (ends,)
+    named = tuple((name, value) for name, value in found.items() if value is not None)
+    return SpecialIds(tuple(dict.fromkeys(each for each in stops if each >= 0)), named)
+
+
+def _ids(fields: Fields, name: str, origin: str) -> Ids | None:
+    value = fields.get(name)
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    # -1 stands for none in older files.
+    if not all(type(each) is int and -1 <= each <= MOST for each in several):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected an id, a list of ids or null")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _load(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:

@@ -1,12 +1,18 @@
-"""Fields of transformers' config.json that every family has."""
+"""Fields of transformers' config.json: readers that name file and field, and the tables that families share.
+
+A table ties fields of our configs to theirs, as `weight_table` does for tensors: `read_fields` goes one way,
+`write_fields` the other. What a field left out means is the family's to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import Ids, LanguageModelConfig, SpecialIds
+from spacedrive_jax.models.config import LanguageModelConfig
 
 Fields = Mapping[str, Any]
 
@@ -93,6 +99,116 @@ def part(fields: Fields, name: str, origin: str) -> Fields:
     return value
 
 
+def square_side(fields: Fields, name: str, origin: str, default: int | None = None) -> int:
+    """The side of a square that is given as one number or as two equal ones.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    value = required(fields, name, origin) if default is None else fields.get(name)
+    if isinstance(value, list | tuple):
+        if len(value) != 2 or value[0] != value[1]:
+            raise ConfigError(f"{origin}: {name} is {str(value)[:40]}, expected one number or two equal ones")
+        value = value[0]
+    return size({name: value}, name, origin, default)
+
+
+def flag(fields: Fields, name: str, origin: str, default: bool) -> bool:
+    """Yes or no."""
+    del origin
+    return bool(fields.get(name, default))
+
+
+layers = functools.partial(size, most=MOST_LAYERS)
+"""A number of blocks."""
+token_id = functools.partial(size, least=0)
+"""The id of a token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config of ours and the field of config.json that says the same."""
+
+    ours: str
+    theirs: str = ""
+    """Empty where it has the same name."""
+    read: Callable[..., Any] = size
+    """From (fields, name, file, what a missing field means) to the value."""
+
+    @property
+    def name(self) -> str:
+        """Its name in config.json."""
+        return self.theirs or self.ours
+
+
+def read_fields(
+    table: Iterable[Field], fields: Fields, origin: str, usual: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values by the names that they have here.
+
+    Args:
+        table: What to read.
+        fields: The part of config.json that has them.
+        origin: Names the file.
+        usual: What a field left out, or null, means, by the names here; without an entry it must be there.
+
+    Raises:
+        ConfigError: A field that must be there is missing, or one holds what it cannot.
+    """
+    return {each.ours: each.read(fields, each.name, origin, usual.get(each.ours)) for each in table}
+
+
+def write_fields(table: Iterable[Field], config: Any) -> dict[str, Any]:
+    """Values by the names of config.json."""
+    values = {each.name: getattr(config, each.ours) for each in table}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+DECODER = (
+    Field("vocab_size"),
+    Field("hidden_size"),
+    Field("intermediate_size"),
+    Field("num_layers", "num_hidden_layers", layers),
+    Field("num_heads", "num_attention_heads"),
+    Field("num_kv_heads", "num_key_value_heads"),
+    Field("norm_eps", "rms_norm_eps", real),
+)
+"""Sizes of a language model."""
+SQUARE_TOWER = (
+    Field("hidden_size"),
+    Field("intermediate_size"),
+    Field("depth", "num_hidden_layers", layers),
+    Field("num_heads", "num_attention_heads"),
+    Field("norm_eps", "layer_norm_eps", real),
+    Field("patch_size", read=square_side),
+    Field("in_channels", "num_channels"),
+    Field("image_size", read=square_side),
+)
+"""A `SquareVisionConfig`, as CLIP, SigLIP and InternViT write theirs."""
+QWEN_TOWER = (
+    Field("hidden_size"),
+    Field("intermediate_size"),
+    Field("depth", read=layers),
+    Field("num_heads"),
+    Field("patch_size"),
+    Field("temporal_patch_size"),
+    Field("in_channels"),
+    Field("merge_size", "spatial_merge_size"),
+    Field("out_hidden_size"),
+)
+"""What the towers of Qwen2.5-VL and Qwen3-VL have alike."""
+QWEN_TOKENS = (
+    Field("image_token_id", read=token_id),
+    Field("vision_start_token_id", read=token_id),
+    Field("vision_end_token_id", read=token_id),
+)
+QWEN_TOKENS_USUAL = {
+    "image_token_id": 151655,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+
+
 MEANING = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim")
 """Fields that no shape of a tensor gives away when they are wrong."""
 
@@ -161,18 +277,42 @@ def decoder_fields(decoder: LanguageModelConfig) -> dict[str, Any]:
             "rope_scaling": {"rope_type": "dynamic", "factor": decoder.dynamic_rope_factor},
         }
     return {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.intermediate_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
+        **write_fields(DECODER, decoder),
         "hidden_act": "silu",
-        "rms_norm_eps": decoder.norm_eps,
         "rope_theta": decoder.rope_theta,
         "tie_word_embeddings": decoder.tie_word_embeddings,
         **scaled,
     }
+
+
+def decoder_sizes(
+    text: Fields, origin: str, usual: Mapping[str, Any], *, grouped: bool = True
+) -> dict[str, Any]:
+    """The fields of `LanguageModelConfig` that `DECODER` has.
+
+    Args:
+        text: The language model's part of config.json.
+        origin: Names the file.
+        usual: See `read_fields`.
+        grouped: Whether a number of key heads left out is the usual one; null, and where not grouped a field
+            left out too, is as many as queries.
+    """
+    heads = size(text, "num_attention_heads", origin, usual.get("num_heads"))
+    if not grouped or "num_key_value_heads" in text:
+        usual = {**usual, "num_kv_heads": heads}
+    return read_fields(DECODER, text, origin, usual)
+
+
+def expect_mrope(text: Fields, origin: str) -> None:
+    """Refuses rotary embeddings that scale their angles, and sliding windows.
+
+    Raises:
+        ConfigError: If the text part asks for such.
+    """
+    kind = rotary_type(text, origin)
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported, only plain M-RoPE")
+    expect_full_attention(text, origin)
 
 
 def rotary_fields(text: Fields, origin: str) -> Fields:
@@ -235,31 +375,16 @@ def expect_full_attention(text: Fields, origin: str) -> None:
         raise ConfigError(f"{origin}: sliding-window attention is not supported ({name})")
 
 
-PLAIN_DECODERS = {
-    "llama": LanguageModelConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        rope_theta=10_000.0,
-        mrope_section=(64,),
-        norm_eps=1e-6,
-        qkv_bias=False,
-    ),
-    "qwen2": LanguageModelConfig(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=22016,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        rope_theta=10_000.0,
-        mrope_section=(64,),
-        norm_eps=1e-6,
-        qkv_bias=True,
-    ),
+_PLAIN = {
+    "hidden_size": 4096,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 32,
+    "norm_eps": 1e-6,
+}
+PLAIN_DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {**_PLAIN, "vocab_size": 32000, "intermediate_size": 11008},
+    "qwen2": {**_PLAIN, "vocab_size": 151936, "intermediate_size": 22016},
 }
 """Decoders with a one-dimensional rotary embedding, by `model_type`: what fields left out mean."""
 
@@ -286,23 +411,16 @@ def plain_decoder(
     expect(text, "mlp_bias", False, origin)
     scaled = _dynamic_rotary(text, origin)
     expect_full_attention(text, origin)
-    hidden = size(text, "hidden_size", origin, usual.hidden_size)
-    heads = size(text, "num_attention_heads", origin, usual.num_heads)
-    head_dim = head_size(text, origin, hidden, heads)
-    # LLaMA without a number of key heads has as many as queries; Qwen2 has its usual number.
-    kv_heads = heads if kind == "llama" or "num_key_value_heads" in text else usual.num_kv_heads
+    if norm_eps is not None:
+        usual = {**usual, "norm_eps": norm_eps}
+    sizes = decoder_sizes(text, origin, usual, grouped=kind != "llama")
+    head_dim = head_size(text, origin, sizes["hidden_size"], sizes["num_heads"])
     return LanguageModelConfig(
-        vocab_size=size(text, "vocab_size", origin, usual.vocab_size),
-        hidden_size=hidden,
-        intermediate_size=size(text, "intermediate_size", origin, usual.intermediate_size),
-        num_layers=size(text, "num_hidden_layers", origin, usual.num_layers, most=MOST_LAYERS),
-        num_heads=heads,
-        num_kv_heads=size(text, "num_key_value_heads", origin, kv_heads),
+        **sizes,
         head_dim=head_dim,
-        rope_theta=rotary_theta(text, origin, usual.rope_theta),
+        rope_theta=rotary_theta(text, origin, 10_000.0),
         mrope_section=(head_dim // 2,),
-        norm_eps=real(text, "rms_norm_eps", origin, norm_eps or usual.norm_eps),
-        qkv_bias=usual.qkv_bias,
+        qkv_bias=kind == "qwen2",
         tie_word_embeddings=tied,
         **scaled,
     )
@@ -323,52 +441,6 @@ def _dynamic_rotary(text: Fields, origin: str) -> dict[str, Any]:
         "max_position_embeddings": size(text, "max_position_embeddings", origin, 32768),
         "dynamic_rope_factor": real(rotary_fields(text, origin), "factor", origin, 1.0),
     }
-
-
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-"""Fields of the decoder's config that no number depends on, and that an export hands on."""
-
-
-def special_ids(fields: Fields, generation: Fields | None, origin: str) -> SpecialIds:
-    """What a checkpoint says of the ids that begin, end and fill.
-
-    Args:
-        fields: config.json.
-        generation: generation_config.json; None where there is none.
-        origin: Names the folder.
-
-    Raises:
-        ConfigError: If one is neither a whole number, nor a list of such, nor null.
-    """
-    text = part(fields, "text_config", origin)
-    found = {name: _ids(text if text.get(name) is not None else fields, name, origin) for name in KEPT}
-    ends = found["eos_token_id"] if generation is None else _ids(generation, "eos_token_id", origin)
-    stops = () if ends is None else ends if isinstance(ends, tuple) else (ends,)
-    named = tuple((name, value) for name, value in found.items() if value is not None)
-    return SpecialIds(tuple(dict.fromkeys(each for each in stops if each >= 0)), named)
-
-
-def _ids(fields: Fields, name: str, origin: str) -> Ids | None:
-    value = fields.get(name)
-    several = value if isinstance(value, list) else [] if value is None else [value]
-    # -1 stands for none in older files.
-    if not all(type(each) is int and -1 <= each <= MOST for each in several):
-        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected an id, a list of ids or null")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def square_side(fields: Fields, name: str, origin: str, default: int) -> int:
-    """The side of a square that is given as one number or as two equal ones.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    value = fields.get(name)
-    if isinstance(value, list | tuple):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ConfigError(f"{origin}: {name} is {str(value)[:40]}, expected one number or two equal ones")
-        value = value[0]
-    return size({name: value}, name, origin, default)
 
 
 def is_tied(fields: Fields, text: Fields, *, default: bool) -> bool:

@@ -11,37 +11,31 @@ from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_fields import (
-    MOST_LAYERS,
+    SQUARE_TOWER,
     Fields,
     decoder_fields,
     expect,
+    flag,
     is_tied,
     part,
     plain_decoder,
+    read_fields,
     real,
-    size,
-    square_side,
     text_fields,
+    token_id,
+    write_fields,
 )
 from spacedrive_jax.interop.weight_table import (
     Format,
-    ParameterPath,
     Rule,
     decoder_rules,
     linear_rules,
-    reversed_prefixes,
-    with_prefix,
+    norm_rules,
+    vision_block_rules,
 )
 from spacedrive_jax.models.families.internvl import InternVisionConfig, InternVLConfig
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
-_PREFIXES = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("language_model.", "model.language_model."),
-    ("vision_tower.", f"{_TOWER}."),
-    ("multi_modal_projector.", f"{_PROJECTOR}."),
-)
 
 
 def internvl_rules(config: InternVLConfig) -> tuple[Rule, ...]:
@@ -49,32 +43,15 @@ def internvl_rules(config: InternVLConfig) -> tuple[Rule, ...]:
     wide, merged = config.decoder.hidden_size, config.vision.hidden_size * config.vision.merge_size**2
     return (
         *_vision_rules(config.vision),
-        *_norm(f"{_PROJECTOR}.layer_norm", ("projector", "norm"), merged),
+        *norm_rules(f"{_PROJECTOR}.layer_norm", ("projector", "norm"), merged),
         *linear_rules(f"{_PROJECTOR}.linear_1", ("projector", "hidden"), (wide, merged)),
         *linear_rules(f"{_PROJECTOR}.linear_2", ("projector", "out"), (wide, wide)),
         *decoder_rules(config.decoder),
     )
 
 
-def canonical_name(name: str) -> str:
-    """Hub or transformers name to the one the table has."""
-    return with_prefix(name, _PREFIXES)
-
-
-def hub_name(name: str) -> str:
-    """The name a tensor has in checkpoints on the hub (`canonical_name` undoes it)."""
-    return with_prefix(name, reversed_prefixes(_PREFIXES))
-
-
-def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
-        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
-    ]
-
-
 def _vision_rules(config: InternVisionConfig) -> tuple[Rule, ...]:
-    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
+    width = config.hidden_size
     block, blocks = f"{_TOWER}.encoder.layer.{{layer}}", ("vision", "layers")
     patch = (width, config.in_channels, config.patch_size, config.patch_size)
     embeddings, embedding = f"{_TOWER}.embeddings", ("vision", "patch_embedding")
@@ -84,24 +61,19 @@ def _vision_rules(config: InternVisionConfig) -> tuple[Rule, ...]:
         Rule(f"{embeddings}.patch_embeddings.projection.bias", (*embedding, "bias"), (width,)),
         Rule(f"{embeddings}.cls_token", ("vision", "class_embedding"), (1, 1, width)),
         Rule(f"{embeddings}.position_embeddings", ("vision", "position_embedding"), places),
-        *_norm(f"{block}.layernorm_before", (*blocks, "attention_norm"), width, layers=depth),
-        *_norm(f"{block}.layernorm_after", (*blocks, "mlp_norm"), width, layers=depth),
-        Rule(f"{block}.lambda_1", (*blocks, "attention_scale"), (width,), 0, depth),
-        Rule(f"{block}.lambda_2", (*blocks, "mlp_scale"), (width,), 0, depth),
-        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
-        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
+        Rule(f"{block}.lambda_1", (*blocks, "attention_scale"), (width,), 0, config.depth),
+        Rule(f"{block}.lambda_2", (*blocks, "mlp_scale"), (width,), 0, config.depth),
+        *vision_block_rules(
+            block,
+            config,
+            norms=("layernorm_before", "layernorm_after"),
+            attention="attention",
+            out="projection_layer",
+            qkv_bias=config.attention_bias,
+        ),
     ]
-    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("projection_layer", "o")):
-        rules += linear_rules(
-            f"{block}.attention.{source}",
-            (*blocks, "attention", target),
-            (width, width),
-            bias=target == "o" or config.attention_bias,
-            in_axes=2 if target == "o" else 1,
-            layers=depth,
-        )
     if config.last_norm:
-        rules += _norm(f"{_TOWER}.layernorm", ("vision", "last_norm"), width)
+        rules += norm_rules(f"{_TOWER}.layernorm", ("vision", "last_norm"), width)
     return tuple(rules)
 
 
@@ -118,7 +90,7 @@ def read_internvl_config(fields: Fields, origin: str) -> InternVLConfig:
     return InternVLConfig(
         decoder=plain_decoder(text, origin, "qwen2", tied=is_tied(fields, text, default=True)),
         vision=_vision(vision, merge_size, origin),
-        image_token_id=size(fields, "image_token_id", origin, 151667, least=0),
+        image_token_id=token_id(fields, "image_token_id", origin, 151667),
     )
 
 
@@ -130,18 +102,21 @@ def _vision(vision: Fields, merge_size: int, origin: str) -> InternVisionConfig:
     expect(vision, "use_qk_norm", False, origin)
     expect(vision, "use_mask_token", False, origin)
     expect(vision, "use_absolute_position_embeddings", True, origin)
+    usual = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "depth": 24,
+        "num_heads": 16,
+        "norm_eps": 1e-6,
+        "patch_size": 14,
+        "in_channels": 3,
+        "image_size": 448,
+    }
     return InternVisionConfig(
-        hidden_size=size(vision, "hidden_size", origin, 1024),
-        intermediate_size=size(vision, "intermediate_size", origin, 4096),
-        depth=size(vision, "num_hidden_layers", origin, 24, most=MOST_LAYERS),
-        num_heads=size(vision, "num_attention_heads", origin, 16),
-        norm_eps=real(vision, "layer_norm_eps", origin, 1e-6),
-        patch_size=square_side(vision, "patch_size", origin, 14),
-        in_channels=size(vision, "num_channels", origin, 3),
+        **read_fields(SQUARE_TOWER, vision, origin, usual),
         merge_size=merge_size,
-        image_size=square_side(vision, "image_size", origin, 448),
-        attention_bias=bool(vision.get("attention_bias", False)),
-        last_norm=not vision.get("use_mean_pooling", True),
+        attention_bias=flag(vision, "attention_bias", origin, False),
+        last_norm=not flag(vision, "use_mean_pooling", origin, True),
         layer_scale=real(vision, "layer_scale_init_value", origin, 0.1),
     )
 
@@ -162,16 +137,11 @@ def write_internvl_config(config: InternVLConfig) -> dict[str, Any]:
         "text_config": {"model_type": "qwen2", "head_dim": decoder.head_dim, **decoder_fields(decoder)},
         "vision_config": {
             "model_type": "internvl_vision",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.num_heads,
-            "num_channels": vision.in_channels,
+            **write_fields(SQUARE_TOWER, vision),
             "image_size": [vision.image_size, vision.image_size],
             "patch_size": [vision.patch_size, vision.patch_size],
             "attention_bias": vision.attention_bias,
             "hidden_act": "gelu",
-            "layer_norm_eps": vision.norm_eps,
             "layer_scale_init_value": vision.layer_scale,
             "norm_type": "layer_norm",
             "use_absolute_position_embeddings": True,
@@ -186,6 +156,11 @@ FORMAT = Format(
     rules=internvl_rules,
     read_config=read_internvl_config,
     write_config=write_internvl_config,
-    canonical_name=canonical_name,
-    hub_name=hub_name,
+    prefixes=(
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.", "model.language_model."),
+        ("vision_tower.", f"{_TOWER}."),
+        ("multi_modal_projector.", f"{_PROJECTOR}."),
+    ),
 )

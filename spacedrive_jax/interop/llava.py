@@ -10,25 +10,25 @@ from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_fields import (
-    MOST_LAYERS,
+    SQUARE_TOWER,
     Fields,
     decoder_fields,
     expect,
     part,
     plain_decoder,
-    real,
-    size,
+    read_fields,
     text_fields,
+    token_id,
+    write_fields,
 )
 from spacedrive_jax.interop.weight_table import (
     Format,
-    ParameterPath,
     Published,
     Rule,
     decoder_rules,
     linear_rules,
-    reversed_prefixes,
-    with_prefix,
+    norm_rules,
+    vision_block_rules,
 )
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 
@@ -42,12 +42,6 @@ from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
-_HUB_PREFIXES = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.vision_model.", f"{_TOWER}."),
-    ("multi_modal_projector.", f"{_PROJECTOR}."),
-)
 
 
 def llava_rules(config: LlavaConfig) -> tuple[Rule, ...]:
@@ -61,53 +55,22 @@ def llava_rules(config: LlavaConfig) -> tuple[Rule, ...]:
     )
 
 
-def canonical_name(name: str) -> str:
-    """Any of the names in use to the one the table has."""
-    name = name.replace("vision_tower.vision_model.", "vision_tower.")
-    return with_prefix(name, (*_HUB_PREFIXES, ("vision_tower.", f"{_TOWER}.")))
-
-
-def hub_name(name: str) -> str:
-    """The name a tensor has in checkpoints on the hub (`canonical_name` undoes it)."""
-    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))
-
-
-def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
-        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
-    ]
-
-
 def _vision_rules(config: ClipVisionConfig) -> tuple[Rule, ...]:
-    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
-    block, blocks = f"{_TOWER}.encoder.layers.{{layer}}", ("vision", "layers")
+    width = config.hidden_size
     patch = (width, config.in_channels, config.patch_size, config.patch_size)
     places = config.grid_side**2 + 1
     embeddings = f"{_TOWER}.embeddings"
-    rules = [
+    return (
         Rule(f"{embeddings}.class_embedding", ("vision", "class_embedding"), (width,)),
         Rule(
             f"{embeddings}.patch_embedding.weight", ("vision", "patch_embedding", "kernel"), patch, in_axes=1
         ),
         Rule(f"{embeddings}.position_embedding.weight", ("vision", "position_embedding"), (places, width)),
         # transformers' own spelling.
-        *_norm(f"{_TOWER}.pre_layrnorm", ("vision", "first_norm"), width),
-        *_norm(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
-        *_norm(f"{block}.layer_norm1", (*blocks, "attention_norm"), width, layers=depth),
-        *_norm(f"{block}.layer_norm2", (*blocks, "mlp_norm"), width, layers=depth),
-        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
-        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
-    ]
-    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
-        rules += linear_rules(
-            f"{block}.self_attn.{source}",
-            (*blocks, "attention", target),
-            (width, width),
-            in_axes=2 if target == "o" else 1,
-            layers=depth,
-        )
-    return tuple(rules)
+        *norm_rules(f"{_TOWER}.pre_layrnorm", ("vision", "first_norm"), width),
+        *norm_rules(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
+        *vision_block_rules(f"{_TOWER}.encoder.layers.{{layer}}", config),
+    )
 
 
 def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
@@ -130,8 +93,8 @@ def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
 
 def _image_token(fields: Fields, origin: str) -> int:
     """Transformers 4 says `image_token_index`, 5 `image_token_id`; a file with both must mean one."""
-    index = size(fields, "image_token_index", origin, 32000, least=0)
-    token = size(fields, "image_token_id", origin, index, least=0)
+    index = token_id(fields, "image_token_index", origin, 32000)
+    token = token_id(fields, "image_token_id", origin, index)
     if fields.get("image_token_index") is not None and token != index:
         raise ConfigError(f"{origin}: image_token_index is {index}, but image_token_id is {token}")
     return token
@@ -157,15 +120,8 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.num_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_channels": vision.in_channels,
+            **write_fields(SQUARE_TOWER, vision),
             "hidden_act": "quick_gelu",
-            "layer_norm_eps": vision.norm_eps,
         },
     }
 
@@ -173,25 +129,34 @@ def write_llava_config(config: LlavaConfig) -> dict[str, Any]:
 def _vision(vision: Fields, layer: int, origin: str) -> ClipVisionConfig:
     expect(vision, "model_type", "clip_vision_model", origin)
     expect(vision, "hidden_act", "quick_gelu", origin)
-    return ClipVisionConfig(
-        hidden_size=size(vision, "hidden_size", origin, 768),
-        intermediate_size=size(vision, "intermediate_size", origin, 3072),
-        depth=size(vision, "num_hidden_layers", origin, 12, most=MOST_LAYERS),
-        num_heads=size(vision, "num_attention_heads", origin, 12),
-        image_size=size(vision, "image_size", origin, 224),
-        patch_size=size(vision, "patch_size", origin, 32),
-        in_channels=size(vision, "num_channels", origin, 3),
-        feature_layer=layer,
-        norm_eps=real(vision, "layer_norm_eps", origin, 1e-5),
-    )
+    usual = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "depth": 12,
+        "num_heads": 12,
+        "norm_eps": 1e-5,
+        "patch_size": 32,
+        "in_channels": 3,
+        "image_size": 224,
+    }
+    return ClipVisionConfig(**read_fields(SQUARE_TOWER, vision, origin, usual), feature_layer=layer)
 
 
 FORMAT = Format(
     rules=llava_rules,
     read_config=read_llava_config,
     write_config=write_llava_config,
-    canonical_name=canonical_name,
-    hub_name=hub_name,
+    prefixes=(
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.vision_model.", f"{_TOWER}."),
+        ("multi_modal_projector.", f"{_PROJECTOR}."),
+    ),
+    older_prefixes=(
+        (f"{_TOWER}.vision_model.", f"{_TOWER}."),
+        ("vision_tower.vision_model.", f"{_TOWER}."),
+        ("vision_tower.", f"{_TOWER}."),
+    ),
     published=Published(
         presets=("base_vlm_llava", "base_vlm_plus_llava"),
         trains_table_rows=True,

@@ -6,35 +6,30 @@ Three layouts are in use: flat (the hub's checkpoints), with `text_config` (tran
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_fields import (
-    MOST_LAYERS,
+    QWEN_TOKENS,
+    QWEN_TOKENS_USUAL,
+    QWEN_TOWER,
+    Field,
     Fields,
     decoder_fields,
+    decoder_sizes,
     expect,
-    expect_full_attention,
+    expect_mrope,
     head_size,
     ids,
     part,
-    real,
+    read_fields,
     rotary_fields,
     rotary_theta,
-    rotary_type,
     size,
     text_fields,
+    write_fields,
 )
-from spacedrive_jax.interop.weight_table import (
-    Format,
-    Published,
-    Rule,
-    decoder_rules,
-    linear_rules,
-    reversed_prefixes,
-    with_prefix,
-)
+from spacedrive_jax.interop.weight_table import Format, Published, Rule, decoder_rules, linear_rules
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 
@@ -44,7 +39,7 @@ from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLCo
 # has, and checkpoints on the hub, which drop parts of those prefixes (`visual.*`, `model.*`).
 
 
-_HUB_PREFIXES = (("visual.", "model.visual."), ("model.", "model.language_model."))
+_TOWER = (*QWEN_TOWER, Field("full_attention_blocks", "fullatt_block_indexes", ids), Field("window_size"))
 
 
 def qwen_rules(config: QwenVLConfig) -> tuple[Rule, ...]:
@@ -89,18 +84,6 @@ def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
     )
 
 
-def canonical_name(name: str) -> str:
-    """Hub or transformers name to the one the table uses."""
-    if re.match(r"model\.(visual|language_model)\.|lm_head\.", name):
-        return name
-    return with_prefix(name, _HUB_PREFIXES)
-
-
-def hub_name(name: str) -> str:
-    """The name a tensor has in checkpoints on the hub (inverse of `canonical_name`)."""
-    return with_prefix(name, reversed_prefixes(_HUB_PREFIXES))
-
-
 def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
     """Reads the parsed config; `read_hf_config` is the public way here."""
     text = text_fields(fields, origin, flat=True)
@@ -108,9 +91,7 @@ def read_qwen_config(fields: Fields, origin: str) -> QwenVLConfig:
     return QwenVLConfig(
         decoder=_decoder(text, fields, origin),
         vision=_vision(vision, origin),
-        image_token_id=size(fields, "image_token_id", origin, 151655, least=0),
-        vision_start_token_id=size(fields, "vision_start_token_id", origin, 151652, least=0),
-        vision_end_token_id=size(fields, "vision_end_token_id", origin, 151653, least=0),
+        **read_fields(QWEN_TOKENS, fields, origin, QWEN_TOKENS_USUAL),
     )
 
 
@@ -126,9 +107,7 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
-        "image_token_id": config.image_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
+        **write_fields(QWEN_TOKENS, config),
         "tie_word_embeddings": decoder.tie_word_embeddings,
         "text_config": {
             "model_type": "qwen2_5_vl_text",
@@ -137,30 +116,17 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "qwen2_5_vl",
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "window_size": vision.window_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "in_channels": vision.in_channels,
-            "spatial_merge_size": vision.merge_size,
-            "out_hidden_size": vision.out_hidden_size,
+            **write_fields(_TOWER, vision),
             "hidden_act": "silu",
         },
     }
 
 
 def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
-    kind = rotary_type(text, origin)
-    if kind not in ("default", "mrope"):
-        raise ConfigError(f"{origin}: rotary embedding of type {kind!r} is not supported, only plain M-RoPE")
-    expect_full_attention(text, origin)
+    expect_mrope(text, origin)
     expect(text, "hidden_act", "silu", origin)
-    heads = size(text, "num_attention_heads", origin)
-    hidden = size(text, "hidden_size", origin)
+    sizes = decoder_sizes(text, origin, {"norm_eps": 1e-5}, grouped=False)
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     sections = ids(rotary_fields(text, origin), "mrope_section", origin)
     head_dim = head_size(text, origin, hidden, heads)
     if head_dim * heads != hidden:
@@ -170,16 +136,10 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
             f"{origin}: mrope_section {list(sections)} does not sum to half of head_dim {head_dim}"
         )
     return LanguageModelConfig(
-        vocab_size=size(text, "vocab_size", origin),
-        hidden_size=hidden,
-        intermediate_size=size(text, "intermediate_size", origin),
-        num_layers=size(text, "num_hidden_layers", origin, most=MOST_LAYERS),
-        num_heads=heads,
-        num_kv_heads=size(text, "num_key_value_heads", origin, heads),
+        **sizes,
         head_dim=head_dim,
         rope_theta=rotary_theta(text, origin, 1_000_000.0),
         mrope_section=sections,
-        norm_eps=real(text, "rms_norm_eps", origin, 1e-5),
         qkv_bias=True,
         tie_word_embeddings=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
@@ -187,26 +147,26 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
 
 def _vision(vision: Fields, origin: str) -> QwenVisionConfig:
     expect(vision, "hidden_act", "silu", origin)
-    return QwenVisionConfig(
-        hidden_size=size(vision, "hidden_size", origin, 3584),
-        intermediate_size=size(vision, "intermediate_size", origin, 3420),
-        depth=size(vision, "depth", origin, 32, most=MOST_LAYERS),
-        num_heads=size(vision, "num_heads", origin, 16),
-        full_attention_blocks=ids(vision, "fullatt_block_indexes", origin, (7, 15, 23, 31)),
-        window_size=size(vision, "window_size", origin, 112),
-        patch_size=size(vision, "patch_size", origin, size(vision, "spatial_patch_size", origin, 14)),
-        temporal_patch_size=size(vision, "temporal_patch_size", origin, 2),
-        in_channels=size(vision, "in_channels", origin, size(vision, "in_chans", origin, 3)),
-        merge_size=size(vision, "spatial_merge_size", origin, 2),
-        out_hidden_size=size(vision, "out_hidden_size", origin, 3584),
-    )
+    usual = {
+        "hidden_size": 3584,
+        "intermediate_size": 3420,
+        "depth": 32,
+        "num_heads": 16,
+        "patch_size": size(vision, "spatial_patch_size", origin, 14),
+        "temporal_patch_size": 2,
+        "in_channels": size(vision, "in_chans", origin, 3),
+        "merge_size": 2,
+        "out_hidden_size": 3584,
+        "full_attention_blocks": (7, 15, 23, 31),
+        "window_size": 112,
+    }
+    return QwenVisionConfig(**read_fields(_TOWER, vision, origin, usual))
 
 
 FORMAT = Format(
     rules=qwen_rules,
     read_config=read_qwen_config,
     write_config=write_qwen_config,
-    canonical_name=canonical_name,
-    hub_name=hub_name,
+    prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
     published=Published(presets=("spacedrive_qwen_7b", "table1_spacedrive_plus")),
 )

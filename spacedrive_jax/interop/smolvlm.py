@@ -11,26 +11,26 @@ from typing import Any
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_fields import (
-    MOST_LAYERS,
+    SQUARE_TOWER,
     Fields,
     decoder_fields,
     expect,
     is_tied,
     part,
     plain_decoder,
-    real,
+    read_fields,
     size,
-    square_side,
     text_fields,
+    token_id,
+    write_fields,
 )
 from spacedrive_jax.interop.weight_table import (
     Format,
-    ParameterPath,
     Rule,
     decoder_rules,
     linear_rules,
-    reversed_prefixes,
-    with_prefix,
+    norm_rules,
+    vision_block_rules,
 )
 from spacedrive_jax.models.families.smolvlm import SiglipVisionConfig, SmolVLMConfig
 
@@ -59,48 +59,18 @@ def smolvlm_rules(config: SmolVLMConfig) -> tuple[Rule, ...]:
     )
 
 
-def canonical_name(name: str) -> str:
-    """The name on the hub and in transformers to the one the table has."""
-    return with_prefix(name, _PREFIXES)
-
-
-def hub_name(name: str) -> str:
-    """The name a tensor has on the hub and in transformers (`canonical_name` undoes it)."""
-    return with_prefix(name, reversed_prefixes(_PREFIXES))
-
-
-def _norm(source: str, path: ParameterPath, width: int, *, layers: int | None = None) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
-        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
-    ]
-
-
 def _vision_rules(config: SiglipVisionConfig) -> tuple[Rule, ...]:
-    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
-    block, blocks = f"{_TOWER}.encoder.layers.{{layer}}", ("vision", "layers")
+    width = config.hidden_size
     patch = (width, config.in_channels, config.patch_size, config.patch_size)
     embeddings, embedding = f"{_TOWER}.embeddings", ("vision", "patch_embedding")
     places = (config.grid_side**2, width)
-    rules = [
+    return (
         Rule(f"{embeddings}.patch_embedding.weight", (*embedding, "kernel"), patch, in_axes=1),
         Rule(f"{embeddings}.patch_embedding.bias", (*embedding, "bias"), (width,)),
         Rule(f"{embeddings}.position_embedding.weight", ("vision", "position_embedding"), places),
-        *_norm(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
-        *_norm(f"{block}.layer_norm1", (*blocks, "attention_norm"), width, layers=depth),
-        *_norm(f"{block}.layer_norm2", (*blocks, "mlp_norm"), width, layers=depth),
-        *linear_rules(f"{block}.mlp.fc1", (*blocks, "up"), (inner, width), layers=depth),
-        *linear_rules(f"{block}.mlp.fc2", (*blocks, "down"), (width, inner), layers=depth),
-    ]
-    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
-        rules += linear_rules(
-            f"{block}.self_attn.{source}",
-            (*blocks, "attention", target),
-            (width, width),
-            in_axes=2 if target == "o" else 1,
-            layers=depth,
-        )
-    return tuple(rules)
+        *norm_rules(f"{_TOWER}.post_layernorm", ("vision", "last_norm"), width),
+        *vision_block_rules(f"{_TOWER}.encoder.layers.{{layer}}", config),
+    )
 
 
 def read_smolvlm_config(fields: Fields, origin: str) -> SmolVLMConfig:
@@ -112,7 +82,7 @@ def read_smolvlm_config(fields: Fields, origin: str) -> SmolVLMConfig:
     return SmolVLMConfig(
         decoder=plain_decoder(text, origin, "llama", tied=tied, norm_eps=usual_eps),
         vision=_vision(vision, size(fields, "scale_factor", origin, 2), origin),
-        image_token_id=size(fields, "image_token_id", origin, 128257, least=0),
+        image_token_id=token_id(fields, "image_token_id", origin, 128257),
         model_type="idefics3" if fields.get("model_type") == "idefics3" else "smolvlm",
     )
 
@@ -122,17 +92,17 @@ def _vision(vision: Fields, merge_size: int, origin: str) -> SiglipVisionConfig:
     kinds = ("idefics3", "smolvlm", "idefics3_vision", "smolvlm_vision", "")
     if vision.get("model_type", "") not in kinds:
         raise ConfigError(f"{origin}: vision_config is of {vision['model_type']!r}, expected SigLIP's tower")
-    return SiglipVisionConfig(
-        hidden_size=size(vision, "hidden_size", origin, 1152),
-        intermediate_size=size(vision, "intermediate_size", origin, 3072),
-        depth=size(vision, "num_hidden_layers", origin, 12, most=MOST_LAYERS),
-        num_heads=size(vision, "num_attention_heads", origin, 16),
-        norm_eps=real(vision, "layer_norm_eps", origin, 1e-6),
-        patch_size=square_side(vision, "patch_size", origin, 32),
-        in_channels=size(vision, "num_channels", origin, 3),
-        merge_size=merge_size,
-        image_size=square_side(vision, "image_size", origin, 224),
-    )
+    usual = {
+        "hidden_size": 1152,
+        "intermediate_size": 3072,
+        "depth": 12,
+        "num_heads": 16,
+        "norm_eps": 1e-6,
+        "patch_size": 32,
+        "in_channels": 3,
+        "image_size": 224,
+    }
+    return SiglipVisionConfig(**read_fields(SQUARE_TOWER, vision, origin, usual), merge_size=merge_size)
 
 
 def write_smolvlm_config(config: SmolVLMConfig) -> dict[str, Any]:
@@ -155,15 +125,8 @@ def write_smolvlm_config(config: SmolVLMConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": tower,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.num_heads,
-            "num_channels": vision.in_channels,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
+            **write_fields(SQUARE_TOWER, vision),
             "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": vision.norm_eps,
         },
     }
 
@@ -172,7 +135,6 @@ FORMAT = Format(
     rules=smolvlm_rules,
     read_config=read_smolvlm_config,
     write_config=write_smolvlm_config,
-    canonical_name=canonical_name,
-    hub_name=hub_name,
-    module_name=hub_name,
+    prefixes=_PREFIXES,
+    module_prefixes=_PREFIXES,
 )

@@ -20,10 +20,18 @@ import numpy as np
 
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.hf_fields import Fields
-from spacedrive_jax.models.config import LanguageModelConfig, LoraConfig, NewTokensConfig, VLConfig
+from spacedrive_jax.models.config import (
+    LanguageModelConfig,
+    LoraConfig,
+    NewTokensConfig,
+    VisionConfig,
+    VLConfig,
+)
 
 ParameterPath = tuple[str | int, ...]
 Shape = tuple[int, ...]
+Prefixes = tuple[tuple[str, str], ...]
+"""(old, new) beginnings of names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,56 @@ def linear_rules(
     return (weight, Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers)) if bias else (weight,)
 
 
-def with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+def norm_rules(
+    source: str, path: ParameterPath, width: int, *, layers: int | None = None
+) -> tuple[Rule, ...]:
+    """The rules of a torch `nn.LayerNorm`; the arguments are those of `linear_rules`."""
+    return (
+        Rule(f"{source}.weight", (*path, "scale"), (width,), 0, layers),
+        Rule(f"{source}.bias", (*path, "bias"), (width,), 0, layers),
+    )
+
+
+def vision_block_rules(
+    block: str,
+    config: VisionConfig,
+    *,
+    norms: tuple[str, str] = ("layer_norm1", "layer_norm2"),
+    attention: str = "self_attn",
+    out: str = "out_proj",
+    qkv_bias: bool = True,
+) -> tuple[Rule, ...]:
+    """The table of a tower's `VisionBlock`s, as CLIP, SigLIP and InternViT name what is in them.
+
+    Args:
+        block: What the names of a block start with, `{layer}` in it.
+        config: Architecture.
+        norms: Names before attention and before the MLP.
+        attention: Name of attention.
+        out: Name of its output layer.
+        qkv_bias: Whether queries, keys and values have biases.
+    """
+    width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
+    path = ("vision", "layers")
+    rules = [
+        *norm_rules(f"{block}.{norms[0]}", (*path, "attention_norm"), width, layers=depth),
+        *norm_rules(f"{block}.{norms[1]}", (*path, "mlp_norm"), width, layers=depth),
+        *linear_rules(f"{block}.mlp.fc1", (*path, "up"), (inner, width), layers=depth),
+        *linear_rules(f"{block}.mlp.fc2", (*path, "down"), (width, inner), layers=depth),
+    ]
+    for source, target in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), (out, "o")):
+        rules += linear_rules(
+            f"{block}.{attention}.{source}",
+            (*path, "attention", target),
+            (width, width),
+            bias=qkv_bias or target == "o",
+            in_axes=2 if target == "o" else 1,
+            layers=depth,
+        )
+    return tuple(rules)
+
+
+def with_prefix(name: str, prefixes: Prefixes) -> str:
     """The name with the first of the (old, new) prefixes that fits replaced; as it is where none does."""
     for old, new in prefixes:
         if name.startswith(old):
@@ -96,7 +153,7 @@ def with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def reversed_prefixes(prefixes: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def reversed_prefixes(prefixes: Prefixes) -> Prefixes:
     """The way back for `with_prefix`."""
     return tuple((new, old) for old, new in prefixes)
 
@@ -241,14 +298,28 @@ class Format:
     read_config: Callable[[Fields, str], VLConfig]
     """From the parsed config.json and its name."""
     write_config: Callable[[Any], dict[str, Any]]
-    canonical_name: Callable[[str], str]
-    """From any name a tensor goes by to the one in `rules`."""
-    hub_name: Callable[[str], str]
-    """From the name in `rules` to the one in checkpoints on the hub."""
-    module_name: Callable[[str], str] = str
-    """From the name in `rules` to the one in transformers' state dict, which PEFT has too: the same, but
-    where transformers does not call the decoder `model.language_model`."""
+    prefixes: Prefixes = ()
+    """What names start with in checkpoints on the hub, and in the table."""
+    older_prefixes: Prefixes = ()
+    """Likewise of further names that files go by."""
+    module_prefixes: Prefixes = ()
+    """What names start with in transformers' state dict, which PEFT has too, and in the table: nothing, but
+    where transformers does not call the language model `model.language_model`."""
     text_part: str = "text_config"
     """Object of config.json that holds `vocab_size` and `tie_word_embeddings`, unless they are outermost."""
     published: Published | None = None
     """None where there is no published SpaceDrive on this base."""
+
+    def canonical_name(self, name: str) -> str:
+        """From any name a tensor goes by to the one in `rules`."""
+        name = with_prefix(name, self.older_prefixes)
+        known = tuple(new for _, new in self.prefixes)
+        return name if name.startswith(known) else with_prefix(name, self.prefixes)
+
+    def hub_name(self, name: str) -> str:
+        """From the name in `rules` to the one in checkpoints on the hub."""
+        return with_prefix(name, reversed_prefixes(self.prefixes))
+
+    def module_name(self, name: str) -> str:
+        """From the name in `rules` to the one in transformers' state dict."""
+        return with_prefix(name, reversed_prefixes(self.module_prefixes))

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from spacedrive_jax.bounds import (
     COUNT,
+    FROM_ZERO,
     POSITIVE,
     SHARE_BELOW_ONE,
+    SIDE,
     Bounds,
     check_bounds,
 )
@@ -159,12 +161,64 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SquareVisionConfig(VisionConfig):
+    """A tower whose images are squares of one size, for which its position embedding is learnt."""
+
+    image_size: int = 224
+    """Side of the square images in pixels; the position embedding is learnt for this size alone."""
+
+    BOUNDS: ClassVar[Bounds] = {**VisionConfig.BOUNDS, "image_size": SIDE}
+    leaves_border: ClassVar[bool] = False
+    """What `patch_size` leaves over at an image's right and bottom is not seen, rather than refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % (self.patch_size * self.merge_size) and not self.leaves_border:
+            raise ConfigError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}) times "
+                f"merge_size ({self.merge_size})"
+            )
+        if self.grid_side < 1 or self.grid_side % self.merge_size:
+            raise ConfigError(
+                f"image_size {self.image_size} gives {self.grid_side} patches of {self.patch_size} pixels a "
+                f"side, which must be a multiple of merge_size ({self.merge_size})"
+            )
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
 class VLConfig:
     """A vision-language model; each family derives its own, with its defaults (`models.families`)."""
 
     decoder: LanguageModelConfig
     vision: VisionConfig
     image_token_id: int
+
+    BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.BOUNDS, "model.vlm")
+
+    def expect_plain_decoder(self, name: str, *, qkv_bias: bool) -> None:
+        """Refuses a language model that is none of LLaMA's (or with biases, Qwen2's) make.
+
+        Args:
+            name: of the family, for the message.
+            qkv_bias: whether its queries, keys and values have biases.
+
+        Raises:
+            ConfigError: It has rotary positions on several axes, or biases where it must have none.
+        """
+        if len(self.decoder.mrope_section) != 1 or self.decoder.qkv_bias != qkv_bias:
+            raise ConfigError(
+                f"{name}'s language model (model.vlm.decoder) has one-dimensional rotary positions and "
+                f"{'' if qkv_bias else 'no '}attention biases; got mrope_section "
+                f"{self.decoder.mrope_section}, qkv_bias {self.decoder.qkv_bias}"
+            )
 
 
 Ids = int | tuple[int, ...]

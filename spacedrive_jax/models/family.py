@@ -12,12 +12,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.image_processor import ImageProcessor
-from spacedrive_jax.models.positions import ImageSpan, RopePositions
+from spacedrive_jax.models.positions import ImageSpan, RopePositions, plain_positions
 
 IGNORE = -100
 """Label of a token that is not supervised."""
@@ -64,15 +65,36 @@ class Tokenizer(Protocol):
 
 
 class ChatTemplate(abc.ABC):
-    """How a family writes a conversation. Stateless; one instance serves all."""
+    """How a family writes a conversation. Stateless; one instance serves all.
+
+    Turns stand one behind the other, each written and tokenised by itself; of answers everything behind the
+    header is supervised, the end of the turn too, but no position token (unless asked for).
+    """
 
     special_tokens: ClassVar[Mapping[str, tuple[str, ...]]]
     """What the template names to how vocabularies spell it, the first that a vocabulary has: at least
     `image` (one visual token), `turn_end` (ends an answer) and `padding`."""
     added_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that the project's own small tokenizer is given for this template."""
+    beginning: ClassVar[str] = ""
+    """What stands before the first turn."""
+    system: ClassVar[str | None] = None
+    """The turn before all others; None for none."""
+    answer_header: ClassVar[str]
+    """What an assistant turn begins with."""
 
     @abc.abstractmethod
+    def image(self, tokens_per_image: int) -> str:
+        """How an image of so many visual tokens is spelled out."""
+
+    @abc.abstractmethod
+    def turn(self, message: Message) -> str:
+        """How a turn is spelled out, `<image>` left as it is."""
+
+    def header_length(self, tokenizer: Tokenizer) -> int:
+        """Ids at the beginning of an assistant turn that are not supervised."""
+        return len(tokenizer.encode(self.answer_header))
+
     def apply_chat_template(
         self,
         tokenizer: Tokenizer,
@@ -91,6 +113,24 @@ class ChatTemplate(abc.ABC):
             add_generation_prompt: end with the header of an assistant turn, to be continued.
             supervise_positions: keep the labels at position tokens.
         """
+        image = self.image(tokens_per_image)
+        ignored = None if supervise_positions else tokenizer.position
+        system = [] if self.system is None else [Message("system", self.system)]
+        token_ids = tokenizer.encode(self.beginning) if self.beginning else []
+        labels = [IGNORE] * len(token_ids)
+        for message in (*system, *messages):
+            ids = tokenizer.encode(self.turn(message).replace(IMAGE_PLACEHOLDER, image))
+            answers = message.role == "assistant"
+            unsupervised = self.header_length(tokenizer) if answers else len(ids)
+            token_ids += ids
+            labels += [IGNORE] * unsupervised
+            labels += [IGNORE if token == ignored else token for token in ids[unsupervised:]]
+        if add_generation_prompt:
+            header = tokenizer.encode(self.answer_header)
+            token_ids += header
+            labels += [IGNORE] * len(header)
+        places = [index for index, token in enumerate(token_ids) if token == tokenizer.special["image"]]
+        return ChatTokens(token_ids, labels, places[::tokens_per_image])
 
     @abc.abstractmethod
     def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
@@ -99,6 +139,46 @@ class ChatTemplate(abc.ABC):
     @abc.abstractmethod
     def image_end(self, tokenizer: Tokenizer) -> int:
         """Id behind whose last occurrence the ego tokens are inserted."""
+
+
+def chat_ml_tokens(vision_start: str, image: str, vision_end: str) -> Mapping[str, tuple[str, ...]]:
+    """The special tokens of a `ChatML` template, but for images they are the same everywhere."""
+    return MappingProxyType(
+        {
+            "turn_start": ("<|im_start|>",),
+            "turn_end": ("<|im_end|>",),
+            "image": (image,),
+            "padding": ("<|endoftext|>", "<|pad|>"),
+            "vision_start": (vision_start,),
+            "vision_end": (vision_end,),
+        }
+    )
+
+
+class ChatML(ChatTemplate):
+    """`<|im_start|>role`, newline, text, `<|im_end|>`, newline; an image is its visual tokens between
+    vision_start and vision_end (`chat_ml_tokens`).
+    """
+
+    answer_header = "<|im_start|>assistant\n"
+
+    def image(self, tokens_per_image: int) -> str:
+        """vision_start, visual tokens, vision_end."""
+        start, token, end = (self.special_tokens[name][0] for name in ("vision_start", "image", "vision_end"))
+        return start + token * tokens_per_image + end
+
+    def turn(self, message: Message) -> str:
+        """Role and text between start and end."""
+        return f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n"
+
+    def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+        """[vision_start, image, vision_end], as an image of one token is written."""
+        special = tokenizer.special
+        return [special["vision_start"], special["image"], special["vision_end"]], 1
+
+    def image_end(self, tokenizer: Tokenizer) -> int:
+        """vision_end."""
+        return tokenizer.special["vision_end"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +192,17 @@ class Family:
     """Constructor of its `VisionLanguageModel`: (config, *, compute, rngs, lora=None, new_tokens=None)."""
     chat: ChatTemplate
     image_processor: type[ImageProcessor]
-    position_ids: Callable[[int, Sequence[ImageSpan]], RopePositions]
-    """From a sequence's length and its images to the rotary positions."""
     vision_flops: Callable[[Any, tuple[int, int]], int]
-    """From the config and the patch grid to the operations of the tower's forward pass over one image."""
-    lora: Callable[[int], LoraConfig]
-    """SpaceDrive's adapters at a rank."""
+    """From the config and the patch grid to the operations of the tower's forward pass over one image,
+    projector included."""
     interop: str
     """Module that knows the family's files as others have them; it defines `FORMAT`
-    (`interop.families.Format`)."""
+    (`interop.weight_table.Format`)."""
+    position_ids: Callable[[int, Sequence[ImageSpan]], RopePositions] = plain_positions
+    """From a sequence's length and its images to the rotary positions."""
+    lora: Callable[[int], LoraConfig] = LoraConfig
+    """SpaceDrive's adapters at a rank; as on Qwen2.5-VL (q, k, v, o with alpha 16) unless published
+    otherwise."""
     also: tuple[str, ...] = ()
     """Further `model_type`s whose config.json and tensors are this family's."""
 

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int32, Num, UInt8
 from PIL import Image
 
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.models.config import SquareVisionConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -102,6 +103,66 @@ class ImageProcessor(abc.ABC):
     @abc.abstractmethod
     def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
         """Cuts resized images into patches: numpy's stay numpy's."""
+
+
+class SquareImageProcessor(ImageProcessor):
+    """Makes squares of one size of images and cuts them row by row."""
+
+    def __init__(
+        self,
+        vision: SquareVisionConfig,
+        image_size: tuple[int, int],
+        settings: ProcessorSettings | None = None,
+    ) -> None:
+        """See `ImageProcessor`.
+
+        Raises:
+            ConfigError: the settings ask for a square that the tower does not take.
+        """
+        super().__init__(vision, image_size, settings)
+        self.side = self.square_side()
+        patches = self.side // vision.patch_size
+        self.patch_grid = (patches, patches)
+        self.token_grid = (patches // vision.merge_size, patches // vision.merge_size)
+        self.intrinsics_size = self.resized = (self.side, self.side)
+
+    @abc.abstractmethod
+    def square_side(self) -> int:
+        """Side of the square in pixels.
+
+        Raises:
+            ConfigError: the settings ask for one that the tower does not take.
+        """
+
+    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
+        """Patches in row-major order, without a border of less than one; K is channel, row, column."""
+        seen = self.patch_grid[0] * self.vision.patch_size
+        return flatten_patches(images[:, :seen, :seen].transpose(0, 3, 1, 2), self.vision.patch_size)
+
+
+def flatten_patches(
+    pixel_values: Num[np.ndarray | Array, "... C H W"], patch_size: int
+) -> Num[np.ndarray | Array, "... P K"]:
+    """Cuts images, as the published image processors hand them over, into the flattened patches towers take.
+
+    Args:
+        pixel_values: Images, normalised or not.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        Patches in row-major order, each channels x rows x columns in one axis.
+
+    Raises:
+        ConfigError: If the image does not divide into patches.
+    """
+    *lead, channels, height, width = pixel_values.shape
+    if height % patch_size or width % patch_size:
+        raise ConfigError(f"images of {height}x{width} pixels do not divide into patches of {patch_size}")
+    rows, columns = height // patch_size, width // patch_size
+    cut = pixel_values.reshape(*lead, channels, rows, patch_size, columns, patch_size)
+    count = len(lead)
+    order = (*range(count), *(count + axis for axis in (1, 3, 0, 2, 4)))
+    return cut.transpose(order).reshape(*lead, rows * columns, channels * patch_size**2)
 
 
 def process_images(

@@ -90,7 +90,7 @@ class SpaceDrive(nnx.Module):
             noise: standard normal for the `vae` decoder; None decodes without.
         """
         embeddings, deepstack = self.decoder_inputs(batch)
-        hidden, _ = self.vlm.decode(
+        hidden, _ = self.vlm.decoder(
             embeddings,
             jnp.swapaxes(batch.position_ids, 0, 1),
             lengths=batch.lengths,

@@ -1,8 +1,8 @@
 """What all vision-language models have in common: images into the embeddings, embeddings through the decoder.
 
 `process`, `logits` and `generate` are the plain use. A model built around it (SpaceDrive) calls the steps one
-by one, so that it can change the embeddings in between: `visual_features`, `embed`, `decode`,
-`decoder.logits`.
+by one, so that it can change the embeddings in between: `visual_features`, `embed`, `decoder` (the language
+model), `decoder.logits`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from spacedrive_jax.models.config import (
 from spacedrive_jax.models.family import family_of
 from spacedrive_jax.models.generation import continue_greedily
 from spacedrive_jax.models.image_processor import ProcessorSettings, process_images
-from spacedrive_jax.models.language_model import KVCache, LanguageModel
+from spacedrive_jax.models.language_model import LanguageModel
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import RopePositions
+from spacedrive_jax.models.positions import RopePositions, plain_sequence_positions
 from spacedrive_jax.models.prompt_layout import Grids, PromptLayout, image_grids, lay_out
 
 
@@ -114,11 +114,10 @@ class VisionLanguageModel(nnx.Module):
         """
         return VisualFeatures(self.encode_images(pixel_values, grid))
 
-    @abc.abstractmethod
     def sequence_positions(
         self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
     ) -> RopePositions:
-        """Position ids of one sequence without padding, on the host.
+        """Position ids of one sequence without padding, on the host: 0, 1, 2, … unless the family says more.
 
         Args:
             token_ids: The sequence, with a placeholder id per visual token.
@@ -130,6 +129,7 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ConfigError: If the placeholders do not fit the images.
         """
+        return plain_sequence_positions(token_ids, visual_grids, self.config.image_token_id)
 
     def embed(
         self,
@@ -153,38 +153,6 @@ class VisionLanguageModel(nnx.Module):
         if image_mask is None:
             image_mask = token_ids == self.config.image_token_id
         return place_rows(embeddings, image_features, image_mask)
-
-    def decode(
-        self,
-        embeddings: Float[Array, "B S D"],
-        position_ids: Int[Array, "3 B S"],
-        *,
-        lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "depths B S D"] | None = None,
-        cache: KVCache | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Final-normed hidden states and the grown cache; see `LanguageModel`."""
-        return self.decoder(
-            embeddings,
-            position_ids,
-            lengths=lengths,
-            deepstack=deepstack,
-            cache=cache,
-            dropout_key=dropout_key,
-        )
-
-    def prefill(
-        self,
-        embeddings: Float[Array, "B S D"],
-        position_ids: Int[Array, "3 B S"],
-        *,
-        lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "depths B S D"] | None = None,
-        room: int,
-    ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Final-normed hidden states and a new cache with room for more; see `LanguageModel.prefill`."""
-        return self.decoder.prefill(embeddings, position_ids, lengths=lengths, deepstack=deepstack, room=room)
 
     def process(
         self, images: Sequence[Image.Image | UInt8[np.ndarray, "_ _ 3"]]
@@ -403,7 +371,7 @@ def _logits(
     model: VisionLanguageModel = nnx.merge(graph, state)
     embeddings, deepstack = model.embed_prompt(token_ids, images, layout, grids)
     position_ids = jnp.asarray(layout.position_ids)
-    hidden, _ = model.decode(embeddings, position_ids, lengths=lengths, deepstack=deepstack)
+    hidden, _ = model.decoder(embeddings, position_ids, lengths=lengths, deepstack=deepstack)
     return model.decoder.logits(hidden)
 
 

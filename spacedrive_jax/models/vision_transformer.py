@@ -1,28 +1,47 @@
-"""Vision transformers: what CLIP, SigLIP, InternViT and Qwen3-VL's tower share.
+"""Vision transformers: what CLIP, SigLIP, InternViT and Qwen's towers share.
 
-Pre-norm blocks with full attention over the tokens of an image, and the way from an image to patches and from
-patches to fewer, wider tokens. What differs (class token, positions, norms around the stack) is the family's.
+`VisionTransformer` is the tower of families whose images are squares of one size, `VisionBlock` its block,
+which Qwen3-VL's has too; `pixel_shuffle` and `Projector` lead from patches to fewer, wider tokens of the
+language model's width.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
-from spacedrive_jax.models.config import ComputeConfig, VisionConfig
-from spacedrive_jax.models.layers import LayerNorm, Projection, parameter
+from spacedrive_jax.models.config import ComputeConfig, SquareVisionConfig, VisionConfig
+from spacedrive_jax.models.layers import (
+    INIT_STD,
+    LayerNorm,
+    Projection,
+    RMSNorm,
+    parameter,
+    scan_layers,
+    stack_layers,
+)
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RotaryTables, rotate
 
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+
+
+def erf_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def tanh_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU's approximation by the hyperbolic tangent."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 class VisionSelfAttention(nnx.Module):
@@ -127,6 +146,152 @@ def _scaled(x: Float[Array, "I P D"], scale: nnx.Param | None) -> Float[Array, "
     return x if scale is None else x * scale[...].astype(x.dtype)
 
 
+class VisionTransformer(nnx.Module):
+    """A tower for square images: patch embedding, learnt positions, pre-norm blocks, norms around them.
+
+    A class token, where there is one, takes part in attention and is dropped.
+    """
+
+    def __init__(
+        self,
+        config: SquareVisionConfig,
+        *,
+        activation: Activation,
+        patch_bias: bool = True,
+        class_token: bool = False,
+        first_norm: bool = False,
+        last_norm: bool = True,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Draws a fresh tower.
+
+        Args:
+            config: Architecture.
+            activation: See `VisionBlock`, as for `qkv_bias` and `layer_scale`.
+            patch_bias: Whether the patch embedding has a bias.
+            class_token: Whether one more token stands before the patches.
+            first_norm: Whether a norm stands before the blocks.
+            last_norm: Whether one stands behind them.
+            qkv_bias: See `activation`.
+            layer_scale: Likewise.
+            compute: Dtypes, rematerialisation, attention kernel.
+            rngs: Random streams (`params`).
+        """
+        self.config = config
+        self.compute = compute
+        width, names = (config.hidden_size,), ("vision_embed",)
+        normal = jax.nn.initializers.normal(INIT_STD)
+        learnt = functools.partial(parameter, nnx.Param, normal, dtype=compute.storage_dtype, rngs=rngs)
+        norm = functools.partial(
+            LayerNorm, *width, config.norm_eps, name=names[0], compute=compute, rngs=rngs
+        )
+        self.patch_embedding = Projection(
+            (config.patch_channels,), width, (None,), names, bias=patch_bias, compute=compute, rngs=rngs
+        )
+        self.class_embedding = learnt(width, names) if class_token else None
+        places = config.grid_side**2 + class_token
+        self.position_embedding = learnt((places, *width), (None, *names))
+        self.first_norm = norm() if first_norm else None
+        block = functools.partial(
+            VisionBlock,
+            config,
+            activation=activation,
+            qkv_bias=qkv_bias,
+            layer_scale=layer_scale,
+            compute=compute,
+        )
+        self.layers = stack_layers(lambda streams: block(rngs=streams), config.depth, rngs)
+        self.last_norm = norm() if last_norm else None
+
+    def __call__(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> Float[Array, "I P D"]:
+        """Encodes images.
+
+        Args:
+            pixel_values: Flattened normalised patches in row-major order (`flatten_patches`).
+            grid: Patch rows and columns.
+
+        Returns:
+            The patches' features in row-major order.
+
+        Raises:
+            ConfigError: If the tower cannot take the grid, or the pixels do not fit it.
+        """
+        positions = self.positions(grid)
+        check_patches(pixel_values, grid, self.config)
+        hidden = self.patch_embedding(constrain(pixel_values, *_AXES))
+        if self.class_embedding is not None:
+            first = self.class_embedding[...].astype(hidden.dtype)
+            first = jnp.broadcast_to(first, (len(hidden), 1, self.config.hidden_size))
+            hidden = jnp.concatenate([first, hidden], axis=1)
+        hidden = hidden + positions.astype(hidden.dtype)
+        if self.first_norm is not None:
+            hidden = self.first_norm(hidden)
+        hidden = self.run_blocks(hidden)
+        return hidden if self.class_embedding is None else hidden[:, 1:]
+
+    def positions(self, grid: tuple[int, int]) -> Float[Array, "T D"]:
+        """The learnt positions of a grid, that of the class token before them.
+
+        Raises:
+            ConfigError: It is another than they are learnt for.
+        """
+        side, pixels = self.config.grid_side, self.config.image_size
+        if tuple(grid) != (side, side):
+            raise ConfigError(
+                f"image grid {grid[0]}x{grid[1]} must be {side}x{side} patches: this tower's positions are "
+                f"learnt for images of {pixels}x{pixels} pixels"
+            )
+        return self.position_embedding[...]
+
+    def run_blocks(self, hidden: Float[Array, "I T D"]) -> Float[Array, "I T D"]:
+        """All blocks, and the norm behind them."""
+
+        def apply(block: VisionBlock, hidden: Any, _: None) -> tuple[Any, None]:
+            return block(hidden), None
+
+        hidden, _ = scan_layers(self.layers, apply, hidden, None, self.compute)
+        return hidden if self.last_norm is None else self.last_norm(hidden)
+
+
+class Projector(nnx.Module):
+    """Two layers with GELU from a tower's features to the language model's width.
+
+    Consecutive features that make up `inputs` channels are put together first. Where there is a norm it
+    stands before that, or behind.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        inner: int,
+        outputs: int,
+        *,
+        norm: LayerNorm | RMSNorm | None = None,
+        norm_merged: bool = False,
+        bias: bool = True,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+    ) -> None:
+        make = functools.partial(Projection, bias=bias, compute=compute, rngs=rngs)
+        self.inputs = inputs
+        self.norm = norm
+        self.norm_merged = norm_merged
+        self.hidden = make((inputs,), (inner,), ("vision_embed",), ("vision_mlp",))
+        self.out = make((inner,), (outputs,), ("vision_mlp",), ("embed",))
+
+    def __call__(self, x: Float[Array, "I P C"]) -> Float[Array, "I V D"]:
+        """Makes visual tokens of features."""
+        if self.norm is not None and not self.norm_merged:
+            x = self.norm(x)
+        x = x.reshape(len(x), -1, self.inputs)
+        if self.norm is not None and self.norm_merged:
+            x = self.norm(x)
+        return self.out(erf_gelu(self.hidden(x)))
+
+
 def block_flops(config: VisionConfig, tokens: int) -> int:
     """Operations of one block's forward pass over an image of so many tokens."""
     width = config.hidden_size
@@ -134,29 +299,20 @@ def block_flops(config: VisionConfig, tokens: int) -> int:
     return products + 4 * tokens**2 * width
 
 
-def flatten_patches(
-    pixel_values: Num[np.ndarray | Array, "... C H W"], patch_size: int
-) -> Num[np.ndarray | Array, "... P K"]:
-    """Cuts images, as the published image processors hand them over, into the flattened patches towers take.
+def tower_flops(
+    config: VisionConfig, patch_grid: tuple[int, int], *, blocks: int | None = None, class_token: bool = False
+) -> int:
+    """Operations of a tower's forward pass over one image: patch embedding, and all blocks or so many."""
+    patches = patch_grid[0] * patch_grid[1]
+    embedding = 2 * patches * config.patch_channels * config.hidden_size
+    return embedding + (config.depth if blocks is None else blocks) * block_flops(
+        config, patches + class_token
+    )
 
-    Args:
-        pixel_values: Images, normalised or not.
-        patch_size: Side of a patch in pixels.
 
-    Returns:
-        Patches in row-major order, each channels x rows x columns in one axis.
-
-    Raises:
-        ConfigError: If the image does not divide into patches.
-    """
-    *lead, channels, height, width = pixel_values.shape
-    if height % patch_size or width % patch_size:
-        raise ConfigError(f"images of {height}x{width} pixels do not divide into patches of {patch_size}")
-    rows, columns = height // patch_size, width // patch_size
-    cut = pixel_values.reshape(*lead, channels, rows, patch_size, columns, patch_size)
-    count = len(lead)
-    order = (*range(count), *(count + axis for axis in (1, 3, 0, 2, 4)))
-    return cut.transpose(order).reshape(*lead, rows * columns, channels * patch_size**2)
+def projector_flops(tokens: int, inputs: int, inner: int, outputs: int) -> int:
+    """Operations of `Projector` over so many visual tokens."""
+    return 2 * tokens * inner * (inputs + outputs)
 
 
 def pixel_shuffle(x: Float[Array, "I P D"], grid: tuple[int, int], factor: int) -> Float[Array, "I V E"]:

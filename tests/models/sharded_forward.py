@@ -13,7 +13,7 @@ from flax import nnx
 
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.models.config import LoraConfig
-from spacedrive_jax.models.families.llava import flatten_patches
+from spacedrive_jax.models.image_processor import flatten_patches
 from spacedrive_jax.models.partitioning import activations_on, logical_to_mesh_axes
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
-from spacedrive_jax.interop.qwen2_5_vl import canonical_name, hub_name, qwen_rules
+from spacedrive_jax.interop.qwen2_5_vl import FORMAT, qwen_rules
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL, QwenVLConfig
@@ -52,7 +52,7 @@ def test_export_gives_back_every_tensor_bit_for_bit(model, tmp_path, naming):
     folder = tmp_path / "exported"
     to_hf(model, folder, naming=naming, max_shard_bytes=400_000)
     expected, exported = load_all(GOLDEN), load_all(folder)
-    rename = hub_name if naming == "hub" else str
+    rename = FORMAT.hub_name if naming == "hub" else str
     assert exported.keys() == {rename(name) for name in expected}
     for name, tensor in expected.items():
         np.testing.assert_array_equal(exported[rename(name)], tensor)
@@ -74,7 +74,7 @@ def test_half_precision_survives_the_round_trip(tmp_path):
     to_hf(half, tmp_path / "half")
     expected, exported = load_all(GOLDEN), load_all(tmp_path / "half")
     for name, tensor in expected.items():
-        np.testing.assert_array_equal(exported[hub_name(name)], tensor.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(exported[FORMAT.hub_name(name)], tensor.astype(jnp.bfloat16))
 
 
 def test_every_bad_tensor_is_reported_at_once(checkpoint):
@@ -206,5 +206,5 @@ def test_each_rule_inverts_itself(model, rule_number):
     ],
 )
 def test_names_translate_both_ways(hub, canonical):
-    assert canonical_name(hub) == canonical == canonical_name(canonical)
-    assert hub_name(canonical) == hub
+    assert FORMAT.canonical_name(hub) == canonical == FORMAT.canonical_name(canonical)
+    assert FORMAT.hub_name(canonical) == hub

@@ -31,7 +31,7 @@ def test_decoder_with_adapters_gives_hidden_states_and_logits(golden_arrays, gol
     hidden = golden_model.decoder.hidden_states(embeddings, position_ids)[:, :, golden_arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], golden_arrays[f"hidden_states_{layer}"]) < TOLERANCE
-    final, _ = golden_model.decode(embeddings, position_ids)
+    final, _ = golden_model.decoder(embeddings, position_ids)
     logits = golden_model.decoder.logits(final[:, golden_arrays["places"]])
     assert worst(logits, golden_arrays["logits"]) < TOLERANCE
 

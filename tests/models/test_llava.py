@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf, to_hf
-from spacedrive_jax.interop.llava import canonical_name, hub_name, llava_rules
+from spacedrive_jax.interop.llava import FORMAT, llava_rules
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
-from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig, flatten_patches
+from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
+from spacedrive_jax.models.image_processor import flatten_patches
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_plus_train"
 LORA = LoraConfig(rank=4, alpha=4.0, targets=("k", "v", "o"))
@@ -92,7 +93,7 @@ def test_decoder_with_adapters_gives_hidden_states_and_logits(arrays, adapted):
 def test_golden_adapters_take_part(arrays, model):
     """Guards the test above against adapters that do nothing."""
     embeddings = jnp.asarray(arrays["inputs_embeds"])
-    final, _ = model.decode(embeddings, places_of(embeddings.shape[1]))
+    final, _ = model.decoder(embeddings, places_of(embeddings.shape[1]))
     logits = model.decoder.logits(final[:, arrays["places"]])
     assert worst(logits, arrays["logits"]) > 100 * TOLERANCE
 
@@ -116,7 +117,11 @@ def test_only_the_blocks_before_the_feature_layer_count(arrays, model):
 def test_export_gives_back_every_tensor_bit_for_bit(model, tmp_path, naming):
     to_hf(model, tmp_path / "exported", naming=naming, max_shard_bytes=400_000)
     expected, exported = load_all(GOLDEN), load_all(tmp_path / "exported")
-    rename = (lambda name: hub_name(canonical_name(name))) if naming == "hub" else canonical_name
+    published = FORMAT.hub_name if naming == "hub" else str
+
+    def rename(name: str) -> str:
+        return published(FORMAT.canonical_name(name))
+
     assert exported.keys() == {rename(name) for name in expected}
     for name, tensor in expected.items():
         np.testing.assert_array_equal(exported[rename(name)], tensor)
@@ -141,15 +146,15 @@ def test_export_gives_back_every_tensor_bit_for_bit(model, tmp_path, naming):
     ],
 )
 def test_names_translate_both_ways(name, canonical):
-    assert canonical_name(name) == canonical == canonical_name(canonical)
-    assert hub_name(canonical) == name
+    assert FORMAT.canonical_name(name) == canonical == FORMAT.canonical_name(canonical)
+    assert FORMAT.hub_name(canonical) == name
 
 
 @pytest.mark.parametrize(
     "name", ["vision_tower.pre_layrnorm.bias", "model.vision_tower.vision_model.pre_layrnorm.bias"]
 )
 def test_every_name_of_the_vision_tower_is_known(name):
-    assert canonical_name(name) == "model.vision_tower.pre_layrnorm.bias"
+    assert FORMAT.canonical_name(name) == "model.vision_tower.pre_layrnorm.bias"
 
 
 def test_old_buffers_are_passed_over_and_bad_tensors_reported(tmp_path):

@@ -75,9 +75,9 @@ def test_the_mlp_has_adapters_where_they_are_asked_for(tmp_path):
 
     ids, places = jnp.arange(6)[None], jnp.broadcast_to(jnp.arange(6), (3, 1, 6))
     embeddings = model.embed(ids)
-    plain, _ = model.decode(embeddings, places)
-    dropped, _ = model.decode(embeddings, places, dropout_key=jax.random.key(0))
-    again, _ = model.decode(embeddings, places, dropout_key=jax.random.key(0))
+    plain, _ = model.decoder(embeddings, places)
+    dropped, _ = model.decoder(embeddings, places, dropout_key=jax.random.key(0))
+    again, _ = model.decoder(embeddings, places, dropout_key=jax.random.key(0))
     assert np.abs(dropped - plain).max() > 1e-6
     np.testing.assert_array_equal(again, dropped)
 

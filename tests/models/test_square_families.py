@@ -21,7 +21,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.interop.internvl import canonical_name, hub_name
+from spacedrive_jax.interop.internvl import FORMAT
 from spacedrive_jax.interop.peft import load_adapter, save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families import family_of, internvl, smolvlm
@@ -184,10 +184,10 @@ def test_smolvlms_text_ends_at_none_of_llamas_ids():
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "language_model.", "model.language_model."])
 def test_internvls_decoder_goes_by_several_names(prefix):
-    name = canonical_name(f"{prefix}layers.1.mlp.up_proj.weight")
+    name = FORMAT.canonical_name(f"{prefix}layers.1.mlp.up_proj.weight")
     assert name == "model.language_model.layers.1.mlp.up_proj.weight"
-    assert hub_name(name) == "language_model.model.layers.1.mlp.up_proj.weight"
-    assert canonical_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert FORMAT.hub_name(name) == "language_model.model.layers.1.mlp.up_proj.weight"
+    assert FORMAT.canonical_name("language_model.lm_head.weight") == "lm_head.weight"
 
 
 @pytest.mark.parametrize(

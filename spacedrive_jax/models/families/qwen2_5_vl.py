@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,25 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds, check_bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
-from spacedrive_jax.models.config import (
-    ComputeConfig,
-    LanguageModelConfig,
-    LoraConfig,
-    VisionConfig,
-    VLConfig,
-)
-from spacedrive_jax.models.family import (
-    IGNORE,
-    IMAGE_PLACEHOLDER,
-    ChatTemplate,
-    ChatTokens,
-    Family,
-    Message,
-    Tokenizer,
-)
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, VisionConfig, VLConfig
+from spacedrive_jax.models.family import ChatML, Family, Tokenizer, chat_ml_tokens
 from spacedrive_jax.models.image_processor import ImageProcessor, ProcessorSettings
 from spacedrive_jax.models.layers import Projection, RMSNorm, SwiGLU, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
@@ -46,11 +31,46 @@ from spacedrive_jax.models.positions import (
     vision_rotary,
 )
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.models.vision_transformer import Projector, check_patches, projector_flops
 from spacedrive_jax.models.windows import WindowLayout, full_attention_flags, window_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenVisionConfig(VisionConfig):
+class QwenTowerConfig(VisionConfig):
+    """What the towers of Qwen's families have alike: patches of equal frames, rotary positions on two axes,
+    2x2 patches merged into one token of the language model's width.
+    """
+
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    out_hidden_size: int = 3584
+
+    BOUNDS: ClassVar[Bounds] = {
+        **VisionConfig.BOUNDS,
+        **dict.fromkeys(("temporal_patch_size", "out_hidden_size"), COUNT),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim % 4:
+            raise ConfigError(
+                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
+                "multiple of 4: the rotary embedding has two axes"
+            )
+
+    @property
+    def patch_channels(self) -> int:
+        """Length of one flattened patch as the image processor hands it over."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merged_size(self) -> int:
+        """Channels of the patches that make one token."""
+        return self.hidden_size * self.merge_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVisionConfig(QwenTowerConfig):
     """The Qwen2.5-VL vision tower: windowed attention in most blocks, full attention in a few."""
 
     hidden_size: int = 1280
@@ -61,23 +81,15 @@ class QwenVisionConfig(VisionConfig):
     full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
     window_size: int = 112
     """Side of an attention window in pixels."""
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    out_hidden_size: int = 3584
 
     BOUNDS: ClassVar[Bounds] = {
-        **VisionConfig.BOUNDS,
+        **QwenTowerConfig.BOUNDS,
         "full_attention_blocks": FROM_ZERO,
-        **dict.fromkeys(("window_size", "temporal_patch_size", "out_hidden_size"), COUNT),
+        "window_size": COUNT,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim % 4:
-            raise ConfigError(
-                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
-                "multiple of 4: the rotary embedding has two axes"
-            )
         if any(not 0 <= block < self.depth for block in self.full_attention_blocks):
             raise ConfigError(
                 f"full_attention_blocks {self.full_attention_blocks} must lie in 0..{self.depth - 1}"
@@ -88,22 +100,16 @@ class QwenVisionConfig(VisionConfig):
             )
 
     @property
-    def patch_channels(self) -> int:
-        """Length of one flattened patch as the image processor hands it over."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
     def window_tokens(self) -> int:
         """Side of an attention window in merged tokens."""
         return self.window_size // self.merge_size // self.patch_size
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenVLConfig(VLConfig):
-    """Qwen2.5-VL: vision tower, decoder and the token ids that tie them together."""
+class QwenTokensConfig(VLConfig):
+    """What Qwen's families have alike: the ids around an image, a tower that ends in the model's width."""
 
-    decoder: LanguageModelConfig = LanguageModelConfig()
-    vision: QwenVisionConfig = QwenVisionConfig()
+    vision: QwenTowerConfig
     image_token_id: int = 151655
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
@@ -113,12 +119,20 @@ class QwenVLConfig(VLConfig):
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.BOUNDS, "model.vlm")
+        super().__post_init__()
         if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise ConfigError(
                 f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
-                f"({self.decoder.hidden_size})"
+                f"({self.decoder.hidden_size}), the language model's"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig(QwenTokensConfig):
+    """Qwen2.5-VL: vision tower, language model and the token ids that tie them together."""
+
+    decoder: LanguageModelConfig = LanguageModelConfig()
+    vision: QwenVisionConfig = QwenVisionConfig()
 
     @classmethod
     def qwen2_5_vl_3b(cls) -> QwenVLConfig:
@@ -216,24 +230,6 @@ class VisionBlock(nnx.Module):
         return constrain(x + self.mlp(self.mlp_norm(x)), "images", None, None)
 
 
-class PatchMerger(nnx.Module):
-    """Norm, then a two-layer MLP over the channels of the patches that make one token."""
-
-    def __init__(self, config: QwenVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        self.merged_size = merged = config.hidden_size * config.merge_size**2
-        make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
-        self.norm = RMSNorm(
-            config.hidden_size, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs
-        )
-        self.hidden = make((merged,), (merged,), ("vision_embed",), ("vision_mlp",))
-        self.out = make((merged,), (config.out_hidden_size,), ("vision_mlp",), ("embed",))
-
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I V O"]:
-        """Merges every run of patches (four for merge size 2) into one token."""
-        merged = self.norm(x).reshape(x.shape[0], -1, self.merged_size)
-        return self.out(jax.nn.gelu(self.hidden(merged), approximate=False))
-
-
 class QwenVision(nnx.Module):
     """The whole tower."""
 
@@ -259,7 +255,9 @@ class QwenVision(nnx.Module):
         self.layers = stack_layers(
             lambda streams: VisionBlock(config, compute=compute, rngs=streams), config.depth, rngs
         )
-        self.merger = PatchMerger(config, compute=compute, rngs=rngs)
+        norm = RMSNorm(config.hidden_size, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs)
+        merged, out = config.merged_size, config.out_hidden_size
+        self.merger = Projector(merged, merged, out, norm=norm, compute=compute, rngs=rngs)
 
     def __call__(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> Float[Array, "I V D"]:
         """Encodes images of one size.
@@ -277,11 +275,7 @@ class QwenVision(nnx.Module):
         """
         config = self.config
         layout = window_layout(grid, config.merge_size, config.window_tokens)
-        if pixel_values.ndim != 3 or pixel_values.shape[1:] != (grid[0] * grid[1], config.patch_channels):
-            raise ConfigError(
-                f"pixel_values {pixel_values.shape} must be (images, {grid[0] * grid[1]}, "
-                f"{config.patch_channels}) for a grid of {grid[0]}x{grid[1]} patches"
-            )
+        check_patches(pixel_values, grid, config)
         rotary = vision_rotary(layout.rows, layout.columns, config.head_dim)
         full = jnp.asarray(full_attention_flags(config.depth, config.full_attention_blocks))
 
@@ -294,8 +288,19 @@ class QwenVision(nnx.Module):
         return self.merger(hidden)[:, layout.token_inverse]
 
 
-class QwenVL(VisionLanguageModel):
-    """The vision-language model; its vision tower hands over tokens of the decoder's width."""
+class MultimodalRope(VisionLanguageModel):
+    """A model whose rotary positions know rows and columns of images (M-RoPE)."""
+
+    def sequence_positions(
+        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
+    ) -> RopePositions:
+        """Multimodal positions; every run of image tokens is an image."""
+        spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
+        return mrope_positions(len(token_ids), spans)
+
+
+class QwenVL(MultimodalRope):
+    """The vision-language model; its vision tower hands over tokens of the language model's width."""
 
     config: QwenVLConfig
 
@@ -309,77 +314,24 @@ class QwenVL(VisionLanguageModel):
         """Visual tokens of images that share a patch grid; see `QwenVision`."""
         return self.vision(pixel_values, grid)
 
-    def sequence_positions(
-        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> RopePositions:
-        """Multimodal positions; every run of image tokens is an image."""
-        spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
-        return mrope_positions(len(token_ids), spans)
 
+class QwenChat(ChatML):
+    """ChatML behind a system turn, images between vision_start and vision_end.
 
-class QwenChat(ChatTemplate):
-    """`<|im_start|>role`, newline, text, `<|im_end|>`, newline; images between vision_start and vision_end.
-
-    Everything but assistant turns is ignored by the loss, and of those the three header ids and every
-    position token (unless asked for). `<|im_end|>` and the newline behind it are supervised, as published.
+    Of an answer the first three ids are not supervised; the end and the newline behind it are, as published.
     """
 
-    special_tokens: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {
-            "turn_start": ("<|im_start|>",),
-            "turn_end": ("<|im_end|>",),
-            "image": ("<|image_pad|>",),
-            "padding": ("<|endoftext|>", "<|pad|>"),
-            "vision_start": ("<|vision_start|>",),
-            "vision_end": ("<|vision_end|>",),
-        }
-    )
-    system: ClassVar[str | None] = "You are a helpful assistant."
-    """The turn before all others; None for none."""
-    header_tokens = 3
-    """`<|im_start|>`, `assistant`, newline: the first three ids of an assistant turn are not supervised."""
+    special_tokens = chat_ml_tokens("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    system = "You are a helpful assistant."
 
-    def apply_chat_template(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        tokens_per_image: int,
-        *,
-        add_generation_prompt: bool = False,
-        supervise_positions: bool = False,
-    ) -> ChatTokens:
-        """Lays out a conversation, behind the system turn where there is one; see `ChatTemplate`."""
-        image = f"<|vision_start|>{'<|image_pad|>' * tokens_per_image}<|vision_end|>"
-        token_ids: list[int] = []
-        labels: list[int] = []
-        system = [] if self.system is None else [Message("system", self.system)]
-        for message in (*system, *messages):
-            content = message.content.replace(IMAGE_PLACEHOLDER, image)
-            ids = tokenizer.encode(f"<|im_start|>{message.role}\n{content}<|im_end|>\n")
-            token_ids += ids
-            if message.role == "assistant":
-                ignored = None if supervise_positions else tokenizer.position
-                labels += [IGNORE] * self.header_tokens
-                labels += [IGNORE if token == ignored else token for token in ids[self.header_tokens :]]
-            else:
-                labels += [IGNORE] * len(ids)
-        if add_generation_prompt:
-            header = tokenizer.encode("<|im_start|>assistant\n")
-            token_ids += header
-            labels += [IGNORE] * len(header)
-        start = tokenizer.special["vision_start"]
-        return ChatTokens(
-            token_ids, labels, [index + 1 for index, token in enumerate(token_ids) if token == start]
-        )
+    def header_length(self, tokenizer: Tokenizer) -> int:
+        """`<|im_start|>`, `assistant`, newline, as published: three, whatever the vocabulary."""
+        return 3
 
     def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
         """[vision_end, image, vision_end]: vision_start holds vision_end's id (fidelity Q12)."""
         end = tokenizer.special["vision_end"]
         return [end, tokenizer.special["image"], end], 1
-
-    def image_end(self, tokenizer: Tokenizer) -> int:
-        """vision_end."""
-        return tokenizer.special["vision_end"]
 
 
 class QwenImageProcessor(ImageProcessor):
@@ -469,16 +421,10 @@ def vision_flops(config: QwenVLConfig, patch_grid: tuple[int, int]) -> int:
     full = len(vision.full_attention_blocks)
     block = 2 * patches * (4 * width * width + 3 * width * vision.intermediate_size)
     scores = full * patches**2 + (vision.depth - full) * windows * capacity**2
-    merged = width * vision.merge_size**2
-    tokens = patches // vision.merge_size**2
-    merger = 2 * tokens * merged * (merged + vision.out_hidden_size)
+    merged, tokens = vision.merged_size, patches // vision.merge_size**2
+    merger = projector_flops(tokens, merged, merged, vision.out_hidden_size)
     embedding = 2 * patches * vision.patch_channels * width
     return vision.depth * block + 4 * scores * width + merger + embedding
-
-
-def lora(rank: int) -> LoraConfig:
-    """SpaceDrive's adapters: q, k, v, o with alpha 16."""
-    return LoraConfig(rank=rank)
 
 
 FAMILY = Family(
@@ -489,6 +435,5 @@ FAMILY = Family(
     image_processor=QwenImageProcessor,
     position_ids=mrope_positions,
     vision_flops=vision_flops,
-    lora=lora,
     interop="spacedrive_jax.interop.qwen2_5_vl",
 )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,28 +12,35 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds, check_bounds
+from spacedrive_jax.bounds import COUNT, FROM_ZERO, Bounds
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import (
-    ComputeConfig,
-    LanguageModelConfig,
-    LoraConfig,
-    VisionConfig,
-    VLConfig,
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
+from spacedrive_jax.models.families.qwen2_5_vl import (
+    MultimodalRope,
+    QwenChat,
+    QwenImageProcessor,
+    QwenTokensConfig,
+    QwenTowerConfig,
 )
-from spacedrive_jax.models.families.qwen2_5_vl import QwenChat, QwenImageProcessor
-from spacedrive_jax.models.family import Family, Tokenizer
+from spacedrive_jax.models.family import ChatML, Family
 from spacedrive_jax.models.image_processor import HALVES, ProcessorSettings
 from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import RopePositions, find_image_spans, mrope_positions, vision_rotary
-from spacedrive_jax.models.vision_language import VisionLanguageModel, VisualFeatures
-from spacedrive_jax.models.vision_transformer import VisionBlock, block_flops, check_patches
+from spacedrive_jax.models.positions import mrope_positions, vision_rotary
+from spacedrive_jax.models.vision_language import VisualFeatures
+from spacedrive_jax.models.vision_transformer import (
+    Projector,
+    VisionBlock,
+    check_patches,
+    projector_flops,
+    tanh_gelu,
+    tower_flops,
+)
 from spacedrive_jax.models.windows import window_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3VisionConfig(VisionConfig):
+class Qwen3VisionConfig(QwenTowerConfig):
     """The Qwen3-VL vision tower; the defaults are those of Qwen3-VL-8B."""
 
     hidden_size: int = 1152
@@ -44,27 +49,21 @@ class Qwen3VisionConfig(VisionConfig):
     num_heads: int = 16
     norm_eps: float = 1e-6
     patch_size: int = 16
-    temporal_patch_size: int = 2
-    merge_size: int = 2
     out_hidden_size: int = 4096
     num_position_embeddings: int = 2304
     """A square number: the learnt grid that is stretched over an image's patches."""
     deepstack_blocks: tuple[int, ...] = (8, 16, 24)
-    """Blocks whose output goes to the decoder too, the k-th behind its k-th block (Meng et al. 2024)."""
+    """Blocks whose output goes to the language model too, the k-th behind its k-th block (Meng et al.
+    2024)."""
 
     BOUNDS: ClassVar[Bounds] = {
-        **VisionConfig.BOUNDS,
+        **QwenTowerConfig.BOUNDS,
         "deepstack_blocks": FROM_ZERO,
-        **dict.fromkeys(("temporal_patch_size", "out_hidden_size", "num_position_embeddings"), COUNT),
+        "num_position_embeddings": COUNT,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim % 4:
-            raise ConfigError(
-                f"vision hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
-                "multiple of 4: the rotary embedding has two axes"
-            )
         if self.position_side**2 != self.num_position_embeddings:
             raise ConfigError(
                 f"num_position_embeddings ({self.num_position_embeddings}) must be a square number"
@@ -72,11 +71,6 @@ class Qwen3VisionConfig(VisionConfig):
         blocks = self.deepstack_blocks
         if list(blocks) != sorted(set(blocks)) or any(block >= self.depth for block in blocks):
             raise ConfigError(f"deepstack_blocks {blocks} must rise within 0..{self.depth - 1}")
-
-    @property
-    def patch_channels(self) -> int:
-        """Length of one flattened patch as the image processor hands it over."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def position_side(self) -> int:
@@ -103,26 +97,14 @@ def _decoder(width: int, inner: int, layers: int, heads: int, *, tied: bool) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3VLConfig(VLConfig):
-    """Qwen3-VL: vision tower, decoder and the token ids that tie them together."""
+class Qwen3VLConfig(QwenTokensConfig):
+    """Qwen3-VL: vision tower, language model and the token ids that tie them together."""
 
     decoder: LanguageModelConfig = _decoder(4096, 12288, 36, 32, tied=False)
     vision: Qwen3VisionConfig = Qwen3VisionConfig()
-    image_token_id: int = 151655
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-
-    BOUNDS: ClassVar[Bounds] = dict.fromkeys(
-        ("image_token_id", "vision_start_token_id", "vision_end_token_id"), FROM_ZERO
-    )
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.BOUNDS, "model.vlm")
-        if self.vision.out_hidden_size != self.decoder.hidden_size:
-            raise ConfigError(
-                f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
-                f"({self.decoder.hidden_size})"
-            )
+        super().__post_init__()
         if len(self.vision.deepstack_blocks) > self.decoder.num_layers:
             raise ConfigError(
                 f"{len(self.vision.deepstack_blocks)} deepstack_blocks do not fit {self.decoder.num_layers} "
@@ -157,32 +139,22 @@ def _small_tower(out: int) -> Qwen3VisionConfig:
 # mergers of their own.
 
 
-class PatchMerger(nnx.Module):
-    """A two-layer MLP over the channels of the patches that make one token, and a norm before or after they
-    are put together.
-    """
-
-    def __init__(
-        self, config: Qwen3VisionConfig, *, norm_merged: bool, compute: ComputeConfig, rngs: nnx.Rngs
-    ) -> None:
-        self.merged_size = merged = config.hidden_size * config.merge_size**2
-        self.norm_merged = norm_merged
-        make = functools.partial(Projection, bias=True, compute=compute, rngs=rngs)
-        self.norm = LayerNorm(
-            merged if norm_merged else config.hidden_size,
-            config.norm_eps,
-            name="vision_embed",
-            compute=compute,
-            rngs=rngs,
-        )
-        self.hidden = make((merged,), (merged,), ("vision_embed",), ("vision_mlp",))
-        self.out = make((merged,), (config.out_hidden_size,), ("vision_mlp",), ("embed",))
-
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I V O"]:
-        """Merges every run of patches (four for merge size 2) into one token."""
-        shape = (x.shape[0], -1, self.merged_size)
-        merged = self.norm(x.reshape(shape)) if self.norm_merged else self.norm(x).reshape(shape)
-        return self.out(jax.nn.gelu(self.hidden(merged), approximate=False))
+def _merger(
+    config: Qwen3VisionConfig, *, norm_merged: bool, compute: ComputeConfig, rngs: nnx.Rngs
+) -> Projector:
+    """Patches to tokens of the language model's width, with a norm before or after they are put together."""
+    merged = config.merged_size
+    normed = merged if norm_merged else config.hidden_size
+    norm = LayerNorm(normed, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs)
+    return Projector(
+        merged,
+        merged,
+        config.out_hidden_size,
+        norm=norm,
+        norm_merged=norm_merged,
+        compute=compute,
+        rngs=rngs,
+    )
 
 
 class Deepstack(nnx.Module):
@@ -191,7 +163,7 @@ class Deepstack(nnx.Module):
     def __init__(self, config: Qwen3VisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
         self.compute = compute
         self.layers = stack_layers(
-            lambda streams: PatchMerger(config, norm_merged=True, compute=compute, rngs=streams),
+            lambda streams: _merger(config, norm_merged=True, compute=compute, rngs=streams),
             len(config.deepstack_blocks),
             rngs,
         )
@@ -199,7 +171,7 @@ class Deepstack(nnx.Module):
     def __call__(self, taken: Float[Array, "K I P D"]) -> Float[Array, "K I V O"]:
         """Merges each block's output."""
 
-        def apply(merger: PatchMerger, carry: None, patches: Any) -> tuple[None, Any]:
+        def apply(merger: Projector, carry: None, patches: Any) -> tuple[None, Any]:
             return carry, merger(patches)
 
         return scan_layers(self.layers, apply, None, taken, self.compute)[1]
@@ -230,15 +202,14 @@ class Qwen3Vision(nnx.Module):
             dtype=compute.storage_dtype,
             rngs=rngs,
         )
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
         self.layers = stack_layers(
             lambda streams: VisionBlock(
-                config, activation=gelu, fused_qkv=True, compute=compute, rngs=streams
+                config, activation=tanh_gelu, fused_qkv=True, compute=compute, rngs=streams
             ),
             config.depth,
             rngs,
         )
-        self.merger = PatchMerger(config, norm_merged=False, compute=compute, rngs=rngs)
+        self.merger = _merger(config, norm_merged=False, compute=compute, rngs=rngs)
         has_deepstack = bool(config.deepstack_blocks)
         self.deepstack = Deepstack(config, compute=compute, rngs=rngs) if has_deepstack else None
 
@@ -312,7 +283,7 @@ def _neighbours(
     return near, np.stack([1 - above, above], axis=1)
 
 
-class Qwen3VL(VisionLanguageModel):
+class Qwen3VL(MultimodalRope):
     """The vision-language model; its vision tower hands over tokens of the decoder's width, and deepstack."""
 
     config: Qwen3VLConfig
@@ -331,23 +302,12 @@ class Qwen3VL(VisionLanguageModel):
         """Visual tokens and deepstack; see `Qwen3Vision`."""
         return self.vision(pixel_values, grid)
 
-    def sequence_positions(
-        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> RopePositions:
-        """Multimodal positions; every run of image tokens is an image."""
-        spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
-        return mrope_positions(len(token_ids), spans)
-
 
 class Qwen3Chat(QwenChat):
     """Qwen2.5-VL's layout without a system turn; labels likewise, there being no published SpaceDrive."""
 
     system = None
-
-    def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
-        """[vision_start, image, vision_end], as an image of one token is written."""
-        special = tokenizer.special
-        return [special["vision_start"], special["image"], special["vision_end"]], 1
+    ego_feature = ChatML.ego_feature  # Qwen2.5-VL's is as published
 
 
 class Qwen3ImageProcessor(QwenImageProcessor):
@@ -375,17 +335,9 @@ class Qwen3ImageProcessor(QwenImageProcessor):
 def vision_flops(config: Qwen3VLConfig, patch_grid: tuple[int, int]) -> int:
     """Operations of the tower's forward pass over one image, all mergers included."""
     vision = config.vision
-    patches, width = patch_grid[0] * patch_grid[1], vision.hidden_size
-    merged = width * vision.merge_size**2
-    tokens = patches // vision.merge_size**2
-    mergers = (1 + len(vision.deepstack_blocks)) * 2 * tokens * merged * (merged + vision.out_hidden_size)
-    embedding = 2 * patches * vision.patch_channels * width
-    return vision.depth * block_flops(vision, patches) + mergers + embedding
-
-
-def lora(rank: int) -> LoraConfig:
-    """SpaceDrive's adapters on Qwen2.5-VL: q, k, v, o with alpha 16."""
-    return LoraConfig(rank=rank)
+    merged, tokens = vision.merged_size, patch_grid[0] * patch_grid[1] // vision.merge_size**2
+    merger = projector_flops(tokens, merged, merged, vision.out_hidden_size)
+    return tower_flops(vision, patch_grid) + (1 + len(vision.deepstack_blocks)) * merger
 
 
 FAMILY = Family(
@@ -396,6 +348,5 @@ FAMILY = Family(
     image_processor=Qwen3ImageProcessor,
     position_ids=mrope_positions,
     vision_flops=vision_flops,
-    lora=lora,
     interop="spacedrive_jax.interop.qwen3_vl",
 )

@@ -7,50 +7,26 @@ Images are not split into tiles: a view is one square image, as the published pr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from spacedrive_jax.bounds import FROM_ZERO, SIDE, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.config import (
-    ComputeConfig,
-    LanguageModelConfig,
-    LoraConfig,
-    VisionConfig,
-    VLConfig,
-)
-from spacedrive_jax.models.family import (
-    IGNORE,
-    IMAGE_PLACEHOLDER,
-    ChatTemplate,
-    ChatTokens,
-    Family,
-    Message,
-    Tokenizer,
-)
-from spacedrive_jax.models.image_processor import HALVES, ImageProcessor, ProcessorSettings, resize
-from spacedrive_jax.models.layers import INIT_STD, LayerNorm, Projection, parameter, scan_layers, stack_layers
-from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import RopePositions, plain_positions, plain_sequence_positions
+from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, SquareVisionConfig, VLConfig
+from spacedrive_jax.models.family import IMAGE_PLACEHOLDER, ChatTemplate, Family, Message, Tokenizer
+from spacedrive_jax.models.image_processor import HALVES, ProcessorSettings, SquareImageProcessor, resize
+from spacedrive_jax.models.layers import Projection
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.models.vision_transformer import (
-    VisionBlock,
-    block_flops,
-    check_patches,
-    flatten_patches,
-    pixel_shuffle,
-)
+from spacedrive_jax.models.vision_transformer import VisionTransformer, pixel_shuffle, tanh_gelu, tower_flops
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipVisionConfig(VisionConfig):
+class SiglipVisionConfig(SquareVisionConfig):
     """SigLIP's vision transformer (Zhai et al. 2023), as SmolVLM uses it; the defaults are base/16 at 512."""
 
     hidden_size: int = 768
@@ -65,20 +41,7 @@ class SiglipVisionConfig(VisionConfig):
     """Side of the published processor's square images in pixels. What `patch_size` leaves over at their right
     and bottom is not seen (384 pixels are 27 patches of 14)."""
 
-    BOUNDS: ClassVar[Bounds] = {**VisionConfig.BOUNDS, "image_size": SIDE}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid_side < 1 or self.grid_side % self.merge_size:
-            raise ConfigError(
-                f"image_size {self.image_size} gives {self.grid_side} patches of {self.patch_size} pixels a "
-                f"side, which must be a multiple of merge_size ({self.merge_size})"
-            )
-
-    @property
-    def grid_side(self) -> int:
-        """Patches along one side of an image."""
-        return self.image_size // self.patch_size
+    leaves_border = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +67,9 @@ class SmolVLMConfig(VLConfig):
     """What its config.json says: SmolVLM2 is `smolvlm`, the first SmolVLM is `idefics3`; they compute the
     same."""
 
-    BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
-
     def __post_init__(self) -> None:
-        check_bounds(self, self.BOUNDS, "model.vlm")
-        if len(self.decoder.mrope_section) != 1 or self.decoder.qkv_bias:
-            raise ConfigError(
-                "SmolVLM's decoder has one-dimensional rotary positions and no attention biases; got "
-                f"mrope_section {self.decoder.mrope_section}, qkv_bias {self.decoder.qkv_bias}"
-            )
+        super().__post_init__()
+        self.expect_plain_decoder("SmolVLM", qkv_bias=False)
 
     @classmethod
     def smolvlm_256m(cls) -> SmolVLMConfig:
@@ -158,56 +115,16 @@ class SmolVLMConfig(VLConfig):
         )
 
 
-class SiglipVision(nnx.Module):
-    """Patch embedding, learnt positions, pre-norm blocks with full attention, a last norm; no class token."""
+class SiglipVision(VisionTransformer):
+    """SigLIP's tower; grids of other sizes than its own take the learnt positions at their places."""
 
-    def __init__(self, config: SiglipVisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        """Draws a fresh tower.
+    config: SiglipVisionConfig
 
-        Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
-        """
-        self.config = config
-        self.compute = compute
-        width = config.hidden_size
-        self.patch_embedding = Projection(
-            (config.patch_channels,),
-            (width,),
-            (None,),
-            ("vision_embed",),
-            bias=True,
-            compute=compute,
-            rngs=rngs,
-        )
-        self.position_embedding = parameter(
-            nnx.Param,
-            jax.nn.initializers.normal(INIT_STD),
-            (config.grid_side**2, width),
-            (None, "vision_embed"),
-            dtype=compute.storage_dtype,
-            rngs=rngs,
-        )
-        self.layers = stack_layers(
-            lambda streams: VisionBlock(config, activation=tanh_gelu, compute=compute, rngs=streams),
-            config.depth,
-            rngs,
-        )
-        self.last_norm = LayerNorm(width, config.norm_eps, name="vision_embed", compute=compute, rngs=rngs)
-
-    def __call__(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> Float[Array, "I P D"]:
-        """Encodes images.
-
-        Args:
-            pixel_values: Flattened normalised patches in row-major order (`flatten_patches`).
-            grid: Patch rows and columns, as many of the one as of the other.
-
-        Returns:
-            The patches' final-normed hidden states, in row-major order.
+    def positions(self, grid: tuple[int, int]) -> Float[Array, "T D"]:
+        """The learnt position at each patch's share of the image.
 
         Raises:
-            ConfigError: If the grid is not square or not of whole visual tokens, or the pixels do not fit it.
+            ConfigError: If the grid is not square or not of whole visual tokens.
         """
         config = self.config
         if grid[0] != grid[1] or grid[0] % config.merge_size:
@@ -215,16 +132,7 @@ class SiglipVision(nnx.Module):
                 f"image grid {grid[0]}x{grid[1]} must be square, of visual tokens of "
                 f"{config.merge_size}x{config.merge_size} patches: SmolVLM's images are"
             )
-        check_patches(pixel_values, grid, config)
-
-        def apply(block: VisionBlock, hidden: Any, _: None) -> tuple[Any, None]:
-            return block(hidden), None
-
-        patches = self.patch_embedding(constrain(pixel_values, "images", None, None))
-        places = position_buckets(grid, config.grid_side)
-        hidden = patches + self.position_embedding[...][places].astype(patches.dtype)
-        hidden, _ = scan_layers(self.layers, apply, hidden, None, self.compute)
-        return self.last_norm(hidden)
+        return self.position_embedding[...][position_buckets(grid, config.grid_side)]
 
 
 def position_buckets(grid: tuple[int, int], side: int) -> Int[np.ndarray, " P"]:
@@ -245,11 +153,6 @@ def position_buckets(grid: tuple[int, int], side: int) -> Int[np.ndarray, " P"]:
     return (buckets(rows)[:, None] * side + buckets(columns)).reshape(-1)
 
 
-def tanh_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU's approximation by the hyperbolic tangent, which SigLIP has."""
-    return jax.nn.gelu(x, approximate=True)
-
-
 class SmolVLM(VisionLanguageModel):
     """The vision-language model; a square of patches is a visual token."""
 
@@ -258,7 +161,7 @@ class SmolVLM(VisionLanguageModel):
     def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
         """Draws tower and connector."""
         vision, wide = self.config.vision, self.config.decoder.hidden_size
-        self.vision = SiglipVision(vision, compute=compute, rngs=rngs)
+        self.vision = SiglipVision(vision, activation=tanh_gelu, compute=compute, rngs=rngs)
         self.connector = Projection(
             (vision.hidden_size * vision.merge_size**2,),
             (wide,),
@@ -276,20 +179,13 @@ class SmolVLM(VisionLanguageModel):
         features = self.vision(pixel_values, grid)
         return self.connector(pixel_shuffle(features, grid, self.config.vision.merge_size))
 
-    def sequence_positions(
-        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> RopePositions:
-        """Plain positions 0, 1, 2, ... on every axis, images or not."""
-        return plain_sequence_positions(token_ids, visual_grids, self.config.image_token_id)
-
 
 class SmolVLMChat(ChatTemplate):
     """`<|im_start|>`, then per turn `User: question<end_of_utterance>` or `Assistant: …`, and a newline.
 
     A turn that begins with an image has no space behind `User:`. An image is its visual tokens between
     `<fake_token_around_image><global-img>` and `<fake_token_around_image>`, as published for images that are
-    not split. Answers, their ends and the newline behind are supervised; of them no position token (unless
-    asked for).
+    not split.
     """
 
     special_tokens: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -304,36 +200,18 @@ class SmolVLMChat(ChatTemplate):
     )
     added_tokens = ("<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>")
 
-    def apply_chat_template(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        tokens_per_image: int,
-        *,
-        add_generation_prompt: bool = False,
-        supervise_positions: bool = False,
-    ) -> ChatTokens:
-        """Lays out a conversation; see `ChatTemplate`."""
+    beginning = "<|im_start|>"
+    answer_header = "Assistant:"
+
+    def image(self, tokens_per_image: int) -> str:
+        """The border, what says that the image is whole, visual tokens, the border."""
         border = "<fake_token_around_image>"
-        image = f"{border}<global-img>{'<image>' * tokens_per_image}{border}"
-        token_ids = [tokenizer.special["begin"]]
-        labels = [IGNORE]
-        ignored = None if supervise_positions else tokenizer.position
-        for message in messages:
-            header = f"{message.role.capitalize()}:"
-            space = "" if message.content.startswith(IMAGE_PLACEHOLDER) else " "
-            content = message.content.replace(IMAGE_PLACEHOLDER, image)
-            ids = tokenizer.encode(f"{header}{space}{content}<end_of_utterance>\n")
-            unsupervised = len(tokenizer.encode(header)) if message.role == "assistant" else len(ids)
-            token_ids += ids
-            labels += [IGNORE] * unsupervised
-            labels += [IGNORE if token == ignored else token for token in ids[unsupervised:]]
-        if add_generation_prompt:
-            header_ids = tokenizer.encode("Assistant:")
-            token_ids += header_ids
-            labels += [IGNORE] * len(header_ids)
-        images = [index for index, token in enumerate(token_ids) if token == tokenizer.special["image"]]
-        return ChatTokens(token_ids, labels, images[::tokens_per_image])
+        return f"{border}<global-img>{'<image>' * tokens_per_image}{border}"
+
+    def turn(self, message: Message) -> str:
+        """Role, text, end."""
+        space = "" if message.content.startswith(IMAGE_PLACEHOLDER) else " "
+        return f"{message.role.capitalize()}:{space}{message.content}<end_of_utterance>\n"
 
     def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
         """One image token between two borders."""
@@ -345,7 +223,7 @@ class SmolVLMChat(ChatTemplate):
         return tokenizer.special["image_border"]
 
 
-class SmolVLMImageProcessor(ImageProcessor):
+class SmolVLMImageProcessor(SquareImageProcessor):
     """Resize to a square, then patches; the aspect ratio is not kept.
 
     The published processor, with `do_image_splitting` off, resizes the longer side first, to four times the
@@ -360,46 +238,34 @@ class SmolVLMImageProcessor(ImageProcessor):
     resample = Image.Resampling.LANCZOS
     pads = True  # what it does to images of several sizes, of which there are none behind the squares
 
-    def __init__(
-        self,
-        vision: SiglipVisionConfig,
-        image_size: tuple[int, int],
-        settings: ProcessorSettings | None = None,
-    ) -> None:
-        """See `ImageProcessor`.
+    def square_side(self) -> int:
+        """That of whole patches, or what the settings ask for.
 
         Raises:
-            ConfigError: the settings ask for a square that is not of whole visual tokens.
+            ConfigError: that is not of whole visual tokens.
         """
-        super().__init__(vision, image_size, settings)
+        vision, settings = self.vision, self.settings
         sizes = {} if settings is None else settings.sizes
         whole = vision.grid_side * vision.patch_size
-        self.side = whole if settings is None else sizes.get("max_longest_edge", vision.image_size)
-        patches, merge = self.side // vision.patch_size, vision.merge_size
+        side = whole if settings is None else sizes.get("max_longest_edge", vision.image_size)
+        patches, merge = side // vision.patch_size, vision.merge_size
         if patches < merge or patches % merge:
             raise ConfigError(
-                f"max_image_size {self.side} gives {patches} patches of {vision.patch_size} pixels a side, "
+                f"max_image_size {side} gives {patches} patches of {vision.patch_size} pixels a side, "
                 f"which must be a multiple of {merge}"
             )
         self.first_size: tuple[int, int] | None = None
         if "height" in sizes and "width" in sizes:
             self.first_size = (sizes["height"], sizes["width"])
-        if settings is not None and (self.first_size is None or "longest_edge" in dict(settings.size)):
-            self.first_size = with_longest_edge(*image_size, sizes.get("longest_edge", 4 * self.side))
-        self.patch_grid = (patches, patches)
-        self.token_grid = (patches // merge, patches // merge)
-        self.intrinsics_size = self.resized = (self.side, self.side)
+        if settings is not None and (self.first_size is None or "longest_edge" in sizes):
+            self.first_size = with_longest_edge(*self.image_size, sizes.get("longest_edge", 4 * side))
+        return side
 
     def resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
         """An image of `image_size` as it is cut, by way of the published size in between."""
         if self.first_size is not None:
             image = resize(image, *self.first_size, self.resample)
         return super().resize(image)
-
-    def cut(self, images: UInt8[np.ndarray | Array, "N h w 3"]) -> UInt8[np.ndarray | Array, "N P K"]:
-        """Patches in row-major order, without a border of less than one; K is channel, row, column."""
-        seen = self.patch_grid[0] * self.vision.patch_size
-        return flatten_patches(images[:, :seen, :seen].transpose(0, 3, 1, 2), self.vision.patch_size)
 
 
 MOST_EDGE = 4096
@@ -426,15 +292,9 @@ def with_longest_edge(height: int, width: int, longest: int) -> tuple[int, int]:
 
 def vision_flops(config: SmolVLMConfig, patch_grid: tuple[int, int]) -> int:
     """Operations of the tower's forward pass over one image, connector included."""
-    vision, patches = config.vision, patch_grid[0] * patch_grid[1]
-    embedding = 2 * patches * vision.patch_channels * vision.hidden_size
-    connector = 2 * patches * vision.hidden_size * config.decoder.hidden_size
-    return vision.depth * block_flops(vision, patches) + embedding + connector
-
-
-def lora(rank: int) -> LoraConfig:
-    """SpaceDrive's adapters as on Qwen2.5-VL: q, k, v, o with alpha 16."""
-    return LoraConfig(rank=rank)
+    vision = config.vision
+    connector = 2 * patch_grid[0] * patch_grid[1] * vision.hidden_size * config.decoder.hidden_size
+    return connector + tower_flops(vision, patch_grid)
 
 
 FAMILY = Family(
@@ -443,9 +303,7 @@ FAMILY = Family(
     model=SmolVLM,
     chat=SmolVLMChat(),
     image_processor=SmolVLMImageProcessor,
-    position_ids=plain_positions,
     vision_flops=vision_flops,
-    lora=lora,
     interop="spacedrive_jax.interop.smolvlm",
     also=("idefics3",),
 )

@@ -132,7 +132,7 @@ def replay(
 
     def run(fed: Float[Array, "1 G D"]) -> Float[Array, "1 S+G D"]:
         everything = jnp.concatenate([prompt, fed], axis=1)
-        return model.vlm.decode(everything, position_ids, lengths=batch.lengths + fed.shape[1])[0]
+        return model.vlm.decoder(everything, position_ids, lengths=batch.lengths + fed.shape[1])[0]
 
     if model.config.position_input:
         # What is fed at a coordinate follows from the hidden state before it, and so on down the answer.

@@ -30,8 +30,9 @@ from spacedrive_jax.interop.spacedrive_tensors import adapter_rules, base_rules,
 from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families import family_of, llava, qwen2_5_vl
-from spacedrive_jax.models.families.llava import LlavaConfig, flatten_patches
+from spacedrive_jax.models.families.llava import LlavaConfig
 from spacedrive_jax.models.family import IGNORE, ChatTemplate, ChatTokens
+from spacedrive_jax.models.image_processor import flatten_patches
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import pool_depth

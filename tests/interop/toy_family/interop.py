@@ -5,14 +5,35 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from spacedrive_jax.interop.hf_fields import Fields, decoder_fields, ids, part, real, required, size
+from spacedrive_jax.interop.hf_fields import (
+    Field,
+    Fields,
+    decoder_fields,
+    decoder_sizes,
+    ids,
+    layers,
+    part,
+    read_fields,
+    real,
+    required,
+    size,
+    write_fields,
+)
 from spacedrive_jax.interop.qwen2_5_vl import qwen_rules
-from spacedrive_jax.interop.weight_table import Format, Rule, reversed_prefixes, with_prefix
+from spacedrive_jax.interop.weight_table import Format, Rule
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig
 from tests.interop.toy_family.model import ToyConfig
 
-PREFIXES = (("brain.head.", "lm_head."), ("brain.", "model.language_model."), ("eyes.", "model.visual."))
+EYES = (
+    Field("hidden_size", "width"),
+    Field("intermediate_size", "inner"),
+    Field("depth", "blocks", layers),
+    Field("num_heads", "heads"),
+    Field("full_attention_blocks", "wide_blocks", ids),
+    Field("window_size", "window"),
+    Field("patch_size", "patch"),
+)
 
 
 def rules(config: ToyConfig) -> tuple[Rule, ...]:
@@ -25,52 +46,29 @@ def rules(config: ToyConfig) -> tuple[Rule, ...]:
 
 def read_config(fields: Fields, origin: str) -> ToyConfig:
     brain, eyes = part(fields, "brain_config", origin), part(fields, "eyes_config", origin)
-    width, heads = size(brain, "hidden_size", origin), size(brain, "num_attention_heads", origin)
+    sizes = decoder_sizes(brain, origin, {"norm_eps": 1e-6}, grouped=False)
+    width = sizes["hidden_size"]
     return ToyConfig(
         decoder=LanguageModelConfig(
-            vocab_size=size(brain, "vocab_size", origin),
-            hidden_size=width,
-            intermediate_size=size(brain, "intermediate_size", origin),
-            num_layers=size(brain, "num_hidden_layers", origin),
-            num_heads=heads,
-            num_kv_heads=size(brain, "num_key_value_heads", origin),
-            head_dim=width // heads,
+            **sizes,
+            head_dim=width // sizes["num_heads"],
             rope_theta=real(brain, "rope_theta", origin, 1e6),
             mrope_section=ids(brain, "axes", origin),
-            norm_eps=real(brain, "rms_norm_eps", origin, 1e-6),
             tie_word_embeddings=bool(brain.get("tie_word_embeddings", False)),
         ),
-        vision=QwenVisionConfig(
-            hidden_size=size(eyes, "width", origin),
-            intermediate_size=size(eyes, "inner", origin),
-            depth=size(eyes, "blocks", origin),
-            num_heads=size(eyes, "heads", origin),
-            full_attention_blocks=ids(eyes, "wide_blocks", origin),
-            window_size=size(eyes, "window", origin),
-            patch_size=size(eyes, "patch", origin),
-            out_hidden_size=width,
-        ),
+        vision=QwenVisionConfig(**read_fields(EYES, eyes, origin, {}), out_hidden_size=width),
         image_token_id=size(fields, "picture", origin),
         greeting=str(required(fields, "greeting", origin)),
     )
 
 
 def write_config(config: ToyConfig) -> dict[str, Any]:
-    vision = config.vision
     return {
         "model_type": "toy_vl",
         "picture": config.image_token_id,
         "greeting": config.greeting,
         "brain_config": decoder_fields(config.decoder) | {"axes": list(config.decoder.mrope_section)},
-        "eyes_config": {
-            "width": vision.hidden_size,
-            "inner": vision.intermediate_size,
-            "blocks": vision.depth,
-            "heads": vision.num_heads,
-            "wide_blocks": list(vision.full_attention_blocks),
-            "window": vision.window_size,
-            "patch": vision.patch_size,
-        },
+        "eyes_config": write_fields(EYES, config.vision),
     }
 
 
@@ -78,7 +76,6 @@ FORMAT = Format(
     rules=rules,
     read_config=read_config,
     write_config=write_config,
-    canonical_name=lambda name: with_prefix(name, PREFIXES),
-    hub_name=lambda name: with_prefix(name, reversed_prefixes(PREFIXES)),
+    prefixes=(("brain.head.", "lm_head."), ("brain.", "model.language_model."), ("eyes.", "model.visual.")),
     text_part="brain_config",
 )

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.families.qwen2_5_vl import (
+    MultimodalRope,
     QwenImageProcessor,
     QwenVision,
     QwenVisionConfig,
     QwenVLConfig,
     vision_flops,
 )
-from spacedrive_jax.models.family import (
-    IGNORE,
-    IMAGE_PLACEHOLDER,
-    ChatTemplate,
-    ChatTokens,
-    Family,
-    Message,
-    Tokenizer,
-)
-from spacedrive_jax.models.positions import ImageSpan, RopePositions, find_image_spans, mrope_positions
-from spacedrive_jax.models.vision_language import VisionLanguageModel
+from spacedrive_jax.models.family import ChatTemplate, Family, Message, Tokenizer
+from spacedrive_jax.models.positions import mrope_positions
 
 EYES = QwenVisionConfig(
     hidden_size=16,
@@ -64,7 +55,7 @@ class ToyConfig(VLConfig):
         return QwenVLConfig(self.decoder, self.vision, image_token_id=self.image_token_id)
 
 
-class ToyVL(VisionLanguageModel):
+class ToyVL(MultimodalRope):
     config: ToyConfig
 
     def draw_vision(self, *, compute: ComputeConfig, rngs) -> None:
@@ -74,12 +65,6 @@ class ToyVL(VisionLanguageModel):
         self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]
     ) -> Float[Array, "I V D"]:
         return self.eyes(pixel_values, grid)
-
-    def sequence_positions(
-        self, token_ids: Int[np.ndarray, " S"], visual_grids: Sequence[tuple[int, int]]
-    ) -> RopePositions:
-        spans = find_image_spans(token_ids, visual_grids, self.config.image_token_id)
-        return mrope_positions(len(token_ids), spans)
 
 
 class ToyChat(ChatTemplate):
@@ -96,29 +81,14 @@ class ToyChat(ChatTemplate):
     )
     added_tokens = ("<toy:image>", "<toy:end>", "<toy:pad>", "<toy:user>", "<toy:model>")
 
-    def apply_chat_template(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        tokens_per_image: int,
-        *,
-        add_generation_prompt: bool = False,
-        supervise_positions: bool = False,
-    ) -> ChatTokens:
-        special = tokenizer.special
-        token_ids, labels = [], []
-        for message in messages:
-            content = message.content.replace(IMAGE_PLACEHOLDER, "<toy:image>" * tokens_per_image)
-            ids = [*tokenizer.encode(content), special["turn_end"]]
-            ignored = None if supervise_positions else tokenizer.position
-            answers = message.role == "assistant"
-            token_ids += [special["model" if answers else "user"], *ids]
-            labels += [IGNORE, *(IGNORE if not answers or each == ignored else each for each in ids)]
-        if add_generation_prompt:
-            token_ids.append(special["model"])
-            labels.append(IGNORE)
-        images = [index for index, token in enumerate(token_ids) if token == special["image"]]
-        return ChatTokens(token_ids, labels, images[::tokens_per_image])
+    answer_header = "<toy:model>"
+
+    def image(self, tokens_per_image: int) -> str:
+        return "<toy:image>" * tokens_per_image
+
+    def turn(self, message: Message) -> str:
+        header = self.answer_header if message.role == "assistant" else "<toy:user>"
+        return f"{header}{message.content}<toy:end>"
 
     def ego_feature(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
         return [tokenizer.special["image"]], 0
@@ -127,18 +97,13 @@ class ToyChat(ChatTemplate):
         return tokenizer.special["image"]
 
 
-def position_ids(length: int, images: Sequence[ImageSpan]) -> RopePositions:
-    """As Qwen2.5-VL."""
-    return mrope_positions(length, images)
-
-
 FAMILY = Family(
     name="toy_vl",
     config=ToyConfig,
     model=ToyVL,
     chat=ToyChat(),
     image_processor=QwenImageProcessor,
-    position_ids=position_ids,
+    position_ids=mrope_positions,
     vision_flops=lambda config, patch_grid: vision_flops(config.as_qwen, patch_grid),
     lora=lambda rank: LoraConfig(rank=rank, alpha=2.0 * rank, targets=("q", "v")),
     interop="tests.interop.toy_family.interop",

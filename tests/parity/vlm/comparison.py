@@ -41,7 +41,7 @@ def next_token_loss(
     """Mean cross-entropy of every next token, as transformers has it with labels = input_ids."""
     layout, grids = model.lay_out(token_ids, images, grid)
     embeddings, deepstack = model.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
-    hidden, _ = model.decode(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
+    hidden, _ = model.decoder(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
     scores = jax.nn.log_softmax(model.decoder.logits(hidden[:, :-1]))
     return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 

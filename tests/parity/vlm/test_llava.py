@@ -11,8 +11,9 @@ import pytest
 
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
-from spacedrive_jax.models.families.llava import Llava, flatten_patches
+from spacedrive_jax.models.families.llava import Llava
 from spacedrive_jax.models.families.llava import lora as llava_lora
+from spacedrive_jax.models.image_processor import flatten_patches
 from tests.parity.vlm.comparison import (
     assert_close,
     assert_same_lora_gradients,
