@@ -322,7 +322,7 @@ class QwenChat(ChatML):
     """
 
     special_tokens = chat_ml_tokens("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-    system = "You are a helpful assistant."
+    system: ClassVar[str | None] = "You are a helpful assistant."
 
     def header_length(self, tokenizer: Tokenizer) -> int:
         """`<|im_start|>`, `assistant`, newline, as published: three, whatever the vocabulary."""
