@@ -25,15 +25,14 @@ from spacedrive_jax.models.config import (
     VisionConfig,
     VLConfig,
 )
-from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
+from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, GridConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.models.grid import GridConfig
-from spacedrive_jax.models.spacedrive_config import ModelConfig
+from spacedrive_jax.models.spacedrive import ModelConfig
 
 CONFIGS = [
     CameraFault,

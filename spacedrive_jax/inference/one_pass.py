@@ -39,7 +39,7 @@ from spacedrive_jax.inference.progress import (
     prefill,
     prompt_ids_seen,
 )
-from spacedrive_jax.models.language_model import KVCache
+from spacedrive_jax.models.attention import KVCache
 from spacedrive_jax.models.spacedrive import SpaceDrive
 
 TIE_MARGIN = {"float32": 1e-3}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
-from spacedrive_jax.models.language_model import KVCache
+from spacedrive_jax.models.attention import KVCache
 from spacedrive_jax.models.spacedrive import SpaceDrive
 
 Seen = Bool[Array, "B vocabulary"] | None

@@ -29,7 +29,7 @@ from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE,
 from spacedrive_jax.io import place, read_text
 from spacedrive_jax.models.config import LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
-from spacedrive_jax.models.spacedrive_config import ModelConfig
+from spacedrive_jax.models.spacedrive import ModelConfig
 
 EXTRAS_FILE = "spacedrive.safetensors"
 LAYOUT_FILE = "checkpoint.json"

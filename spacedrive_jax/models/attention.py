@@ -1,12 +1,13 @@
-"""Attention over a whole sequence, by the kernel that suits the machine.
+"""Attention over a whole sequence, by the kernel that suits the machine; and the memory of keys and values.
 
 `xla` writes the scores of all pairs out; the fused kernels never do, neither forward nor backward, nor do
 the blocks that CPUs take for long sequences. All give the same numbers but for the order of sums. Single
-tokens against a cache do not come here (`decoder`).
+tokens against a `KVCache` take XLA's own attention (`language_model`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import AttentionChoice
@@ -269,3 +270,47 @@ def splash_blocks(length: int) -> tuple[int, int]:
     padded = {block: -(-length // block) * block for block in SPLASH_BLOCKS}
     block = min(padded, key=lambda block: (padded[block], -block))
     return block, padded[block]
+
+
+# The language model's key and value memory: fixed shapes, each sample at its own length.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, allocated once (`LanguageModel.prefill`).
+
+    Sample b holds `lengths[b]` tokens at the front of its row; what lies behind is never attended to.
+    The caller sees to it that no sample outgrows the capacity: writes past the end are dropped.
+    """
+
+    keys: Float[Array, "L B capacity K H"]
+    values: Float[Array, "L B capacity K H"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in one sample's row."""
+        return self.keys.shape[2]
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
+    ) -> KVCache:
+        """Puts one layer's new keys and values behind each sample's tokens; lengths stay as they are."""
+        batch, new_tokens = keys.shape[:2]
+        rows = jnp.arange(batch)[:, None]
+        slots = self.lengths[:, None] + jnp.arange(new_tokens)
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[layer, rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[layer, rows, slots].set(values.astype(self.values.dtype), mode="drop"),
+        )
+
+    def attention_mask(self, new_tokens: int) -> Bool[Array, "B 1 S capacity"]:
+        """Which slots each of `new_tokens` coming tokens may see: its own and all before it."""
+        last_visible = self.lengths[:, None] + jnp.arange(new_tokens)
+        return (jnp.arange(self.capacity) <= last_visible[..., None])[:, None]
+
+    def grown(self, new_tokens: Int[Array, " B"] | int) -> KVCache:
+        """The cache with `new_tokens` more tokens counted in each sample."""
+        return dataclasses.replace(self, lengths=self.lengths + new_tokens)

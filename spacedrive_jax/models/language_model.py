@@ -1,4 +1,4 @@
-"""The language decoder: Qwen2.5, Qwen3 and LLaMA as settings of one module.
+"""The language model: Qwen2.5, Qwen3 and LLaMA as settings of one module, and greedy generation with it.
 
 Pre-norm blocks of grouped-query attention and SwiGLU, stacked and scanned. Low-rank adapters sit inside
 the projections; the rows of newly added tokens are small trainable tables beside the frozen
@@ -7,10 +7,9 @@ embedding and head.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.attention import attend
+from spacedrive_jax.models.attention import KVCache, attend
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.layers import (
     Projection,
@@ -32,49 +31,6 @@ from spacedrive_jax.models.layers import (
 )
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.positions import RotaryTables, decoder_rotary, frequency_axes, rotate
-
-# The decoder's key and value memory: fixed shapes, each sample at its own length.
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers, allocated once (`Decoder.prefill`).
-
-    Sample b holds `lengths[b]` tokens at the front of its row; what lies behind is never attended to.
-    The caller sees to it that no sample outgrows the capacity: writes past the end are dropped.
-    """
-
-    keys: Float[Array, "L B capacity K H"]
-    values: Float[Array, "L B capacity K H"]
-    lengths: Int[Array, " B"]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit in one sample's row."""
-        return self.keys.shape[2]
-
-    def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
-    ) -> KVCache:
-        """Puts one layer's new keys and values behind each sample's tokens; lengths stay as they are."""
-        batch, new_tokens = keys.shape[:2]
-        rows = jnp.arange(batch)[:, None]
-        slots = self.lengths[:, None] + jnp.arange(new_tokens)
-        return dataclasses.replace(
-            self,
-            keys=self.keys.at[layer, rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[layer, rows, slots].set(values.astype(self.values.dtype), mode="drop"),
-        )
-
-    def attention_mask(self, new_tokens: int) -> Bool[Array, "B 1 S capacity"]:
-        """Which slots each of `new_tokens` coming tokens may see: its own and all before it."""
-        last_visible = self.lengths[:, None] + jnp.arange(new_tokens)
-        return (jnp.arange(self.capacity) <= last_visible[..., None])[:, None]
-
-    def grown(self, new_tokens: Int[Array, " B"] | int) -> KVCache:
-        """The cache with `new_tokens` more tokens counted in each sample."""
-        return dataclasses.replace(self, lengths=self.lengths + new_tokens)
 
 
 class NewTokenParam(nnx.Param):
@@ -428,3 +384,85 @@ def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:
             f"new tokens {new_tokens.first_id}..{last} must lie in the vocabulary of {vocab_size}; enlarge "
             "decoder.vocab_size or mend new_tokens"
         )
+
+
+# Greedy generation: one prefill, then a loop of single-token steps, all jittable.
+
+
+class _Progress(NamedTuple):
+    """The loop's state: tokens so far, the last one of each sample, who has stopped, the cache."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B T"]
+    last: Int[Array, " B"]
+    stopped: Bool[Array, " B"]
+    cache: KVCache
+
+
+def continue_greedily(
+    decoder: LanguageModel,
+    embeddings: Float[Array, "B S D"],
+    position_ids: Int[Array, "3 B S"],
+    *,
+    rope_delta: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    deepstack: Float[Array, "depths B S D"] | None,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> Int[Array, "B T"]:
+    """Continues embedded prompts with the most likely token each time.
+
+    Args:
+        decoder: The language model.
+        embeddings: Of right-padded prompts.
+        position_ids: Theirs.
+        rope_delta: Offset of each sample's generated positions.
+        lengths: Valid tokens per prompt.
+        deepstack: See `LanguageModel`.
+        max_new_tokens: T, tokens to generate per sample at most.
+        stop_ids: Ids that end a sample (the id itself is kept).
+        pad_id: What stands behind the end of a sample that stopped.
+
+    Returns:
+        The new ids.
+    """
+    batch = len(embeddings)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def choose(hidden: Float[Array, "B D"]) -> Int[Array, " B"]:
+        return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
+
+    def put(progress: _Progress, choice: Int[Array, " B"], cache: KVCache) -> _Progress:
+        token = jnp.where(progress.stopped, pad_id, choice)
+        return _Progress(
+            step=progress.step + 1,
+            tokens=progress.tokens.at[:, progress.step].set(token),
+            last=token,
+            stopped=progress.stopped | jnp.isin(token, stops),
+            cache=cache,
+        )
+
+    def proceed(progress: _Progress) -> _Progress:
+        next_positions = jnp.broadcast_to(progress.cache.lengths + rope_delta, (3, batch))[..., None]
+        next_embeddings = decoder.embed(progress.last[:, None])
+        hidden, cache = decoder(next_embeddings, next_positions, cache=progress.cache)
+        assert cache is not None
+        return put(progress, choose(hidden[:, 0]), cache)
+
+    hidden, filled = decoder.prefill(
+        embeddings, position_ids, lengths=lengths, deepstack=deepstack, room=max_new_tokens
+    )
+    last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    nothing = _Progress(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        last=jnp.zeros((batch,), jnp.int32),
+        stopped=jnp.zeros((batch,), bool),
+        cache=filled,
+    )
+    first = put(nothing, choose(last_hidden), filled)
+    done = jax.lax.while_loop(
+        lambda progress: (progress.step < max_new_tokens) & ~progress.stopped.all(), proceed, first
+    )
+    return done.tokens

@@ -28,12 +28,17 @@ from spacedrive_jax.models.config import (
     VLConfig,
 )
 from spacedrive_jax.models.family import family_of
-from spacedrive_jax.models.generation import continue_greedily
 from spacedrive_jax.models.image_processor import ProcessorSettings, process_images
-from spacedrive_jax.models.language_model import LanguageModel
+from spacedrive_jax.models.language_model import LanguageModel, continue_greedily
 from spacedrive_jax.models.partitioning import constrain
-from spacedrive_jax.models.positions import RopePositions, plain_sequence_positions
-from spacedrive_jax.models.prompt_layout import Grids, PromptLayout, image_grids, lay_out
+from spacedrive_jax.models.positions import (
+    Grids,
+    PromptLayout,
+    RopePositions,
+    image_grids,
+    lay_out,
+    plain_sequence_positions,
+)
 
 
 class VisualFeatures(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.models import grid as grids
+from spacedrive_jax.models import coordinate_decoder as grids
 
 
 def test_wrong_neighbours_are_the_published_ones(golden):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVision
-from spacedrive_jax.models.windows import window_layout
+from spacedrive_jax.models.vision_transformer import window_layout
 
 from .conftest import random_module, tiny_config
 

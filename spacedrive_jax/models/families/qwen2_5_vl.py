@@ -31,8 +31,14 @@ from spacedrive_jax.models.positions import (
     vision_rotary,
 )
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.models.vision_transformer import Projector, check_patches, projector_flops
-from spacedrive_jax.models.windows import WindowLayout, full_attention_flags, window_layout
+from spacedrive_jax.models.vision_transformer import (
+    Projector,
+    WindowLayout,
+    check_patches,
+    full_attention_flags,
+    projector_flops,
+    window_layout,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,8 @@ from spacedrive_jax.models.vision_transformer import (
     projector_flops,
     tanh_gelu,
     tower_flops,
+    window_layout,
 )
-from spacedrive_jax.models.windows import window_layout
 
 
 @dataclasses.dataclass(frozen=True)

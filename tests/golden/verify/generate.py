@@ -20,10 +20,10 @@ from spacedrive_jax.inference.answers import Generation, answer_text
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import position_embedding
 from spacedrive_jax.models.coordinate_decoder import GridDecoder
-from spacedrive_jax.models.grid import best_cell
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from tests.golden.verify.case_files import choose, read_arrays
 from tests.golden.verify.check import Check, compare
+from tests.golden.verify.coordinate_encoding import best_cell
 from tests.golden.verify.one_pass import one_pass_checks
 from tests.golden.verify.spacedrive_case import Arrays, Case, Weights, build_batch, build_model
 
