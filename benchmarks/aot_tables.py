@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from spacedrive_jax.aot.plan import StepKind, make_plan
 from spacedrive_jax.aot.search import describe_plan, parse_mesh
 from spacedrive_jax.config import change, load_config
-from spacedrive_jax.training.flops import describe
+from spacedrive_jax.training.throughput import describe
 
 
 @dataclasses.dataclass(frozen=True)

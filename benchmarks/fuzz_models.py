@@ -51,7 +51,7 @@ from spacedrive_jax.evaluation.bench2drive.results import read_results, read_rou
 from spacedrive_jax.evaluation.counterfactual import count_risks, read_items
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from spacedrive_jax.inference.open_model import config_of_run
-from spacedrive_jax.interop.families import read_hf_config
+from spacedrive_jax.interop.hf_config import read_hf_config
 from spacedrive_jax.interop.peft import read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import model_config, read_published_config, train_config

@@ -23,7 +23,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from spacedrive_jax.interop.families import write_hf_config
+from spacedrive_jax.interop.hf_config import write_hf_config
 from spacedrive_jax.interop.qwen2_5_vl import FORMAT, qwen_rules
 from spacedrive_jax.interop.safetensors_folder import PlannedTensor, plan_shards, write_folder
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig

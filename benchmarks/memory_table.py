@@ -21,7 +21,7 @@ from spacedrive_jax.aot.plan import make_plan
 from spacedrive_jax.config import Config, MeshConfig, load_config
 from spacedrive_jax.io import write_json
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
-from spacedrive_jax.training.flops import describe
+from spacedrive_jax.training.throughput import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"

@@ -22,7 +22,7 @@ from benchmarks.gpu.rows import each, finish, parser, seconds, tell
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import planning_frame
-from spacedrive_jax.interop.families import write_hf_config
+from spacedrive_jax.interop.hf_config import write_hf_config
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training.batches import fake_batch

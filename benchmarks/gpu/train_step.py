@@ -16,9 +16,9 @@ from benchmarks.gpu.rows import parser, tell
 from spacedrive_jax.aot.plan import bytes_per_chip
 from spacedrive_jax.config import Config
 from spacedrive_jax.training.batches import fake_batch
-from spacedrive_jax.training.flops import DEVICE_KINDS, train_step_flops
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.throughput import DEVICE_KINDS, train_step_flops
 
 BATCH = {"3b": 6, "7b": 4}
 """Samples of which one step's kept products fit beside the weights in 80 GB."""

@@ -86,7 +86,7 @@ class AddDepth(Command):
         from spacedrive_jax.data.depth_cache import FOLDER
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.io import folder_lock
-        from spacedrive_jax.training.sharding import connect
+        from spacedrive_jax.training.hosts import connect
 
         if self.runner != "beam" and (self.beam_options or self.workers != 1):
             raise ConfigError("--beam-options and --workers go with --runner beam only")

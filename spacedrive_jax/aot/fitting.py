@@ -14,9 +14,9 @@ from spacedrive_jax.aot.plan import bytes_per_chip, make_plan, product_bytes, re
 from spacedrive_jax.config import Config, change
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.partitioning import BATCH_AXES
-from spacedrive_jax.training.flops import Topology
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.throughput import Topology
 
 log = logging.getLogger(__name__)
 

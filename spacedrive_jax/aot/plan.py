@@ -26,7 +26,6 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.batches import batch_spec
-from spacedrive_jax.training.flops import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 from spacedrive_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -37,6 +36,7 @@ from spacedrive_jax.training.sharding import (
 )
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.throughput import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 
 
 def bytes_per_chip(tree: Any) -> int:

@@ -17,7 +17,7 @@ from spacedrive_jax.config import Config, MeshConfig, to_json
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_json, write_json
 from spacedrive_jax.models.config import RematPolicy
-from spacedrive_jax.training.flops import CHIPS, Topology, train_step_flops
+from spacedrive_jax.training.throughput import CHIPS, Topology, train_step_flops
 
 # Which layouts of a run to try on a machine, and which is best.
 

@@ -15,7 +15,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 
 if TYPE_CHECKING:
     from spacedrive_jax.config import Config
-    from spacedrive_jax.training.flops import Topology
+    from spacedrive_jax.training.throughput import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Aot(Command):
         from spacedrive_jax.aot.plan import make_plan
         from spacedrive_jax.aot.search import describe_plan
         from spacedrive_jax.config import load_config
-        from spacedrive_jax.training.flops import describe
+        from spacedrive_jax.training.throughput import describe
 
         if self.search and self.mesh is not None:
             raise ConfigError("--search chooses the mesh: leave --mesh out")

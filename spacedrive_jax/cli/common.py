@@ -31,7 +31,7 @@ def on_all_hosts(run: Callable[[C], Mapping[str, Any]]) -> Callable[[C], Mapping
     def together(command: C) -> Mapping[str, Any]:
         if getattr(command, "coordinator", None) is None:
             return run(command)
-        from spacedrive_jax.training.sharding import failing_together
+        from spacedrive_jax.training.hosts import failing_together
 
         with failing_together():
             return run(command)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.recovery import CollectedRecords
     from spacedrive_jax.driving.scenarios import DriveSpec
-    from spacedrive_jax.training.sharding import Hosts
+    from spacedrive_jax.training.hosts import Hosts
 
 TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
@@ -169,7 +169,7 @@ class Drive(Command):
         """The hosts of this run; None for this one alone, which need not wait for JAX."""
         if (self.coordinator, self.num_processes, self.process_id) == (None, None, None):
             return None
-        from spacedrive_jax.training.sharding import connect, hosts_of_run
+        from spacedrive_jax.training.hosts import connect, hosts_of_run
 
         if self.collect is not None:
             raise ConfigError("--collect writes one folder: collect on one host, without --coordinator")

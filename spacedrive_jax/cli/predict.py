@@ -114,11 +114,11 @@ class Predict(Command):
             checkpoint = self.checkpoint / "checkpoints" / str(self.step)
             return dataclasses.replace(self, checkpoint=checkpoint, step=None).run()
         use_compilation_cache(self.compilation_cache)
-        from spacedrive_jax.training.sharding import connect, is_first_host
+        from spacedrive_jax.training.hosts import connect, is_first_host
 
         connect(self.coordinator, self.num_processes, self.process_id)
         from spacedrive_jax.inference.predict import PlanningTask, predict
-        from spacedrive_jax.interop.trained_parts import is_imported
+        from spacedrive_jax.interop.weights_folder import is_imported
         from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.training.trained_folder import is_trained_folder
 

@@ -98,7 +98,7 @@ class Train(Command):
             raise ConfigError("--step says where to go on: give --resume with it")
         use_compilation_cache(self.compilation_cache)
         from spacedrive_jax.evaluation.validation import train
-        from spacedrive_jax.training.sharding import connect
+        from spacedrive_jax.training.hosts import connect
         from spacedrive_jax.training.throughput import ProfileWindow
 
         connect(self.coordinator, self.num_processes, self.process_id)

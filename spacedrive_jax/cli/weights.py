@@ -118,7 +118,7 @@ class ExportWeights(Command):
     @on_all_hosts
     def run(self) -> Mapping[str, Any]:
         """Exports; see `spacedrive_jax.interop.exporting`."""
-        from spacedrive_jax.training.sharding import connect
+        from spacedrive_jax.training.hosts import connect
 
         connect(self.coordinator, self.num_processes, self.process_id)
         if self.format != "safetensors" and (self.dtype != "float32" or self.average):
@@ -148,7 +148,7 @@ class ExportWeights(Command):
     def _for_published_code(self) -> Mapping[str, Any]:
         from spacedrive_jax.inference.open_model import open_trained_model
         from spacedrive_jax.interop.spacedrive import export_imported, export_trained
-        from spacedrive_jax.interop.trained_parts import is_imported
+        from spacedrive_jax.interop.weights_folder import is_imported
         from spacedrive_jax.training.checkpoints import locate
 
         if is_imported(self.source):

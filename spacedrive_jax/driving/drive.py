@@ -26,7 +26,7 @@ from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
 from spacedrive_jax.io import convert, read_json, remove_partials, write_bytes, write_json
-from spacedrive_jax.training.sharding import ALONE, Hosts
+from spacedrive_jax.training.hosts import ALONE, Hosts
 
 RESULTS = "results.json"
 VIEWS = "views"

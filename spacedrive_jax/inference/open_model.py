@@ -16,23 +16,25 @@ from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.exporting import Exportable
-from spacedrive_jax.interop.families import read_special_ids
+from spacedrive_jax.interop.exporting import Exportable, write_processor
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.hf_config import PROCESSOR_FILES, read_special_ids
 from spacedrive_jax.interop.importing import copy_tokenizer
 from spacedrive_jax.interop.model_card import base_licence, data_licence, model_card, scores_of
 from spacedrive_jax.interop.peft import base_of
-from spacedrive_jax.interop.processor_files import PROCESSOR_FILES, write_processor
-from spacedrive_jax.interop.trained_parts import (
+from spacedrive_jax.interop.weights_folder import (
+    ADAPTER_FOLDER,
     EXTRAS_FILE,
+    METADATA_FILE,
     RUN_FILE,
+    WeightsMetadata,
     fill_new_rows,
     imported_config,
     is_imported,
+    load,
     trained_rules,
 )
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, METADATA_FILE, WeightsMetadata, load
 from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive

@@ -6,7 +6,7 @@ And the other way: which run of this project a published SpaceDrive checkpoint m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, TrainConfig, load_config
+from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.families import published_of
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.interop.importing import ImportOptions
+from spacedrive_jax.interop.hf_config import published_of
+from spacedrive_jax.interop.importing import ImportOptions, copy_tokenizer
 from spacedrive_jax.interop.model_card import CARD
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.interop.safetensors_folder import save_tensors
@@ -31,9 +32,10 @@ from spacedrive_jax.interop.spacedrive_config import (
 )
 from spacedrive_jax.interop.spacedrive_tensors import Parts
 from spacedrive_jax.interop.weight_table import new_token_rules
-from spacedrive_jax.io import write_text
+from spacedrive_jax.io import MEBIBYTE, is_there, read_json, write_json, write_part, write_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import to_host
 from spacedrive_jax.models.spacedrive import ModelConfig
@@ -218,3 +220,74 @@ def export_peft(opened: Exportable, out: Path) -> Mapping[str, Any]:
         "new_tokens": None if new_tokens is None else new_tokens.first_id,
         "left_out": list(opened.left_out),
     }
+
+
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SAMPLING = ("temperature", "top_k", "top_p", "typical_p", "min_p")
+"""Fields of a generation config that mean nothing without sampling; transformers warns about them."""
+
+
+def write_processor(folder: Path, tokenizer: str | None, vlm: VLConfig, beside: Sequence[Path]) -> None:
+    """Writes the files of tokenizer and processor into an existing folder.
+
+    Args:
+        folder: to write into.
+        tokenizer: the run's `data.tokenizer`.
+        vlm: the run's vision-language config.
+        beside: folders that hold the base's files, the nearest to the run last.
+
+    Raises:
+        SpaceDriveError: a file of theirs is damaged, or cannot be written.
+    """
+    for source in beside:
+        copy_tokenizer(source, folder)
+    for older in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+        # The tokens that the run added are in tokenizer.json alone: these would lack them.
+        (folder / older).unlink(missing_ok=True)
+    loaded = load_tokenizer(tokenizer, family_of(vlm).chat)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    write_part(folder / "tokenizer.json", loaded.tokenizer.to_str(pretty=True))
+    _write_tokenizer_config(folder / TOKENIZER_CONFIG, loaded)
+    _write_generation(folder / GENERATION, loaded)
+
+
+def _write_tokenizer_config(file: Path, tokenizer: DrivingTokenizer) -> None:
+    """The base's, or a plain one; either ends a turn where the run's answers do."""
+    fields = _object(file)
+    spelled = {name: tokenizer.tokenizer.id_to_token(number) for name, number in tokenizer.special.items()}
+    fields.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    fields["eos_token"] = spelled["turn_end"]
+    fields.setdefault("pad_token", spelled["padding"])
+    # Where the base lists the added tokens, transformers takes that list and no other: it must be whole.
+    known = fields.get("added_tokens_decoder")
+    if isinstance(known, dict):
+        for number, token in tokenizer.tokenizer.get_added_tokens_decoder().items():
+            known[str(number)] = {"content": token.content} | {
+                name: getattr(token, name)
+                for name in ("lstrip", "normalized", "rstrip", "single_word", "special")
+            }
+    file.unlink(missing_ok=True)
+    write_json(file, fields, indent=2)
+
+
+def _write_generation(file: Path, tokenizer: DrivingTokenizer) -> None:
+    """The base's, greedy as SpaceDrive answers, stopped by the end of a turn."""
+    fields = {name: value for name, value in _object(file).items() if name not in SAMPLING}
+    ends = fields.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.turn_end not in ends:
+        ends = [tokenizer.turn_end, *ends]
+    fields |= {"do_sample": False, "eos_token_id": ends}
+    fields.setdefault("pad_token_id", tokenizer.padding)
+    file.unlink(missing_ok=True)
+    write_json(file, fields, indent=2)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    if not is_there(file):
+        return {}
+    fields = read_json(file, most=64 * MEBIBYTE)
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds no JSON object: fetch the base's files again")
+    return fields

@@ -20,8 +20,8 @@ from spacedrive_jax.config import load_config
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import load_tokenizer, read_tokenizer
 from spacedrive_jax.errors import CheckpointError, ConfigError
-from spacedrive_jax.interop.families import format_of, write_hf_config
 from spacedrive_jax.interop.gguf import GgufFile, decoder_names, without_rope_order
+from spacedrive_jax.interop.hf_config import format_of, write_hf_config
 from spacedrive_jax.interop.importing import TABLES, ImportOptions, extend_tokenizer, with_mean_rows
 from spacedrive_jax.interop.safetensors_folder import (
     PlannedTensor,

@@ -21,9 +21,14 @@ from flax import nnx
 
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.families import format_of, read_hf_config, read_special_ids, write_hf_config
 from spacedrive_jax.interop.flavours import check_folder
-from spacedrive_jax.interop.preprocessor import read_processor_settings
+from spacedrive_jax.interop.hf_config import (
+    format_of,
+    read_hf_config,
+    read_processor_settings,
+    read_special_ids,
+    write_hf_config,
+)
 from spacedrive_jax.interop.safetensors_folder import (
     Complete,
     PlannedTensor,

@@ -15,9 +15,9 @@ from tokenizers import AddedToken
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_tokenizer
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head, without_content
+from spacedrive_jax.interop.hf_config import format_of, read_hf_config
 from spacedrive_jax.interop.peft import base_of, open_adapter, read_peft_config, write_adapter
 from spacedrive_jax.interop.safetensors_folder import (
     PlannedTensor,

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.flavours import FLOATS
 from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
+from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.interop.weight_table import Format, Rule, check_names_and_shapes, lora_rules
 from spacedrive_jax.io import MEBIBYTE, read_json, reason

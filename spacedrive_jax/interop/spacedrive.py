@@ -15,9 +15,9 @@ from flax import nnx
 from spacedrive_jax.config import to_json
 from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.interop.exporting import FREQUENCIES, published_run
-from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.flavours import check_published_source
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
+from spacedrive_jax.interop.hf_config import format_of, read_hf_config
 from spacedrive_jax.interop.importing import ImportOptions, extend_tokenizer, with_vocabulary
 from spacedrive_jax.interop.peft import write_adapter
 from spacedrive_jax.interop.safetensors_folder import (
@@ -41,20 +41,22 @@ from spacedrive_jax.interop.spacedrive_tensors import (
     split_checkpoint,
 )
 from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
-from spacedrive_jax.interop.trained_parts import (
+from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
+from spacedrive_jax.interop.weights_folder import (
+    ADAPTER_FOLDER,
     DEPTH_FOLDER,
     EXTRAS,
     EXTRAS_FILE,
     LAYOUT_FILE,
     RUN_FILE,
     TABLE_ROWS,
+    Fingerprint,
+    WeightsMetadata,
     check_heads,
     pointed_at,
     trained_rules,
     trains_table_rows,
 )
-from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules
-from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsMetadata
 from spacedrive_jax.io import read_bytes, write_json, write_text
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
@@ -64,7 +66,7 @@ from spacedrive_jax.models.spacedrive import SpaceDrive
 
 # The published SpaceDrive checkpoint into a weights folder, bit for bit.
 #
-# What the folder has beside what every weights folder has: `spacedrive_jax.interop.trained_parts`.
+# What the folder has beside what every weights folder has: `spacedrive_jax.interop.weights_folder`.
 
 
 def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:

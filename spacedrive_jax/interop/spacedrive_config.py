@@ -18,7 +18,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.interop.families import published_of
+from spacedrive_jax.interop.hf_config import published_of
 from spacedrive_jax.io import MEBIBYTE, convert, parse_json, read_text
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind

@@ -16,7 +16,7 @@ import numpy as np
 
 from spacedrive_jax.constants import NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.families import format_of
+from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.safetensors_folder import require_finite
 from spacedrive_jax.interop.weight_table import Rule, lora_rules, new_token_rules
 from spacedrive_jax.models.config import NewTokensConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
-from spacedrive_jax.interop.dinov2 import (
+from spacedrive_jax.interop.depth_anything import (
     CONVOLUTION,
     Table,
     export_module,

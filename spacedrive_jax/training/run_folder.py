@@ -27,6 +27,7 @@ from spacedrive_jax.io import (
     write_text,
 )
 from spacedrive_jax.training.checkpoints import steps_of
+from spacedrive_jax.training.hosts import is_first_host
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -69,18 +70,13 @@ MARGIN = 64 << 20
 """Bytes that metrics and logs may need beside a checkpoint."""
 
 
-def is_main_host() -> bool:
-    """Whether this process is the one that writes."""
-    return jax.process_index() == 0
-
-
 def lock(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps a run folder for this run; its other hosts come along with the main one.
 
     Raises:
         SpaceDriveError: another run is writing there.
     """
-    return folder_lock(run_dir, take_over=True) if is_main_host() else contextlib.nullcontext()
+    return folder_lock(run_dir, take_over=True) if is_first_host() else contextlib.nullcontext()
 
 
 def check(
@@ -136,7 +132,7 @@ def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every host has read the run folder")
-    if is_main_host():
+    if is_first_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if is_bucket(run_dir) and (overwrite or not steps_of(run_dir)):

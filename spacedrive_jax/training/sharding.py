@@ -8,34 +8,22 @@ activations in every block, stays inside.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import dataclasses
 import logging
 import math
-import os
-import signal
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax._src import distributed  # its client has no public name; orbax takes it from here too
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
-from spacedrive_jax.console import Terminated, first_line
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.partitioning import BATCH_AXES, RULES, AxisNames, logical_to_mesh_axes
-
-T = TypeVar("T")
 
 FIND = -1
 """As many slices as the devices say."""
@@ -104,150 +92,6 @@ def slice_devices(
     inside = [size // repeats for size, repeats in zip(sizes, dcn, strict=True)]
     options: dict[str, Any] = {"process_is_granule": by_process, "allow_split_physical_axes": True}
     return mesh_utils.create_hybrid_device_mesh(inside, dcn, devices, **options)
-
-
-# Several hosts as one run: start-up from flags or from the cluster's environment.
-
-
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the hosts of a run; call it before anything touches a device.
-
-    Args:
-        coordinator: `auto` reads the cluster's environment (SLURM, Open MPI, GKE and Cloud TPU, Kubernetes);
-            `HOST:PORT` of the first host goes with the other two; None is a single host.
-        num_processes: hosts in the run.
-        process_id: this host, from 0.
-
-    Raises:
-        SpaceDriveError: the three do not go together, or the hosts do not find each other.
-    """
-    if coordinator is None:
-        if num_processes is not None or process_id is not None:
-            raise ConfigError("--num-processes and --process-id need --coordinator HOST:PORT")
-        return
-    explicit = coordinator != "auto"
-    host, _, port = coordinator.rpartition(":")
-    if explicit and not (host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(
-            f"--coordinator {coordinator} is no HOST:PORT of the first host, such as node0:1234, nor `auto`"
-        )
-    if explicit and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
-        raise ConfigError(
-            f"--coordinator {coordinator} needs --num-processes N and --process-id 0..N-1, got "
-            f"{num_processes}, {process_id}; on SLURM, GKE and Cloud TPU --coordinator auto finds all three"
-        )
-    try:
-        if explicit:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        else:
-            jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
-        raise SpaceDriveError(f"the hosts of the run could not be joined: {error}") from error
-    threading.Thread(target=_end_with_others, name="other hosts", daemon=True).start()
-
-
-FAILED, GONE = "spacedrive/failed", "spacedrive/gone"
-"""What the hosts of a run tell each other through the service that joined them: no device, and no host that
-hangs, has a part in it."""
-LOOK_SECONDS, FAREWELL_SECONDS = 1.0, 20.0
-_own_failure = threading.Event()
-
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """Ends every host of a run where one of them fails; else the others wait for it in a collective.
-
-    The others say on stderr which host failed and why, and exit with 1. A single host is left alone.
-    """
-    try:
-        yield
-    except BaseException as error:
-        client = distributed.global_state.client
-        if client is not None and distributed.global_state.num_processes > 1:
-            _own_failure.set()
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
-                client.key_value_set(f"{FAILED}/{distributed.global_state.process_id}", first_line(error))
-            kinds = {KeyboardInterrupt: 128 + signal.SIGINT, Terminated: 128 + signal.SIGTERM}
-            # Ahead of jax's own farewell, which waits minutes for hosts that will not come, and whether or
-            # not some thread of a library still waits for them.
-            atexit.register(_leave, client, kinds.get(type(error), 1))
-            overdue = threading.Timer(FAREWELL_SECONDS, _leave, (client, kinds.get(type(error), 1)))
-            overdue.daemon = True
-            overdue.start()
-        raise
-
-
-def _end_with_others() -> None:
-    """Looks whether another host has failed, until this process ends."""
-    client = distributed.global_state.client
-    while client is not None and not _own_failure.wait(LOOK_SECONDS):
-        try:
-            failed = client.key_value_dir_get(FAILED)
-        except jax.errors.JaxRuntimeError:  # the hosts have taken leave of each other
-            return
-        if failed and not _own_failure.is_set():
-            name, said = failed[0]
-            print(f"error: host {name.rpartition('/')[2]} of the run failed: {said}", file=sys.stderr)
-            _leave(client, 1)
-
-
-def _leave(client: Any, status: int) -> None:
-    """Ends this process; the first host, which has the service, once the others have heard."""
-    state = distributed.global_state
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(f"{GONE}/{state.process_id}", "", allow_overwrite=True)
-        deadline = time.monotonic() + (0 if state.process_id else FAREWELL_SECONDS)
-        while len(client.key_value_dir_get(GONE)) < state.num_processes and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS / 10)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
-
-
-def is_first_host() -> bool:
-    """Whether this host writes what a run has one of."""
-    return jax.process_index() == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """The hosts of a run, as one of them sees them."""
-
-    index: int
-    count: int
-    exchange: Callable[[bytes], Sequence[bytes]]
-    """Hands out bytes and returns every host's, in order; all hosts call it equally often."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this host writes what a run has one of."""
-        return self.index == 0
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Does something on the first host, then on the others; all go on when all have done it."""
-        outcome: list[T] = []
-        for turn in (True, False):
-            if turn == self.is_first:
-                outcome.append(work())
-            self.exchange(b"")
-        return outcome[0]
-
-
-ALONE = Hosts(0, 1, lambda data: [data])
-
-
-def hosts_of_run() -> Hosts:
-    """The hosts that `connect` joined."""
-    return Hosts(jax.process_index(), jax.process_count(), _exchange) if jax.process_count() > 1 else ALONE
-
-
-def _exchange(data: bytes) -> Sequence[bytes]:
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:length].tobytes() for row, length in zip(np.asarray(rows), lengths.tolist(), strict=True)]
 
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from spacedrive_jax.config import Config, TrainConfig
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf
-from spacedrive_jax.interop.trained_parts import check_trained_parts, fill_trained_parts
+from spacedrive_jax.interop.weights_folder import check_trained_parts, fill_trained_parts
 from spacedrive_jax.io import place
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +19,10 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
+from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.models.partitioning import activations_on, constrain
 from spacedrive_jax.training.losses import losses
+from spacedrive_jax.training.run_folder import save_batch_tokens
 from spacedrive_jax.training.sharding import replicated
 from spacedrive_jax.training.state import abstract_state, learning_rate, make_optimizer
 
@@ -149,3 +152,47 @@ def accumulate(
     shape = jax.eval_shape(gradient, trainable, frozen, first, key)
     total, _ = jax.lax.scan(add, zeros(shape), (parts, jnp.arange(pieces)))
     return jax.tree.map(lambda leaf: leaf / pieces, total)
+
+
+class NonfiniteGuard:
+    """Looks at every step once the next one is under way, so that the devices never wait for the host.
+
+    The step itself leaves the trainables alone when it is not finite, so a late look loses nothing.
+    """
+
+    def __init__(self, run_dir: Path, samples: Samples | MixedSamples, allowed: int) -> None:
+        """Tolerates `allowed` such steps."""
+        self._run_dir, self._samples, self._allowed = run_dir, samples, allowed
+        self._pending: tuple[int, DrivingBatch, Metrics] | None = None
+        self.skipped = 0
+
+    def watch(self, step: int, host_batch: DrivingBatch, metrics: Metrics) -> None:
+        """Takes note of a step that was started, and looks at the one before.
+
+        Raises:
+            FloatingPointError: more than the allowed number of steps were not finite.
+        """
+        self.settle()
+        self._pending = (step, host_batch, metrics)
+
+    def settle(self) -> None:
+        """Looks at the step that was started last, waiting for it.
+
+        Raises:
+            FloatingPointError: as in `watch`.
+        """
+        if self._pending is None:
+            return
+        (step, batch, metrics), self._pending = self._pending, None
+        if jax.device_get(metrics["finite"]):
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        tokens = [self._samples.records[int(index)]["token"] for index in batch.index]
+        file = save_batch_tokens(self._run_dir, step, tokens, values)
+        self.skipped += 1
+        if self.skipped > self._allowed:
+            raise FloatingPointError(
+                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; its "
+                f"keyframes are in {file}. Lower train.learning_rate or look at that data; --resume "
+                "--skip-nonfinite N leaves up to N such steps out"
+            )

@@ -30,7 +30,7 @@ from spacedrive_jax.io import (
     write_text,
 )
 from spacedrive_jax.io import to_json as json_line
-from spacedrive_jax.training.run_folder import is_main_host
+from spacedrive_jax.training.hosts import is_first_host
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -179,7 +179,7 @@ class Trackers:
             ConfigError: one of them cannot be used.
         """
         self._run_dir = run_dir
-        names = list(dict.fromkeys(config.train.trackers)) if is_main_host() else []
+        names = list(dict.fromkeys(config.train.trackers)) if is_first_host() else []
         self._trackers: list[Tracker] = []
         try:
             for name in names:
@@ -233,7 +233,7 @@ def check_trackers(config: Config, *, log_in: bool = True) -> None:
     Raises:
         ConfigError: Weights & Biases is not installed, or has no key that it takes.
     """
-    if "wandb" not in config.train.trackers or not is_main_host():
+    if "wandb" not in config.train.trackers or not is_first_host():
         return
     wandb = _import_wandb()
     if not log_in or os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):

@@ -25,7 +25,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import place
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.checkpoints import base_fingerprint
-from spacedrive_jax.training.fault_tolerance import NonfiniteGuard, PreemptionWatch
+from spacedrive_jax.training.hosts import PreemptionWatch, is_first_host
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
@@ -34,7 +34,7 @@ from spacedrive_jax.training.sharding import (
     replicated,
 )
 from spacedrive_jax.training.state import check_start, count, init_train_state
-from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.step import NonfiniteGuard, make_train_step
 from spacedrive_jax.training.throughput import (
     Profiler,
     ProfileWindow,
@@ -178,7 +178,7 @@ def _train(
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
     checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
-    if run_folder.is_main_host():  # one disk, which hosts that look at other moments may find otherwise
+    if is_first_host():  # one disk, which hosts that look at other moments may find otherwise
         missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
         if missing:
             raise SpaceDriveError(missing)
@@ -211,7 +211,7 @@ def _train(
         start=start,
         steps=settings.steps,
     )
-    if run_folder.is_main_host() and start < settings.steps:
+    if is_first_host() and start < settings.steps:
         log.info("%s", opening)
     throughput = Throughput(config, started, samples.clock)
 
@@ -227,7 +227,7 @@ def _train(
     best = checkpoints.Best.read(run_dir) if start else None
     best = None if best is None else best.until(start)
     if best is not None and validate is not None and not best.compares(settings.best_by, validate.digest):
-        if run_folder.is_main_host():
+        if is_first_host():
             log.info("%s", other_validation_line(best, settings.best_by))
         best = None
     # A validation that failed, or that the run was killed in, is made up for.
@@ -245,13 +245,13 @@ def _train(
             profiler.before(start)
             first = jax.block_until_ready(advance(start, trainable, optimizer_state))
     if step is not None:
-        if run_folder.is_main_host():
+        if is_first_host():
             checkpoints.go_back_to(run_dir, step)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("later checkpoints are set aside")
     run_folder.claim(run_dir, config, overwrite=overwrite)
     manager = checkpoints.open_manager(run_dir, keep=settings.max_to_keep)
-    if run_folder.is_main_host():
+    if is_first_host():
         shown = {name: value for name, value in metadata.items() if name != "config"}
         run_folder.write_provenance(run_dir, shown | {"accepted_changes": changes})
     tracker = Trackers(run_dir, config, start)
@@ -275,7 +275,7 @@ def _train(
             best = checkpoints.Best(done, settings.best_by, value, validate.digest, done)
         elif best is not None:
             best = dataclasses.replace(best, last=done)
-        if run_folder.is_main_host():
+        if is_first_host():
             log.info("%s", validation_line(done, found, better))
         return better
 
@@ -291,7 +291,7 @@ def _train(
         if made_up:
             judge(start, made_up)
             tracker.write(start, made_up)
-            if best is not None and run_folder.is_main_host():
+            if best is not None and is_first_host():
                 best.write(run_dir)
         while done < settings.steps and not stopped:
             if first is None:
@@ -305,7 +305,7 @@ def _train(
             guard.watch(done, host_batch, metrics)
             stopped = watch.stop_at(done, manager)
             finished = done == settings.steps
-            if done == start + 1 + STEPS_TIMED and not finished and run_folder.is_main_host():
+            if done == start + 1 + STEPS_TIMED and not finished and is_first_host():
                 guard.settle()
                 each = (time.monotonic() - clock - validated) / STEPS_TIMED
                 validates = validate is not None
@@ -317,9 +317,9 @@ def _train(
                 measured |= throughput.window()
                 if measured.pop("finite"):
                     loss, values = measured["loss"], measured
-                    if run_folder.is_main_host():
+                    if is_first_host():
                         log.info("%s", interval_line(done, settings.steps, measured))
-                if run_folder.is_main_host() and not (finished or short_of_room):
+                if is_first_host() and not (finished or short_of_room):
                     short_of_room = run_folder.lack_of_room(run_dir, checkpoint_bytes)
                     if short_of_room:  # saved while there still is room for it
                         stopped = watch.ask() or stopped
@@ -347,7 +347,7 @@ def _train(
                 # Named only when it is whole: until then the best one before it stays.
                 with checkpoints.naming_the_newest(manager):
                     manager.wait_until_finished()
-            if found and best is not None and run_folder.is_main_host():
+            if found and best is not None and is_first_host():
                 best.write(run_dir)
         if short_of_room and done < settings.steps:
             raise SpaceDriveError(f"stopped and saved at step {done}: {short_of_room}")

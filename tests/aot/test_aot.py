@@ -12,7 +12,7 @@ from spacedrive_jax.cli.aot import Aot
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.models.config import BaseQuantization, RematPolicy
-from spacedrive_jax.training.flops import describe
+from spacedrive_jax.training.throughput import describe
 from tests.conftest import ROOT
 
 TINY = str(ROOT / "tests" / "tiny_config.py")

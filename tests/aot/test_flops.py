@@ -15,15 +15,15 @@ from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaC
 from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.language_model import LanguageModel
 from spacedrive_jax.training.batches import batch_spec
-from spacedrive_jax.training.flops import (
+from spacedrive_jax.training.sharding import batch_sharding, make_mesh
+from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.throughput import (
     adapter_flops,
     decoder_flops,
     plan_step_flops,
     train_step_flops,
     vision_flops,
 )
-from spacedrive_jax.training.sharding import batch_sharding, make_mesh
-from spacedrive_jax.training.step import make_train_step
 from tests.conftest import ROOT
 from tests.record_factory import encode_png, make_record
 

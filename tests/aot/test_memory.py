@@ -5,7 +5,7 @@ import pytest
 
 from spacedrive_jax.aot.plan import make_plan, out_of_memory
 from spacedrive_jax.config import load_config
-from spacedrive_jax.training.flops import Chip, Topology
+from spacedrive_jax.training.throughput import Chip, Topology
 from tests.conftest import ROOT
 
 TINY = load_config(str(ROOT / "tests" / "tiny_config.py"))

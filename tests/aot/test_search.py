@@ -10,7 +10,7 @@ from spacedrive_jax.aot.plan import Plan
 from spacedrive_jax.aot.search import POLICIES, cost, estimate, read_results, search, search_space
 from spacedrive_jax.config import MeshConfig, load_config
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.training.flops import Topology
+from spacedrive_jax.training.throughput import Topology
 from tests.conftest import ROOT
 
 CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))

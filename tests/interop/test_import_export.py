@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 import spacedrive_jax.cli.main
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import open_vlm
-from spacedrive_jax.interop.families import format_of
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
+from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.importing import ImportOptions, import_hf, import_peft
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.interop.weights_folder import WeightsMetadata, load

@@ -25,13 +25,13 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.open_model import open_config, open_trained_model, open_vlm
-from spacedrive_jax.interop.families import read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import from_hf
+from spacedrive_jax.interop.hf_config import read_hf_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive import published_state
 from spacedrive_jax.interop.torch_file import read_torch_file, write_torch_file
-from spacedrive_jax.interop.trained_parts import check_model
 from spacedrive_jax.interop.unidepth import load_unidepth
+from spacedrive_jax.interop.weights_folder import check_model
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.spacedrive import SpaceDrive

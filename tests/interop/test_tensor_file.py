@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.interop.dinov2 import export_module
+from spacedrive_jax.interop.depth_anything import export_module
 from spacedrive_jax.interop.torch_file import open_tensors, write_torch_file
 from spacedrive_jax.interop.unidepth import load_unidepth, unidepth_rules
 

@@ -15,8 +15,8 @@ from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import from_json, load_config, to_json
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.interop.families import read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.interop.hf_config import read_hf_config
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families import FAMILIES, family_of, register
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL

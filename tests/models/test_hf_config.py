@@ -5,7 +5,7 @@ import json
 import pytest
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.interop.families import read_hf_config, write_hf_config
+from spacedrive_jax.interop.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 
 from .conftest import GOLDEN, tiny_config

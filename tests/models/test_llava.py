@@ -13,8 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf, to_hf
+from spacedrive_jax.interop.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.interop.llava import FORMAT, llava_rules
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rules

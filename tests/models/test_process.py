@@ -16,7 +16,7 @@ from PIL import Image
 from spacedrive_jax import open_model
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.interop.preprocessor import read_processor_settings
+from spacedrive_jax.interop.hf_config import read_processor_settings
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
 from spacedrive_jax.models.families import FAMILIES
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig

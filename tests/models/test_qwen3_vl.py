@@ -13,8 +13,8 @@ from flax import nnx
 
 from spacedrive_jax import open_model
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
+from spacedrive_jax.interop.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig
 from spacedrive_jax.models.families.qwen3_vl import (
     FAMILY,

@@ -19,8 +19,8 @@ from spacedrive_jax.cli.main import main
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.interop.families import read_hf_config, write_hf_config
 from spacedrive_jax.interop.hf_checkpoint import to_hf
+from spacedrive_jax.interop.hf_config import read_hf_config, write_hf_config
 from spacedrive_jax.interop.internvl import FORMAT
 from spacedrive_jax.interop.peft import load_adapter, save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig

@@ -5,7 +5,7 @@ import sys
 from jax.experimental import multihost_utils
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.training.sharding import connect, failing_together
+from spacedrive_jax.training.hosts import connect, failing_together
 
 coordinator, process_id, fails = sys.argv[1:]
 with failing_together():

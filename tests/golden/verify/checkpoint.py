@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.interop.families import format_of, read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import export_tensors
+from spacedrive_jax.interop.hf_config import format_of, read_hf_config
 from spacedrive_jax.interop.spacedrive_tensors import (
     Parts,
     adapter_rules,

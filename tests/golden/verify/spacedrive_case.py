@@ -22,8 +22,8 @@ from spacedrive_jax.data.ego_status import EgoStatus, ego_status
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.data.transforms import token_fields
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.interop.families import read_hf_config
 from spacedrive_jax.interop.hf_checkpoint import fill
+from spacedrive_jax.interop.hf_config import read_hf_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import model_config, train_config
 from spacedrive_jax.interop.spacedrive_tensors import adapter_rules, base_rules, head_rules, new_row_rules

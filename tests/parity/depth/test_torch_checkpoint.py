@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.interop.dinov2 import export_module
+from spacedrive_jax.interop.depth_anything import export_module
 from spacedrive_jax.interop.unidepth import load_unidepth, unidepth_rules
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from spacedrive_jax.interop.families import format_of
+from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
