@@ -80,7 +80,7 @@ class TrainConfig:
     """Which coordinates have a position loss: the six waypoints; the first alone, held against all six
     (published `single_coords_only`, fidelity Q18); or every coordinate of the answers."""
     vae_weight: float = 1.0
-    """Of the divergence that the `vae` decoder adds."""
+    """Of the divergence that the `vae` coordinate decoder adds."""
     indicator_weight: float = 1.0
     """Of the indicator token in the cross-entropy. The published 3 never acts (fidelity Q11)."""
     seed: int = 888

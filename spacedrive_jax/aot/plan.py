@@ -49,7 +49,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def residual_bytes(config: Config, mesh: Mesh) -> int:
-    """The residual stream that the decoder's scan keeps between its blocks for the backward pass."""
+    """The residual stream that the language model's scan keeps between its blocks for the backward pass."""
     decoder, length = config.model.vlm.decoder, config.data.sequence_length
     if length % mesh.shape["tensor"] == 0:
         length //= mesh.shape["tensor"]
@@ -58,7 +58,7 @@ def residual_bytes(config: Config, mesh: Mesh) -> int:
 
 
 def product_bytes(config: Config, mesh: Mesh) -> int:
-    """What the decoder's blocks keep for the backward pass besides the residual stream.
+    """What the language model's blocks keep for the backward pass besides the residual stream.
 
     A lower bound: the products with the base's weights that their backward pass needs (query, key, value,
     attention's output, gate, up), and the attention scores where they are written out; adapters, norms and

@@ -31,7 +31,7 @@ class ImportWeights(Command):
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A transformers checkpoint (hf) or an adapter (peft), folders; a published iter_N.pth (spacedrive); a
-    LLaMA language model such as SmolLM2, to be the decoder of a SmolVLM with a fresh tower (gguf)."""
+    LLaMA language model such as SmolLM2, to be that of a SmolVLM with a fresh tower (gguf)."""
     format: Annotated[Literal["hf", "peft", "spacedrive", "gguf"], tyro.conf.arg(name="from")]
     """What the weights are."""
     out: Path

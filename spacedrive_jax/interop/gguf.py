@@ -263,7 +263,7 @@ BLOCK_NAMES = (
 
 
 def decoder_names(layers: int) -> Iterator[tuple[str, str]]:
-    """(name in the file, name in the tables of `weight_table`) of a LLaMA decoder's tensors."""
+    """(name in the file, name in the tables of `weight_table`) of a LLaMA model's tensors."""
     for theirs, ours in DECODER_NAMES:
         yield f"{theirs}.weight", f"{ours}.weight"
     for layer in range(layers):

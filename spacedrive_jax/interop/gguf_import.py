@@ -1,4 +1,4 @@
-"""A language model out of a GGUF file as the decoder of a SmolVLM-shaped base, with a fresh tower.
+"""A language model out of a GGUF file as that of a SmolVLM-shaped base, with a fresh tower.
 
 SmolVLM is SigLIP in front of SmolLM2: a SmolLM2 file gives the base its words, its tower has yet to see.
 """
@@ -187,7 +187,7 @@ def _tower(preset: str | None) -> smolvlm.SiglipVisionConfig:
 
 
 def _draw_tower(config: smolvlm.SmolVLMConfig) -> Mapping[Any, np.ndarray]:
-    """Fresh values of everything before the decoder, by path, the same bits on every processor.
+    """Fresh values of everything before the language model, by path, the same bits on every processor.
 
     Weights are uniform, of the standard deviation that training from nothing draws normally with.
     """

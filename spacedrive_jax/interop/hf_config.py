@@ -103,7 +103,7 @@ def read_special_ids(folder: Path) -> SpecialIds:
 
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-"""Fields of the decoder's config that no number depends on, and that an export hands on."""
+"""Fields of the language model's config that no number depends on, and that an export hands on."""
 
 
 def special_ids(fields: Fields, generation: Fields | None, origin: str) -> SpecialIds:

@@ -269,7 +269,7 @@ def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: A
 
 
 def decoder_fields(decoder: LanguageModelConfig) -> dict[str, Any]:
-    """What all families write of the decoder."""
+    """What all families write of the language model."""
     scaled: dict[str, Any] = {}
     if decoder.max_position_embeddings is not None:
         scaled = {
@@ -386,13 +386,13 @@ PLAIN_DECODERS: dict[str, dict[str, Any]] = {
     "llama": {**_PLAIN, "vocab_size": 32000, "intermediate_size": 11008},
     "qwen2": {**_PLAIN, "vocab_size": 151936, "intermediate_size": 22016},
 }
-"""Decoders with a one-dimensional rotary embedding, by `model_type`: what fields left out mean."""
+"""Language models with a one-dimensional rotary embedding, by `model_type`: what fields left out mean."""
 
 
 def plain_decoder(
     text: Fields, origin: str, kind: str, *, tied: bool, norm_eps: float | None = None
 ) -> LanguageModelConfig:
-    """Reads a decoder of `PLAIN_DECODERS`.
+    """Reads a language model of `PLAIN_DECODERS`.
 
     Args:
         text: Its part of the config.

@@ -24,7 +24,8 @@ processor = AutoProcessor.from_pretrained("PATH")
 model = AutoModelForImageTextToText.from_pretrained("PATH")
 ```
 
-It is the vision-language model alone: transformers has no place for the coordinate encoder and decoder.""",
+It is the vision-language model alone: transformers has no place for the coordinate encoder and the
+coordinate decoder.""",
     "safetensors": """```python
 from spacedrive_jax import Planner
 

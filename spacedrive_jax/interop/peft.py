@@ -286,5 +286,5 @@ def _targets(names: Iterable[str], path: Path) -> tuple[LoraTarget, ...]:
     names = [name for name in names if "vision" not in name]
     found = [target for target in get_args(LoraTarget) if any(f".{target}_proj." in name for name in names)]
     if not found:
-        raise CheckpointError(f"{path} adapts none of the decoder's q, k, v, o projections")
+        raise CheckpointError(f"{path} adapts none of the language model's q, k, v, o projections")
     return tuple(found)

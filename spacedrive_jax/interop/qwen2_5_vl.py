@@ -100,8 +100,8 @@ def write_qwen_config(config: QwenVLConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
     if decoder.hidden_size != decoder.num_heads * decoder.head_dim or not decoder.qkv_bias:
         raise ConfigError(
-            "transformers' Qwen2.5-VL needs hidden_size == num_heads * head_dim and qkv_bias; this decoder "
-            f"has hidden_size {decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}, "
+            "transformers' Qwen2.5-VL needs hidden_size == num_heads * head_dim and qkv_bias; this language "
+            f"model has hidden_size {decoder.hidden_size}, {decoder.num_heads} heads of {decoder.head_dim}, "
             f"qkv_bias {decoder.qkv_bias}"
         )
     return {

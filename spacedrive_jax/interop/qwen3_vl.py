@@ -164,8 +164,8 @@ def write_qwen3_config(config: Qwen3VLConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
     if decoder.qkv_bias or not (decoder.qk_norm and decoder.mrope_interleaved):
         raise ConfigError(
-            "transformers' Qwen3-VL needs qk_norm, mrope_interleaved and no qkv_bias; this decoder has "
-            f"qk_norm {decoder.qk_norm}, mrope_interleaved {decoder.mrope_interleaved}, "
+            "transformers' Qwen3-VL needs qk_norm, mrope_interleaved and no qkv_bias; this language model "
+            f"has qk_norm {decoder.qk_norm}, mrope_interleaved {decoder.mrope_interleaved}, "
             f"qkv_bias {decoder.qkv_bias}"
         )
     return {

@@ -2,7 +2,7 @@
 
 A rule ties one source name (with `{layer}` for stacked blocks) to one parameter path, and a layout change
 to its inverse. Loading reads the table forwards, exporting backwards; both are bit-exact. The tables of the
-decoder, its adapters and its new-token rows serve every family; the module of a family adds the rest.
+language model, its adapters and its new-token rows serve every family; the module of a family adds the rest.
 
 Source names are those of transformers' state dict (`model.language_model.*`, `lm_head.*`).
 
@@ -159,7 +159,7 @@ def reversed_prefixes(prefixes: Prefixes) -> Prefixes:
 
 
 def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_model") -> tuple[Rule, ...]:
-    """The table of a Qwen2.5, Qwen3 or LLaMA decoder.
+    """The table of a Qwen2.5, Qwen3 or LLaMA language model.
 
     Args:
         config: Architecture.
@@ -209,10 +209,10 @@ def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_mod
 def lora_rules(
     config: LanguageModelConfig, lora: LoraConfig, prefix: str = "base_model.model.model.language_model"
 ) -> tuple[Rule, ...]:
-    """The table of the decoder's adapters under PEFT's names.
+    """The table of the language model's adapters under PEFT's names.
 
     Args:
-        config: The decoder they sit in.
+        config: What they sit in.
         lora: Rank and targets.
         prefix: What PEFT's names start with, up to `layers`.
 

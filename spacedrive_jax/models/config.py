@@ -1,6 +1,6 @@
 """What a vision-language model is made of, as frozen, hashable values.
 
-`LanguageModelConfig` describes the language decoder alone and covers Qwen2.5 (biases, grouped heads,
+`LanguageModelConfig` describes the language model alone and covers Qwen2.5 (biases, grouped heads,
 multimodal rotary embedding), Qwen3 (normed queries and keys) and LLaMA (no biases, one-dimensional rotary
 embedding) alike.
 Reading and writing transformers' config.json is the business of `interop/`.
@@ -32,7 +32,7 @@ BaseQuantization = Literal["none", "int8", "int4"]
 AttentionChoice = Literal["auto", "xla", "cudnn", "splash"]
 
 KEPT_BY_ATTENTION = ("query", "key", "value", "attended", "residual")
-"""What `language_model` names of a decoder block, and remat `attention` keeps. With a frozen base the
+"""What `language_model` names of one of its blocks, and remat `attention` keeps. With a frozen base the
 backward pass needs little else: the gate and up products and norms, which are worked out again."""
 KEPT_BY_ATTENTION_MLP = (*KEPT_BY_ATTENTION, "gate", "up")
 """What remat `attention_mlp` keeps: of the wide products nothing is worked out again."""
@@ -45,7 +45,7 @@ _REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """A causal language decoder with pre-norm blocks, grouped-query attention and SwiGLU.
+    """The language model: a causal decoder with pre-norm blocks, grouped-query attention and SwiGLU.
 
     The defaults are those of Qwen2.5-VL-7B.
     """
@@ -195,7 +195,9 @@ class VLConfig:
     """A vision-language model; each family derives its own, with its defaults (`models.families`)."""
 
     decoder: LanguageModelConfig
+    """The language model."""
     vision: VisionConfig
+    """The vision tower."""
     image_token_id: int
 
     BOUNDS: ClassVar[Bounds] = {"image_token_id": FROM_ZERO}
@@ -231,12 +233,12 @@ class SpecialIds:
     stop_ids: tuple[int, ...] = ()
     """Ids that end an answer: all of generation_config.json, else those of config.json."""
     named: tuple[tuple[str, Ids], ...] = ()
-    """Other fields of the decoder's config, kept for an export: `bos_token_id` and the like."""
+    """Other fields of the language model's config, kept for an export: `bos_token_id` and the like."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on projections of the decoder's attention and MLP (Hu et al. 2021).
+    """Low-rank adapters on projections of the language model's attention and MLP (Hu et al. 2021).
 
     The defaults are SpaceDrive's for Qwen2.5-VL.
     """
@@ -282,7 +284,7 @@ class ComputeConfig:
     (transformers' `initializer_range`, made for widths of thousands), or of 1 / sqrt(inputs), which keeps
     signals their size: a small model drawn the first way hardly learns in its first hundreds of steps."""
     base_quantization: BaseQuantization = "none"
-    """Storage of the frozen base's projections, in decoder and vision tower: as `param_dtype` says, in
+    """Storage of the frozen base's projections, in language model and vision tower: as `param_dtype` says, in
     eight bits with a scale for every output channel, or in four with one for every 64 weights
     (`quantization`). Embedding, head, norms and biases stay in `param_dtype`."""
     remat: RematPolicy = "none"

@@ -184,7 +184,7 @@ class VaeDecoder(nnx.Module):
     def __init__(
         self, model_width: int, latent_size: int = 32, *, with_current: bool = False, rngs: nnx.Rngs
     ) -> None:
-        """Draws a fresh decoder.
+        """Draws a fresh coordinate decoder.
 
         Args:
             model_width: D.
@@ -290,7 +290,7 @@ class MlpDecoder(nnx.Module):
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
-        """Draws a fresh decoder.
+        """Draws a fresh coordinate decoder.
 
         Args:
             model_width: D.
@@ -347,7 +347,7 @@ CoordinateDecoder = MlpDecoder | VaeDecoder | GridDecoder
 def make_decoder(
     config: CoordinateDecoderConfig, model_width: int, num_waypoints: int, *, rngs: nnx.Rngs
 ) -> CoordinateDecoder:
-    """Draws the decoder that a config names."""
+    """Draws the coordinate decoder that a config names."""
     if config.is_grid:
         return GridDecoder(config)
     if config.kind == "vae":

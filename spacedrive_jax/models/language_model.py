@@ -155,7 +155,7 @@ class LanguageModel(nnx.Module):
         lora: LoraConfig | None = None,
         new_tokens: NewTokensConfig | None = None,
     ) -> None:
-        """Draws a fresh decoder.
+        """Draws a fresh language model.
 
         Args:
             config: Architecture.
@@ -382,7 +382,7 @@ def _check_new_tokens(new_tokens: NewTokensConfig, vocab_size: int) -> None:
     if not 0 <= new_tokens.first_id <= last < vocab_size:
         raise ConfigError(
             f"new tokens {new_tokens.first_id}..{last} must lie in the vocabulary of {vocab_size}; enlarge "
-            "decoder.vocab_size or mend new_tokens"
+            "model.vlm.decoder.vocab_size or mend new_tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""Building blocks shared by vision towers and decoder: norms, linear projection with optional LoRA, SwiGLU.
+"""Building blocks of vision towers and language model: norms, linear projection with optional LoRA, SwiGLU.
 
 Every parameter carries the logical names of its axes (`nnx.get_partition_spec` reads them). They are
 plain metadata: nothing is placed on devices here; `training/sharding.py` maps the names to mesh axes.

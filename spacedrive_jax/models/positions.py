@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.errors import ConfigError
 
-# Rotary position embeddings: 1-D and multimodal (three axes) for the decoder, 2-D for the vision tower.
+# Rotary position embeddings: 1-D or multimodal (three axes) for the language model, 2-D for the tower.
 #
 # Channels are paired across the two halves of a head (channel j with j + head_dim / 2), as in LLaMA.
 
@@ -37,7 +37,7 @@ def inverse_frequencies(count: int, theta: float) -> Float[np.ndarray, " count"]
 def frequency_axes(
     count: int, sections: tuple[int, ...], *, interleaved: bool = False
 ) -> Int[np.ndarray, " count"]:
-    """The position axis that each of the decoder's frequencies follows.
+    """The position axis that each of the language model's frequencies follows.
 
     Args:
         count: Half of the head size.
@@ -55,7 +55,7 @@ def frequency_axes(
 def decoder_rotary(
     position_ids: Int[Array, "A B S"], axes: Int[np.ndarray, " half"], theta: float
 ) -> RotaryTables:
-    """Rotary tables of the decoder: each frequency follows its own position axis.
+    """Rotary tables of the language model: each frequency follows its own position axis.
 
     With three axes this is the multimodal embedding of Qwen2-VL (Wang et al. 2024, section 2.1); with one it
     is the ordinary 1-D embedding.
@@ -192,7 +192,7 @@ def find_image_spans(
 
 
 def plain_positions(length: int, images: Sequence[ImageSpan]) -> RopePositions:
-    """Positions 0, 1, 2, … on every axis, images or not (decoders whose rotary embedding is 1-D)."""
+    """Positions 0, 1, 2, … on every axis, images or not (models whose rotary embedding is 1-D)."""
     del images
     return mrope_positions(length, [])
 

@@ -62,12 +62,13 @@ class ModelConfig:
     the tokens keep their frozen rows."""
     encoder: CoordinateEncoderConfig = CoordinateEncoderConfig()
     decoder: CoordinateDecoderConfig = CoordinateDecoderConfig()
+    """The coordinate decoder; the language model is `vlm.decoder`."""
     visual_positions: Literal["add", "rotate", "none"] = "add"
     """How visual tokens learn where they are: the scaled encoding is added (the paper's), they are rotated
     by their points (table 4), or not at all (table 3)."""
     coordinate_tokens: bool = True
-    """Coordinates are tokens of their own, read by the decoder. Without them the indicator is a token like
-    any other when an answer is generated."""
+    """Coordinates are tokens of their own, read by the coordinate decoder. Without them the indicator is a
+    token like any other when an answer is generated."""
     ego_status: EgoStatusInput = "both"
     """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
     ego_units: bool = False
@@ -118,7 +119,7 @@ class Outputs:
     hidden: Float[Array, "B S D"]
     """Final-normed hidden states."""
     at_indicators: Float[Array, "B C D"]
-    """What the decoder reads: the hidden states of the coordinates asked for."""
+    """What the coordinate decoder reads: the hidden states of the coordinates asked for."""
     coordinates: Float[Array, "B C 3"]
     """Decoded there, metres, ego frame; the six waypoints unless other places were asked for."""
 

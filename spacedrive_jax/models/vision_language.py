@@ -1,4 +1,4 @@
-"""What all vision-language models have in common: images into the embeddings, embeddings through the decoder.
+"""What all vision-language models share: images into the embeddings, those through the language model.
 
 `process`, `logits` and `generate` are the plain use. A model built around it (SpaceDrive) calls the steps one
 by one, so that it can change the embeddings in between: `visual_features`, `embed`, `decoder` (the language
@@ -42,16 +42,16 @@ from spacedrive_jax.models.positions import (
 
 
 class VisualFeatures(NamedTuple):
-    """What a vision tower hands to the decoder."""
+    """What a vision tower hands to the language model."""
 
     tokens: Float[Array, "I V D"]
     """Visual tokens in row-major order, for the embeddings."""
     deepstack: Float[Array, "K I V D"] | None = None
-    """What is added at those tokens behind the first K decoder blocks; None in families without."""
+    """What is added at those tokens behind the language model's first K blocks; None without deepstack."""
 
 
 class VisionLanguageModel(nnx.Module):
-    """A vision tower whose tokens stand in a language decoder's sequence."""
+    """A vision tower whose tokens stand in a language model's sequence."""
 
     config: VLConfig
     decoder: LanguageModel
@@ -75,7 +75,7 @@ class VisionLanguageModel(nnx.Module):
             config: Architecture.
             compute: Dtypes, rematerialisation, attention kernel.
             rngs: Random streams (`params`).
-            lora: Adapters on the decoder's projections; None for none.
+            lora: Adapters on the language model's projections; None for none.
             new_tokens: Ids with trainable rows of their own; None for none.
         """
         self.config = config
@@ -86,7 +86,7 @@ class VisionLanguageModel(nnx.Module):
 
     @abc.abstractmethod
     def draw_vision(self, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
-        """Draws what stands before the decoder, on the way of construction.
+        """Draws what stands before the language model, on the way of construction.
 
         Args:
             compute: Dtypes, rematerialisation, attention kernel.
@@ -97,7 +97,7 @@ class VisionLanguageModel(nnx.Module):
     def encode_images(
         self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]
     ) -> Float[Array, "I V D"]:
-        """Visual tokens of images that share a patch grid, in the decoder's width.
+        """Visual tokens of images that share a patch grid, in the language model's width.
 
         Args:
             pixel_values: Flattened normalised patches, laid out as the family's vision tower says.
@@ -291,7 +291,7 @@ class VisionLanguageModel(nnx.Module):
         layout: PromptLayout,
         grids: Grids,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "depths B S D"] | None]:
-        """Embeddings with visual tokens in their slots, and what is added behind the first decoder blocks.
+        """Embeddings with visual tokens in their slots, and what is added behind the first blocks.
 
         Args:
             token_ids: Right-padded ids.

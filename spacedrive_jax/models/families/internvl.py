@@ -1,5 +1,5 @@
-"""InternVL3 in transformers' layout: InternViT, pixel shuffle, a two-layer projector and a Qwen2.5 decoder
-(Zhu et al. 2025).
+"""InternVL3 in transformers' layout: InternViT, pixel shuffle, a two-layer projector and a
+Qwen2.5 language model (Zhu et al. 2025).
 
 Images are not cut into tiles: a view is one square image, as the published processor makes it when
 `crop_to_patches` is off.
@@ -57,7 +57,7 @@ class InternVisionConfig(SquareVisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class InternVLConfig(VLConfig):
-    """InternVL3: InternViT, pixel shuffle, a projector, a Qwen2.5 decoder; the defaults are those of 1B."""
+    """InternVL3: InternViT, pixel shuffle, a projector, Qwen2.5; the defaults are those of 1B."""
 
     decoder: LanguageModelConfig = LanguageModelConfig(
         vocab_size=151674,

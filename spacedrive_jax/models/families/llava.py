@@ -1,4 +1,4 @@
-"""LLaVA-1.5: CLIP, a two-layer projector and a LLaMA decoder as one module (Liu et al. 2024)."""
+"""LLaVA-1.5: CLIP, a two-layer projector and a LLaMA language model as one module (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ClipVisionConfig(SquareVisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig(VLConfig):
-    """LLaVA-1.5 (Liu et al. 2024): CLIP, a two-layer projector and a LLaMA decoder.
+    """LLaVA-1.5 (Liu et al. 2024): CLIP, a two-layer projector and a LLaMA language model.
 
     The defaults are those of LLaVA-1.5-7B.
     """

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: vision tower and decoder as one module (Bai et al. 2025)."""
+"""Qwen2.5-VL: vision tower and language model as one module (Bai et al. 2025)."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ class QwenTokensConfig(VLConfig):
         super().__post_init__()
         if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise ConfigError(
-                f"vision.out_hidden_size ({self.vision.out_hidden_size}) must equal decoder.hidden_size "
-                f"({self.decoder.hidden_size}), the language model's"
+                f"model.vlm.vision.out_hidden_size ({self.vision.out_hidden_size}) must equal the width of "
+                f"the language model, model.vlm.decoder.hidden_size ({self.decoder.hidden_size})"
             )
 
 
@@ -163,8 +163,8 @@ class QwenVLConfig(QwenTokensConfig):
 
 
 # Patches to visual tokens: patch embedding, blocks with 2-D rotary embedding that attend within windows (a
-# few to the whole image), and a merger of 2x2 patches into one token of the decoder's width. Shapes are
-# static for a grid; images of one call share it, and a caller with several grids loops over them.
+# few to the whole image), and a merger of 2x2 patches into one token of the language model's width. Shapes
+# are static for a grid; images of one call share it, and a caller with several grids loops over them.
 
 
 Heads = Float[Array, "I P K H"]
@@ -274,7 +274,7 @@ class QwenVision(nnx.Module):
             grid: Patch rows and columns, the same for all images; static.
 
         Returns:
-            Visual tokens in row-major order of the merged grid, in the decoder's width.
+            Visual tokens in row-major order of the merged grid, in the language model's width.
 
         Raises:
             ConfigError: If the pixels do not fit the grid or the grid does not divide into merged tokens.

@@ -1,4 +1,4 @@
-"""Qwen3-VL: vision tower with deepstack and decoder as one module (dense models; Qwen team 2025)."""
+"""Qwen3-VL: vision tower with deepstack and language model as one module (dense models; Qwen team 2025)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Qwen3VisionConfig(QwenTowerConfig):
 
 
 def _decoder(width: int, inner: int, layers: int, heads: int, *, tied: bool) -> LanguageModelConfig:
-    """What the released decoders have in common."""
+    """What the released language models have in common."""
     return LanguageModelConfig(
         vocab_size=151936,
         hidden_size=width,
@@ -108,7 +108,7 @@ class Qwen3VLConfig(QwenTokensConfig):
         if len(self.vision.deepstack_blocks) > self.decoder.num_layers:
             raise ConfigError(
                 f"{len(self.vision.deepstack_blocks)} deepstack_blocks do not fit {self.decoder.num_layers} "
-                "decoder blocks"
+                "blocks of the language model"
             )
 
     @classmethod
@@ -158,7 +158,7 @@ def _merger(
 
 
 class Deepstack(nnx.Module):
-    """The mergers of the blocks whose outputs the decoder gets too, stacked."""
+    """The mergers of the blocks whose outputs the language model gets too, stacked."""
 
     def __init__(self, config: Qwen3VisionConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> None:
         self.compute = compute
@@ -222,8 +222,8 @@ class Qwen3Vision(nnx.Module):
             grid: Patch rows and columns, the same for all images; static.
 
         Returns:
-            Visual tokens in row-major order of the merged grid, in the decoder's width, and what goes to
-            deeper blocks.
+            Visual tokens in row-major order of the merged grid, in the language model's width, and what
+            goes to deeper blocks.
 
         Raises:
             ConfigError: If the pixels do not fit the grid or the grid does not divide into merged tokens.
@@ -284,7 +284,9 @@ def _neighbours(
 
 
 class Qwen3VL(MultimodalRope):
-    """The vision-language model; its vision tower hands over tokens of the decoder's width, and deepstack."""
+    """The vision-language model; its vision tower hands over tokens of the language model's width, and
+    deepstack.
+    """
 
     config: Qwen3VLConfig
 

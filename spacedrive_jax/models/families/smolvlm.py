@@ -1,4 +1,4 @@
-"""SmolVLM and SmolVLM2: SigLIP, pixel shuffle and a LLaMA decoder as one module (Marafioti et al. 2025).
+"""SmolVLM and SmolVLM2: SigLIP, pixel shuffle and a LLaMA language model (Marafioti et al. 2025).
 
 Images are not split into tiles: a view is one square image, as the published processor makes it when
 `do_image_splitting` is off.
@@ -46,7 +46,7 @@ class SiglipVisionConfig(SquareVisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SmolVLMConfig(VLConfig):
-    """SmolVLM: SigLIP, pixel shuffle, one linear layer, a LLaMA decoder; the defaults are those of 500M."""
+    """SmolVLM: SigLIP, pixel shuffle, one linear layer, LLaMA; the defaults are those of 500M."""
 
     decoder: LanguageModelConfig = LanguageModelConfig(
         vocab_size=49280,
