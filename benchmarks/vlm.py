@@ -150,7 +150,7 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         def loss(adapters: nnx.State) -> jax.Array:
             whole = nnx.merge(graph, adapters, rest)
             embeddings, _ = whole.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
-            hidden, _ = whole.decode(embeddings, jnp.asarray(layout.position_ids))
+            hidden, _ = whole.decoder(embeddings, jnp.asarray(layout.position_ids))
             scores = jax.nn.log_softmax(whole.decoder.logits(hidden[:, :-1]))
             return -jnp.take_along_axis(scores, jnp.asarray(token_ids)[:, 1:, None], axis=-1).mean()
 

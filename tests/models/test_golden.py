@@ -47,7 +47,7 @@ def test_golden_adapters_take_part(golden_arrays, golden_model):
         jnp.asarray(golden_arrays["inputs_embeds"]),
         jnp.asarray(golden_arrays["position_ids"]),
     )
-    final, _ = without.decode(embeddings, position_ids)
+    final, _ = without.decoder(embeddings, position_ids)
     logits = without.decoder.logits(final[:, golden_arrays["places"]])
     assert worst(logits, golden_arrays["logits"]) > 100 * TOLERANCE
 

@@ -85,7 +85,7 @@ def test_decoder_with_adapters_gives_hidden_states_and_logits(arrays, adapted):
     hidden = adapted.decoder.hidden_states(embeddings, position_ids)[:, :, arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], arrays[f"hidden_states_{layer}"]) < TOLERANCE
-    final, _ = adapted.decode(embeddings, position_ids)
+    final, _ = adapted.decoder(embeddings, position_ids)
     logits = adapted.decoder.logits(final[:, arrays["places"]])
     assert worst(logits, arrays["logits"]) < TOLERANCE
 

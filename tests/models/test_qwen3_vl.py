@@ -135,7 +135,7 @@ def test_remat_and_adapters_change_no_gradient(prompt, options):
                 embeddings, deepstack = whole.embed_prompt(
                     jnp.asarray(tokens), jnp.asarray(inputs["images"]), layout, grids
                 )
-                hidden, _ = whole.decode(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
+                hidden, _ = whole.decoder(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
                 return jnp.square(hidden).sum()
 
             return jax.grad(loss)(adapters)
