@@ -1,16 +1,25 @@
-"""What the parity tests of all families share: how close is close, and the adapters' gradients."""
+"""What the parity tests of all families compare with transformers and peft, and how close is close."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from PIL import Image
 
+from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
 from spacedrive_jax.interop.hf_config import format_of
+from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+
+torch = pytest.importorskip("torch", reason="parity tests need torch")
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference over the largest magnitude of a tensor."""
@@ -99,3 +108,134 @@ def assert_same_lora_gradients(model, adapted, torch_inputs, token_ids, images, 
             theirs = parameters[name.replace(".weight", ".default.weight")].grad
             assert theirs.abs().max() > 0
             assert_close(rule.export(stacked[layer]), theirs, name)
+
+
+def right_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (B, S), 0 behind each prompt, and lengths."""
+    lengths = np.array([len(each) for each in prompts])
+    token_ids = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, each in zip(token_ids, prompts, strict=True):
+        row[: len(each)] = each
+    return token_ids, lengths
+
+
+def assert_same_hidden_states_and_logits(
+    model: VisionLanguageModel,
+    theirs: Any,
+    token_ids: np.ndarray,
+    lengths: np.ndarray,
+    images: Mapping[str, Any],
+    arguments: Sequence[Mapping[str, Any]],
+) -> None:
+    """Compares what leaves every block, and the logits, of each sample.
+
+    Args:
+        model: the model.
+        theirs: transformers'.
+        token_ids: right-padded.
+        lengths: of the prompts.
+        images: `images` and `image_grid` of all samples.
+        arguments: transformers' arguments, sample by sample.
+    """
+    ours = model.logits(token_ids, lengths=lengths, **images)
+    hidden = hidden_states(model, token_ids, images["images"], images["image_grid"], lengths)
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            expected = theirs(**arguments[row], output_hidden_states=True)
+        assert len(expected.hidden_states) == len(hidden)
+        for layer, each in enumerate(expected.hidden_states):
+            assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
+        assert_close(ours[row, :length], expected.logits[0], "logits")
+
+
+def assert_same_answers(
+    model: VisionLanguageModel,
+    theirs: Any,
+    token_ids: np.ndarray,
+    lengths: np.ndarray,
+    images: Mapping[str, Any],
+    arguments: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+    """Compares twelve generated ids of each sample; the arguments are those of the function above."""
+    ours = model.generate(token_ids, lengths=lengths, max_new_tokens=12, stop_ids=(), **images)
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            expected = theirs.generate(**arguments[row], **greedy)
+        np.testing.assert_array_equal(ours[row], expected[0, length:].numpy())
+    assert len(np.unique(ours)) > 4  # not one token again and again
+    return ours
+
+
+def assert_bit_exact_export(
+    model: VisionLanguageModel, theirs: Any, folder: Path, *, naming: str, max_shard_bytes: int
+) -> Any:
+    """Exports in several files, has transformers load them, and compares every tensor; returns its model."""
+    to_hf(model, folder, naming=naming, max_shard_bytes=max_shard_bytes)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    again, report = type(theirs).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    _assert_same_tensors(again, theirs)
+    return again.eval()
+
+
+def _assert_same_tensors(ours: Any, theirs: Any) -> None:
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def assert_same_adapters(
+    folder: Path,
+    theirs: Any,
+    settings: Any,
+    token_ids: np.ndarray,
+    images: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    tmp_path: Path,
+) -> None:
+    """Random adapters of peft's, read, differentiated, written and merged.
+
+    Args:
+        folder: the base.
+        theirs: transformers' model of it.
+        settings: peft's `LoraConfig`.
+        token_ids: one sample, (1, S).
+        images: its `images` and `image_grid`.
+        arguments: transformers' arguments for it.
+        tmp_path: to write into.
+    """
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(7)
+
+    def base() -> Any:
+        return type(theirs).from_pretrained(folder, dtype=torch.float32)
+
+    adapted = peft.get_peft_model(base(), settings).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.1)
+    adapted.save_pretrained(tmp_path / "theirs")
+    lora = read_peft_config(tmp_path / "theirs")
+    assert (lora.rank, lora.scaling) == (settings.r, settings.lora_alpha / settings.r)
+    model = from_hf(folder, lora=lora)
+    load_adapter(model, tmp_path / "theirs")
+    ours = model.logits(token_ids, **images)
+    with torch.no_grad():
+        expected, plain = adapted(**arguments).logits[0], theirs(**arguments).logits[0]
+    assert (expected - plain).abs().max() > 0.01
+    assert_close(ours[0], expected, "adapted logits")
+    assert_same_lora_gradients(model, adapted, arguments, token_ids, images["images"], images["image_grid"])
+
+    save_adapter(model, tmp_path / "ours", base_model=str(folder))
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    _assert_same_tensors(again, adapted)
+    to_hf(model, tmp_path / "merged", merged=True)
+    merged = type(theirs).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        # Of equal weights; torch's last bit depends on where in memory they lie.
+        assert_close(again(**arguments).logits[0], expected, "logits of the exported adapters")
+        assert_close(ours[0], merged(**arguments).logits[0], "logits of the merged export")

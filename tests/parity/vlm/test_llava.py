@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
-from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
+from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.models.families.llava import Llava
 from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.image_processor import flatten_patches
 from tests.parity.vlm.comparison import (
+    assert_bit_exact_export,
     assert_close,
-    assert_same_lora_gradients,
+    assert_same_adapters,
+    assert_same_answers,
+    assert_same_hidden_states_and_logits,
     assert_same_pixels,
-    hidden_states,
+    right_padded,
 )
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
@@ -112,10 +114,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         [*text(5), *images * case.images, *text(4)],
         [piece for _ in range(case.images) for piece in (*text(1), *images)] + text(3),
     ]
-    lengths = np.array([len(each) for each in prompts])
-    token_ids = np.zeros((2, lengths.max()), np.int32)
-    for row, each in zip(token_ids, prompts, strict=True):
-        row[: len(each)] = each
+    token_ids, lengths = right_padded(prompts)
     pixels = generator.standard_normal((2, case.images, 3, 56, 56)).astype(np.float32)
     return Inputs(token_ids, lengths, pixels)
 
@@ -129,22 +128,23 @@ def torch_inputs(inputs: Inputs, row: int) -> dict:
     }
 
 
+def compared(pair: Pair, inputs: Inputs) -> tuple:
+    """What the comparisons of both models take."""
+    images = {"images": inputs.patches, "image_grid": GRID}
+    arguments = [torch_inputs(inputs, row) for row in range(2)]
+    return pair.ours, pair.theirs, inputs.token_ids, inputs.lengths, images, arguments
+
+
 def test_features_hidden_states_and_logits(pair):
     inputs = make_inputs(pair.case)
-    ours = pair.ours.logits(inputs.token_ids, images=inputs.patches, image_grid=GRID, lengths=inputs.lengths)
+    assert_same_hidden_states_and_logits(*compared(pair, inputs))
     patches = jnp.asarray(inputs.patches)
     features = pair.ours.encode_images(patches.reshape(-1, *patches.shape[2:]), GRID)
     features = features.reshape(len(patches), -1, features.shape[-1])
-    hidden = hidden_states(pair.ours, inputs.token_ids, patches, GRID, inputs.lengths)
-    for row, length in enumerate(inputs.lengths):
+    for row, ours in enumerate(features):
         with torch.no_grad():
-            theirs = pair.theirs(**torch_inputs(inputs, row), output_hidden_states=True)
-        their_features = theirs.image_hidden_states
-        assert_close(features[row], torch.cat(list(their_features)).reshape(features[row].shape), "features")
-        assert len(theirs.hidden_states) == len(hidden)
-        for layer, each in enumerate(theirs.hidden_states):
-            assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
-        assert_close(ours[row, :length], theirs.logits[0], "logits")
+            theirs = pair.theirs(**torch_inputs(inputs, row)).image_hidden_states
+        assert_close(ours, torch.cat(list(theirs)).reshape(ours.shape), "features")
 
 
 def test_processed_images(pair):
@@ -154,89 +154,22 @@ def test_processed_images(pair):
 
 
 def test_generated_ids(pair):
-    inputs = make_inputs(pair.case, seed=2)
-    ours = pair.ours.generate(
-        inputs.token_ids,
-        images=inputs.patches,
-        image_grid=GRID,
-        lengths=inputs.lengths,
-        max_new_tokens=12,
-        stop_ids=(),
-    )
-    for row, length in enumerate(inputs.lengths):
-        with torch.no_grad():
-            theirs = pair.theirs.generate(
-                **torch_inputs(inputs, row),
-                max_new_tokens=12,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
-    assert len(np.unique(ours)) > 4  # not one token again and again
+    assert_same_answers(*compared(pair, make_inputs(pair.case, seed=2)))
 
 
 @pytest.mark.parametrize("naming", ["hub", "transformers"])
 def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
-    folder = tmp_path / "exported"
-    to_hf(pair.ours, folder, naming=naming, max_shard_bytes=300_000)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    again, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+    assert_bit_exact_export(
+        pair.ours, pair.theirs, tmp_path / "exported", naming=naming, max_shard_bytes=300_000
     )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    theirs, exported = pair.theirs.state_dict(), again.state_dict()
-    assert theirs.keys() == exported.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, exported[name]), name
 
 
 def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(7)
-
-    def base():
-        return transformers.LlavaForConditionalGeneration.from_pretrained(pair.folder, dtype=torch.float32)
-
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=4, lora_dropout=0.05, target_modules=r".*language_model.*\.(k|v|o)_proj"
-    )
-    adapted = peft.get_peft_model(base(), settings).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.1)
-    adapted.save_pretrained(tmp_path / "theirs")
-
-    lora = read_peft_config(tmp_path / "theirs")
-    assert (lora.rank, lora.scaling, set(lora.targets)) == (4, 1.0, set(llava_lora(16).targets))
-    model = from_hf(pair.folder, lora=lora)
-    load_adapter(model, tmp_path / "theirs")
+    targets = llava_lora(16).targets
+    modules = rf".*language_model.*\.({'|'.join(targets)})_proj"
+    settings = peft.LoraConfig(r=4, lora_alpha=4, lora_dropout=0.05, target_modules=modules)
     inputs = make_inputs(pair.case, seed=3)
-    length = inputs.lengths[0]
-    ours = model.logits(inputs.token_ids[:1, :length], images=inputs.patches[:1], image_grid=GRID)
-    with torch.no_grad():
-        theirs = adapted(**torch_inputs(inputs, 0)).logits[0]
-        plain = pair.theirs(**torch_inputs(inputs, 0)).logits[0]
-    assert (theirs - plain).abs().max() > 0.01
-    assert_close(ours[0], theirs, "adapted logits")
-    assert_same_lora_gradients(
-        model, adapted, torch_inputs(inputs, 0), inputs.token_ids[:1, :length], inputs.patches[:1], GRID
-    )
-
-    save_adapter(model, tmp_path / "ours", base_model=str(pair.folder))
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    assert adapted.state_dict().keys() == again.state_dict().keys()
-    for name, tensor in adapted.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    with torch.no_grad():
-        assert torch.equal(again(**torch_inputs(inputs, 0)).logits[0], theirs)
-
-    to_hf(model, tmp_path / "merged", merged=True)
-    merged = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32
-    )
-    with torch.no_grad():
-        folded = merged.eval()(**torch_inputs(inputs, 0)).logits[0]
-    assert_close(ours[0, :length], folded, "logits of the merged export")
+    token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
+    images, arguments = {"images": inputs.patches[:1], "image_grid": GRID}, torch_inputs(inputs, 0)
+    assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)

@@ -14,12 +14,18 @@ from PIL import Image
 
 from spacedrive_jax import open_model
 from spacedrive_jax.data.tokenizer import load_tokenizer
-from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
-from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
+from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.models.families import smolvlm
 from spacedrive_jax.models.family import IMAGE_PLACEHOLDER, Message
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from tests.parity.vlm.comparison import assert_close, assert_same_lora_gradients, hidden_states
+from tests.parity.vlm.comparison import (
+    assert_bit_exact_export,
+    assert_close,
+    assert_same_adapters,
+    assert_same_answers,
+    assert_same_hidden_states_and_logits,
+    right_padded,
+)
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers")
@@ -153,10 +159,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         [*text(5), *images * case.images, *text(4)],
         [piece for _ in range(case.images) for piece in (*text(1), *images)] + text(3),
     ]
-    lengths = np.array([len(each) for each in prompts])
-    token_ids = np.zeros((2, lengths.max()), np.int32)
-    for row, each in zip(token_ids, prompts, strict=True):
-        row[: len(each)] = each
+    token_ids, lengths = right_padded(prompts)
 
     def photo() -> np.ndarray:
         size = generator.integers(20, 160, 2)
@@ -184,6 +187,12 @@ def torch_inputs(pair: Pair, inputs: Inputs, row: int) -> dict[str, Any]:
 def our_images(pair: Pair, inputs: Inputs) -> dict[str, Any]:
     patches, grid = pair.ours.process([each for sample in inputs.photos for each in sample])
     return {"images": patches, "image_grid": grid}
+
+
+def compared(pair: Pair, inputs: Inputs) -> tuple[Any, ...]:
+    """What the comparisons of both models take."""
+    arguments = [torch_inputs(pair, inputs, row) for row in range(2)]
+    return pair.ours, pair.theirs, inputs.token_ids, inputs.lengths, our_images(pair, inputs), arguments
 
 
 def test_processor_pixels_are_bit_equal(pair):
@@ -232,42 +241,23 @@ def test_smolvlms_conversation_is_that_of_its_template():
 
 def test_features_hidden_states_and_logits(pair):
     inputs = make_inputs(pair.case)
+    assert_same_hidden_states_and_logits(*compared(pair, inputs))
     given = our_images(pair, inputs)
-    ours = pair.ours.logits(inputs.token_ids, lengths=inputs.lengths, **given)
     patches = jnp.asarray(given["images"]).reshape(2 * pair.case.images, -1, given["images"].shape[-1])
     features = pair.ours.encode_images(patches, pair.case.grid)
     features = features.reshape(2, -1, features.shape[-1])
-    hidden = hidden_states(pair.ours, inputs.token_ids, given["images"], given["image_grid"], inputs.lengths)
-    for row, length in enumerate(inputs.lengths):
-        arguments = torch_inputs(pair, inputs, row)
+    for row, ours in enumerate(features):
         with torch.no_grad():
-            theirs = pair.theirs(**arguments, output_hidden_states=True)
-            their_features = pair.theirs.get_image_features(arguments["pixel_values"]).pooler_output
-        if isinstance(their_features, list | tuple):
-            their_features = torch.cat(their_features)
-        assert_close(features[row], their_features.reshape(features[row].shape), "features")
-        assert len(theirs.hidden_states) == len(hidden)
-        for layer, each in enumerate(theirs.hidden_states):
-            assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
-        assert_close(ours[row, :length], theirs.logits[0], "logits")
+            theirs = pair.theirs.get_image_features(
+                torch_inputs(pair, inputs, row)["pixel_values"]
+            ).pooler_output
+        if isinstance(theirs, list | tuple):
+            theirs = torch.cat(theirs)
+        assert_close(ours, theirs.reshape(ours.shape), "features")
 
 
 def test_generated_ids(pair):
-    inputs = make_inputs(pair.case, seed=2)
-    ours = pair.ours.generate(
-        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, stop_ids=(), **our_images(pair, inputs)
-    )
-    for row, length in enumerate(inputs.lengths):
-        with torch.no_grad():
-            theirs = pair.theirs.generate(
-                **torch_inputs(pair, inputs, row),
-                max_new_tokens=12,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
-    assert len(np.unique(ours)) > 4  # not one token again and again
+    assert_same_answers(*compared(pair, make_inputs(pair.case, seed=2)))
 
 
 def test_answers_end_where_transformers_ends_them(pair, tmp_path):
@@ -293,70 +283,21 @@ def test_answers_end_where_transformers_ends_them(pair, tmp_path):
 @pytest.mark.parametrize("naming", ["hub", "transformers"])
 def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
     folder = tmp_path / "exported"
-    to_hf(pair.ours, folder, naming=naming, max_shard_bytes=200_000)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    again, report = pair.kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    theirs, exported = pair.theirs.state_dict(), again.state_dict()
-    assert theirs.keys() == exported.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, exported[name]), name
+    again = assert_bit_exact_export(pair.ours, pair.theirs, folder, naming=naming, max_shard_bytes=200_000)
     inputs = make_inputs(pair.case)
     with torch.no_grad():
         arguments = torch_inputs(pair, inputs, 0)
         # Of equal weights; torch's last bit depends on where in memory they lie.
-        assert_close(again.eval()(**arguments).logits, pair.theirs(**arguments).logits, "logits")
+        assert_close(again(**arguments).logits, pair.theirs(**arguments).logits, "logits")
     assert from_hf(folder).config == pair.ours.config
 
 
 def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(7)
-
-    def base() -> Any:
-        return pair.kind.from_pretrained(pair.folder, dtype=torch.float32)
-
     modules = rf".*{pair.case.decoder}.*\.(q|k|v|o|gate|up|down)_proj"
     settings = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=modules)
-    adapted = peft.get_peft_model(base(), settings).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.1)
-    adapted.save_pretrained(tmp_path / "theirs")
-
-    lora = read_peft_config(tmp_path / "theirs")
-    assert (lora.rank, lora.scaling, set(lora.targets)) == (
-        4,
-        2.0,
-        {"q", "k", "v", "o", "gate", "up", "down"},
-    )
-    model = from_hf(pair.folder, lora=lora)
-    load_adapter(model, tmp_path / "theirs")
     inputs = make_inputs(pair.case, seed=3)
-    length = inputs.lengths[0]
-    patches, grid = model.process(inputs.photos[0])
-    token_ids = inputs.token_ids[:1, :length]
-    ours = model.logits(token_ids, images=patches, image_grid=grid)
-    arguments = torch_inputs(pair, inputs, 0)
-    with torch.no_grad():
-        theirs = adapted(**arguments).logits[0]
-        plain = pair.theirs(**arguments).logits[0]
-    assert (theirs - plain).abs().max() > 0.01
-    assert_close(ours[0], theirs, "adapted logits")
-    assert_same_lora_gradients(model, adapted, arguments, token_ids, patches, grid)
-
-    save_adapter(model, tmp_path / "ours", base_model=str(pair.folder))
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    assert adapted.state_dict().keys() == again.state_dict().keys()
-    for name, tensor in adapted.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    with torch.no_grad():
-        assert_close(again(**arguments).logits[0], theirs, "logits of the exported adapters")
-
-    to_hf(model, tmp_path / "merged", merged=True)
-    merged = pair.kind.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    with torch.no_grad():
-        folded = merged.eval()(**arguments).logits[0]
-    assert_close(ours[0], folded, "logits of the merged export")
+    patches, grid = pair.ours.process(inputs.photos[0])
+    token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
+    images, arguments = {"images": patches, "image_grid": grid}, torch_inputs(pair, inputs, 0)
+    assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from spacedrive_jax import open_model
-from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
-from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.models.families.qwen3_vl import Qwen3VL
 from tests.parity.vlm.comparison import (
+    assert_bit_exact_export,
     assert_close,
-    assert_same_lora_gradients,
+    assert_same_adapters,
+    assert_same_answers,
+    assert_same_hidden_states_and_logits,
     assert_same_pixels,
-    hidden_states,
+    right_padded,
 )
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
@@ -128,13 +129,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             pieces += [generator.integers(0, 500, words), image]
         return np.concatenate([*pieces, generator.integers(0, 500, words)]).astype(np.int32)
 
-    prompts = [prompt(5), prompt(3)]
-    lengths = np.array([len(each) for each in prompts])
-    token_ids = np.zeros((2, lengths.max()), np.int32)
-    for row, each in zip(token_ids, prompts, strict=True):
-        row[: len(each)] = each
+    token_ids, lengths = right_padded([prompt(5), prompt(3)])
     count = sum(rows * columns for rows, columns in case.grids)
-    patches = [generator.standard_normal((count, K)).astype(np.float32) for _ in prompts]
+    patches = [generator.standard_normal((count, K)).astype(np.float32) for _ in lengths]
     return Inputs(token_ids, lengths, patches, case.grids)
 
 
@@ -149,17 +146,14 @@ def torch_inputs(inputs: Inputs, row: int) -> dict:
     return values
 
 
+def compared(pair: Pair, inputs: Inputs) -> tuple:
+    """What the comparisons of both models take."""
+    arguments = [torch_inputs(inputs, row) for row in range(2)]
+    return pair.ours, pair.theirs, inputs.token_ids, inputs.lengths, inputs.images, arguments
+
+
 def test_logits_and_hidden_states(pair):
-    inputs = make_inputs(pair.case)
-    ours = pair.ours.logits(inputs.token_ids, lengths=inputs.lengths, **inputs.images)
-    hidden = hidden_states(pair.ours, inputs.token_ids, *inputs.images.values(), inputs.lengths)
-    for row, length in enumerate(inputs.lengths):
-        with torch.no_grad():
-            theirs = pair.theirs(**torch_inputs(inputs, row), output_hidden_states=True)
-        assert len(theirs.hidden_states) == len(hidden)
-        for layer, each in enumerate(theirs.hidden_states):
-            assert_close(hidden[layer, row, :length], each[0], f"hidden state {layer}")
-        assert_close(ours[row, :length], theirs.logits[0], "logits")
+    assert_same_hidden_states_and_logits(*compared(pair, make_inputs(pair.case)))
 
 
 def test_visual_tokens_and_deepstack(pair):
@@ -180,21 +174,7 @@ def test_visual_tokens_and_deepstack(pair):
 
 
 def test_generated_ids(pair):
-    inputs = make_inputs(pair.case, seed=2)
-    ours = pair.ours.generate(
-        inputs.token_ids, lengths=inputs.lengths, max_new_tokens=12, stop_ids=(), **inputs.images
-    )
-    for row, length in enumerate(inputs.lengths):
-        with torch.no_grad():
-            theirs = pair.theirs.generate(
-                **torch_inputs(inputs, row),
-                max_new_tokens=12,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
-    assert len(np.unique(ours)) > 4  # not one token again and again
+    assert_same_answers(*compared(pair, make_inputs(pair.case, seed=2)))
 
 
 @pytest.mark.parametrize("own_settings", [False, True])
@@ -217,71 +197,23 @@ def test_processed_images(pair, tmp_path, own_settings):
 
 @pytest.mark.parametrize("naming", ["hub", "transformers"])
 def test_export_is_bit_exact_and_loads_in_transformers(pair, tmp_path, naming):
-    folder = tmp_path / "exported"
-    to_hf(pair.ours, folder, naming=naming, max_shard_bytes=200_000)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    again, report = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+    again = assert_bit_exact_export(
+        pair.ours, pair.theirs, tmp_path / "exported", naming=naming, max_shard_bytes=200_000
     )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    theirs, exported = pair.theirs.state_dict(), again.state_dict()
-    assert theirs.keys() == exported.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, exported[name]), name
     assert again.config.text_config.rope_parameters == pair.theirs.config.text_config.rope_parameters
     inputs = make_inputs(pair.case, seed=5)
     with torch.no_grad():
-        before, after = (model(**torch_inputs(inputs, 0)).logits for model in (pair.theirs, again.eval()))
+        before, after = (model(**torch_inputs(inputs, 0)).logits for model in (pair.theirs, again))
     assert torch.equal(before, after)
 
 
 def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(7)
-
-    def base():
-        model = transformers.Qwen3VLForConditionalGeneration
-        return model.from_pretrained(pair.folder, dtype=torch.float32)
-
-    settings = peft.LoraConfig(
-        r=4,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-    )
-    adapted = peft.get_peft_model(base(), settings).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.1)
-    adapted.save_pretrained(tmp_path / "theirs")
-
-    model = from_hf(pair.folder, lora=read_peft_config(tmp_path / "theirs"))
-    load_adapter(model, tmp_path / "theirs")
+    modules = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=modules)
     inputs = make_inputs(pair.case, seed=3)
-    length, images = inputs.lengths[0], inputs.images
-    ours = model.logits(inputs.token_ids, lengths=inputs.lengths, **images)
-    with torch.no_grad():
-        theirs = adapted(**torch_inputs(inputs, 0)).logits[0]
-        plain = pair.theirs(**torch_inputs(inputs, 0)).logits[0]
-    assert (theirs - plain).abs().max() > 0.01
-    assert_close(ours[0, :length], theirs, "adapted logits")
+    token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
     alone = (None, None) if not inputs.grids else (inputs.patches[0], np.asarray(inputs.grids))
-    sample = inputs.token_ids[:1, :length]
-    assert_same_lora_gradients(model, adapted, torch_inputs(inputs, 0), sample, *alone)
-
-    save_adapter(model, tmp_path / "ours", base_model=str(pair.folder))
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    for name, tensor in adapted.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    with torch.no_grad():
-        assert torch.equal(again(**torch_inputs(inputs, 0)).logits[0], theirs)
-
-    to_hf(model, tmp_path / "merged", merged=True)
-    merged = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32
-    )
-    with torch.no_grad():
-        folded = merged.eval()(**torch_inputs(inputs, 0)).logits[0]
-    assert_close(ours[0, :length], folded, "logits of the merged export")
+    images = dict(zip(("images", "image_grid"), alone, strict=True))
+    arguments = torch_inputs(inputs, 0)
+    assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)
