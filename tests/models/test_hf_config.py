@@ -101,7 +101,7 @@ def test_folder_of_the_golden_model():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, "'yarn'"),
         ({"rope_scaling": {"type": "mrope"}}, "'mrope_section' is missing"),
-        ({"hidden_size": 2048}, "must equal decoder.hidden_size"),
+        ({"hidden_size": 2048}, "must equal the width of the language model"),
     ],
 )
 def test_what_is_not_supported_is_refused(change, message):
