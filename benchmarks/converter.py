@@ -129,6 +129,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row)
 
 
+def _rows(table: Path) -> int:
+    """Rows of a table that `write_scaled` wrote: one a line, between brackets."""
+    with table.open() as file:
+        return max(sum(1 for _ in file) - 2, 0)
+
+
 def convert(checkout: Path, root: Path, out: Path, workers: int, seconds: float) -> dict[str, float]:
     """Converts with a checkout until that many seconds after the first shard, or to the end.
 
@@ -203,24 +209,30 @@ def _group_seconds(group: int) -> float:
 def main() -> None:
     """Writes tables, converts, prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="a small nuScenes folder")
+    parser.add_argument("--source", type=Path, help="a small nuScenes folder")
     parser.add_argument("--version", default="v1.0-mini")
     parser.add_argument("--keyframes", type=int, default=34_340)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="of writing records")
     parser.add_argument("--against", type=Path, help="another checkout, converts the same")
     parser.add_argument("--only-write", type=Path, help="write the folder here and stop")
+    parser.add_argument("--written", type=Path, help="convert the folder that --only-write wrote")
     parser.add_argument("--out", type=Path, help="write the table here as well")
     options = parser.parse_args()
+    if (options.source is None) == (options.written is None):
+        parser.error("give either --source or --written")
     if options.only_write is not None:
         print(write_scaled(options.source, options.version, options.keyframes, options.only_write))
         return
     checkouts = {"this": Path.cwd()} | ({"against": options.against} if options.against else {})
     lines = []
     with tempfile.TemporaryDirectory() as made:
-        root = Path(made) / "nuscenes"
-        counts = write_scaled(options.source, options.version, options.keyframes, root)
-        sizes = {name: (root / NAME / f"{name}.json").stat().st_size / 1e6 for name in counts}
+        root = options.written or Path(made) / "nuscenes"
+        if options.written is None:
+            write_scaled(options.source, options.version, options.keyframes, root)
+        tables = {path.stem: path for path in (root / NAME).glob("*.json")}
+        counts = {name: _rows(path) for name, path in tables.items()}
+        sizes = {name: path.stat().st_size / 1e6 for name, path in tables.items()}
         digests = {}
         for name, checkout in checkouts.items():
             out = Path(made) / name
