@@ -108,6 +108,9 @@ class Command:
                         )
                     if not is_bucket(path):
                         require_replaceable(path)
+                        folder = next(each for each in Path(real).parents if each.exists())
+                        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                            raise ConfigError(f"{flag}: the folder {folder} cannot be written to")
                     if os.path.basename(real) in KEPT_NAMES:
                         raise ConfigError(
                             f"{flag}: runs, records or weights keep something else there: name another"

@@ -473,7 +473,7 @@ def remove_stale(path: str | os.PathLike[str]) -> None:
     prefix = f".{final.name}.{_UNFINISHED}"
     for found in final.parent.glob(f"{glob.escape(prefix)}*"):
         number = found.name.removeprefix(prefix)
-        if number.isdigit() and not _is_alive(int(number)):
+        if number.isdecimal() and not _is_alive(int(number)):
             shutil.rmtree(found, ignore_errors=True)
 
 

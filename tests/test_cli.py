@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import data_prep.cli.main
 import spacedrive_jax.cli.main
+from data_prep.cli.inspect import Inspect
 from spacedrive_jax import console
 from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.cli.drive import Drive
@@ -18,6 +20,7 @@ from spacedrive_jax.cli.predict import Predict
 from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.show import Show
 from spacedrive_jax.cli.study import Study
+from spacedrive_jax.cli.train import Train
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from tests.conftest import ROOT
 
@@ -242,6 +245,29 @@ def test_no_output_replaces_what_is_read(tmp_path, monkeypatch):
         Drive(policy="expert", video=Path("x.mp4"), rerun=Path("x.mp4"))
     with pytest.raises(ConfigError, match="among the pictures"):
         Show(run, images=Path(), calibration=Path("c.json"), image=Path("CAM_FRONT.jpg")).run()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for flag in ("video", "rerun", "collect"):
+        with pytest.raises(ConfigError, match=rf"--{flag} .*: the folder {tmp_path} cannot be written to"):
+            Drive(policy="expert", **{flag: tmp_path / "new" / "x"})
+
+
+def test_flags_that_would_say_nothing_are_refused():
+    run = Path("run")
+    with pytest.raises(ConfigError, match="--language-data goes with --task counterfactual"):
+        Predict(run, Path("r"), language_data=Path("l")).run()
+    with pytest.raises(ConfigError, match="--protocol and --workers go with several runs"):
+        Report((run,), protocol="uniad").run()
+    with pytest.raises(ConfigError, match="give one of them"):
+        Train("demo", resume=True, overwrite=True, dry_run=True).run()
+    with pytest.raises(ConfigError, match="give --resume with it"):
+        Train("demo", accept_changes=True, overwrite=True).run()
+    with pytest.raises(ConfigError, match="--depth-cache says whose depth --points lifts"):
+        Inspect(run, depth_cache="full").run()
+    with pytest.raises(ConfigError, match=r"--points a\.xyz: point clouds are written as \.ply"):
+        Inspect(run, points=Path("a.xyz")).run()
 
 
 def test_a_study_is_not_written_into_a_run(tmp_path):

@@ -153,6 +153,6 @@ def _sides(text: str, flag: str, example: str) -> tuple[int, int]:
         ConfigError: it is something else.
     """
     first, _, second = text.partition("x")
-    if not (first.isdigit() and second.isdigit()):
+    if not (first.isdecimal() and second.isdecimal()):
         raise ConfigError(f"{flag} {text!r}: expected two numbers such as {example}")
     return int(first), int(second)

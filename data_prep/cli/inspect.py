@@ -56,6 +56,10 @@ class Inspect(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Prints the record; returns its token and the folder's counts."""
+        if self.depth_cache is not None and self.points is None:
+            raise ConfigError("--depth-cache says whose depth --points lifts: give both")
+        if self.points is not None and self.points.suffix.lower() != ".ply":
+            raise ConfigError(f"--points {self.points}: point clouds are written as .ply")
         from data_prep.inspect_record import check_pictures, describe_record, find_record
         from spacedrive_jax.data.records_folder import check_contents, read_provenance
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -46,9 +47,12 @@ def parse_mesh(text: str) -> MeshConfig:
         ConfigError: an axis is unknown or its size is not a number.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
+    parts = [part.partition("=") for part in text.split(",")]
+    if len({axis for axis, _, _ in parts}) < len(parts):
+        raise ConfigError(f"--mesh {text}: names an axis twice")
+    for axis, equals, size in parts:
+        part = axis + equals + size
+        if axis not in sizes or not re.fullmatch(r"-?\d{1,9}", size):
             raise ConfigError(f"--mesh {text}: expected AXIS=NUMBER of {', '.join(sizes)}, got {part!r}")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)

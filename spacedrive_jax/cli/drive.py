@@ -115,7 +115,7 @@ class Drive(Command):
     cache folder."""
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("records", "compilation_cache")
-    WRITES: ClassVar[tuple[str, ...]] = ("video", "rerun")
+    WRITES: ClassVar[tuple[str, ...]] = ("video", "rerun", "collect")
     BOUNDS: ClassVar[Bounds] = {
         "workers": WORKERS,
         "batch_size": Bound(1, 4096),

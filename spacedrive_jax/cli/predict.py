@@ -108,6 +108,8 @@ class Predict(Command):
         part = bool(self.token) or self.limit is not None
         if self.token and self.limit is not None:
             raise ConfigError("--token names keyframes and --limit counts them: give one of the two")
+        if self.language_data is not None and self.task != "counterfactual":
+            raise ConfigError("--language-data goes with --task counterfactual")
         if part and self.task == "counterfactual":
             raise ConfigError("--token and --limit go with planning, not with --task counterfactual")
         if self.step is not None:

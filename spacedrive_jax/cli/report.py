@@ -73,6 +73,10 @@ class Report(Command):
                 workers=self.workers or os.cpu_count() or 1,
             )
         else:
+            if self.protocol != "omnidrive" or self.workers:
+                raise ConfigError(
+                    "--protocol and --workers go with several runs: `evaluate` scores one, the page shows it"
+                )
             from spacedrive_jax.reporting.build import write_report
 
             result = write_report(

@@ -80,6 +80,10 @@ class Train(Command):
             raise ConfigError(
                 f"--profile {self.profile[0]} {self.profile[1]}: give a first step from 0 and 1 or more steps"
             )
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        if self.accept_changes and not self.resume:
+            raise ConfigError("--accept-changes says how to go on with a run: give --resume with it")
         preset = load_config(self.config)
         config = console.parse(
             lambda: tyro.cli(

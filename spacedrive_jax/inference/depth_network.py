@@ -61,6 +61,10 @@ class DepthNetworkConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS)
+        if any(tokens > pixels for tokens, pixels in zip(self.grid, self.image_size, strict=True)):
+            raise ConfigError(
+                f"grid {list(self.grid)} has more tokens than image_size {list(self.image_size)} has pixels"
+            )
 
     @classmethod
     def from_file(cls, file: Path) -> DepthNetworkConfig:

@@ -316,7 +316,10 @@ def weight_file(path: str | Path) -> Path:
             return path / TORCH_FILE
         raise CheckpointError(f"{path} holds none of {SINGLE_FILE}, {INDEX_FILE}, {TORCH_FILE}")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint's folder or file")
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint's folder or file (a name on the hub is not enough: hf "
+            "download NAME --local-dir DIR)"
+        )
     return path
 
 

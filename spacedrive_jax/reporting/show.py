@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.frame import Frame
 from spacedrive_jax.data.records import Records, open_records
-from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.model_policy import DepthNetwork, check_depth, open_depth_network
 from spacedrive_jax.errors import ConfigError, DataError
@@ -135,9 +136,20 @@ class Planner:
             keyframe: of `records` (or `open_records`), or one of your own.
 
         Raises:
-            SpaceDriveError: it lacks something that the model needs.
+            SpaceDriveError: it is neither, or lacks something that the model needs.
         """
         record = keyframe.record() if isinstance(keyframe, Frame) else keyframe
+        if not isinstance(record, Mapping):
+            raise DataError(
+                "plan takes one keyframe, a record (planner.records(FOLDER)[0]) or a frame (read_frame), not "
+                f"{type(record).__name__}"
+            )
+        missing = sorted(blank_record().keys() - record.keys())
+        if missing:
+            raise DataError(
+                f"the record lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}: start from "
+                "spacedrive_jax.data.schema.blank_record()"
+            )
         cached = self._network_depth(record)
         planner = self._planner(record)
         plan = planner.plan([planner.sample(record, cached)])[0]

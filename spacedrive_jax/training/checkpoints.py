@@ -454,7 +454,7 @@ def steps_of(run_dir: Path) -> list[int]:
         found = [path.parent for path in folder.glob(f"*/{COMMITTED}")]
     else:
         found = list(folder.glob("*"))
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
 COMMITTED = "commit_success.txt"
@@ -576,7 +576,7 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
                 "(--train.validate-every)"
             )
         checkpoint = checkpoint.parent / "checkpoints" / str(best.step)
-    if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
+    if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdecimal():
         run_dir, step = checkpoint.parent.parent, int(checkpoint.name)
         found = step in steps_of(run_dir) if is_bucket(run_dir) else checkpoint.is_dir()
     else:
@@ -606,7 +606,7 @@ def standing_in(weights: str | Path) -> Path:
         The same, where it is there or the run has none at all; else the run's next one.
     """
     path = place(weights)
-    if path.parent.name != "checkpoints" or not path.name.isdigit() or path.is_dir():
+    if path.parent.name != "checkpoints" or not path.name.isdecimal() or path.is_dir():
         return path
     steps = steps_of(path.parent.parent)
     later = [step for step in steps if step > int(path.name)]

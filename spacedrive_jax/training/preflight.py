@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,8 @@ def preflight(
             validation(config, mesh)
     except SpaceDriveError as error:
         problems.append(str(error))
+    if not is_bucket(there) and not os.access(there, os.W_OK | os.X_OK):
+        problems.append(f"{there} cannot be written to: mend its mode or owner, or give another --run-dir")
     missing = run_folder.lack_of_room_at_the_start(config, saved, overwrite=overwrite)
     if missing:
         problems.append(missing)

@@ -44,7 +44,7 @@ def is_run(weights: str | Path) -> bool:
         return True
     if path.name == "best" and not path.is_dir():
         path = path.parent
-    is_step = path.parent.name == "checkpoints" and path.name.isdigit()
+    is_step = path.parent.name == "checkpoints" and path.name.isdecimal()
     return is_step or (path / "checkpoints").is_dir()
 
 

@@ -68,6 +68,11 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(capsys):
     assert "does not fit 1 devices" in capsys.readouterr().err
     with pytest.raises(SpaceDriveError, match="got 'rows=2'"):
         parse_mesh("rows=2")
+    for size in ("²", "", "--1", "9" * 5000):
+        with pytest.raises(SpaceDriveError, match="got 'data="):
+            parse_mesh(f"data={size}")
+    with pytest.raises(SpaceDriveError, match="names an axis twice"):
+        parse_mesh("data=1,fsdp=2,data=3")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

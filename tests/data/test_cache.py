@@ -131,6 +131,9 @@ def test_command(records, network, tmp_path):
     file.write_text('{"weight": "x"}')
     with pytest.raises(SpaceDriveError, match="does not describe a depth network"):
         AddDepth(records, file).run()
+    file.write_text(json.dumps(dataclasses.asdict(network) | {"grid": [57, 57]}))
+    with pytest.raises(SpaceDriveError, match=r"grid \[57, 57\] has more tokens than image_size \[42, 56\]"):
+        AddDepth(records, file).run()
 
 
 def test_flags_that_make_no_sense_are_refused(records, weights):

@@ -44,6 +44,10 @@ def test_a_planner_plans_what_the_model_plans_and_draws_it(made):
     texts = " ".join(text.get_text() for part in figure.subfigs for text in part.texts)
     assert record["token"] in texts
     assert found.question[:60] in texts
+    half = {name: value for name, value in record.items() if name != "images"}
+    for wrong, said in ((record["token"], "not str"), ([record], "not list"), (half, "lacks images: start")):
+        with pytest.raises(DataError, match=said):
+            planner.plan(wrong)
 
 
 def test_the_command_draws_names_the_picture_and_prints_json(made, tmp_path, capsys):

@@ -161,7 +161,9 @@ def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_pa
     assert Validation.where_possible(tiny(alone, tmp_path / "run"), mesh) is None
 
 
-def test_what_a_validation_would_fail_at_is_said_before_the_first_step(records, tmp_path, capsys, unchecked):
+def test_what_a_validation_would_fail_at_is_said_before_the_first_step(
+    records, tmp_path, capsys, unchecked, monkeypatch
+):
     # Unchecked: the checker of types looks at one item of a sequence, and here it cannot be made.
     run_dir = tmp_path / "run"
     depth = [encode_png(np.full((45, 80), 5000, np.uint16))] * 6
@@ -172,6 +174,10 @@ def test_what_a_validation_would_fail_at_is_said_before_the_first_step(records, 
     with pytest.raises(ConfigError, match=problem):
         train(config)
     assert not run_dir.exists()
+    with monkeypatch.context() as patch:  # as on a disk that is mounted to be read
+        patch.setattr(os, "access", lambda *_: False)
+        (said,) = preflight(config).problems
+    assert "cannot be written to" in said
     assert preflight(config).problems == ()
     (said,) = preflight(config, validation=Validation).problems
     assert re.match(problem, said)
