@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -129,6 +130,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "train")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ConfigError(f"train.trackers {' '.join(self.trackers)}: names one twice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,14 +304,28 @@ def _with_field(node: Any, path: list[str], value: Any, whole: str) -> Any:
 
 
 def load_module(path: Path, name: str) -> ModuleType:
-    """A file as a module; an `__init__.py` as a package that finds the files beside it."""
+    """A file as a module; an `__init__.py` as a package that finds the files beside it.
+
+    Raises:
+        ConfigError: it fails where it is run; the message names file and line.
+    """
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     if path.name == "__init__.py":
         sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SpaceDriveError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        said = error.msg if isinstance(error, SyntaxError) else error
+        where = path if line is None else f"{path}, line {line}"
+        raise ConfigError(f"{where}: {type(error).__name__}: {said}") from error
     return module
 
 

@@ -108,7 +108,7 @@ class Command:
                         )
                     if not is_bucket(path):
                         require_replaceable(path)
-                        folder = next(each for each in Path(real).parents if each.exists())
+                        folder = next(each for each in Path(real).parents if os.path.exists(each))
                         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                             raise ConfigError(f"{flag}: the folder {folder} cannot be written to")
                     if os.path.basename(real) in KEPT_NAMES:

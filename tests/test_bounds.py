@@ -214,3 +214,11 @@ def test_a_profile_needs_steps(capsys):
 def test_numbers_larger_than_float32_are_refused(value):
     with pytest.raises(ConfigError, match=r"position_weight .*larger than what numbers are computed with"):
         TrainConfig(position_weight=value)
+
+
+def test_types_that_cannot_be_computed_in_and_trackers_named_twice_are_refused():
+    for name in ("dtype", "param_dtype"):
+        with pytest.raises(ConfigError, match=rf"model\.compute\.{name} 'int8' must be one of float32, "):
+            ComputeConfig(**{name: "int8"})
+    with pytest.raises(ConfigError, match=r"train\.trackers jsonl jsonl: names one twice"):
+        TrainConfig(trackers=("jsonl", "jsonl"))

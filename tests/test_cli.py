@@ -171,6 +171,9 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     use_compilation_cache()
     assert chosen == {}  # jax reads the variable itself
     use_compilation_cache(tmp_path / "flag")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is no folder that can be written to"):
+        use_compilation_cache(tmp_path / "file" / "in")
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / "flag")}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("SPACEDRIVE_CACHE", raising=False)

@@ -71,6 +71,15 @@ def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
     file.write_text("PRESETS = {'mine': 3}\n")
     with pytest.raises(ConfigError, match="defines neither `config`"):
         load_config(str(file))
+    for wrong, said in (
+        ("x = 1\nconfig = (\n", r"mine\.py, line 2: SyntaxError: "),
+        ("\n\nimport nothere_x\n", r"mine\.py, line 3: ModuleNotFoundError: No module named"),
+        (head + "config = Config(nmae='one')\n", r"mine\.py, line 2: TypeError: .*nmae"),
+        ("\0", r"mine\.py: SyntaxError: |mine\.py, line"),
+    ):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match=said):
+            load_config(str(file))
 
 
 def test_a_wrong_name_lists_the_presets_by_group():

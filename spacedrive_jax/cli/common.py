@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spacedrive_jax import console
 from spacedrive_jax.buckets import cache_folder
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.io import is_bucket
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -45,9 +46,16 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     Args:
         folder: where; by default what JAX_COMPILATION_CACHE_DIR says, else `spacedrive_jax/xla` in the user's
             cache folder.
+
+    Raises:
+        ConfigError: it was named and cannot be written: jax would go on without, and compile at every start.
     """
     import jax
 
+    if folder is not None and not is_bucket(folder):
+        there = next(one for one in (folder.resolve(), *folder.resolve().parents) if os.path.exists(one))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"--compilation-cache {folder}: {there} is no folder that can be written to")
     if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache_folder() / "xla"
     if folder is not None:

@@ -271,6 +271,10 @@ class NewTokensConfig:
     count: int = 2
 
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+"""Types to compute and to store in."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How a model computes; none of it changes what a checkpoint holds but `param_dtype`."""
@@ -295,6 +299,11 @@ class ComputeConfig:
     attention: AttentionChoice = "auto"
     """Kernel of attention over whole sequences: plain `xla`, the fused `cudnn` (NVIDIA GPUs, half precision)
     or `splash` (TPUs). `auto` takes the fused one where there is one (`attention.choose_kernel`)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
+            if value not in FLOATS:
+                raise ConfigError(f"model.compute.{name} {value!r} must be one of {', '.join(FLOATS)}")
 
     @property
     def activation_dtype(self) -> jnp.dtype:
