@@ -66,6 +66,8 @@ OF_A_RUN = (
     "report*.html",
 )
 """What lies in a run's folder, and goes when it is overwritten."""
+OF_OTHERS = ("provenance.json", "dataset_info.json", "v1.0-*", "weights.json", "model*.safetensors", "*.gguf")
+"""What lies in folders of records, of nuScenes and of weights, in which no run begins."""
 MARGIN = 64 << 20
 """Bytes that metrics and logs may need beside a checkpoint."""
 
@@ -88,8 +90,16 @@ def check(
         The changes that are accepted.
 
     Raises:
-        SpaceDriveError: the folder holds a run already, or its config differs.
+        SpaceDriveError: the folder holds a run already, or its config differs; or it is no folder for a run.
     """
+    if not is_bucket(run_dir):
+        if run_dir.exists() and not run_dir.is_dir():
+            raise SpaceDriveError(f"--run-dir {run_dir} is no folder: choose another")
+        others = [path.name for name in OF_OTHERS for path in sorted(run_dir.glob(name))]
+        if others:
+            raise SpaceDriveError(
+                f"--run-dir {run_dir} holds {others[0]}: records, tables or weights lie there, choose another"
+            )
     file = run_dir / "config.json"
     weights = config.model.weights
     if overwrite and weights is not None and place(weights).resolve().is_relative_to(run_dir.resolve()):

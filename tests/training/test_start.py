@@ -141,6 +141,18 @@ def test_a_run_is_replaced_only_when_told_and_goes_on_longer(records, tmp_path, 
     assert main([*arguments, "--resume", "--overwrite"]) == 1
 
 
+@pytest.mark.parametrize("name", ["provenance.json", "v1.0-mini", "weights.json", "model.safetensors"])
+def test_no_run_begins_among_records_tables_or_weights(records, tmp_path, name):
+    """With --overwrite it would take their config.json away."""
+    (tmp_path / name).write_text("theirs")
+    (tmp_path / "config.json").write_text("{}")
+    for options in ({"resume": False}, {"resume": False, "overwrite": True}, {"resume": True}):
+        with pytest.raises(SpaceDriveError, match=f"--run-dir .* holds {name}: records, tables or weights"):
+            check(tmp_path, tiny(records, tmp_path), **options)
+    with pytest.raises(SpaceDriveError, match=r"--run-dir .*config\.json is no folder"):
+        check(tmp_path / "config.json", tiny(records, tmp_path), resume=False)
+
+
 def test_a_validation_counts_each_keyframe_once_and_scores_plans(records, tmp_path):
     config = tiny(records, tmp_path / "run")
     mesh = make_mesh(config.mesh)
