@@ -61,22 +61,22 @@ $(DEMO)/nuscenes/v1.0-synthetic/scene.json: | $(VENV)/runtime
 $(DEMO)/records/provenance.json: $(DEMO)/nuscenes/v1.0-synthetic/scene.json
 	$(RUN) -m data_prep convert --dataroot $(DEMO)/nuscenes --version v1.0-synthetic --out $(DEMO)/records --workers $(WORKERS) --resume
 
-# An expert who sways, in towns of their own: the way back to the lane, for `drive`.
+# An expert who sways, every drive in towns of its own: the way back to the lane, for `drive`.
 $(DEMO)/collected/provenance.json: | $(VENV)/runtime
-	$(RUN) -m spacedrive_jax drive --policy expert --perturb --scenarios train --image-size 176x99 --collect $(DEMO)/collected --out $(DEMO)/collected-drives --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy expert --perturb --scenarios train --image-size 112x63 --collect $(DEMO)/collected --out $(DEMO)/collected-drives --workers $(WORKERS) --resume
 
 $(DEMO)/run/predictions.jsonl: $(DEMO)/records/provenance.json $(DEMO)/collected/provenance.json
-	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records:0.25,$(DEMO)/collected:0.75 --run-dir $(DEMO)/run --resume
+	$(RUN) -m spacedrive_jax train demo --data.records $(DEMO)/records:0.15,$(DEMO)/collected:0.85 --run-dir $(DEMO)/run --resume
 	$(RUN) -m spacedrive_jax predict --checkpoint $(DEMO)/run --records $(DEMO)/records --split val --overwrite
 
 # The demo's model against the expert and the blind baselines, in towns that it has not seen.
 drive: $(DEMO)/run/predictions.jsonl
-	$(RUN) -m spacedrive_jax drive --policy expert --scenarios small --image-size 176x99 --out $(DEMO)/drives/expert --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy route_constant_speed --scenarios small --image-size 176x99 --out $(DEMO)/drives/route_constant_speed --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy constant_velocity --scenarios small --image-size 176x99 --out $(DEMO)/drives/constant_velocity --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy constant_yaw_rate --scenarios small --image-size 176x99 --out $(DEMO)/drives/constant_yaw_rate --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --policy standing_still --scenarios small --image-size 176x99 --out $(DEMO)/drives/standing_still --workers $(WORKERS) --resume
-	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --image-size 176x99 --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/constant_yaw_rate $(DEMO)/drives/standing_still
+	$(RUN) -m spacedrive_jax drive --policy expert --scenarios small --image-size 112x63 --out $(DEMO)/drives/expert --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy route_constant_speed --scenarios small --image-size 112x63 --out $(DEMO)/drives/route_constant_speed --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy constant_velocity --scenarios small --image-size 112x63 --out $(DEMO)/drives/constant_velocity --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy constant_yaw_rate --scenarios small --image-size 112x63 --out $(DEMO)/drives/constant_yaw_rate --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --policy standing_still --scenarios small --image-size 112x63 --out $(DEMO)/drives/standing_still --workers $(WORKERS) --resume
+	$(RUN) -m spacedrive_jax drive --checkpoint $(DEMO)/run --scenarios small --image-size 112x63 --out $(DEMO)/drives/demo --workers $(WORKERS) --resume --against $(DEMO)/drives/expert $(DEMO)/drives/route_constant_speed $(DEMO)/drives/constant_velocity $(DEMO)/drives/constant_yaw_rate $(DEMO)/drives/standing_still
 
 test: $(VENV)/development
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"

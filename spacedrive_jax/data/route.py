@@ -117,8 +117,9 @@ class RoadOption(enum.IntEnum):
 
 COMMAND_REACH = 50.0
 """Metres ahead within which a turn is announced."""
-NODE_SPACING = 50.0
-"""Metres; nodes of the route are never further apart (Bench2Drive's thinning)."""
+NODE_SPACING = 8.0
+"""Metres between nodes along the route: close enough to tell the lane, as a lane-level map does. (Bench2Drive
+thins its plan to 50 m between turns, and its clips have their own nodes.)"""
 PASSED = 4.0
 """Metres; a node nearer than this counts as passed (Bench2Drive's near planner)."""
 _TURN_WINDOW = 20
@@ -167,13 +168,9 @@ class Route:
         return turns
 
     def _find_nodes(self) -> list[float]:
-        corners = sorted({0.0, float(self.lengths[-1]), *(s for turn in self.turns for s in turn[:2])})
-        nodes = [corners[0]]
-        for corner in corners[1:]:
-            while corner - nodes[-1] > NODE_SPACING:
-                nodes.append(nodes[-1] + NODE_SPACING)
-            nodes.append(corner)
-        return nodes
+        end = float(self.lengths[-1])
+        nodes = [NODE_SPACING * number for number in range(int(end / NODE_SPACING) + 1)]
+        return nodes if nodes[-1] == end else [*nodes, end]
 
     def project(self, position: Float[np.ndarray, "2"], yaw: float) -> tuple[float, float]:
         """The nearest place on the route that leads the vehicle's way.

@@ -30,8 +30,8 @@ TRIES = 24
 CAR = "vehicle.car"
 TEST_SEED = 9000
 """Seed of the towns that drives are scored in; data sets are synthesized with smaller ones."""
-TRAINING_SEED = 5000
-"""Seed of the towns of the set `train`, for collecting."""
+TRAINING_SEED = 5001
+"""Seed of the towns of the first drive of the set `train`, for collecting; each has towns of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,6 @@ SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "train": (tuple(KINDS), LOCATIONS, 1),
 }
 """Kinds, towns and seeds of the sets that `--scenarios` knows by name."""
-WORLDS: Mapping[str, int] = {"train": TRAINING_SEED}
-"""Seeds of the towns of those sets that are not for scoring."""
 
 
 def drive_set(name: str) -> list[DriveSpec]:
@@ -132,8 +130,11 @@ def drive_set(name: str) -> list[DriveSpec]:
     if name in SETS:
         kinds, towns, seeds = SETS[name]
         wanted = [(kind, town, seed) for seed in range(seeds) for town in towns for kind in kinds]
-        world = WORLDS.get(name, TEST_SEED)
-        return [DriveSpec(number, *drive, world) for number, drive in enumerate(wanted)]
+        training = name == "train"
+        return [
+            DriveSpec(number, *drive, TRAINING_SEED + number if training else TEST_SEED)
+            for number, drive in enumerate(wanted)
+        ]
     if not Path(name).is_file():
         raise ConfigError(f"--scenarios {name!r}: choose {', '.join(SETS)}, or give a JSON file")
     values = read_json(name, most=16 << 20)

@@ -73,7 +73,8 @@ class ModelConfig:
     """`none` is SpaceDrive, `both` is SpaceDrive+; `language` says it in the question, without tokens."""
     ego_units: bool = False
     """Divide each number of the ego status by what is usual of it before its MLP (speed by 8 m/s, yaw rate by
-    0.2 rad/s). The published model reads them raw; from scratch it then learns from the large ones first."""
+    0.2 rad/s), and leave the orientation out: by it a small model knows the places it was trained in. The
+    published model reads all of them raw; from scratch it then learns from the large ones first."""
     route_in_status: bool = False
     """The ego feature's MLP reads the route's next nodes too, beside their tokens (`data.route_targets`): a
     model that trains from scratch learns from them hundreds of steps earlier."""

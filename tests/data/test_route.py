@@ -46,16 +46,14 @@ def test_a_turn_is_announced_fifty_metres_before_and_until_it_ends(turn: float, 
     assert route.command(last + 0.5) is RoadOption.LANE_FOLLOW
 
 
-def test_nodes_stand_at_turns_and_no_further_apart_than_fifty_metres() -> None:
+def test_nodes_stand_every_eight_metres_and_at_the_end() -> None:
     route = l_shaped()
-    first, last, _ = route.turns[0]
-    assert route.nodes == sorted(route.nodes)
-    assert {0.0, 50.0, first, last, float(route.lengths[-1])} <= set(route.nodes)
-    assert np.diff(route.nodes).max() <= 50.0
-    np.testing.assert_allclose(route.targets(45.0)[0], [50, 0], atol=1e-9)
-    np.testing.assert_allclose(
-        route.targets(46.5)[0], [first, 0], atol=1e-9
-    )  # nearer than 4 m counts as passed
+    assert route.nodes[:3] == [0.0, 8.0, 16.0]
+    np.testing.assert_array_equal(np.diff(route.nodes)[:-1], 8.0)
+    assert 0 < route.nodes[-1] - route.nodes[-2] <= 8.0
+    assert route.nodes[-1] == float(route.lengths[-1])
+    np.testing.assert_allclose(route.targets(43.5), [[48, 0], [56, 0]], atol=1e-9)
+    np.testing.assert_allclose(route.targets(44.5), [[56, 0], [64, 0]], atol=1e-9)  # 4 m off: passed
     end = route.targets(float(route.lengths[-1]) - 1)
     np.testing.assert_allclose(end, [[110, 110]] * 2, atol=1e-6)
 
@@ -66,8 +64,7 @@ def test_targets_are_in_the_ego_frame_and_the_past_has_its_own_commands() -> Non
     assert fields["route_valid"]
     assert fields["command_route"] == RoadOption.LEFT
     np.testing.assert_array_equal(fields["past_command_route"], [4, 4])
-    first = route.turns[0][0]
-    np.testing.assert_allclose(fields["target_points"][0], [first - 52, -1], atol=1e-9)
+    np.testing.assert_allclose(fields["target_points"], [[64 - 52, -1], [72 - 52, -1]], atol=1e-9)
 
 
 def test_far_from_the_route_or_without_one_nothing_is_told() -> None:

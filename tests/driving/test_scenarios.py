@@ -14,6 +14,7 @@ from spacedrive_jax.driving.scenarios import (
     TRAINING_SEED,
     DriveSpec,
     build_drive,
+    drive_set,
     town_of_drives,
 )
 from spacedrive_jax.world.scenario import WARM_UP
@@ -73,6 +74,9 @@ def test_the_third_town_differs_in_its_geometry() -> None:
 def test_other_worlds_have_other_towns() -> None:
     first, second = (town_of_drives("boston-seaport", world) for world in (TEST_SEED, TRAINING_SEED))
     assert not np.array_equal(first.junctions[0].centre, second.junctions[0].centre)
+    worlds = [spec.world for spec in drive_set("train")]
+    assert worlds == [TRAINING_SEED + number for number in range(2 * len(KINDS))]
+    assert TEST_SEED not in worlds
 
 
 def test_a_drive_that_stops_at_a_red_light_goes_on_behind_it() -> None:

@@ -102,6 +102,9 @@ def test_the_ego_feature_in_units_and_with_the_route():
     # can_bus of the present state: acceleration, rotation rate, velocity behind command and orientation.
     present = status_units()[2 * 14 : 3 * 14]
     np.testing.assert_allclose(present[[5, 10, 11]], [3.0, 0.2, 8.0])
+    turned = status.at[:, [1, 4, 15, 18, 29, 32]].add(0.5)  # orientation: where north lies is not read
+    np.testing.assert_array_equal(scaled(turned), scaled(status))
+    assert not np.array_equal(raw(turned), raw(status))
     routed = EgoStatusEncoder(STATUS_SIZE, WIDTH, route=True, rngs=nnx.Rngs(0))
     inputs = np.concatenate([status, nodes[..., :2].reshape(2, 4) / 10], axis=1)
     by_hand = routed.output(jax.nn.relu(routed.hidden(jnp.asarray(inputs))))
