@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -152,7 +153,7 @@ def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Dri
         changes: fields of the run's `data` that are otherwise now than in training.
         drives: which, and how.
     """
-    specs = drive_set(drives.scenarios)
+    specs = drive_set(drives.scenarios)[: drives.first]
     options = DriveOptions(image_size=drives.image_size)
     metadata = {
         "scenarios": drives.scenarios,
@@ -162,13 +163,16 @@ def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Dri
         "options": dataclasses.asdict(options),
         "batch_size": drives.together,
     }
-    trained = open_trained_model(folder)
-    trained = dataclasses.replace(trained, config=change(trained.config, trained.config.name, dict(changes)))
-    check_depth(trained.config, None)
-    with output_lock(out):
-        asker = ModelAsker(planner_of(trained, warm_up_record(), most=drives.together))
-        try:
-            summary = drive_all(
+    results = {spec.name: out / "drives" / spec.name / "result.json" for spec in specs}
+    if not all(result.is_file() for result in results.values()):
+        trained = open_trained_model(folder)
+        config = change(trained.config, trained.config.name, dict(changes))
+        check_depth(config, None)
+        planner = planner_of(
+            dataclasses.replace(trained, config=config), warm_up_record(), most=drives.together
+        )
+        with output_lock(out), contextlib.closing(ModelAsker(planner)) as asker:
+            drive_all(
                 specs,
                 out,
                 options,
@@ -177,21 +181,16 @@ def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Dri
                 workers=os.cpu_count() or 1,
                 at_a_time=drives.together,
                 resume=True,
-            ).summary
-        finally:
-            asker.close()
-    driven = {spec.name: read_drive(out / "drives" / spec.name / "result.json") for spec in specs}
+            )
+    driven = {name: read_drive(result) for name, result in results.items()}
     driven = {name: drive for name, drive in driven.items() if "no_place" not in drive}
-    lost = np.array([100.0 - drive["scores"]["score_composed"] for drive in driven.values()])
-    lost_pdm = np.array([100.0 * (1.0 - drive["pdm"]["pdms"]) for drive in driven.values()])
+    values = {
+        "lost": np.array([100.0 - drive["scores"]["score_composed"] for drive in driven.values()]),
+        "lost pdm": np.array([100.0 * (1.0 - drive["pdm"]["pdms"]) for drive in driven.values()]),
+    }
     return Measured(
-        {
-            "lost": float(np.mean(lost)),
-            "lost pdm": float(np.mean(lost_pdm)),
-            "success_rate": summary["success_rate"],
-            "own_l2": summary["open_loop_l2"],
-        },
-        {"lost": by_group(lost, list(driven)), "lost pdm": by_group(lost_pdm, list(driven))},
+        {name: mean_of(value) for name, value in values.items()},
+        {name: by_group(value, list(driven)) for name, value in values.items()},
     )
 
 

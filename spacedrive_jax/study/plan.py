@@ -91,6 +91,8 @@ class Drives:
 
     scenarios: str = "small"
     """As `drive --scenarios`."""
+    first: int | None = None
+    """The first so many of them; None for all."""
     image_size: tuple[int, int] = (99, 176)
     """Height and width of the camera images, pixels."""
     together: int = 8
