@@ -29,7 +29,7 @@ from data_prep.nuscenes.sensor_files import (
     find_elsewhere,
     scan_scene,
 )
-from data_prep.nuscenes.tables import read_tables
+from data_prep.nuscenes.tables import SceneRow, not_collecting, read_tables
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
@@ -86,18 +86,11 @@ class Conversion:
     def _convert(self, render_size: tuple[int, int] | None) -> dict[str, Any]:
         start = time.monotonic()
         conversion.check_output_folder(self.out, self.resume)
-        tables = read_tables(self.dataroot, self.version)
-        scenes = [PackedScene.pack(scene) for scene in read_scenes(tables)]
-        digests = tables.digests
-        del tables  # gigabytes for the whole of nuScenes
+        scenes, files, digests = self._read()
         if not scenes:
             raise DataError(f"{self.dataroot / self.version / 'scene.json'} holds no scene")
         check_layout(self.dataroot, scenes)
         splits, split_rule = split_scenes(self.version, [scene.name for scene in scenes], self.seed)
-        files = [
-            scan_scene(self.dataroot, scene.unpack())
-            for scene in progress(scenes, desc="check files", unit="scene")
-        ]
         if self.missing_images == "stop" and any(one.unusable_images for one in files):
             raise DataError(
                 f"camera images under {self.dataroot} are missing or damaged:\n"
@@ -142,6 +135,19 @@ class Conversion:
             "counts": provenance["counts"],
             "out": str(self.out),
         }
+
+    def _read(self) -> tuple[list[PackedScene], list[SceneFiles], Mapping[str, str]]:
+        """The scenes, what is there of their files, and the digests of the tables."""
+        # No circles are made of rows: looking for some, again and again, would take a third of the time.
+        with not_collecting():
+            tables = read_tables(self.dataroot, self.version)
+            scenes: list[PackedScene] = []
+            files: list[SceneFiles] = []
+            count = len(tables[SceneRow])
+            for scene in progress(read_scenes(tables), total=count, desc="check files", unit="scene"):
+                scenes.append(PackedScene.pack(scene))
+                files.append(scan_scene(self.dataroot, scene))
+            return scenes, files, tables.digests
 
     def _images_elsewhere(self, files: Sequence[SceneFiles]) -> str:
         """Where the first missing image lies, if it is one folder off."""

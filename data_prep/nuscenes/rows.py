@@ -18,9 +18,10 @@ from msgspec import Meta
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import parse_json
 
-Token = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
-"""A key of a table. Tokens and names become parts of file names, so they hold no separator."""
-Name = Token
+Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
+"""Becomes a part of file names, so it holds no separator."""
+Token = Annotated[str, Meta(min_length=1, max_length=255)]
+"""A key of a table. Those of rows that are kept become parts of file names too: see `is_plain`."""
 Link = Annotated[str, Meta(max_length=255)]
 """A token of another table, or empty for none."""
 Text = Annotated[str, Meta(max_length=65_536)]
@@ -72,6 +73,17 @@ def decode_rows(content: bytes, kind: type[R], path: Path, key: str = "token") -
         raise DataError(_wrong_value(content, path, key, str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(_malformed(content, path, key, error)) from error
+
+
+def is_plain(token: str) -> bool:
+    """Whether a token holds no separator.
+
+    No pattern of its type: twelve million of them, mostly of sweeps, would take as long to match as to read.
+    """
+    return _SEPARATOR.search(token) is None
+
+
+_SEPARATOR = re.compile(r"[/\\\x00-\x1f]")
 
 
 def unit_length(quaternion: Quaternion) -> bool:

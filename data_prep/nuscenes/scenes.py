@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -290,8 +291,13 @@ def _file_name(table: str, row: SampleData | Map) -> str:
 
     Links inside the dataroot may lead elsewhere: folders are often assembled from links, by their owner.
     """
-    inside("the dataroot", row.filename, f"{table}.json: row {row.token!r}, field 'filename':")
+    if _PLAIN_PATH.fullmatch(row.filename) is None:  # the others are a quarter of a million
+        inside("the dataroot", row.filename, f"{table}.json: row {row.token!r}, field 'filename':")
     return row.filename
+
+
+_PLAIN_PATH = re.compile(r"[\w+-][\w.+-]*(?:/[\w+-][\w.+-]*)*", re.ASCII)
+"""Parts that begin with no dot: none of them leads up."""
 
 
 def _sensor_frame(tables: Tables, channel: str, row: SampleData) -> SensorFrame:
@@ -335,23 +341,27 @@ def _annotations(
 ) -> tuple[Annotation, ...]:
     index = {row.token: position for position, row in enumerate(rows)}
     keyframe = {one.token: position for position, one in enumerate(keyframes)}
+    instances, categories = tables[Instance], tables[Category]
 
-    def neighbour(row: SampleAnnotation, field: str, back: str, step: int) -> int:
-        token = getattr(row, field)
+    def neighbour(row: SampleAnnotation, field: str, token: str, step: int) -> int:
         if not token:
             return -1
-        what = f"sample_annotation.json: row {row.token!r}, field {field!r}"
-        if token not in index:
-            raise DataError(f"{what} leaves its scene {scene}")
-        other = rows[index[token]]
-        if other.instance_token != row.instance_token or getattr(other, back) != row.token:
-            raise DataError(f"{what} names {token!r}, which is of another agent or does not name it back")
-        if (keyframe[other.sample_token] - keyframe[row.sample_token]) * step <= 0:
-            raise DataError(f"{what} names {token!r}, which is not {'later' if step > 0 else 'earlier'}")
-        return index[token]
+        place = index.get(token, -1)
+        other = rows[place]
+        back = other.prev if step > 0 else other.next
+        if place < 0:
+            why = f"leaves its scene {scene}"
+        elif other.instance_token != row.instance_token or back != row.token:
+            why = f"names {token!r}, which is of another agent or does not name it back"
+        elif (keyframe[other.sample_token] - keyframe[row.sample_token]) * step <= 0:
+            why = f"names {token!r}, which is not {'later' if step > 0 else 'earlier'}"
+        else:
+            return place
+        raise DataError(f"sample_annotation.json: row {row.token!r}, field {field!r} {why}")
 
+    egos = {one.token: one.lidar.ego_translation for one in keyframes}
     for row in rows:
-        ego = keyframes[keyframe[row.sample_token]].lidar.ego_translation
+        ego = egos[row.sample_token]
         if math.dist(ego, row.translation) > MAX_AGENT_DISTANCE:
             raise DataError(
                 f"sample_annotation.json: row {row.token!r}, field 'translation': {list(row.translation)} is "
@@ -360,13 +370,13 @@ def _annotations(
     return tuple(
         Annotation(
             instance_token=row.instance_token,
-            category=tables[Category][tables[Instance][row.instance_token].category_token].name,
+            category=categories[instances[row.instance_token].category_token].name,
             translation=row.translation,
             size=row.size,
             rotation=row.rotation,
             lidar_points=row.num_lidar_pts,
-            previous=neighbour(row, "prev", "next", -1),
-            next=neighbour(row, "next", "prev", 1),
+            previous=neighbour(row, "prev", row.prev, -1),
+            next=neighbour(row, "next", row.next, 1),
             keyframe=keyframe[row.sample_token],
         )
         for row in rows

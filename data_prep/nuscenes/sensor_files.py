@@ -188,8 +188,8 @@ def scan_scene(dataroot: Path, scene: Scene) -> SceneFiles:
     for keyframe in scene.keyframes:
         for camera in keyframe.cameras:
             note(camera, check_image(dataroot / camera.filename, camera.width, camera.height), images)
-            depth = depth_file(camera.filename)
-            if has_depth and is_there(dataroot / depth):
+            if has_depth and is_there(dataroot / depth_file(camera.filename)):
+                depth = depth_file(camera.filename)
                 sizes[depth] = (dataroot / depth).stat().st_size
         note(keyframe.lidar, check_lidar(dataroot / keyframe.lidar.filename), lidar)
     return SceneFiles(images, lidar, sizes)
