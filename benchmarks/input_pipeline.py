@@ -7,26 +7,34 @@ both, with the same bits, which is checked first, and `predict` reads ahead. The
 the samples a second that a host's devices take (docs/how-to/scaling.md).
 
     PYTHONPATH=. python benchmarks/input_pipeline.py --records demo/records --out input_pipeline.md
+
+With --photos, a folder of photographs (nuScenes' samples/), instead: what a view costs that `convert
+--image-size` keeps, against the photograph decoded and squashed each time, and kept in other ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import io
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
 import numpy as np
+from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from spacedrive_jax.config import change, load_config
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
-from spacedrive_jax.data.images import ViewProcessor, decode_photo
+from spacedrive_jax.data.images import ViewProcessor, decode_photo, kept_view
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
@@ -106,14 +114,14 @@ def training_rate(records: Records, builder: SampleBuilder, threads: int, second
     data = dataclasses.replace(builder.data, read_threads=threads, prefetch_batches=max(threads, 2))
     samples = Samples(records, builder, list(range(len(records))))
     iterator = training_iterator(samples, data, batch_size=BATCH, seed=0)
-    # What was prefetched before the clock started does not count.
     for _ in range(data.prefetch_batches + 1):
         next(iterator)
-    started, used, batches = time.monotonic(), time.process_time(), 0
+    # Samples that were made in that time, not those handed out: some were made ahead of it.
+    samples.clock.take()
+    started, used = time.monotonic(), time.process_time()
     while time.monotonic() - started < seconds:
         next(iterator)
-        batches += 1
-    found = np.array([time.monotonic() - started, time.process_time() - used, batches * BATCH])
+    found = np.array([time.monotonic() - started, time.process_time() - used, samples.clock.take()[1]])
     iterator.close()
     return found
 
@@ -126,16 +134,109 @@ def predict_rate(records: Records, builder: SampleBuilder, data: DataConfig | No
     return np.array([time.monotonic() - started, time.process_time() - used, made])
 
 
+def squashed(photo: bytes, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(decode_photo(photo, "a photo"), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _pillow(view: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(view).save(file, **options)
+    return file.getvalue()
+
+
+def _webp(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded), formats=("WEBP",)))
+
+
+def kept_views(folder: Path, sizes: Sequence[tuple[int, int]]) -> str:
+    """Bytes and processor time of a view kept without loss, by size and format; every one is checked."""
+    photos = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:6]]
+    if not photos:
+        raise SystemExit(f"{folder} holds no .jpg")
+
+    def png(options: list[int]) -> Callable[[np.ndarray], bytes]:
+        return lambda view: cv2.imencode(".png", view[..., ::-1], options)[1].tobytes()
+
+    def decoded(encoded: bytes) -> np.ndarray:
+        return decode_photo(encoded, "a view")
+
+    level, strategy = cv2.IMWRITE_PNG_COMPRESSION, cv2.IMWRITE_PNG_STRATEGY
+    lines = []
+    for size in sizes:
+        views = [squashed(photo, size) for photo in photos]
+        mine = "PNG, left filter, run lengths: `convert --image-size`"
+        ways: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes], np.ndarray]]] = {
+            mine: (png([strategy, cv2.IMWRITE_PNG_STRATEGY_RLE]), decoded),
+            "PNG, stored": (png([level, 0]), decoded),
+            "PNG, all filters, run lengths": (
+                png([level, 1, strategy, cv2.IMWRITE_PNG_STRATEGY_RLE]),
+                decoded,
+            ),
+            "PNG, all filters, level 6": (png([level, 6]), decoded),
+            "WebP, effort 0": (
+                lambda view: _pillow(view, format="WEBP", lossless=True, method=0, quality=0),
+                _webp,
+            ),
+            "WebP, effort 1": (
+                lambda view: _pillow(view, format="WEBP", lossless=True, method=1, quality=20),
+                _webp,
+            ),
+        }
+        if [ways[mine][0](view) for view in views] != [kept_view(photo, size, "") for photo in photos]:
+            raise SystemExit("the table's PNG is not the converter's")
+        each = float(np.mean([len(photo) for photo in photos]))
+        cost = _least(functools.partial(squashed, size=size), photos)
+        lines.append(
+            f"| {size[0]} x {size[1]} | JPEG as it is, squashed each time | {each:,.0f} | {cost:.1f} | |"
+        )
+        for name, (encode, decode) in ways.items():
+            kept = [encode(view) for view in views]
+            for one, view in zip(kept, views, strict=True):
+                if not np.array_equal(decode(one), view):
+                    raise SystemExit(f"{name} loses something")
+            each = float(np.mean([len(one) for one in kept]))
+            lines.append(
+                f"| | {name} | {each:,.0f} | {_least(decode, kept):.1f} | {_least(encode, views):.1f} |"
+            )
+    return "\n".join(
+        [
+            "| height x width | kept as | bytes | reading, ms | writing, ms |",
+            "|---:|---|---:|---:|---:|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _least(work: Callable[[Any], object], items: Sequence[Any], times: int = 5) -> float:
+    """Processor milliseconds for one of them, the least of several turns."""
+    found = []
+    for _ in range(times):
+        started = time.process_time()
+        for item in items:
+            work(item)
+        found.append(1e3 * (time.process_time() - started) / len(items))
+    return min(found)
+
+
 def main() -> None:
     """Checks, measures by turns, prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--records", type=Path, required=True)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--records", type=Path)
+    given.add_argument("--photos", type=Path, help="prints the table of kept views instead")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number of threads, at least")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the table here as well")
     options = parser.parse_args()
     cv2.setNumThreads(1)
+    if options.photos is not None:
+        text = kept_views(options.photos, [(640, 640), (448, 448), (336, 336)])
+        print(text)
+        if options.out is not None:
+            options.out.write_text(text)
+        return
     config = change(
         load_config("spacedrive_plus_qwen_7b"),
         "input_pipeline",

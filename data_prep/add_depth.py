@@ -26,6 +26,7 @@ from spacedrive_jax.data.depth_cache import (
     write_chunk,
     write_provenance,
 )
+from spacedrive_jax.data.images import check_kept_size
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, DataError
@@ -77,10 +78,13 @@ def add_depth(
         workers: its processes, where the options name no other runner.
 
     Raises:
-        ConfigError: the weights cannot be read, or the folder holds a sidecar of other records.
+        ConfigError: the weights cannot be read, the views are kept at another size than the network's, or
+            the folder holds a sidecar of other records.
     """
     if keyframes_per_step is not None and keyframes_per_step < 1:
         raise ConfigError(f"--keyframes-per-step {keyframes_per_step} must be 1 or more")
+    if records.view_size is not None:
+        check_kept_size(records.view_size, network.image_size, str(records.directory))
     step_size = keyframes_per_step or math.lcm(len(CAMERAS), jax.local_device_count()) // len(CAMERAS)
     metadata = dict(provenance(network, records.fingerprint)) | {"full": full}
     name = f"{metadata['kind']}-{metadata['fingerprint'][:12]}" + ("-full" if full else "")

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         ]
     if before == now:
         return []
-    if isinstance(before, (dict, list)) or isinstance(now, (dict, list)):
+    if any(isinstance(each, dict) or (isinstance(each, list) and len(each) > 2) for each in (before, now)):
         return [f"{name}: differs"]
     return [f"{name}: {before} -> {now}"]
 
@@ -242,6 +243,28 @@ def source_of(
         "maps": digest(sized(maps | expansions)),
         "can_bus": digest(sized(messages)),
     }
+
+
+def parse_view_size(text: str | None) -> tuple[int, int] | None:
+    """Reads convert's `--image-size`: height and width, as `data.image_size` has them.
+
+    Raises:
+        ConfigError: the text is no such size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if match is None:
+        raise ConfigError(
+            f"--image-size {text!r}: write it as HEIGHTxWIDTH, as data.image_size has them, such as 640x640"
+        )
+    return int(match[1]), int(match[2])
+
+
+def kept_at(result: Mapping[str, Any]) -> str:
+    """For a summary: the size that views are kept at; empty where they are as they came."""
+    size = result["image_size"]
+    return f", kept at {size[0]}x{size[1]} (height x width)" if size else ""
 
 
 def shards_by_split(results: Sequence[SceneResult]) -> dict[str, list[ShardMetadata]]:

@@ -68,6 +68,9 @@ class Conversion:
     """What becomes of keyframes whose camera images are absent or damaged."""
     render_size: str | None = None
     """WxH of rendered images; the camera's own when None."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that views are squashed to and kept at (`images.kept_view`); None leaves pictures as
+    they are."""
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
 
@@ -109,6 +112,7 @@ class Conversion:
             "options": {
                 "missing_images": self.missing_images,
                 "render_size": render_size,
+                "image_size": self.image_size,
                 "seed": self.seed,
             },
             "split_rule": split_rule,
@@ -133,6 +137,7 @@ class Conversion:
             "splits": provenance["splits"],
             "split_rule": split_rule,
             "counts": provenance["counts"],
+            "image_size": self.image_size,
             "out": str(self.out),
         }
 
@@ -198,6 +203,7 @@ class Conversion:
                 mask_folder=mask_folder,
                 render_missing=self.missing_images == "render",
                 render_size=render_size,
+                image_size=self.image_size,
                 seed=self.seed,
             )
             for one in todo
@@ -248,7 +254,7 @@ def summary(result: Mapping[str, Any]) -> str:
             f"{result['records']} records in {result['out']} "
             f"(train {result['splits']['train']}, val {result['splits']['val']}, "
             f"{result['split_rule']} split; {result['skipped']} keyframes skipped)",
-            f"  images: {listed('images_')}",
+            f"  images: {listed('images_')}{conversion.kept_at(result)}",
             f"  lidar: {listed('lidar_')}   CAN bus: {listed('can_bus_')}",
             f"  drivable area: {listed('drivable_')}",
             f"  fingerprint {result['fingerprint']}",

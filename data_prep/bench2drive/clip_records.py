@@ -21,7 +21,7 @@ from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import navigation_command, released_command
-from spacedrive_jax.data.images import picture_size
+from spacedrive_jax.data.images import kept_view, picture_size
 from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.data.route import future_path
@@ -51,6 +51,8 @@ class ClipUnit:
     """The file to write."""
     lidar: bool = False
     """Keep the sweeps."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that pictures are squashed to and kept at, None for their own."""
 
     def resolved(self) -> ClipUnit:
         """The same with absolute paths."""
@@ -153,6 +155,9 @@ def _pictures(
                     "again, or choose --missing-images skip or empty"
                 )
             picture = b""
+        if picture and unit.image_size is not None:
+            what = f"{unit.clip.path}: the {camera} picture of frame {number:05d}"
+            picture = kept_view(picture, unit.image_size, what)
         pictures.append(picture)
     return pictures
 

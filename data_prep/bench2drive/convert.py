@@ -50,6 +50,8 @@ class ClipConversion:
     """Go on with an interrupted conversion."""
     missing_images: MissingImages = "stop"
     """What to do about keyframes that lack a picture."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that views are kept at, see `data_prep.convert.Conversion`."""
     seed: int = 0
     """Of the split of clips that are not the benchmark's."""
     lidar: bool = False
@@ -82,13 +84,14 @@ class ClipConversion:
         conversion.check_output_folder(self.out, self.resume)
         clips = find_clips(self.dataroot)
         splits, rule = split_clips(clips, self.seed)
-        units = _units(clips, splits, self.out, self.offset, self.missing_images, self.lidar)
+        units = self._units(clips, splits)
         digests = {clip.name: clip_digest(clip) for clip in progress(clips, desc="check", unit="clip")}
         plan: dict[str, Any] = {
             "schema": {"name": DATASET_NAME, "version": DATASET_VERSION},
             "source": {"version": "bench2drive", "clips": digests},
             "options": {
                 "missing_images": self.missing_images,
+                "image_size": self.image_size,
                 "offset": self.offset,
                 "seed": self.seed,
                 "lidar": self.lidar,
@@ -118,8 +121,20 @@ class ClipConversion:
             "splits": provenance["splits"],
             "split_rule": rule,
             "counts": provenance["counts"],
+            "image_size": self.image_size,
             "out": str(self.out),
         }
+
+    def _units(self, clips: Sequence[Clip], splits: Mapping[str, str]) -> list[ClipUnit]:
+        in_split = Counter(splits[clip.name] for clip in clips)
+        following: Counter[str] = Counter()
+        units = []
+        for clip in clips:
+            split = splits[clip.name]
+            shard = self.out / shard_file(split, following[split], in_split[split])
+            following[split] += 1
+            units.append(ClipUnit(clip, self.offset, self.missing_images, shard, self.lidar, self.image_size))
+        return units
 
     def _write_shards(self, units: Sequence[ClipUnit]) -> list[SceneResult]:
         """Writes the shards that are not done yet; returns what each holds, in order."""
@@ -149,25 +164,6 @@ class ClipConversion:
         return [result for result in finished.values() if result is not None]
 
 
-def _units(
-    clips: Sequence[Clip],
-    splits: Mapping[str, str],
-    out: Path,
-    offset: int,
-    missing: MissingImages,
-    lidar: bool,
-) -> list[ClipUnit]:
-    in_split = Counter(splits[clip.name] for clip in clips)
-    following: Counter[str] = Counter()
-    units = []
-    for clip in clips:
-        split = splits[clip.name]
-        shard = out / shard_file(split, following[split], in_split[split])
-        following[split] += 1
-        units.append(ClipUnit(clip, offset, missing, shard, lidar))
-    return units
-
-
 def summary(result: Mapping[str, Any]) -> str:
     """What a person wants to know after a conversion."""
     counts = result["counts"]
@@ -176,8 +172,8 @@ def summary(result: Mapping[str, Any]) -> str:
         f"{result['records']} records of {result['clips']} clips in {result['out']} "
         f"(train {result['splits']['train']}, val {result['splits']['val']}, {result['split_rule']} split; "
         f"{result['skipped']} keyframes skipped)",
-        f"  images: {counts.get('images_from_files', 0)} from files, {counts.get('images_empty', 0)} empty; "
-        "no exact depth, no drivable area: Bench2Drive has neither",
+        f"  images: {counts.get('images_from_files', 0)} from files, {counts.get('images_empty', 0)} empty"
+        f"{conversion.kept_at(result)}; no exact depth, no drivable area: Bench2Drive has neither",
         f"  lidar: {counts.get('lidar_present', 0)} sweeps kept",
         f"  fingerprint {result['fingerprint']}",
     ]

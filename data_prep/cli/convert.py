@@ -55,6 +55,10 @@ class Convert(Command):
     with empty images, or render them from the annotations and the map (marked in image_rendered)."""
     render_size: str | None = None
     """WxH of rendered images, such as 704x396; default: the camera's own size."""
+    image_size: str | None = None
+    """HEIGHTxWIDTH, a run's data.image_size such as 640x640: keep every view squashed to it once, without
+    loss, as training at that size would do each time; other sizes cannot be trained on then. Default: the
+    pictures as they are."""
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""
 
@@ -62,8 +66,11 @@ class Convert(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Converts; see `data_prep.convert.Conversion`."""
+        from data_prep import conversion
+
+        image_size = conversion.parse_view_size(self.image_size)
         if self.source == "bench2drive":
-            return self._convert_clips()
+            return self._convert_clips(image_size)
         from data_prep.convert import Conversion, summary
 
         if not self.version:
@@ -80,12 +87,13 @@ class Convert(Command):
             resume=self.resume,
             missing_images=self.missing_images,
             render_size=self.render_size,
+            image_size=image_size,
             seed=self.seed,
         ).run()
         print(summary(outcome))
         return outcome
 
-    def _convert_clips(self) -> Mapping[str, Any]:
+    def _convert_clips(self, image_size: tuple[int, int] | None) -> Mapping[str, Any]:
         from data_prep.bench2drive.convert import ClipConversion, summary
 
         if self.version or self.render_size or self.missing_images == "render":
@@ -99,6 +107,7 @@ class Convert(Command):
             beam_options=self.beam_options,
             resume=self.resume,
             missing_images=self.missing_images,
+            image_size=image_size,
             seed=self.seed,
             lidar=self.lidar,
         ).run()

@@ -28,6 +28,7 @@ from data_prep.nuscenes.sensor_files import (
     scene_seed,
     whole_points,
 )
+from spacedrive_jax.data.images import kept_view
 from spacedrive_jax.data.keyframe import (
     Keyframe,
     Scene,
@@ -66,6 +67,8 @@ class SceneUnit:
     """Draw unusable images; otherwise they stay empty."""
     render_size: tuple[int, int] | None
     """Height and width of drawn images, None for the camera's own."""
+    image_size: tuple[int, int] | None
+    """Height and width that all images are squashed to and kept at, None for their own."""
     seed: int
 
     def resolved(self) -> SceneUnit:
@@ -177,7 +180,15 @@ def _camera_fields(
         kind = "rendered" if view.rendered else "from_files" if view.image else "empty"
         counts[f"images_{kind}"] += 1
         counts["exact_depth_images"] += bool(view.depth)
-    return camera_fields(cameras, ordered)
+    fields = camera_fields(cameras, ordered)
+    if unit.image_size is not None:
+        fields["images"] = [
+            kept_view(view.image, unit.image_size, str(unit.dataroot / camera.filename))
+            if view.image
+            else b""
+            for camera, view in zip(cameras, ordered, strict=True)
+        ]
+    return fields
 
 
 def _read_view(unit: SceneUnit, camera: SensorFrame) -> View:

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from spacedrive_jax import exact
@@ -151,6 +151,11 @@ def picture_size(encoded: bytes) -> Size | None:
     return None
 
 
+def media_type(encoded: bytes) -> str:
+    """What a JPEG or PNG is called elsewhere."""
+    return "image/png" if encoded.startswith(b"\x89PNG") else "image/jpeg"
+
+
 def _decode(
     encoded: bytes, what: str, formats: tuple[str, ...], modes: tuple[str, ...], size: Size | None
 ) -> Image.Image:
@@ -240,16 +245,103 @@ class ViewProcessor:
         return views
 
     def _prepare(self, record: Record, camera: int, view: UInt8[np.ndarray, "H W 3"]) -> None:
-        encoded, what = record["images"][camera], f"keyframe {record['token']}: the {CAMERAS[camera]} image"
-        if not encoded:
+        if not record["images"][camera]:
             raise DataError(
                 f"keyframe {record['token']} has no {CAMERAS[camera]} image: it was converted with "
                 "--missing-images empty; convert with `render`, or `skip` such keyframes"
             )
-        height, width = self.processor.image_size
-        cv2.resize(_photo(encoded, what), (width, height), dst=view, interpolation=cv2.INTER_LINEAR)
-        if self.channel_order == "bgr":
-            cv2.cvtColor(view, cv2.COLOR_RGB2BGR, dst=view)
+        fill_view(record, camera, view, channel_order=self.channel_order)
+
+
+def fill_view(
+    record: Record,
+    camera: int,
+    view: UInt8[np.ndarray, "H W 3"],
+    *,
+    channel_order: Literal["rgb", "bgr"] = "rgb",
+) -> None:
+    """Decodes a camera's picture into a view, squashed to its size: what a model or depth network sees.
+
+    Args:
+        record: a keyframe that has this picture.
+        camera: its index.
+        view: to write; contiguous.
+        channel_order: of the view.
+
+    Raises:
+        DataError: the picture cannot be decoded.
+        ConfigError: it was kept at another size than this one.
+    """
+    what = f"keyframe {record['token']}: the {CAMERAS[camera]} image"
+    photo = _photo(record["images"][camera], what)
+    size = photo.shape[:2]
+    if size != tuple(record["image_size"][camera]):
+        check_kept_size((size[0], size[1]), (view.shape[0], view.shape[1]), what)
+    _squash(photo, view)
+    if channel_order == "bgr":
+        cv2.cvtColor(view, cv2.COLOR_RGB2BGR, dst=view)
+
+
+def _squash(photo: UInt8[np.ndarray, "H W 3"], view: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Published: bilinear without antialiasing, whatever the shape. A photo of the view's size is copied."""
+    cv2.resize(photo, (view.shape[1], view.shape[0]), dst=view, interpolation=cv2.INTER_LINEAR)
+
+
+def kept_view(encoded: bytes, size: Size, what: str) -> bytes:
+    """A picture as `convert --image-size` keeps it: squashed once, as `fill_view` does, without loss.
+
+    PNG with the filter that is undone fastest: it is read as fast as WebP, which takes 0.6 of its bytes, but
+    through a decoder that records of strangers need not reach, and stock zlib writes the same bytes on every
+    processor (benchmarks/results/input_pipeline.md). A picture that has this size already stays as it is.
+
+    Args:
+        encoded: a JPEG or PNG.
+        size: (height, width).
+        what: what to call it in an error.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        photo = _photo(encoded, what)
+    except DataError as error:
+        raise DataError(
+            f"{error}: fetch it again, or remove it and say with --missing-images what becomes of its "
+            "keyframe"
+        ) from error
+    if photo.shape[:2] == size:
+        return encoded
+    height, width = size
+    view = np.empty((height, width, 3), np.uint8)
+    _squash(photo, view)
+    # Without a level OpenCV filters by the pixel to the left alone, which is both fast and small enough.
+    done, png = cv2.imencode(
+        ".png",
+        cv2.cvtColor(view, cv2.COLOR_RGB2BGR),
+        [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE],
+    )
+    if not done:
+        raise DataError(f"{what} cannot be encoded")
+    return png.tobytes()
+
+
+def check_kept_size(kept: Size, wanted: Size, what: str) -> None:
+    """Refuses views that were squashed to another size before: squashing them again gives other pixels.
+
+    Args:
+        kept: (height, width) they have.
+        wanted: (height, width) of the run.
+        what: what to call them.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    if kept != wanted:
+        raise ConfigError(
+            f"{what}: views are kept at {kept[0]}x{kept[1]} (height x width, by `convert --image-size`) and "
+            f"are wanted at {wanted[0]}x{wanted[1]}: set data.image_size (or add-depth's --image-size) to "
+            f"what there is, or convert again with --image-size {wanted[0]}x{wanted[1]}, or without for any"
+        )
 
 
 @functools.cache
@@ -258,13 +350,20 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="view")
 
 
-def scaled_intrinsics(record: Record, image_size: tuple[int, int]) -> Float[np.ndarray, "N 3 3"]:
-    """Intrinsics of the views resized to `image_size` (height, width), pixels."""
+def scaled_intrinsics(
+    record: Record, image_size: tuple[int, int] | Int[np.ndarray, "N 2"]
+) -> Float[np.ndarray, "N 3 3"]:
+    """Intrinsics of the views resized to `image_size` (height, width; of all, or of each), pixels."""
     native = record["image_size"].astype(np.float64)
-    scale = np.stack(
-        [image_size[1] / native[:, 1], image_size[0] / native[:, 0], np.ones(len(native))], axis=1
-    )
+    rows, columns = (np.broadcast_to(image_size, native.shape) / native).T
+    scale = np.stack([columns, rows, np.ones(len(native))], axis=1)
     return record["camera_intrinsics"] * scale[:, :, None]
+
+
+def picture_intrinsics(record: Record) -> Float[np.ndarray, "N 3 3"]:
+    """Intrinsics in pixels of the pictures as they are: the record's own, unless `kept_view` made these."""
+    pictures = zip(record["images"], record["image_size"], strict=True)
+    return scaled_intrinsics(record, np.array([picture_size(encoded) or size for encoded, size in pictures]))
 
 
 def check_cameras(names: Sequence[str], field: str) -> None:

@@ -156,6 +156,8 @@ class Records(Sequence[Record]):
     """Content fingerprint of the whole folder, as written by the converter."""
     splits: frozenset[str] = frozenset()
     """The splits of the folder that hold keyframes, without `all`."""
+    view_size: tuple[int, int] | None = None
+    """Height and width that all views were squashed to by the conversion; None for untouched pictures."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -181,7 +183,14 @@ def open_records(directory: Path | str, split: str = "all") -> Records:
     splits = frozenset(split_of(name) for name in provenance.shards)
     if split != "all" and split not in splits:
         raise DataError(f"{directory} has no keyframe in split {split!r}; it has {', '.join(sorted(splits))}")
-    return Records(directory, split, _source(directory, split, provenance), provenance.fingerprint, splits)
+    return Records(
+        directory,
+        split,
+        _source(directory, split, provenance),
+        provenance.fingerprint,
+        splits,
+        provenance.options.image_size,
+    )
 
 
 class _Noted(msgspec.Struct):

@@ -49,6 +49,13 @@ class ShardEntry(msgspec.Struct, frozen=True):
     """Of its first and last `END_BYTES`: what can be checked on every open."""
 
 
+class Options(msgspec.Struct, frozen=True):
+    """The part of a conversion's options that readers rely on."""
+
+    image_size: tuple[_Count, _Count] | None = None
+    """Height and width that views are kept at; None for untouched pictures."""
+
+
 class Provenance(msgspec.Struct, frozen=True):
     """The part of `provenance.json` that readers rely on."""
 
@@ -57,6 +64,7 @@ class Provenance(msgspec.Struct, frozen=True):
     splits: dict[Literal["train", "val"], int]
     """Keyframes of each."""
     shards: dict[str, ShardEntry]
+    options: Options = Options()
 
 
 class _SplitInfo(msgspec.Struct, rename="camel"):

@@ -58,7 +58,8 @@ def record_features() -> tfds.features.FeaturesDict:
             "frame_index": feature.Scalar(np.int32),  # position of the keyframe in its scene, from 0
             "timestamp_us": feature.Scalar(np.int64),
             # cameras
-            "images": blobs(NUM_CAMERAS),  # encoded JPEG, b"" where absent
+            "images": blobs(NUM_CAMERAS),  # encoded JPEG (PNG at another size than native: see
+            # images.kept_view), b"" where absent
             "image_rendered": tensor(NUM_CAMERAS, dtype=np.bool_),  # drawn by the renderer, not photographed
             "image_size": tensor(NUM_CAMERAS, 2, dtype=np.int32),  # native (height, width)
             "exact_depth": blobs(NUM_CAMERAS),  # 16-bit PNG, see DEPTH_SCALE; b"" where unknown

@@ -20,7 +20,7 @@ from spacedrive_jax.data.conversation import (
 from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import open_depth_cache, record_patch_depth
 from spacedrive_jax.data.ego_status import ego_status, insert_ego_tokens, with_ego_fault
-from spacedrive_jax.data.images import ViewProcessor, scaled_intrinsics
+from spacedrive_jax.data.images import ViewProcessor, check_kept_size, scaled_intrinsics
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import INDICATOR, POSITION, DrivingTokenizer, load_tokenizer
@@ -97,8 +97,11 @@ class SampleBuilder:
             advice: flags of the `add-depth` that the run needs, for an error.
 
         Raises:
-            SpaceDriveError: it is not there, or is not what the run would see.
+            SpaceDriveError: it is not there, or is not what the run would see; or the views of the records
+                are kept at another size than the run's.
         """
+        if records.view_size is not None:
+            check_kept_size(records.view_size, self.data.image_size, str(records.directory))
         if self.model.visual_positions == "none":
             return None  # no visual token knows where it is: depth is not read
         data = self.data

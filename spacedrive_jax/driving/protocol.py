@@ -20,7 +20,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.frame import check_calibration
-from spacedrive_jax.data.images import picture_size
+from spacedrive_jax.data.images import picture_intrinsics, picture_size
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.errors import DataError
@@ -166,7 +166,8 @@ def act_message(record: Record, step: int, time_s: float) -> dict[str, Any]:
         "kind": "act",
         "step": step,
         "time_s": time_s,
-        **{name: np.asarray(record[name], np.float64) for name in ("camera_intrinsics", "camera_to_ego")},
+        "camera_intrinsics": picture_intrinsics(record),
+        "camera_to_ego": np.asarray(record["camera_to_ego"], np.float64),
         **{name: np.asarray(record[name], np.float64) for name in ("can_bus", "past_can_bus", "past_to_ego")},
         "images": list(record["images"]),
         "past_mask": np.asarray(record["past_mask"], bool),

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import cv2
 import jax
 import numpy as np
 from flax import nnx
@@ -22,7 +21,7 @@ from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import NetworkKind
-from spacedrive_jax.data.images import decode_photo, scaled_intrinsics
+from spacedrive_jax.data.images import fill_view, scaled_intrinsics
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment, FusionConfig, align, depth_pairs
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
@@ -189,15 +188,13 @@ def keyframe_views(
 
     Raises:
         DataError: an image cannot be decoded.
+        ConfigError: it was kept at another size.
     """
     height, width = image_size
     views = np.zeros((len(CAMERAS), height, width, 3), np.uint8)
-    for camera, encoded in enumerate(record["images"]):
-        if not encoded:
-            continue
-        image = decode_photo(encoded, f"keyframe {record['token']}: the {CAMERAS[camera]} image")
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        views[camera] = image if channel_order == "rgb" else image[..., ::-1]
+    for camera, view in enumerate(views):
+        if record["images"][camera]:
+            fill_view(record, camera, view, channel_order=channel_order)
     return views
 
 

@@ -83,13 +83,18 @@ def upright_corners(boxes: Float[np.ndarray, "A 7"]) -> Float[np.ndarray, "A 8 3
 
 
 def decode_image(record: Record, camera: int) -> UInt8[np.ndarray, "H W 3"] | None:
-    """The camera's RGB image, or None when the record has no pixels for it.
+    """The camera's RGB image at its native size, or None when the record has no pixels for it.
 
     Raises:
         DataError: it is damaged.
     """
-    data = record["images"][camera]
-    return decode_photo(data, f"keyframe {record['token']}: the {CAMERAS[camera]} image") if data else None
+    if not record["images"][camera]:
+        return None
+    image = decode_photo(record["images"][camera], f"keyframe {record['token']}: the {CAMERAS[camera]} image")
+    height, width = (int(side) for side in record["image_size"][camera])
+    if image.shape[:2] != (height, width):  # kept at the size of training
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image
 
 
 def decode_depth(record: Record, camera: int) -> Float[np.ndarray, "H W"] | None:

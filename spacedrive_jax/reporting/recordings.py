@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.images import media_type, picture_intrinsics, picture_size
 from spacedrive_jax.data.keyframe import camera_to_ego
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
@@ -219,16 +220,19 @@ def _log_keyframe(rerun: Any, recording: Any, shown: Shown, first: Record) -> No
     record = shown.record
     pose = exact.matmul(exact.rigid_inverse(first["ego_to_global"]), record["ego_to_global"])
     recording.log("world/ego", rerun.Transform3D(translation=pose[:3, 3], mat3x3=pose[:3, :3]))
+    intrinsics = picture_intrinsics(record)
     for camera, name in enumerate(CAMERAS):
-        if not record["images"][camera]:
+        size = picture_size(record["images"][camera])
+        if size is None:
             continue
         place = camera_to_ego(record, camera)
-        height, width = (int(size) for size in record["image_size"][camera])
         recording.log(
             f"world/ego/{name}",
             rerun.Transform3D(translation=place[:3, 3], mat3x3=place[:3, :3]),
-            rerun.Pinhole(image_from_camera=record["camera_intrinsics"][camera], width=width, height=height),
-            rerun.EncodedImage(contents=record["images"][camera], media_type="image/jpeg"),
+            rerun.Pinhole(image_from_camera=intrinsics[camera], width=size[1], height=size[0]),
+            rerun.EncodedImage(
+                contents=record["images"][camera], media_type=media_type(record["images"][camera])
+            ),
         )
     if has_points(record):
         points, colours = keyframe_points(record)

@@ -399,12 +399,13 @@ def test_impossible_options(dataroot, tmp_path, options, message):
 
 
 def test_differences_name_the_field():
-    before = {"a": {"b": 1, "c": [1]}, "d": 2}
-    assert conversion.differences(before, {"a": {"b": 1, "c": [1]}, "d": 2}) == []
-    assert conversion.differences(before, {"a": {"b": 3, "c": [2]}}) == [
+    before = {"a": {"b": 1, "c": [1, 2, 3]}, "d": 2, "size": [40, 56]}
+    assert conversion.differences(before, {"a": {"b": 1, "c": [1, 2, 3]}, "d": 2, "size": [40, 56]}) == []
+    assert conversion.differences(before, {"a": {"b": 3, "c": [2]}, "size": [56, 40]}) == [
         "a.b: 1 -> 3",
         "a.c: differs",
         "d: 2 -> None",
+        "size: [40, 56] -> [56, 40]",
     ]
 
 
@@ -438,6 +439,7 @@ def test_scene_units_survive_pickling(dataroot, tmp_path):
         mask_folder=tmp_path,
         render_missing=False,
         render_size=None,
+        image_size=None,
         seed=0,
     )
     result = convert_scene(pickle.loads(pickle.dumps(unit)))
