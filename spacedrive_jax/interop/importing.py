@@ -17,7 +17,12 @@ from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_
 from spacedrive_jax.errors import CheckpointError, DataError
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head, without_content
-from spacedrive_jax.interop.hf_config import format_of, read_hf_config
+from spacedrive_jax.interop.hf_config import (
+    format_of,
+    read_hf_config,
+    read_processor_settings,
+    read_special_ids,
+)
 from spacedrive_jax.interop.peft import base_of, open_adapter, read_peft_config, write_adapter
 from spacedrive_jax.interop.safetensors_folder import (
     PlannedTensor,
@@ -225,6 +230,9 @@ def _import_base(source: Path, folder: Path, options: ImportOptions) -> WeightsM
     """Checks a checkpoint against its config and writes it, with the two tokens, into an open folder."""
     check_folder(source)
     config = read_hf_config(source)
+    # Handed on as they are: what cannot be read is said here, not when the folder is opened.
+    read_processor_settings(source, config)
+    read_special_ids(source)
     form = format_of(config)
     tensors = SafetensorsFolder(source, rename=form.canonical_name)
     tensors.check_flavour()

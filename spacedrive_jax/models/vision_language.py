@@ -204,7 +204,7 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ConfigError: If the placeholders do not fit the images.
         """
-        token_ids, valid = _on_host(token_ids, lengths)
+        token_ids, valid = _on_host(token_ids, lengths, self.config)
         layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
         device_lengths = None if lengths is None else jnp.asarray(valid, jnp.int32)
         return _logits(
@@ -241,7 +241,7 @@ class VisionLanguageModel(nnx.Module):
             ConfigError: If `max_new_tokens` is not positive, a prompt is empty, images and ids do not fit, or
                 the whole would be longer than the rotary angles hold.
         """
-        token_ids, valid = _on_host(token_ids, lengths)
+        token_ids, valid = _on_host(token_ids, lengths, self.config)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.config.decoder.check_length(int(valid.max()) + max_new_tokens, "prompt and answer")
@@ -272,7 +272,7 @@ class VisionLanguageModel(nnx.Module):
 
         The arguments are those of `logits`.
         """
-        token_ids, valid = _on_host(token_ids, lengths)
+        token_ids, valid = _on_host(token_ids, lengths, self.config)
         self.config.decoder.check_length(int(valid.max()), "a sequence")
         grids, merge = image_grids(images, image_grid), self.config.vision.merge_size
         layout = lay_out(
@@ -347,7 +347,7 @@ def _one_after_the_other(features: Float[Array, "... I V D"]) -> Float[Array, ".
 
 
 def _on_host(
-    token_ids: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"] | None
+    token_ids: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"] | None, config: VLConfig
 ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
     """Ids and lengths as arrays, checked."""
     token_ids = np.asarray(token_ids)
@@ -359,6 +359,11 @@ def _on_host(
     valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
     if valid.shape != (batch,) or (valid < 1).any() or (valid > length).any():
         raise ConfigError(f"prompt lengths {valid.tolist()} must be {batch} numbers in 1..{length}")
+    # JAX would take the last row for an id above the table, and count a negative one from its end.
+    rows, seen = config.decoder.vocab_size, token_ids[np.arange(length) < valid[:, None]]
+    outside = seen[((seen < 0) | (seen >= rows)) & (seen != config.image_token_id)]
+    if outside.size:
+        raise ConfigError(f"token_ids hold {int(outside[0])}, and the table has rows 0 to {rows - 1}")
     return token_ids, valid
 
 

@@ -323,6 +323,21 @@ def test_a_damaged_tokenizer_is_named(checkpoint, tmp_path, content):
         import_hf(source, tmp_path / "w", ImportOptions())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", b'{"eos_token_id": "x"}'),
+        ("preprocessor_config.json", b'{"patch_size": 14, "image_mean": [NaN, 0, 0]}'),
+    ],
+)
+def test_what_is_handed_on_must_be_readable(checkpoint, tmp_path, name, content):
+    source = checkpoint("qwen_plus_train")
+    (source / name).write_bytes(content)
+    with pytest.raises(SpaceDriveError, match=name):
+        import_hf(source, tmp_path / "w", ImportOptions())
+    assert not (tmp_path / "w").exists()
+
+
 def test_an_exported_adapter_names_a_base_that_can_be_loaded(checkpoint, tmp_path):
     base = checkpoint("qwen_plus_train")
     save_adapter(adapted(base), tmp_path / "a", base_model=str(base))

@@ -208,6 +208,14 @@ def test_token_ids_without_a_batch_axis_are_refused(tiny_model):
         tiny_model.logits(np.full(6, IMAGE), images=patches, image_grid=(4, 6))
 
 
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_token_ids_without_a_row_are_refused(tiny_model, wrong):
+    with pytest.raises(SpaceDriveError, match=rf"token_ids hold {wrong}, and the table has rows 0 to \d+"):
+        tiny_model.logits(np.array([[3, wrong]]))
+    with pytest.raises(SpaceDriveError, match=f"token_ids hold {wrong}"):
+        tiny_model.generate(np.array([[3, wrong]]), max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
