@@ -322,6 +322,18 @@ def remove_partials(folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder of this project's own, here or in a bucket, with all that is below it, if it is there.
+
+    Raises:
+        DataError: the bucket cannot be written.
+    """
+    if not is_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        buckets.remove(folder)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a whole file (see `atomic_write`)."""
     with atomic_write(path) as file:

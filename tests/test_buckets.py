@@ -128,6 +128,41 @@ def test_a_day_in_a_bucket_is_one_on_a_disk(bucket, tmp_path, capsys, unchecked)
     assert not Path("gs:").exists()
 
 
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory):
+    """Two drives, as a file for --scenarios."""
+    file = tmp_path_factory.mktemp("drives") / "two.json"
+    towns = {"start": "boston-seaport", "bend": "singapore-onenorth"}
+    specs = [
+        {"kind": kind, "town": town, "seed": number} for number, (kind, town) in enumerate(towns.items())
+    ]
+    file.write_text(json.dumps(specs))
+    return file
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@needs_gcs
+def test_drives_in_a_bucket_are_those_on_a_disk(bucket, drives, tmp_path, capsys, unchecked):
+    """A drive's files are in the bucket when it is over, so that any machine goes on from them."""
+    command = ["drive", "--policy", "constant_velocity", "--scenarios", str(drives), "--workers", "1"]
+    disk, there = tmp_path / "looped", f"{BUCKET}/looped"
+    assert main([*command, "--out", str(disk)]) == 0
+    assert main([*command, "--out", there]) == 0
+    assert bucket.content("drives/looped/") == files_of(disk)
+    capsys.readouterr()
+    assert main([*command, "--out", there]) == 1
+    assert f"--out {there} holds a run" in capsys.readouterr().err
+    next(io.place(f"{there}/drives").glob("0001-*/result.json")).unlink()  # killed: it is the last to come
+    assert main([*command, "--out", there, "--resume"]) == 0
+    assert bucket.content("drives/looped/") == files_of(disk)
+    assert not Path("gs:").exists()
+
+
 @needs_gcs
 def test_files_of_a_bucket(bucket, tmp_path):
     folder = io.place(f"{BUCKET}/folder")
@@ -216,7 +251,10 @@ def test_going_back_moves_a_bucket_s_later_checkpoints(bucket):
             ["predict", "--checkpoint", "s3://b/run", "--records", "r"],
             r"--checkpoint s3://b/run: only gs:// buckets",
         ),
-        (["drive", "--policy", "expert", "--out", f"{BUCKET}/d"], r"--out gs://drives/d: .* disk; mount"),
+        (
+            ["drive", "--policy", "expert", "--collect", f"{BUCKET}/d"],
+            r"--collect gs://drives/d: .* disk; mount",
+        ),
         (["evaluate", "--predictions", "gs://", "--records", "r"], r"--predictions gs:// names no bucket"),
     ],
 )

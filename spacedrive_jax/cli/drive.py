@@ -15,7 +15,7 @@ from spacedrive_jax.bounds import COUNT, FROM_ZERO, WORKERS, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import is_bucket, output_lock, place
+from spacedrive_jax.io import output_lock, place
 
 if TYPE_CHECKING:
     from spacedrive_jax.driving.bench import Finished, InsidePolicy
@@ -63,7 +63,7 @@ class Drive(Command):
     tiny, train (other towns than those that scores are taken in: to collect in), or a JSON file: [{"kind",
     "town", "seed"}], some with a "world"."""
     out: Path | None = None
-    """Folder to write; drives/ in the run folder, or drives-POLICY, by default."""
+    """Folder to write, here or gs://…; drives/ in the run folder, or drives-POLICY, by default."""
     records: Path | None = None
     """Records folder that mean_trajectory and ego_mlp learn from."""
     workers: int = 0
@@ -114,7 +114,7 @@ class Drive(Command):
     """Folder that keeps compiled programs between runs; by default JAX_COMPILATION_CACHE_DIR, else the user's
     cache folder."""
 
-    BUCKETS: ClassVar[tuple[str, ...]] = ("records", "compilation_cache")
+    BUCKETS: ClassVar[tuple[str, ...]] = ("out", "records", "compilation_cache")
     WRITES: ClassVar[tuple[str, ...]] = ("video", "rerun", "collect")
     BOUNDS: ClassVar[Bounds] = {
         "workers": WORKERS,
@@ -300,10 +300,7 @@ class Drive(Command):
 
         if self.checkpoint is not None and is_trained_folder(self.checkpoint):
             raise ConfigError(f"{self.checkpoint} is no run folder to write to: give --out DIR")
-        run_dir = locate(place(self.checkpoint or ""))[0]
-        if is_bucket(run_dir):
-            raise ConfigError(f"drives need a disk, and {run_dir} is in a bucket: give --out DIR")
-        return run_dir / "drives"
+        return locate(place(self.checkpoint or ""))[0] / "drives"
 
     def _checkpoint_name(self) -> Any:
         if self.checkpoint is None:

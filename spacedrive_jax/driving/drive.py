@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive.results import read_results, score_routes
-from spacedrive_jax.io import convert, read_json, remove_partials, write_bytes, write_json
+from spacedrive_jax.io import convert, read_json, remove_folder, remove_partials, write_bytes, write_json
 from spacedrive_jax.training.hosts import ALONE, Hosts
 
 RESULTS = "results.json"
@@ -211,7 +210,7 @@ def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> s
     if not done and not others:  # what stopped before its first drive was done burns no folder
         remove_partials(folder)
         for half in ("drives", "metric_info"):
-            shutil.rmtree(folder / half, ignore_errors=True)
+            remove_folder(folder / half)
         write_json(path, metadata, indent=1, sort_keys=True)
         return set()
     if not resume:
