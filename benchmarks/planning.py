@@ -47,7 +47,8 @@ from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.family import ChatTokens, Message
 from spacedrive_jax.models.partitioning import initialize
-from spacedrive_jax.models.spacedrive import ModelConfig, SpaceDrive
+from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 MAX_NEW_TOKENS = 100
 HEAD_SCORE = 20.0

@@ -10,7 +10,7 @@ from spacedrive_jax.config import Config, TrainConfig
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 128
 VISION = QwenVisionConfig(

@@ -8,7 +8,7 @@ from spacedrive_jax.config import Config, MeshConfig, TrainConfig, change
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 SPACEDRIVE = Config(
     name="spacedrive_qwen_7b",

@@ -37,7 +37,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, is_bucket, parse_json, place, read_text
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import config, install_import_hook
 
 # Every call into these rooms is held against its annotations, shapes included; `CHECK_TYPES=data,world` takes
 # others. Not all of them yet: the other rooms' tests hand over stand-ins that no annotation allows.
-ROOMS = "batch,exact,models,evaluation"
+ROOMS = "batch,exact,models,evaluation,data,world,inference,reporting"
 CHECKED = [f"spacedrive_jax.{room}" for room in os.environ.get("CHECK_TYPES", ROOMS).split(",") if room]
 if CHECKED:
     import tests.runtime_types  # noqa: F401  (the hook looks its checker up as an attribute)
@@ -55,7 +55,8 @@ def dropped_programs() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Types are not checked: the test hands stand-ins to functions that ask for the real thing."""
+    """Types are not checked: the test hands over stand-ins, or records that cannot be read (the checker reads
+    one of every sequence)."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)

@@ -21,7 +21,7 @@ def check(function: F) -> F:
     owner, _, name = getattr(function, "__qualname__", "").rpartition(".")
     if (owner, name) == ("DrivingBatch", "__init__"):
         return _of_arrays_alone(function)
-    checks_itself = owner.endswith("Config") or function.__module__.startswith(_COMMANDS)
+    checks_itself = owner.endswith(("Config", "Fault", "Disturbance")) or function.__module__.startswith(_COMMANDS)
     return function if name == "__init__" and checks_itself else _beartype(function)
 
 

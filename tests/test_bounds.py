@@ -32,7 +32,7 @@ from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 CONFIGS = [
     CameraFault,

@@ -14,7 +14,7 @@ from spacedrive_jax.data.prompts import format_coordinates, format_number
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.models.family import IGNORE, ChatTokens
-from spacedrive_jax.models.spacedrive import EgoStatusInput
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput
 
 # The two driving-command rules: the published one, which sees the future, and one that cannot.
 #

@@ -31,7 +31,7 @@ from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, local, read_json, write_json
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
 
 # Which keyframes of a split have all their future poses, found once and kept in the user's cache: a reader

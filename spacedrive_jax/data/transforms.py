@@ -28,7 +28,7 @@ from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.family import IGNORE, ChatTokens, Family
 from spacedrive_jax.models.positions import ImageSpan
-from spacedrive_jax.models.spacedrive import EgoStatusInput, ModelConfig
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 
 
 class SampleBuilder:

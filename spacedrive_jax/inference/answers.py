@@ -12,8 +12,9 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from spacedrive_jax.batch import Leaf
 from spacedrive_jax.config import Config, config_changes
 from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
 from spacedrive_jax.data.prompts import PLANNING_OPENING, context, parse_coordinates, planning_answer
@@ -44,21 +45,21 @@ PUBLISHED_LIMIT = 100
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What was generated for each sample; G = max_new_tokens + 1."""
+    """What was generated for each sample, on the devices or on the host; G = max_new_tokens + 1."""
 
-    token_ids: Int[Array, "B G"]
+    token_ids: Int[Leaf, "B G"]
     """Raw argmax ids, those discarded behind an indicator included; padding behind `lengths`."""
-    lengths: Int[Array, " B"]
-    coordinates: Float[Array, "B G 3"]
+    lengths: Int[Leaf, " B"]
+    coordinates: Float[Leaf, "B G 3"]
     """The coordinate decoded at each place that counts, metres, ego frame; zeros elsewhere."""
-    is_coordinate: Bool[Array, "B G"]
+    is_coordinate: Bool[Leaf, "B G"]
     """Places whose coordinate counts (`coordinate_indices`)."""
-    is_position: Bool[Array, "B G"]
+    is_position: Bool[Leaf, "B G"]
     """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
     fed in its stead. In a run of indicators not all of them count."""
-    in_one_pass: Bool[Array, " B"]
+    in_one_pass: Bool[Leaf, " B"]
     """The trajectory was answered by the frame alone, without a token-by-token step of its own."""
-    trajectory: Float[Array, "B T 3"] | None = None
+    trajectory: Float[Leaf, "B T 3"] | None = None
     """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
     none; metres, ego frame."""
 

@@ -288,12 +288,12 @@ def _cut_behind_indicators(ids: tuple[int, ...], indicator: int) -> list[tuple[i
 
 def _run_with_prompt(
     model: SpaceDrive, batch: DrivingBatch, piece: tuple[int, ...], room: int
-) -> tuple[Float[Array, "B W+1 D"], KVCache]:
+) -> tuple[Float[Array, "B V D"], KVCache]:
     """One forward over prompts with a piece of text right behind each.
 
     Returns:
-        Hidden states of each prompt's last token and of the piece; the cache, with room for `room` tokens
-        behind the longest prompt.
+        Hidden states of each prompt's last token and of the piece's, V together; the cache, with room for
+        `room` tokens behind the longest prompt.
     """
     width = len(piece)
     rows, behind = jnp.arange(batch.size)[:, None], batch.lengths[:, None] + jnp.arange(width)

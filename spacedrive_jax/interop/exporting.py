@@ -38,7 +38,7 @@ from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import to_host
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 FREQUENCIES = "position_encoder.freq"

@@ -23,7 +23,7 @@ from spacedrive_jax.io import MEBIBYTE, convert, parse_json, read_text
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind
-from spacedrive_jax.models.spacedrive import EgoStatusInput, ModelConfig
+from spacedrive_jax.models.spacedrive_config import EgoStatusInput, ModelConfig
 
 # The published configs (mmcv: Python files of assignments), read as data: nothing in them is run.
 

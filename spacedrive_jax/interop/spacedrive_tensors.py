@@ -20,7 +20,7 @@ from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.safetensors_folder import require_finite
 from spacedrive_jax.interop.weight_table import Rule, lora_rules, new_token_rules
 from spacedrive_jax.models.config import NewTokensConfig
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Two-way table between the published SpaceDrive tensors and this project's parameters.
 

@@ -37,7 +37,7 @@ from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names
 from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text, write_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 
 METADATA_FILE = "weights.json"

@@ -427,7 +427,7 @@ def continue_greedily(
     Returns:
         The new ids.
     """
-    batch = len(embeddings)
+    batch = embeddings.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def choose(hidden: Float[Array, "B D"]) -> Int[Array, " B"]:

@@ -288,7 +288,7 @@ class Projector(nnx.Module):
         """Makes visual tokens of features."""
         if self.norm is not None and not self.norm_merged:
             x = self.norm(x)
-        x = x.reshape(len(x), -1, self.inputs)
+        x = x.reshape(x.shape[0], -1, self.inputs)
         if self.norm is not None and self.norm_merged:
             x = self.norm(x)
         return self.out(erf_gelu(self.hidden(x)))

@@ -105,7 +105,7 @@ class ScoreRow:
     name: str
     color: str
     samples: int
-    scores: Mapping[str, Mapping[str, float | None]]
+    scores: Mapping[str, Any]
     confidence: Mapping[str, Any] | None
 
 

@@ -58,7 +58,7 @@ class Blocks:
     """Quads in blocks that are seen or not seen together: a building, a tree, a traffic light."""
 
     quads: Quads
-    starts: Int[np.ndarray, "B+1"]
+    starts: Int[np.ndarray, "S"]
     """First quad of each block, and the number of all quads."""
     low: Float[np.ndarray, "B 3"]
     """Lowest coordinates of each block, metres."""

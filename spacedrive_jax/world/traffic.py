@@ -67,7 +67,7 @@ class Route:
         columns = (self.points[:, 0], self.points[:, 1], self.headings)
         return np.stack([np.interp(s, self.lengths, column) for column in columns], axis=-1)
 
-    def curvature(self, s: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
+    def curvature(self, s: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."] | np.float64:
         """Signed curvature at arc length `s`, 1/m."""
         return np.interp(s, self.lengths, self.curvatures)
 

@@ -56,6 +56,7 @@ def test_training_prediction_and_report_need_no_depth_network(records, tmp_path)
     assert losses["network"] != losses["fused"]  # the same seed and samples, another depth
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_source_that_a_keyframe_lacks_is_named(records, tmp_path, capfd):
     assert train(records, tmp_path / "run", "fused") == 1
     assert "has no depth for CAM_FRONT from fused" in capfd.readouterr().err

@@ -134,6 +134,7 @@ def test_fingerprint_must_be_that_of_the_shards(folder):
         open_records(folder)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_values_name_keyframe_and_feature(tmp_path):
     rng = np.random.default_rng(5)
     record = make_record(rng, camera_intrinsics=np.full((6, 3, 3), np.nan))

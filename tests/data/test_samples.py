@@ -174,6 +174,7 @@ def test_bad_conditions_for_the_cameras(record):
         CameraFault(dead=("FRONT",))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
     rng = np.random.default_rng(0)
     records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(6)]
@@ -193,6 +194,7 @@ def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
     assert [next(resumed).index.tolist() for _ in range(3)] == order[2:]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_evaluation_batches_cover_every_sample_once():
     rng = np.random.default_rng(0)
     records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(5)]
@@ -202,6 +204,7 @@ def test_evaluation_batches_cover_every_sample_once():
     assert all(batch.size == 2 for batch, _ in batches)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_threads_make_the_same_batches_ahead():
     rng = np.random.default_rng(0)
     records = [make_record(rng, exact_depth=flat_depth(9.0)) for _ in range(5)]

@@ -132,6 +132,7 @@ def test_labels_cover_the_words_and_waypoints_stand_behind_them(record):
     assert question.endswith("trajectory for the ego car with reasons.")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("tasks", ["think_before_planning", "questions"])
 def test_a_run_is_told_what_its_words_need(tmp_path, tasks):
     talk = {"data.conversation.tasks": tasks, "data.conversation.scene_texts": True}

@@ -66,7 +66,7 @@ def test_past_status_is_the_status_of_the_past_keyframes(scene):
 
 def test_poses_use_the_full_rotation():
     quaternion = np.array([0.9, 0.1, -0.05, 0.4])
-    pose = transforms([[10.0, -5.0, 1.0]], [quaternion / np.linalg.norm(quaternion)])[0]
+    pose = transforms([[10.0, -5.0, 1.0]], [(quaternion / np.linalg.norm(quaternion)).tolist()])[0]
     np.testing.assert_allclose(inverse(pose) @ pose, np.eye(4), atol=1e-12)
     assert abs(pose[2, 0]) > 0.01
 

@@ -220,6 +220,7 @@ def test_one_token_for_the_whole_trajectory(case):
     np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_digits_are_read_from_the_text(case):
     tokenizer = case.tokenizer
     ids = tokenizer.encode("Here it is [(+1.00, -2.00), (+3.50, 0.0)" + ", (+5.0, +1.0)" * 4 + "].")
@@ -241,6 +242,7 @@ def test_digits_are_read_from_the_text(case):
     assert prediction_line(builder, "t", generated, 0)["status"] == "unparsed"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_digits_that_are_no_place_are_unparsed(case):
     tokenizer = load_tokenizer()  # the case's has no digits
     digits = dataclasses.replace(case.model.config, coordinate_tokens=False)

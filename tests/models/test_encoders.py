@@ -25,7 +25,7 @@ from spacedrive_jax.models.coordinate_encoder import (
     rotate_features,
     status_units,
 )
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 WIDTH = 48
 POINTS = jnp.asarray(np.random.default_rng(0).uniform(-50, 50, (2, 5, 3)), jnp.float32)

@@ -18,7 +18,7 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import answer_limit, expected_frame, planning_frame
 from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig
-from spacedrive_jax.models.spacedrive import ModelConfig
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import check_choices, losses
 from spacedrive_jax.training.state import make_model
 from spacedrive_jax.training.train import train

@@ -25,7 +25,8 @@ from spacedrive_jax.interop.weight_table import Rule, check_names_and_shapes
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.families.llava import LlavaConfig
-from spacedrive_jax.models.spacedrive import ModelConfig, SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from tests.golden.verify.case_files import read_settings
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.modules import read_module

@@ -33,7 +33,8 @@ from spacedrive_jax.models.families import family_of, llava, qwen2_5_vl
 from spacedrive_jax.models.families.llava import LlavaConfig
 from spacedrive_jax.models.family import IGNORE, ChatTemplate, ChatTokens
 from spacedrive_jax.models.image_processor import flatten_patches
-from spacedrive_jax.models.spacedrive import ModelConfig, SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.unprojection import pool_depth
 from tests.golden.verify.case_files import Recorded, read_arrays, read_settings
 from tests.golden.verify.ego_frames import record_of_frames

@@ -15,7 +15,8 @@ from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.models.family import IGNORE
-from spacedrive_jax.models.spacedrive import ModelConfig, SpaceDrive
+from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.training.losses import losses, select
 from spacedrive_jax.training.state import is_trainable
 from tests.golden.verify.case_files import read_arrays
