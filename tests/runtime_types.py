@@ -13,6 +13,7 @@ from beartype import BeartypeConf, beartype
 
 F = TypeVar("F", bound=Callable[..., Any])
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CONFIGS = ("Config", "Fault", "Disturbance")
 _COMMANDS = ("spacedrive_jax.cli.", "data_prep.cli.")
 
 
@@ -21,7 +22,7 @@ def check(function: F) -> F:
     owner, _, name = getattr(function, "__qualname__", "").rpartition(".")
     if (owner, name) == ("DrivingBatch", "__init__"):
         return _of_arrays_alone(function)
-    checks_itself = owner.endswith(("Config", "Fault", "Disturbance")) or function.__module__.startswith(_COMMANDS)
+    checks_itself = owner.endswith(_CONFIGS) or function.__module__.startswith(_COMMANDS)
     return function if name == "__init__" and checks_itself else _beartype(function)
 
 
