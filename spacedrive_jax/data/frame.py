@@ -21,7 +21,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_TARGETS
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.images import picture_size
-from spacedrive_jax.data.route import RoadOption
+from spacedrive_jax.data.route import NODE_SPACING, RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, inside, read_bytes, read_typed
@@ -39,7 +39,7 @@ MOST_OFFSET = 50.0
 TOLERANCE = 1e-3
 """How far a rotation may be from one."""
 MOST_IMAGE_BYTES = 64 * MEBIBYTE
-AHEAD = np.array([[25.0, 0.0], [75.0, 0.0]])
+AHEAD = np.array([[NODE_SPACING, 0.0], [2 * NODE_SPACING, 0.0]])
 """Nodes of a straight route, as far apart as nodes are."""
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -83,8 +83,9 @@ class Frame:
     command: Command | None = None
     """For models that are told where the route turns; None where it is not known."""
     target_points: Float[np.ndarray, "2 2"] | None = None
-    """The next two nodes of the route (at most 50 m apart), ego frame; None for points straight ahead where
-    there is a command, and for none, as in records without a route, where there is not."""
+    """The next two nodes of the route, every `NODE_SPACING` metres along it and more than `PASSED` ahead, ego
+    frame; None for points straight ahead where there is a command, and for none, as in records without a
+    route, where there is not."""
     depth: tuple[bytes, ...] = (b"",) * NUM_CAMERAS
     """16-bit PNGs of metres times 256, 0 where unknown; empty where there is none."""
     location: str = ""
