@@ -5,6 +5,7 @@ import pytest
 from benchmarks.fuzz import BAD, fuzz, targets
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, on damaged files
 def test_mutated_files_are_read_rightly_or_refused_in_one_line():
     counts, wrong = fuzz(20 * len(targets()), seed=1)

@@ -113,6 +113,7 @@ def test_missing_or_cut_shard_is_named(folder):
         open_records(folder)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_damage_in_the_middle_is_found_by_the_check_and_named_when_read(folder):
     path = shard(folder)
     data = bytearray(path.read_bytes())

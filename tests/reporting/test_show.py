@@ -30,6 +30,7 @@ def show(*words):
     return spacedrive_jax.cli.main.main(["show", *map(str, words)])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_planner_plans_what_the_model_plans_and_draws_it(made):
     run_dir, folder = made
     planner = Planner.load(run_dir)

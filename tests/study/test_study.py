@@ -40,6 +40,7 @@ def rows_of(folder):
     return [{**json.loads(line), "seconds": 0.0} for line in lines]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_killed_run_goes_on_to_the_same_row(tmp_path, capsys, monkeypatch):
     command = ["study", f"{PLAN}:drives", "--records", str(make_records(tmp_path / "records")), "--json"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0

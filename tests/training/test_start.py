@@ -40,6 +40,7 @@ def records(tmp_path_factory) -> Path:
     return make_records(tmp_path_factory.mktemp("data") / "records")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nothing_is_left_of_a_run_that_cannot_start(records, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     small = change(tiny(records, run_dir), "small", {"data.sequence_length": 100, "data.max_targets": 5})
@@ -63,6 +64,7 @@ def test_nothing_is_left_of_a_run_that_cannot_start(records, tmp_path, monkeypat
     assert not run_dir.exists()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_dry_run_says_what_a_run_would_be(records, tmp_path, capsys):
     arguments = ["train", str(TINY), "--data.records", str(records), "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--dry-run", "--json"]) == 0
