@@ -132,7 +132,9 @@ class Traffic:
         self.gates = [(i, gate) for i, mover in enumerate(self.movers) for gate in mover.route.gates]
         self.zebras = [(i, zebra) for i, mover in enumerate(self.movers) for zebra in mover.route.zebras]
         self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]
-        self.tempers = np.array([mover.temper for mover in self.movers])
+        self.idm_parameters = np.array([mover.idm_parameters for mover in self.movers])
+        self.crosses = np.array([mover.crossing >= 0 for mover in self.movers])
+        """Who walks over a crossing."""
         self.conflicts: dict[tuple[int, Zebra, int], float] = {}
         """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
 
@@ -271,8 +273,7 @@ class _Moment:
         parts = [i for i in self.whole.parts if self._acts(i)]
         drives = ~self.on_foot[:count]
         drives[:first], drives[parts] = False, False
-        crosses = np.array([mover.crossing >= 0 for mover in self.movers])
-        gaps, leader_speeds = self._leaders(drives | crosses)
+        gaps, leader_speeds = self._leaders(drives | self.whole.crosses)
         wanted = np.zeros(count)
         drivers = np.flatnonzero(drives)
         wanted[drivers] = self._drive(drivers, gaps[drivers], leader_speeds[drivers])
@@ -286,24 +287,24 @@ class _Moment:
         self, who: Int[np.ndarray, "D"], gaps: Float[np.ndarray, "D"], leader_speeds: Float[np.ndarray, "D"]
     ) -> Float[np.ndarray, "D"]:
         """Drivers keep their distance to whatever comes first: leaders, lines, the end of their route."""
-        speed, front, tempers = self.speed[who], self.front[who], self.whole.tempers[who]
+        speed, front, parameters = self.speed[who], self.front[who], self.whole.idm_parameters[who]
         wishes = [min(self._wish(i), self._limit(i)) for i in who.tolist()]
         wanted = np.array(wishes).reshape(len(who))
         room = np.maximum(self.whole.tracks.ends[who] - 1.0 - front, 0.0)
         stops = self._stops(who)[who]
         # A line is not a bumper: the front comes to stand 0.4 m before it.
-        line = np.maximum(stops - front + tempers[:, 2] - 0.4, 0.0)
+        line = np.maximum(stops - front + parameters[:, 2] - 0.4, 0.0)
         options = [
-            traffic.follow_acceleration(speed, wanted, room, speed, tempers),
-            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, tempers),
-            traffic.follow_acceleration(speed, wanted, line, speed, tempers),
+            traffic.follow_acceleration(speed, wanted, room, speed, parameters),
+            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, parameters),
+            traffic.follow_acceleration(speed, wanted, line, speed, parameters),
         ]
         slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
         for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
             for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
                 closing = speed[k : k + 1] - leader_speed
                 option = traffic.follow_acceleration(
-                    speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, tempers[k : k + 1]
+                    speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, parameters[k : k + 1]
                 )
                 slowest[k] = min(slowest[k], option[0])
         return slowest

@@ -181,8 +181,8 @@ class Mover:
         return self.category.startswith("human.")
 
     @property
-    def temper(self) -> tuple[float, float, float]:
-        """How it follows others: acceleration in m/s^2, headway in seconds, standstill gap in metres."""
+    def idm_parameters(self) -> tuple[float, float, float]:
+        """Of the Intelligent Driver Model: acceleration (m/s^2), headway (s), standstill gap (metres)."""
         return self.acceleration, self.headway, self.standstill_gap
 
 
@@ -319,7 +319,7 @@ def follow_acceleration(
     wanted: Float[np.ndarray, "*A"],
     gap: Float[np.ndarray, "*A"],
     closing_speed: Float[np.ndarray, "*A"],
-    temper: Float[np.ndarray, "*A 3"],
+    parameters: Float[np.ndarray, "*A 3"],
 ) -> Float[np.ndarray, "*A"]:
     """The Intelligent Driver Model, of any number of drivers at once.
 
@@ -328,12 +328,12 @@ def follow_acceleration(
         wanted: desired speed, m/s.
         gap: bumper to bumper distance to the leader, metres (inf without one).
         closing_speed: own speed minus the leader's, m/s.
-        temper: acceleration, headway and standstill gap (`Mover.temper`).
+        parameters: acceleration, headway and standstill gap (`Mover.idm_parameters`).
 
     Returns:
         Acceleration in m/s^2, never harder than `HARDEST_BRAKING`.
     """
-    acceleration, headway, standstill_gap = temper[..., 0], temper[..., 1], temper[..., 2]
+    acceleration, headway, standstill_gap = (parameters[..., place] for place in range(3))
     ratio = speed / np.maximum(wanted, 0.1)
     free = np.where(
         ratio < 1,

@@ -119,7 +119,8 @@ def test_idm_is_at_rest_where_it_should_be() -> None:
     mover = driver()
     speed, gap = np.array([10.0, 0.0, 0.0, 10.0]), np.array([np.inf, np.inf, mover.standstill_gap, 3.0])
     closing = np.array([0.0, 0.0, 0.0, 10.0])
-    found = traffic.follow_acceleration(speed, np.full(4, 10.0), gap, closing, np.array([mover.temper] * 4))
+    parameters = np.array([mover.idm_parameters] * 4)
+    found = traffic.follow_acceleration(speed, np.full(4, 10.0), gap, closing, parameters)
     wanted = [0.0, mover.acceleration, 0.0, -traffic.HARDEST_BRAKING]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
 
