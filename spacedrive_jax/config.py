@@ -6,6 +6,7 @@ Presets live in `configs/`, a file per family of runs; every field can be overri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,7 +15,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -315,18 +316,29 @@ def load_module(path: Path, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     if path.name == "__init__.py":
         sys.modules[name] = module
-    try:
+    with naming_line(path):
         spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def naming_line(path: Path) -> Iterator[None]:
+    """Around what runs a Python file of a user's.
+
+    Raises:
+        ConfigError: it fails; the message names file and line.
+    """
+    try:
+        yield
     except SpaceDriveError:
         raise
-    except Exception as error:
+    except Exception as error:  # somebody else's code raises anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         said = error.msg if isinstance(error, SyntaxError) else error
         where = path if line is None else f"{path}, line {line}"
         raise ConfigError(f"{where}: {type(error).__name__}: {said}") from error
-    return module
 
 
 TAG = "family"

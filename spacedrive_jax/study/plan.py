@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, to_json, to_plain
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, naming_line, to_json, to_plain
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.predict import check_changes
 from spacedrive_jax.io import json_digest, parse_json
 from spacedrive_jax.study.readout import Readout
@@ -338,12 +338,8 @@ _PACKAGE = "spacedrive_jax_plans"
 
 def _plans_of(file: Path, known: str | None = None) -> tuple[Plan, ...]:
     """The plans of a file; of one that comes with the project by its module's name."""
-    try:
+    with naming_line(file):
         module = load_module(file, f"{_PACKAGE}_{file.stem}") if known is None else import_module(known)
-    except SpaceDriveError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{file} cannot be read as Python: {error}") from error
     plans = getattr(module, "PLANS", None)
     if not isinstance(plans, tuple) or not plans or not all(isinstance(plan, Plan) for plan in plans):
         raise ConfigError(f"{file} must define PLANS, a tuple of plans")
