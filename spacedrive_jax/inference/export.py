@@ -188,7 +188,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     metadata = io.read_json(file, most=MOST_METADATA_BYTES)
     if not isinstance(metadata, dict) or metadata.get("version") != VERSION:
         raise CheckpointError(f"{file} is not of this version of the project: export it again")
-    io.convert(metadata, _Facts, file, "export it again")
+    io.convert(metadata, _Metadata, file, "export it again")
     if metadata["digest"] != io.json_digest(metadata):
         raise CheckpointError(f"{file} is not what was exported: export it again")
     if metadata["tokenizer"] != _tokenizer_digest(json.dumps(metadata["config"])):
@@ -196,7 +196,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-class _Facts(msgspec.Struct):
+class _Metadata(msgspec.Struct):
     config: dict[str, Any]
     length: Annotated[int, Meta(ge=1)]
     batch: Literal["any"] | list[int]
