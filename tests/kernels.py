@@ -8,6 +8,7 @@ tests of what decides something run with XLA restricted to older instruction set
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -123,6 +124,9 @@ def measure() -> dict[str, str]:
             dataroot=world, version="v1.0-synthetic", out=records, missing_images="render"
         ).run()
         results["records"] = converted["fingerprint"]
+        # No view has this size: each is decoded, resized and encoded.
+        kept = Convert(dataroot=world, version="v1.0-synthetic", out=root / "kept", missing_images="render")
+        results["resized views"] = dataclasses.replace(kept, image_size="40x64").run()["fingerprint"]
         split = open_records(records, "all")
         file = root / "predictions.jsonl"
         with file.open("w") as lines:
