@@ -1,7 +1,7 @@
 """What a sample costs at the published sizes: as transformers' image processor makes it, and here.
 
 Records' views are drawn up to nuScenes' 1600 x 900 and encoded anew; the pipeline then reads, decodes,
-squashes them to 640 x 640, moves the LiDAR sweep and lays out tokens. Before, transformers' processor cut the
+resizes them to 640 x 640, moves the LiDAR sweep and lays out tokens. Before, transformers' processor cut the
 patches on the host, the same frame twice, and `predict` made one sample after the other; now the device does
 both, with the same bits, which is checked first, and `predict` reads ahead. The two take turns. Compare with
 the samples a second that a host's devices take (docs/how-to/scaling.md).
@@ -9,7 +9,7 @@ the samples a second that a host's devices take (docs/how-to/scaling.md).
     PYTHONPATH=. python benchmarks/input_pipeline.py --records demo/records --out input_pipeline.md
 
 With --photos, a folder of photographs (nuScenes' samples/), instead: what a view costs that `convert
---image-size` keeps, against the photograph decoded and squashed each time, and kept in other ways.
+--image-size` keeps, against the photograph decoded and resized each time, and kept in other ways.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def predict_rate(records: Records, builder: SampleBuilder, data: DataConfig | No
     return np.array([time.monotonic() - started, time.process_time() - used, made])
 
 
-def squashed(photo: bytes, size: tuple[int, int]) -> np.ndarray:
+def resized(photo: bytes, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(decode_photo(photo, "a photo"), size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -163,7 +163,7 @@ def kept_views(folder: Path, sizes: Sequence[tuple[int, int]]) -> str:
     level, strategy = cv2.IMWRITE_PNG_COMPRESSION, cv2.IMWRITE_PNG_STRATEGY
     lines = []
     for size in sizes:
-        views = [squashed(photo, size) for photo in photos]
+        views = [resized(photo, size) for photo in photos]
         mine = "PNG, left filter, run lengths: `convert --image-size`"
         ways: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes], np.ndarray]]] = {
             mine: (png([strategy, cv2.IMWRITE_PNG_STRATEGY_RLE]), decoded),
@@ -185,9 +185,9 @@ def kept_views(folder: Path, sizes: Sequence[tuple[int, int]]) -> str:
         if [ways[mine][0](view) for view in views] != [kept_view(photo, size, "") for photo in photos]:
             raise SystemExit("the table's PNG is not the converter's")
         each = float(np.mean([len(photo) for photo in photos]))
-        cost = _least(functools.partial(squashed, size=size), photos)
+        cost = _least(functools.partial(resized, size=size), photos)
         lines.append(
-            f"| {size[0]} x {size[1]} | JPEG as it is, squashed each time | {each:,.0f} | {cost:.1f} | |"
+            f"| {size[0]} x {size[1]} | JPEG as it is, resized each time | {each:,.0f} | {cost:.1f} | |"
         )
         for name, (encode, decode) in ways.items():
             kept = [encode(view) for view in views]

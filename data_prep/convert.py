@@ -69,7 +69,7 @@ class Conversion:
     render_size: str | None = None
     """WxH of rendered images; the camera's own when None."""
     image_size: tuple[int, int] | None = None
-    """Height and width that views are squashed to and kept at (`images.kept_view`); None leaves pictures as
+    """Height and width that views are resized to and kept at (`images.kept_view`); None leaves pictures as
     they are."""
     seed: int = 0
     """For the split of scenes that are on no official list, and for the looks of rendered images."""

@@ -52,7 +52,7 @@ class ClipUnit:
     lidar: bool = False
     """Keep the sweeps."""
     image_size: tuple[int, int] | None = None
-    """Height and width that pictures are squashed to and kept at, None for their own."""
+    """Height and width that pictures are resized to and kept at, None for their own."""
 
     def resolved(self) -> ClipUnit:
         """The same with absolute paths."""

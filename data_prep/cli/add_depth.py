@@ -43,7 +43,7 @@ class AddDepth(Command):
     """Run preset (or .py file, or a run's config.json) whose image size, channel order, pooling and token
     grid to use."""
     image_size: str | None = None
-    """WIDTHxHEIGHT that every view is squashed to, instead of the run's."""
+    """WIDTHxHEIGHT that every view is resized to, instead of the run's."""
     channel_order: Literal["rgb", "bgr"] | None = None
     """Order of the channels that the network gets, instead of the run's."""
     grid: str | None = None

@@ -56,7 +56,7 @@ class Convert(Command):
     render_size: str | None = None
     """WxH of rendered images, such as 704x396; default: the camera's own size."""
     image_size: str | None = None
-    """HEIGHTxWIDTH, a run's data.image_size such as 640x640: keep every view squashed to it once, without
+    """HEIGHTxWIDTH, a run's data.image_size such as 640x640: keep every view resized to it once, without
     loss, as training at that size would do each time; other sizes cannot be trained on then. Default: the
     pictures as they are."""
     seed: int = 0

@@ -68,7 +68,7 @@ class SceneUnit:
     render_size: tuple[int, int] | None
     """Height and width of drawn images, None for the camera's own."""
     image_size: tuple[int, int] | None
-    """Height and width that all images are squashed to and kept at, None for their own."""
+    """Height and width that all images are resized to and kept at, None for their own."""
     seed: int
 
     def resolved(self) -> SceneUnit:

@@ -25,7 +25,7 @@ class DataConfig:
     tokenizer: str | None = None
     """tokenizer.json or its folder; None takes the project's small one."""
     image_size: tuple[int, int] = (640, 640)
-    """Height and width each view is squashed to before the image processor."""
+    """Height and width each view is resized to before the image processor."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The published pipeline hands BGR to everything (fidelity Q26); use `bgr` with its weights."""
     cameras: CameraFault = CameraFault()

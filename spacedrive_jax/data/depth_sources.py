@@ -95,7 +95,7 @@ class Pixels:
     """What a network sees of a view."""
 
     image_size: tuple[int, int]
-    """Height and width that it is squashed to."""
+    """Height and width that it is resized to."""
     channel_order: Literal["rgb", "bgr"]
 
 

@@ -260,7 +260,7 @@ def fill_view(
     *,
     channel_order: Literal["rgb", "bgr"] = "rgb",
 ) -> None:
-    """Decodes a camera's picture into a view, squashed to its size: what a model or depth network sees.
+    """Decodes a camera's picture into a view, resized to its size: what a model or depth network sees.
 
     Args:
         record: a keyframe that has this picture.
@@ -277,18 +277,18 @@ def fill_view(
     size = photo.shape[:2]
     if size != tuple(record["image_size"][camera]):
         check_kept_size((size[0], size[1]), (view.shape[0], view.shape[1]), what)
-    _squash(photo, view)
+    _resize(photo, view)
     if channel_order == "bgr":
         cv2.cvtColor(view, cv2.COLOR_RGB2BGR, dst=view)
 
 
-def _squash(photo: UInt8[np.ndarray, "H W 3"], view: UInt8[np.ndarray, "h w 3"]) -> None:
+def _resize(photo: UInt8[np.ndarray, "H W 3"], view: UInt8[np.ndarray, "h w 3"]) -> None:
     """Published: bilinear without antialiasing, whatever the shape. A photo of the view's size is copied."""
     cv2.resize(photo, (view.shape[1], view.shape[0]), dst=view, interpolation=cv2.INTER_LINEAR)
 
 
 def kept_view(encoded: bytes, size: Size, what: str) -> bytes:
-    """A picture as `convert --image-size` keeps it: squashed once, as `fill_view` does, without loss.
+    """A picture as `convert --image-size` keeps it: resized once, as `fill_view` does, without loss.
 
     PNG with the filter that is undone fastest: it is read as fast as WebP, which takes 0.6 of its bytes, but
     through a decoder that records of strangers need not reach, and stock zlib writes the same bytes on every
@@ -313,7 +313,7 @@ def kept_view(encoded: bytes, size: Size, what: str) -> bytes:
         return encoded
     height, width = size
     view = np.empty((height, width, 3), np.uint8)
-    _squash(photo, view)
+    _resize(photo, view)
     # Without a level OpenCV filters by the pixel to the left alone, which is both fast and small enough.
     done, png = cv2.imencode(
         ".png",
@@ -326,7 +326,7 @@ def kept_view(encoded: bytes, size: Size, what: str) -> bytes:
 
 
 def check_kept_size(kept: Size, wanted: Size, what: str) -> None:
-    """Refuses views that were squashed to another size before: squashing them again gives other pixels.
+    """Refuses views that were resized to another size before: resizing them again gives other pixels.
 
     Args:
         kept: (height, width) they have.

@@ -157,7 +157,7 @@ class Records(Sequence[Record]):
     splits: frozenset[str] = frozenset()
     """The splits of the folder that hold keyframes, without `all`."""
     view_size: tuple[int, int] | None = None
-    """Height and width that all views were squashed to by the conversion; None for untouched pictures."""
+    """Height and width that all views were resized to by the conversion; None for untouched pictures."""
 
     def __len__(self) -> int:
         return len(self.source)

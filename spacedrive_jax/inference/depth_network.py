@@ -46,7 +46,7 @@ class DepthNetworkConfig:
     weights: str
     """Checkpoint folder or file: UniDepthV2, or Depth Anything V2 metric in transformers' format."""
     image_size: tuple[int, int] = (640, 640)
-    """Height and width that every view is squashed to first, as for the language model."""
+    """Height and width that every view is resized to first, as for the language model."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Order the network gets; the published pipeline seems to hand it BGR."""
     camera: Literal["predicted", "given"] = "predicted"
@@ -182,7 +182,7 @@ class KeyframeDepth:
 def keyframe_views(
     record: Record, image_size: tuple[int, int], channel_order: Literal["rgb", "bgr"] = "rgb"
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """The views of a keyframe as a depth network gets them: decoded, and squashed to one size.
+    """The views of a keyframe as a depth network gets them: decoded, and resized to one size.
 
     An absent image is black.
 

@@ -145,11 +145,11 @@ def test_pixels_reach_the_model_as_the_image_processor_would_hand_them_over(reco
         np.testing.assert_allclose(patches[:, :, channel], expected, atol=0.1)  # JPEG moves a few levels
 
 
-def test_squashed_intrinsics_keep_pixels_on_the_same_rays(record):
-    squashed = scaled_intrinsics(record, (56, 56))
+def test_resized_intrinsics_keep_pixels_on_the_same_rays(record):
+    resized = scaled_intrinsics(record, (56, 56))
     point = np.array([0.3, 0.2, 1.0])
     native = record["camera_intrinsics"][0] @ point
-    moved = squashed[0] @ point
+    moved = resized[0] @ point
     np.testing.assert_allclose(moved[:2], native[:2] * [56 / 80, 56 / 45])
     np.testing.assert_allclose(patch_centres((2, 2), 28)[1, 0], [14.0, 42.0])
 

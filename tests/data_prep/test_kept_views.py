@@ -1,4 +1,4 @@
-"""Views squashed once by the converter: the same batches as from the untouched pictures, and nothing else."""
+"""Views resized once by the converter: the same batches as from the untouched pictures, and nothing else."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ from tests.models.depth.sweeps import walls_around
 DRAWN = "CAM_BACK_LEFT"
 CONFIG = load_config(str(ROOT / "tests" / "tiny_config.py"))
 OTHER_FAMILY = load_config("smolvlm_256m_spacedrive_plus")
-"""Resizes with another filter, to another size, behind the squashing."""
+"""Resizes with another filter, to another size, behind the resizing."""
 
 
 def nuscenes(root, out, **options):

@@ -109,7 +109,7 @@ def _depth(name: str, inputs: Arrays) -> np.ndarray:
 
 
 def _resize(inputs: Arrays, expected: Arrays) -> list[Check]:
-    """Intrinsics of squashed views, and the projection that follows."""
+    """Intrinsics of resized views, and the projection that follows."""
     checks = []
     for name in expected:
         found = re.fullmatch(r"resize/intrinsics_(\d+)", name)
