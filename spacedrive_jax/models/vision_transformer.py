@@ -226,7 +226,7 @@ class VisionTransformer(nnx.Module):
         hidden = self.patch_embedding(constrain(pixel_values, *_AXES))
         if self.class_embedding is not None:
             first = self.class_embedding[...].astype(hidden.dtype)
-            first = jnp.broadcast_to(first, (len(hidden), 1, self.config.hidden_size))
+            first = jnp.broadcast_to(first, (hidden.shape[0], 1, self.config.hidden_size))
             hidden = jnp.concatenate([first, hidden], axis=1)
         hidden = hidden + positions.astype(hidden.dtype)
         if self.first_norm is not None:

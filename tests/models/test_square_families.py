@@ -159,6 +159,24 @@ SIZES = (
 )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_towers_are_exported_for_any_number_of_images(name, unchecked):
+    # Unchecked: annotated shapes are compared as numbers, which an unknown number of images has none of.
+    config = tiny_vlm(name)
+    model = random_module(lambda: family_of(config).model(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    patches = np.random.default_rng(0).normal(size=(3, 16, config.vision.patch_channels)).astype(np.float32)
+    (count,) = jax.export.symbolic_shape("i")
+
+    @jax.jit
+    def encode(pixels):
+        return jax.tree.leaves(nnx.merge(graph, state).encode_images(pixels, (4, 4)))
+
+    exported = jax.export.export(encode)(jax.ShapeDtypeStruct((count, *patches.shape[1:]), np.float32))
+    for whole, own in zip(exported.call(patches), encode(patches), strict=True):
+        np.testing.assert_allclose(whole, own, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", SIZES)
 def test_a_config_comes_back_from_config_json(config):
     assert read_hf_config(json.loads(json.dumps(write_hf_config(config)))) == config
