@@ -57,7 +57,8 @@ from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_config import model_config, read_published_config, train_config
 from spacedrive_jax.interop.unidepth import read_config
 from spacedrive_jax.interop.weights_folder import WeightsMetadata
-from spacedrive_jax.io import read_bytes, write_json
+from spacedrive_jax.io import read_bytes
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.reporting.drives import write_page

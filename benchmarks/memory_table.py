@@ -19,7 +19,7 @@ from typing import Any
 
 from spacedrive_jax.aot.plan import make_plan
 from spacedrive_jax.config import Config, MeshConfig, load_config
-from spacedrive_jax.io import write_json
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.training.throughput import describe
 

@@ -22,7 +22,7 @@ from data_prep.nuscenes.maps import expansion_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
-from spacedrive_jax import io
+from spacedrive_jax import folders, io, json_files
 from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
 from spacedrive_jax.data.shards import ShardMetadata, shard_file
 from spacedrive_jax.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ WAITING = "units"
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either absent, old, or whole."""
-    io.write_json(path, value, indent=1, sort_keys=True)
+    json_files.write_json(path, value, indent=1, sort_keys=True)
 
 
 def check_output_folder(out: Path, resume: bool) -> None:
@@ -59,7 +59,7 @@ def check_output_folder(out: Path, resume: bool) -> None:
         raise ConfigError(f"--out {out} is a file; name a folder")
     # A run killed before it wrote its plan leaves at most empty folders and a partial file.
     files = (path.name for path in out.rglob("*") if path.is_file())
-    if all(".partial" in name or name == io.LOCK for name in files):
+    if all(".partial" in name or name == folders.LOCK for name in files):
         return
     has_plan = (out / FOLDER / "plan.json").is_file()
     if has_plan and not resume and not any(out.glob("*.array_record-*-of-?????")):
@@ -82,7 +82,7 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
     """
     path = out / FOLDER / "plan.json"
     if path.is_file():
-        before = io.read_json(path)
+        before = json_files.read_json(path)
         differing = differences(before, json.loads(json.dumps(plan)))
         if differing:
             raise ConfigError(
@@ -125,7 +125,7 @@ def finished_scene(out: Path, shard: str) -> SceneResult | None:
     if not path.is_file() or not (out / shard).is_file():
         return None
     try:
-        result = io.convert(io.read_json(path), SceneResult, path)
+        result = json_files.convert(json_files.read_json(path), SceneResult, path)
     except DataError:  # damaged, or of an older version: then the shard is written again
         return None
     return result if (out / shard).stat().st_size == result.shard.bytes else None
@@ -151,7 +151,9 @@ def save_finished_scene(out: Path, result: SceneResult) -> None:
 def finished_scenes(directory: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Split, scene and keyframe tokens of every shard, in the order in which a split is read."""
     for path in sorted((directory / FOLDER).glob("*.array_record-*.json")):
-        saved = io.convert(io.read_json(path), SceneResult, path, "convert with --resume writes it again")
+        saved = json_files.convert(
+            json_files.read_json(path), SceneResult, path, "convert with --resume writes it again"
+        )
         yield split_of(saved.shard.file), saved.scene, saved.tokens
 
 

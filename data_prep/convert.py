@@ -35,7 +35,7 @@ from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.shards import write_dataset_info
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import folder_lock
+from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.parallel import ordered_map, processes
 
 MissingImages = Literal["stop", "skip", "empty", "render"]

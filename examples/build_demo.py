@@ -24,7 +24,7 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, shard_file, write_dataset_info, write_shard
 from spacedrive_jax.driving.drive import METADATA, read_summary
 from spacedrive_jax.inference.open_model import export_trained_folder
-from spacedrive_jax.io import read_json, write_json
+from spacedrive_jax.json_files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent / "demo"
 MOST_BYTES = 5_000_000

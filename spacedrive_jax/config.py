@@ -35,7 +35,8 @@ from spacedrive_jax.bounds import (
 )
 from spacedrive_jax.data.config import DataConfig, add_depth_flags
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, is_bucket, parse_json, place, read_text
+from spacedrive_jax.io import MEBIBYTE, is_bucket, place, read_text
+from spacedrive_jax.json_files import parse_json
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig

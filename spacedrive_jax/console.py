@@ -31,7 +31,8 @@ from spacedrive_jax import __version__
 from spacedrive_jax.bounds import Bounds, check_bounds
 from spacedrive_jax.buckets import MOUNT, is_bucket, place
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import require_replaceable, say, to_json
+from spacedrive_jax.io import require_replaceable, say
+from spacedrive_jax.json_files import to_json
 from spacedrive_jax.parallel import raise_on_sigterm
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_prep.cli.main import main as prepare
-from spacedrive_jax import buckets, io
+from spacedrive_jax import buckets, folders, io, json_files
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.training import checkpoints
@@ -167,8 +167,8 @@ def test_drives_in_a_bucket_are_those_on_a_disk(bucket, drives, tmp_path, capsys
 def test_files_of_a_bucket(bucket, tmp_path):
     folder = io.place(f"{BUCKET}/folder")
     assert not folder.exists()
-    io.write_json(folder / "a.json", {"a": 1})
-    assert io.read_json(folder / "a.json") == {"a": 1}
+    json_files.write_json(folder / "a.json", {"a": 1})
+    assert json_files.read_json(folder / "a.json") == {"a": 1}
     assert [str(each) for each in folder.glob("*.json")] == [f"{BUCKET}/folder/a.json"]
     assert folder.resolve() == folder
     assert folder.is_dir()
@@ -219,7 +219,7 @@ def test_a_copy_is_fetched_once_and_again_when_it_changed(bucket):
 
 @needs_gcs
 def test_a_folder_of_a_bucket_is_known_by_what_comes_last(bucket):
-    with io.atomic_folder(io.place(f"{BUCKET}/made")) as folder:
+    with folders.atomic_folder(io.place(f"{BUCKET}/made")) as folder:
         io.write_part(folder / "config.json", "{}")
         io.write_part(folder / "numbers.safetensors", b"1")
     uploaded = [path for method, path in bucket.requests if method == "POST"][-2:]
@@ -227,7 +227,7 @@ def test_a_folder_of_a_bucket_is_known_by_what_comes_last(bucket):
     generations = {name: bucket.objects["drives", f"made/{name}"].generation for name in ("config.json",)}
     assert generations["config.json"] > bucket.objects["drives", "made/numbers.safetensors"].generation
     assert uploaded
-    with pytest.raises(Exception, match=r"gs://drives/made exists"), io.atomic_folder(f"{BUCKET}/made"):
+    with pytest.raises(Exception, match=r"gs://drives/made exists"), folders.atomic_folder(f"{BUCKET}/made"):
         pass
 
 

@@ -10,26 +10,22 @@ import sys
 import pytest
 
 from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.folders import LOCK, atomic_folder, folder_lock, output_lock
 from spacedrive_jax.io import (
-    LOCK,
-    atomic_folder,
-    folder_lock,
     inside,
     is_there,
-    output_lock,
-    parse_json,
     put_in_place,
-    read_typed,
     remove_partials,
     require_regular,
     require_replaceable,
     said_by,
     write_text,
 )
+from spacedrive_jax.json_files import parse_json, read_typed
 
 HOLD = """
 import sys, time
-from spacedrive_jax.io import folder_lock
+from spacedrive_jax.folders import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -74,7 +70,7 @@ def test_a_lock_that_finds_the_disk_full_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("spacedrive_jax.io.to_json", full)
+    monkeypatch.setattr("spacedrive_jax.folders.to_json", full)
     for lock in (folder_lock(tmp_path / "run"), output_lock(tmp_path / "p.jsonl")):
         with pytest.raises(SpaceDriveError, match="the disk is full"):
             lock.__enter__()

@@ -20,7 +20,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import parse_json
+from spacedrive_jax.json_files import parse_json
 
 FOLLOW = 4
 """RoadOption LANEFOLLOW; stands for VOID (-1) too."""

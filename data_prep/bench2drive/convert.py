@@ -19,7 +19,7 @@ from spacedrive_jax.data.records_folder import is_whole
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.data.shards import shard_file, write_dataset_info
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import folder_lock
+from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.parallel import ordered_map, processes
 
 LICENCE = "Derived from a folder in Bench2Drive's layout: the licence of that folder applies."

@@ -85,7 +85,7 @@ class AddDepth(Command):
         from data_prep.add_depth import add_depth
         from spacedrive_jax.data.depth_cache import FOLDER
         from spacedrive_jax.data.records import open_records
-        from spacedrive_jax.io import folder_lock
+        from spacedrive_jax.folders import folder_lock
         from spacedrive_jax.training.hosts import connect
 
         if self.runner != "beam" and (self.beam_options or self.workers != 1):

@@ -16,7 +16,8 @@ import numpy as np
 from data_prep.nuscenes.rows import Microseconds, Motion, Quaternion, decode_rows
 from spacedrive_jax.data.route import Route
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, read_bytes, read_json
+from spacedrive_jax.io import MEBIBYTE, read_bytes
+from spacedrive_jax.json_files import read_json
 
 MOST_BYTES = 256 * MEBIBYTE
 """Twenty seconds of 50 Hz messages have half a megabyte."""

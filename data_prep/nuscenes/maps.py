@@ -19,7 +19,8 @@ from data_prep.nuscenes.rows import Metres
 from spacedrive_jax import exact
 from spacedrive_jax.data.keyframe_map import PolygonMap
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, read_typed
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_typed
 
 MASK_RESOLUTION = 0.1
 """Metres per pixel of the basic map masks."""

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import parse_json
+from spacedrive_jax.json_files import parse_json
 
 Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
 """Becomes a part of file names, so it holds no separator."""

@@ -21,7 +21,8 @@ from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene, t
 from data_prep.synthesize.tables import fixed_tables, write_tables
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import atomic_folder, remove_partials, remove_stale, write_bytes
+from spacedrive_jax.folders import atomic_folder, remove_stale
+from spacedrive_jax.io import remove_partials, write_bytes
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.scenario import make_token
 from spacedrive_jax.world.views import parse_image_size

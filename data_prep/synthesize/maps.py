@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from data_prep.synthesize.tables import Row
 from spacedrive_jax import exact
-from spacedrive_jax.io import to_json, write_bytes, write_text
+from spacedrive_jax.io import write_bytes, write_text
+from spacedrive_jax.json_files import to_json
 from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
 from spacedrive_jax.world.scenario import make_token

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.io import to_json, write_text
+from spacedrive_jax.io import write_text
+from spacedrive_jax.json_files import to_json
 from spacedrive_jax.world import views
 from spacedrive_jax.world.scenario import make_token
 

@@ -16,7 +16,8 @@ from spacedrive_jax.aot.hlo import Collective
 from spacedrive_jax.aot.plan import Plan, StepKind, make_plan
 from spacedrive_jax.config import Config, MeshConfig, to_json
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, read_json, write_json
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.models.config import RematPolicy
 from spacedrive_jax.training.throughput import CHIPS, Topology, train_step_flops
 

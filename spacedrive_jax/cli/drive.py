@@ -15,7 +15,8 @@ from spacedrive_jax.bounds import COUNT, FROM_ZERO, WORKERS, Bound, Bounds
 from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import output_lock, place
+from spacedrive_jax.folders import output_lock
+from spacedrive_jax.io import place
 
 if TYPE_CHECKING:
     from spacedrive_jax.driving.bench import Finished, InsidePolicy

@@ -14,7 +14,8 @@ import tyro
 from spacedrive_jax.bounds import POSITIVE, WORKERS, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import is_bucket, read_bytes, write_json
+from spacedrive_jax.io import is_bucket, read_bytes
+from spacedrive_jax.json_files import write_json
 
 if TYPE_CHECKING:
     from spacedrive_jax.evaluation.prediction_files import AxesName

@@ -15,7 +15,7 @@ import tyro
 from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import to_json
+from spacedrive_jax.json_files import to_json
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RUNNER = "tests.golden.verify.runner"

@@ -29,19 +29,8 @@ from safetensors.numpy import save
 from spacedrive_jax.data.lidar import Alignment
 from spacedrive_jax.data.schema import DEPTH_SCALE
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import (
-    MEBIBYTE,
-    convert,
-    inside,
-    json_digest,
-    local,
-    parse_json,
-    place,
-    read_json,
-    require_regular,
-    write_bytes,
-    write_json,
-)
+from spacedrive_jax.io import MEBIBYTE, inside, local, place, require_regular, write_bytes
+from spacedrive_jax.json_files import convert, json_digest, parse_json, read_json, write_json
 
 FOLDER = "depth"
 PROVENANCE = "provenance.json"

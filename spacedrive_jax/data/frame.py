@@ -24,7 +24,8 @@ from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import NODE_SPACING, RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, inside, read_bytes, read_typed
+from spacedrive_jax.io import MEBIBYTE, inside, read_bytes
+from spacedrive_jax.json_files import read_typed
 
 KEYFRAME_SECONDS = 0.5
 """Between a keyframe and the one before."""

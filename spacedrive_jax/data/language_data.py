@@ -11,7 +11,8 @@ import numpy as np
 
 from spacedrive_jax.data.prompts import format_number
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, inside, read_json
+from spacedrive_jax.io import MEBIBYTE, inside
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.restricted_pickle import read_pickle
 
 # OmniDrive's language data: questions and answers about a keyframe, one file per token.

@@ -30,7 +30,8 @@ from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, local, read_json, write_json
+from spacedrive_jax.io import MEBIBYTE, local
+from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
 

@@ -38,7 +38,8 @@ from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import is_bucket, place, read_typed
+from spacedrive_jax.io import is_bucket, place
+from spacedrive_jax.json_files import read_typed
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500

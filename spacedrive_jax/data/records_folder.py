@@ -21,7 +21,8 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 from spacedrive_jax import buckets
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, record_features
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE, convert, is_bucket, place, read_json, require_regular, say
+from spacedrive_jax.io import MEBIBYTE, is_bucket, place, require_regular, say
+from spacedrive_jax.json_files import convert, read_json
 
 PROVENANCE = "provenance.json"
 DATASET_INFO = "dataset_info.json"

@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import is_bucket, local, parse_json, place, read_text
+from spacedrive_jax.io import is_bucket, local, place, read_text
+from spacedrive_jax.json_files import parse_json
 from spacedrive_jax.models.families import qwen2_5_vl
 from spacedrive_jax.models.family import ChatTemplate
 

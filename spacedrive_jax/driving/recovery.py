@@ -34,7 +34,8 @@ from spacedrive_jax.driving.driver import Driver, Plan, to_vehicle
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import PATH_POINTS, expert
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import write_json, write_text
+from spacedrive_jax.io import write_text
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.world.scenario import Scenario, UnplayableError
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import actuate, moved

@@ -12,7 +12,7 @@ import numpy as np
 
 from spacedrive_jax.driving.actors import Actor, Blocker, Crosser, CutIn, Lead, RedRunner, Stage, Standing
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import read_json
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.world.scenario import (
     MANOEUVRES,
     WARM_UP,

@@ -11,7 +11,7 @@ from typing import Any
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.prediction_files import PICKLE_SUFFIXES, read_pickled
-from spacedrive_jax.io import read_json, read_json_lines
+from spacedrive_jax.json_files import read_json, read_json_lines
 
 # Counterfactual questions: does the answer name the risks of the trajectory that is asked about?
 #

@@ -21,16 +21,8 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
-from spacedrive_jax.io import (
-    MOST_JSON,
-    is_bucket,
-    local,
-    parse_json,
-    place,
-    read_json,
-    read_json_lines,
-    read_text,
-)
+from spacedrive_jax.io import is_bucket, local, place, read_text
+from spacedrive_jax.json_files import MOST_JSON, parse_json, read_json, read_json_lines
 from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
 # Axes in which other projects write waypoints.

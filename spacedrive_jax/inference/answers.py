@@ -21,18 +21,9 @@ from spacedrive_jax.data.prompts import PLANNING_OPENING, context, parse_coordin
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, DrivingTokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import (
-    is_bucket,
-    output_lock,
-    put_in_place,
-    read_bytes,
-    read_json,
-    say,
-    to_json,
-    twin,
-    write_bytes,
-    write_json,
-)
+from spacedrive_jax.folders import output_lock
+from spacedrive_jax.io import is_bucket, put_in_place, read_bytes, say, twin, write_bytes
+from spacedrive_jax.json_files import read_json, to_json, write_json
 from spacedrive_jax.models.family import Message
 
 # Answers: what a generation gives, the frame of the planning answer, and ids read and written out.

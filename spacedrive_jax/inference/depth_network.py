@@ -28,7 +28,8 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
-from spacedrive_jax.io import MEBIBYTE, convert, read_json, require_regular
+from spacedrive_jax.io import MEBIBYTE, require_regular
+from spacedrive_jax.json_files import convert, read_json
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 

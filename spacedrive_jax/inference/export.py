@@ -24,7 +24,7 @@ from jax import export as jax_export
 from msgspec import Meta
 from safetensors.flax import load_file, save_file
 
-from spacedrive_jax import io
+from spacedrive_jax import folders, io, json_files
 from spacedrive_jax.batch import DrivingBatch, stack, without_padding
 from spacedrive_jax.config import from_json
 from spacedrive_jax.console import note
@@ -103,7 +103,7 @@ def write_export(
         "tokenizer": _tokenizer_digest(config_json),
         "files": {},
     }
-    with io.atomic_folder(folder) as unfinished:
+    with folders.atomic_folder(folder) as unfinished:
         for name, program in programs.items():
             data = bytes(program.serialize())
             metadata["files"][name] = hashlib.sha256(data).hexdigest()
@@ -113,8 +113,8 @@ def write_export(
         (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
         with (unfinished / WEIGHTS).open("rb") as stream:
             metadata["files"][WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
-        metadata["digest"] = io.json_digest(metadata)
-        io.write_json(unfinished / METADATA, metadata, indent=2)
+        metadata["digest"] = json_files.json_digest(metadata)
+        json_files.write_json(unfinished / METADATA, metadata, indent=2)
     return metadata
 
 
@@ -185,11 +185,11 @@ def _platform(name: str) -> str:
 
 def _metadata(folder: Path) -> dict[str, Any]:
     file = folder / METADATA
-    metadata = io.read_json(file, most=MOST_METADATA_BYTES)
+    metadata = json_files.read_json(file, most=MOST_METADATA_BYTES)
     if not isinstance(metadata, dict) or metadata.get("version") != VERSION:
         raise CheckpointError(f"{file} is not of this version of the project: export it again")
-    io.convert(metadata, _Metadata, file, "export it again")
-    if metadata["digest"] != io.json_digest(metadata):
+    json_files.convert(metadata, _Metadata, file, "export it again")
+    if metadata["digest"] != json_files.json_digest(metadata):
         raise CheckpointError(f"{file} is not what was exported: export it again")
     if metadata["tokenizer"] != _tokenizer_digest(json.dumps(metadata["config"])):
         raise CheckpointError(f"{folder} was exported with another tokenizer than data.tokenizer names now")

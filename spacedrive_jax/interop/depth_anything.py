@@ -18,7 +18,8 @@ from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import TensorSource, fill
 from spacedrive_jax.interop.torch_file import TensorFile, open_tensors
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, Shape, check_names_and_shapes
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.depth_anything import NUM_LEVELS, DepthAnything, DepthAnythingConfig
 from spacedrive_jax.models.depth.dinov2 import Dinov2Config

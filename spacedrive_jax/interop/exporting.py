@@ -32,7 +32,8 @@ from spacedrive_jax.interop.spacedrive_config import (
 )
 from spacedrive_jax.interop.spacedrive_tensors import Parts
 from spacedrive_jax.interop.weight_table import new_token_rules
-from spacedrive_jax.io import MEBIBYTE, is_there, read_json, write_json, write_part, write_text
+from spacedrive_jax.io import MEBIBYTE, is_there, write_part, write_text
+from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.families import family_of

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -32,7 +32,8 @@ from spacedrive_jax.interop.safetensors_folder import (
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes, decoder_rules
 from spacedrive_jax.interop.weights_folder import Fingerprint, WeightsMetadata
-from spacedrive_jax.io import write_json, write_part
+from spacedrive_jax.io import write_part
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig
 from spacedrive_jax.models.families import smolvlm
 from spacedrive_jax.models.layers import INIT_STD

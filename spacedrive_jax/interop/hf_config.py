@@ -16,7 +16,8 @@ from typing import Any
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.interop.hf_fields import MOST, Fields, expect, part, real, size
 from spacedrive_jax.interop.weight_table import Format, Published
-from spacedrive_jax.io import MEBIBYTE, is_there, read_json, reason
+from spacedrive_jax.io import MEBIBYTE, is_there, reason
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import Ids, SpecialIds, VLConfig
 from spacedrive_jax.models.families import FAMILIES, family_of
 from spacedrive_jax.models.image_processor import ProcessorSettings

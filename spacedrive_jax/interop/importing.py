@@ -33,7 +33,8 @@ from spacedrive_jax.interop.safetensors_folder import (
 )
 from spacedrive_jax.interop.weight_table import check_names_and_shapes
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, Fingerprint, WeightsMetadata
-from spacedrive_jax.io import read_json, require_regular, write_json, write_part
+from spacedrive_jax.io import require_regular, write_part
+from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.models.families import family_of
 
 # Adds the two coordinate tokens to a released vocabulary: tokenizer, embedding table and head.

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from spacedrive_jax.data.records import mixed_fingerprint, records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, read_json, read_text
+from spacedrive_jax.io import MEBIBYTE, read_text
+from spacedrive_jax.json_files import read_json
 
 CARD = "README.md"
 MOST_CARD = MEBIBYTE

@@ -19,7 +19,8 @@ from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.interop.weight_table import Format, Rule, check_names_and_shapes, lora_rules
-from spacedrive_jax.io import MEBIBYTE, read_json, reason
+from spacedrive_jax.io import MEBIBYTE, reason
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import LoraConfig, LoraTarget, VLConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 

@@ -16,17 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
+from spacedrive_jax.folders import atomic_folder, remove_stale
 from spacedrive_jax.interop.flavours import INDEX_FILE, SINGLE_FILE, check_tensors
-from spacedrive_jax.io import (
-    MEBIBYTE,
-    atomic_folder,
-    inside,
-    place,
-    read_json,
-    remove_stale,
-    require_regular,
-    write_json,
-)
+from spacedrive_jax.io import MEBIBYTE, inside, place, require_regular
+from spacedrive_jax.json_files import read_json, write_json
 
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """By safetensors' name of the type."""

@@ -57,7 +57,8 @@ from spacedrive_jax.interop.weights_folder import (
     trained_rules,
     trains_table_rows,
 )
-from spacedrive_jax.io import read_bytes, write_json, write_text
+from spacedrive_jax.io import read_bytes, write_text
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_encoder import frequency_table
 from spacedrive_jax.models.families import family_of

@@ -19,7 +19,8 @@ from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.interop.hf_config import published_of
-from spacedrive_jax.io import MEBIBYTE, convert, parse_json, read_text
+from spacedrive_jax.io import MEBIBYTE, read_text
+from spacedrive_jax.json_files import convert, parse_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, VLConfig
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, DecoderKind
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig, EncoderKind

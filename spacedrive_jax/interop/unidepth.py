@@ -21,7 +21,8 @@ from spacedrive_jax.interop.depth_anything import (
 from spacedrive_jax.interop.safetensors_folder import PlannedTensor, plan_shards, write_folder
 from spacedrive_jax.interop.torch_file import open_tensors
 from spacedrive_jax.interop.weight_table import Rule, Shape, check_names_and_shapes
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import SIZES, Dinov2Config
 from spacedrive_jax.models.depth.unidepth import NUM_TAPS, UniDepthConfig, UniDepthV2

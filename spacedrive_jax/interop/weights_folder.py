@@ -34,7 +34,8 @@ from spacedrive_jax.interop.peft import load_adapter, open_adapter, read_peft_co
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, new_row_rules
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
-from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text, write_json
+from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
 from spacedrive_jax.models.spacedrive_config import ModelConfig

@@ -21,7 +21,8 @@ from spacedrive_jax.data.depth_sources import (
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import MOST_JSON, convert, parse_json, place, read_json, read_text
+from spacedrive_jax.io import place, read_text
+from spacedrive_jax.json_files import MOST_JSON, convert, parse_json, read_json
 
 SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
 """Depth of the visual tokens, metres, and which source each camera's came from."""

@@ -26,7 +26,8 @@ from spacedrive_jax.evaluation.counterfactual import corrected_risks, read_items
 from spacedrive_jax.evaluation.evaluate import obstacles_of
 from spacedrive_jax.evaluation.protocols import PolygonRule, protocol_named
 from spacedrive_jax.inference.questions import answer_counterfactual
-from spacedrive_jax.io import write_bytes, write_json
+from spacedrive_jax.io import write_bytes
+from spacedrive_jax.json_files import write_json
 from spacedrive_jax.study.measures import SPLIT, Measured, by_group, mean_of
 
 STEP_S = 0.5

@@ -31,10 +31,11 @@ from spacedrive_jax.driving.scenarios import drive_set
 from spacedrive_jax.evaluation.evaluate import evaluate
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import protocol_named
+from spacedrive_jax.folders import output_lock
 from spacedrive_jax.inference.open_model import name_checkpoint, open_trained_model
 from spacedrive_jax.inference.open_planner import planner_of
 from spacedrive_jax.inference.predict import predict
-from spacedrive_jax.io import output_lock, read_json, read_json_lines, write_json
+from spacedrive_jax.json_files import read_json, read_json_lines, write_json
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.study.plan import Drives
 from spacedrive_jax.training.sharding import place_batch

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, naming_line, to_json, to_plain
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.predict import check_changes
-from spacedrive_jax.io import json_digest, parse_json
+from spacedrive_jax.json_files import json_digest, parse_json
 from spacedrive_jax.study.readout import Readout
 
 Measure = Literal["open_loop", "readout", "counterfactual"]

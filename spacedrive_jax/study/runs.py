@@ -17,19 +17,11 @@ from spacedrive_jax.console import note
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.evaluation.validation import train
+from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.inference.open_model import open_vlm
 from spacedrive_jax.interop.exporting import export_hf
-from spacedrive_jax.io import (
-    LineFile,
-    convert,
-    folder_lock,
-    parse_json,
-    read_json_lines,
-    read_text,
-    remove_partials,
-    to_json,
-    write_text,
-)
+from spacedrive_jax.io import LineFile, read_text, remove_partials, write_text
+from spacedrive_jax.json_files import convert, parse_json, read_json_lines, to_json
 from spacedrive_jax.study.counterfactual import counterfactual, write_language_data
 from spacedrive_jax.study.measures import SPLIT, Measured, closed_loop, forgotten, open_loop
 from spacedrive_jax.study.plan import Plan, Run, name_of_base

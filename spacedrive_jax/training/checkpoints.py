@@ -28,16 +28,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from spacedrive_jax import buckets
 from spacedrive_jax.config import Config
 from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
-from spacedrive_jax.io import (
-    convert,
-    is_bucket,
-    is_there,
-    json_digest,
-    place,
-    read_json,
-    require_regular,
-    write_json,
-)
+from spacedrive_jax.io import is_bucket, is_there, place, require_regular
+from spacedrive_jax.json_files import convert, json_digest, read_json, write_json
 from spacedrive_jax.training.sharding import replicated
 
 # The fingerprint of a frozen base, taken on its devices: checkpoints name the base by it.

@@ -17,15 +17,9 @@ from jax.experimental import multihost_utils
 from spacedrive_jax import __version__, buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
-from spacedrive_jax.io import (
-    folder_lock,
-    is_bucket,
-    place,
-    read_json,
-    twin,
-    write_json,
-    write_text,
-)
+from spacedrive_jax.folders import folder_lock
+from spacedrive_jax.io import is_bucket, place, twin, write_text
+from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.training.checkpoints import steps_of
 from spacedrive_jax.training.hosts import is_first_host
 

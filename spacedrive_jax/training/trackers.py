@@ -18,18 +18,9 @@ from tensorboardX import SummaryWriter
 
 from spacedrive_jax.config import Config, to_json
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import (
-    LineFile,
-    is_bucket,
-    parse_json,
-    put,
-    read_json,
-    read_text,
-    twin,
-    write_json,
-    write_text,
-)
-from spacedrive_jax.io import to_json as json_line
+from spacedrive_jax.io import LineFile, is_bucket, put, read_text, twin, write_text
+from spacedrive_jax.json_files import parse_json, read_json, write_json
+from spacedrive_jax.json_files import to_json as json_line
 from spacedrive_jax.training.hosts import is_first_host
 
 METRICS_FILE = "metrics.jsonl"

@@ -29,16 +29,8 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, new_folder, save_tensors
-from spacedrive_jax.io import (
-    MEBIBYTE,
-    place,
-    read_bytes,
-    read_text,
-    read_typed,
-    write_json,
-    write_part,
-    write_text,
-)
+from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text, write_part, write_text
+from spacedrive_jax.json_files import read_typed, write_json
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import to_host
 

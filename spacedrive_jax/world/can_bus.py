@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.io import to_json, write_text
+from spacedrive_jax.io import write_text
+from spacedrive_jax.json_files import to_json
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
 from spacedrive_jax.world.traffic import TIME_STEP, Route
 from spacedrive_jax.world.vehicle import WHEEL_BASE, VehicleState, moved

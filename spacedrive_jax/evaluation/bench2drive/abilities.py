@@ -11,7 +11,8 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.bench2drive.results import RouteResult
-from spacedrive_jax.io import MEBIBYTE, read_json
+from spacedrive_jax.io import MEBIBYTE
+from spacedrive_jax.json_files import read_json
 
 # Comfort ("smoothness") of Bench2Drive: the share of two-second pieces within comfortable motion.
 #

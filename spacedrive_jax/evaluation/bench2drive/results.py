@@ -18,7 +18,8 @@ from typing import Any
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import is_unicode
-from spacedrive_jax.io import MEBIBYTE, parse_json, read_json, read_text, reason
+from spacedrive_jax.io import MEBIBYTE, read_text, reason
+from spacedrive_jax.json_files import parse_json, read_json
 
 # Which routes a Bench2Drive score is over: the route file of the benchmark, or a plain list.
 

@@ -19,7 +19,7 @@ from spacedrive_jax.evaluation.metrics import StepScores
 from spacedrive_jax.evaluation.prediction_files import parse_answer
 from spacedrive_jax.evaluation.predictions import discretize, sort_predictions
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, UNIAD, VAD, Protocol, StepRule
-from spacedrive_jax.io import read_json
+from spacedrive_jax.json_files import read_json
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.planning_scenes import STEPS, Case, Scene, read_case, sort_corners
 from tests.golden.verify.planning_scripts import SUMS, ScriptSums, add_up
