@@ -15,7 +15,7 @@ from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image, 
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.shading import shade
 from spacedrive_jax.world.shapes import Blocks, Quads
-from spacedrive_jax.world.simulate import corners
+from spacedrive_jax.world.step import corners
 from spacedrive_jax.world.town import LANE_WIDTH, Town
 from spacedrive_jax.world.traffic import Mover
 from spacedrive_jax.world.weather import Light

@@ -1,4 +1,4 @@
-"""One time step of the traffic: every mover decides from where everybody is, then everybody moves.
+"""The traffic, stepped: every mover decides from where everybody is, then everybody moves.
 
 The ego vehicle either follows its own route like all others (`EgoBody` None: recordings) or is a body that
 somebody else steers; the others then react to its true box, wherever it stands.
@@ -9,56 +9,17 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import traffic
+from spacedrive_jax.world.cast import Cast, CastOnRoutes, Tracks
+from spacedrive_jax.world.decisions import Moment
 from spacedrive_jax.world.town import Town
-from spacedrive_jax.world.traffic import TIME_STEP, Gate, Mover, Obstacle, Signals, Zebra
+from spacedrive_jax.world.traffic import TIME_STEP, Motion
 
 OFF_ROUTE = 6.0
 """Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
-FORESIGHT = 5.0
-"""Seconds that an alert driver looks ahead, in steps of `FORESIGHT_STEP`."""
-FORESIGHT_STEP = 0.2
-COARSE = 8
-"""Points of a corridor of which one is looked at first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cast:
-    """Who takes part in a scene. Movers come first in all arrays, the ego vehicle first of all."""
-
-    movers: tuple[Mover, ...]
-    obstacles: tuple[Obstacle, ...]
-    signals: Signals
-
-
-class Tracks:
-    """Box centre poses of many movers at once; routes are evenly spaced, so a pose is two table rows."""
-
-    def __init__(self, movers: tuple[Mover, ...]) -> None:
-        routes = [mover.route for mover in movers]
-        counts = np.array([len(route.points) for route in routes])
-        self.first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        self.last = counts - 1.0
-        self.spacing = np.array([route.lengths[-1] for route in routes]) / self.last
-        self.table = np.concatenate([np.column_stack([r.points, r.headings]) for r in routes])
-        self.x, self.y = np.ascontiguousarray(self.table[:, 0]), np.ascontiguousarray(self.table[:, 1])
-        self.lengths = np.concatenate([route.lengths for route in routes])
-        self.ends = np.array([route.lengths[-1] for route in routes])
-        self.ahead = np.array([mover.reference_to_centre for mover in movers])
-
-    def poses(self, s: Float[np.ndarray, "A"]) -> Float[np.ndarray, "A 3"]:
-        """x, y, heading of every box centre at arc lengths `s`."""
-        position = np.clip(s / self.spacing, 0.0, self.last - 1e-6)
-        low = position.astype(int)
-        rows = self.first + low
-        result = self.table[rows] + (position - low)[:, None] * (self.table[rows + 1] - self.table[rows])
-        cos, sin = exact.cos_sin(result[:, 2])
-        result[:, 0] += self.ahead * cos
-        result[:, 1] += self.ahead * sin
-        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,58 +52,8 @@ class TrafficState:
         return self.step * TIME_STEP
 
 
-class Traffic:
-    """A cast on its routes: what does not change while it moves."""
-
-    def __init__(self, town: Town, cast: Cast) -> None:
-        self.town, self.cast = town, cast
-        self.movers = cast.movers
-        self.profiles = [traffic.speed_limit_profile(mover.route) for mover in self.movers]
-        sizes = [mover.size[:2] for mover in self.movers] + [item.size[:2] for item in cast.obstacles]
-        self.half = np.array(sizes).reshape(-1, 2) / 2
-        self.still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
-        self.tracks = Tracks(self.movers)
-        self.on_foot = np.array([m.pedestrian for m in self.movers] + [False] * len(self.still))
-        self.radii = exact.norm(self.half)
-        count = len(self.movers)
-        # A corridor begins at the box centre; 2 m more than its length for the way there being no straight
-        # line. Whoever is further off than that from the centre cannot stand in it.
-        self.reach = np.where(self.on_foot[:count], 4.0, traffic.LOOKAHEAD)
-        """Metres ahead of its front that each mover looks."""
-        reach = self.reach + 2.8
-        reach = reach + self.half[:count, 0] + self.half[:count, 1]
-        self.farthest = (reach[:, None] + self.radii) ** 2
-        """Squared metres between two box centres from which on nobody has to look, movers first."""
-        self.noticed = ~np.eye(count, len(self.half), dtype=bool)
-        """Whom each mover looks at when near: all but itself; people on foot do not mind each other."""
-        self.noticed &= ~(self.on_foot[:count, None] & self.on_foot)
-        self.walkers: dict[int, list[int]] = {}
-        """Movers who walk over each crossing."""
-        self.arrivals: dict[int, list[tuple[int, Zebra]]] = {}
-        """Vehicles whose routes lead over each crossing, and where."""
-        self.entries: dict[int, list[tuple[int, Gate]]] = {}
-        """Vehicles whose routes lead over each signalised junction, and where."""
-        for i, mover in enumerate(self.movers):
-            if mover.crossing >= 0:
-                self.walkers.setdefault(mover.crossing, []).append(i)
-            for zebra in mover.route.zebras:
-                self.arrivals.setdefault(zebra.crossing, []).append((i, zebra))
-            for gate in mover.route.gates:
-                self.entries.setdefault(gate.junction, []).append((i, gate))
-        self.gates = [(i, gate) for i, mover in enumerate(self.movers) for gate in mover.route.gates]
-        self.zebras = [(i, zebra) for i, mover in enumerate(self.movers) for zebra in mover.route.zebras]
-        self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]
-        self.idm_parameters = np.array([mover.idm_parameters for mover in self.movers])
-        self.crosses = np.array([mover.crossing >= 0 for mover in self.movers])
-        """Who walks over a crossing."""
-        self.conflicts: dict[tuple[int, Zebra, int], float] = {}
-        """How far along a walker's route a vehicle's path lies, by vehicle, zebra and walker."""
-
-    def close(self, x: Float[np.ndarray, "R"], y: Float[np.ndarray, "R"]) -> Bool[np.ndarray, "A R"]:
-        """Whom each mover has to look at: all who could stand in its corridor, given the box centres."""
-        count = len(self.movers)
-        squared = (x[:count, None] - x) ** 2 + (y[:count, None] - y) ** 2
-        return (squared < self.farthest) & self.noticed
+class Traffic(CastOnRoutes):
+    """A cast that moves."""
 
     def start(self, ego: EgoBody | None = None) -> TrafficState:
         """Everybody at time 0.
@@ -209,7 +120,7 @@ class Traffic:
         poses = self._poses(s, ego)
         if self.parts:
             since = self._triggered(step * TIME_STEP, poses[0, :2], float(speed[0]), since)
-        moment = _Moment(self, step * TIME_STEP, s, speed, since, poses, off_route)
+        moment = Moment(self, step * TIME_STEP, s, speed, since, poses, off_route)
         first = 0 if ego is None else 1
         wanted = moment.decide(first)
         # Stop exactly at zero within the step, so that speed and distance stay consistent.
@@ -231,327 +142,82 @@ class Traffic:
         return since
 
 
-class _Moment:
-    """What a mover can know when it decides: everybody at one instant."""
+def simulate(town: Town, cast: Cast, duration: float) -> list[Motion]:
+    """Simulates a scene.
 
-    def __init__(
-        self,
-        whole: Traffic,
-        time: float,
-        s: Float[np.ndarray, "A"],
-        speed: Float[np.ndarray, "A"],
-        since: Float[np.ndarray, "A"],
-        poses: Float[np.ndarray, "R 3"],
-        off_route: bool,
-    ) -> None:
-        self.whole, self.time, self.s, self.speed, self.since, self.poses = (
-            whole,
-            time,
-            s,
-            speed,
-            since,
-            poses,
-        )
-        self.movers, self.half, self.radii, self.on_foot = (
-            whole.movers,
-            whole.half,
-            whole.radii,
-            whole.on_foot,
-        )
-        self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
-        self.close = whole.close(self.x, self.y)
-        self.front = s + whole.tracks.ahead + self.half[: len(s), 0]
-        """Arc length of every mover's front."""
-        self.all_speeds = np.zeros(len(poses))
-        self.all_speeds[: len(s)] = speed
-        self.astray = 0 if off_route else -1
-        """The mover whose arc length says nothing (an ego vehicle far from its route), -1 for none."""
+    Args:
+        town: the road network.
+        cast: who takes part.
+        duration: seconds.
 
-    def decide(self, first: int) -> Float[np.ndarray, "D"]:
-        """The accelerations that the movers from `first` on want, m/s^2."""
-        count = len(self.movers)
-        parts = [i for i in self.whole.parts if self._acts(i)]
-        drives = ~self.on_foot[:count]
-        drives[:first], drives[parts] = False, False
-        gaps, leader_speeds = self._leaders(drives | self.whole.crosses)
-        wanted = np.zeros(count)
-        drivers = np.flatnonzero(drives)
-        wanted[drivers] = self._drive(drivers, gaps[drivers], leader_speeds[drivers])
-        for i in np.flatnonzero(self.on_foot[:count]).tolist():
-            wanted[i] = self._walk(i, float(gaps[i]))
-        for i in parts:
-            wanted[i] = self._act(i)
-        return wanted[first:]
+    Returns:
+        One motion per mover, sampled every `TIME_STEP` seconds from 0 to at least `duration`.
+    """
+    whole = Traffic(town, cast)
+    states = [whole.start()]
+    for _ in range(int(np.ceil(duration / TIME_STEP)) + 1):
+        states.append(whole.step(states[-1]))
+    history = np.stack([[state.s, state.speed, state.acceleration] for state in states], axis=1)
+    return [Motion(*history[:, :, i]) for i in range(len(cast.movers))]
 
-    def _drive(
-        self, who: Int[np.ndarray, "D"], gaps: Float[np.ndarray, "D"], leader_speeds: Float[np.ndarray, "D"]
-    ) -> Float[np.ndarray, "D"]:
-        """Drivers keep their distance to whatever comes first: leaders, lines, the end of their route."""
-        speed, front, parameters = self.speed[who], self.front[who], self.whole.idm_parameters[who]
-        wishes = [min(self._wish(i), self._limit(i)) for i in who.tolist()]
-        wanted = np.array(wishes).reshape(len(who))
-        room = np.maximum(self.whole.tracks.ends[who] - 1.0 - front, 0.0)
-        stops = self._stops(who)[who]
-        # A line is not a bumper: the front comes to stand 0.4 m before it.
-        line = np.maximum(stops - front + parameters[:, 2] - 0.4, 0.0)
-        options = [
-            traffic.follow_acceleration(speed, wanted, room, speed, parameters),
-            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, parameters),
-            traffic.follow_acceleration(speed, wanted, line, speed, parameters),
-        ]
-        slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
-        for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
-            for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
-                closing = speed[k : k + 1] - leader_speed
-                option = traffic.follow_acceleration(
-                    speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, parameters[k : k + 1]
-                )
-                slowest[k] = min(slowest[k], option[0])
-        return slowest
 
-    def _limit(self, i: int) -> float:
-        """The fastest comfortable speed where a mover is, m/s."""
-        return float(np.interp(self.s[i], self.movers[i].route.lengths, self.whole.profiles[i]))
+def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> Float[np.ndarray, "A 4 2"]:
+    """Footprint corners of boxes given by centre pose (x, y, heading) and half length and width."""
+    signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    local = signs * half[:, None]
+    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
+    x = cos * local[..., 0] - sin * local[..., 1]
+    y = sin * local[..., 0] + cos * local[..., 1]
+    return np.stack([x, y], axis=-1) + poses[:, None, :2]
 
-    def _walk(self, i: int, gap: float) -> float:
-        """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
-        mover = self.movers[i]
-        arrived = self.front[i] >= self.whole.tracks.ends[i] - 1.0
-        if mover.crossing >= 0:
-            if self.s[i] < 0.6 and not self._may_walk(mover):
-                return -4.0
-            arrived = arrived or gap < 0.6
-        return -3.0 if arrived else (self._wish(i) - float(self.speed[i])) / 0.4
 
-    def _leaders(self, who: Bool[np.ndarray, "A"]) -> tuple[Float[np.ndarray, "A"], Float[np.ndarray, "A"]]:
-        """Gaps to, and speeds along the routes of, the first things that stand in the swept corridors.
+def overlapping_pairs(
+    poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]
+) -> Int[np.ndarray, "M 2"]:
+    """Pairs (a < b) of oriented rectangles that overlap, by the separating axis theorem.
 
-        Args:
-            who: the movers that look.
-        """
-        whole, tracks = self.whole, self.whole.tracks
-        count = len(self.movers)
-        gaps, speeds = np.full(count, np.inf), np.zeros(count)
-        first, span = np.zeros(count, int), np.zeros(count, int)
-        for k in np.flatnonzero(who).tolist():
-            lengths, front = self.movers[k].route.lengths, self.front[k]
-            first[k] = lengths.searchsorted(front - self.half[k, 0])
-            span[k] = lengths.searchsorted(front + whole.reach[k]) - first[k]
-        # Every pair of one who looks and one who is near, and the corridor's points, as far as it reaches.
-        i, j = np.nonzero(self.close & (who & (span > 0))[:, None])
-        if not len(i):
-            return gaps, speeds
-        # Most are out of reach by any of the corridor's points, which are seen from every eighth of them.
-        base, half_width = tracks.first + first, self.half[: len(who), 1]
-        coarse = np.minimum(np.arange(0, span.max() + COARSE, COARSE), span[i, None] - 1)
-        rows = base[i, None] + coarse
-        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
-        most = self.radii[j] + half_width[i] + 0.8 + COARSE / 2 * tracks.spacing[i] + 0.1
-        possible = squared.min(axis=1) < most * most
-        i, j = i[possible], j[possible]
-        steps = np.arange(span.max())
-        rows = np.minimum(base[i, None] + steps, len(tracks.x) - 1)
-        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
-        squared[steps >= span[i, None]] = np.inf
-        place = squared.argmin(axis=1)
-        beside = np.sqrt(squared[np.arange(len(i)), place])
-        # Whoever is further than this from the corridor cannot stand in it; few are left to look at closely.
-        left = beside < self.radii[j] + half_width[i] + 0.8
-        i, j, place, beside = i[left], j[left], place[left], beside[left]
-        row = base[i] + place
-        aligned, turned = exact.cos_sin(self.poses[j, 2] - tracks.table[row, 2])
-        cos, sin = np.abs(aligned), np.abs(turned)
-        lateral_extent = self.half[j, 0] * sin + self.half[j, 1] * cos
-        along_extent = self.half[j, 0] * cos + self.half[j, 1] * sin
-        # People on the road need room; predicted half a second ahead they need more.
-        margin = np.where(self.on_foot[j], 0.8, 0.35)
-        gap = tracks.lengths[row] - self.front[i] - along_extent
-        inside = (beside < half_width[i] + lateral_extent + margin) & (place < span[i] - 1)
-        inside &= gap > -2 * self.half[i, 0]
-        i, gap = i[inside], gap[inside]
-        towards = np.maximum(self.all_speeds[j[inside]] * aligned[inside], 0.0)
-        order = np.lexsort((gap, i))  # keeps the order of equals
-        looking, nearest = np.unique(i[order], return_index=True)
-        gaps[looking], speeds[looking] = gap[order][nearest], towards[order][nearest]
-        return gaps, speeds
+    Args:
+        poses: centre x, y and heading of each rectangle.
+        half: half length and half width of each.
+    """
+    radii = exact.norm(half)
+    pairs = cKDTree(poses[:, :2]).query_pairs(2 * radii.max(), output_type="ndarray")
+    apart = exact.norm(poses[pairs[:, 0], :2] - poses[pairs[:, 1], :2]) > radii[pairs].sum(axis=1)
+    pairs = pairs[~apart]
+    points = corners(poses, half)
+    separated = np.zeros(len(pairs), dtype=bool)
+    for first, second in ((0, 1), (1, 0)):
+        own, other = pairs[:, first], pairs[:, second]
+        relative = points[other] - poses[own, None, :2]
+        cos, sin = (part[:, None] for part in exact.cos_sin(poses[own, 2]))
+        along = cos * relative[..., 0] + sin * relative[..., 1]
+        aside = cos * relative[..., 1] - sin * relative[..., 0]
+        for values, extent in ((along, half[own, 0]), (aside, half[own, 1])):
+            separated |= (values.min(axis=1) > extent) | (values.max(axis=1) < -extent)
+    return pairs[~separated]
 
-    def _stops(self, who: Int[np.ndarray, "D"]) -> Float[np.ndarray, "A"]:
-        """Arc length of the line at which every mover must hold, inf where it may go."""
-        looking = set(who.tolist())
-        gates, zebras = np.full(len(self.movers), np.inf), np.full(len(self.movers), np.inf)
-        for i, gate in self.whole.gates:
-            front = self.front[i]
-            if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
-                continue  # already committed, or far away
-            if i in looking and np.isinf(gates[i]) and self._held_by(i, gate):
-                gates[i] = gate.stop
-        for i, zebra in self.whole.zebras:
-            front, line = self.front[i], zebra.near - 1.5
-            if front > zebra.near or line - front > traffic.LOOKAHEAD:
-                continue
-            if i in looking and np.isinf(zebras[i]) and self._yields_at(i, zebra, line - front):
-                zebras[i] = line
-        return np.minimum(gates, zebras)
 
-    def _held_by(self, i: int, gate: Gate) -> bool:
-        """Whether a red light or somebody from another arm keeps a vehicle, that still can stop, out."""
-        green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
-        can_stop = gate.stop - self.front[i] > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
-        return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
+def first_collisions(cast: Cast, motions: list[Motion], duration: float, clearance: float = 0.05) -> set[str]:
+    """Keys of everybody (never the ego vehicle) to leave out so that nobody overlaps anybody.
 
-    def _occupied(self, i: int, junction: int, arm: int) -> bool:
-        for j, gate in self.whole.entries[junction]:
-            if j in (i, self.astray) or gate.arm == arm:
-                continue
-            centre = self.s[j] + self.movers[j].reference_to_centre
-            if centre + self.half[j, 0] > gate.stop + 2.5 and centre - self.half[j, 0] < gate.leave:
-                return True
-        return self.astray >= 0 and self._inside_junction(junction)
-
-    def _inside_junction(self, junction: int) -> bool:
-        """Whether an ego vehicle far from its route stands in a junction."""
-        area = self.whole.town.junctions[junction]
-        return bool(exact.norm(self.poses[0, :2] - area.centre) < area.radius + self.half[0, 0])
-
-    def _yields_at(self, i: int, zebra: Zebra, room: float) -> bool:
-        """Whether a vehicle has to stop, and can, for people on a crossing or with the right to walk."""
-        braking = self.speed[i] * self.speed[i] / 2
-        return bool(
-            (room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra))
-            or (room > braking / 3.0 and self._someone_waits(zebra.crossing))
-        )
-
-    def _someone_walks(self, i: int, zebra: Zebra) -> bool:
-        """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
-        return any(
-            self.s[j] != 0.0 and self.s[j] < self._conflict(i, zebra, j) + self.half[i, 1] + 1.3
-            for j in self.whole.walkers.get(zebra.crossing, ())
-        )
-
-    def _conflict(self, i: int, zebra: Zebra, j: int) -> float:
-        """Arc length at which the walker's route passes the middle of the vehicle's way over the zebra."""
-        key = i, zebra, j
-        conflicts = self.whole.conflicts
-        if key not in conflicts:
-            path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
-            walk = self.movers[j].route
-            conflicts[key] = float(walk.lengths[np.argmin(exact.norm(walk.points - path))])
-        return conflicts[key]
-
-    def _someone_waits(self, crossing: int) -> bool:
-        """Whether somebody at the kerb has the right to walk now."""
-        return any(
-            self.s[j] == 0.0 and self._has_way(self.movers[j]) for j in self.whole.walkers.get(crossing, ())
-        )
-
-    def _has_way(self, walker: Mover) -> bool:
-        crossing, signals = self.whole.town.crossings[walker.crossing], self.whole.cast.signals
-        green = crossing.junction >= 0 and signals.green_arm(crossing.junction, self.time) == crossing.arm
-        return self.time >= walker.departure and not green
-
-    def _may_walk(self, mover: Mover) -> bool:
-        """A pedestrian steps out when the signal and the approaching vehicles allow it."""
-        if not self._has_way(mover):
-            return False
-        return not self._threatened(mover.crossing)
-
-    def _threatened(self, crossing: int) -> bool:
-        if self.astray >= 0 and self._bears_down(crossing):
-            return True
-        for j, zebra in self.whole.arrivals.get(crossing, ()):
-            if j == self.astray:
-                continue
-            front = self.s[j] + self.movers[j].reference_to_centre + self.half[j, 0]
-            rear = front - 2 * self.half[j, 0]
-            distance = zebra.near - 1.5 - front
-            occupying = distance <= 0 and rear < zebra.far + 0.5
-            if occupying or 0 < distance < exact.power(self.speed[j], 2) / (2 * 3.6) + 0.3 * self.speed[j]:
-                return True
-        return False
-
-    def _bears_down(self, crossing: int) -> bool:
-        """Whether an ego vehicle far from its route is on a crossing or about to be."""
-        x, y, yaw = self.poses[0]
-        polygon = self.whole.town.crossings[crossing].polygon - (x, y)
-        cos, sin = exact.cos_sin(yaw)
-        along = exact.dot(polygon, np.array([cos, sin]))
-        aside = exact.dot(polygon, np.array([-sin, cos]))
-        speed, front = float(self.speed[0]), float(self.half[0, 0])
-        reach = front + speed * speed / (2 * 3.6) + 0.3 * speed
-        beside = aside.min() > self.half[0, 1] or aside.max() < -self.half[0, 1]
-        return not beside and bool(along.max() > -front and along.min() < reach)
-
-    def _wish(self, i: int) -> float:
-        """Wanted speed: the mover's own, or what its part says once that has begun."""
-        mover = self.movers[i]
-        if mover.part is not None and self.time >= self.since[i]:
-            return mover.part.speed_at(self.time - float(self.since[i]))
-        return mover.desired_speed(self.time)
-
-    def _acts(self, i: int) -> bool:
-        """Whether a mover plays its part now, and yields to nobody."""
-        part = self.movers[i].part
-        return part is not None and bool(0.0 <= self.time - self.since[i] < part.yields_after)
-
-    def _act(self, i: int) -> float:
-        """Somebody who yields to nobody: only the wanted speed and the end of the route count."""
-        part = self.movers[i].part
-        assert part is not None
-        route, s, speed = self.movers[i].route, float(self.s[i]), float(self.speed[i])
-        wanted = 0.0 if s + self.half[i, 0] >= float(route.lengths[-1]) - 1.0 else self._wish(i)
-        return min(max((wanted - speed) / TIME_STEP, -part.braking), part.acceleration)
-
-    def _foreseen(self, i: int, front: float) -> list[tuple[float, float]]:
-        """Gaps to, and speeds along the way of, triggered actors that will come into mover `i`'s way."""
-        mover = self.movers[i]
-        first = mover.route.lengths.searchsorted(front - 2 * self.half[i, 0])
-        last = mover.route.lengths.searchsorted(front + traffic.LOOKAHEAD)
-        points = mover.route.points[first:last]
-        found: list[tuple[float, float]] = []
-        for j in self.whole.parts:
-            if np.isinf(self.since[j]) or not len(points):
-                continue
-            times, s, speeds = self._future(j)
-            poses = self.movers[j].route.pose(s)
-            offsets = points[:, None] - poses[:, :2]
-            squared = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
-            closest = squared.argmin(axis=0)
-            relative = poses[:, 2] - mover.route.headings[first:last][closest]
-            aligned, turned = exact.cos_sin(relative)
-            cos, sin = np.abs(aligned), np.abs(turned)
-            half = self.half[j]
-            aside = mover.size[1] / 2 + half[0] * sin + half[1] * cos + 0.5
-            along = half[0] * cos + half[1] * sin
-            lateral = np.sqrt(squared[closest, np.arange(len(s))])
-            inside = np.flatnonzero((lateral < aside) & (closest < len(points) - 1) & (closest > 0))
-            if not len(inside):
-                continue
-            enters = inside[0]
-            place = mover.route.lengths[first:last][closest]
-            towards = max(float(speeds[enters] * aligned[enters]), 0.0)
-            near = float(np.min(place[inside] - along[inside])) if towards < 1.0 else float(
-                place[enters] - towards * times[enters] - along[enters]
-            )  # fmt: skip
-            far = float(np.max(place[inside] + along[inside]))
-            speed = max(float(self.speed[i]), 0.1)
-            passed = (far + 2 * self.half[i, 0] - front) / speed < times[enters] - 1.0
-            gap = near - front
-            if gap > -1.0 and not passed:
-                found.append((max(gap, 0.0), towards))
-        return found
-
-    def _future(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Times from now, arc lengths and speeds that actor `j`'s part leads to."""
-        part, s, speed = self.movers[j].part, float(self.s[j]), float(self.speed[j])
-        assert part is not None
-        elapsed = self.time - float(self.since[j])
-        rows = []
-        for k in range(round(FORESIGHT / FORESIGHT_STEP)):
-            rows.append((k * FORESIGHT_STEP, s, speed))
-            wanted = part.speed_at(elapsed + k * FORESIGHT_STEP)
-            change = min(
-                max(wanted - speed, -part.braking * FORESIGHT_STEP), part.acceleration * FORESIGHT_STEP
-            )
-            s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
-        times, lengths, speeds = np.array(rows).T
-        return times, lengths, speeds
+    Args:
+        cast: who took part.
+        motions: the simulated motions.
+        duration: seconds to check, every time step.
+        clearance: metres added around every footprint.
+    """
+    moving, still = cast.movers, cast.obstacles
+    sizes = [mover.size[:2] for mover in moving] + [item.size[:2] for item in still]
+    half = np.array(sizes).reshape(-1, 2) / 2 + clearance
+    keys = [mover.key for mover in moving] + [item.key for item in still]
+    fixed = np.array([item.pose for item in still]).reshape(-1, 3)
+    rank = np.arange(len(keys))  # later in the cast gives way
+    removed: set[str] = set()
+    tracks = Tracks(moving)
+    for step in range(int(duration / TIME_STEP)):
+        moved = tracks.poses(np.array([motion.s[step] for motion in motions]))
+        hits = overlapping_pairs(np.concatenate([moved, fixed]), half)
+        for a, b in hits:
+            if keys[a] not in removed and keys[b] not in removed:
+                removed.add(keys[max(rank[a], rank[b])])
+    return removed

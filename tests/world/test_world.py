@@ -10,7 +10,7 @@ import pytest
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.world.scenario import EGO_AHEAD, Scenario, build_scenario
-from spacedrive_jax.world.simulate import overlapping_pairs, simulate
+from spacedrive_jax.world.step import overlapping_pairs, simulate
 from spacedrive_jax.world.town import Town
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import Control
