@@ -63,7 +63,7 @@ from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.reporting.drives import write_page
 from spacedrive_jax.reporting.run_files import read_run
-from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training import checkpoint_steps, checkpoints
 from tests.conftest import ROOT
 from tests.record_factory import make_record
 
@@ -130,7 +130,7 @@ def checkpoint(folder: Path) -> None:
 def checkpoint_values(folder: Path) -> Any:
     run = folder / "run"
     trainable, optimizer = _state()
-    if checkpoints.steps_of(run) != [3, 7]:  # a step that lost its folder's name is no checkpoint
+    if checkpoint_steps.steps_of(run) != [3, 7]:  # a step that lost its folder's name is no checkpoint
         return None
     state, numbers, position, metadata = checkpoints.restore(run, 7, trainable, optimizer)
     return plain([nnx.to_pure_dict(state), numbers, position, metadata])

@@ -39,8 +39,8 @@ from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.training import checkpoints, run_folder
-from spacedrive_jax.training.checkpoints import base_fingerprint
+from spacedrive_jax.training import checkpoint_steps, checkpoints, fingerprints, run_folder
+from spacedrive_jax.training.fingerprints import base_fingerprint
 from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
@@ -162,7 +162,7 @@ def _base_weights(config: Config) -> str | None:
     """Where a run's frozen base came from, through the runs that it was started from."""
     weights = config.model.weights
     while weights is not None and is_run(weights):
-        before = run_config(checkpoints.standing_in(weights))
+        before = run_config(checkpoint_steps.standing_in(weights))
         if not before.model.use_lora:
             return weights  # that run trained the base itself
         weights = before.model.weights
@@ -184,7 +184,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
     if is_trained_folder(source):
         known = dataclasses.asdict(trained_metadata(source))
     else:
-        run_dir, step = checkpoints.locate(source)
+        run_dir, step = checkpoint_steps.locate(source)
         known = checkpoints.read_metadata(run_dir, step) | {"step": step}
         scores = scores_of(run_dir, known.get("trainable_fingerprint"))
     details["Steps"] = str(known.get("step"))
@@ -238,7 +238,7 @@ def open_config(checkpoint: Path) -> Config:
         return imported_config(checkpoint)
     if is_trained_folder(checkpoint):
         return trained_config(checkpoint)
-    run_dir, step = checkpoints.locate(checkpoint)
+    run_dir, step = checkpoint_steps.locate(checkpoint)
     config = config_of_run(run_dir)
     run_folder.check_config(
         checkpoints.read_metadata(run_dir, step),
@@ -288,7 +288,7 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
             "base_fingerprint": trained.base_fingerprint,
             "trainable_fingerprint": trained.sha256,
         }
-    run_dir, step = checkpoints.locate(checkpoint)
+    run_dir, step = checkpoint_steps.locate(checkpoint)
     metadata = checkpoints.read_metadata(run_dir, step)
     names = ("config", "base_fingerprint", "trainable_fingerprint")
     path = str(run_dir.resolve() / "checkpoints" / str(step))
@@ -342,11 +342,11 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
                 f"{checkpoint} was exported and holds no moving average: leave --average out"
             )
         now = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
-        checkpoints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), now)
+        fingerprints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), now)
         return TrainedModel(config, mesh, graph, read_trained(checkpoint, trainable), frozen)
-    run_dir, step = checkpoints.locate(checkpoint)
+    run_dir, step = checkpoint_steps.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)
-    checkpoints.check_metadata(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
+    fingerprints.check_metadata(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
     if average:
         optimizer = make_train_step(config, mesh).optimizer_state
         trainable = checkpoints.restore_average(run_dir, step, optimizer)
@@ -375,7 +375,7 @@ def export_trained_folder(
         raise CheckpointError(f"{source} was imported and is a folder to hand on as it stands: copy it")
     if is_trained_folder(source):
         raise CheckpointError(f"{source} is such a folder already: copy it")
-    run_dir, step = checkpoints.locate(source)
+    run_dir, step = checkpoint_steps.locate(source)
     trained = open_trained_model(source, average=average, mesh=mesh)
     metadata = checkpoints.read_metadata(run_dir, step) | {"step": step}
     card = run_card(source, trained.config, "safetensors")

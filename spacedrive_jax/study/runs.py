@@ -26,7 +26,7 @@ from spacedrive_jax.study.counterfactual import counterfactual, write_language_d
 from spacedrive_jax.study.measures import SPLIT, Measured, closed_loop, forgotten, open_loop
 from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
-from spacedrive_jax.training.checkpoints import steps_of
+from spacedrive_jax.training.checkpoint_steps import steps_of
 
 RESULTS = "results.jsonl"
 METRICS = "metrics.jsonl"

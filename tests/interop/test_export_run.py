@@ -20,7 +20,7 @@ from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.model_card import data_licence
 from spacedrive_jax.json_files import write_json
 from spacedrive_jax.training import checkpoints
-from spacedrive_jax.training.checkpoints import base_fingerprint
+from spacedrive_jax.training.fingerprints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, init_train_state
 from tests.record_factory import make_record, write_records

@@ -23,7 +23,7 @@ from spacedrive_jax.models.layers import Projection
 from spacedrive_jax.models.partitioning import axis_names
 from spacedrive_jax.models.quantization import block_size, dequantize, quantize
 from spacedrive_jax.models.spacedrive_config import ModelConfig
-from spacedrive_jax.training.checkpoints import state_fingerprint
+from spacedrive_jax.training.fingerprints import state_fingerprint
 
 from .conftest import GOLDEN, tiny_config
 

@@ -13,7 +13,7 @@ from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.training.checkpoints import state_fingerprint
+from spacedrive_jax.training.fingerprints import state_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import make_model
 from spacedrive_jax.training.train import train

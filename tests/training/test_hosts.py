@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training import checkpoint_steps
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
@@ -97,7 +97,7 @@ def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
     metadata = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert not metadata[0]["finished"]
     assert metadata[0]["step"] == metadata[1]["step"] >= 3
-    assert checkpoints.locate(run_dir)[1] == metadata[0]["step"]
+    assert checkpoint_steps.locate(run_dir)[1] == metadata[0]["step"]
 
     # What both wrote is whole: one host alone goes on from it, with no step lost and none done twice.
     done = metadata[0]["step"]
