@@ -41,13 +41,13 @@ from spacedrive_jax.driving.pdm import PdmScore
 from spacedrive_jax.driving.protocol import act_message, partial_record
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.evaluation.bench2drive.abilities import (
+from spacedrive_jax.evaluation.bench2drive_abilities import (
     ability_rates,
     comfort,
     read_junctions,
     read_motion,
 )
-from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
+from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
 from spacedrive_jax.evaluation.counterfactual import count_risks, read_items
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from spacedrive_jax.inference.open_model import config_of_run

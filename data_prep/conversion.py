@@ -17,8 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.nuscenes.can_bus import pose_file, route_file
-from data_prep.nuscenes.maps import expansion_file
+from data_prep.nuscenes.expansions import expansion_file, pose_file, route_file
 from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
@@ -29,11 +28,12 @@ from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-# What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed.
+# What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed:
 #
-# OUT/conversion/plan.json source digests, options, the list of shards OUT/conversion/<shard>.json facts of
-# a finished shard OUT/conversion/units what waits for a worker of a cluster, while one converts
-# OUT/provenance.json written last: the folder is finished
+#   OUT/conversion/plan.json     source digests, options, the list of shards
+#   OUT/conversion/<shard>.json  facts of a finished shard
+#   OUT/conversion/units         what waits for a worker of a cluster, while one converts
+#   OUT/provenance.json          written last: the folder is finished
 #
 # A shard counts as done when both the shard and its facts are there and its bytes are those that were
 # written.

@@ -19,7 +19,7 @@ from data_prep.conversion import (
     shards_by_split,
     source_of,
 )
-from data_prep.nuscenes.maps import prepare_masks
+from data_prep.nuscenes.expansions import prepare_masks
 from data_prep.nuscenes.scene_records import SceneResult, SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import PackedScene, read_scenes, split_scenes
 from data_prep.nuscenes.sensor_files import (

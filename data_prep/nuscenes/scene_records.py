@@ -15,8 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.nuscenes.can_bus import read_pose_messages, read_route
-from data_prep.nuscenes.maps import MaskMap, expansion_file, mask_cache, open_expansion
+from data_prep.nuscenes.expansions import (
+    MaskMap,
+    expansion_file,
+    mask_cache,
+    open_expansion,
+    read_pose_messages,
+    read_route,
+)
 from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import (
     MOST_BYTES,
@@ -41,9 +47,15 @@ from spacedrive_jax.data.keyframe import (
     sensor_to_ego,
     transforms,
 )
-from spacedrive_jax.data.keyframe_agents import AgentTracks, agent_fields, agent_tracks
-from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields, route_fields
+from spacedrive_jax.data.keyframe_motion import (
+    AgentTracks,
+    agent_fields,
+    agent_tracks,
+    can_bus_at,
+    ego_fields,
+    ego_track,
+)
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.shards import RecordSerializer, ShardMetadata, write_shard
 from spacedrive_jax.errors import DataError

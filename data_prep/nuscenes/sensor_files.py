@@ -20,14 +20,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from data_prep.nuscenes.can_bus import pose_file
-from data_prep.nuscenes.maps import expansion_file
+from data_prep.nuscenes.expansions import expansion_file, pose_file
 from data_prep.nuscenes.scenes import PackedScene
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
-from spacedrive_jax.data.keyframe_agents import AgentTracks, global_boxes
 from spacedrive_jax.data.keyframe_map import DrivableMap
+from spacedrive_jax.data.keyframe_motion import AgentTracks, global_boxes
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, is_there, require_regular, say
 from spacedrive_jax.world.stage import Backdrop

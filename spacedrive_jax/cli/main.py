@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
 from spacedrive_jax import console
 from spacedrive_jax.cli.aot import Aot
@@ -10,8 +12,7 @@ from spacedrive_jax.cli.drive import Drive
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.predict import Predict
 from spacedrive_jax.cli.report import Report
-from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
-from spacedrive_jax.cli.score_counterfactual import ScoreCounterfactual
+from spacedrive_jax.cli.score import ScoreBench2Drive, ScoreCounterfactual
 from spacedrive_jax.cli.serve import Serve
 from spacedrive_jax.cli.show import Show
 from spacedrive_jax.cli.study import Study
@@ -21,6 +22,7 @@ from spacedrive_jax.cli.weights import ExportWeights, ImportWeights
 from spacedrive_jax.console import Command
 
 PROGRAM = "python -m spacedrive_jax"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -61,3 +63,13 @@ def _run(argv: list[str]) -> int:
 def run() -> int:
     """Entry point of the `spacedrive` console script."""
     return main()
+
+
+def run_data_prep() -> int:
+    """Entry point of the `spacedrive-data-prep` console script: `python -m data_prep`, installed or not."""
+    bundled = PACKAGE / "bundled"
+    folder = str(bundled if bundled.is_dir() else PACKAGE.parent)
+    if folder not in sys.path:
+        # Worker processes are given the same path, and find the package too.
+        sys.path.insert(0, folder)
+    return importlib.import_module("data_prep.cli.main").main()

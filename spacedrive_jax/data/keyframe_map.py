@@ -20,7 +20,7 @@ from PIL import Image
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PAST, NUM_PATH_POINTS, NUM_TARGETS
 from spacedrive_jax.data.keyframe import heading, inverse
-from spacedrive_jax.data.keyframe_ego import EgoTrack
+from spacedrive_jax.data.keyframe_motion import EgoTrack
 from spacedrive_jax.data.route import RoadOption, Route, future_path
 from spacedrive_jax.data.schema import DRIVABLE_CELLS, DRIVABLE_EXTENT, DRIVABLE_FINE_CELLS, Record
 

@@ -24,9 +24,8 @@ from spacedrive_jax.data.keyframe import (
     identity_fields,
     sensor_to_ego,
 )
-from spacedrive_jax.data.keyframe_agents import agent_fields, agent_tracks
-from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.keyframe_map import PolygonMap, map_fields, route_fields
+from spacedrive_jax.data.keyframe_motion import agent_fields, agent_tracks, can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.route import Route
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.world import can_bus, views

@@ -77,8 +77,8 @@ def test_ego_tokens_follow_the_last_image(toy):
 
 
 def test_demo_tokenizer_is_what_its_script_makes():
+    from examples.build_tokenizer import build
     from spacedrive_jax.data.tokenizer import DEMO_TOKENIZER
-    from spacedrive_jax.data.tokenizers.build_demo import build
 
     assert DEMO_TOKENIZER.read_text() == build().to_str(pretty=True) + "\n"
 

@@ -12,7 +12,7 @@ import shapely
 from PIL import Image
 
 from data_prep.nuscenes import mask_png
-from data_prep.nuscenes.maps import MaskMap, open_expansion
+from data_prep.nuscenes.expansions import MaskMap, open_expansion
 from data_prep.nuscenes.mask_png import cache_mask_bits
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.errors import DataError, SpaceDriveError

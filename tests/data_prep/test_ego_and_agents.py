@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 
-from data_prep.nuscenes.can_bus import read_pose_messages
+from data_prep.nuscenes.expansions import read_pose_messages
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.data.keyframe import inverse, transforms
-from spacedrive_jax.data.keyframe_agents import agent_fields, agent_tracks, box_velocity, future_rows
-from spacedrive_jax.data.keyframe_ego import can_bus_at, ego_fields, ego_track
+from spacedrive_jax.data.keyframe_motion import (
+    agent_fields,
+    agent_tracks,
+    box_velocity,
+    can_bus_at,
+    ego_fields,
+    ego_track,
+    future_rows,
+)
 from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import KEYFRAMES, START_US, STEP_US, TURN_RATE, VERSION, ego_at
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spacedrive_jax.cli.score_bench2drive import ScoreBench2Drive
+from spacedrive_jax.cli.score import ScoreBench2Drive
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.evaluation.bench2drive.abilities import ABILITIES, ability_rates, comfort
-from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
+from spacedrive_jax.evaluation.bench2drive_abilities import ABILITIES, ability_rates, comfort
+from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = "Average speed is {}% of the surrounding traffic's one"

@@ -1,7 +1,7 @@
-"""Makes `demo.json`: a small byte-level BPE trained on the project's own prompts.
+"""Makes the demo tokenizer (data/tokenizers/demo.json): a small byte-level BPE trained on our own prompts.
 
-Run `python -m spacedrive_jax.data.tokenizers.build_demo` after changing the prompts; the result is
-deterministic. Released models bring their own vocabulary; this one is for models trained from scratch.
+Run `python -m examples.build_tokenizer` after changing the prompts; the result is deterministic. Released
+models bring their own vocabulary; this one is for models trained from scratch.
 """
 
 from __future__ import annotations

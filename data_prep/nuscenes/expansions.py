@@ -1,11 +1,16 @@
-"""Drivable area of a nuScenes location: the map expansion's polygons, or the basic map mask."""
+"""nuScenes' two expansions: the CAN bus (pose messages, routes) and the maps, with the basic masks.
+
+A route is the lane centre that a scene drives along, and 50 m around it. The drivable area of a location is
+the map expansion's polygons, or the basic map mask where that is missing.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,22 +20,90 @@ import shapely
 from jaxtyping import Float, UInt8
 
 from data_prep.nuscenes.mask_png import cache_mask_bits
-from data_prep.nuscenes.rows import Metres
+from data_prep.nuscenes.rows import Metres, Microseconds, Motion, Quaternion, decode_rows
 from spacedrive_jax import exact
 from spacedrive_jax.data.keyframe_map import PolygonMap
+from spacedrive_jax.data.route import Route
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import MEBIBYTE
-from spacedrive_jax.json_files import read_typed
+from spacedrive_jax.io import MEBIBYTE, read_bytes
+from spacedrive_jax.json_files import read_json, read_typed
 
+MOST_POSE_BYTES = 256 * MEBIBYTE
+"""Twenty seconds of 50 Hz messages have half a megabyte."""
+MOST_ROUTE_BYTES = 16 * MEBIBYTE
+"""A kilometre of 0.2 m steps has a fifth of a megabyte."""
+EXPANSION_VERSION = (1, 3)
+MOST_EXPANSION = 1024 * MEBIBYTE
+"""Bytes; the largest official one has 60 MB."""
 MASK_RESOLUTION = 0.1
 """Metres per pixel of the basic map masks."""
 _ROWS_AT_ONCE = 32
 """Of a raster, so that what is worked out on the way stays in the processor's cache."""
 
 
-EXPANSION_VERSION = (1, 3)
-MOST_EXPANSION = 1024 * MEBIBYTE
-"""Bytes; the largest official one has 60 MB."""
+class PoseMessage(msgspec.Struct, frozen=True, gc=False):
+    """One message of the vehicle's localisation."""
+
+    utime: Microseconds
+    orientation: Quaternion
+    accel: Motion
+    """m/s^2."""
+    rotation_rate: Motion
+    """rad/s."""
+    vel: Motion
+    """m/s."""
+
+
+def pose_file(dataroot: Path, scene_name: str) -> Path:
+    """Where the CAN bus expansion keeps a scene's pose messages."""
+    return Path(dataroot) / "can_bus" / f"{scene_name}_pose.json"
+
+
+def read_pose_messages(dataroot: Path, scene_name: str) -> list[Mapping[str, Any]] | None:
+    """Reads the scene's 50 Hz pose messages, or None when the scene has none.
+
+    Some official scenes were recorded without CAN data, and the CAN bus expansion is a separate download.
+
+    Raises:
+        DataError: the file exists but is not a list of pose messages in time order, or a value cannot be.
+    """
+    path = pose_file(dataroot, scene_name)
+    if not path.exists():
+        return None
+    try:
+        messages = decode_rows(read_bytes(path, most=MOST_POSE_BYTES), PoseMessage, path, "utime")
+    except DataError as error:
+        raise DataError(f"not CAN pose messages: {error}; fetch the file again or remove it") from error
+    for earlier, later in itertools.pairwise(messages):
+        if later.utime < earlier.utime:
+            raise DataError(f"{path}: messages are not in time order (utime {later.utime})")
+    return [msgspec.structs.asdict(message) for message in messages] or None
+
+
+def route_file(dataroot: Path, scene_name: str) -> Path:
+    """Where the CAN bus expansion keeps a scene's route."""
+    return Path(dataroot) / "can_bus" / f"{scene_name}_route.json"
+
+
+def read_route(dataroot: Path, scene_name: str) -> Route | None:
+    """Reads a scene's route, or None when the scene has none (the expansion is a separate download).
+
+    Raises:
+        DataError: the file exists but is not a list of at least two different points.
+    """
+    path = route_file(dataroot, scene_name)
+    if not path.exists():
+        return None
+    values = read_json(path, most=MOST_ROUTE_BYTES)
+    try:
+        points = np.array(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        points = np.zeros(0)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        raise DataError(f"{path} is not a list of [x, y] points in metres; fetch it again or remove it")
+    if len(points) < 2 or not (points != points[0]).any():
+        raise DataError(f"{path} has no two different points; fetch it again or remove it")
+    return Route(points)
 
 
 class MaskMap:

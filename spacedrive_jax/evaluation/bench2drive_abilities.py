@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+from spacedrive_jax.evaluation.bench2drive_results import RouteResult
 from spacedrive_jax.io import MEBIBYTE
 from spacedrive_jax.json_files import read_json
 

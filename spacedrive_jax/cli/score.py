@@ -1,4 +1,4 @@
-"""`python -m spacedrive_jax score-bench2drive`: closed-loop scores of Bench2Drive result files."""
+"""`python -m spacedrive_jax score-bench2drive` and `score-counterfactual`: what result files score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import inside
 
 if TYPE_CHECKING:
-    from spacedrive_jax.evaluation.bench2drive.results import RouteResult
+    from spacedrive_jax.evaluation.bench2drive_results import RouteResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ScoreBench2Drive(Command):
         Raises:
             ConfigError: a file cannot be read, or names routes twice or none of the set.
         """
-        from spacedrive_jax.evaluation.bench2drive.abilities import ability_rates, read_junctions
-        from spacedrive_jax.evaluation.bench2drive.results import read_results, read_route_set, score_routes
+        from spacedrive_jax.evaluation.bench2drive_abilities import ability_rates, read_junctions
+        from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
 
         if not self.results:
             raise ConfigError("name at least one result file")
@@ -63,13 +63,13 @@ class ScoreBench2Drive(Command):
             "route_file": None if self.routes is None else str(self.routes),
             "results": [str(path) for path in self.results],
         }
-        print(_format(outcome))
+        print(_format_bench2drive(outcome))
         return outcome
 
 
 def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None, list[str]]:
     """Mean comfort in percent over the routes that have a log, and the routes that have none."""
-    from spacedrive_jax.evaluation.bench2drive.abilities import comfort, read_motion
+    from spacedrive_jax.evaluation.bench2drive_abilities import comfort, read_motion
 
     if not folder.is_dir():
         raise ConfigError(f"--metric-info {folder}: no such folder")
@@ -88,7 +88,7 @@ def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None
     return 100 * sum(values) / len(values), absent
 
 
-def _format(outcome: Mapping[str, Any]) -> str:
+def _format_bench2drive(outcome: Mapping[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
@@ -116,3 +116,61 @@ def _format(outcome: Mapping[str, Any]) -> str:
         if outcome[name]:
             lines.append(f"{what}: {', '.join(outcome[name])}")
     return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreCounterfactual(Command):
+    """Score answers to "what if you drove this trajectory" by the risks they name.
+
+    Prints accuracy, precision and recall for collision, red light, drivable area and safe, under the
+    published keyword rule and under a corrected one.
+
+    Example: python -m spacedrive_jax score-counterfactual --predictions answers/ --annotations eval_cf/
+    """
+
+    predictions: Path
+    """What `predict --task counterfactual` wrote; or a folder with a JSON file per token, or one JSON object:
+    [{"Q": question, "C" or "A": answer}]."""
+    annotations: Path
+    """Folder with a JSON or .pkl file per token, or one object: [{"traj": …, "status": […]}]."""
+
+    every_question: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Score all questions about a keyframe; the published script scores the first."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Scores the answers and prints the tables.
+
+        Raises:
+            DataError: a file cannot be read, or no keyframe has an answer and annotations.
+        """
+        from spacedrive_jax.evaluation.counterfactual import RULES, count_risks, read_items
+
+        read = read_items(self.predictions, self.annotations, every_question=self.every_question)
+        rules: dict[str, Any] = {}
+        for rule in RULES:
+            counts, unmatched = count_risks(read.items, rule)
+            rules[rule] = {name: count.to_json() for name, count in counts.items()}
+            print(f"{rule} rule\n{_format_counterfactual(rules[rule])}")
+        listed = {
+            "unmatched": list(unmatched),
+            "unanswered": list(read.unanswered),
+            "unannotated": list(read.unannotated),
+        }
+        for name, tokens in listed.items():
+            print(f"{name}: {len(tokens)}")
+        return {"samples": len(read.items) - len(unmatched), "rules": rules, **listed}
+
+
+def _format_counterfactual(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [f"{'':16}{'accuracy':>10}{'precision':>10}{'recall':>10}   TP  FP  FN  TN"]
+    for name, score in scores.items():
+        ratios = "".join(f"{number(score[ratio]):>10}" for ratio in ("accuracy", "precision", "recall"))
+        counts = (score[f"{truth}_{kind}"] for truth, kind in _COUNTS)
+        lines.append(f"{name:16}{ratios} " + "".join(f"{count:>4}" for count in counts))
+    return "\n".join(lines)
+
+
+_COUNTS = (("true", "positive"), ("false", "positive"), ("false", "negative"), ("true", "negative"))

@@ -1,1 +1,0 @@
-"""The project's own small tokenizer (`demo.json`) and the script that makes it."""

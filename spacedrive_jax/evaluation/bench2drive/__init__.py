@@ -1,1 +1,0 @@
-"""Closed-loop scores of Bench2Drive result files."""
