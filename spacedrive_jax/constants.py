@@ -24,7 +24,7 @@ FARTHEST = 1e5
 """Metres. No waypoint lies there: nothing gets that far in three seconds."""
 NUM_PAST = 2
 """Past keyframes whose ego state is known."""
-NUM_TARGETS = 2
+NUM_ROUTE_NODES = 2
 """Nodes of the route that a driver is told of."""
 NUM_PATH_POINTS = 50
 """Points of the path ahead, one a metre."""

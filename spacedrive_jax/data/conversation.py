@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.constants import NUM_TARGETS
+from spacedrive_jax.constants import NUM_ROUTE_NODES
 from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
 from spacedrive_jax.data.prompts import (
@@ -93,7 +93,7 @@ def question_turn(
         source=command_source,
         plan=plan,
         ego_status=said,
-        targets=NUM_TARGETS if route_targets else 0,
+        route_nodes=NUM_ROUTE_NODES if route_targets else 0,
         reasons=reasons,
     )
     return Message("user", question)
@@ -101,8 +101,8 @@ def question_turn(
 
 def question_coordinates(record: Record, *, route_targets: bool) -> Float[np.ndarray, "C 2"]:
     """What the coordinate tokens of `question_turn` stand for, float32, metres."""
-    points = record["target_points"] if route_targets else np.zeros((0, 2))
-    return np.asarray(points, np.float32)
+    nodes = record["target_points"] if route_targets else np.zeros((0, 2))
+    return np.asarray(nodes, np.float32)
 
 
 def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens: bool) -> Conversation:
@@ -114,10 +114,10 @@ def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens:
         coordinate_tokens: coordinates become tokens; False leaves them as digits.
     """
     question = counterfactual_question(record["location"], trajectory)
-    points = np.zeros((0, 2), np.float32)
+    coordinates = np.zeros((0, 2), np.float32)
     if coordinate_tokens:
-        question, points = replace_coordinates(question, keep_velocities=False)
-    return Conversation([Message("user", question)], points)
+        question, coordinates = replace_coordinates(question, keep_velocities=False)
+    return Conversation([Message("user", question)], coordinates)
 
 
 def training_conversation(
@@ -156,7 +156,8 @@ def training_conversation(
     questions = _questions(record, config, rng)
     turns: list[Message] = []
     coordinates: list[np.ndarray] = []
-    nodes, spoken = NUM_TARGETS if planned and route_targets else 0, 0
+    route_nodes = NUM_ROUTE_NODES if planned and route_targets else 0
+    reason_coordinates = 0
     if planned:
         turns.append(
             question_turn(
@@ -174,7 +175,7 @@ def training_conversation(
         if coordinate_tokens is not None:
             reasons, in_reasons = replace_coordinates(reasons, keep_velocities=True)
             coordinates.append(in_reasons)
-            spoken = len(in_reasons)
+            reason_coordinates = len(in_reasons)
         if coordinate_tokens is None:
             answer = planning_answer_in_digits(waypoints, command=command, source=command_source)
         else:
@@ -196,8 +197,8 @@ def training_conversation(
             turns.append(turn)
     if not turns:
         turns.append(question_turn(record, command_source, plan=False))
-    points = np.concatenate([np.zeros((0, 2), np.float32), *coordinates])
-    return Conversation(turns, points, nodes, spoken)
+    whole = np.concatenate([np.zeros((0, 2), np.float32), *coordinates])
+    return Conversation(turns, whole, route_nodes, reason_coordinates)
 
 
 def is_planned(record: Record, tasks: Tasks) -> bool:

@@ -59,9 +59,9 @@ def format_number(number: float, decimals: int = 1) -> str:
     return "0.0" if abs(round(number, decimals)) <= 1e-2 else f"{number:+.{decimals}f}"
 
 
-def format_coordinates(points: Float[np.ndarray, "C 2"]) -> str:
-    """Points as `(+4.10, 0.0), (+8.22, -0.05)`, two decimals."""
-    return ", ".join(f"({format_number(float(x), 2)}, {format_number(float(y), 2)})" for x, y in points)
+def format_coordinates(coordinates: Float[np.ndarray, "C 2"]) -> str:
+    """Coordinates as `(+4.10, 0.0), (+8.22, -0.05)`, two decimals."""
+    return ", ".join(f"({format_number(float(x), 2)}, {format_number(float(y), 2)})" for x, y in coordinates)
 
 
 def parse_coordinates(text: str) -> Float[np.ndarray, "C 2"]:
@@ -129,7 +129,7 @@ def command_sentence(command: int, source: CommandSource = "navigation") -> str:
     return ROUTE_WORDS[command] if source == "route" else f"The ego vehicle is {COMMAND_WORDS[command]}. "
 
 
-def targets_sentence(count: int) -> str:
+def route_sentence(count: int) -> str:
     """Names the route's next nodes, a coordinate token for each, a space behind it."""
     return f"The next points of the route are {', '.join([COORDINATE] * count)}. "
 
@@ -141,7 +141,7 @@ def planning_question(
     source: CommandSource = "navigation",
     plan: bool = True,
     ego_status: str = "",
-    targets: int = 0,
+    route_nodes: int = 0,
     reasons: bool = False,
 ) -> str:
     """The user turn of the planning task (published prompt).
@@ -152,7 +152,7 @@ def planning_question(
         source: where the command comes from.
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
         ego_status: what is said of the ego vehicle before the command, a space behind it.
-        targets: nodes of the route to name behind the command.
+        route_nodes: nodes of the route to name behind the command.
         reasons: ask for words before the trajectory.
     """
     if not plan:
@@ -161,7 +161,7 @@ def planning_question(
         context(location)
         + ego_status
         + (command_sentence(command, source) if command is not None else "")
-        + (targets_sentence(targets) if targets else "")
+        + (route_sentence(route_nodes) if route_nodes else "")
         + (PLANNING_QUESTION_WITH_REASONS if reasons else PLANNING_QUESTION)
     )
 

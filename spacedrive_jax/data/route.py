@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_TARGETS
+from spacedrive_jax.constants import NUM_ROUTE_NODES
 
 SPACING = 1.0
 """Metres between path points."""
@@ -206,6 +206,6 @@ class Route:
 
     def targets(self, s: float) -> Float[np.ndarray, "2 2"]:
         """The next two nodes, global metres; the last one twice where only one is left."""
-        ahead = [node for node in self.nodes if node > s + PASSED][:NUM_TARGETS]
-        ahead += [self.nodes[-1]] * (NUM_TARGETS - len(ahead))
+        ahead = [node for node in self.nodes if node > s + PASSED][:NUM_ROUTE_NODES]
+        ahead += [self.nodes[-1]] * (NUM_ROUTE_NODES - len(ahead))
         return self.at(np.array(ahead))

@@ -119,8 +119,8 @@ class SampleBuilder:
                 route_targets=data.route_targets,
                 reasons=self.thinks,
             )
-            points = question_coordinates(record, route_targets=data.route_targets)
-            return Conversation([question], points, len(points))
+            coordinates = question_coordinates(record, route_targets=data.route_targets)
+            return Conversation([question], coordinates, len(coordinates))
         return training_conversation(
             record,
             data.conversation,
@@ -228,21 +228,21 @@ class SampleBuilder:
 
 
 def padded_coordinates(
-    points: Float[np.ndarray, "C 2"], max_coordinates: int
+    coordinates: Float[np.ndarray, "C 2"], max_coordinates: int
 ) -> Float[np.ndarray, "max_coordinates 3"]:
-    """BEV points as 3D points at z = 0, float32, zeros behind the last.
+    """Coordinates x, y as x, y, z with z = 0, float32, zeros behind the last.
 
     Raises:
-        ConfigError: more points than fit.
+        ConfigError: more than fit.
         DataError: one is too large for a number.
     """
-    if not np.isfinite(points).all():
+    if not np.isfinite(coordinates).all():
         raise DataError("a text of its conversation holds a coordinate that no number can hold")
-    if len(points) > max_coordinates:
+    if len(coordinates) > max_coordinates:
         raise ConfigError(
-            f"{len(points)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
+            f"{len(coordinates)} coordinates are more than data.max_coordinates {max_coordinates}: raise it"
         )
-    return np.pad(points, ((0, max_coordinates - len(points)), (0, 1))).astype(np.float32)
+    return np.pad(coordinates, ((0, max_coordinates - len(coordinates)), (0, 1))).astype(np.float32)
 
 
 def token_fields(

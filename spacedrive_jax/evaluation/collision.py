@@ -113,52 +113,52 @@ def drivable_area(record: Record) -> DrivableArea | None:
 
 
 def ego_boxes(
-    trajectories: Float[np.ndarray, "M T 2"], rule: PolygonRule
+    waypoints: Float[np.ndarray, "M T 2"], rule: PolygonRule
 ) -> tuple[Float[np.ndarray, "M T+1 2"], Float[np.ndarray, "M T+1 4 2"]]:
     """Centres and corners of the ego box now and at every waypoint, metres, ego frame.
 
     The heading is that of the step; a step shorter than 0.3 m keeps the one before (now: forward).
     """
-    count = len(trajectories)
-    points = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
-    yaw = np.concatenate([np.zeros((count, 1)), tangent_yaw(trajectories, MIN_STEP_M)], axis=1)
-    centre = points + rule.ego_offset * np.stack(exact.cos_sin(yaw), axis=-1)
+    count = len(waypoints)
+    origins = np.concatenate([np.zeros((count, 1, 2)), waypoints], axis=1)
+    yaw = np.concatenate([np.zeros((count, 1)), tangent_yaw(waypoints, MIN_STEP_M)], axis=1)
+    centre = origins + rule.ego_offset * np.stack(exact.cos_sin(yaw), axis=-1)
     return centre, box_corners(centre, yaw, EGO_SIZE_M)
 
 
 def overlaps(
-    trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: PolygonRule
+    waypoints: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: PolygonRule
 ) -> Bool[np.ndarray, "M T"]:
     """Whether the ego box of each step touches an obstacle's box at that step.
 
     Args:
-        trajectories: M trajectories over the same scene, metres, ego frame.
+        waypoints: those of M plans in the same scene, metres, ego frame.
         obstacles: the scene's agents at steps 1..T.
         rule: where the ego box is.
     """
-    hits = np.zeros(trajectories.shape[:2], bool)
-    centre, boxes = (array[:, 1:] for array in ego_boxes(trajectories, rule))
+    hits = np.zeros(waypoints.shape[:2], bool)
+    centre, boxes = (array[:, 1:] for array in ego_boxes(waypoints, rule))
     reach = (exact.norm(EGO_SIZE_M) + exact.norm(obstacles.size)) / 2
     distance = exact.norm(centre[:, None] - obstacles.centre[None])
-    trajectory, agent, step = np.nonzero(obstacles.mask & (distance <= reach[:, None]))
-    if len(trajectory):
+    plan, agent, step = np.nonzero(obstacles.mask & (distance <= reach[:, None]))
+    if len(plan):
         agents = box_corners(obstacles.centre[agent, step], obstacles.yaw[agent, step], obstacles.size[agent])
-        touching = shapely.intersects(shapely.polygons(boxes[trajectory, step]), shapely.polygons(agents))
-        hits[trajectory[touching], step[touching]] = True
+        touching = shapely.intersects(shapely.polygons(boxes[plan, step]), shapely.polygons(agents))
+        hits[plan[touching], step[touching]] = True
     return hits
 
 
 def leaves_road(
-    trajectories: Float[np.ndarray, "M T 2"], area: DrivableArea, rule: PolygonRule
+    waypoints: Float[np.ndarray, "M T 2"], area: DrivableArea, rule: PolygonRule
 ) -> Bool[np.ndarray, "M T+1"]:
     """Whether the ego box is off the road now (column 0) and at every waypoint.
 
     Args:
-        trajectories: M trajectories of waypoints, metres, ego frame.
+        waypoints: those of M plans, metres, ego frame.
         area: what is drivable.
         rule: where the ego box is.
     """
-    _, boxes = ego_boxes(trajectories, rule)
+    _, boxes = ego_boxes(waypoints, rule)
     outside = area.outside(boxes.reshape(-1, 4, 2)).reshape(boxes.shape[:2])
     return outside >= OFF_ROAD_AREA_M2
 
@@ -218,23 +218,23 @@ def ego_cells(rule: StepRule) -> Int[np.ndarray, "K 2"]:
     return np.stack([columns, rows], axis=-1)
 
 
-def step_headings(trajectories: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray, "M T"]:
+def step_headings(waypoints: Float[np.ndarray, "M T 2"]) -> Float[np.ndarray, "M T"]:
     """Heading of each step's collision box: the direction of the step, 0 when it is shorter than 1 m."""
-    steps = np.diff(trajectories, axis=1, prepend=0.0)
+    steps = np.diff(waypoints, axis=1, prepend=0.0)
     headings = exact.arctan2(steps[..., 1], steps[..., 0])
     return np.where(exact.norm(steps) >= MIN_TURNING_STEP_M, headings, 0.0)
 
 
 def box_cells(
-    points: Float[np.ndarray, "P 2"], headings: Float[np.ndarray, "P"], rule: StepRule
+    waypoints: Float[np.ndarray, "P 2"], headings: Float[np.ndarray, "P"], rule: StepRule
 ) -> Int[np.ndarray, "P K 2"]:
-    """Cells (column x, row y) under the collision box at each point.
+    """Cells (column x, row y) under the collision box at each waypoint.
 
-    Cells are rotated about the ego origin, rounded, moved by the point and truncated toward zero; what leaves
-    the grid is clipped to its border (so it is tested there, as published).
+    Cells are rotated about the ego origin, rounded, moved by the waypoint and truncated toward zero; what
+    leaves the grid is clipped to its border (so it is tested there, as published).
 
     Args:
-        points: waypoints, metres, ego frame.
+        waypoints: of any plans, metres, ego frame.
         headings: of the box there, radians.
         rule: grid and ego offset.
     """
@@ -245,29 +245,29 @@ def box_cells(
     cosine, sine = (part[:, None].astype(np.float32).astype(np.float64) for part in exact.cos_sin(headings))
     rotated = np.stack([cosine * x - sine * y, sine * x + cosine * y], axis=-1)
     # Wide finite predictions must not wrap around when they become integers.
-    moved = np.round(rotated - origin) + (points / grid.cell_size)[:, None]
+    moved = np.round(rotated - origin) + (waypoints / grid.cell_size)[:, None]
     return np.clip(np.trunc(moved), 0, grid.cells - 1).astype(np.int32)
 
 
 def collides(
-    trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
+    waypoints: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
 ) -> Bool[np.ndarray, "M T"]:
     """Whether the ego box of each step covers a cell that an obstacle covers at that step.
 
     Only boxes that come near each other are laid on the grid; the result is that of drawing them all.
 
     Args:
-        trajectories: M trajectories over the same scene, metres, ego frame.
+        waypoints: those of M plans in the same scene, metres, ego frame.
         obstacles: the scene's agents at steps 1..T.
         rule: grid and ego offset.
     """
-    hits = np.zeros(trajectories.shape[:2], bool)
-    near = _near(trajectories, obstacles, rule)
-    trajectory, step = np.nonzero(near.any(axis=1))
-    if not len(trajectory):
+    hits = np.zeros(waypoints.shape[:2], bool)
+    near = _near(waypoints, obstacles, rule)
+    plan, step = np.nonzero(near.any(axis=1))
+    if not len(plan):
         return hits
     grid = Grid(rule.resolution)
-    ego = box_cells(trajectories[trajectory, step], step_headings(trajectories)[trajectory, step], rule)
+    ego = box_cells(waypoints[plan, step], step_headings(waypoints)[plan, step], rule)
     agent, agent_step = np.nonzero(near.any(axis=0))
     polygons = to_cells(
         box_corners(
@@ -282,21 +282,21 @@ def collides(
         for vertices in polygons[drawn]:
             draw_polygon(raster, vertices)
         rows = step == now
-        hits[trajectory[rows], now] = raster[ego[rows, :, 1], ego[rows, :, 0]].any(axis=-1)
+        hits[plan[rows], now] = raster[ego[rows, :, 1], ego[rows, :, 0]].any(axis=-1)
         for (left, bottom), (right, top) in windows[drawn]:
             raster[bottom:top, left:right] = 0
     return hits
 
 
 def _near(
-    trajectories: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
+    waypoints: Float[np.ndarray, "M T 2"], obstacles: Obstacles, rule: StepRule
 ) -> Bool[np.ndarray, "M A T"]:
     """Which agents' cells may meet the ego box's at a step: circles around both, with room for rounding."""
     ego_radius = exact.hypot(EGO_LENGTH / 2 + abs(rule.ego_offset), EGO_WIDTH / 2)
     reach = ego_radius + exact.norm(obstacles.size) / 2 + ROUNDING_CELLS * rule.resolution
     # A box beyond the grid is tested at its border, no farther from there than from its own centre.
-    points = np.clip(trajectories, -GRID_EXTENT_M, GRID_EXTENT_M)
-    squared = np.sum((points[:, None] - obstacles.centre) ** 2, axis=-1)
+    centres = np.clip(waypoints, -GRID_EXTENT_M, GRID_EXTENT_M)
+    squared = np.sum((centres[:, None] - obstacles.centre) ** 2, axis=-1)
     return obstacles.mask & (squared <= reach[:, None] ** 2)
 
 

@@ -242,11 +242,11 @@ def _evaluate_protocol(
 ) -> Evaluation:
     # v1.0-test ships no annotations; a split without a single box says nothing about collisions.
     annotated = any(keyframe.situation.agents for keyframe in keyframes)
-    planned = _combine(planners, keyframes, protocol, annotated)
+    by_planner = _combine(planners, keyframes, protocol, annotated)
     seen = {keyframe.situation.token for keyframe in keyframes}
     eligible = {keyframe.situation.token for keyframe in keyframes if keyframe.eligible}
     for name, file in planners.files.items():
-        if not planned[name].situations:
+        if not by_planner[name].situations:
             unusable = {
                 "unparsed: their answers hold no trajectory": file.unparsed,
                 "with fewer than six waypoints": file.short,
@@ -260,8 +260,8 @@ def _evaluate_protocol(
                 f"whole future ({len(file.tokens & seen)} predicted tokens are in the split{said})"
                 + ("; check --records and --split" if sum(counts.values()) < len(file.tokens) else "")
             )
-    prediction = planned.pop(PREDICTION)
-    other = planned.pop(COMPARED, None)
+    prediction = by_planner.pop(PREDICTION)
+    other = by_planner.pop(COMPARED, None)
     coverage = cover(
         records,
         planners.files[PREDICTION],
@@ -279,7 +279,7 @@ def _evaluate_protocol(
     comparison = None
     if other is not None:
         comparison = compare_planners(prediction, other, str(planners.files[COMPARED].path))
-    return Evaluation(protocol, prediction, planned, comparison, coverage, notes)
+    return Evaluation(protocol, prediction, by_planner, comparison, coverage, notes)
 
 
 def _combine(

@@ -30,19 +30,19 @@ Table = dict[str, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class StepScores:
-    """What each step of each trajectory scored; S samples (or trajectories), T = 6 steps.
+    """What each step of each plan scored; S samples (or plans), T = 6 steps.
 
     Attributes:
         l2: distance to the recorded waypoint, metres.
         collision: the ego box meets an obstacle (before any exclusion).
-        reference_collision: the recorded drive's own box meets one at that step.
+        recorded_collision: the recorded drive's own box meets one at that step.
         off_road: the ego box leaves the drivable area, now (column 0) and at each waypoint.
         has_map: whether `off_road` was measured; False rows are meaningless there.
     """
 
     l2: Float[np.ndarray, "S T"]
     collision: Bool[np.ndarray, "S T"]
-    reference_collision: Bool[np.ndarray, "S T"]
+    recorded_collision: Bool[np.ndarray, "S T"]
     off_road: Bool[np.ndarray, "S T+1"]
     has_map: Bool[np.ndarray, "S"]
 
@@ -57,42 +57,42 @@ Drivable = UInt8[np.ndarray, "n n"] | DrivableArea
 
 
 def score_steps(
-    trajectories: Float[np.ndarray, "M T 2"],
-    reference: Float[np.ndarray, "T 2"],
+    waypoints: Float[np.ndarray, "M T 2"],
+    recorded: Float[np.ndarray, "T 2"],
     obstacles: Obstacles,
     drivable: Drivable | None,
     rule: StepRule | PolygonRule,
 ) -> StepScores:
-    """Scores M trajectories in one scene, step by step.
+    """Scores M plans in one scene, step by step.
 
     Args:
-        trajectories: planned waypoints, metres, ego frame.
-        reference: recorded waypoints, all of them valid.
+        waypoints: those of M plans, metres, ego frame.
+        recorded: recorded waypoints, all of them valid.
         obstacles: the agents around.
         drivable: the drivable area in the rule's form, None without a map.
         rule: how a step is tested.
 
     Returns:
-        One row a trajectory.
+        One row a plan.
     """
-    count, steps = trajectories.shape[:2]
-    # The recorded drive is scored like one more trajectory: its collisions exclude steps.
-    everything = np.concatenate([trajectories, reference[None]])
+    count, steps = waypoints.shape[:2]
+    # The recorded drive is scored like one more plan: its collisions exclude steps.
+    everything = np.concatenate([waypoints, recorded[None]])
     off_road = np.zeros((count, steps + 1), bool)
     if isinstance(rule, PolygonRule):
         hits = overlaps(everything, obstacles, rule)
         if drivable is not None:
             assert not isinstance(drivable, np.ndarray)
-            off_road = leaves_road(trajectories, drivable, rule)
+            off_road = leaves_road(waypoints, drivable, rule)
     else:
         hits = collides(everything, obstacles, rule)
         if drivable is not None:
             assert isinstance(drivable, np.ndarray)
-            off_road = off_road_cells(trajectories, drivable, rule) > 0
+            off_road = off_road_cells(waypoints, drivable, rule) > 0
     return StepScores(
-        l2=exact.norm(trajectories - reference),
+        l2=exact.norm(waypoints - recorded),
         collision=hits[:-1],
-        reference_collision=np.broadcast_to(hits[-1], (count, steps)),
+        recorded_collision=np.broadcast_to(hits[-1], (count, steps)),
         off_road=off_road,
         has_map=np.full(count, drivable is not None),
     )
@@ -147,7 +147,7 @@ def horizon_scores(
     nothing = np.nan if protocol.unscorable == "left_out" else 0.0
     collision = scores.collision.astype(np.float64)
     if exclude:
-        collision[scores.reference_collision] = nothing
+        collision[scores.recorded_collision] = nothing
     off_road = scores.off_road[:, 1:].astype(np.float64)
     off_road[scores.off_road[:, 0]] = nothing
     if failed is not None:

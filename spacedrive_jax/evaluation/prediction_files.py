@@ -44,7 +44,7 @@ TO_EGO: Mapping[AxesName, np.ndarray] = MappingProxyType(
 def to_ego_axes(predictions: Predictions, axes: AxesName) -> Predictions:
     """The predictions with waypoints in the ego frame's axes (their origin stays where it is)."""
     matrix = TO_EGO[axes]
-    waypoints = {token: exact.rotate(points, matrix) for token, points in predictions.waypoints.items()}
+    waypoints = {token: exact.rotate(each, matrix) for token, each in predictions.waypoints.items()}
     return dataclasses.replace(predictions, waypoints=waypoints)
 
 
@@ -95,26 +95,26 @@ class _Pairs(list[tuple[str, Any]]):
 
 def _sort(path: Path, items: Iterable[tuple[Any, Any]]) -> Predictions:
     entries = []
-    for token, points in items:
+    for token, waypoints in items:
         if not isinstance(token, str) or not token or not is_unicode(token):
             raise DataError(f"{path}: a token must be a non-empty text, found {token!r}")
-        entries.append((token, "", _waypoints(points, f"{path}, token {token}")))
+        entries.append((token, "", _waypoints(waypoints, f"{path}, token {token}")))
     if not entries:
         raise DataError(f"{path} holds no prediction")
     return sort_predictions(path, entries)
 
 
-def _waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
+def _waypoints(given: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
     """Waypoints from n x 2 numbers, or n x 3 with a heading that is left out; None stays None."""
-    if points is None:
+    if given is None:
         return None
     try:
-        if isinstance(points, _Pairs | dict | str | bytes):
+        if isinstance(given, _Pairs | dict | str | bytes):
             raise TypeError
-        values = np.array(points, np.float64)
+        values = np.array(given, np.float64)
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise DataError(
-            f"{where}: expected waypoints [[x, y], …] of numbers, found {str(points)[:60]}"
+            f"{where}: expected waypoints [[x, y], …] of numbers, found {str(given)[:60]}"
         ) from None
     if values.size == 0:
         return np.zeros((0, 2))
@@ -130,7 +130,7 @@ def _waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"] | None:
 # Reading predictions as the published code leaves them: a folder with one file per keyframe.
 #
 # A file is named after its token, has no extension and holds a JSON list whose first item has the question
-# "Q" and the answer "A" (a text, or a list with one text). The trajectory is read out of the answer the way
+# "Q" and the answer "A" (a text, or a list with one text). The waypoints are read out of the answer the way
 # the published evaluation script reads it.
 
 
@@ -143,26 +143,26 @@ _TRAJECTORIES = (
 )
 """After position indicators, after the text model's stand-in for them, and as plain numbers (OmniDrive's
 begin with `PT`). The published script picks one by the words in the folder's path; here the text decides."""
-_POINT = re.compile(_PAIR_WITH_PLUS)
+_WAYPOINT = re.compile(_PAIR_WITH_PLUS)
 _DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 def parse_answer(text: str) -> Float[np.ndarray, "n 2"] | None:
-    """The trajectory in an answer such as `… [<POS_INDICATOR>(1.20, 0.05), <POS_INDICATOR>(2.41, -0.11)]`.
+    """The waypoints in an answer such as `… [<POS_INDICATOR>(1.20, 0.05), <POS_INDICATOR>(2.41, -0.11)]`.
 
     Only the first bracketed list of the first form that occurs counts, and numbers need a decimal point
     (without one the published script fails on the sample and drops it).
 
     Returns:
-        Waypoints in metres, or None when the answer holds no readable trajectory.
+        Waypoints in metres, or None when the answer holds none that can be read.
     """
     found = next((match for pattern in _TRAJECTORIES if (match := pattern.search(text))), None)
     if found is None:
         return None
-    points = [_DECIMAL.findall(point) for point in _POINT.findall(found.group())]
-    if any(len(point) != 2 for point in points):
+    waypoints = [_DECIMAL.findall(pair) for pair in _WAYPOINT.findall(found.group())]
+    if any(len(pair) != 2 for pair in waypoints):
         return None
-    return np.array(points, np.float64)
+    return np.array(waypoints, np.float64)
 
 
 def read_published_folder(directory: Path) -> Predictions:
@@ -198,7 +198,7 @@ def _read_answer(path: Path) -> str:
 STATUSES = ("ok", "unparsed")
 
 Entry = tuple[str, str, "Float[np.ndarray, 'n 2'] | None"]
-"""Token, text and trajectory; None where the text holds no trajectory."""
+"""Token, text and waypoints; None where the text holds none."""
 
 
 def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predictions:
@@ -267,19 +267,19 @@ def _parse_entry(entry: Any, where: str) -> Entry:
     text = entry.get("text")
     if text is not None and not isinstance(text, str):
         raise DataError(f'{where}: "text" must be a string, found {type(text).__name__}')
-    trajectory = None if status == "unparsed" else _parse_waypoints(entry.get("waypoints"), where)
-    return token, text or "", trajectory
+    waypoints = None if status == "unparsed" else _parse_waypoints(entry.get("waypoints"), where)
+    return token, text or "", waypoints
 
 
-def _parse_waypoints(points: Any, where: str) -> Float[np.ndarray, "n 2"]:
+def _parse_waypoints(given: Any, where: str) -> Float[np.ndarray, "n 2"]:
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
 
-    well_formed = isinstance(points, list) and all(
-        isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points
+    well_formed = isinstance(given, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in given
     )
     if not well_formed:
         raise DataError(
-            f'{where}: "waypoints" must be a list of six [x, y] number pairs, found {str(points)[:80]}'
+            f'{where}: "waypoints" must be a list of six [x, y] number pairs, found {str(given)[:80]}'
         )
-    return np.array(points, np.float64).reshape(-1, 2)
+    return np.array(given, np.float64).reshape(-1, 2)

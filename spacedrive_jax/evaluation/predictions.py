@@ -24,9 +24,9 @@ class Predictions:
 
     Attributes:
         path: the file, or the folder of one file per keyframe.
-        waypoints: token to the trajectory to score, metres, ego frame.
+        waypoints: by token, those to score, metres, ego frame.
         text: token to the model's answer ("" where the file has none).
-        unparsed: tokens whose answer held no trajectory.
+        unparsed: tokens whose answer held none.
         short: tokens with fewer than six waypoints.
         long: tokens with more than six waypoints; the first six are scored, as published.
         non_finite: tokens with a waypoint that is not finite.
@@ -49,7 +49,7 @@ class Predictions:
 
     @functools.cached_property
     def unusable(self) -> frozenset[str]:
-        """Tokens with an answer that cannot be scored as a trajectory."""
+        """Tokens with an answer that cannot be scored."""
         return frozenset((*self.unparsed, *self.short, *self.non_finite))
 
 
@@ -64,7 +64,7 @@ def is_unicode(text: str) -> bool:
 
 def discretize(predictions: Predictions, pitch: float) -> Predictions:
     """The predictions with coordinates floored to multiples of `pitch` metres, a published option."""
-    waypoints = {token: np.floor(points / pitch) * pitch for token, points in predictions.waypoints.items()}
+    waypoints = {token: np.floor(each / pitch) * pitch for token, each in predictions.waypoints.items()}
     return dataclasses.replace(predictions, waypoints=waypoints)
 
 
@@ -75,39 +75,39 @@ def sort_predictions(
 
     Args:
         path: where they were read.
-        entries: (token, text, trajectory) in file order; None where the text holds no trajectory.
+        entries: (token, text, waypoints) in file order; None where the text holds none.
 
     Raises:
         DataError: a waypoint lies so far away that it cannot be one.
     """
-    waypoints: dict[str, np.ndarray] = {}
+    usable: dict[str, np.ndarray] = {}
     text: dict[str, str] = {}
     listed: dict[str, list[str]] = {
         name: [] for name in ("unparsed", "short", "long", "non_finite", "duplicates")
     }
-    for token, answer, trajectory in entries:
+    for token, answer, waypoints in entries:
         if token in text:
             if token not in listed["duplicates"]:
                 listed["duplicates"].append(token)
             continue
         # A lone surrogate is legal in JSON's escapes and in no file that is written.
         text[token] = answer if is_unicode(answer) else answer.encode("utf-8", "replace").decode()
-        if trajectory is None:
+        if waypoints is None:
             listed["unparsed"].append(token)
-        elif len(trajectory) < NUM_WAYPOINTS:
+        elif len(waypoints) < NUM_WAYPOINTS:
             listed["short"].append(token)
-        elif not np.isfinite(trajectory[:NUM_WAYPOINTS]).all():
+        elif not np.isfinite(waypoints[:NUM_WAYPOINTS]).all():
             listed["non_finite"].append(token)
-        elif (away := np.abs(trajectory[:NUM_WAYPOINTS]).max()) > FARTHEST:
+        elif (away := np.abs(waypoints[:NUM_WAYPOINTS]).max()) > FARTHEST:
             raise DataError(
                 f"{path}, token {token}: a waypoint lies {away:.3g} m away; waypoints are metres in the ego "
                 "frame, of the next three seconds"
             )
         else:
-            waypoints[token] = trajectory[:NUM_WAYPOINTS]
-            if len(trajectory) > NUM_WAYPOINTS:
+            usable[token] = waypoints[:NUM_WAYPOINTS]
+            if len(waypoints) > NUM_WAYPOINTS:
                 listed["long"].append(token)
-    return Predictions(path, waypoints, text, **{name: tuple(tokens) for name, tokens in listed.items()})
+    return Predictions(path, usable, text, **{name: tuple(tokens) for name, tokens in listed.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Coverage:
     """Which keyframes were scored, and why others were not.
 
     A keyframe is eligible when all six future waypoints exist (quirk Q10: the last six of each scene drop
-    out); a planner's score is the mean over the eligible keyframes it has a usable trajectory for.
+    out); a planner's score is the mean over the eligible keyframes it has a usable prediction for.
 
     Attributes:
         records: keyframes in the split.

@@ -100,10 +100,10 @@ MIN_STEP_M = 0.3
 
 
 def tangent_yaw(
-    trajectories: Float[np.ndarray, "M T 2"], min_first_step: float = MIN_FIRST_STEP_M
+    waypoints: Float[np.ndarray, "M T 2"], min_first_step: float = MIN_FIRST_STEP_M
 ) -> Float[np.ndarray, "M T"]:
     """Heading along the path, held through steps shorter than 0.3 m (0 for a too short first step)."""
-    steps = np.diff(trajectories, axis=1, prepend=0.0)
+    steps = np.diff(waypoints, axis=1, prepend=0.0)
     length = exact.norm(steps)
     direction = exact.arctan2(steps[..., 1], steps[..., 0])
     yaw = np.zeros_like(direction)
@@ -113,27 +113,27 @@ def tangent_yaw(
     return yaw
 
 
-def footprints(trajectories: Float[np.ndarray, "M T 2"], rule: StepRule) -> Int[np.ndarray, "M T+1 4 2"]:
+def footprints(waypoints: Float[np.ndarray, "M T 2"], rule: StepRule) -> Int[np.ndarray, "M T+1 4 2"]:
     """Vertices (column x, row y) of the ego box now and at every waypoint, on the rule's grid."""
-    count, steps = trajectories.shape[:2]
-    centre = np.concatenate([np.zeros((count, 1, 2)), trajectories], axis=1)
+    count, steps = waypoints.shape[:2]
+    centre = np.concatenate([np.zeros((count, 1, 2)), waypoints], axis=1)
     yaw = np.zeros((count, steps + 1))
     if rule.footprint_yaw == "tangent":
-        yaw[:, 1:] = tangent_yaw(trajectories)
+        yaw[:, 1:] = tangent_yaw(waypoints)
     corners = box_corners(centre, yaw, np.array(FOOTPRINT_SIZE_M))
     # A box far outside covers no cell; clipping it there keeps its vertices inside int32.
     return to_cells(np.clip(corners, -10 * GRID_EXTENT_M, 10 * GRID_EXTENT_M), Grid(rule.resolution))
 
 
 def off_road_cells(
-    trajectories: Float[np.ndarray, "M T 2"], drivable: UInt8[np.ndarray, "n n"], rule: StepRule
+    waypoints: Float[np.ndarray, "M T 2"], drivable: UInt8[np.ndarray, "n n"], rule: StepRule
 ) -> Int[np.ndarray, "M T+1"]:
     """Non-drivable cells under the ego box now (column 0) and at every waypoint.
 
     Cells outside the grid count as neither.
 
     Args:
-        trajectories: M trajectories of waypoints, metres, ego frame.
+        waypoints: those of M plans, metres, ego frame.
         drivable: 1 where drivable, [row = y][column = x], on the rule's grid.
         rule: grid and footprint heading.
     """
@@ -142,24 +142,24 @@ def off_road_cells(
         raise ValueError(
             f"drivable raster is {drivable.shape}, the {rule.resolution} m grid needs {grid.cells}²"
         )
-    count, steps = trajectories.shape[:2]
-    polygons = footprints(trajectories, rule)
+    count, steps = waypoints.shape[:2]
+    polygons = footprints(waypoints, rule)
     low = np.clip(polygons.min(axis=2), 0, grid.cells)
     high = np.clip(polygons.max(axis=2) + 1, 0, grid.cells)
     cells = np.zeros((count, steps + 1), np.int64)
     raster = grid.empty()
-    for trajectory, step in np.ndindex(cells.shape):
-        if step == 0 and trajectory > 0:
-            cells[trajectory, 0] = cells[0, 0]
+    for plan, step in np.ndindex(cells.shape):
+        if step == 0 and plan > 0:
+            cells[plan, 0] = cells[0, 0]
             continue
-        (left, bottom), (right, top) = low[trajectory, step], high[trajectory, step]
+        (left, bottom), (right, top) = low[plan, step], high[plan, step]
         if left >= right or bottom >= top:
             continue
         window = np.s_[bottom:top, left:right]
         if drivable[window].all():
             continue
-        draw_polygon(raster, polygons[trajectory, step])
-        cells[trajectory, step] = np.count_nonzero(raster[window] & (drivable[window] == 0))
+        draw_polygon(raster, polygons[plan, step])
+        cells[plan, step] = np.count_nonzero(raster[window] & (drivable[window] == 0))
         raster[window] = 0
     return cells
 

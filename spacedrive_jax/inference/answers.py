@@ -49,10 +49,10 @@ class Generation:
     """Places behind an indicator that was fed: their id is discarded, the position token or an encoding was
     fed in its stead. In a run of indicators not all of them count."""
     in_one_pass: Bool[Leaf, " B"]
-    """The trajectory was answered by the frame alone, without a token-by-token step of its own."""
-    trajectory: Float[Leaf, "B T 3"] | None = None
-    """Where one token stands for the whole trajectory: decoded at the first coordinate, zeros if there is
-    none; metres, ego frame."""
+    """The waypoints were answered by the frame alone, without a token-by-token step of its own."""
+    waypoints: Float[Leaf, "B T 3"] | None = None
+    """Where one token stands for all of them: those decoded at the first coordinate, zeros if there is none;
+    metres, ego frame."""
 
 
 def planning_frame(
@@ -146,7 +146,7 @@ def answer_text(
     token_ids: Int[np.ndarray, " G"],
     coordinates: Float[np.ndarray, "G 3"],
     is_coordinate: Bool[np.ndarray, " G"],
-    trajectory: Float[np.ndarray, "T 3"] | None = None,
+    waypoints: Float[np.ndarray, "T 3"] | None = None,
 ) -> str:
     """One sample's answer as text, each coordinate printed as `(x, y)` with two decimals behind its
     indicator, special tokens spelled out, as the published code writes it.
@@ -160,16 +160,16 @@ def answer_text(
         token_ids: the generated ids, cut to their length.
         coordinates: metres.
         is_coordinate: where they stand.
-        trajectory: where one token stands for the whole trajectory: printed at the first, an indicator before
-            every point and nothing between them; what other tokens stand for is not printed.
+        waypoints: where one token stands for all of them: printed at the first, an indicator before each and
+            nothing between them; what other tokens stand for is not printed.
     """
     text = tokenizer.decode(np.where(is_coordinate, tokenizer.position, token_ids).tolist())
-    if trajectory is not None:
-        whole = "".join(f"{INDICATOR}({x:.2f}, {y:.2f})" for x, y in trajectory[:, :2].tolist())
+    if waypoints is not None:
+        whole = "".join(f"{INDICATOR}({x:.2f}, {y:.2f})" for x, y in waypoints[:, :2].tolist())
         return text.replace(COORDINATE, whole, 1) if is_coordinate.any() else text
     said, *rest = text.split(POSITION)
-    points = [f"({x:.2f}, {y:.2f})" for x, y in coordinates[is_coordinate][:, :2].tolist()]
-    filled = points + [POSITION] * (len(rest) - len(points))
+    printed = [f"({x:.2f}, {y:.2f})" for x, y in coordinates[is_coordinate][:, :2].tolist()]
+    filled = printed + [POSITION] * (len(rest) - len(printed))
     return said + "".join(value + piece for value, piece in zip(filled, rest, strict=True))
 
 
@@ -194,16 +194,16 @@ def expected_frame(config: Config, tokenizer: DrivingTokenizer) -> tuple[int, ..
 
 def prediction_line(builder: SampleBuilder, token: str, generated: Generation, row: int) -> dict[str, Any]:
     """One line of the prediction file; an answer without exactly six waypoints and the path, or with one
-    farther than any can be, is `unparsed`. Where words come before the trajectory, they are its `reasons`,
-    and an answer without the trajectory's opening is `unparsed`.
+    farther than any can be, is `unparsed`. Where words come before the waypoints, they are its `reasons`,
+    and an answer without the waypoints' opening is `unparsed`.
     """
     length = int(generated.lengths[row])
-    ids, points, decoded = (
+    ids, coordinates, is_coordinate = (
         np.asarray(values[row, :length])
         for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
     )
-    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
-    text = answer_text(builder.tokenizer, ids, points, decoded, trajectory)
+    whole = None if generated.waypoints is None else np.asarray(generated.waypoints[row])
+    text = answer_text(builder.tokenizer, ids, coordinates, is_coordinate, whole)
     reasons, opening, plan = text.rpartition(PLANNING_OPENING) if builder.thinks else ("", "-", text)
     if not opening:
         reasons, plan = text, ""
@@ -212,26 +212,26 @@ def prediction_line(builder: SampleBuilder, token: str, generated: Generation, r
         waypoints = parse_coordinates(plan)
     elif builder.thinks:
         # Position tokens that the model said itself stand for nothing.
-        said = np.where(decoded, builder.tokenizer.position, ids)
-        said = np.where(~decoded & (ids == builder.tokenizer.position), builder.tokenizer.padding, said)
+        said = np.where(is_coordinate, builder.tokenizer.position, ids)
+        said = np.where(~is_coordinate & (ids == builder.tokenizer.position), builder.tokenizer.padding, said)
         before, _, _ = builder.tokenizer.decode(said.tolist()).rpartition(PLANNING_OPENING)
-        waypoints = points[decoded][before.count(POSITION) :, :2]
-    elif trajectory is not None:
-        waypoints = trajectory[: NUM_WAYPOINTS * bool(decoded.any()), :2]
+        waypoints = coordinates[is_coordinate][before.count(POSITION) :, :2]
+    elif whole is not None:
+        waypoints = whole[: NUM_WAYPOINTS * bool(is_coordinate.any()), :2]
     else:
-        waypoints = points[decoded][:, :2]
+        waypoints = coordinates[is_coordinate][:, :2]
     wanted = NUM_WAYPOINTS + builder.model.path_points
     # Digits can be any; a waypoint that none can be would let the whole file be refused by `evaluate`.
     parsed = len(waypoints) == wanted and bool((np.abs(waypoints) <= FARTHEST).all())
-    given = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
+    rounded = [[round(float(x), 4), round(float(y), 4)] for x, y in waypoints] if parsed else []
     line = {
         "token": token,
-        "waypoints": given[:NUM_WAYPOINTS],
+        "waypoints": rounded[:NUM_WAYPOINTS],
         "text": text,
         "status": "ok" if parsed else "unparsed",
     }
     line |= {"reasons": reasons.strip()} if builder.thinks else {}
-    return line | ({"path": given[NUM_WAYPOINTS:]} if builder.model.path_points else {})
+    return line | ({"path": rounded[NUM_WAYPOINTS:]} if builder.model.path_points else {})
 
 
 @dataclasses.dataclass

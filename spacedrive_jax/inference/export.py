@@ -157,7 +157,7 @@ def open_exported(folder: Path, *, most: int = 8) -> BatchPlanner:
     def answer(batch: DrivingBatch) -> Generation:
         fields = jax.tree.map(jnp.asarray, _fields(batch))
         found = jax.device_get(calls[batch.size](weights, fields))
-        return Generation(**{**_NO_TRAJECTORY, **found})
+        return Generation(**{**_NOT_WHOLE, **found})
 
     return BatchPlanner(config, builder, answer, sizes, metadata["length"])
 
@@ -169,7 +169,8 @@ def export_example(builder: SampleBuilder, record: Record) -> DrivingBatch:
 
 
 _EMPTY: Arrays = {field.name: None for field in dataclasses.fields(DrivingBatch) if field.default is None}
-_NO_TRAJECTORY: Arrays = {"trajectory": None}
+_NOT_WHOLE: Arrays = {"waypoints": None}
+"""Of a model with a token for every waypoint."""
 
 
 def _fields(value: Any) -> Arrays:

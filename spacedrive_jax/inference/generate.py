@@ -24,10 +24,10 @@ from spacedrive_jax.inference.progress import (
     DecodeState,
     apply_repetition_penalty,
     coordinate_indices,
-    decode_points,
     mark_seen,
     position_embedding,
     start,
+    token_coordinates,
 )
 from spacedrive_jax.models.spacedrive import SpaceDrive
 
@@ -106,16 +106,16 @@ def generate(
 
     end = jax.lax.while_loop(lambda progress: ~jnp.all(progress.finished), proceed, progress)
     counts = end.is_position & coordinate_indices(end.token_ids, end.count, tokenizer.indicator)
-    points = jnp.where(counts[..., None, None], end.points, 0.0)
+    coordinates = jnp.where(counts[..., None, None], end.coordinates, 0.0)
     whole = model.config.decoder.whole_trajectory
     return Generation(
         token_ids=end.token_ids,
         lengths=end.count,
-        coordinates=points[..., 0, :],
+        coordinates=coordinates[..., 0, :],
         is_coordinate=counts,
         is_position=end.is_position,
         in_one_pass=in_frame,
-        trajectory=points[jnp.arange(batch.size), jnp.argmax(counts, axis=1)] if whole else None,
+        waypoints=coordinates[jnp.arange(batch.size), jnp.argmax(counts, axis=1)] if whole else None,
     )
 
 
@@ -143,7 +143,7 @@ def _step(
         model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty
     )
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    points = decode_points(model, progress.hidden)
+    coordinates = token_coordinates(model, progress.hidden)
     # Out of range where finished: dropped.
     place = jnp.where(active, progress.count, progress.token_ids.shape[1])
     decoded = active & discarded
@@ -170,8 +170,8 @@ def _step(
         finished=finished,
         count=count,
         token_ids=progress.token_ids.at[rows, place].set(chosen, mode="drop"),
-        points=progress.points.at[rows, place].set(
-            jnp.where(decoded[:, None, None], points, 0.0), mode="drop"
+        coordinates=progress.coordinates.at[rows, place].set(
+            jnp.where(decoded[:, None, None], coordinates, 0.0), mode="drop"
         ),
         is_position=progress.is_position.at[rows, place].set(decoded, mode="drop"),
         seen=mark_seen(progress.seen, chosen[:, None], active[:, None]),

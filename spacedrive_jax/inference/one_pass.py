@@ -32,12 +32,12 @@ from spacedrive_jax.inference.progress import (
     DecodeState,
     Seen,
     apply_repetition_penalty,
-    decode_points,
+    coordinates_per_token,
     mark_seen,
-    points_of_token,
     position_embedding,
     prefill,
     prompt_ids_seen,
+    token_coordinates,
 )
 from spacedrive_jax.models.attention import KVCache
 from spacedrive_jax.models.spacedrive import SpaceDrive
@@ -80,7 +80,7 @@ def run_frame(
         finished=jnp.zeros(size, bool),
         count=jnp.zeros(size, jnp.int32),
         token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
-        points=jnp.zeros((size, total, points_of_token(model), 3), jnp.float32),
+        coordinates=jnp.zeros((size, total, coordinates_per_token(model), 3), jnp.float32),
         is_position=jnp.zeros((size, total), bool),
         seen=prompt_ids_seen(model, batch, repetition_penalty),
     )
@@ -158,8 +158,8 @@ def _agreed(
     count = jnp.where(drafted, count, 0)
 
     kept = jnp.arange(length) < count[:, None]
-    points = jnp.zeros((*hidden.shape[:2], points_of_token(model), 3), jnp.float32)
-    points = points.at[:, position_places].set(decode_points(model, hidden[:, position_places]))
+    coordinates = jnp.zeros((*hidden.shape[:2], coordinates_per_token(model), 3), jnp.float32)
+    coordinates = coordinates.at[:, position_places].set(token_coordinates(model, hidden[:, position_places]))
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
     rows = jnp.arange(hidden.shape[0])[:, None]
@@ -173,8 +173,8 @@ def _agreed(
         finished=before.finished | (drafted & agrees),
         count=before.count + count,
         token_ids=before.token_ids.at[rows, at].set(chosen, mode="drop"),
-        points=before.points.at[rows, at].set(
-            jnp.where(is_position[..., None, None], points, 0.0), mode="drop"
+        coordinates=before.coordinates.at[rows, at].set(
+            jnp.where(is_position[..., None, None], coordinates, 0.0), mode="drop"
         ),
         is_position=before.is_position.at[rows, at].set(is_position, mode="drop"),
         seen=mark_seen(before.seen, chosen, kept),

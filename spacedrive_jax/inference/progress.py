@@ -33,8 +33,8 @@ class DecodeState:
     finished: Bool[Array, " B"]
     count: Int[Array, " B"]
     token_ids: Int[Array, "B G"]
-    points: Float[Array, "B G T 3"]
-    """What was decoded at each position token (`decode_points`), zeros elsewhere."""
+    coordinates: Float[Array, "B G T 3"]
+    """What was decoded at each position token (`token_coordinates`), zeros elsewhere."""
     is_position: Bool[Array, "B G"]
     seen: Seen
 
@@ -57,7 +57,7 @@ def start(
         finished=jnp.zeros(size, bool),
         count=jnp.zeros(size, jnp.int32),
         token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
-        points=jnp.zeros((size, total, points_of_token(model), 3), jnp.float32),
+        coordinates=jnp.zeros((size, total, coordinates_per_token(model), 3), jnp.float32),
         is_position=jnp.zeros((size, total), bool),
         seen=prompt_ids_seen(model, batch, repetition_penalty),
     )
@@ -81,14 +81,14 @@ def prefill(
     return model.vlm.decoder.prefill(embeddings, axes_first, lengths=lengths, deepstack=deepstack, room=room)
 
 
-def points_of_token(model: SpaceDrive) -> int:
-    """T: points that one position token stands for."""
+def coordinates_per_token(model: SpaceDrive) -> int:
+    """T: coordinates that one position token stands for."""
     return NUM_WAYPOINTS if model.config.decoder.whole_trajectory else 1
 
 
-def decode_points(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... T 3"]:
-    """What an indicator's hidden state stands for, metres, ego frame: one point, or all waypoints where one
-    token stands for the whole trajectory.
+def token_coordinates(model: SpaceDrive, hidden: Float[Array, "... D"]) -> Float[Array, "... T 3"]:
+    """What an indicator's hidden state stands for, metres, ego frame: one coordinate, or all waypoints where
+    one token stands for them.
     """
     if model.config.decoder.whole_trajectory:
         return model.decode_coordinates(hidden[..., None, :])
@@ -130,7 +130,7 @@ def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -
     """
     if model.config.decoder.is_grid:
         return at_indicator
-    first = decode_points(model, model.without_semantics(at_indicator))[..., 0, :]
+    first = token_coordinates(model, model.without_semantics(at_indicator))[..., 0, :]
     return model.embed_coordinates(first * jnp.array([1.0, 1.0, 0.0]))
 
 

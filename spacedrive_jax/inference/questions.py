@@ -199,11 +199,11 @@ def _questions(records: Records, data: LanguageData) -> tuple[list[Question], in
 def _answer(builder: SampleBuilder, generated: Generation, row: int) -> str:
     """An answer as text, without the end of its turn."""
     length = int(generated.lengths[row])
-    ids, points, decoded = (
+    ids, coordinates, is_coordinate = (
         np.asarray(values[row, :length])
         for values in (generated.token_ids, generated.coordinates, generated.is_coordinate)
     )
     ended = length and ids[-1] == builder.tokenizer.turn_end and not generated.is_position[row, length - 1]
     said = slice(length - 1 if ended else length)
-    trajectory = None if generated.trajectory is None else np.asarray(generated.trajectory[row])
-    return answer_text(builder.tokenizer, ids[said], points[said], decoded[said], trajectory)
+    whole = None if generated.waypoints is None else np.asarray(generated.waypoints[row])
+    return answer_text(builder.tokenizer, ids[said], coordinates[said], is_coordinate[said], whole)

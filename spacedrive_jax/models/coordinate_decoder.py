@@ -205,32 +205,40 @@ class VaeDecoder(nnx.Module):
         self,
         hidden: Float[Array, "... D"],
         *,
-        truth: Float[Array, "... 2"] | None = None,
+        true_coordinates: Float[Array, "... 2"] | None = None,
         noise: Float[Array, "... Z"] | None = None,
     ) -> Float[Array, "... 3"]:
         """Decodes to metres; z is 0.
 
         Args:
             hidden: hidden states.
-            truth: the true x and y: a sample of the future distribution is decoded (training); None
-                decodes the present distribution (inference).
+            true_coordinates: x and y: a sample of the future distribution is decoded (training); None decodes
+                the present distribution (inference).
             noise: standard normal; None takes the distribution's mean, so that inference is repeatable.
         """
         hidden = hidden.astype(jnp.float32)
-        latent = (self.present(hidden) if truth is None else self.future_given(hidden, truth)).sample(noise)
+        latent = (
+            self.present(hidden) if true_coordinates is None else self.future_given(hidden, true_coordinates)
+        ).sample(noise)
         x = jnp.concatenate([latent, hidden], axis=-1) if self.with_current else latent
         x = jax.nn.relu(self.layer1(x))
         x = jax.nn.relu(self.layer2(x))
         plane = self.output(x)[..., :COORDINATES]
         return jnp.concatenate([plane, jnp.zeros_like(plane[..., :1])], axis=-1)
 
-    def future_given(self, hidden: Float[Array, "... D"], truth: Float[Array, "... 2"]) -> Gaussian:
+    def future_given(
+        self, hidden: Float[Array, "... D"], true_coordinates: Float[Array, "... 2"]
+    ) -> Gaussian:
         """The distribution that has seen the true coordinate."""
-        return self.future(jnp.concatenate([hidden.astype(jnp.float32), truth], axis=-1))
+        return self.future(jnp.concatenate([hidden.astype(jnp.float32), true_coordinates], axis=-1))
 
-    def divergence(self, hidden: Float[Array, "... D"], truth: Float[Array, "... 2"]) -> Float[Array, "..."]:
+    def divergence(
+        self, hidden: Float[Array, "... D"], true_coordinates: Float[Array, "... 2"]
+    ) -> Float[Array, "..."]:
         """KL(future || present) of every coordinate: the published `loss_vae_gen` is its mean."""
-        return kl_divergence(self.future_given(hidden, truth), self.present(hidden.astype(jnp.float32)))
+        return kl_divergence(
+            self.future_given(hidden, true_coordinates), self.present(hidden.astype(jnp.float32))
+        )
 
 
 DecoderKind = Literal["mlp", "linear", "vae", "grid_cosine", "grid_l2", "grid_full"]

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spacedrive_jax.bounds import FROM_ZERO, POSITIVE, Bound, Bounds, check_bounds
-from spacedrive_jax.constants import NUM_PAST, NUM_TARGETS
+from spacedrive_jax.constants import NUM_PAST, NUM_ROUTE_NODES
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 BASE = 10000.0
@@ -278,7 +278,7 @@ class EgoStatusEncoder(nnx.Module):
             rngs: random streams (`params`).
         """
         self.units, self.route = units, route
-        inputs = status_size + 2 * NUM_TARGETS * route
+        inputs = status_size + 2 * NUM_ROUTE_NODES * route
         self.hidden = nnx.Linear(inputs, model_width, rngs=rngs)
         self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
-from spacedrive_jax.constants import NUM_TARGETS, NUM_WAYPOINTS, STATUS_SIZE
+from spacedrive_jax.constants import NUM_ROUTE_NODES, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import (
     GridDecoder,
@@ -85,7 +85,7 @@ class SpaceDrive(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
         indices: Int[Array, "B C"] | None = None,
-        truth: Float[Array, "B C 2"] | None = None,
+        true_coordinates: Float[Array, "B C 2"] | None = None,
         noise: Float[Array, "B C Z"] | None = None,
     ) -> Outputs:
         """Runs prompt and answer at once (teacher forcing).
@@ -94,7 +94,7 @@ class SpaceDrive(nnx.Module):
             batch: a batch with answers.
             dropout_key: key of the adapters' dropout; None switches it off.
             indices: indicators to decode at; None takes the six waypoints'.
-            truth: the true coordinates there, which the `vae` decoder sees in training.
+            true_coordinates: the true coordinates there, which the `vae` decoder sees in training.
             noise: standard normal for the `vae` decoder; None decodes without.
         """
         embeddings, deepstack = self.decoder_inputs(batch)
@@ -108,12 +108,12 @@ class SpaceDrive(nnx.Module):
         indices = batch.waypoint_indices if indices is None else indices
         at_indicators = jnp.take_along_axis(hidden, indices[..., None], axis=1)
         at_indicators = self.without_semantics(at_indicators)
-        return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, truth, noise))
+        return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, true_coordinates, noise))
 
     def decode_coordinates(
         self,
         at_indicators: Float[Array, "... D"],
-        truth: Float[Array, "... 2"] | None = None,
+        true_coordinates: Float[Array, "... 2"] | None = None,
         noise: Float[Array, "... Z"] | None = None,
     ) -> Float[Array, "... 3"]:
         """psi: hidden states at indicators to metres, ego frame.
@@ -123,13 +123,13 @@ class SpaceDrive(nnx.Module):
 
         Args:
             at_indicators: final-normed hidden states.
-            truth: see `VaeDecoder`.
+            true_coordinates: see `VaeDecoder`.
             noise: see `VaeDecoder`.
         """
         if isinstance(self.decoder, GridDecoder):
             return self.decoder(at_indicators, self.encoder)
         if isinstance(self.decoder, VaeDecoder):
-            return self.decoder(at_indicators, truth=truth, noise=noise)
+            return self.decoder(at_indicators, true_coordinates=true_coordinates, noise=noise)
         if self.config.decoder.whole_trajectory:
             return self.decoder(at_indicators[..., 0, :])
         return self.decoder(at_indicators)
@@ -197,7 +197,7 @@ class SpaceDrive(nnx.Module):
         something else, the answer's among it.
         """
         named = jnp.any(batch.token_type_ids == TokenType.ROUTE_NODE, axis=1)
-        return jnp.where(named[:, None, None], batch.coordinates[:, :NUM_TARGETS], 0.0)
+        return jnp.where(named[:, None, None], batch.coordinates[:, :NUM_ROUTE_NODES], 0.0)
 
     def visual_features(self, batch: DrivingBatch) -> VisualFeatures:
         """Visual tokens that know where they are, (B, NV, D): h + alpha * phi(point), order camera, row,

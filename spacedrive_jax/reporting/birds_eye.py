@@ -38,25 +38,25 @@ LEAST_SPEED = 0.3
 
 
 @styled
-def birds_eye_view(record: Record, prediction: Float[np.ndarray, "T 2"] | None) -> str:
+def birds_eye_view(record: Record, waypoints: Float[np.ndarray, "T 2"] | None) -> str:
     """The keyframe from above, forward up, left to the left, as a figure of its own.
 
     Args:
         record: the keyframe.
-        prediction: predicted waypoints, metres, ego frame; None draws the recorded drive alone.
+        waypoints: the planned ones, metres, ego frame; None draws the recorded drive alone.
 
     Returns:
         PNG data address.
     """
     figure, axes = new_figure(4.6, 5.4)
-    draw_birds_eye(axes, record, prediction)
+    draw_birds_eye(axes, record, waypoints)
     return to_png(figure)
 
 
 def draw_birds_eye(
     axes: Axes,
     record: Record,
-    prediction: Float[np.ndarray, "T 2"] | None = None,
+    waypoints: Float[np.ndarray, "T 2"] | None = None,
     *,
     ahead: tuple[float, float] = VIEW_AHEAD_M,
     aside: float = VIEW_ASIDE_M,
@@ -68,7 +68,7 @@ def draw_birds_eye(
     Args:
         axes: where.
         record: the keyframe.
-        prediction: predicted waypoints, metres, ego frame.
+        waypoints: the planned ones, metres, ego frame.
         ahead: metres shown behind and ahead of the ego origin, at least; grows to hold the paths.
         aside: metres shown to either side, likewise.
         lidar: draw the sweep, coloured by height.
@@ -100,10 +100,10 @@ def draw_birds_eye(
         axes.plot(trail[:, 1], trail[:, 0], color=MUTED, linewidth=1.4, linestyle=":", zorder=3, label="past")
     known = record["waypoints"][np.asarray(record["waypoint_mask"], bool)]
     paths = [(known, TRUTH, recorded, 5)] if len(known) else []
-    paths += [(prediction, PREDICTION, "predicted", 6)] if prediction is not None else []
-    for waypoints, color, label, order in paths:
-        _draw_path(axes, waypoints, color, label, order)
-    reach = np.concatenate([np.zeros((1, 2)), *(waypoints for waypoints, *_ in paths)])
+    paths += [(waypoints, PREDICTION, "predicted", 6)] if waypoints is not None else []
+    for path, color, label, order in paths:
+        _draw_path(axes, path, color, label, order)
+    reach = np.concatenate([np.zeros((1, 2)), *(path for path, *_ in paths)])
     aside = max(aside, np.abs(reach[:, 1]).max() + 3)
     axes.set(
         xlim=(aside, -aside),

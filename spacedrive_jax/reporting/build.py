@@ -63,15 +63,17 @@ def write_report(
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     notices = list(files.missing)
     opened = _open_records(files, records, split or str(files.predicted.get("split", DEFAULT_SPLIT)), notices)
-    planned = _open_predictions(files, predictions, notices)
+    predicted = _open_predictions(files, predictions, notices)
     measured, run_depth = None, None
     if opened is not None:
         run_depth = open_run_depth(opened, files.config, notices)
-        measured = measure_split(opened, planned, lambda rows: progress(rows, desc="report", unit="keyframe"))
-        notices += _check_match(opened, files, planned, measured)
+        measured = measure_split(
+            opened, predicted, lambda rows: progress(rows, desc="report", unit="keyframe")
+        )
+        notices += _check_match(opened, files, predicted, measured)
     elif highlights:
         raise ConfigError("--highlight needs records: give --records DIR")
-    page = _make_page(files, opened, planned, measured, highlights, notices, run_depth)
+    page = _make_page(files, opened, predicted, measured, highlights, notices, run_depth)
     write_text(out, render_page(page))
     return WrittenReport(out, tuple(notices))
 
@@ -169,7 +171,7 @@ def _make_page(
     predicted = measured is not None and "prediction" in measured.errors
     return Page(
         title=str((files.config or {}).get("name") or files.directory.resolve().name),
-        summary=_summary(files, planned=predictions),
+        summary=_summary(files, predicted=predictions),
         notices=notices,
         evaluations=files.evaluations,
         horizon=horizon_plot(measured.errors) if measured is not None and predicted else None,
@@ -181,7 +183,7 @@ def _make_page(
     )
 
 
-def _summary(files: RunFiles, *, planned: Predictions | None) -> list[Tile]:
+def _summary(files: RunFiles, *, predicted: Predictions | None) -> list[Tile]:
     tiles = []
     if files.steps:
         last = files.steps[-1]
@@ -204,8 +206,8 @@ def _summary(files: RunFiles, *, planned: Predictions | None) -> list[Tile]:
             )
         coverage = shown["coverage"]
         tiles.append(Tile("Scored keyframes", f"{coverage['counted']} of {coverage['eligible']}"))
-    if planned is not None:
-        tiles.append(Tile("Unparsed answers", f"{len(planned.unparsed)} of {len(planned.tokens)}"))
+    if predicted is not None:
+        tiles.append(Tile("Unparsed answers", f"{len(predicted.unparsed)} of {len(predicted.tokens)}"))
     return tiles
 
 

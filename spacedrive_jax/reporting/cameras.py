@@ -38,7 +38,7 @@ PAPER = (247, 249, 251)
 
 
 def front_overlay(
-    record: Record, prediction: Float[np.ndarray, "T 2"] | None
+    record: Record, waypoints: Float[np.ndarray, "T 2"] | None
 ) -> UInt8[np.ndarray, "H W 3"] | None:
     """The front view with the recorded and the predicted path laid on the ground; None without pixels.
 
@@ -53,8 +53,8 @@ def front_overlay(
     # Intrinsics belong to the recorded image size, which is that of the bytes.
     if np.all(record["waypoint_mask"]):
         image = _lay_path(image, record, record["waypoints"], scale, TRUTH, fill=0.0)
-    if prediction is not None:
-        image = _lay_path(image, record, prediction, scale, PREDICTION, fill=0.4)
+    if waypoints is not None:
+        image = _lay_path(image, record, waypoints, scale, PREDICTION, fill=0.4)
     return image
 
 

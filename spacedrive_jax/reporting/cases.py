@@ -133,17 +133,17 @@ def measure_split(
         record = records[index]
         index_of[record["token"]] = index
         images += image_origin(record)
-        plan = predictions.waypoints.get(record["token"]) if predictions else None
-        if not np.all(record["waypoint_mask"]) or (predictions is not None and plan is None):
+        waypoints = predictions.waypoints.get(record["token"]) if predictions else None
+        if not np.all(record["waypoint_mask"]) or (predictions is not None and waypoints is None):
             continue
         tokens.append(record["token"])
         scenes.append(record["scene_name"])
         driven.append(float(exact.norm(record["waypoints"][-1])))
         plans = {"constant_velocity": constant_velocity(record), "standing_still": standing_still()}
-        if plan is not None:
-            plans["prediction"] = plan
-        for name, waypoints in plans.items():
-            rows[name].append(exact.norm(waypoints - record["waypoints"]))
+        if waypoints is not None:
+            plans["prediction"] = waypoints
+        for name, answer in plans.items():
+            rows[name].append(exact.norm(answer - record["waypoints"]))
     errors = {name: np.stack(values) for name, values in rows.items() if values}
     return SplitErrors(errors, tuple(tokens), tuple(scenes), tuple(driven), index_of, images)
 
@@ -265,15 +265,15 @@ def make_case(
 ) -> Case:
     """Draws one keyframe; `config` is the run's `config.json`, for the question, `run_depth` what it saw."""
     record = records[measured.index_of[token]]
-    plan = predictions.waypoints.get(token) if predictions else None
+    waypoints = predictions.waypoints.get(token) if predictions else None
     seen = run_depth(record) if run_depth is not None else None
-    front, strip = front_overlay(record, plan), camera_strip(record, seen)
+    front, strip = front_overlay(record, waypoints), camera_strip(record, seen)
     details = {"keyframe": token, "scene": f"{record['scene_name']}, frame {int(record['frame_index'])}"}
     details["location"] = record["location"] or "-"
-    if plan is not None and np.all(record["waypoint_mask"]):
-        error = exact.norm(plan - record["waypoints"])
+    if waypoints is not None and np.all(record["waypoint_mask"]):
+        error = exact.norm(waypoints - record["waypoints"])
         details["error"] = f"{error.mean():.2f} m mean, {error[-1]:.2f} m at 3 s"
-    elif plan is None:
+    elif waypoints is None:
         details["error"] = _why_no_plan(token, predictions)
     else:
         details["error"] = "not scored: the recorded future is incomplete"
@@ -282,7 +282,7 @@ def make_case(
     return Case(
         title=title,
         details=details,
-        birds_eye=birds_eye_view(record, plan),
+        birds_eye=birds_eye_view(record, waypoints),
         front=None if front is None else to_jpeg(front),
         strip=None if strip is None else to_jpeg(strip),
         images=image_origin(record).describe(read_provenance(records.directory)),

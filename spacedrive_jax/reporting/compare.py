@@ -65,8 +65,8 @@ def write_comparison(
     why = ""
     try:
         opened = _open_records(files[0], records, split)
-        planned = _predictions(files, names, notices)
-        scores, differences = _score(opened, planned, colors, protocol, workers)
+        by_run = _predictions(files, names, notices)
+        scores, differences = _score(opened, by_run, colors, protocol, workers)
     except SpaceDriveError as error:
         why = f"{error}."
     curves = {name: (colors[name], run.steps) for name, run in zip(names, files, strict=True)}
@@ -129,20 +129,20 @@ def _predictions(
 
 def _score(
     records: Records,
-    planned: Mapping[str, Predictions],
+    by_run: Mapping[str, Predictions],
     colors: Mapping[str, str],
     protocol: str,
     workers: int,
 ) -> tuple[list[ScoreRow], list[ScoreRow]]:
     rule = protocol_named(protocol)
-    first = next(iter(planned))
+    first = next(iter(by_run))
     scores, differences = [], []
-    for name, predictions in planned.items():
+    for name, predictions in by_run.items():
         result = evaluate(
             records,
             predictions,
             [rule],
-            compare=None if name == first else planned[first],
+            compare=None if name == first else by_run[first],
             workers=workers,
             track=lambda rows, name=name: progress(  # type: ignore[misc]
                 rows, total=len(records), desc=f"score {name}", unit="keyframe"

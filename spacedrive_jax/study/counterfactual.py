@@ -49,12 +49,12 @@ ANSWERS = {
 """By the annotations' words for risks."""
 
 
-def risks_of(record: Record, trajectories: Float[np.ndarray, "M 6 2"]) -> list[tuple[str, ...]]:
-    """What following each trajectory would come to, in the annotations' words.
+def risks_of(record: Record, waypoints: Float[np.ndarray, "M 6 2"]) -> list[tuple[str, ...]]:
+    """What following each plan would come to, in the annotations' words.
 
     Args:
         record: a keyframe with a map and annotated futures.
-        trajectories: metres, ego frame.
+        waypoints: those of M plans, metres, ego frame.
 
     Raises:
         DataError: the record has no map.
@@ -64,14 +64,14 @@ def risks_of(record: Record, trajectories: Float[np.ndarray, "M 6 2"]) -> list[t
     area = drivable_area(record)
     if area is None:
         raise DataError(f"record {record['token']} has no map: nobody can say what leaves its road")
-    hits = overlaps(trajectories, obstacles_of(record, pedestrians=True), rule)
-    off = leaves_road(trajectories, area, rule)[:, 1:]
+    hits = overlaps(waypoints, obstacles_of(record, pedestrians=True), rule)
+    off = leaves_road(waypoints, area, rule)[:, 1:]
     return [
         (
             *(("Collision",) if hits[place].any() else ()),
             *(("Out of the drivable area",) if off[place].any() else ()),
         )
-        for place in range(len(trajectories))
+        for place in range(len(waypoints))
     ]
 
 

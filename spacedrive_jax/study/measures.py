@@ -137,12 +137,14 @@ def _off(
     and whether the record turns; an answer that cannot be read counts as standing still.
     """
     planned = {line["token"]: line["waypoints"] for _, line in read_json_lines(predictions)}
-    truth = {record["token"]: record["waypoints"] for record in map(records.__getitem__, range(len(records)))}
+    recorded = {
+        record["token"]: record["waypoints"] for record in map(records.__getitem__, range(len(records)))
+    }
     off = [
-        np.mean(np.abs((np.asarray(planned[token]) if planned[token] else 0.0) - truth[token]), axis=0)
+        np.mean(np.abs((np.asarray(planned[token]) if planned[token] else 0.0) - recorded[token]), axis=0)
         for token in tokens
     ]
-    return np.array(off), np.array([abs(truth[token][-1, 1]) > ASIDE for token in tokens])
+    return np.array(off), np.array([abs(recorded[token][-1, 1]) > ASIDE for token in tokens])
 
 
 def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Drives) -> Measured:

@@ -94,7 +94,7 @@ class Supervised:
 
     indices: Int[Array, "B C"]
     """Indicators to decode at."""
-    truth: Float[Array, "B R 2"]
+    true_coordinates: Float[Array, "B R 2"]
     """Metres. R = C, or R = T where one indicator is held against the whole trajectory."""
     mask: Bool[Array, "B R"]
 
@@ -110,7 +110,7 @@ def losses(
     dropout_key: jax.Array | None,
     *,
     noise: Float[Array, "B C Z"] | None = None,
-    sees_truth: bool = True,
+    sees_true_coordinates: bool = True,
 ) -> Losses:
     """Runs the model on a batch with answers and scores it.
 
@@ -123,7 +123,7 @@ def losses(
         config: which losses, and their weights.
         dropout_key: key of the adapters' dropout and the `vae` decoder's noise; None for neither.
         noise: the `vae` decoder's standard normal noise, instead of the key's.
-        sees_truth: the `vae` decodes its future distribution; False scores its inference.
+        sees_true_coordinates: the `vae` decodes its future distribution; False scores its inference.
 
     Raises:
         ConfigError: the config's decoder and losses do not fit each other.
@@ -132,7 +132,7 @@ def losses(
     waypoints, path = select(model, batch, config), select_path(batch)
     supervised = waypoints if path is None else waypoints.followed_by(path)
     vae = isinstance(model.decoder, VaeDecoder)
-    drawn_for = supervised.truth[:, : supervised.indices.shape[1]] if vae else None
+    drawn_for = supervised.true_coordinates[:, : supervised.indices.shape[1]] if vae else None
     if vae and noise is None and dropout_key is not None:
         shape = (*supervised.indices.shape, model.config.decoder.latent_size)
         noise = jax.random.normal(jax.random.fold_in(dropout_key, 0), shape)
@@ -140,7 +140,7 @@ def losses(
         batch,
         dropout_key=dropout_key,
         indices=supervised.indices,
-        truth=drawn_for if sees_truth else None,
+        true_coordinates=drawn_for if sees_true_coordinates else None,
         noise=noise,
     )
     language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
@@ -153,7 +153,7 @@ def losses(
     if isinstance(model.decoder, VaeDecoder) and drawn_for is not None:
         per_coordinate = model.decoder.divergence(outputs.at_indicators, drawn_for)
         divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]])
-    error = safe_norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.truth)
+    error = safe_norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.true_coordinates)
     displacement = jax.lax.stop_gradient(_mean(error, waypoints.mask))
     total = (
         config.language_weight * language
@@ -194,8 +194,8 @@ def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Super
         before = jnp.cumsum(is_coordinate | (batch.token_type_ids == TokenType.ROUTE_NODE), axis=1)
         row = jnp.take_along_axis(before, indices, axis=1)
         row = jnp.clip(row, 0, batch.coordinates.shape[1] - 1)
-        truth = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]
-        return Supervised(indices, truth, mask)
+        true_coordinates = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]
+        return Supervised(indices, true_coordinates, mask)
     if config.supervision == "first" or model.config.decoder.whole_trajectory:
         mask = jnp.broadcast_to(batch.waypoint_mask[:, :1], batch.waypoint_mask.shape)
         return Supervised(batch.waypoint_indices[:, :1], batch.waypoints, mask)
@@ -214,14 +214,14 @@ def position_loss(
 ) -> Float[Array, ""]:
     """Mean over the valid coordinates, in metres or between embeddings."""
     if config.position_loss in EMBEDDING_LOSSES:
-        truth = jnp.pad(supervised.truth, ((0, 0), (0, 0), (0, 1)))
+        true_coordinates = jnp.pad(supervised.true_coordinates, ((0, 0), (0, 0), (0, 1)))
         # As published, the true encodings are targets: alpha learns from the inputs alone.
-        target = jax.lax.stop_gradient(model.encoder(truth))
+        target = jax.lax.stop_gradient(model.encoder(true_coordinates))
         hidden = outputs.at_indicators.astype(jnp.float32)
         if config.position_loss == "cosine":
             return _mean(1 - _cosine(hidden, target), supervised.mask)
         return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask)
-    error = outputs.coordinates[..., :2] - supervised.truth
+    error = outputs.coordinates[..., :2] - supervised.true_coordinates
     if config.position_loss == "l1":
         per_axis = jnp.abs(error)
     elif config.position_loss == "l2":

@@ -36,7 +36,7 @@ def step_scores(**changes: np.ndarray) -> StepScores:
     fields = {
         "l2": np.zeros((1, 6)),
         "collision": np.zeros((1, 6), bool),
-        "reference_collision": np.zeros((1, 6), bool),
+        "recorded_collision": np.zeros((1, 6), bool),
         "off_road": np.zeros((1, 7), bool),
         "has_map": np.ones(1, bool),
     }
@@ -159,7 +159,7 @@ def test_l2_rules() -> None:
 def test_collision_rules_and_exclusion() -> None:
     scores = step_scores(
         collision=np.array([[True, False, True, True, False, False]]),
-        reference_collision=np.array([[True, False, False, False, False, False]]),
+        recorded_collision=np.array([[True, False, False, False, False, False]]),
     )
     assert horizon_scores(scores, OMNIDRIVE).collision.tolist() == [[0, 1, 1]]
     assert horizon_scores(scores, VAD).collision[0] == pytest.approx([0, 2 / 4, 2 / 6])

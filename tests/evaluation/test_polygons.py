@@ -203,7 +203,7 @@ def one_sample(**changes: np.ndarray) -> StepScores:
     fields = {
         "l2": np.array([[1.0, 2, 3, 4, 5, 6]]),
         "collision": np.array([[False, True, False, True, False, False]]),
-        "reference_collision": np.zeros((1, 6), bool),
+        "recorded_collision": np.zeros((1, 6), bool),
         "off_road": np.zeros((1, 7), bool),
         "has_map": np.ones(1, bool),
     }
@@ -218,7 +218,7 @@ def test_horizons_stand_for_themselves() -> None:
 
 def test_what_cannot_be_judged_is_left_out() -> None:
     touching = np.array([[False, True, False, False, False, False]])
-    horizons = horizon_scores(one_sample(reference_collision=touching), CORRECTED)
+    horizons = horizon_scores(one_sample(recorded_collision=touching), CORRECTED)
     assert np.isnan(horizons.collision[0, 0])
     assert summarize(horizons)["collision"] == {"1s": None, "2s": 100.0, "3s": 0.0, "avg": None}
     beside_the_road = np.ones((1, 7), bool)

@@ -212,11 +212,11 @@ def test_one_token_for_the_whole_trajectory(case):
         return generate(model, batch, case.tokenizer, 20, frame=frame if one_pass else None)
 
     slow, fast = (jax.device_get(run(state, batch, one_pass)) for one_pass in (False, True))
-    assert slow.trajectory.shape == (1, 6, 3)
-    np.testing.assert_allclose(fast.trajectory, slow.trajectory, atol=2e-4)
+    assert slow.waypoints.shape == (1, 6, 3)
+    np.testing.assert_allclose(fast.waypoints, slow.waypoints, atol=2e-4)
     first = int(np.flatnonzero(slow.is_coordinate[0])[0])
-    np.testing.assert_allclose(slow.trajectory[0, 0], slow.coordinates[0, first], atol=1e-6)
-    assert np.ptp(slow.trajectory[0, :, 0]) > 0
+    np.testing.assert_allclose(slow.waypoints[0, 0], slow.coordinates[0, first], atol=1e-6)
+    assert np.ptp(slow.waypoints[0, :, 0]) > 0
     np.testing.assert_array_equal(fast.token_ids, slow.token_ids)
 
 

@@ -123,6 +123,6 @@ def test_vae_without_noise_is_repeatable_and_sees_the_truth_only_in_training():
     decoder = VaeDecoder(WIDTH, 8, with_current=True, rngs=nnx.Rngs(0))
     hidden = jnp.ones((2, 6, WIDTH))
     np.testing.assert_array_equal(decoder(hidden), decoder(hidden))
-    seen = [decoder(hidden, truth=jnp.full((2, 6, 2), value)) for value in (0.0, 5.0)]
+    seen = [decoder(hidden, true_coordinates=jnp.full((2, 6, 2), value)) for value in (0.0, 5.0)]
     assert float(jnp.abs(seen[0] - seen[1]).max()) > 1e-4
     assert decoder(hidden).shape == (2, 6, 3)

@@ -223,7 +223,7 @@ def _vae(
     hidden, truth, noise = arrays.values()
 
     def total(decoder: VaeDecoder) -> tuple[jax.Array, dict[str, jax.Array]]:
-        future = decoder(hidden, truth=truth, noise=noise)[..., :2]
+        future = decoder(hidden, true_coordinates=truth, noise=noise)[..., :2]
         present = decoder(hidden, noise=noise)[..., :2]
         divergence = jnp.mean(decoder.divergence(hidden, truth))
         results = {

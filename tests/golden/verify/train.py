@@ -117,8 +117,8 @@ def run_step(
         embeddings = model.embeddings(batch)
         position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
         layers = model.vlm.decoder.hidden_states(embeddings, position_ids, lengths=batch.lengths)
-        drawn_for = supervised.truth[:, : supervised.indices.shape[1]] if sees_truth else None
-        outputs = model(batch, indices=supervised.indices, truth=drawn_for, noise=drawn)
+        drawn_for = supervised.true_coordinates[:, : supervised.indices.shape[1]] if sees_truth else None
+        outputs = model(batch, indices=supervised.indices, true_coordinates=drawn_for, noise=drawn)
         facts = {
             "parts": parts,
             "embeddings": embeddings,
@@ -127,7 +127,7 @@ def run_step(
             "at_indicators": outputs.at_indicators,
             "coordinates": outputs.coordinates,
             "supervised": supervised,
-            "true_encodings": model.encoder(jnp.pad(supervised.truth, ((0, 0), (0, 0), (0, 1)))),
+            "true_encodings": model.encoder(jnp.pad(supervised.true_coordinates, ((0, 0), (0, 0), (0, 1)))),
             "text_encodings": model.encoder(batch.coordinates),
             "patch_encodings": model.encoder(model.patch_points(batch)),
         }
@@ -263,7 +263,7 @@ def _tensor_checks(
     chosen("output_pos", ours["at_indicators"], indices, HIDDEN)
     if training.supervision != "first" and not model.config.decoder.whole_trajectory:
         chosen("gt_pos", ours["true_encodings"], mask, HIDDEN)
-    chosen("gt_coords_xy", ours["supervised"].truth, mask, {"atol": 1e-6, "rtol": 0.0})
+    chosen("gt_coords_xy", ours["supervised"].true_coordinates, mask, {"atol": 1e-6, "rtol": 0.0})
     if not model.config.decoder.is_grid:
         whole = model.config.decoder.whole_trajectory
         chosen("decoded_coords", ours["coordinates"], mask if whole else indices, COORDINATES)
