@@ -29,8 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from spacedrive_jax.console import configure_logging, progress
-from spacedrive_jax.data.depth_sources import decode_exact_depth
-from spacedrive_jax.data.images import scaled_intrinsics
+from spacedrive_jax.data.images import decode_depth, scaled_intrinsics
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
@@ -108,7 +107,9 @@ def record_views(record: Record) -> Views:
     height, width = IMAGE_SIZE
     depths = []
     for png in record["exact_depth"]:
-        depth = cv2.resize(decode_exact_depth(png), (width, height), interpolation=cv2.INTER_NEAREST)
+        depth = cv2.resize(
+            decode_depth(png, f"keyframe {record['token']}"), (width, height), interpolation=cv2.INTER_NEAREST
+        )
         depths.append(np.where(depth > 0, np.minimum(depth, FARTHEST), np.float32(FARTHEST)))
     intrinsics = scaled_intrinsics(record, IMAGE_SIZE).astype(np.float32)
     return Views(keyframe_views(record, IMAGE_SIZE), np.stack(depths), intrinsics)

@@ -34,7 +34,7 @@ READERS = Factor(
     ),
 )
 NOISE = Factor("noise", tuple(Level(str(sigma), {"readout.noise": sigma}) for sigma in (0.0, 0.5)))
-CLEAN, NOISY = {"noise": "0.0", "reader": "mlp"}, {"noise": "0.5", "reader": "mlp"}
+NOISY = {"noise": "0.5", "reader": "mlp"}
 
 
 def _reads(better: str, worse: str, where: dict[str, str], text: str, margin: float = 0.25) -> Claim:

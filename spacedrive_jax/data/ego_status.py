@@ -57,17 +57,6 @@ def released_command(endpoint: Float[np.ndarray, "3"]) -> int:
     return angle_class(float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
 
 
-def decided_by_rounding(endpoint: Float[np.ndarray, "3"]) -> bool:
-    """Whether an endpoint lies within 1e-9 (metres or degrees) of a bound of `released_command`.
-
-    What was recorded for such an endpoint is the rounding of the machine that recorded it, not the rule:
-    comparisons leave it out.
-    """
-    degrees = abs(float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
-    near_bound = any(abs(degrees - bound) < 1e-9 for bound in (0.4, 2.0, 10.0, 20.0))
-    return abs(float(exact.norm(endpoint)) - MINIMUM_MOTION) < 1e-9 or near_bound
-
-
 def navigation_command(
     past_to_ego: Float[np.ndarray, "2 4 4"],
     past_mask: Bool[np.ndarray, "2"],

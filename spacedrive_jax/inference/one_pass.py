@@ -34,9 +34,9 @@ from spacedrive_jax.inference.progress import (
     apply_repetition_penalty,
     coordinates_per_token,
     mark_seen,
+    nothing_generated,
     position_embedding,
     prefill,
-    prompt_ids_seen,
     token_coordinates,
 )
 from spacedrive_jax.models.attention import KVCache
@@ -72,19 +72,11 @@ def run_frame(
         they differ (to the prompt where that is a near tie, so that no rounding of this pass decides it).
     """
     hidden, cache = _hidden_states(model, batch, tokenizer, frame, max_new_tokens + 1)
-    size, total = batch.size, max_new_tokens + 1
-    nothing = DecodeState(
-        cache=dataclasses.replace(cache, lengths=batch.lengths),
-        hidden=hidden[:, 0],
-        after_indicator=jnp.zeros(size, bool),
-        finished=jnp.zeros(size, bool),
-        count=jnp.zeros(size, jnp.int32),
-        token_ids=jnp.full((size, total), tokenizer.padding, jnp.int32),
-        coordinates=jnp.zeros((size, total, coordinates_per_token(model), 3), jnp.float32),
-        is_position=jnp.zeros((size, total), bool),
-        seen=prompt_ids_seen(model, batch, repetition_penalty),
+    prompts = dataclasses.replace(cache, lengths=batch.lengths)
+    nothing = nothing_generated(
+        model, batch, tokenizer, prompts, hidden[:, 0], max_new_tokens, repetition_penalty
     )
-    return _agreed(model, tokenizer, frame, hidden, nothing, jnp.ones(size, bool), repetition_penalty)
+    return _agreed(model, tokenizer, frame, hidden, nothing, jnp.ones(batch.size, bool), repetition_penalty)
 
 
 def continue_frame(

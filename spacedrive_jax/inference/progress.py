@@ -47,12 +47,37 @@ def start(
     repetition_penalty: float,
 ) -> DecodeState:
     """Runs the prompts; nothing is generated yet."""
-    size, total = batch.size, max_new_tokens + 1
     embeddings, deepstack = model.decoder_inputs(batch)
-    hidden, cache = prefill(model, batch.position_ids, batch.lengths, embeddings, deepstack, total)
+    room = max_new_tokens + 1
+    hidden, cache = prefill(model, batch.position_ids, batch.lengths, embeddings, deepstack, room)
+    last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
+    return nothing_generated(model, batch, tokenizer, cache, last, max_new_tokens, repetition_penalty)
+
+
+def nothing_generated(
+    model: SpaceDrive,
+    batch: DrivingBatch,
+    tokenizer: DrivingTokenizer,
+    cache: KVCache,
+    hidden: Float[Array, "B D"],
+    max_new_tokens: int,
+    repetition_penalty: float,
+) -> DecodeState:
+    """Prompts that have been run, without a token of their answers.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        tokenizer: gives the special ids.
+        cache: holds the prompts.
+        hidden: of each prompt's last token.
+        max_new_tokens: longest answer.
+        repetition_penalty: as in `generate`.
+    """
+    size, total = batch.size, max_new_tokens + 1
     return DecodeState(
         cache=cache,
-        hidden=jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0],
+        hidden=hidden,
         after_indicator=jnp.zeros(size, bool),
         finished=jnp.zeros(size, bool),
         count=jnp.zeros(size, jnp.int32),

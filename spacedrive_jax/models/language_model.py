@@ -268,23 +268,6 @@ class LanguageModel(nnx.Module):
         filled = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
         return self.final_norm(hidden), KVCache(keys, values, filled)
 
-    def hidden_states(
-        self,
-        embeddings: Float[Array, "B S D"],
-        position_ids: Int[Array, "3 B S"],
-        *,
-        lengths: Int[Array, " B"] | None = None,
-        deepstack: Float[Array, "depths B S D"] | None = None,
-    ) -> Float[Array, "states B S D"]:
-        """The input and each block's output, before deepstack is added, the last one final-normed
-        (transformers' `hidden_states`).
-        """
-        hidden, _, layers = self._run(
-            embeddings, position_ids, lengths, None, None, deepstack, keep=lambda hidden, memory: hidden
-        )
-        first = embeddings.astype(hidden.dtype)[None]
-        return jnp.concatenate([first, layers[:-1], self.final_norm(hidden)[None]])
-
     def _run(
         self,
         embeddings: Float[Array, "B S D"],

@@ -6,6 +6,7 @@ Both need a package that the project does without otherwise; who lacks it is tol
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,13 +71,16 @@ def check_film(path: Path, flag: str) -> Any:
     """
     if path.suffix.lower() != ".mp4":
         raise ConfigError(f"{flag} {path}: films are written as .mp4")
+    return _of_extra("imageio_ffmpeg", flag, "video", "imageio-ffmpeg")
+
+
+def _of_extra(module: str, flag: str, extra: str, package: str) -> Any:
     try:
-        import imageio_ffmpeg
+        return importlib.import_module(module)
     except ImportError:
         raise ConfigError(
-            f"{flag} needs the extra `video`: pip install imageio-ffmpeg (or spacedrive_jax[video])"
+            f"{flag} needs the extra `{extra}`: pip install {package} (or spacedrive_jax[{extra}])"
         ) from None
-    return imageio_ffmpeg
 
 
 def write_film(path: Path, figures: Iterable[Figure], flag: str) -> int:
@@ -161,13 +165,7 @@ def check_rerun(path: Path, flag: str) -> Any:
     """
     if path.suffix.lower() != ".rrd":
         raise ConfigError(f"{flag} {path}: recordings are written as .rrd")
-    try:
-        import rerun
-    except ImportError:
-        raise ConfigError(
-            f"{flag} needs the extra `rerun`: pip install rerun-sdk (or spacedrive_jax[rerun])"
-        ) from None
-    return rerun
+    return _of_extra("rerun", flag, "rerun", "rerun-sdk")
 
 
 def write_rerun(path: Path, keyframes: Iterable[Shown], flag: str) -> int:

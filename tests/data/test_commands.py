@@ -5,10 +5,10 @@ import pytest
 
 from spacedrive_jax.data.ego_status import (
     angle_class,
-    decided_by_rounding,
     navigation_command,
     released_command,
 )
+from tests.golden.verify.metrics import decided_by_rounding
 
 
 def test_released_command_equals_golden(golden):

@@ -16,6 +16,7 @@ from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensCon
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVL
 from spacedrive_jax.models.language_model import LanguageModel, NewTokenParam
 from spacedrive_jax.models.layers import LowRankAdapter
+from tests.golden.verify.modules import hidden_states
 
 from .conftest import random_module, tiny_config
 
@@ -122,7 +123,7 @@ def test_several_tokens_can_be_added_to_a_cache_at_once(decoder):
 
 def test_hidden_states_begin_with_the_input_and_end_with_the_output(decoder):
     token_ids, position_ids = inputs()
-    layers = decoder.hidden_states(decoder.embed(token_ids), position_ids)
+    layers = hidden_states(decoder, decoder.embed(token_ids), position_ids)
     assert layers.shape == (CONFIG.num_layers + 1, 2, 9, CONFIG.hidden_size)
     np.testing.assert_array_equal(layers[0], decoder.embed(token_ids))
     np.testing.assert_allclose(layers[-1], run(decoder, token_ids, position_ids)[0], atol=1e-6)

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.models.positions import find_image_spans, mrope_positions
+from tests.golden.verify.modules import hidden_states
 
 TOLERANCE = 2e-5
 
@@ -28,7 +29,7 @@ def test_decoder_with_adapters_gives_hidden_states_and_logits(golden_arrays, gol
         jnp.asarray(golden_arrays["inputs_embeds"]),
         jnp.asarray(golden_arrays["position_ids"]),
     )
-    hidden = golden_model.decoder.hidden_states(embeddings, position_ids)[:, :, golden_arrays["places"]]
+    hidden = hidden_states(golden_model.decoder, embeddings, position_ids)[:, :, golden_arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], golden_arrays[f"hidden_states_{layer}"]) < TOLERANCE
     final, _ = golden_model.decoder(embeddings, position_ids)

@@ -21,6 +21,7 @@ from spacedrive_jax.interop.weight_table import check_names_and_shapes, lora_rul
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.image_processor import flatten_patches
+from tests.golden.verify.modules import hidden_states
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_plus_train"
 LORA = LoraConfig(rank=4, alpha=4.0, targets=("k", "v", "o"))
@@ -82,7 +83,7 @@ def test_vision_tower_and_projector_give_the_visual_tokens(arrays, model):
 def test_decoder_with_adapters_gives_hidden_states_and_logits(arrays, adapted):
     embeddings = jnp.asarray(arrays["inputs_embeds"])
     position_ids = places_of(embeddings.shape[1])
-    hidden = adapted.decoder.hidden_states(embeddings, position_ids)[:, :, arrays["places"]]
+    hidden = hidden_states(adapted.decoder, embeddings, position_ids)[:, :, arrays["places"]]
     for layer in range(4):
         assert worst(hidden[layer], arrays[f"hidden_states_{layer}"]) < TOLERANCE
     final, _ = adapted.decoder(embeddings, position_ids)

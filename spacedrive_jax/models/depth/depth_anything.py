@@ -126,7 +126,7 @@ class Fusion(nnx.Module):
 
 
 class DepthAnything(nnx.Module):
-    """The network; a `DepthEstimator` without confidence or camera."""
+    """The network, without confidence or camera; traceable by jax.jit."""
 
     def __init__(
         self, config: DepthAnythingConfig, *, compute: ComputeConfig | None = None, rngs: nnx.Rngs
@@ -187,7 +187,12 @@ class DepthAnything(nnx.Module):
     def __call__(
         self, images: UInt8[Array, "B H W 3"], intrinsics: Float[Array, "B 3 3"] | None = None
     ) -> DepthPrediction:
-        """See `DepthEstimator`; the camera is passed through."""
+        """Predicts depth.
+
+        Args:
+            images: RGB, 0..255.
+            intrinsics: pixels of the images, one camera per image; passed through.
+        """
         depth = self.network(self.prepare(images))
         if self.config.image_sized_output:
             depth = bilinear(depth[..., None], (images.shape[1], images.shape[2]))[..., 0]

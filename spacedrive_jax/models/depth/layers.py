@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.models.config import ComputeConfig
 
@@ -148,20 +148,3 @@ class DepthPrediction(NamedTuple):
     None where the network gives none."""
     intrinsics: Float[Array, "B 3 3"] | None
     """As the network sees the camera, pixels; None where it has no notion of one."""
-
-
-@runtime_checkable
-class DepthEstimator(Protocol):
-    """A frozen depth network; traceable by jax.jit."""
-
-    def __call__(
-        self, images: UInt8[Array, "B H W 3"], intrinsics: Float[Array, "B 3 3"] | None = None
-    ) -> DepthPrediction:
-        """Predicts depth.
-
-        Args:
-            images: RGB, 0..255.
-            intrinsics: pixels of the images, one camera per image; None lets the network predict (UniDepth)
-                or is ignored (Depth Anything).
-        """
-        ...

@@ -262,7 +262,7 @@ class UniDepthInference(NamedTuple):
 
 
 class UniDepthV2(nnx.Module):
-    """The network; a `DepthEstimator`."""
+    """The network; traceable by jax.jit."""
 
     def __init__(
         self, config: UniDepthConfig, *, compute: ComputeConfig | None = None, rngs: nnx.Rngs
@@ -379,6 +379,11 @@ class UniDepthV2(nnx.Module):
         images: UInt8[Array, "B H W 3"],
         intrinsics: Float[Array, "_ 3 3"] | None = None,
     ) -> DepthPrediction:
-        """See `DepthEstimator`."""
+        """Predicts depth.
+
+        Args:
+            images: RGB, 0..255.
+            intrinsics: pixels of the images, one camera per image; None predicts them.
+        """
         inferred = self.infer(images, intrinsics)
         return DepthPrediction(inferred.depth, inferred.confidence, inferred.intrinsics)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spacedrive_jax.data.ego_status import decided_by_rounding, released_command
+from spacedrive_jax import exact
+from spacedrive_jax.data.ego_status import MINIMUM_MOTION, released_command
 from spacedrive_jax.evaluation.counterfactual import Item, count_risks, parse_candidates
 from spacedrive_jax.evaluation.metrics import StepScores
 from spacedrive_jax.evaluation.prediction_files import parse_answer
@@ -162,6 +163,17 @@ def _flat(trajectories: list[np.ndarray | None]) -> np.ndarray:
         for points in trajectories
     ]
     return np.concatenate(parts)
+
+
+def decided_by_rounding(endpoint: Float[np.ndarray, "3"]) -> bool:
+    """Whether an endpoint lies within 1e-9 (metres or degrees) of a bound of `released_command`.
+
+    What was recorded for such an endpoint is the rounding of the machine that recorded it, not the rule:
+    comparisons leave it out.
+    """
+    degrees = abs(float(np.degrees(exact.arctan2(endpoint[1], endpoint[0]))))
+    near_bound = any(abs(degrees - bound) < 1e-9 for bound in (0.4, 2.0, 10.0, 20.0))
+    return abs(float(exact.norm(endpoint)) - MINIMUM_MOTION) < 1e-9 or near_bound
 
 
 def _commands(case: Case) -> Iterator[Check]:

@@ -22,6 +22,7 @@ from spacedrive_jax.training.state import is_trainable
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.check import Check, compare
 from tests.golden.verify.ego_frames import memory_checks
+from tests.golden.verify.modules import hidden_states
 from tests.golden.verify.spacedrive_case import (
     Arrays,
     Case,
@@ -73,7 +74,7 @@ def check_step(
     """
     model = build_model(config, case.tokenizer().indicator, weights)
     noise = expected.get("vae_noise")
-    ours = run_step(model, batch, training, noise, sees_truth=vae_trains)
+    ours = run_step(model, batch, training, noise, sees_true_coordinates=vae_trains)
     checks = [
         *layout_checks(case.tokenizer(), config, batch, expected),
         *_loss_checks(ours, expected, training),
@@ -97,7 +98,7 @@ def run_step(
     training: TrainConfig,
     noise: np.ndarray | None,
     *,
-    sees_truth: bool,
+    sees_true_coordinates: bool,
 ) -> dict[str, Any]:
     """Losses, gradients of the trainables, and what lies between; numpy."""
     graph, trainable, frozen = nnx.split(model, is_trainable(True), ...)
@@ -107,7 +108,12 @@ def run_step(
     def evaluate(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Any:
         def total(trainable: nnx.State) -> tuple[jax.Array, Any]:
             parts = losses(
-                nnx.merge(graph, trainable, frozen), batch, training, None, noise=drawn, sees_truth=sees_truth
+                nnx.merge(graph, trainable, frozen),
+                batch,
+                training,
+                None,
+                noise=drawn,
+                sees_true_coordinates=sees_true_coordinates,
             )
             return parts.total, parts
 
@@ -116,8 +122,10 @@ def run_step(
         supervised = select(model, batch, training)
         embeddings = model.embeddings(batch)
         position_ids = jnp.swapaxes(batch.position_ids, 0, 1)
-        layers = model.vlm.decoder.hidden_states(embeddings, position_ids, lengths=batch.lengths)
-        drawn_for = supervised.true_coordinates[:, : supervised.indices.shape[1]] if sees_truth else None
+        layers = hidden_states(model.vlm.decoder, embeddings, position_ids, lengths=batch.lengths)
+        drawn_for = (
+            supervised.true_coordinates[:, : supervised.indices.shape[1]] if sees_true_coordinates else None
+        )
         outputs = model(batch, indices=supervised.indices, true_coordinates=drawn_for, noise=drawn)
         facts = {
             "parts": parts,

@@ -18,6 +18,7 @@ from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
 from spacedrive_jax.interop.weight_table import lora_rules
 from spacedrive_jax.models.vision_language import VisionLanguageModel
+from tests.golden.verify.modules import hidden_states
 
 torch = pytest.importorskip("torch", reason="parity tests need torch")
 
@@ -35,12 +36,16 @@ def assert_close(ours, theirs, what: str) -> None:
     assert error < RELATIVE_TOLERANCE
 
 
-def hidden_states(model: VisionLanguageModel, token_ids, images, grid, lengths) -> jax.Array:
+def prompt_hidden_states(model: VisionLanguageModel, token_ids, images, grid, lengths) -> jax.Array:
     """Input and output of every block, (L+1, B, S, D), as transformers counts them."""
     layout, grids = model.lay_out(token_ids, images, grid, lengths=lengths)
     embeddings, deepstack = model.embed_prompt(jnp.asarray(token_ids), images, layout, grids)
-    return model.decoder.hidden_states(
-        embeddings, jnp.asarray(layout.position_ids), lengths=jnp.asarray(lengths), deepstack=deepstack
+    return hidden_states(
+        model.decoder,
+        embeddings,
+        jnp.asarray(layout.position_ids),
+        lengths=jnp.asarray(lengths),
+        deepstack=deepstack,
     )
 
 
@@ -138,7 +143,7 @@ def assert_same_hidden_states_and_logits(
         arguments: transformers' arguments, sample by sample.
     """
     ours = model.logits(token_ids, lengths=lengths, **images)
-    hidden = hidden_states(model, token_ids, images["images"], images["image_grid"], lengths)
+    hidden = prompt_hidden_states(model, token_ids, images["images"], images["image_grid"], lengths)
     for row, length in enumerate(lengths):
         with torch.no_grad():
             expected = theirs(**arguments[row], output_hidden_states=True)
