@@ -1,4 +1,4 @@
-"""Plans as text."""
+"""Layouts of a run on a machine: which to try, which is best, and plans as text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from spacedrive_jax.io import MEBIBYTE
 from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.models.config import RematPolicy
 from spacedrive_jax.training.throughput import CHIPS, Topology, train_step_flops
-
-# Which layouts of a run to try on a machine, and which is best.
-
 
 COLLECTIVE_FIELDS = ("collectives", "dcn_collectives")
 POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "attention_mlp", "dots_no_batch", "dots", "none")

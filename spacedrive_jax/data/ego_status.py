@@ -1,4 +1,4 @@
-"""The ego status: 74 numbers, past positions, and the tokens that carry them."""
+"""The ego status: the driving command, 74 numbers, past positions, and the tokens that carry them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Tasks of arithmetic on random BEV points (published `pseudo_coords`)."""
+"""Language about a keyframe beyond planning: OmniDrive's data, and arithmetic on random coordinates.
+
+OmniDrive's are folders `vqa`, `conv`, `desc`, `keywords` (each with `train` and `val`) and `eval_cf`, one
+file per token; any file may be absent. The arithmetic is the published `pseudo_coords`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,6 @@ from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, inside
 from spacedrive_jax.json_files import read_json
 from spacedrive_jax.restricted_pickle import read_pickle
-
-# OmniDrive's language data: questions and answers about a keyframe, one file per token.
-#
-# Folders `vqa`, `conv`, `desc`, `keywords` (each with `train` and `val`) and `eval_cf`; any file may be
-# absent (`nuscenes_fields`, last section).
-
 
 ACTION_QUESTION = "Please shortly describe your driving action."
 DESCRIPTION_QUESTIONS: tuple[str, ...] = (

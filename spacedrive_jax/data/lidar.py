@@ -1,8 +1,9 @@
-"""Aligns a network's depth to the LiDAR returns of the same camera by a robust scale and shift.
+"""The LiDAR sweep as depth: pooled for the visual tokens, and as what a network's depth is aligned to.
 
-A depth network's error is for the most part a factor (and a little offset) per image; a few hundred LiDAR
-returns tell both. An affine map with positive scale commutes with min, median and mean pooling, so that two
-numbers per camera, kept beside pooled network depth, are all that fusion needs.
+The alignment is a robust scale and shift for each camera. A depth network's error is for the most part a
+factor (and a little offset) per image; a few hundred LiDAR returns tell both. An affine map with positive
+scale commutes with min, median and mean pooling, so that two numbers per camera, kept beside pooled network
+depth, are all that fusion needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The five abilities of Bench2Drive: success rate within groups of scenario types."""
+"""Bench2Drive beyond its driving score: comfort, and success within five groups of scenario types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Reading counterfactual answers and their annotations: one file per keyframe, or one JSON object for all."""
+"""Counterfactual answers: does one name the risks of the trajectory that is asked about?
+
+A keyframe has candidate trajectories, each with its true risks, and a question about one of them. The
+published script (OmniDrive, SpaceDrive) finds risks in the answer by keyword; `RULES` has that rule and a
+corrected one. Answers and annotations are one file per keyframe, or one JSON object for all.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,6 @@ from typing import Any
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.prediction_files import PICKLE_SUFFIXES, read_pickled
 from spacedrive_jax.json_files import read_json, read_json_lines
-
-# Counterfactual questions: does the answer name the risks of the trajectory that is asked about?
-#
-# A keyframe has candidate trajectories, each with its true risks, and a question about one of them. The
-# published script (OmniDrive, SpaceDrive) finds risks in the answer by keyword; `RULES` has that rule and a
-# corrected one.
-
 
 RISKS = ("collision", "red_light", "drivable_area")
 STATUS_RISKS: Mapping[str, str] = MappingProxyType(

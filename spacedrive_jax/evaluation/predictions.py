@@ -1,4 +1,4 @@
-"""What a score was computed on: which keyframes counted, and why the others did not."""
+"""Predictions sorted by whether they can be scored, and which keyframes a score counted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from jaxtyping import Float
 from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.errors import DataError
-
-# Predictions sorted into what can be scored and what cannot: nothing is dropped in silence.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Answers as JSON Lines: under their name only when whole, and gone on with after an interruption."""
+"""Answers: what a generation gives, the frame that is expected, the text and the line of a file.
+
+A file of them appears under its name when it is whole, and is gone on with after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,6 @@ from spacedrive_jax.folders import output_lock
 from spacedrive_jax.io import is_bucket, put_in_place, read_bytes, say, twin, write_bytes
 from spacedrive_jax.json_files import read_json, to_json, write_json
 from spacedrive_jax.models.family import Message
-
-# Answers: what a generation gives, the frame of the planning answer, and ids read and written out.
-
 
 PUBLISHED_LIMIT = 100
 """Tokens of an answer."""

@@ -1,4 +1,4 @@
-"""Published weights in and out: `from_hf`, `to_hf`.
+"""Hugging Face weights in and out: `from_hf`, `to_hf`, adapters folded into the base for others to read.
 
 Loading never builds a random base model first: the parameters are abstract until their values are read, one
 stacked parameter at a time, straight into their sharding. On many hosts each reads what its devices hold.

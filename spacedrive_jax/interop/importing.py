@@ -1,4 +1,7 @@
-"""Readers of others' weights. Tensors stream from file to file: no model is built, no device is used."""
+"""Others' weights into a folder of ours, with the two coordinate tokens added to their vocabulary.
+
+Tensors stream from file to file: no model is built, no device is used.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5's config.json, as transformers 4 and 5 write it.
+"""LLaVA-1.5's config.json, as transformers 4 and 5 write it, and the two-way table of its weights.
 
 Fields left out take transformers' defaults: those of LLaMA-7B in the text part, of CLIP ViT-B/32 in a vision
 part that is there, of ViT-L/14-336 where it is not.

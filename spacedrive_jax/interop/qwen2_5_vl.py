@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's config.json.
+"""Qwen2.5-VL's config.json and the two-way table of its weights.
 
 Three layouts are in use: flat (the hub's checkpoints), with `text_config` (transformers 4.52) and with
 `rope_parameters` (transformers 5). Fields left out take transformers' defaults.

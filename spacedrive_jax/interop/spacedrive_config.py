@@ -1,4 +1,4 @@
-"""The published code's constructor arguments as this project's config."""
+"""The published configs, read as data, and their constructor arguments as this project's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published training checkpoint: its names, its parts, and the way back.
+"""The tensors of the published training checkpoint: the two-way table, its parts, and the way back.
 
 Under `state_dict` the vision-language model's names start with `lm_head.base_model.model.`, the base weights
 of adapted layers have `.base_layer.`, adapters have `.default.`; the modules of SpaceDrive stand beside it,

@@ -1,4 +1,4 @@
-"""Tensors of a released checkpoint by name: safetensors, or PyTorch's own format."""
+"""Tensors of a released checkpoint by name: safetensors, or PyTorch's own format, read without running it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Draws parameters under jit: sharded from the start, and only those that are asked for."""
+"""How parameters and activations lie on a mesh: axis names, the one ordered table that maps them, drawing.
+
+Parameters carry names as metadata (`layers.parameter`) and are drawn under jit, sharded from the start;
+activations are pinned with `constrain`. Which devices there are is known only to the step that is traced: it
+opens `activations_on(mesh)` around the model. Outside of it `constrain` does nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,6 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-
-# Logical axis names, the one ordered table that turns them into mesh axes, and its use on activations.
-#
-# Parameters carry names as metadata (`layers.parameter`); activations are pinned with `constrain`. Which
-# devices there are is known only to the step that is traced: it opens `activations_on(mesh)` around the
-# model. Outside of it `constrain` does nothing.
-
 
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes that samples are spread over."""

@@ -1,4 +1,4 @@
-"""From patches with depth to 3D points in the ego frame (paper section 3.1)."""
+"""From depth maps to 3D points of patches in the ego frame: pooling, unprojection (paper section 3.1)."""
 
 from __future__ import annotations
 

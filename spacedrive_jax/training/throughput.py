@@ -1,4 +1,4 @@
-"""What a step takes and how well the machine does it: operations, chips, seconds, goodput, MFU.
+"""What a step takes and how well the machine does it, in numbers and in the lines that a run prints.
 
 Operations are counted from the config. Only matrix products count, a multiply-add as two. Attention of the
 language model counts its causal half; padding counts as the device computes it. What is recomputed to save

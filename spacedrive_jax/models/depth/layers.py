@@ -1,4 +1,4 @@
-"""What every depth network here is: images in, metric depth out."""
+"""What the depth networks share: resizing as PyTorch does it, convolutions, and what they predict."""
 
 from __future__ import annotations
 
