@@ -43,6 +43,21 @@ def test_prose_fits_a_screen(document):
     assert [line for line in prose if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_code_that_is_named_is_there(document):
+    """`room/file.py::name`, from the checkout, the package or where the document lies; not in a history."""
+    if document.name == "CHANGELOG.md":
+        return
+    lost = []
+    for path, name in re.findall(r"`([\w./]+\.py)(?:::(\w+))?`", document.read_text()):
+        beside = (ROOT, ROOT / "spacedrive_jax", document.parent)
+        file = next((folder / path for folder in beside if (folder / path).is_file()), None)
+        known = file is not None or any(each.name == path for each in SOURCES)
+        if not known or (file is not None and name and not re.search(rf"\b{name}\b", file.read_text())):
+            lost.append(f"{path}::{name}")
+    assert lost == []
+
+
 def test_quirks_that_are_named_have_a_number():
     text = (ROOT / "docs" / "fidelity.md").read_text()
     numbered = re.findall(r"^\* \*\*(Q\d+)\*\*", text, re.M)

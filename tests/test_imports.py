@@ -1,8 +1,12 @@
 """The order of rooms: a room imports only from those above it in the list, and no file in a circle."""
 
+import ast
+import re
+
 import pytest
 
 from docs.architecture import FILES, ROOMS, import_graph, room_of
+from tests.conftest import ROOT
 
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WORLD_SEES = {"errors", "console", "exact", "io", "folders", "json_files", "world"}
@@ -70,3 +74,19 @@ def test_no_file_imports_in_a_circle():
 
     for module in GRAPH:
         visit(module)
+
+
+def test_what_benchmarks_and_examples_import_is_there():
+    """Nobody runs them all, and the type checker does not read them."""
+    lost = []
+    for file in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.module not in FILES:
+                continue
+            text = FILES[node.module].read_text()
+            lost += [
+                f"{file.relative_to(ROOT)}: {node.module}.{alias.name}"
+                for alias in node.names
+                if f"{node.module}.{alias.name}" not in FILES and not re.search(rf"\b{alias.name}\b", text)
+            ]
+    assert not lost
