@@ -220,8 +220,8 @@ def _check_pictures(records: Records) -> None:
 
 def sidecar_rows(runner: KeyframeDepth, records: Sequence[Record], *, full: bool) -> Iterator[dict[str, Any]]:
     """Sidecar rows of some keyframes."""
-    depth, pooled = runner(list(records))
-    for record, views, patches in zip(records, depth, pooled, strict=True):
+    depth, patch_depth = runner(list(records))
+    for record, views, patches in zip(records, depth, patch_depth, strict=True):
         alignments = camera_alignments(record, views)
         row: dict[str, Any] = {
             "patch_depth": patches,

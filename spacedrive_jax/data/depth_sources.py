@@ -268,18 +268,18 @@ def _network(
         raise ValueError(f"source {source!r} needs the network's depth of the keyframe: give it as `cached`")
     if not _has_image(record, camera):
         return None
-    pooled = _pooled(cached, camera, grid, config)
+    patch_depth = _cached_patch_depth(cached, camera, grid, config)
     if source != "fused":
-        return pooled if cached.kind == source else None
+        return patch_depth if cached.kind == source else None
     alignment = cached.alignments[camera]
-    return lidar.apply(pooled, alignment) if alignment.points else None
+    return lidar.apply(patch_depth, alignment) if alignment.points else None
 
 
 def _has_image(record: Record, camera: int) -> bool:
     return bool(record["images"][camera])
 
 
-def _pooled(
+def _cached_patch_depth(
     cached: CachedDepth, camera: int, grid: tuple[int, int], config: DepthConfig
 ) -> Float[np.ndarray, "h w"]:
     if cached.full:

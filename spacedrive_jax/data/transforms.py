@@ -184,13 +184,13 @@ class SampleBuilder:
             fields["path_mask"] = record["path_mask"][:count] & planned & fields["waypoint_mask"].all()
         if self.model.visual_positions == "none":
             # No visual token knows where it is: depth is not read, and records need none.
-            depth = np.zeros((NUM_CAMERAS, *grid), np.float32)
+            patch_depth = np.zeros((NUM_CAMERAS, *grid), np.float32)
         else:
-            depth, _ = record_patch_depth(record, grid, data.depth, cached)
+            patch_depth, _ = record_patch_depth(record, grid, data.depth, cached)
         return DrivingBatch(
             **fields,
             pixel_values=data.cameras.views(self.images(record)),
-            patch_depth=depth,
+            patch_depth=patch_depth,
             intrinsics=scaled_intrinsics(record, self.images.intrinsics_size).astype(np.float32),
             camera_to_ego=data.cameras.camera_to_ego(record["camera_to_ego"]).astype(np.float32),
             ego_status=status.status,

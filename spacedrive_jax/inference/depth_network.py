@@ -153,7 +153,7 @@ class KeyframeDepth:
     def __call__(
         self, records: list[Record]
     ) -> tuple[Float[np.ndarray, "R N H W"], Float[np.ndarray, "R N h w"]]:
-        """Depth of every view of some keyframes, full and pooled, metres.
+        """Depth of every view of some keyframes, of its pixels and of its patches, metres.
 
         An absent image counts as black; readers leave its depth out.
         """
@@ -172,11 +172,11 @@ class KeyframeDepth:
             ),
             self._images,
         )
-        full, pooled = jax.device_get(self._run(self._state, *placed))
+        full, patch_depth = jax.device_get(self._run(self._state, *placed))
         shape = (len(records), len(CAMERAS))
         return (
             full[:count].astype(np.float32).reshape(*shape, *full.shape[1:]),
-            pooled[:count].astype(np.float32).reshape(*shape, *pooled.shape[1:]),
+            patch_depth[:count].astype(np.float32).reshape(*shape, *patch_depth.shape[1:]),
         )
 
 
