@@ -39,8 +39,8 @@ from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.training import checkpoint_steps, checkpoints, fingerprints, run_folder
-from spacedrive_jax.training.fingerprints import base_fingerprint
+from spacedrive_jax.training import checkpoint_steps, checkpoints, run_folder
+from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
 from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
@@ -342,11 +342,11 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
                 f"{checkpoint} was exported and holds no moving average: leave --average out"
             )
         now = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
-        fingerprints.check_metadata(dataclasses.asdict(trained_metadata(checkpoint)), now)
+        check_trained_on(dataclasses.asdict(trained_metadata(checkpoint)), now)
         return TrainedModel(config, mesh, graph, read_trained(checkpoint, trainable), frozen)
     run_dir, step = checkpoint_steps.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)
-    fingerprints.check_metadata(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
+    check_trained_on(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
     if average:
         optimizer = make_train_step(config, mesh).optimizer_state
         trainable = checkpoints.restore_average(run_dir, step, optimizer)

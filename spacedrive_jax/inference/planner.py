@@ -105,8 +105,10 @@ class BatchPlanner:
 
     def _read(self, generated: Generation, row: int) -> Plan:
         line = prediction_line(self.builder, "", generated, row)
-        points = [np.asarray(line.get(name, []), np.float64).reshape(-1, 2) for name in ("waypoints", "path")]
-        return Plan(points[0], points[1], line["text"], line["status"])
+        waypoints, path = (
+            np.asarray(line.get(name, []), np.float64).reshape(-1, 2) for name in ("waypoints", "path")
+        )
+        return Plan(waypoints, path, line["text"], line["status"])
 
 
 def longest_prompt(builder: SampleBuilder, record: Record) -> int:

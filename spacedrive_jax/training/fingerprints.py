@@ -144,7 +144,7 @@ def check_saved(values: Any, metadata: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"its {what} are not those that were saved: it is mixed up or damaged")
 
 
-def check_metadata(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_trained_on(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to use a checkpoint's trainables on other records or on another base.
 
     Args:

@@ -23,8 +23,8 @@ from spacedrive_jax.data.records import records_sources
 from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import place
-from spacedrive_jax.training import checkpoint_steps, checkpoints, fingerprints, run_folder
-from spacedrive_jax.training.fingerprints import base_fingerprint
+from spacedrive_jax.training import checkpoint_steps, checkpoints, run_folder
+from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
 from spacedrive_jax.training.hosts import PreemptionWatch, is_first_host
 from spacedrive_jax.training.sharding import (
     check_batch_size,
@@ -198,7 +198,7 @@ def _train(
     if start:
         if not accept_changes:
             saved = checkpoints.read_metadata(run_dir, start)
-            fingerprints.check_metadata(saved, metadata)
+            check_trained_on(saved, metadata)
             run_folder.check_config(saved, config, run_dir / "checkpoints" / str(start), changes)
         trainable, optimizer_state, where, _ = checkpoints.restore(run_dir, start, trainable, optimizer_state)
         seek(iterator, where, settings.batch_size)
