@@ -13,8 +13,8 @@ from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import paths
+from spacedrive_jax.world.paths import corners
 from spacedrive_jax.world.scenario import Scenario
-from spacedrive_jax.world.step import corners
 from spacedrive_jax.world.town import LANE_WIDTH, STOP_SETBACK, Town
 from spacedrive_jax.world.traffic import TIME_STEP, Mover, Obstacle
 from spacedrive_jax.world.world import World, WorldState

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
-from spacedrive_jax.world.step import corners
+from spacedrive_jax.world.paths import corners
 from spacedrive_jax.world.town import LANE_WIDTH
 from spacedrive_jax.world.traffic import TIME_STEP
 

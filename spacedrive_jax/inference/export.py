@@ -35,7 +35,7 @@ from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
-VERSION = 2
+VERSION = 3
 METADATA = "export.json"
 WEIGHTS = "weights.safetensors"
 MOST_METADATA_BYTES = 16 << 20

@@ -1,4 +1,4 @@
-"""Planar geometry: polylines (resampling, offsetting, headings, curvature) and convex shapes on a raster.
+"""Planar geometry: polylines (resampling, offsetting, headings, curvature), boxes, convex shapes on a raster.
 
 Shapes are rastered all at once, by where each scan line enters and leaves them. An edge of a shape is an
 affine function along a scan line, not negative inside; so a scan line cuts a convex shape in one interval,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
 
@@ -135,3 +136,39 @@ def headings(points: Points) -> Float[np.ndarray, "K"]:
 def curvatures(points: Points) -> Float[np.ndarray, "K"]:
     """Signed curvature in 1/m, positive when turning left."""
     return np.gradient(headings(points), arc_lengths(points))
+
+
+def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> Float[np.ndarray, "A 4 2"]:
+    """Footprint corners of boxes given by centre pose (x, y, heading) and half length and width."""
+    signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    local = signs * half[:, None]
+    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
+    x = cos * local[..., 0] - sin * local[..., 1]
+    y = sin * local[..., 0] + cos * local[..., 1]
+    return np.stack([x, y], axis=-1) + poses[:, None, :2]
+
+
+def overlapping_pairs(
+    poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]
+) -> Int[np.ndarray, "M 2"]:
+    """Pairs (a < b) of oriented rectangles that overlap, by the separating axis theorem.
+
+    Args:
+        poses: centre x, y and heading of each rectangle.
+        half: half length and half width of each.
+    """
+    radii = exact.norm(half)
+    pairs = cKDTree(poses[:, :2]).query_pairs(2 * radii.max(), output_type="ndarray")
+    apart = exact.norm(poses[pairs[:, 0], :2] - poses[pairs[:, 1], :2]) > radii[pairs].sum(axis=1)
+    pairs = pairs[~apart]
+    points = corners(poses, half)
+    separated = np.zeros(len(pairs), dtype=bool)
+    for first, second in ((0, 1), (1, 0)):
+        own, other = pairs[:, first], pairs[:, second]
+        relative = points[other] - poses[own, None, :2]
+        cos, sin = (part[:, None] for part in exact.cos_sin(poses[own, 2]))
+        along = cos * relative[..., 0] + sin * relative[..., 1]
+        aside = cos * relative[..., 1] - sin * relative[..., 0]
+        for values, extent in ((along, half[own, 0]), (aside, half[own, 1])):
+            separated |= (values.min(axis=1) > extent) | (values.max(axis=1) < -extent)
+    return pairs[~separated]

@@ -11,11 +11,11 @@ from jaxtyping import Float, UInt8
 from spacedrive_jax import exact
 from spacedrive_jax.world import ground, paths, scenery, shapes
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
+from spacedrive_jax.world.paths import corners
 from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image, in_view
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.shading import shade
 from spacedrive_jax.world.shapes import Blocks, Quads
-from spacedrive_jax.world.step import corners
 from spacedrive_jax.world.town import LANE_WIDTH, Town
 from spacedrive_jax.world.traffic import Mover
 from spacedrive_jax.world.weather import Light

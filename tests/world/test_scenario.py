@@ -7,8 +7,8 @@ import pytest
 import shapely
 
 from spacedrive_jax.world import paths, traffic
+from spacedrive_jax.world.paths import overlapping_pairs
 from spacedrive_jax.world.scenario import MANOEUVRES, WARM_UP, Scenario, build_scenario
-from spacedrive_jax.world.step import overlapping_pairs
 from spacedrive_jax.world.town import LOCATIONS, Town
 from spacedrive_jax.world.traffic import Mover
 

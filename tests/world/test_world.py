@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.world.paths import overlapping_pairs
 from spacedrive_jax.world.scenario import EGO_AHEAD, Scenario, build_scenario
-from spacedrive_jax.world.step import overlapping_pairs, simulate
+from spacedrive_jax.world.step import simulate
 from spacedrive_jax.world.town import Town
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import Control
