@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
-from spacedrive_jax.config import change, depth_advice, to_plain
+from spacedrive_jax.config import Config, change, depth_advice, to_plain
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import Records, keyframe_index, open_records
@@ -225,12 +225,7 @@ def predict(
         SpaceDriveError: something is missing, the run keeps no average, or `out` exists or was begun
             otherwise.
     """
-    config = open_config(checkpoint)
-    if changes:
-        check_changes(changes)
-        config = change(config, config.name, dict(changes))
-    if task is not None:
-        config = change(config, config.name, {"data.conversation.tasks": task})
+    config = _config_now(checkpoint, task, changes)
     mesh = mesh_here(config.mesh) if mesh is None else mesh
     check_batch_size(batch_size, mesh)
     builder = SampleBuilder(config.data, config.model, answer=False)
@@ -249,13 +244,11 @@ def predict(
         "split": split,
         "average": average,
         "asking": dataclasses.asdict(asking),
+        # What is not said is as it always was, so that what an earlier version began goes on.
+        **({"keyframes": list(tokens) or limit} if len(wanted) < len(records) or tokens else {}),
+        **({"changes": {name: to_plain(value) for name, value in changes.items()}} if changes else {}),
+        **({"task": "think_before_planning"} if builder.thinks else {}),
     }
-    if len(wanted) < len(records) or tokens:
-        metadata["keyframes"] = list(tokens) or limit
-    if changes:
-        metadata["changes"] = {name: to_plain(value) for name, value in changes.items()}
-    if builder.thinks:
-        metadata["task"] = "think_before_planning"
     unparsed, in_one_pass, timed = 0, 0, 0
     with answer_file_of_hosts(
         out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite
@@ -282,6 +275,17 @@ def predict(
                     timed += count
     seconds = (time.monotonic() - started) * len(samples) / max(timed, 1)
     return PredictResult(out, len(samples), unparsed, in_one_pass, seconds, metadata)
+
+
+def _config_now(checkpoint: Path, task: PlanningTask | None, changes: Mapping[str, Any] | None) -> Config:
+    """The run's config, as this prediction asks with it."""
+    config = open_config(checkpoint)
+    if changes:
+        check_changes(changes)
+        config = change(config, config.name, dict(changes))
+    if task is not None:
+        config = change(config, config.name, {"data.conversation.tasks": task})
+    return config
 
 
 def check_changes(fields: Mapping[str, Any]) -> None:
