@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.data.ego_status import MINIMUM_MOTION, released_command
