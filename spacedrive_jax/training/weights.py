@@ -15,8 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from spacedrive_jax.batch import LENGTH_STEP
 from spacedrive_jax.config import Config, change, config_changes, from_json, to_plain
 from spacedrive_jax.console import note
+from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head
@@ -30,8 +32,6 @@ from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import checkpoint_steps
 from spacedrive_jax.training.trained_folder import is_trained_folder, trained_config
 
-LENGTH_STEP = 64
-"""What a sequence length that is worked out is rounded up to."""
 BASE = "model.vlm."
 
 
@@ -302,7 +302,7 @@ def _length(preset: Config, chosen: Config) -> int:
             config.model.vlm.vision, config.data.image_size
         )
         rows, columns = processor.token_grid
-        return 6 * rows * columns
+        return NUM_CAMERAS * rows * columns
 
     more = visual(chosen) - visual(preset)
     length = preset.data.sequence_length + more
