@@ -34,20 +34,10 @@ class Moment:
         poses: Float[np.ndarray, "R 3"],
         off_route: bool,
     ) -> None:
-        self.whole, self.time, self.s, self.speed, self.since, self.poses = (
-            whole,
-            time,
-            s,
-            speed,
-            since,
-            poses,
-        )
-        self.movers, self.half, self.radii, self.on_foot = (
-            whole.movers,
-            whole.half,
-            whole.radii,
-            whole.on_foot,
-        )
+        self.whole, self.time = whole, time
+        self.s, self.speed, self.since, self.poses = s, speed, since, poses
+        self.movers, self.half = whole.movers, whole.half
+        self.radii, self.on_foot = whole.radii, whole.on_foot
         self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
         self.close = whole.close(self.x, self.y)
         self.front = s + whole.tracks.ahead + self.half[: len(s), 0]
