@@ -86,7 +86,7 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
     """Loads a vision-language model in the types it is stored in.
 
     Args:
-        source: A weights folder, a transformers checkpoint, a training run (its newest checkpoint) or
+        source: a weights folder, a transformers checkpoint, a training run (its newest checkpoint) or
             `RUN/checkpoints/STEP`.
         mesh: where a run's model is put; None for `mesh_here`. Others go to the default device.
 
@@ -94,7 +94,7 @@ def open_vlm(source: Path, mesh: Mesh | None = None) -> Exportable:
         The model.
 
     Raises:
-        CheckpointError: If the folder is none of these, or damaged.
+        CheckpointError: the folder is none of these, or damaged.
     """
     source = on_disk(source)
     tokenizer = functools.partial(copy_tokenizer, source)

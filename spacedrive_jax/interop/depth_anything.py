@@ -127,9 +127,9 @@ def load_module(build: Callable[[nnx.Rngs], Module], rules: Iterable[Rule], sour
     """Builds a module with the values of a checkpoint; random ones are never drawn.
 
     Args:
-        build: Constructor from random streams.
-        rules: The table; it must cover every parameter.
-        source: Where the tensors are read.
+        build: constructor from random streams.
+        rules: the table; it must cover every parameter.
+        source: where the tensors are read.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     state = dict(nnx.to_flat_state(abstract))
@@ -167,9 +167,9 @@ def load_depth_anything(
     """Builds Depth Anything V2 with the weights of a checkpoint folder.
 
     Args:
-        path: Folder with config.json and safetensors files.
+        path: folder with config.json and safetensors files.
         image_sized_output: see `DepthAnythingConfig`.
-        compute: Dtypes, rematerialisation, attention kernel.
+        compute: dtypes, rematerialisation, attention kernel.
 
     Raises:
         CheckpointError: files are missing, the checkpoint predicts relative depth, or tensors are missing,

@@ -162,13 +162,13 @@ def export_hf(opened: Exportable, out: Path) -> Mapping[str, Any]:
 
     Args:
         opened: the model; see `inference.open_model`.
-        out: Folder to create.
+        out: folder to create.
 
     Returns:
         Facts for `--json`.
 
     Raises:
-        CheckpointError: If `out` exists, or transformers cannot express the model.
+        CheckpointError: `out` exists, or transformers cannot express the model.
     """
     decoder = opened.model.decoder
 
@@ -192,13 +192,13 @@ def export_peft(opened: Exportable, out: Path) -> Mapping[str, Any]:
 
     Args:
         opened: as in `export_hf`.
-        out: Folder to create; `new_tokens.safetensors` in it holds the rows under their published names.
+        out: folder to create; `new_tokens.safetensors` in it holds the rows under their published names.
 
     Returns:
         Facts for `--json`.
 
     Raises:
-        CheckpointError: If the model has no adapters, or `out` exists.
+        CheckpointError: the model has no adapters, or `out` exists.
     """
     lora, new_tokens = opened.model.decoder.lora, opened.model.decoder.new_tokens
     if lora is None:

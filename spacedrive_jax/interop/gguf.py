@@ -123,7 +123,7 @@ class GgufFile:
         """Reads the header.
 
         Raises:
-            CheckpointError: It is no GGUF file, is damaged or cut short, or has tensors of a type that is not
+            CheckpointError: it is no GGUF file, is damaged or cut short, or has tensors of a type that is not
                 read here.
         """
         self.path = path
@@ -174,7 +174,7 @@ class GgufFile:
         """A field of the metadata.
 
         Raises:
-            CheckpointError: It is missing or of another type.
+            CheckpointError: it is missing or of another type.
         """
         value = self.metadata.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -53,7 +53,7 @@ def import_gguf(source: Path, out: Path, options: ImportOptions) -> Mapping[str,
 
     Raises:
         CheckpointError: `out` exists, the file is damaged, or holds another model than a plain LLaMA.
-        ConfigError: The preset's base is no SmolVLM.
+        ConfigError: the preset's base is no SmolVLM.
     """
     file = GgufFile(source)
     decoder = read_decoder(file)
@@ -101,7 +101,7 @@ def read_decoder(file: GgufFile) -> LanguageModelConfig:
     """The architecture that a file's metadata gives.
 
     Raises:
-        CheckpointError: It is no LLaMA, or has what this implementation does not (scaled or partial rotary
+        CheckpointError: it is no LLaMA, or has what this implementation does not (scaled or partial rotary
             embeddings, experts).
     """
     kind = file.field("general.architecture", str)
@@ -210,7 +210,7 @@ def read_gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """SmolLM2's tokenizer as the metadata has it, with the special tokens of SmolVLM's chat.
 
     Raises:
-        CheckpointError: It is of another kind than SmolLM's byte-level BPE.
+        CheckpointError: it is of another kind than SmolLM's byte-level BPE.
     """
     kind = (file.field("tokenizer.ggml.model", str), file.metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):

@@ -83,7 +83,7 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         """The merged parameter, on the host, in the base's type.
 
         Raises:
-            KeyError: If there is no such base parameter.
+            KeyError: there is no such base parameter.
         """
         if path not in self._paths:
             raise KeyError(path)
@@ -146,22 +146,22 @@ def from_hf(
     """Builds a model of any family with the weights of a transformers checkpoint.
 
     Args:
-        path: Folder with config.json (its `model_type` tells the family) and safetensors files, sharded or
+        path: folder with config.json (its `model_type` tells the family) and safetensors files, sharded or
             single, in the hub's or transformers' naming.
-        compute: Dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel. None
+        compute: dtypes (the weights are cast to `param_dtype`), rematerialisation, attention kernel. None
             computes in float32 and keeps the type that the weights are stored in.
-        lora: Fresh adapters beside the base weights; None for none.
-        new_tokens: Ids that get trainable rows, copied from the checkpoint's; None for none.
-        shardings: Placement of each parameter; None puts them on the default device.
-        seed: Seed of the adapters' initial values.
+        lora: fresh adapters beside the base weights; None for none.
+        new_tokens: ids that get trainable rows, copied from the checkpoint's; None for none.
+        shardings: placement of each parameter; None puts them on the default device.
+        seed: seed of the adapters' initial values.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: If files are missing or damaged, or tensors are missing, unknown or misshapen
+        CheckpointError: files are missing or damaged, or tensors are missing, unknown or misshapen
             (all named).
-        ConfigError: If config.json or preprocessor_config.json asks for what is not done here.
+        ConfigError: config.json or preprocessor_config.json asks for what is not done here.
     """
     check_folder(Path(path))
     config = read_hf_config(path)
@@ -199,13 +199,13 @@ def fill(
     """Replaces parameters, possibly abstract, by the values a table finds in `source`.
 
     Args:
-        state: Path to variable (`dict(nnx.to_flat_state(nnx.state(model)))`); changed in place.
-        rules: The table.
-        source: Where the tensors are read; names and shapes checked before (`check_names_and_shapes`).
-        shardings: Placement of each parameter; None puts them on the default device.
+        state: path to variable (`dict(nnx.to_flat_state(nnx.state(model)))`); changed in place.
+        rules: the table.
+        source: where the tensors are read; names and shapes checked before (`check_names_and_shapes`).
+        shardings: placement of each parameter; None puts them on the default device.
 
     Raises:
-        CheckpointError: If the model has no parameter that a rule asks for (adapters not built, say).
+        CheckpointError: the model has no parameter that a rule asks for (adapters not built, say).
     """
     rules = tuple(rules)
     absent = [".".join(map(str, rule.target)) for rule in rules if rule.target not in state]
@@ -270,18 +270,18 @@ def to_hf(
     Without `merged` it is the inverse of `from_hf`, bit for bit: adapters and new-token rows are left out.
 
     Args:
-        model: The model.
-        path: Folder to create.
-        naming: Tensor names as in the hub's checkpoints or as in transformers' state dict.
-        merged: Fold adapters and new-token rows into the base weights (`MergedParameters`).
-        max_shard_bytes: Largest size of one file.
-        complete: Adds what else belongs into the folder, a tokenizer for instance.
+        model: the model.
+        path: folder to create.
+        naming: tensor names as in the hub's checkpoints or as in transformers' state dict.
+        merged: fold adapters and new-token rows into the base weights (`MergedParameters`).
+        max_shard_bytes: largest size of one file.
+        complete: adds what else belongs into the folder, a tokenizer for instance.
 
     Returns:
         The architecture written (a tied head may have been untied by merging).
 
     Raises:
-        CheckpointError: If the folder exists or the architecture has no config.json.
+        CheckpointError: the folder exists or the architecture has no config.json.
     """
     state = dict(nnx.to_flat_state(nnx.state(model)))
     dtype = model.decoder.compute.storage_dtype
@@ -314,9 +314,9 @@ def export_tensors(
     """Reads a table backwards: checkpoint names and tensors, one stacked parameter on the host at a time.
 
     Args:
-        state: Path to parameter.
-        rules: The table.
-        dtype: What quantised kernels are written as.
+        state: path to parameter.
+        rules: the table.
+        dtype: what quantised kernels are written as.
     """
     for rule in rules:
         value = base_value(state, rule.target, dtype)
@@ -335,12 +335,12 @@ def _read_part(
     """The slice `index` of a parameter, reading only the layers it covers.
 
     Args:
-        rule: Where it comes from.
-        source: Where its tensors are read.
-        layout: Shape that one of the rule's tensors is given.
-        variable: The parameter: its shape and type.
-        convert: From one layer's tensor in that layout to the parameter's.
-        index: Of the parameter.
+        rule: where it comes from.
+        source: where its tensors are read.
+        layout: shape that one of the rule's tensors is given.
+        variable: the parameter: its shape and type.
+        convert: from one layer's tensor in that layout to the parameter's.
+        index: of the parameter.
     """
     names, shape, dtype = rule.source_names(), variable.shape, variable.dtype
     if rule.layers is None:

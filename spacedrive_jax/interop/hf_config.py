@@ -52,13 +52,13 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> VLConfig:
     """Reads the configuration of a model of any family.
 
     Args:
-        source: The parsed config, a config.json, or a folder that holds one.
+        source: the parsed config, a config.json, or a folder that holds one.
 
     Returns:
         The architecture.
 
     Raises:
-        ConfigError: If the file is unreadable, is of another model, lacks a size, or uses a feature that this
+        ConfigError: the file is unreadable, is of another model, lacks a size, or uses a feature that this
             implementation does not have (scaled rotary embeddings, sliding windows, other activations).
     """
     fields, origin = _load(source)
@@ -79,11 +79,11 @@ def write_hf_config(config: VLConfig, ids: SpecialIds | None = None) -> dict[str
     """The config.json of a model, as transformers 4.52 and 5 read it.
 
     Args:
-        config: The architecture.
-        ids: What the checkpoint that it came from said of ids.
+        config: the architecture.
+        ids: what the checkpoint that it came from said of ids.
 
     Raises:
-        ConfigError: If transformers cannot express the architecture.
+        ConfigError: transformers cannot express the architecture.
     """
     fields = format_of(config).write_config(config)
     for name, value in () if ids is None else ids.named:
@@ -95,7 +95,7 @@ def read_special_ids(folder: Path) -> SpecialIds:
     """What the files of a checkpoint say of ids: generation_config.json and config.json.
 
     Raises:
-        SpaceDriveError: One of them is damaged.
+        SpaceDriveError: one of them is damaged.
     """
     fields, origin = _load(folder)
     file = folder / "generation_config.json"
@@ -113,10 +113,10 @@ def special_ids(fields: Fields, generation: Fields | None, origin: str) -> Speci
     Args:
         fields: config.json.
         generation: generation_config.json; None where there is none.
-        origin: Names the folder.
+        origin: names the folder.
 
     Raises:
-        ConfigError: If one is neither a whole number, nor a list of such, nor null.
+        ConfigError: one is neither a whole number, nor a list of such, nor null.
     """
     text = part(fields, "text_config", origin)
     found = {name: _ids(text if text.get(name) is not None else fields, name, origin) for name in KEPT}
@@ -162,14 +162,14 @@ def read_processor_settings(folder: Path, config: VLConfig) -> ProcessorSettings
     """Reads how a checkpoint's images are prepared.
 
     Args:
-        folder: A transformers checkpoint.
-        config: Its architecture.
+        folder: a transformers checkpoint.
+        config: its architecture.
 
     Returns:
         The settings; None where the folder has no such file.
 
     Raises:
-        ConfigError: The file is damaged, contradicts the architecture, or asks for what is not done here.
+        ConfigError: the file is damaged, contradicts the architecture, or asks for what is not done here.
     """
     for name in PROCESSOR_FILES:
         file = folder / name

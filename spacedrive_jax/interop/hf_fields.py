@@ -21,7 +21,7 @@ def required(fields: Fields, name: str, origin: str) -> Any:
     """The value of a field that has no default.
 
     Raises:
-        ConfigError: If it is missing; `origin` names the file.
+        ConfigError: it is missing; `origin` names the file.
     """
     if name not in fields:
         raise ConfigError(f"{origin}: field {name!r} is missing")
@@ -39,15 +39,15 @@ def size(
     """A whole number of at least 1, or `least`.
 
     Args:
-        fields: The config, or a part of it.
-        name: Field.
-        origin: Names the file.
-        default: What a missing field, or null, means; None where it must be there.
-        least: Smallest value; 0 for the id of a token.
-        most: Largest value.
+        fields: the config, or a part of it.
+        name: field.
+        origin: names the file.
+        default: what a missing field, or null, means; None where it must be there.
+        least: smallest value; 0 for the id of a token.
+        most: largest value.
 
     Raises:
-        ConfigError: If it is missing or is no such number.
+        ConfigError: it is missing or is no such number.
     """
     value = required(fields, name, origin) if default is None else fields.get(name)
     value = default if value is None else value
@@ -62,7 +62,7 @@ def real(fields: Fields, name: str, origin: str, default: float) -> float:
     """A positive finite number.
 
     Raises:
-        ConfigError: If it is none; a missing field, or null, means `default`.
+        ConfigError: it is none; a missing field, or null, means `default`.
     """
     value = fields.get(name)
     value = default if value is None else value
@@ -75,7 +75,7 @@ def ids(fields: Fields, name: str, origin: str, default: tuple[int, ...] | None 
     """A list of whole numbers of at least 0.
 
     Raises:
-        ConfigError: If it is missing without a default, or is none.
+        ConfigError: it is missing without a default, or is none.
     """
     value = required(fields, name, origin) if default is None else fields.get(name, default)
     if not isinstance(value, list | tuple) or not all(
@@ -89,7 +89,7 @@ def part(fields: Fields, name: str, origin: str) -> Fields:
     """A config within the config; empty where it is missing or null.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: it is something else.
     """
     value = fields.get(name)
     if value is None:
@@ -103,7 +103,7 @@ def square_side(fields: Fields, name: str, origin: str, default: int | None = No
     """The side of a square that is given as one number or as two equal ones.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: it is neither.
     """
     value = required(fields, name, origin) if default is None else fields.get(name)
     if isinstance(value, list | tuple):
@@ -147,10 +147,10 @@ def read_fields(
     """Values by the names that they have here.
 
     Args:
-        table: What to read.
-        fields: The part of config.json that has them.
-        origin: Names the file.
-        usual: What a field left out, or null, means, by the names here; without an entry it must be there.
+        table: what to read.
+        fields: the part of config.json that has them.
+        origin: names the file.
+        usual: what a field left out, or null, means, by the names here; without an entry it must be there.
 
     Raises:
         ConfigError: A field that must be there is missing, or one holds what it cannot.
@@ -219,7 +219,7 @@ def text_fields(fields: Fields, origin: str, *, flat: bool) -> Fields:
     transformers wrote them flat at first, then under `text_config`, and releases have either or both.
 
     Raises:
-        ConfigError: If the two places disagree about what no tensor tells.
+        ConfigError: the two places disagree about what no tensor tells.
     """
     text = part(fields, "text_config", origin)
     if not flat:
@@ -254,14 +254,14 @@ def expect(fields: Fields, name: str, supported: Any, origin: str, *, default: A
     """Refuses a feature that this implementation does not have.
 
     Args:
-        fields: The config, or a part of it.
-        name: Field that chooses the feature.
-        supported: The one value that is supported.
-        origin: Names the file.
-        default: What a missing field means; `supported` when None.
+        fields: the config, or a part of it.
+        name: field that chooses the feature.
+        supported: the one value that is supported.
+        origin: names the file.
+        default: what a missing field means; `supported` when None.
 
     Raises:
-        ConfigError: If the field has another value.
+        ConfigError: the field has another value.
     """
     found = fields.get(name, supported if default is None else default)
     if found != supported:
@@ -291,10 +291,10 @@ def decoder_sizes(
     """The fields of `LanguageModelConfig` that `DECODER` has.
 
     Args:
-        text: The language model's part of config.json.
-        origin: Names the file.
-        usual: See `read_fields`.
-        grouped: Whether a number of key heads left out is the usual one; null, and where not grouped a field
+        text: the language model's part of config.json.
+        origin: names the file.
+        usual: see `read_fields`.
+        grouped: whether a number of key heads left out is the usual one; null, and where not grouped a field
             left out too, is as many as queries.
     """
     heads = size(text, "num_attention_heads", origin, usual.get("num_heads"))
@@ -307,7 +307,7 @@ def expect_mrope(text: Fields, origin: str) -> None:
     """Refuses rotary embeddings that scale their angles, and sliding windows.
 
     Raises:
-        ConfigError: If the text part asks for such.
+        ConfigError: the text part asks for such.
     """
     kind = rotary_type(text, origin)
     if kind not in ("default", "mrope"):
@@ -319,7 +319,7 @@ def rotary_fields(text: Fields, origin: str) -> Fields:
     """The rotary embedding's settings: `rope_parameters` (transformers 5), `rope_scaling`, or both together.
 
     Raises:
-        ConfigError: If the two disagree, or a part of the heads is rotated only.
+        ConfigError: the two disagree, or a part of the heads is rotated only.
     """
     parameters, scaling = part(text, "rope_parameters", origin), part(text, "rope_scaling", origin)
     if set(parameters) == {"full_attention"}:  # by kind of layer, of which there is one here
@@ -353,7 +353,7 @@ def head_size(text: Fields, origin: str, hidden: int, heads: int) -> int:
     """Width of a head: its own field, or the model's width over the number of heads.
 
     Raises:
-        ConfigError: If there is no such field and the heads do not divide the width.
+        ConfigError: there is no such field and the heads do not divide the width.
     """
     if text.get("head_dim") is not None:
         return size(text, "head_dim", origin)
@@ -366,7 +366,7 @@ def expect_full_attention(text: Fields, origin: str) -> None:
     """Refuses sliding windows, whichever field asks for them.
 
     Raises:
-        ConfigError: If one does.
+        ConfigError: one does.
     """
     kinds = text.get("layer_types")
     sliding = isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds)
@@ -395,14 +395,14 @@ def plain_decoder(
     """Reads a language model of `PLAIN_DECODERS`.
 
     Args:
-        text: Its part of the config.
-        origin: Names the file.
-        kind: The `model_type` that it must have, and has where none is given.
-        tied: Whether the head is the embedding table, which families say in different places.
-        norm_eps: What a missing epsilon means; None takes the kind's.
+        text: its part of the config.
+        origin: names the file.
+        kind: the `model_type` that it must have, and has where none is given.
+        tied: whether the head is the embedding table, which families say in different places.
+        norm_eps: what a missing epsilon means; None takes the kind's.
 
     Raises:
-        ConfigError: If it is of another kind, or asks for what this implementation does not have.
+        ConfigError: it is of another kind, or asks for what this implementation does not have.
     """
     usual = PLAIN_DECODERS[kind]
     expect(text, "model_type", kind, origin)
@@ -430,7 +430,7 @@ def _dynamic_rotary(text: Fields, origin: str) -> dict[str, Any]:
     """The fields of a scale that leaves all sequences of the trained length alone (InternVL3).
 
     Raises:
-        ConfigError: If the rotary embedding is scaled otherwise.
+        ConfigError: the rotary embedding is scaled otherwise.
     """
     rope = rotary_type(text, origin)
     if rope == "default":

@@ -84,15 +84,15 @@ def extend_tokenizer(source: Path, target: Path, *, add: bool = True) -> Extensi
     LLaVA-1.5's 32002 and 32003.
 
     Args:
-        source: Folder with a tokenizer.json.
-        target: Existing folder to write into.
+        source: folder with a tokenizer.json.
+        target: existing folder to write into.
         add: False copies without adding anything.
 
     Returns:
         Where the tokens are.
 
     Raises:
-        DataError: If there is no tokenizer.json, or it gives the two ids that do not follow each other.
+        DataError: there is no tokenizer.json, or it gives the two ids that do not follow each other.
     """
     copy_tokenizer(source, target)
     file = target / "tokenizer.json"
@@ -153,10 +153,10 @@ def with_mean_rows(
     """A table whose rows `first` and following are the mean of all rows before them.
 
     Args:
-        table: Embedding or head. Rows behind the vocabulary, which released tables have to spare, are used;
+        table: embedding or head. Rows behind the vocabulary, which released tables have to spare, are used;
             the table grows only where there are too few.
-        first: Id of the first new token.
-        count: New tokens.
+        first: id of the first new token.
+        count: new tokens.
 
     Returns:
         The changed copy, in the table's type; the mean is taken in float32.
@@ -197,7 +197,7 @@ def import_hf(source: Path, out: Path, options: ImportOptions) -> Mapping[str, A
     """Imports a transformers checkpoint of any family into a weights folder.
 
     Raises:
-        CheckpointError: If `out` exists, files are missing or damaged, or tensors are missing, unknown or
+        CheckpointError: `out` exists, files are missing or damaged, or tensors are missing, unknown or
             misshapen.
     """
     with new_folder(out) as folder:
@@ -210,7 +210,7 @@ def import_peft(source: Path, out: Path, options: ImportOptions) -> Mapping[str,
     """Imports a PEFT adapter together with its base checkpoint into a weights folder.
 
     Raises:
-        CheckpointError: As `import_hf`; also if the base is not found or the adapter does not fit it.
+        CheckpointError: as `import_hf`; also if the base is not found or the adapter does not fit it.
     """
     lora = read_peft_config(source)
     base = options.base or _base_of(source)

@@ -103,13 +103,13 @@ def read_peft_config(path: str | Path) -> LoraConfig:
     """Reads what adapters a PEFT folder holds, to build the model with.
 
     Args:
-        path: Folder with adapter_config.json and adapter_model.safetensors.
+        path: folder with adapter_config.json and adapter_model.safetensors.
 
     Returns:
         Rank, alpha, dropout and targets.
 
     Raises:
-        CheckpointError: If files are missing or damaged, or an option is used that is not understood.
+        CheckpointError: files are missing or damaged, or an option is used that is not understood.
     """
     values, file = _read_config(Path(path))
     rank, alpha, dropout = read_lora_options(values, file)
@@ -125,11 +125,11 @@ def load_adapter(model: VisionLanguageModel, path: str | Path) -> None:
     """Puts the adapters of a PEFT folder into a model built for them.
 
     Args:
-        model: A model built with `lora=read_peft_config(path)`; changed in place.
-        path: The PEFT folder.
+        model: a model built with `lora=read_peft_config(path)`; changed in place.
+        path: the PEFT folder.
 
     Raises:
-        CheckpointError: If the model was built with other adapters, or tensors do not fit.
+        CheckpointError: the model was built with other adapters, or tensors do not fit.
     """
     wanted, built = read_peft_config(path), model.decoder.lora
     if built is None or _kind(wanted) != _kind(built):
@@ -148,15 +148,15 @@ def open_adapter(
     """Opens the adapters of a PEFT folder and checks them against the model they are for.
 
     Args:
-        path: The PEFT folder.
-        config: The model.
-        lora: What `read_peft_config(path)` says.
+        path: the PEFT folder.
+        config: the model.
+        lora: what `read_peft_config(path)` says.
 
     Returns:
         The conversion table and the tensors under its names.
 
     Raises:
-        CheckpointError: If tensors are missing, unknown or misshapen.
+        CheckpointError: tensors are missing, unknown or misshapen.
     """
     rules = lora_rules(config.decoder, lora)
     folder = _open(path, format_of(config).canonical_name)
@@ -170,13 +170,13 @@ def save_adapter(
     """Writes a model's adapters as a PEFT folder.
 
     Args:
-        model: The model.
-        path: Folder to create.
-        base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
-        complete: Adds what else belongs into the folder.
+        model: the model.
+        path: folder to create.
+        base_model: name or path of the base checkpoint, for `base_model_name_or_path`.
+        complete: adds what else belongs into the folder.
 
     Raises:
-        CheckpointError: If the model has no adapters or the folder exists.
+        CheckpointError: the model has no adapters or the folder exists.
     """
     lora = model.decoder.lora
     if lora is None:
@@ -201,16 +201,16 @@ def write_adapter(
     """Writes adapters as a PEFT folder.
 
     Args:
-        path: Folder to create.
-        tensors: Names and values in the order of `rules`.
-        lora: What the adapters are.
+        path: folder to create.
+        tensors: names and values in the order of `rules`.
+        lora: what the adapters are.
         rules: `lora_rules` of the model they belong to.
-        form: Format of its family, which says how PEFT names its modules.
-        base_model: Name or path of the base checkpoint, for `base_model_name_or_path`.
-        complete: Adds what else belongs into the folder.
+        form: format of its family, which says how PEFT names its modules.
+        base_model: name or path of the base checkpoint, for `base_model_name_or_path`.
+        complete: adds what else belongs into the folder.
 
     Raises:
-        CheckpointError: If the folder exists.
+        CheckpointError: the folder exists.
     """
 
     def renamed(name: str) -> str:

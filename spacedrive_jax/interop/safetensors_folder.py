@@ -53,11 +53,11 @@ class SafetensorsFolder:
         """Opens a checkpoint and reads the shapes, not the values.
 
         Args:
-            path: A folder with model.safetensors or model.safetensors.index.json, or a .safetensors file.
-            rename: Maps the names in the files to the names used here.
+            path: a folder with model.safetensors or model.safetensors.index.json, or a .safetensors file.
+            rename: maps the names in the files to the names used here.
 
         Raises:
-            CheckpointError: If files are missing, damaged, or disagree with the index.
+            CheckpointError: files are missing, damaged, or disagree with the index.
         """
         self.path = Path(path)
         self._finite: set[str] = set()
@@ -207,10 +207,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into that takes its name only when all went well, and else vanishes.
 
     Args:
-        path: Folder to create.
+        path: folder to create.
 
     Raises:
-        CheckpointError: If `path` exists.
+        CheckpointError: `path` exists.
     """
     remove_stale(path)
     with atomic_folder(path) as folder:
@@ -237,10 +237,10 @@ def write_tensors(
     """Writes tensor files, and their index where there are several, into a folder.
 
     Args:
-        folder: An existing folder.
-        tensors: Names and values in the order of `shards`; held one shard at a time.
-        shards: Names per file.
-        stem: What the names of the files start with.
+        folder: an existing folder.
+        tensors: names and values in the order of `shards`; held one shard at a time.
+        shards: names per file.
+        stem: what the names of the files start with.
     """
     stream = iter(tensors)
     weight_map: dict[str, str] = {}
@@ -275,16 +275,16 @@ def write_folder(
     Of several hosts that call it together the first one writes.
 
     Args:
-        path: Folder to create.
-        tensors: Names and values in the order of `shards`; held one shard at a time.
-        shards: Names per file.
-        config: Written as `config_file`.
-        stem: What the names of the tensor files start with.
-        config_file: Name of the configuration.
-        complete: Adds what else belongs there before the folder takes its name.
+        path: folder to create.
+        tensors: names and values in the order of `shards`; held one shard at a time.
+        shards: names per file.
+        config: written as `config_file`.
+        stem: what the names of the tensor files start with.
+        config_file: name of the configuration.
+        complete: adds what else belongs there before the folder takes its name.
 
     Raises:
-        CheckpointError: If `path` exists.
+        CheckpointError: `path` exists.
     """
     if jax.process_index() > 0:  # the first host writes; the others bring their parts of every tensor
         if place(path).exists():

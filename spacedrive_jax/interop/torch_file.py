@@ -327,11 +327,11 @@ def open_tensors(path: str | Path, rename: Callable[[str], str] = str) -> Tensor
     """Opens a checkpoint.
 
     Args:
-        path: Its folder, or the file of weights.
-        rename: Maps the names in the file to the names used here.
+        path: its folder, or the file of weights.
+        rename: maps the names in the file to the names used here.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds anything but tensors.
+        CheckpointError: the file is missing, damaged, or holds anything but tensors.
     """
     file = weight_file(path)
     if file.suffix in TORCH_SUFFIXES:

@@ -44,9 +44,9 @@ def load_unidepth(
     """Builds UniDepthV2 with the weights of a checkpoint.
 
     Args:
-        path: Folder with config.json and the weights, or the file of weights (safetensors, .pth or .bin).
-        config: Architecture; None reads it from config.json, or tells the released sizes apart by width.
-        compute: Dtypes, rematerialisation, attention kernel.
+        path: folder with config.json and the weights, or the file of weights (safetensors, .pth or .bin).
+        config: architecture; None reads it from config.json, or tells the released sizes apart by width.
+        compute: dtypes, rematerialisation, attention kernel.
 
     Raises:
         CheckpointError: files are missing or damaged, the file is of another architecture (UniDepth V1, or

@@ -39,13 +39,13 @@ class Rule:
     """One parameter and the tensors it is made of.
 
     Attributes:
-        source: Name in the checkpoint; `{layer}` runs over the stacked blocks.
-        target: Path in `nnx.state(model)`.
-        source_shape: Shape of one source tensor.
-        in_axes: Leading axes of the parameter (the layer axis not counted) that flatten to the source's input
+        source: name in the checkpoint; `{layer}` runs over the stacked blocks.
+        target: path in `nnx.state(model)`.
+        source_shape: shape of one source tensor.
+        in_axes: leading axes of the parameter (the layer axis not counted) that flatten to the source's input
             axis. 0 means that the layout is only reshaped; otherwise the source is (output, input) and is
             transposed as well.
-        layers: Number of stacked blocks; None when the parameter is not stacked.
+        layers: number of stacked blocks; None when the parameter is not stacked.
     """
 
     source: str
@@ -85,12 +85,12 @@ def linear_rules(
     """The rules of a torch `nn.Linear`.
 
     Args:
-        source: Name without `.weight` or `.bias`.
-        path: Path of the `Projection`.
-        sizes: Outputs, inputs.
-        bias: Whether it has one.
-        in_axes: See `Rule`.
-        layers: See `Rule`.
+        source: name without `.weight` or `.bias`.
+        path: path of the `Projection`.
+        sizes: outputs, inputs.
+        bias: whether it has one.
+        in_axes: see `Rule`.
+        layers: see `Rule`.
     """
     weight = Rule(f"{source}.weight", (*path, "kernel"), sizes, in_axes, layers)
     return (weight, Rule(f"{source}.bias", (*path, "bias"), sizes[:1], 0, layers)) if bias else (weight,)
@@ -118,12 +118,12 @@ def vision_block_rules(
     """The table of a tower's `VisionBlock`s, as CLIP, SigLIP and InternViT name what is in them.
 
     Args:
-        block: What the names of a block start with, `{layer}` in it.
-        config: Architecture.
-        norms: Names before attention and before the MLP.
-        attention: Name of attention.
-        out: Name of its output layer.
-        qkv_bias: Whether queries, keys and values have biases.
+        block: what the names of a block start with, `{layer}` in it.
+        config: architecture.
+        norms: names before attention and before the MLP.
+        attention: name of attention.
+        out: name of its output layer.
+        qkv_bias: whether queries, keys and values have biases.
     """
     width, inner, depth = config.hidden_size, config.intermediate_size, config.depth
     path = ("vision", "layers")
@@ -162,8 +162,8 @@ def decoder_rules(config: LanguageModelConfig, prefix: str = "model.language_mod
     """The table of a Qwen2.5, Qwen3 or LLaMA language model.
 
     Args:
-        config: Architecture.
-        prefix: What the source names of the decoder start with; the head is `lm_head` always.
+        config: architecture.
+        prefix: what the source names of the decoder start with; the head is `lm_head` always.
 
     Returns:
         One rule per base parameter of the model's `decoder`.
@@ -212,9 +212,9 @@ def lora_rules(
     """The table of the language model's adapters under PEFT's names.
 
     Args:
-        config: What they sit in.
-        lora: Rank and targets.
-        prefix: What PEFT's names start with, up to `layers`.
+        config: what they sit in.
+        lora: rank and targets.
+        prefix: what PEFT's names start with, up to `layers`.
 
     Returns:
         Two rules (lora_A, lora_B) per target.
@@ -253,13 +253,13 @@ def check_names_and_shapes(
     """Compares a checkpoint's tensors with the table.
 
     Args:
-        rules: The table.
-        found: Canonical name to shape of every tensor in the checkpoint.
-        origin: What to call the checkpoint in the message.
-        ignore: Canonical names that may be there or not.
+        rules: the table.
+        found: canonical name to shape of every tensor in the checkpoint.
+        origin: what to call the checkpoint in the message.
+        ignore: canonical names that may be there or not.
 
     Raises:
-        CheckpointError: With every missing, unknown and misshapen tensor at once.
+        CheckpointError: with every missing, unknown and misshapen tensor at once.
     """
     expected = {name: rule.source_shape for rule in rules for name in rule.source_names()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]

@@ -98,7 +98,7 @@ class WeightsMetadata:
         """Reads weights.json.
 
         Raises:
-            CheckpointError: If it is missing, damaged or of another version.
+            CheckpointError: it is missing, damaged or of another version.
         """
         file = Path(folder) / METADATA_FILE
         try:
@@ -149,16 +149,16 @@ def load(
     """Loads a weights folder with its adapters.
 
     Args:
-        folder: What `import-weights` wrote.
-        compute: Dtypes, rematerialisation, attention kernel.
-        trainable_tokens: Give the two coordinate tokens trainable rows of their own.
-        shardings: Placement of each parameter; None puts them on the default device.
+        folder: what `import-weights` wrote.
+        compute: dtypes, rematerialisation, attention kernel.
+        trainable_tokens: give the two coordinate tokens trainable rows of their own.
+        shardings: placement of each parameter; None puts them on the default device.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: If the folder is not one, or its files are damaged or do not fit each other.
+        CheckpointError: the folder is not one, or its files are damaged or do not fit each other.
     """
     folder = Path(folder)
     metadata = WeightsMetadata.read(folder)

@@ -92,18 +92,18 @@ def attend(
     """Softmax attention with grouped queries, scaled by 1 / sqrt(H). Causal attention has K = S.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        choice: Which kernel; see `choose_kernel`.
-        causal: A token sees itself and those before it.
-        lengths: Valid keys of each right-padded row; None when all are. What comes out behind them is
+        q: queries.
+        k: keys.
+        v: values.
+        choice: which kernel; see `choose_kernel`.
+        causal: a token sees itself and those before it.
+        lengths: valid keys of each right-padded row; None when all are. What comes out behind them is
             finite but means nothing.
-        axes: What the axes are called, for the fused kernels on a mesh: each device runs its own rows and
+        axes: what the axes are called, for the fused kernels on a mesh: each device runs its own rows and
             heads.
 
     Raises:
-        ConfigError: The kernel asked for does not run on this machine or with this type.
+        ConfigError: the kernel asked for does not run on this machine or with this type.
     """
     length, head_dim = k.shape[1], k.shape[3]
     platform = target_platform()
@@ -141,11 +141,11 @@ def choose_kernel(
         choice: `auto` takes the fused kernel of the platform wherever it suits, else `xla`. A fused kernel
             by name stands for the same, but must fit the machine. Sequences shorter than
             `SHORTEST_FOR_SPLASH` (windows of a vision tower) are left to `xla` on TPUs.
-        platform: See `target_platform`.
-        dtype: Of queries, keys and values.
+        platform: see `target_platform`.
+        dtype: of queries, keys and values.
         length: K.
         head_dim: H.
-        masked: Whether some token does not see all others; the CPU's `blocks` know no mask.
+        masked: whether some token does not see all others; the CPU's `blocks` know no mask.
 
     Raises:
         ConfigError: A fused kernel is asked for by name where it does not run.
@@ -217,12 +217,12 @@ def splash_attention(
     """JAX's Pallas kernel for TPUs (FlashAttention, Dao 2023, that skips blocks the mask leaves empty).
 
     Args:
-        q: Queries of any length; padded here to whole blocks.
-        k: Keys.
-        v: Values.
-        lengths: Valid keys of each row; None when all are.
-        causal: A token sees itself and those before it.
-        interpret: Run the kernel's program on any machine, slowly (tests).
+        q: queries of any length; padded here to whole blocks.
+        k: keys.
+        v: values.
+        lengths: valid keys of each row; None when all are.
+        causal: a token sees itself and those before it.
+        interpret: run the kernel's program on any machine, slowly (tests).
     """
     rows, length, heads, head_dim = q.shape
     keys = k.shape[1]

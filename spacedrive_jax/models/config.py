@@ -213,7 +213,7 @@ class VLConfig:
             qkv_bias: whether its queries, keys and values have biases.
 
         Raises:
-            ConfigError: It has rotary positions on several axes, or biases where it must have none.
+            ConfigError: it has rotary positions on several axes, or biases where it must have none.
         """
         if len(self.decoder.mrope_section) != 1 or self.decoder.qkv_bias != qkv_bias:
             raise ConfigError(

@@ -146,14 +146,14 @@ def flatten_patches(
     """Cuts images, as the published image processors hand them over, into the flattened patches towers take.
 
     Args:
-        pixel_values: Images, normalised or not.
-        patch_size: Side of a patch in pixels.
+        pixel_values: images, normalised or not.
+        patch_size: side of a patch in pixels.
 
     Returns:
         Patches in row-major order, each channels x rows x columns in one axis.
 
     Raises:
-        ConfigError: If the image does not divide into patches.
+        ConfigError: the image does not divide into patches.
     """
     *lead, channels, height, width = pixel_values.shape
     if height % patch_size or width % patch_size:

@@ -158,14 +158,14 @@ class LanguageModel(nnx.Module):
         """Draws a fresh language model.
 
         Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
-            lora: Adapters on the blocks' projections; None for none.
-            new_tokens: Ids with trainable rows of their own; None for none.
+            config: architecture.
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
+            lora: adapters on the blocks' projections; None for none.
+            new_tokens: ids with trainable rows of their own; None for none.
 
         Raises:
-            ConfigError: If the new tokens lie outside the vocabulary.
+            ConfigError: the new tokens lie outside the vocabulary.
         """
         self.config = config
         self.compute = compute
@@ -220,14 +220,14 @@ class LanguageModel(nnx.Module):
         """Turns embeddings into final-normed hidden states.
 
         Args:
-            embeddings: Input embeddings, right-padded.
-            position_ids: Position ids on the axes time, row, column; a 1-D decoder reads the first only.
-            lengths: Valid tokens per sample among the S given; None when all are. Hidden states behind them
+            embeddings: input embeddings, right-padded.
+            position_ids: position ids on the axes time, row, column; a 1-D decoder reads the first only.
+            lengths: valid tokens per sample among the S given; None when all are. Hidden states behind them
                 are finite but mean nothing.
-            deepstack: Added to the outputs of the first K blocks, zeros but at visual tokens (DeepStack, Meng
+            deepstack: added to the outputs of the first K blocks, zeros but at visual tokens (DeepStack, Meng
                 et al. 2024); None for nothing.
-            cache: Tokens seen so far. The given tokens stand behind them and are added to it.
-            dropout_key: Key of the adapters' dropout; None for none (evaluation).
+            cache: tokens seen so far. The given tokens stand behind them and are added to it.
+            dropout_key: key of the adapters' dropout; None for none (evaluation).
 
         Returns:
             Hidden states after the final norm, and the grown cache (None without one).
@@ -247,11 +247,11 @@ class LanguageModel(nnx.Module):
         """As a call without a cache, with the same attention, but keeps what it attended to.
 
         Args:
-            embeddings: Input embeddings, right-padded.
-            position_ids: Position ids on the axes time, row, column.
-            lengths: Valid tokens per sample; None when all are.
-            deepstack: As in a call.
-            room: Tokens that the cache can take behind the S given.
+            embeddings: input embeddings, right-padded.
+            position_ids: position ids on the axes time, row, column.
+            lengths: valid tokens per sample; None when all are.
+            deepstack: as in a call.
+            room: tokens that the cache can take behind the S given.
 
         Returns:
             Hidden states after the final norm, and a cache of the valid tokens.
@@ -397,15 +397,15 @@ def continue_greedily(
     """Continues embedded prompts with the most likely token each time.
 
     Args:
-        decoder: The language model.
-        embeddings: Of right-padded prompts.
-        position_ids: Theirs.
-        rope_delta: Offset of each sample's generated positions.
-        lengths: Valid tokens per prompt.
-        deepstack: See `LanguageModel`.
+        decoder: the language model.
+        embeddings: of right-padded prompts.
+        position_ids: theirs.
+        rope_delta: offset of each sample's generated positions.
+        lengths: valid tokens per prompt.
+        deepstack: see `LanguageModel`.
         max_new_tokens: T, tokens to generate per sample at most.
-        stop_ids: Ids that end a sample (the id itself is kept).
-        pad_id: What stands behind the end of a sample that stopped.
+        stop_ids: ids that end a sample (the id itself is kept).
+        pad_id: what stands behind the end of a sample that stopped.
 
     Returns:
         The new ids.

@@ -34,9 +34,9 @@ def stack_layers(build: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs)
     """Builds `count` independent layers as one module.
 
     Args:
-        build: Constructor of one layer from its random streams.
-        count: Number of layers.
-        rngs: Random streams; each layer draws from its own split.
+        build: constructor of one layer from its random streams.
+        count: number of layers.
+        rngs: random streams; each layer draws from its own split.
 
     Returns:
         A module like one layer, whose every parameter has a leading axis named `layers`. It is not callable
@@ -60,12 +60,12 @@ def scan_layers(
     """Applies stacked layers one after the other.
 
     Args:
-        stacked: The module that `stack_layers` returned.
-        apply: One layer's step: (layer, carry, this layer's inputs) to (carry, output).
-        carry: What flows from layer to layer.
-        per_layer: Pytree of arrays with a leading layer axis, sliced for each step.
-        compute: Names the rematerialisation policy.
-        unroll: Writes the layers out instead of looping: for few small ones. XLA's CPU backend runs
+        stacked: the module that `stack_layers` returned.
+        apply: one layer's step: (layer, carry, this layer's inputs) to (carry, output).
+        carry: what flows from layer to layer.
+        per_layer: pytree of arrays with a leading layer axis, sliced for each step.
+        compute: names the rematerialisation policy.
+        unroll: writes the layers out instead of looping: for few small ones. XLA's CPU backend runs
             convolutions inside a loop's backward pass some ten times slower than outside.
 
     Returns:
@@ -119,11 +119,11 @@ def parameter(
 
     Args:
         kind: `nnx.Param` or the subclass that tells trainables from the frozen base.
-        initializer: As in `jax.nn.initializers`.
-        shape: Shape, without the layer axis that stacking adds in front.
-        names: Logical axis names, one per axis (None: never sharded).
-        dtype: Storage type.
-        rngs: Source of the key (stream `params`).
+        initializer: as in `jax.nn.initializers`.
+        shape: shape, without the layer axis that stacking adds in front.
+        names: logical axis names, one per axis (None: never sharded).
+        dtype: storage type.
+        rngs: source of the key (stream `params`).
 
     Returns:
         The variable, its names in the metadata `out_sharding`.

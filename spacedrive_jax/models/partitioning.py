@@ -125,9 +125,9 @@ def initialize(
     """Builds a module with freshly drawn parameters, each on its own devices.
 
     Args:
-        build: Constructor from random streams, for example `lambda rngs: QwenVL(config, ..., rngs=rngs)`.
-        seed: Seed of the streams.
-        shardings: Placement of each parameter; None puts them on the default device.
+        build: constructor from random streams, for example `lambda rngs: QwenVL(config, ..., rngs=rngs)`.
+        seed: seed of the streams.
+        shardings: placement of each parameter; None puts them on the default device.
 
     Returns:
         The module.
@@ -146,10 +146,10 @@ def draw_parameters(
     """Draws the parameters of a module that a filter selects; the compiler drops the drawing of the rest.
 
     Args:
-        build: Constructor from random streams.
-        seed: Seed of the streams.
+        build: constructor from random streams.
+        seed: seed of the streams.
         wanted: nnx filter; the default takes everything.
-        shardings: Placement of each parameter; None puts them on the default device.
+        shardings: placement of each parameter; None puts them on the default device.
 
     Returns:
         Their state, the same values whatever the filter.

@@ -40,9 +40,9 @@ def frequency_axes(
     """The position axis that each of the language model's frequencies follows.
 
     Args:
-        count: Half of the head size.
-        sections: See `LanguageModelConfig.mrope_section`.
-        interleaved: See `LanguageModelConfig.mrope_interleaved`.
+        count: half of the head size.
+        sections: see `LanguageModelConfig.mrope_section`.
+        interleaved: see `LanguageModelConfig.mrope_interleaved`.
     """
     if not interleaved:
         return np.repeat(np.arange(len(sections)), sections)
@@ -61,9 +61,9 @@ def decoder_rotary(
     is the ordinary 1-D embedding.
 
     Args:
-        position_ids: Position of every token on each axis (time, row, column); text has the same on all.
-        axes: Axis of each frequency (`frequency_axes`).
-        theta: Base of the frequencies.
+        position_ids: position of every token on each axis (time, row, column); text has the same on all.
+        axes: axis of each frequency (`frequency_axes`).
+        theta: base of the frequencies.
 
     Returns:
         Tables of shape (B, S, head_dim / 2).
@@ -80,10 +80,10 @@ def vision_rotary(
     """Rotary tables of the vision tower: a quarter of the channels follows the row, a quarter the column.
 
     Args:
-        rows: Patch row of every patch in the sequence.
-        columns: Patch column of every patch in the sequence.
-        head_dim: Channels of a head.
-        theta: Base of the frequencies.
+        rows: patch row of every patch in the sequence.
+        columns: patch column of every patch in the sequence.
+        head_dim: channels of a head.
+        theta: base of the frequencies.
 
     Returns:
         Tables of shape (P, head_dim / 2).
@@ -133,14 +133,14 @@ def mrope_positions(length: int, image_spans: Sequence[ImageSpan]) -> RopePositi
     """Position ids of one sequence.
 
     Args:
-        length: Tokens in the sequence, padding not counted.
-        image_spans: The images' runs of visual tokens, in order, not overlapping.
+        length: tokens in the sequence, padding not counted.
+        image_spans: the images' runs of visual tokens, in order, not overlapping.
 
     Returns:
         Positions on the axes time, row, column (int32) and the offset for generated tokens.
 
     Raises:
-        ConfigError: If spans overlap, are out of order or leave the sequence.
+        ConfigError: spans overlap, are out of order or leave the sequence.
     """
     pieces: list[np.ndarray] = []
     index = position = 0
@@ -168,15 +168,15 @@ def find_image_spans(
     """Finds the images' placeholder runs by id, one per grid.
 
     Args:
-        token_ids: The sequence; every run of `image_token_id` is an image here.
-        merged_grids: Rows and columns of each image in merged tokens, in order.
-        image_token_id: Id of the placeholder token.
+        token_ids: the sequence; every run of `image_token_id` is an image here.
+        merged_grids: rows and columns of each image in merged tokens, in order.
+        image_token_id: id of the placeholder token.
 
     Returns:
         One span per image.
 
     Raises:
-        ConfigError: If the number or lengths of the runs differ from the grids.
+        ConfigError: the number or lengths of the runs differ from the grids.
     """
     is_image = np.concatenate([[False], np.asarray(token_ids) == image_token_id, [False]])
     edges = np.flatnonzero(is_image[1:] != is_image[:-1])
@@ -203,7 +203,7 @@ def plain_sequence_positions(
     """`plain_positions` of a sequence in which every image token id is a visual token.
 
     Raises:
-        ConfigError: If there are more or fewer of them than the images have.
+        ConfigError: there are more or fewer of them than the images have.
     """
     expected = sum(rows * columns for rows, columns in visual_grids)
     found = int(np.count_nonzero(np.asarray(token_ids) == image_token_id))
@@ -240,7 +240,7 @@ def image_grids(images: Float[Array | np.ndarray, "... K"] | None, image_grid: A
     """The patch grid of every image.
 
     Args:
-        images: Patches of all images in order; leading axes are one after the other.
+        images: patches of all images in order; leading axes are one after the other.
         image_grid: (rows, columns) of every image, or a row for each image: (rows, columns), or
             (1, rows, columns) as transformers' `image_grid_thw`.
 
@@ -248,7 +248,7 @@ def image_grids(images: Float[Array | np.ndarray, "... K"] | None, image_grid: A
         One grid for each image; empty without images.
 
     Raises:
-        ConfigError: The grids make no sense, or are those of other images.
+        ConfigError: the grids make no sense, or are those of other images.
     """
     if images is None or images.size == 0:
         if images is not None or (image_grid is not None and np.ndim(image_grid) == 2 and len(image_grid)):
@@ -292,17 +292,17 @@ def lay_out(
     Each sample takes as many of the images still left, in order, as its image tokens hold.
 
     Args:
-        token_ids: Right-padded ids.
-        lengths: Valid tokens of each sample.
-        visual_grids: Rows and columns of each image in visual tokens, all samples' images in order.
-        image_token_id: The placeholder.
-        sequence_positions: The family's position ids of one sequence.
+        token_ids: right-padded ids.
+        lengths: valid tokens of each sample.
+        visual_grids: rows and columns of each image in visual tokens, all samples' images in order.
+        image_token_id: the placeholder.
+        sequence_positions: the family's position ids of one sequence.
 
     Returns:
         The layout.
 
     Raises:
-        ConfigError: The placeholders do not fit the images.
+        ConfigError: the placeholders do not fit the images.
     """
     batch, length = token_ids.shape
     valid = np.arange(length) < lengths[:, None]

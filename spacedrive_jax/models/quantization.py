@@ -40,7 +40,7 @@ def block_size(width: int) -> int:
     """The largest even divisor of an input axis that is at most `BLOCK`.
 
     Raises:
-        ConfigError: It has none but 2.
+        ConfigError: it has none but 2.
     """
     size = next((size for size in range(BLOCK, _SMALLEST_BLOCK - 1, -2) if width % size == 0), None)
     if size is None:
@@ -60,8 +60,8 @@ def kernel_shape(levels: Any, in_axes: int) -> Shape:
     """Shape of the kernel that an array of integers stands for.
 
     Args:
-        levels: From `quantize`, or its description.
-        in_axes: How many input axes there are, counted behind those of stacked layers.
+        levels: from `quantize`, or its description.
+        in_axes: how many input axes there are, counted behind those of stacked layers.
     """
     shape = list(levels.shape)
     if kind_of(levels) == "int4":
@@ -88,9 +88,9 @@ def quantize(
     """Rounds a kernel to integers.
 
     Args:
-        kernel: Input axes first, then output axes; finite.
-        kind: See the module.
-        in_axes: How many input axes there are.
+        kernel: input axes first, then output axes; finite.
+        kind: see the module.
+        in_axes: how many input axes there are.
 
     Returns:
         The integers, int8 in the kernel's shape, or uint8 with the last input axis halved; and the scales,
@@ -118,9 +118,9 @@ def dequantize(
     """The weights that `quantize` stands for.
 
     Args:
-        levels: Its integers.
-        scale: Its scales.
-        dtype: Of the result; float32 holds every product exactly.
+        levels: its integers.
+        scale: its scales.
+        dtype: of the result; float32 holds every product exactly.
     """
     steps = scale.astype(np.float32)
     if kind_of(levels) == "int8":

@@ -72,11 +72,11 @@ class VisionLanguageModel(nnx.Module):
         """Draws a fresh model; `from_hf` builds one with published weights.
 
         Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
-            lora: Adapters on the language model's projections; None for none.
-            new_tokens: Ids with trainable rows of their own; None for none.
+            config: architecture.
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
+            lora: adapters on the language model's projections; None for none.
+            new_tokens: ids with trainable rows of their own; None for none.
         """
         self.config = config
         self.draw_vision(compute=compute, rngs=rngs)
@@ -89,8 +89,8 @@ class VisionLanguageModel(nnx.Module):
         """Draws what stands before the language model, on the way of construction.
 
         Args:
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
         """
 
     @abc.abstractmethod
@@ -100,22 +100,22 @@ class VisionLanguageModel(nnx.Module):
         """Visual tokens of images that share a patch grid, in the language model's width.
 
         Args:
-            pixel_values: Flattened normalised patches, laid out as the family's vision tower says.
-            grid: Patch rows and columns of every image; static.
+            pixel_values: flattened normalised patches, laid out as the family's vision tower says.
+            grid: patch rows and columns of every image; static.
 
         Returns:
             Visual tokens in row-major order.
 
         Raises:
-            ConfigError: If the pixels do not fit the grid, or the tower cannot take it.
+            ConfigError: the pixels do not fit the grid, or the tower cannot take it.
         """
 
     def visual_features(self, pixel_values: Float[Array, "I P C"], grid: tuple[int, int]) -> VisualFeatures:
         """Visual tokens, and what goes past the embeddings to deeper blocks in families that have it.
 
         Args:
-            pixel_values: As `encode_images` takes them.
-            grid: Likewise.
+            pixel_values: as `encode_images` takes them.
+            grid: likewise.
         """
         return VisualFeatures(self.encode_images(pixel_values, grid))
 
@@ -125,14 +125,14 @@ class VisionLanguageModel(nnx.Module):
         """Position ids of one sequence without padding, on the host: 0, 1, 2, … unless the family says more.
 
         Args:
-            token_ids: The sequence, with a placeholder id per visual token.
-            visual_grids: Rows and columns of each image in visual tokens, in order.
+            token_ids: the sequence, with a placeholder id per visual token.
+            visual_grids: rows and columns of each image in visual tokens, in order.
 
         Returns:
             Positions and the offset for generated tokens.
 
         Raises:
-            ConfigError: If the placeholders do not fit the images.
+            ConfigError: the placeholders do not fit the images.
         """
         return plain_sequence_positions(token_ids, visual_grids, self.config.image_token_id)
 
@@ -145,9 +145,9 @@ class VisionLanguageModel(nnx.Module):
         """Token embeddings, with visual tokens in the image slots.
 
         Args:
-            token_ids: Right-padded ids.
-            image_features: Each sample's visual tokens, all its images in order; None for text only.
-            image_mask: The slots they fill, in order; None takes every image token id.
+            token_ids: right-padded ids.
+            image_features: each sample's visual tokens, all its images in order; None for text only.
+            image_mask: the slots they fill, in order; None takes every image token id.
 
         Returns:
             Embeddings in the compute dtype. Slots behind the last feature keep their token's embedding.
@@ -175,8 +175,8 @@ class VisionLanguageModel(nnx.Module):
             rows and columns of each image.
 
         Raises:
-            DataError: There are no images, or one is neither a PIL image nor such an array.
-            ConfigError: The processor cannot take an image of that shape.
+            DataError: there are no images, or one is neither a PIL image nor such an array.
+            ConfigError: the processor cannot take an image of that shape.
         """
         kind = family_of(self.config).image_processor
         return process_images(kind, self.config.vision, images, self.processor_settings)
@@ -192,17 +192,17 @@ class VisionLanguageModel(nnx.Module):
         """Scores the next token at every place.
 
         Args:
-            token_ids: Right-padded ids on the host, with a placeholder id per visual token.
-            images: Normalised patches of all images, sample by sample: (P, K) as `process` gives them, or
+            token_ids: right-padded ids on the host, with a placeholder id per visual token.
+            images: normalised patches of all images, sample by sample: (P, K) as `process` gives them, or
                 with leading axes such as (B, N, P, K), read in order.
-            image_grid: Patch rows and columns: (N, 2), a row for each image, or one pair for all of them.
-            lengths: Valid tokens per sample; None when all are.
+            image_grid: patch rows and columns: (N, 2), a row for each image, or one pair for all of them.
+            lengths: valid tokens per sample; None when all are.
 
         Returns:
             Logits, float32.
 
         Raises:
-            ConfigError: If the placeholders do not fit the images.
+            ConfigError: the placeholders do not fit the images.
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
         layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
@@ -225,20 +225,20 @@ class VisionLanguageModel(nnx.Module):
         """Continues prompts with the most likely token each time.
 
         Args:
-            token_ids: Right-padded prompts on the host, with a placeholder id per visual token.
+            token_ids: right-padded prompts on the host, with a placeholder id per visual token.
             max_new_tokens: T, tokens to generate per sample at most.
-            images: See `logits`.
-            image_grid: Likewise.
-            lengths: Valid tokens per prompt; None when all are.
-            stop_ids: Ids that end a sample (the id itself is kept). None takes those of the checkpoint's
+            images: see `logits`.
+            image_grid: likewise.
+            lengths: valid tokens per prompt; None when all are.
+            stop_ids: ids that end a sample (the id itself is kept). None takes those of the checkpoint's
                 generation_config.json (`special_ids`); () never stops.
-            pad_id: What stands behind the end of a sample that stopped.
+            pad_id: what stands behind the end of a sample that stopped.
 
         Returns:
             The new ids, without the prompt.
 
         Raises:
-            ConfigError: If `max_new_tokens` is not positive, a prompt is empty, images and ids do not fit, or
+            ConfigError: `max_new_tokens` is not positive, a prompt is empty, images and ids do not fit, or
                 the whole would be longer than the rotary angles hold.
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
@@ -294,10 +294,10 @@ class VisionLanguageModel(nnx.Module):
         """Embeddings with visual tokens in their slots, and what is added behind the first blocks.
 
         Args:
-            token_ids: Right-padded ids.
-            images: As `logits` takes them.
-            layout: Of `lay_out`.
-            grids: Likewise; static.
+            token_ids: right-padded ids.
+            images: as `logits` takes them.
+            layout: of `lay_out`.
+            grids: likewise; static.
         """
         embeddings = self.decoder.embed(token_ids)
         if not grids:

@@ -96,14 +96,14 @@ class VisionBlock(nnx.Module):
         """Draws a block.
 
         Args:
-            config: Sizes and the norms' epsilon.
-            activation: Of the MLP, between `up` and `down`.
-            qkv_bias: Whether queries, keys and values have biases.
-            fused_qkv: Whether the three come from one product.
-            layer_scale: First value of the learnt scales on what attention and MLP add (Touvron et al. 2021);
+            config: sizes and the norms' epsilon.
+            activation: of the MLP, between `up` and `down`.
+            qkv_bias: whether queries, keys and values have biases.
+            fused_qkv: whether the three come from one product.
+            layer_scale: first value of the learnt scales on what attention and MLP add (Touvron et al. 2021);
                 None for none.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
         """
         width, inner = (config.hidden_size,), (config.intermediate_size,)
         norm = functools.partial(
@@ -171,16 +171,16 @@ class VisionTransformer(nnx.Module):
         """Draws a fresh tower.
 
         Args:
-            config: Architecture.
-            activation: See `VisionBlock`, as for `qkv_bias` and `layer_scale`.
-            patch_bias: Whether the patch embedding has a bias.
-            class_token: Whether one more token stands before the patches.
-            first_norm: Whether a norm stands before the blocks.
-            last_norm: Whether one stands behind them.
-            qkv_bias: See `activation`.
-            layer_scale: Likewise.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
+            config: architecture.
+            activation: see `VisionBlock`, as for `qkv_bias` and `layer_scale`.
+            patch_bias: whether the patch embedding has a bias.
+            class_token: whether one more token stands before the patches.
+            first_norm: whether a norm stands before the blocks.
+            last_norm: whether one stands behind them.
+            qkv_bias: see `activation`.
+            layer_scale: likewise.
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
         """
         self.config = config
         self.compute = compute
@@ -212,14 +212,14 @@ class VisionTransformer(nnx.Module):
         """Encodes images.
 
         Args:
-            pixel_values: Flattened normalised patches in row-major order (`flatten_patches`).
-            grid: Patch rows and columns.
+            pixel_values: flattened normalised patches in row-major order (`flatten_patches`).
+            grid: patch rows and columns.
 
         Returns:
             The patches' features in row-major order.
 
         Raises:
-            ConfigError: If the tower cannot take the grid, or the pixels do not fit it.
+            ConfigError: the tower cannot take the grid, or the pixels do not fit it.
         """
         positions = self.positions(grid)
         check_patches(pixel_values, grid, self.config)
@@ -238,7 +238,7 @@ class VisionTransformer(nnx.Module):
         """The learnt positions of a grid, that of the class token before them.
 
         Raises:
-            ConfigError: It is another than they are learnt for.
+            ConfigError: it is another than they are learnt for.
         """
         side, pixels = self.config.grid_side, self.config.image_size
         if tuple(grid) != (side, side):
@@ -321,9 +321,9 @@ def pixel_shuffle(x: Float[Array, "I P D"], grid: tuple[int, int], factor: int) 
     """Makes one token of every factor x factor patches (space to depth; Shi et al. 2016 run backwards).
 
     Args:
-        x: Patches in row-major order.
-        grid: Patch rows and columns, multiples of `factor`.
-        factor: Side of a token in patches.
+        x: patches in row-major order.
+        grid: patch rows and columns, multiples of `factor`.
+        factor: side of a token in patches.
 
     Returns:
         Tokens in row-major order; their channels are those of the patches, row by row.
@@ -337,7 +337,7 @@ def check_patches(pixel_values: Float[Array, "I P C"], grid: tuple[int, int], co
     """Refuses pixels that are not the flattened patches of a grid.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: they are not.
     """
     patches = grid[0] * grid[1]
     if pixel_values.ndim != 3 or pixel_values.shape[1:] != (patches, config.patch_channels):
@@ -385,15 +385,15 @@ def window_layout(grid: tuple[int, int], merge_size: int, window_tokens: int) ->
     """Works out window order for a grid of patches.
 
     Args:
-        grid: Patch rows and columns of the image.
-        merge_size: Side of a merged token in patches.
-        window_tokens: Side of a window in merged tokens.
+        grid: patch rows and columns of the image.
+        merge_size: side of a merged token in patches.
+        window_tokens: side of a window in merged tokens.
 
     Returns:
         The layout.
 
     Raises:
-        ConfigError: If the grid does not divide into merged tokens.
+        ConfigError: the grid does not divide into merged tokens.
     """
     height, width = grid
     if height < 1 or width < 1 or height % merge_size or width % merge_size:

@@ -222,7 +222,7 @@ def check_trackers(config: Config, *, log_in: bool = True) -> None:
             is none. WANDB_MODE=offline or disabled needs none.
 
     Raises:
-        ConfigError: Weights & Biases is not installed, or has no key that it takes.
+        ConfigError: weights & Biases is not installed, or has no key that it takes.
     """
     if "wandb" not in config.train.trackers or not is_first_host():
         return

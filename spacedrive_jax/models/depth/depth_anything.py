@@ -134,9 +134,9 @@ class DepthAnything(nnx.Module):
         """Draws a fresh network.
 
         Args:
-            config: Architecture and input size.
-            compute: Dtypes, rematerialisation, attention kernel; float32 by default.
-            rngs: Random streams (`params`).
+            config: architecture and input size.
+            compute: dtypes, rematerialisation, attention kernel; float32 by default.
+            rngs: random streams (`params`).
         """
         compute = compute or ComputeConfig()
         self.config = config

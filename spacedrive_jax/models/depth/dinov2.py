@@ -140,9 +140,9 @@ class Dinov2(nnx.Module):
         """Draws a fresh backbone.
 
         Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
+            config: architecture.
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
         """
         self.config, self.compute = config, compute
         patch = config.patch_size

@@ -270,9 +270,9 @@ class UniDepthV2(nnx.Module):
         """Draws a fresh network.
 
         Args:
-            config: Architecture and inference sizes.
-            compute: Dtypes, rematerialisation, attention kernel; float32 by default.
-            rngs: Random streams (`params`).
+            config: architecture and inference sizes.
+            compute: dtypes, rematerialisation, attention kernel; float32 by default.
+            rngs: random streams (`params`).
         """
         compute = compute or ComputeConfig()
         self.config, self.compute = config, compute

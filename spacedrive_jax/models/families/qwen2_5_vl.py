@@ -243,9 +243,9 @@ class QwenVision(nnx.Module):
         """Draws a fresh tower.
 
         Args:
-            config: Architecture.
-            compute: Dtypes, rematerialisation, attention kernel.
-            rngs: Random streams (`params`).
+            config: architecture.
+            compute: dtypes, rematerialisation, attention kernel.
+            rngs: random streams (`params`).
         """
         self.config = config
         self.compute = compute
@@ -269,15 +269,15 @@ class QwenVision(nnx.Module):
         """Encodes images of one size.
 
         Args:
-            pixel_values: Flattened patches as transformers' Qwen2-VL image processor lays them out:
+            pixel_values: flattened patches as transformers' Qwen2-VL image processor lays them out:
                 normalised channels x 2 equal frames x 14 x 14, patches of a 2x2 block next to each other.
-            grid: Patch rows and columns, the same for all images; static.
+            grid: patch rows and columns, the same for all images; static.
 
         Returns:
             Visual tokens in row-major order of the merged grid, in the language model's width.
 
         Raises:
-            ConfigError: If the pixels do not fit the grid or the grid does not divide into merged tokens.
+            ConfigError: the pixels do not fit the grid or the grid does not divide into merged tokens.
         """
         config = self.config
         layout = window_layout(grid, config.merge_size, config.window_tokens)

@@ -124,7 +124,7 @@ class SiglipVision(VisionTransformer):
         """The learnt position at each patch's share of the image.
 
         Raises:
-            ConfigError: If the grid is not square or not of whole visual tokens.
+            ConfigError: the grid is not square or not of whole visual tokens.
         """
         config = self.config
         if grid[0] != grid[1] or grid[0] % config.merge_size:
