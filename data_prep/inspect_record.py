@@ -204,19 +204,16 @@ _SHOWN_TEXT = 70
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A keyframe of a records folder.
-
-    Attributes:
-        split: `train` or `val`.
-        index: its place in that split.
-        scene: its scene's name.
-        token: its nuScenes token.
-    """
+    """A keyframe of a records folder."""
 
     split: str
+    """`train` or `val`."""
     index: int
+    """Its place in that split."""
     scene: str
+    """Its scene's name."""
     token: str
+    """Its nuScenes token."""
 
 
 def list_keyframes(directory: Path, scene: str | None = None) -> list[Listed]:

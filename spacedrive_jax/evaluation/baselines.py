@@ -91,17 +91,14 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Planners:
-    """All planners of one evaluation; plain data, so that processes can share it.
-
-    Attributes:
-        files: name to prediction file.
-        mean: the mean trajectory of the train split, None where there is none.
-        notes: what a reader must know about the baselines, in sentences.
-    """
+    """All planners of one evaluation; plain data, so that processes can share it."""
 
     files: Mapping[str, Predictions]
+    """Name to prediction file."""
     mean: Float[np.ndarray, "T 2"] | None
+    """The mean trajectory of the train split, None where there is none."""
     notes: tuple[str, ...] = ()
+    """What a reader must know about the baselines, in sentences."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -99,25 +99,22 @@ _COMPLETED = frozenset({"Completed", "Perfect"})
 
 @dataclasses.dataclass(frozen=True)
 class RouteResult:
-    """One route's record in a result file.
-
-    Attributes:
-        route: the route's number, from `RouteScenario_<number>_rep0`.
-        scenario: scenario type, such as `ParkingCutIn`.
-        save_name: folder of the route's own logs.
-        status: `Perfect`, `Completed` or `Failed - <reason>`.
-        completion: percentage of the route that was driven.
-        score: completion times penalties, 0..100.
-        infractions: kind to messages.
-    """
+    """One route's record in a result file."""
 
     route: str
+    """The route's number, from `RouteScenario_<number>_rep0`."""
     scenario: str
+    """Scenario type, such as `ParkingCutIn`."""
     save_name: str
+    """Folder of the route's own logs."""
     status: str
+    """`Perfect`, `Completed` or `Failed - <reason>`."""
     completion: float
+    """Percentage of the route that was driven."""
     score: float
+    """Completion times penalties, 0..100."""
     infractions: Mapping[str, Sequence[str]]
+    """Kind to messages."""
 
     @property
     def success(self) -> bool:
@@ -160,33 +157,30 @@ class RouteResult:
 
 @dataclasses.dataclass(frozen=True)
 class Bench2DriveScores:
-    """Scores of a set of routes.
-
-    Attributes:
-        driving_score: mean score over the set, missing routes as 0.
-        success_rate: percent of the set.
-        efficiency: mean over routes of their mean speed percentage; None where no route has one.
-        routes: routes with a result.
-        route_set: routes in the set.
-        missing: routes of the set without a result.
-        missing_routes: which ones, where the set is known by number.
-        foreign_routes: results of routes that are not in the set; they do not count.
-        without_speed: routes without a usable speed check, left out of the efficiency.
-        inconsistent: routes whose stored score does not follow from their infractions.
-        statuses: how many routes ended how.
-    """
+    """Scores of a set of routes."""
 
     driving_score: float
+    """Mean score over the set, missing routes as 0."""
     success_rate: float
+    """Percent of the set."""
     efficiency: float | None
+    """Mean over routes of their mean speed percentage; None where no route has one."""
     routes: int
+    """Routes with a result."""
     route_set: int
+    """Routes in the set."""
     missing: int
+    """Routes of the set without a result."""
     missing_routes: tuple[str, ...]
+    """Which ones, where the set is known by number."""
     foreign_routes: tuple[str, ...]
+    """Results of routes that are not in the set; they do not count."""
     without_speed: tuple[str, ...]
+    """Routes without a usable speed check, left out of the efficiency."""
     inconsistent: tuple[str, ...]
+    """Routes whose stored score does not follow from their infractions."""
     statuses: Mapping[str, int]
+    """How many routes ended how."""
 
 
 def read_results(paths: Sequence[Path]) -> list[RouteResult]:

@@ -64,13 +64,10 @@ class PolygonArea:
 
 @dataclasses.dataclass(frozen=True)
 class MaskArea:
-    """The drivable area as 0.1 m cells (nuScenes basic map masks).
-
-    Attributes:
-        cells: 1 where drivable, row forward, column left, over the known square.
-    """
+    """The drivable area as 0.1 m cells (nuScenes basic map masks)."""
 
     cells: UInt8[np.ndarray, "n n"]
+    """1 where drivable, row forward, column left, over the known square."""
 
     def outside(self, boxes: Float[np.ndarray, "K 4 2"]) -> Float[np.ndarray, "K"]:
         """See `DrivableArea.outside`; counts cells whose centre lies in the box."""
@@ -187,19 +184,16 @@ VEHICLE_CATEGORIES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Obstacles:
-    """The future boxes of the agents that count as obstacles, ego frame of the keyframe, steps 1..6.
-
-    Attributes:
-        centre: x, y in metres.
-        yaw: heading in radians.
-        size: length and width in metres, the same at every step.
-        mask: whether the agent is annotated at the step.
-    """
+    """The future boxes of the agents that count as obstacles, ego frame of the keyframe, steps 1..6."""
 
     centre: Float[np.ndarray, "A T 2"]
+    """x, y in metres."""
     yaw: Float[np.ndarray, "A T"]
+    """Heading in radians."""
     size: Float[np.ndarray, "A 2"]
+    """Length and width in metres, the same at every step."""
     mask: Bool[np.ndarray, "A T"]
+    """Whether the agent is annotated at the step."""
 
 
 @functools.lru_cache

@@ -65,32 +65,24 @@ RULES: Mapping[str, Callable[[str], frozenset[str]]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A trajectory a question may be about.
-
-    Attributes:
-        trajectory: its text, `PT, [(+1.20, …), …]`.
-        risks: those of `RISKS` it runs; none means safe.
-    """
+    """A trajectory a question may be about."""
 
     trajectory: str
+    """Its text, `PT, [(+1.20, …), …]`."""
     risks: frozenset[str]
+    """Those of `RISKS` it runs; none means safe."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One answered question.
-
-    Attributes:
-        token: the keyframe.
-        question: names one of the candidates by its numbers.
-        answer: the model's.
-        candidates: the keyframe's trajectories.
-    """
+    """One answered question."""
 
     token: str
     question: str
+    """Names one of the candidates by its numbers."""
     answer: str
     candidates: Sequence[Candidate]
+    """The keyframe's trajectories."""
 
     def subject(self) -> Candidate | None:
         """The first candidate whose numbers the question contains, as published; None where none is."""
@@ -184,17 +176,14 @@ ANSWER_KEYS = ("C", "A")
 
 @dataclasses.dataclass(frozen=True)
 class CounterfactualItems:
-    """Answered questions and what is missing to them.
-
-    Attributes:
-        items: questions with an answer and annotations.
-        unanswered: annotated keyframes without an answer.
-        unannotated: answered keyframes without annotations.
-    """
+    """Answered questions and what is missing to them."""
 
     items: tuple[Item, ...]
+    """Questions with an answer and annotations."""
     unanswered: tuple[str, ...]
+    """Annotated keyframes without an answer."""
     unannotated: tuple[str, ...]
+    """Answered keyframes without annotations."""
 
 
 def read_items(predictions: Path, annotations: Path, *, every_question: bool = False) -> CounterfactualItems:

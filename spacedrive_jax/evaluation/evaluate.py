@@ -43,19 +43,16 @@ CHUNK_KEYFRAMES = 400
 
 @dataclasses.dataclass(frozen=True)
 class KeyframeScores:
-    """All planners' scores on one keyframe.
-
-    Attributes:
-        situation: what the breakdowns and intervals need to know about the keyframe.
-        planners: who answered, row for row of `steps`.
-        failed: whose answer was unusable.
-        steps: scores by rule; empty when the keyframe is not eligible (some future pose is missing).
-    """
+    """All planners' scores on one keyframe."""
 
     situation: Situation
+    """What the breakdowns and intervals need to know about the keyframe."""
     planners: tuple[str, ...] = ()
+    """Who answered, row for row of `steps`."""
     failed: tuple[bool, ...] = ()
+    """Whose answer was unusable."""
     steps: Mapping[Rule, StepScores] = dataclasses.field(default_factory=dict)
+    """Scores by rule; empty when the keyframe is not eligible (some future pose is missing)."""
 
     @property
     def eligible(self) -> bool:
@@ -135,19 +132,16 @@ def _score_chunk(
 
 @dataclasses.dataclass(frozen=True)
 class PlannerScores:
-    """One planner's scores under one protocol.
-
-    Attributes:
-        situations: the keyframes counted, in record order.
-        horizons: their scores, row for row.
-        failures: how many of them are unusable answers counted as failures.
-        with_map: how many of them have a drivable area.
-    """
+    """One planner's scores under one protocol."""
 
     situations: tuple[Situation, ...]
+    """The keyframes counted, in record order."""
     horizons: HorizonScores
+    """Their scores, row for row."""
     failures: int
+    """How many of them are unusable answers counted as failures."""
     with_map: int
+    """How many of them have a drivable area."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -166,25 +160,21 @@ class PlannerScores:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All that one protocol says about a prediction file.
-
-    Attributes:
-        protocol: the protocol.
-        prediction: the file's scores.
-        baselines: scores of planners without a model on all eligible keyframes; `ground_truth` is the
-            recorded drive against itself with no collision step excluded, so its collisions are those
-            of the boxes and annotations, and its L2 is 0.
-        comparison: the file against another one, where asked for.
-        coverage: what was counted.
-        notes: what a reader must know about these numbers, in sentences.
-    """
+    """All that one protocol says about a prediction file."""
 
     protocol: Protocol
     prediction: PlannerScores
+    """The file's scores."""
     baselines: Mapping[str, PlannerScores]
+    """Scores of planners without a model on all eligible keyframes; `ground_truth` is the recorded drive
+    against itself with no collision step excluded, so its collisions are those of the boxes and annotations,
+    and its L2 is 0."""
     comparison: Comparison | None
+    """The file against another one, where asked for."""
     coverage: Coverage
+    """What was counted."""
     notes: tuple[str, ...]
+    """What a reader must know about these numbers, in sentences."""
 
     def to_json(self) -> dict[str, Any]:
         """The object the command prints and writes."""

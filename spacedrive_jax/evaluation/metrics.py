@@ -30,21 +30,18 @@ Table = dict[str, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class StepScores:
-    """What each step of each plan scored; S samples (or plans), T = 6 steps.
-
-    Attributes:
-        l2: distance to the recorded waypoint, metres.
-        collision: the ego box meets an obstacle (before any exclusion).
-        recorded_collision: the recorded drive's own box meets one at that step.
-        off_road: the ego box leaves the drivable area, now (column 0) and at each waypoint.
-        has_map: whether `off_road` was measured; False rows are meaningless there.
-    """
+    """What each step of each plan scored; S samples (or plans), T = 6 steps."""
 
     l2: Float[np.ndarray, "S T"]
+    """Distance to the recorded waypoint, metres."""
     collision: Bool[np.ndarray, "S T"]
+    """The ego box meets an obstacle (before any exclusion)."""
     recorded_collision: Bool[np.ndarray, "S T"]
+    """The recorded drive's own box meets one at that step."""
     off_road: Bool[np.ndarray, "S T+1"]
+    """The ego box leaves the drivable area, now (column 0) and at each waypoint."""
     has_map: Bool[np.ndarray, "S"]
+    """Whether `off_road` was measured; False rows are meaningless there."""
 
     def rows(self, chosen: Bool[np.ndarray, "S"] | slice) -> StepScores:
         """The chosen rows."""
@@ -110,17 +107,14 @@ def stack_scores(scores: Sequence[StepScores]) -> StepScores:
 
 @dataclasses.dataclass(frozen=True)
 class HorizonScores:
-    """Scores per sample at each horizon (columns: 1, 2, 3 s).
-
-    Attributes:
-        l2: metres.
-        collision: 0 or 1, or the share of colliding steps; nan where it cannot be judged.
-        intersection: 0 or 1, or the share of steps off the road; nan where it cannot be judged.
-    """
+    """Scores per sample at each horizon (columns: 1, 2, 3 s)."""
 
     l2: Float[np.ndarray, "S 3"]
+    """Metres."""
     collision: Float[np.ndarray, "S 3"]
+    """0 or 1, or the share of colliding steps; nan where it cannot be judged."""
     intersection: Float[np.ndarray, "S 3"]
+    """0 or 1, or the share of steps off the road; nan where it cannot be judged."""
 
     def rows(self, chosen: Bool[np.ndarray, "S"] | Int[np.ndarray, "K"]) -> HorizonScores:
         """The chosen rows."""

@@ -18,27 +18,24 @@ from spacedrive_jax.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The predictions of one file, sorted into what can be scored and what cannot.
-
-    Attributes:
-        path: the file, or the folder of one file per keyframe.
-        waypoints: by token, those to score, metres, ego frame.
-        text: token to the model's answer ("" where the file has none).
-        unparsed: tokens whose answer held none.
-        short: tokens with fewer than six waypoints.
-        long: tokens with more than six waypoints; the first six are scored, as published.
-        non_finite: tokens with a waypoint that is not finite.
-        duplicates: tokens that occur more than once; the first line counts.
-    """
+    """The predictions of one file, sorted into what can be scored and what cannot."""
 
     path: Path
+    """The file, or the folder of one file per keyframe."""
     waypoints: Mapping[str, Float[np.ndarray, "_ 2"]]
+    """By token, those to score, metres, ego frame."""
     text: Mapping[str, str]
+    """Token to the model's answer ("" where the file has none)."""
     unparsed: tuple[str, ...]
+    """Tokens whose answer held none."""
     short: tuple[str, ...]
+    """Tokens with fewer than six waypoints."""
     long: tuple[str, ...]
+    """Tokens with more than six waypoints; the first six are scored, as published."""
     non_finite: tuple[str, ...]
+    """Tokens with a waypoint that is not finite."""
     duplicates: tuple[str, ...]
+    """Tokens that occur more than once; the first line counts."""
 
     @property
     def tokens(self) -> frozenset[str]:
@@ -114,33 +111,31 @@ class Coverage:
 
     A keyframe is eligible when all six future waypoints exist (quirk Q10: the last six of each scene drop
     out); a planner's score is the mean over the eligible keyframes it has a usable prediction for.
-
-    Attributes:
-        records: keyframes in the split.
-        eligible: keyframes with a whole future.
-        counted: eligible keyframes the score is a mean over: those with a usable prediction, and those with
-            an unusable one under a protocol that counts them as failures.
-        with_map: counted keyframes with a drivable area, the denominator of the intersection.
-        missing: eligible keyframes the file does not mention.
-        unparsed, short, non_finite: eligible keyframes whose prediction is unusable.
-        long: eligible keyframes of which only the first six waypoints were used.
-        duplicates: tokens given more than once (the first line counts).
-        wrong_split: predicted tokens that are keyframes of another split.
-        unknown: predicted tokens that are no keyframe of the folder.
     """
 
     records: int
+    """Keyframes in the split."""
     eligible: int
+    """Keyframes with a whole future."""
     counted: int
+    """Eligible keyframes the score is a mean over: those with a usable prediction, and those with an unusable
+    one under a protocol that counts them as failures."""
     with_map: int
+    """Counted keyframes with a drivable area, the denominator of the intersection."""
     missing: tuple[str, ...]
+    """Eligible keyframes the file does not mention."""
     unparsed: tuple[str, ...]
     short: tuple[str, ...]
     long: tuple[str, ...]
+    """Eligible keyframes of which only the first six waypoints were used."""
     non_finite: tuple[str, ...]
+    """`unparsed`, `short`, `non_finite`: eligible keyframes whose prediction is unusable."""
     duplicates: tuple[str, ...]
+    """Tokens given more than once (the first line counts)."""
     wrong_split: tuple[str, ...]
+    """Predicted tokens that are keyframes of another split."""
     unknown: tuple[str, ...]
+    """Predicted tokens that are no keyframe of the folder."""
 
     def to_json(self) -> dict[str, Any]:
         """Counts as numbers, lists as `{"count", "tokens"}`; `share` is counted over eligible."""

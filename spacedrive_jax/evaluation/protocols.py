@@ -23,33 +23,27 @@ STEPS_PER_SECOND = 2
 
 @dataclasses.dataclass(frozen=True)
 class StepRule:
-    """How one predicted step is laid on the grid.
-
-    Attributes:
-        resolution: metres a cell; the grid always spans [-50, 50) m in x and y of the ego frame.
-        ego_offset: metres from the waypoint forward to the centre of the box that is tested for
-            collision. The box tested against the drivable area is always centred on the waypoint.
-        footprint_yaw: heading of the box tested against the drivable area: `tangent` to the
-            predicted path or always `zero`. (The collision box has its own heading rule.)
-    """
+    """How one predicted step is laid on the grid."""
 
     resolution: float
+    """Metres a cell; the grid always spans [-50, 50) m in x and y of the ego frame."""
     ego_offset: float
+    """Metres from the waypoint forward to the centre of the box that is tested for collision. The box tested
+    against the drivable area is always centred on the waypoint."""
     footprint_yaw: Literal["tangent", "zero"]
+    """Heading of the box tested against the drivable area: `tangent` to the predicted path or always `zero`.
+    (The collision box has its own heading rule.)"""
 
 
 @dataclasses.dataclass(frozen=True)
 class PolygonRule:
-    """How one predicted step is tested without a grid: boxes as polygons, overlaps as areas.
-
-    Attributes:
-        ego_offset: metres from the waypoint (the rear axle) forward along the heading to the centre of the
-            ego box, in both tests.
-        pedestrians: whether people count as obstacles beside vehicles.
-    """
+    """How one predicted step is tested without a grid: boxes as polygons, overlaps as areas."""
 
     ego_offset: float
+    """Metres from the waypoint (the rear axle) forward along the heading to the centre of the ego box, in
+    both tests."""
     pedestrians: bool = False
+    """Whether people count as obstacles beside vehicles."""
 
 
 Combination = Literal["any", "mean", "endpoint"]
@@ -58,29 +52,26 @@ Combination = Literal["any", "mean", "endpoint"]
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One way to turn six scored steps into numbers at 1, 2 and 3 s.
-
-    Attributes:
-        name: as given to `--protocol`.
-        steps: how a single step is scored.
-        l2: how the errors of the steps become one number.
-        collision: the same for colliding steps.
-        intersection: the same for steps off the drivable area.
-        unscorable: what becomes of a step at which the recorded drive itself collides, and of a sample whose
-            ego box is off the road now: counted as `clean`, or `left_out` of the mean.
-        failures: what becomes of an answer without six finite waypoints: `dropped` from the mean, or
-            `counted` as colliding and off the road, with the L2 of standing still.
-        description: one line for tables and reports.
-    """
+    """One way to turn six scored steps into numbers at 1, 2 and 3 s."""
 
     name: str
+    """As given to `--protocol`."""
     steps: StepRule | PolygonRule
+    """How a single step is scored."""
     l2: Literal["mean", "endpoint"]
+    """How the errors of the steps become one number."""
     collision: Combination
+    """The same for colliding steps."""
     intersection: Combination
+    """The same for steps off the drivable area."""
     description: str
+    """One line for tables and reports."""
     unscorable: Literal["clean", "left_out"] = "clean"
+    """What becomes of a step at which the recorded drive itself collides, and of a sample whose ego box is
+    off the road now: counted as `clean`, or `left_out` of the mean."""
     failures: Literal["dropped", "counted"] = "dropped"
+    """What becomes of an answer without six finite waypoints: `dropped` from the mean, or `counted` as
+    colliding and off the road, with the L2 of standing still."""
 
 
 _COARSE_STEPS = StepRule(resolution=0.5, ego_offset=0.5, footprint_yaw="zero")

@@ -28,13 +28,10 @@ GRID_EXTENT_M = 50.0
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A square grid over [-50, 50) m around the ego vehicle.
-
-    Attributes:
-        resolution: metres a cell.
-    """
+    """A square grid over [-50, 50) m around the ego vehicle."""
 
     resolution: float
+    """Metres a cell."""
 
     @property
     def cells(self) -> int:

@@ -40,23 +40,19 @@ TURN_BOUNDS_DEGREES = (5.0, 15.0, 45.0)
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """What situation a keyframe is.
-
-    Attributes:
-        token: the keyframe.
-        scene: the scene it belongs to.
-        command: number of the command in the prompt (the released rule).
-        speed: present speed, m/s: the newest past displacement over its time; nan at a scene's start.
-        turn: absolute change of the recorded heading over the next 3 s, degrees.
-        agents: annotated boxes.
-    """
+    """What situation a keyframe is."""
 
     token: str
     scene: str
+    """The scene it belongs to."""
     command: int
+    """Number of the command in the prompt (the released rule)."""
     speed: float
+    """Present speed, m/s: the newest past displacement over its time; nan at a scene's start."""
     turn: float
+    """Absolute change of the recorded heading over the next 3 s, degrees."""
     agents: int = 0
+    """Annotated boxes."""
 
 
 def situation_of(record: Record) -> Situation:
@@ -178,23 +174,19 @@ def _interval(values: Float[np.ndarray, "R"]) -> list[float] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two prediction files on the keyframes that count for both.
-
-    Attributes:
-        file: the other file.
-        scenes: the common keyframes' scenes.
-        ours: the first file's scores on them.
-        theirs: the other file's.
-        only_ours: keyframes that count for the first file alone.
-        only_theirs: keyframes that count for the other alone.
-    """
+    """Two prediction files on the keyframes that count for both."""
 
     file: str
+    """The other file."""
     scenes: tuple[str, ...]
+    """The common keyframes' scenes."""
     ours: HorizonScores
+    """The first file's scores on them."""
     theirs: HorizonScores
     only_ours: int
+    """Keyframes that count for the first file alone."""
     only_theirs: int
+    """Keyframes that count for the other alone."""
 
     def to_json(self) -> dict[str, Any]:
         """Both files' scores, the difference (ours less theirs) and its interval, and who is nearer."""

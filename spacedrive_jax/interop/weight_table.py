@@ -36,23 +36,20 @@ Prefixes = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One parameter and the tensors it is made of.
-
-    Attributes:
-        source: name in the checkpoint; `{layer}` runs over the stacked blocks.
-        target: path in `nnx.state(model)`.
-        source_shape: shape of one source tensor.
-        in_axes: leading axes of the parameter (the layer axis not counted) that flatten to the source's input
-            axis. 0 means that the layout is only reshaped; otherwise the source is (output, input) and is
-            transposed as well.
-        layers: number of stacked blocks; None when the parameter is not stacked.
-    """
+    """One parameter and the tensors it is made of."""
 
     source: str
+    """Name in the checkpoint; `{layer}` runs over the stacked blocks."""
     target: ParameterPath
+    """Path in `nnx.state(model)`."""
     source_shape: Shape
+    """Shape of one source tensor."""
     in_axes: int = 0
+    """Leading axes of the parameter (the layer axis not counted) that flatten to the source's input axis. 0
+    means that the layout is only reshaped; otherwise the source is (output, input) and is transposed as
+    well."""
     layers: int | None = None
+    """Number of stacked blocks; None when the parameter is not stacked."""
 
     def source_names(self) -> tuple[str, ...]:
         """The checkpoint names this rule reads, in layer order."""

@@ -24,15 +24,11 @@ DEFAULT_SPLIT = "val"
 
 @dataclasses.dataclass(frozen=True)
 class WrittenReport:
-    """A report on disk.
-
-    Attributes:
-        file: the page.
-        notices: what is missing or must be known, as said on the page.
-    """
+    """A report on disk."""
 
     file: Path
     notices: tuple[str, ...]
+    """What is missing or must be known, as said on the page."""
 
 
 def write_report(

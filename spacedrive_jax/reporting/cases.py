@@ -33,17 +33,14 @@ PHOTOGRAPHED_VERSIONS = frozenset({"v1.0-trainval", "v1.0-test", "v1.0-mini"})
 
 @dataclasses.dataclass(frozen=True)
 class ImageOrigin:
-    """How many camera images are of which kind.
-
-    Attributes:
-        original: taken from the dataset's own image files.
-        rendered: drawn when the records were made, because the dataset had no file.
-        absent: cameras without pixels.
-    """
+    """How many camera images are of which kind."""
 
     original: int = 0
+    """Taken from the dataset's own image files."""
     rendered: int = 0
+    """Drawn when the records were made, because the dataset had no file."""
     absent: int = 0
+    """Cameras without pixels."""
 
     def __add__(self, other: ImageOrigin) -> ImageOrigin:
         return ImageOrigin(
@@ -94,24 +91,21 @@ DEPTH_TEXTS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class SplitErrors:
-    """Waypoint errors over a split, and where its pictures come from.
-
-    Attributes:
-        errors: planner name to distances in metres, rows in the order of its keyframes; `prediction` only
-            has rows for `tokens`.
-        tokens: keyframes with a whole future and a usable prediction, in record order.
-        scenes: the scene of each of `tokens`.
-        driven: how far each of `tokens` is from where it stood 3 s before, metres.
-        index_of: token to its index in the split, for all keyframes.
-        images: where its camera images come from.
-    """
+    """Waypoint errors over a split, and where its pictures come from."""
 
     errors: Mapping[str, Float[np.ndarray, "S T"]]
+    """Planner name to distances in metres, rows in the order of its keyframes; `prediction` only has rows for
+    `tokens`."""
     tokens: tuple[str, ...]
+    """Keyframes with a whole future and a usable prediction, in record order."""
     scenes: tuple[str, ...]
+    """The scene of each of `tokens`."""
     driven: tuple[float, ...]
+    """How far each of `tokens` is from where it stood 3 s before, metres."""
     index_of: Mapping[str, int]
+    """Token to its index in the split, for all keyframes."""
     images: ImageOrigin
+    """Where its camera images come from."""
 
 
 def measure_split(
@@ -150,33 +144,30 @@ def measure_split(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One keyframe on the page.
-
-    Attributes:
-        title: why it is shown.
-        details: short name to short value.
-        birds_eye: PNG data address.
-        front: JPEG data address of the front view with paths, None without pixels.
-        strip: JPEG data address of the six views with depth, None without pixels.
-        images: where the camera images come from, in words.
-        depth: where the depth comes from, in words.
-        has_depth: whether depth is shown in the strip.
-        question: what the model was asked, "" where the run does not say.
-        answer: the model's answer, "" where there is none.
-        words: what the new tokens in question and answer mean, "" where there are none.
-    """
+    """One keyframe on the page."""
 
     title: str
+    """Why it is shown."""
     details: Mapping[str, str]
+    """Short name to short value."""
     birds_eye: str
+    """PNG data address."""
     front: str | None
+    """JPEG data address of the front view with paths, None without pixels."""
     strip: str | None
+    """JPEG data address of the six views with depth, None without pixels."""
     images: str
+    """Where the camera images come from, in words."""
     depth: str
+    """Where the depth comes from, in words."""
     has_depth: bool
+    """Whether depth is shown in the strip."""
     question: str
+    """What the model was asked, "" where the run does not say."""
     answer: str
+    """The model's answer, "" where there is none."""
     words: str
+    """What the new tokens in question and answer mean, "" where there are none."""
 
 
 def choose_cases(measured: SplitErrors, highlights: Sequence[str]) -> list[tuple[str, str]]:

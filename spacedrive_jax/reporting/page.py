@@ -48,65 +48,53 @@ should text of a run's files ever reach it as markup."""
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A headline figure.
-
-    Attributes:
-        label: what it is.
-        value: the figure with its unit.
-        detail: a smaller line below, such as an interval.
-    """
+    """A headline figure."""
 
     label: str
     value: str
+    """The figure with its unit."""
     detail: str = ""
+    """A smaller line below, such as an interval."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """Everything that the page of a run shows.
-
-    Attributes:
-        title: the run's name.
-        summary: headline figures.
-        notices: what is missing or must be known, one sentence each.
-        evaluations: objects written by `evaluate`.
-        horizon: data address of the error-over-horizon figure, None without predictions and records.
-        cases: keyframes to show.
-        depth_scale: data address of the colours of the depth, None where no keyframe is shown.
-        curves: (title, data address) per training panel.
-        config: the resolved configuration as dotted names, None when absent.
-        provenance: label to text.
-    """
+    """Everything that the page of a run shows."""
 
     title: str
     summary: Sequence[Tile]
+    """Headline figures."""
     notices: Sequence[str]
+    """What is missing or must be known, one sentence each."""
     evaluations: Sequence[Mapping[str, Any]]
+    """Objects written by `evaluate`."""
     horizon: str | None
+    """Data address of the error-over-horizon figure, None without predictions and records."""
     cases: Sequence[Case]
+    """Keyframes to show."""
     depth_scale: str | None
+    """Data address of the colours of the depth, None where no keyframe is shown."""
     curves: Sequence[tuple[str, str]]
+    """(title, data address) per training panel."""
     config: Mapping[str, str] | None
+    """The resolved configuration as dotted names, None when absent."""
     provenance: Mapping[str, str]
+    """Label to text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """One run in a table of several.
-
-    Attributes:
-        name: of the run.
-        color: `#rrggbb`, its own in all figures.
-        samples: keyframes counted.
-        scores: metric to horizon to value.
-        confidence: metric to horizon to interval, None where there is none.
-    """
+    """One run in a table of several."""
 
     name: str
     color: str
+    """`#rrggbb`, its own in all figures."""
     samples: int
+    """Keyframes counted."""
     scores: Mapping[str, Any]
+    """Metric to horizon to value."""
     confidence: Mapping[str, Any] | None
+    """Metric to horizon to interval, None where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,29 +108,23 @@ class ComparedRun:
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonPage:
-    """Everything that the page of several runs shows.
-
-    Attributes:
-        title: the runs' names.
-        runs: them.
-        notices: what is missing or must be known, one sentence each.
-        protocol: under which they are scored.
-        scores: a row a run, the one the others are held against first; empty where they cannot be scored.
-        why_no_scores: why, if so.
-        differences: a row for each other run: what it differs by on the keyframes both answered.
-        curves: (title, data address) per training panel.
-        config: fields that differ, with each run's value.
-    """
+    """Everything that the page of several runs shows."""
 
     title: str
     runs: Sequence[ComparedRun]
     notices: Sequence[str]
+    """What is missing or must be known, one sentence each."""
     protocol: str
+    """Under which they are scored."""
     scores: Sequence[ScoreRow]
+    """A row a run, the one the others are held against first; empty where they cannot be scored."""
     why_no_scores: str
     differences: Sequence[ScoreRow]
+    """A row for each other run: what it differs by on the keyframes both answered."""
     curves: Sequence[tuple[str, str]]
+    """(title, data address) per training panel."""
     config: Mapping[str, Sequence[str]]
+    """Fields that differ, with each run's value."""
 
 
 def render_page(page: Page) -> str:

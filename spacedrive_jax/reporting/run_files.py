@@ -66,23 +66,20 @@ TABLE_KEYS = ("protocol", "l2", "collision", "intersection", "coverage", "baseli
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """The readable parts of a run directory.
-
-    Attributes:
-        directory: the run directory.
-        provenance: `run.json`: versions, records, checkpoint; empty when absent.
-        config: `config.json`, the resolved configuration; None when absent.
-        steps: lines of `metrics.jsonl`, numeric values only, in step order.
-        evaluations: evaluation files by protocol and records split.
-        missing: what is absent, one sentence each.
-    """
+    """The readable parts of a run directory."""
 
     directory: Path
+    """The run directory."""
     provenance: Mapping[str, Any]
+    """`run.json`: versions, records, checkpoint; empty when absent."""
     config: Mapping[str, Any] | None
+    """`config.json`, the resolved configuration; None when absent."""
     steps: tuple[Mapping[str, float], ...]
+    """Lines of `metrics.jsonl`, numeric values only, in step order."""
     evaluations: tuple[Mapping[str, Any], ...]
+    """Evaluation files by protocol and records split."""
     missing: tuple[str, ...]
+    """What is absent, one sentence each."""
 
     @property
     def predicted(self) -> Mapping[str, Any]:
