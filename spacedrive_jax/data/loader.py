@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
@@ -262,23 +261,23 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
 
 
 class HostShare(grain.MapDataset):
-    """One host's consecutive part of every global batch.
+    """One host's places of every global batch.
 
     Which samples a global batch holds, and their order, do not depend on the number of hosts, so that a run
     can go on with another.
     """
 
-    def __init__(self, samples: grain.MapDataset, batch_size: int, share: int, host: int) -> None:
-        """Args: the endless sample order, global batch size, this host's part of it, this host's index."""
+    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
+        """Args: the endless sample order, global batch size, this host's places in it."""
         super().__init__(samples)
-        self._batch_size, self._share, self._host = batch_size, share, host
+        self._batch_size, self._rows = batch_size, list(rows)
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._share
+        return len(self._parent) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> DrivingBatch:
-        batch, place = divmod(index, self._share)
-        return self._parent[batch * self._batch_size + self._host * self._share + place]
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 def read_ahead(dataset: grain.MapDataset, data: DataConfig, ahead: int) -> grain.DatasetIterator:
@@ -339,7 +338,12 @@ class TrainingBatches(Iterator[DrivingBatch]):
 
 
 def training_iterator(
-    samples: Samples | MixedSamples, data: DataConfig, *, batch_size: int, seed: int
+    samples: Samples | MixedSamples,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
 ) -> TrainingBatches:
     """An endless, checkpointable iterator of this host's share of every global batch.
 
@@ -351,19 +355,14 @@ def training_iterator(
         data: how to read ahead.
         batch_size: of the global batch.
         seed: of the shuffle.
-
-    Raises:
-        ConfigError: the global batch does not divide over the hosts.
+        rows: the places of every batch that are wanted, this host's; None for all.
     """
-    hosts, host = jax.process_count(), jax.process_index()
-    if batch_size % hosts:
-        raise ConfigError(f"train.batch_size {batch_size} does not divide over {hosts} hosts")
     if isinstance(samples, MixedSamples):
         endless = mixed_order(samples.parts, samples.weights, seed)
     else:
         endless = mixed_order([samples], [1.0], seed)
-    share = batch_size // hosts
-    return TrainingBatches(HostShare(endless, batch_size, share, host).batch(share, batch_fn=stack), data)
+    rows = range(batch_size) if rows is None else rows
+    return TrainingBatches(HostShare(endless, batch_size, rows).batch(len(rows), batch_fn=stack), data)
 
 
 def evaluation_batches(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax._src import distributed  # its client has no public name; orbax takes it from here too
 from jax.experimental import multihost_utils
 
+from spacedrive_jax.config import config_changes
 from spacedrive_jax.console import Terminated, first_line
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 
@@ -154,6 +156,28 @@ class Hosts:
                 outcome.append(work())
             self.exchange(b"")
         return outcome[0]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Has all hosts go on only where they mean the same run: else each would wait for the others in a
+        collective that these never come to, or train on with numbers of its own.
+
+        Args:
+            facts: what must be the same everywhere, JSON.
+
+        Raises:
+            SpaceDriveError: on every host, naming the facts and the hosts that differ.
+        """
+        known = [json.loads(each) for each in self.exchange(json.dumps(dict(facts)).encode())]
+        found = [
+            f"host {number} has {change}"
+            for number, each in enumerate(known)
+            for change in config_changes(known[0], each)
+        ]
+        if found:
+            raise SpaceDriveError(
+                f"the hosts do not mean the same run (host 0's -> the other's): {'; '.join(found[:8])}. Give "
+                "all of them the same installation, flags, files and disk"
+            )
 
 
 ALONE = Hosts(0, 1, lambda data: [data])

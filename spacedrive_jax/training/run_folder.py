@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import operator
 import platform
 import shutil
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +19,13 @@ import jax
 from jax.experimental import multihost_utils
 
 from spacedrive_jax import __version__, buckets
-from spacedrive_jax.config import Config, config_changes, from_json, to_json
+from spacedrive_jax.config import Config, config_changes, from_json, to_json, to_plain
 from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text
 from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.training.checkpoint_steps import steps_of
-from spacedrive_jax.training.hosts import is_first_host
+from spacedrive_jax.training.hosts import Hosts, hosts_of_run, is_first_host
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -62,6 +66,8 @@ OF_A_RUN = (
 """What lies in a run's folder, and goes when it is overwritten."""
 OF_OTHERS = ("provenance.json", "dataset_info.json", "v1.0-*", "weights.json", "model*.safetensors", "*.gguf")
 """What lies in folders of records, of nuScenes and of weights, in which no run begins."""
+SEEN_WITHIN = 30.0
+"""Seconds that a network's file system may take to show one host what another wrote."""
 MARGIN = 64 << 20
 """Bytes that metrics and logs may need beside a checkpoint."""
 
@@ -123,6 +129,77 @@ def check(
     return changes
 
 
+OF_A_HOST = (
+    "run_dir",
+    "data.records",
+    "model.weights",
+    "data.read_threads",
+    "data.prefetch_batches",
+    "data.worker_processes",
+    "data.cache_in_memory",
+)
+"""Fields in which the hosts of a run may differ: local copies, and how each reads."""
+
+
+def facts(config: Config, start: int, records: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What all hosts of a run must have alike (`Hosts.agree`).
+
+    Args:
+        config: of the run.
+        start: the step that it begins at, by the checkpoints that this host sees.
+        records: their fingerprint.
+        flags: how it was started.
+    """
+    shared = to_plain(config)
+    for name in OF_A_HOST:
+        *path, last = name.split(".")
+        functools.reduce(operator.getitem, path, shared).pop(last)
+    weights, sizes = config.model.weights, {}
+    if weights is not None and not is_bucket(place(weights)):
+        files = [file for file in (place(weights), *place(weights).glob("*")) if file.is_file()]
+        sizes = {file.name: file.stat().st_size for file in files}
+    return {
+        "config": shared,
+        "flags": flags,
+        "step to begin at": start,
+        "records' fingerprint": records,
+        "bytes of weights": sizes,
+        "version": _versions(),
+    }
+
+
+def require_shared(run_dir: Path, hosts: Hosts) -> None:
+    """Refuses a folder that is not the same one on all hosts: orbax would wait for ever for the shards that
+    the others write elsewhere.
+
+    Raises:
+        SpaceDriveError: on every host, naming those that do not see what the first one writes.
+    """
+    mark = run_dir / f".shared-{hosts.exchange(uuid.uuid4().hex.encode())[0].decode()}"
+    made = hosts.is_first and not run_dir.exists()
+    if hosts.is_first:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(mark, "")
+        except (OSError, SpaceDriveError) as error:
+            raise SpaceDriveError(f"the run folder {run_dir} cannot be written: {error}") from error
+    hosts.exchange(b"it lies there")
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := mark.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [number for number, each in enumerate(hosts.exchange(b"seen" if seen else b"")) if not each]
+    if hosts.is_first:
+        mark.unlink()
+        if blind and made and not is_bucket(run_dir):
+            run_dir.rmdir()
+    if blind:
+        raise SpaceDriveError(
+            f"--run-dir {run_dir} is not one folder: what host 0 wrote there is not seen on "
+            f"{', '.join(f'host {number}' for number in blind)}. Give a folder of a disk that all hosts "
+            "share, or gs://…"
+        )
+
+
 def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
     """Makes a folder this run's: its config lies there from now on.
 
@@ -136,6 +213,7 @@ def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every host has read the run folder")
+        require_shared(run_dir, hosts_of_run())
     if is_first_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -289,14 +367,18 @@ def write_provenance(run_dir: Path, provenance: dict[str, Any]) -> None:
     known = read_json(file) if file.is_file() else {}
     if isinstance(known, dict) and PREDICTED in known:
         provenance = provenance | {PREDICTED: known[PREDICTED]}
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
     provenance = provenance | {
         "devices": [device.device_kind for device in jax.devices()],
         "hosts": jax.process_count(),
-        "versions": {"spacedrive_jax": __version__, "python": platform.python_version()}
-        | {package: metadata.version(package) for package in packages},
+        "versions": _versions(),
     }
     write_json(file, provenance, indent=2)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+    own = {"spacedrive_jax": __version__, "python": platform.python_version()}
+    return own | {package: metadata.version(package) for package in packages}
 
 
 def save_batch_tokens(run_dir: Path, step: int, tokens: list[str], values: dict[str, float]) -> Path:

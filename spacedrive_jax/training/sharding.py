@@ -203,8 +203,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place_everywhere(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """Puts what every host has on all devices.
+
+    `jax.device_put` would do it too, but has the hosts compare their values in a collective of its own: in
+    the loop of steps each host would wait there for all work under way.
+    """
+    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: np.asarray(value))
+
+
 def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
-    """Puts this host's samples on its devices as part of the global batch."""
+    """Puts a whole batch on the devices of a mesh, all of this host."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
@@ -212,7 +221,11 @@ def place_batch(batch: DrivingBatch, mesh: Mesh) -> DrivingBatch:
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """The samples of a global batch that this host's devices hold, in order."""
+    """The samples of a global batch that this host's devices hold, in order.
+
+    They need not stand together: on TPUs a mesh follows the links, not the hosts. Hosts have some in common
+    where `tensor` lies over them.
+    """
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for place in places for row in range(*place[0].indices(batch_size))})  # type: ignore[index]
 
@@ -231,7 +244,8 @@ def place_rows(batch: DrivingBatch, rows: Sequence[int], batch_size: int, mesh: 
     def place(leaf: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            return leaf[[places[row] for row in range(*index[0].indices(batch_size))]]
+            first, behind, _ = index[0].indices(batch_size)  # neighbours in the batch, so here: no copy
+            return leaf[places[first] : places[first] + behind - first]
 
         return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
 

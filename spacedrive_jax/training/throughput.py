@@ -380,15 +380,16 @@ class Throughput:
       device's rate is known.
     """
 
-    def __init__(self, config: Config, started: float, samples: SampleClock) -> None:
+    def __init__(self, config: Config, started: float, samples: SampleClock, share: int) -> None:
         """Starts the clocks.
 
         Args:
             config: the run.
             started: when it started (time.monotonic).
             samples: what this host's samples took to make.
+            share: how many of a batch this host makes.
         """
-        self._batch_size = config.train.batch_size
+        self._batch_size, self._share = config.train.batch_size, share
         self._samples, self._threads = samples, config.data.read_threads
         self._started = started
         self._productive, self._compiled = 0.0, False
@@ -426,8 +427,8 @@ class Throughput:
         }
         making, made = self._samples.take()
         if made:
-            possible = jax.process_count() * max(self._threads, 1) * made / making
-            values["data_headroom"] = possible / values["samples_per_second"]
+            possible = max(self._threads, 1) * made / making
+            values["data_headroom"] = possible * seconds / self._share
         if self._ideal_seconds is not None:
             values["mfu"] = self._ideal_seconds / seconds
         return values

@@ -25,13 +25,14 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import place
 from spacedrive_jax.training import checkpoint_steps, checkpoints, run_folder
 from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
-from spacedrive_jax.training.hosts import PreemptionWatch, is_first_host
+from spacedrive_jax.training.hosts import PreemptionWatch, hosts_of_run, is_first_host
 from spacedrive_jax.training.sharding import (
     check_batch_size,
     check_replication,
+    local_rows,
     make_mesh,
-    place_batch,
-    replicated,
+    place_everywhere,
+    place_rows,
 )
 from spacedrive_jax.training.state import check_start, count, init_train_state
 from spacedrive_jax.training.step import NonfiniteGuard, make_train_step
@@ -173,7 +174,12 @@ def _train(
     check_start(base)
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
     check_lengths(samples)
-    iterator = training_iterator(samples, config.data, batch_size=settings.batch_size, seed=settings.seed)
+    flags = {"resume": resume, "step": step, "overwrite": overwrite, "skip_nonfinite": skip_nonfinite}
+    hosts_of_run().agree(run_folder.facts(config, start, samples.records.fingerprint, flags))
+    rows = local_rows(settings.batch_size, mesh)
+    iterator = training_iterator(
+        samples, config.data, batch_size=settings.batch_size, seed=settings.seed, rows=rows
+    )
 
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
@@ -213,14 +219,14 @@ def _train(
     )
     if is_first_host() and start < settings.steps:
         log.info("%s", opening)
-    throughput = Throughput(config, started, samples.clock)
+    throughput = Throughput(config, started, samples.clock, len(rows))
 
     def advance(done: int, trainable: nnx.State, optimizer_state: Any) -> tuple[Any, ...]:
         waiting = time.monotonic()
         host_batch = next(iterator)
         throughput.waited(time.monotonic() - waiting)
-        batch = place_batch(host_batch, mesh)
-        number = jax.device_put(np.int32(done), replicated(mesh))
+        batch = place_rows(host_batch, rows, settings.batch_size, mesh)
+        number = place_everywhere(np.int32(done), mesh)
         with jax.transfer_guard("disallow"):
             return (*train_step.run(trainable, optimizer_state, frozen, batch, number), host_batch)
 

@@ -192,6 +192,10 @@ def test_training_order_depends_on_the_seed_alone_and_resumes_anywhere():
     )
     seek(resumed, state, CONFIG.train.batch_size)
     assert [next(resumed).index.tolist() for _ in range(3)] == order[2:]
+    # A host makes the places of every batch that its devices hold, together or not.
+    size, seed = CONFIG.train.batch_size, CONFIG.train.seed
+    of_host = training_iterator(samples, CONFIG.data, batch_size=size, seed=seed, rows=[0, size - 1])
+    assert [next(of_host).index.tolist() for _ in range(3)] == [[each[0], each[-1]] for each in order[:3]]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -54,13 +54,15 @@ def test_any_number_of_devices_has_the_same_losses_and_one_compilation(records):
 
 
 def test_two_hosts_train_as_one_and_one_goes_on_alone(records, tmp_path):
+    """Their devices lie crosswise, as on TPUs: both hosts hold every sample, and half of the model."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     run_dir, alone = tmp_path / "run", tmp_path / "alone"
-    command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(run_dir)]
-    command += ["--data.records", str(records), "--train.steps", str(STEPS), "--mesh.data", "2"]
-    command += ["--mesh.fsdp", "2", "--train.checkpoint-every", str(STEPS)]
+    script = ROOT / "tests" / "training" / "crossed_hosts.py"
+    command = [sys.executable, str(script), "train", str(TINY), "--run-dir", str(run_dir)]
+    command += ["--data.records", str(records), "--train.steps", str(STEPS), "--mesh.data", "1"]
+    command += ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--train.checkpoint-every", str(STEPS)]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
     hosts = [
         subprocess.Popen(

@@ -6,9 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
-from spacedrive_jax.training import checkpoint_steps
+from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.training import checkpoint_steps, run_folder
+from spacedrive_jax.training.hosts import Hosts
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
@@ -103,3 +106,55 @@ def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
     done = metadata[0]["step"]
     train(tiny(records, run_dir, steps=done + 1), resume=True, accept_changes=True)
     assert [step for step, _ in losses_of(run_dir)] == list(range(1, done + 2))
+
+
+def two_hosts(work):
+    """What two hosts return or raise, played by threads."""
+    barrier, sent, outcome = threading.Barrier(2), [b"", b""], {}
+
+    def host(index):
+        def exchange(data):
+            sent[index] = data
+            barrier.wait(LIMIT)
+            received = list(sent)
+            barrier.wait(LIMIT)
+            return received
+
+        try:
+            outcome[index] = work(Hosts(index, 2, exchange))
+        except SpaceDriveError as error:
+            outcome[index] = str(error)
+
+    threads = [threading.Thread(target=host, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcome
+
+
+def test_hosts_that_mean_different_runs_say_so_on_both(tmp_path):
+    def meaning(records, **fields):
+        config = tiny(tmp_path / "here", tmp_path / "run", **fields)
+        return run_folder.facts(config, 0, records, {"resume": False})
+
+    one, other = meaning("abc"), meaning("abd", steps=7)
+    assert two_hosts(lambda hosts: hosts.agree(one)) == {0: None, 1: None}
+    said = two_hosts(lambda hosts: hosts.agree(one if hosts.is_first else other))
+    assert said[0] == said[1]
+    assert "host 1 has config.train.steps: 4 -> 7; host 1 has records' fingerprint: abc -> abd" in said[0]
+    # Where each has its own copy of the records, and how it reads them, is its own business.
+    elsewhere = run_folder.facts(tiny(tmp_path / "there", tmp_path / "run"), 0, "abc", {"resume": False})
+    assert one == elsewhere
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_refused_on_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN", 0.1)
+    folders = [tmp_path / "one", tmp_path / "other"]
+    assert two_hosts(lambda hosts: run_folder.require_shared(folders[0], hosts)) == {0: None, 1: None}
+    assert list(folders[0].iterdir()) == []
+    folders[0].rmdir()
+    said = two_hosts(lambda hosts: run_folder.require_shared(folders[hosts.index], hosts))
+    assert "is not one folder: what host 0 wrote there is not seen on host 1" in said[0]
+    assert said[1].partition(": ")[2] == said[0].partition(": ")[2]
+    assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ def test_nothing_is_left_of_a_run_that_cannot_start(records, tmp_path, monkeypat
     def fails(*_):
         raise SpaceDriveError("the first step fails")
 
-    monkeypatch.setattr(loop, "place_batch", fails)
+    monkeypatch.setattr(loop, "place_rows", fails)
     with pytest.raises(SpaceDriveError, match="the first step fails"):
         train(tiny(records, run_dir))
     assert not run_dir.exists()
@@ -346,7 +346,7 @@ def test_a_profile_ends_with_the_run_and_goes_with_one_that_cannot_start(records
     def fails(*_):
         raise SpaceDriveError("the first step fails")
 
-    monkeypatch.setattr(loop, "place_batch", fails)
+    monkeypatch.setattr(loop, "place_rows", fails)
     with pytest.raises(SpaceDriveError, match="the first step fails"):
         train(tiny(records, tmp_path / "none"), profile=ProfileWindow(0, 1))
     assert not (tmp_path / "none").exists()

@@ -50,13 +50,13 @@ def whole(records, tmp_path_factory):
 
 def on_batch(monkeypatch, number, action):
     """Has `action` take place when a run places its batch of that number."""
-    place, seen = loop.place_batch, [0]
+    place, seen = loop.place_rows, [0]
 
-    def placing(batch, mesh):
+    def placing(*arguments):
         seen[0] += 1
-        return action(place(batch, mesh)) if seen[0] == number else place(batch, mesh)
+        return action(place(*arguments)) if seen[0] == number else place(*arguments)
 
-    monkeypatch.setattr(loop, "place_batch", placing)
+    monkeypatch.setattr(loop, "place_rows", placing)
 
 
 def poison(batch):
