@@ -19,6 +19,9 @@ import pytest
 from data_prep.cli.main import main as prepare
 from spacedrive_jax import buckets, folders, io, json_files
 from spacedrive_jax.cli.main import main
+from spacedrive_jax.data.records import open_records
+from spacedrive_jax.driving.client import PolicyClient
+from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.training import checkpoint_steps
 from tests.conftest import ROOT
@@ -160,6 +163,48 @@ def test_drives_in_a_bucket_are_those_on_a_disk(bucket, drives, tmp_path, capsys
     next(io.place(f"{there}/drives").glob("0001-*/result.json")).unlink()  # killed: it is the last to come
     assert main([*command, "--out", there, "--resume"]) == 0
     assert bucket.content("drives/looped/") == files_of(disk)
+    assert not Path("gs:").exists()
+
+
+@pytest.mark.slow
+@needs_gcs
+def test_every_command_reads_a_run_in_a_bucket(bucket, drives, tmp_path, unchecked):
+    here = make_records(tmp_path / "records")
+    buckets.upload_folder(here, io.place(f"{BUCKET}/all/records"))
+    records, run = f"{BUCKET}/all/records", f"{BUCKET}/all/run"
+    assert main(flags(records, run)) == 0
+
+    image = f"{BUCKET}/all/keyframe.png"
+    assert main(["show", run, "--records", records, "--image", image]) == 0
+    assert bucket.content("drives/all/")["keyframe.png"].startswith(b"\x89PNG")
+    for command in (
+        ["export-weights", "--to", "hf", run, "--out", f"{BUCKET}/all/hf"],
+        ["import-weights", "--from", "hf", f"{BUCKET}/all/hf", "--out", f"{BUCKET}/all/imported"],
+    ):
+        assert main(command) == 0
+    assert any(name.endswith(".safetensors") for name in bucket.content("drives/all/imported/"))
+
+    drive = ["drive", "--checkpoint", run, "--scenarios", str(drives), "--workers", "1", "--batch-size", "1"]
+    assert main([*drive, "--image-size", "64x36"]) == 0
+    assert main([*drive, "--image-size", "64x36", "--out", str(tmp_path / "drives")]) == 0
+    assert bucket.content("drives/all/run/drives/") == files_of(tmp_path / "drives")
+
+    predict = ["predict", "--checkpoint", run, "--records", records, "--split", "val", "--batch-size", "2"]
+    assert main([*predict, "--out", f"{BUCKET}/all/predictions.jsonl"]) == 0
+    answers = bucket.content("drives/all/")["predictions.jsonl"].splitlines()
+    serve = ["serve", "--checkpoint", run, "--port", "0", "--batch-size", "1", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spacedrive_jax", *serve], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        client = PolicyClient(process.stdout.readline().split()[-1])
+        assert client.connect()["model"] == "tiny"
+        answer = client.act(act_message(open_records(here, "val")[0], 0, 0.0))
+        assert answer["text"] == json.loads(answers[0])["text"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     assert not Path("gs:").exists()
 
 
