@@ -20,6 +20,8 @@ set -euo pipefail
 config=$1 run_dir=$2
 shift 2
 
+# srun does not pass the job's --cpus-per-task on by itself (SLURM 22.05 and newer): one core would make samples.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # A task owns all GPUs of its node; jax finds the coordinator and the host numbers in SLURM's environment.
 srun --kill-on-bad-exit=1 .venv/bin/python -m spacedrive_jax train "$config" --run-dir "$run_dir" --resume \
     --coordinator auto --json "$@" | tee "$run_dir.$SLURM_JOB_ID.log"

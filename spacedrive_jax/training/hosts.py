@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -62,12 +63,23 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         )
     try:
         if explicit:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            jax.distributed.initialize(coordinator, num_processes, process_id, own_devices())
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(local_device_ids=own_devices())
     except (RuntimeError, ValueError) as error:
         raise SpaceDriveError(f"the hosts of the run could not be joined: {error}") from error
     threading.Thread(target=_end_with_others, name="other hosts", daemon=True).start()
+
+
+def own_devices() -> list[int] | None:
+    """Which GPUs of its node this host has, as `jax.distributed` wants it said; None leaves it to jax.
+
+    Under SLURM and Open MPI jax takes one GPU for each task, that of the task's number on its node: of eight
+    GPUs a task that has its node to itself would see the first alone. An empty list holds none back.
+    """
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", per_node) is not None
+    return [] if alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 FAILED, GONE = "spacedrive/failed", "spacedrive/gone"

@@ -7,8 +7,10 @@ import tomllib
 
 import pytest
 import yaml
+from jax._src.clusters import ClusterEnv
 
 from spacedrive_jax.config import MeshConfig
+from spacedrive_jax.training.hosts import own_devices
 from spacedrive_jax.training.sharding import split_over_slices
 from tests.conftest import ROOT
 
@@ -56,6 +58,16 @@ def test_the_slurm_example_lies_over_its_nodes():
     gpus = int(re.search(r"--gpus-per-node=(\d+)", text)[1])
     assert nodes * gpus == data * fsdp
     assert split_over_slices((data, fsdp, 1), nodes) == (nodes, 1, 1)
+
+
+@pytest.mark.parametrize(("tasks", "seen"), [("1(x4)", []), ("1", []), ("8(x4)", [0])])
+def test_a_task_that_has_its_node_to_itself_sees_all_its_gpus(tasks, seen, monkeypatch):
+    slurm = {"JOB_ID": "1", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "0", "LOCALID": "0"}
+    for name, value in (slurm | {"STEP_TASKS_PER_NODE": tasks}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, own_devices(), None, 1)
+    assert found == (found[0], 4, 0, seen)
 
 
 def test_the_accelerators_extras_follow_the_pin():
