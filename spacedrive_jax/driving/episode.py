@@ -257,7 +257,7 @@ def _red_ahead(world: World) -> bool:
     signals = world.scenario.cast.signals
     return any(
         -2.5 < gate.stop - front < LIGHT_REACH
-        and signals.green_arm(gate.junction, world.state.time) != gate.arm
+        and gate.arm not in signals.green_arms(gate.junction, world.state.time)
         for gate in ego.route.gates
     )
 

@@ -135,7 +135,7 @@ def red_lights(log: DriveLog, lanes: LaneMap) -> list[RedLight]:
             # Only who comes out of the line's own lane crosses it forwards.
             if forward[step, 0] * along[1] - forward[step, 1] * along[0] < 0:
                 continue
-            if signals.green_arm(line.junction, float(log.time[step])) != line.arm:
+            if line.arm not in signals.green_arms(line.junction, float(log.time[step])):
                 found.setdefault((line.junction, line.arm), RedLight(step, line.junction, line.arm))
     return list(found.values())
 
@@ -183,7 +183,8 @@ def waits_at_red(log: DriveLog, step: int) -> bool:
     front = float(log.s[step]) + log.scenario.ego.reference_to_centre + float(log.half[0, 0])
     for gate in log.scenario.ego.route.gates:
         near = -2.5 < gate.stop - front < LIGHT_REACH
-        if near and log.scenario.cast.signals.green_arm(gate.junction, float(log.time[step])) != gate.arm:
+        green = log.scenario.cast.signals.green_arms(gate.junction, float(log.time[step]))
+        if near and gate.arm not in green:
             return True
     return False
 

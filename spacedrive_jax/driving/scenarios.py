@@ -213,7 +213,8 @@ def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
     if kind.red_for is None:
         return script
     other = next(arm for arm in arms if arm != first.arm)
-    lights = ((-1.0, other), (WARM_UP + kind.red_for, -1), (WARM_UP + kind.red_for + 1.0, first.arm))
+    green = WARM_UP + kind.red_for + 1.0
+    lights = ((-1.0, (other,)), (WARM_UP + kind.red_for, ()), (green, (first.arm,)))
     return dataclasses.replace(script, signals={**script.signals, first.junction: lights})
 
 

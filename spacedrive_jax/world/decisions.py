@@ -175,7 +175,7 @@ class Moment:
 
     def _held_by(self, i: int, gate: Gate) -> bool:
         """Whether a red light or somebody from another arm keeps a vehicle, that still can stop, out."""
-        green = self.whole.cast.signals.green_arm(gate.junction, self.time) == gate.arm
+        green = gate.arm in self.whole.cast.signals.green_arms(gate.junction, self.time)
         can_stop = gate.stop - self.front[i] > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
         return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
 
@@ -226,7 +226,7 @@ class Moment:
 
     def _has_way(self, walker: Mover) -> bool:
         crossing, signals = self.whole.town.crossings[walker.crossing], self.whole.cast.signals
-        green = crossing.junction >= 0 and signals.green_arm(crossing.junction, self.time) == crossing.arm
+        green = crossing.junction >= 0 and crossing.arm in signals.green_arms(crossing.junction, self.time)
         return self.time >= walker.departure and not green
 
     def _may_walk(self, mover: Mover) -> bool:

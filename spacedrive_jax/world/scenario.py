@@ -18,7 +18,7 @@ from spacedrive_jax.world import surroundings, traffic
 from spacedrive_jax.world.cast import Cast, Tracks
 from spacedrive_jax.world.step import first_collisions, simulate
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
-from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Route, Signals
+from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Phase, Route, Signals
 from spacedrive_jax.world.vehicle import VehicleState
 
 
@@ -94,7 +94,7 @@ class Script:
     start: float
     speed: float
     cruise_speed: float
-    signals: dict[int, tuple[tuple[float, int], ...]]
+    signals: dict[int, tuple[Phase, ...]]
     extras: tuple[Mover, ...] = ()
 
 
@@ -240,11 +240,12 @@ def _junction_script(
     if manoeuvre == "start":
         start = _length(lane) - STOP_SETBACK - EGO_SIZE[0] / 2 - EGO_AHEAD - float(rng.uniform(0.8, 2.0))
         green = WARM_UP + float(rng.uniform(1.5, 3.5))
-        signals[lane.junction] = ((-1.0, other), (green - 2.0, -1), (green, lane.arm))
+        signals[lane.junction] = ((-1.0, (other,)), (green - 2.0, ()), (green, (lane.arm,)))
         return Script(keys, start, 0.0, cruise, signals)
     if manoeuvre == "stop":
         start = max(3.0, _length(lane) - float(rng.uniform(45.0, 60.0)))
-        signals[lane.junction] = ((-1.0, other), (WARM_UP + float(rng.uniform(9.0, 12.0)), lane.arm))
+        green = WARM_UP + float(rng.uniform(9.0, 12.0))
+        signals[lane.junction] = ((-1.0, (other,)), (green, (lane.arm,)))
         return Script(keys, start, cruise * 0.85, cruise, signals)
     start = max(3.0, _length(lane) - float(rng.uniform(22.0, 34.0)))
     return Script(keys, start, min(cruise, 7.5), cruise, signals)
@@ -280,12 +281,12 @@ def extend_route(town: Town, keys: list[str], length: float, rng: np.random.Gene
     return keys
 
 
-def _green_wave(town: Town, keys: list[str]) -> dict[int, tuple[tuple[float, int], ...]]:
+def _green_wave(town: Town, keys: list[str]) -> dict[int, tuple[Phase, ...]]:
     """The first junction on the way stays green for the ego vehicle; later ones run their own plan."""
     for key in keys:
         lane = town.lanes[key]
         if lane.road is None and town.junctions[lane.junction].signalised:
-            return {lane.junction: ((-1.0, lane.arm),)}
+            return {lane.junction: ((-1.0, (lane.arm,)),)}
     return {}
 
 

@@ -110,9 +110,9 @@ def signal_states(scenario: Scenario, time: float) -> tuple[str, ...]:
     for junction in scenario.town.junctions:
         if not junction.signalised:
             continue
-        green = scenario.cast.signals.green_arm(junction.index, time)
-        soon_red = scenario.cast.signals.green_arm(junction.index, time + 1.0) != green
-        states += ["red" if arm != green else ("amber" if soon_red else "green") for arm in junction.arms]
+        green = scenario.cast.signals.green_arms(junction.index, time)
+        soon = scenario.cast.signals.green_arms(junction.index, time + 1.0)
+        states += ["red" if a not in green else ("green" if a in soon else "amber") for a in junction.arms]
     return tuple(states)
 
 

@@ -132,7 +132,7 @@ def _vehicle(
     route = traffic.lane_route(town, keys, lateral)
     speed = min(wanted, float(np.interp(s, route.lengths, traffic.speed_limit_profile(route))))
     for gate in route.gates[:1]:
-        if signals.green_arm(gate.junction, 0.0) != gate.arm:
+        if gate.arm not in signals.green_arms(gate.junction, 0.0):
             room = max(gate.stop - s - size[0] / 2 - 1.0, 0.0)
             speed = min(speed, float(np.sqrt(2 * 1.2 * room)))
     return Mover(

@@ -215,27 +215,31 @@ class Motion:
         return float(self.s[step]) + travelled, max(speed + acceleration * elapsed, 0.0), acceleration
 
 
+Phase = tuple[float, tuple[int, ...]]
+"""Of a junction's signals: seconds from which on, and the arms that have green then."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """Split-phase signals: one arm at a time is green; scripts may fix the arm of some junctions."""
+    """Split-phase signals: one arm at a time is green; scripts may say who has green at some junctions."""
 
     offsets: Float[np.ndarray, "J"]
     arms: tuple[tuple[int, ...], ...]
-    scripted: dict[int, tuple[tuple[float, int], ...]]
-    """Junction to (from time, green arm) pairs in time order; -1 is red for everyone."""
+    scripted: dict[int, tuple[Phase, ...]]
+    """Junction to its phases in time order."""
 
-    def green_arm(self, junction: int, time: float) -> int:
-        """The arm that has green, -1 while all are red."""
+    def green_arms(self, junction: int, time: float) -> tuple[int, ...]:
+        """The arms that have green: one, none while all are red, two where a script has it so."""
         if junction in self.scripted:
-            current = -1
-            for since, arm in self.scripted[junction]:
-                current = arm if time >= since else current
+            current: tuple[int, ...] = ()
+            for since, arms in self.scripted[junction]:
+                current = arms if time >= since else current
             return current
         phase = (time + self.offsets[junction]) / SIGNAL_PERIOD
         if (phase % 1.0) * SIGNAL_PERIOD > SIGNAL_PERIOD - ALL_RED:
-            return -1
+            return ()
         arms = self.arms[junction]
-        return arms[int(phase) % len(arms)]
+        return (arms[int(phase) % len(arms)],)
 
 
 def lane_route(town: Town, keys: list[str], lateral: float = 0.0, smoothing: float = 1.2) -> Route:

@@ -89,7 +89,7 @@ def make_log(
         else:
             pose = tuple(float(value) for value in other.poses)
             obstacles.append(Obstacle(f"thing{number}", other.category, other.size, pose))
-    signals = Signals(np.zeros(3), ((0, 1, 2), (0, 2), (0, 2)), {0: ((-1.0, 2 if green else 1),)})
+    signals = Signals(np.zeros(3), ((0, 1, 2), (0, 2), (0, 2)), {0: ((-1.0, (2 if green else 1,)),)})
     scenario = Scenario(TOWN, "cruise", "", Cast(tuple(movers), tuple(obstacles), signals), ())
     velocity = (
         np.hypot(np.gradient(x, STEP, edge_order=2), np.gradient(y, STEP, edge_order=2))

@@ -36,8 +36,8 @@ def test_a_red_light_holds_the_turn_for_its_time() -> None:
     scenario, _ = build_drive(DriveSpec(0, "VanillaSignalizedTurnEncounterRedLight", "boston-seaport", 0))
     gate, signals = scenario.ego.route.gates[0], scenario.cast.signals
     assert gate.turn == "left"
-    assert signals.green_arm(gate.junction, WARM_UP + 8.9) != gate.arm
-    assert signals.green_arm(gate.junction, WARM_UP + 10.1) == gate.arm
+    assert gate.arm not in signals.green_arms(gate.junction, WARM_UP + 8.9)
+    assert gate.arm in signals.green_arms(gate.junction, WARM_UP + 10.1)
 
 
 @pytest.mark.parametrize("kind", ["DynamicObjectCrossing", "ParkingCutIn", "HardBreakRoute"])
