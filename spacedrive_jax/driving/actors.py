@@ -59,6 +59,12 @@ class Stage:
         return road.half_width - middle, road.half_width + middle
 
 
+FLOW_GAP = 4.5
+"""Metres between the middles of two who cross one behind the other."""
+CUT_IN_ROOM = 10.0
+"""Metres from who pulls out of a lane to who stands before it there: enough to get by."""
+
+
 @runtime_checkable
 class Actor(Protocol):
     """Somebody with a part."""
@@ -81,6 +87,8 @@ class Crosser:
     """On the road ahead, or on the crossing behind the first junction."""
     hidden_behind: str | None = None
     """Category of what stands between it and the ego vehicle until it steps out."""
+    count: int = 1
+    """How many, one `FLOW_GAP` behind the other."""
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
@@ -98,14 +106,20 @@ class Crosser:
             s = max(s, begins) + float(stage.rng.uniform(0.0, 10.0))
             if stage.kerbs(s) != (near, far):
                 raise UnplayableError("the road changes its width on the way")
-        line = np.stack([stage.beside(s, away), stage.beside(s, -far - 1.5)])
         place = stage.beside(s, 0.0)
-        size = surroundings.draw_size(self.category, stage.rng)
         part = Part(
             Trigger((float(place[0]), float(place[1])), seconds, self.metres),
             ((0.0, self.speed),),
         )
-        mover = Mover(key, self.category, size, traffic.free_route(line), 0.0, 0.0, _still, part=part)
+        movers = []
+        for number in range(self.count):
+            # The first goes furthest, so that those behind it do not run into it there.
+            behind, beyond = number * FLOW_GAP, (self.count - 1 - number) * FLOW_GAP
+            line = np.stack([stage.beside(s, away + behind), stage.beside(s, -far - 1.5 - beyond)])
+            size = surroundings.draw_size(self.category, stage.rng)
+            name = f"{key}-{number}" if number else key
+            route = traffic.free_route(line)
+            movers.append(Mover(name, self.category, size, route, 0.0, 0.0, _still, part=part))
         props = []
         if self.hidden_behind is not None:
             extent = surroundings.draw_size(self.hidden_behind, stage.rng)
@@ -117,7 +131,7 @@ class Crosser:
                     f"{key}-cover", self.hidden_behind, extent, (float(x), float(y), yaw), "vehicle.parked"
                 )
             )
-        return [mover], props
+        return movers, props
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,28 +203,7 @@ class RedRunner:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        gate = _first_gate(stage)
-        own = stage.route.points[(stage.route.lengths > gate.enter) & (stage.route.lengths < gate.leave)]
-        crossing = []
-        for connector in stage.town.lanes.values():
-            arm = connector.arm
-            if connector.road is None and connector.junction == gate.junction and arm != gate.arm:
-                if connector.turn != "straight":
-                    continue
-                distances = exact.norm(own[:, None] - connector.centre)
-                if distances.min() < 1.0:
-                    meets = np.unravel_index(int(np.argmin(distances)), distances.shape)
-                    crossing.append((connector.key, own[meets[0]]))
-        if not crossing:
-            raise UnplayableError("no way straight across meets the route")
-        key_across, place = crossing[int(stage.rng.integers(len(crossing)))]
-        arriving = next(
-            lane.key
-            for lane in stage.town.lanes.values()
-            if key_across in lane.successors and lane.road is not None
-        )
-        leaving = stage.town.lanes[key_across].successors[0]
-        route = traffic.lane_route(stage.town, [arriving, key_across, leaving])
+        route, place = _way_across(stage, from_the_side=True)
         meets_at = float(route.lengths[int(np.argmin(exact.norm(route.points - place)))])
         if meets_at < self.before + 3.0:
             raise UnplayableError("the road from the side is too short")
@@ -222,8 +215,44 @@ class RedRunner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Oncoming:
+    """Cars at the stop line on the other side, which go straight on when the ego vehicle comes to turn."""
+
+    seconds: float = 4.2
+    metres: float = 20.0
+    at: float = 7.0
+    """Seconds after the first decision at which they go in any case."""
+    speed: float = 9.0
+    count: int = 2
+    apart: float = 9.0
+    """Metres between the middles of two."""
+
+    def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
+        """See `Actor`."""
+        route, place = _way_across(stage, from_the_side=False)
+        meets_at = float(route.lengths[int(np.argmin(exact.norm(route.points - place)))])
+        trigger = Trigger((float(place[0]), float(place[1])), self.seconds, self.metres, WARM_UP + self.at)
+        movers = []
+        for number in range(self.count):
+            size = surroundings.draw_size("vehicle.car", stage.rng)
+            start = route.gates[0].stop - size[0] / 2 - 1.0 - number * self.apart
+            if start < size[0]:
+                raise UnplayableError("the road from the other side is too short")
+            # As long as it takes to get by who turns.
+            passed = (meets_at + 6.0 - start) / self.speed + self.speed / (2 * Part.acceleration)
+            part = Part(trigger, ((0.0, self.speed),), passed)
+            name = f"{key}-{number}" if number else key
+            movers.append(Mover(name, "vehicle.car", size, route, start, 0.0, _still, part=part))
+        return movers, []
+
+
+@dataclasses.dataclass(frozen=True)
 class CutIn:
-    """A car at the kerb that pulls out in front of the ego vehicle."""
+    """A standing car that pulls out in front of the ego vehicle: from the kerb, or from the lane beside,
+    where somebody stands before it.
+    """
+
+    out_of: Literal["kerb", "lane"] = "kerb"
 
     seconds: float = 3.0
     metres: float = 18.0
@@ -235,12 +264,9 @@ class CutIn:
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
         s = stage.script.start + float(stage.rng.uniform(34.0, 44.0))
-        near, _ = stage.kerbs(s)
-        stage.kerbs(s + 20.0)
-        if near < 3.6:
-            raise UnplayableError("there is no room at the kerb")
+        stands = self._stands(stage, s)
         along = np.arange(0.0, 13.0, 0.5)
-        aside = (near - 1.2) * (0.5 + 0.5 * exact.cos_sin(np.pi * along / 13.0)[0])
+        aside = stands * (0.5 + 0.5 * exact.cos_sin(np.pi * along / 13.0)[0])
         merging = np.stack([stage.beside(s + float(a), float(b)) for a, b in zip(along, aside, strict=True)])
         rest = stage.route.points[stage.route.lengths > s + 13.5]
         route = traffic.free_route(np.concatenate([merging, rest]))
@@ -248,7 +274,31 @@ class CutIn:
         trigger = Trigger((float(x), float(y)), self.seconds, self.metres)
         part = Part(trigger, ((0.0, self.speed),), acceleration=3.0, yields_after=self.merged)
         size = surroundings.draw_size("vehicle.car", stage.rng)
-        return [Mover(key, "vehicle.car", size, route, 0.0, 0.0, _still, part=part)], []
+        mover = Mover(key, "vehicle.car", size, route, 0.0, 0.0, _still, part=part)
+        if self.out_of == "kerb":
+            return [mover], []
+        extent = surroundings.draw_size("vehicle.truck", stage.rng)
+        ahead = s + size[0] / 2 + CUT_IN_ROOM + extent[0] / 2
+        x, y = stage.beside(ahead, stands)
+        pose = (float(x), float(y), float(stage.route.pose(ahead)[2]))
+        return [mover], [Obstacle(f"{key}-ahead", "vehicle.truck", extent, pose, "vehicle.stopped")]
+
+    def _stands(self, stage: Stage, s: float) -> float:
+        """Metres from the route, towards the traffic side's kerb, at which it stands.
+
+        Raises:
+            UnplayableError: there is no room to stand there, or to pull out.
+        """
+        near, _ = stage.kerbs(s)
+        stage.kerbs(s + 20.0)
+        if self.out_of == "lane":
+            road, index = stage.lane_at(s)
+            if road.lanes < 2:
+                raise UnplayableError("there is no lane beside")
+            return LANE_WIDTH if index == 0 else -LANE_WIDTH
+        if near < 3.6:
+            raise UnplayableError("there is no room at the kerb")
+        return near - 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +313,36 @@ class Standing:
         size = surroundings.draw_size("vehicle.car", stage.rng)
         yaw = float(stage.route.pose(s)[2]) + float(stage.rng.uniform(-0.2, 0.2))
         return [], [Obstacle(key, "vehicle.car", size, (float(x), float(y), yaw), "vehicle.stopped")]
+
+
+def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.ndarray, "2"]]:
+    """A way straight across the first junction from the side or from the other side, and where it meets the
+    ego vehicle's.
+
+    Raises:
+        UnplayableError: there is none.
+    """
+    gate = _first_gate(stage)
+    own = stage.route.points[(stage.route.lengths > gate.enter) & (stage.route.lengths < gate.leave)]
+    crossing = []
+    for connector in stage.town.lanes.values():
+        if connector.road is not None or connector.junction != gate.junction or connector.turn != "straight":
+            continue
+        turned = (connector.arm - gate.arm) % 4
+        if turned == 0 or from_the_side == (turned == 2):
+            continue
+        distances = exact.norm(own[:, None] - connector.centre)
+        if distances.min() < 1.0:
+            meets = np.unravel_index(int(np.argmin(distances)), distances.shape)
+            crossing.append((connector.key, own[meets[0]]))
+    if not crossing:
+        raise UnplayableError("no way straight across meets the route")
+    across, place = crossing[int(stage.rng.integers(len(crossing)))]
+    lanes = stage.town.lanes
+    arriving = next(
+        lane.key for lane in lanes.values() if across in lane.successors and lane.road is not None
+    )
+    return traffic.lane_route(stage.town, [arriving, across, lanes[across].successors[0]]), place
 
 
 def _first_gate(stage: Stage) -> traffic.Gate:

@@ -10,7 +10,17 @@ from typing import Literal
 
 import numpy as np
 
-from spacedrive_jax.driving.actors import Actor, Blocker, Crosser, CutIn, Lead, RedRunner, Stage, Standing
+from spacedrive_jax.driving.actors import (
+    Actor,
+    Blocker,
+    Crosser,
+    CutIn,
+    Lead,
+    Oncoming,
+    RedRunner,
+    Stage,
+    Standing,
+)
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.json_files import read_json
 from spacedrive_jax.world.scenario import (
@@ -45,20 +55,23 @@ class Kind:
     """Who plays a part, with its trigger."""
     arms: int | None = None
     """Arms that the first junction on the way must have."""
+    across_traffic: bool = False
+    """`manoeuvre` turns across the oncoming traffic: where that keeps to the left, to the other side."""
+    oncoming_green: float | None = None
+    """Seconds for which at the first light on the way the oncoming traffic has green too."""
     red_for: float | None = None
     """Seconds for which the first light on the way stays red."""
     seconds: float = 16.0
     """From the first decision to the end of the script."""
-    behind_light: bool = False
-    """The drive ends just behind the first light on the way, where the script's driver must have got to:
-    whoever runs the light is seen to."""
+    ends: Literal["script", "behind light", "behind junction"] = "script"
+    """Where the drive ends: where the script's driver is at the end of the script; just behind the first
+    light on the way, so that whoever runs it is seen to; or just behind that light's junction. The script's
+    driver must have got there."""
 
 
 KINDS: Mapping[str, Kind] = {
-    **{
-        name: Kind("manoeuvre", name, seconds=26.0 if name == "stop" else 14.0, behind_light=name == "stop")
-        for name in MANOEUVRES
-    },
+    **{name: Kind("manoeuvre", name, seconds=14.0) for name in MANOEUVRES},
+    "stop": Kind("manoeuvre", "stop", seconds=26.0, ends="behind light"),
     "BlockedIntersection": Kind("bench2drive", "turn_right", (Blocker(),)),
     "ControlLoss": Kind("bench2drive", "cruise"),
     "DynamicObjectCrossing": Kind("bench2drive", "cruise", (Crosser(2.0, 2.1, 6.0, hidden_behind=CAR),)),
@@ -72,7 +85,7 @@ KINDS: Mapping[str, Kind] = {
     "T_Junction": Kind("bench2drive", "turn_left", arms=3),
     "VanillaSignalizedTurnEncounterGreenLight": Kind("bench2drive", "turn_right"),
     "VanillaSignalizedTurnEncounterRedLight": Kind(
-        "bench2drive", "turn_left", red_for=9.0, seconds=24.0, behind_light=True
+        "bench2drive", "turn_left", red_for=9.0, seconds=24.0, ends="behind light"
     ),
     "VehicleTurningRoute": Kind(
         "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit"),)
@@ -81,8 +94,24 @@ KINDS: Mapping[str, Kind] = {
         "bench2drive", "turn_left", (Crosser(1.8, 2.0, 6.0, where="exit"),)
     ),
     "NeuroNCAPStationary": Kind("neuroncap", "cruise", (Standing(),)),
+    "CrossingBicycleFlow": Kind(
+        "bench2drive", "turn_right", (Crosser(3.0, 2.0, 6.0, "vehicle.bicycle", "exit", count=3),)
+    ),
+    "SignalizedJunctionLeftTurn": Kind(
+        "bench2drive",
+        "turn_left",
+        (Oncoming(),),
+        across_traffic=True,
+        oncoming_green=13.0,
+        seconds=24.0,
+        ends="behind junction",
+    ),
+    "StaticCutIn": Kind("bench2drive", "cruise", (CutIn("lane", seconds=2.5, metres=14.0, speed=3.5),)),
 }
 """Names as Bench2Drive has them where it has the scenario."""
+HELD_OUT = ("CrossingBicycleFlow", "SignalizedJunctionLeftTurn", "StaticCutIn")
+"""Kinds that the set `train` does not have: no policy that learns from its drives has met them."""
+TRAINED = tuple(name for name in KINDS if name not in HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +137,14 @@ class DriveSpec:
 SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "full": (tuple(KINDS), LOCATIONS, 5),
     "unseen": (tuple(KINDS), (TEST_TOWN,), 5),
-    "medium": (tuple(KINDS), (*LOCATIONS, TEST_TOWN), 1),
+    "medium": (TRAINED, (*LOCATIONS, TEST_TOWN), 1),
     "small": (
         ("turn_left", "turn_right", "stop", "follow", "bend", "DynamicObjectCrossing", "HardBreakRoute"),
         LOCATIONS,
         1,
     ),
     "tiny": (("straight", "start"), LOCATIONS[:1], 1),
-    "train": (tuple(KINDS), LOCATIONS, 1),
+    "train": (TRAINED, LOCATIONS, 1),
 }
 """Kinds, towns and seeds of the sets that `--scenarios` knows by name."""
 
@@ -164,8 +193,7 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
     """Stages a drive.
 
     Returns:
-        The scenario, and the place on the route at which it ends: where the script's driver is at its end, or
-        just behind its light (`Kind.behind_light`).
+        The scenario, and the place on the route at which it ends (`Kind.ends`).
 
     Raises:
         UnplayableError: the town has no place for it.
@@ -183,16 +211,19 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
 
 def _staged(kind: Kind, town: Town, rng: np.random.Generator) -> Scenario:
     total = WARM_UP + kind.seconds
-    script = _with_rule(kind, town, write_script(town, kind.manoeuvre, total, rng))
+    manoeuvre = kind.manoeuvre
+    if kind.across_traffic and not town.right_hand:
+        manoeuvre = {"turn_left": "turn_right", "turn_right": "turn_left"}[manoeuvre]
+    script = _with_rule(kind, town, write_script(town, manoeuvre, total, rng))
     if not kind.actors:
-        return cast_scenario(town, script, kind.manoeuvre, total, rng)
+        return cast_scenario(town, script, manoeuvre, total, rng)
 
     def actors(route: Route) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         stage = Stage(town, script, route, rng)
         cast = [actor.cast(stage, f"actor{number}") for number, actor in enumerate(kind.actors)]
         return [m for movers, _ in cast for m in movers], [p for _, props in cast for p in props]
 
-    return cast_scenario(town, script, kind.manoeuvre, total, rng, actors)
+    return cast_scenario(town, script, manoeuvre, total, rng, actors)
 
 
 def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
@@ -204,12 +235,18 @@ def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
     passed = [town.lanes[key] for key in script.keys if town.lanes[key].road is None]
     first = next((lane for lane in passed if town.junctions[lane.junction].signalised), None)
     if first is None:
-        if kind.arms is not None or kind.red_for is not None:
+        if kind.arms is not None or kind.red_for is not None or kind.oncoming_green is not None:
             raise UnplayableError("the route passes no signalised junction")
         return script
     arms = town.junctions[first.junction].arms
     if kind.arms is not None and len(arms) != kind.arms:
         raise UnplayableError(f"the junction has {len(arms)} arms")
+    if kind.oncoming_green is not None:
+        opposite = (first.arm + 2) % 4
+        if opposite not in arms:
+            raise UnplayableError("nobody comes from the other side of the junction")
+        both = ((-1.0, (first.arm, opposite)), (WARM_UP + kind.oncoming_green, (first.arm,)))
+        return dataclasses.replace(script, signals={**script.signals, first.junction: both})
     if kind.red_for is None:
         return script
     other = next(arm for arm in arms if arm != first.arm)
@@ -218,22 +255,23 @@ def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
     return dataclasses.replace(script, signals={**script.signals, first.junction: lights})
 
 
-BEHIND_LIGHT = 12.0
-"""Metres behind the stop line at which the whole vehicle has crossed it."""
+BEHIND_LIGHT, BEHIND_JUNCTION = 12.0, 8.0
+"""Metres behind a stop line, and behind a junction's end, at which the whole vehicle has left it behind."""
 
 
 def goal_of(scenario: Scenario, kind: Kind) -> float:
     """Metres along the route at which a drive of a kind ends.
 
     Raises:
-        UnplayableError: the script's driver does not get past the light that the kind is about.
+        UnplayableError: the script's driver does not get past the junction that the kind is about.
     """
     reached = scenario.motions[0].at(WARM_UP + kind.seconds)[0]
-    if not kind.behind_light:
+    if kind.ends == "script":
         return reached
-    behind = scenario.ego.route.gates[0].stop + BEHIND_LIGHT
+    gate = scenario.ego.route.gates[0]
+    behind = gate.stop + BEHIND_LIGHT if kind.ends == "behind light" else gate.leave + BEHIND_JUNCTION
     if reached < behind:
-        raise UnplayableError("the script's driver still waits at the light at its end")
+        raise UnplayableError("the script's driver still waits at the junction at its end")
     return behind
 
 

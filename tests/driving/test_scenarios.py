@@ -9,6 +9,7 @@ from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import route_constant_speed
 from spacedrive_jax.driving.scenarios import (
+    HELD_OUT,
     KINDS,
     TEST_SEED,
     TRAINING_SEED,
@@ -18,6 +19,7 @@ from spacedrive_jax.driving.scenarios import (
     town_of_drives,
 )
 from spacedrive_jax.world.scenario import WARM_UP
+from spacedrive_jax.world.stage import signal_states
 from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN
 from spacedrive_jax.world.world import World
 
@@ -40,10 +42,12 @@ def test_a_red_light_holds_the_turn_for_its_time() -> None:
     assert gate.arm in signals.green_arms(gate.junction, WARM_UP + 10.1)
 
 
-@pytest.mark.parametrize("kind", ["DynamicObjectCrossing", "ParkingCutIn", "HardBreakRoute"])
+@pytest.mark.parametrize(
+    "kind", ["DynamicObjectCrossing", "ParkingCutIn", "HardBreakRoute", "SignalizedJunctionLeftTurn"]
+)
 def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(kind: str) -> None:
     scenario, _ = build_drive(DriveSpec(0, kind, "boston-seaport", 1))
-    actor = next(i for i, mover in enumerate(scenario.cast.movers) if mover.part is not None)
+    actors = [i for i, mover in enumerate(scenario.cast.movers) if mover.part is not None]
     half = np.array([item.size[:2] for item in (*scenario.cast.movers, *scenario.cast.obstacles)]) / 2
 
     def meets(*, blind: bool) -> bool:
@@ -57,8 +61,8 @@ def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(k
             if vehicle is not None and step % 5 == 0:
                 driver.follow(route_constant_speed(world, {}), vehicle, world.state.time)
             world.step(None if vehicle is None else driver.control(vehicle, world.state.time))
-            hit = hit or actor in overlapping(world.poses(world.state), half).tolist()
-        assert np.isfinite(world.state.traffic.since[actor])
+            hit = hit or bool({*actors} & {*overlapping(world.poses(world.state), half).tolist()})
+        assert np.isfinite(world.state.traffic.since[actors]).all()
         return hit
 
     assert meets(blind=True)
@@ -75,8 +79,28 @@ def test_other_worlds_have_other_towns() -> None:
     first, second = (town_of_drives("boston-seaport", world) for world in (TEST_SEED, TRAINING_SEED))
     assert not np.array_equal(first.junctions[0].centre, second.junctions[0].centre)
     worlds = [spec.world for spec in drive_set("train")]
-    assert worlds == [TRAINING_SEED + number for number in range(2 * len(KINDS))]
+    assert worlds == [TRAINING_SEED + number for number in range(2 * (len(KINDS) - len(HELD_OUT)))]
     assert TEST_SEED not in worlds
+
+
+def test_the_kinds_held_out_are_driven_and_never_collected_in() -> None:
+    assert set(HELD_OUT) <= {spec.kind for spec in drive_set("full")} & {s.kind for s in drive_set("unseen")}
+    assert not set(HELD_OUT) & {spec.kind for spec in (*drive_set("train"), *drive_set("medium"))}
+
+
+def test_who_turns_across_the_oncoming_traffic_has_green_with_it() -> None:
+    """Left in the town that keeps to the right, right in the one that keeps to the left."""
+    turns = {}
+    for town in LOCATIONS:
+        scenario, _ = build_drive(DriveSpec(0, "SignalizedJunctionLeftTurn", town, 0))
+        gate, signals = scenario.ego.route.gates[0], scenario.cast.signals
+        turns[town] = gate.turn
+        assert set(signals.green_arms(gate.junction, 8.0)) == {gate.arm, (gate.arm + 2) % 4}
+        # Not a red light that is run: their light is green, as the ego vehicle's.
+        shown = signal_states(scenario, 8.0)
+        lights = [(j.index, arm) for j in scenario.town.junctions if j.signalised for arm in j.arms]
+        assert shown[lights.index((gate.junction, (gate.arm + 2) % 4))] == "green"
+    assert turns == {"boston-seaport": "left", "singapore-onenorth": "right"}
 
 
 def test_a_drive_that_stops_at_a_red_light_goes_on_behind_it() -> None:
