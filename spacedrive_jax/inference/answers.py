@@ -28,6 +28,7 @@ from spacedrive_jax.folders import output_lock
 from spacedrive_jax.io import is_bucket, put_in_place, read_bytes, say, twin, write_bytes
 from spacedrive_jax.json_files import read_json, to_json, write_json
 from spacedrive_jax.models.family import Message
+from spacedrive_jax.training.hosts import hosts_of_run
 
 PUBLISHED_LIMIT = 100
 """Tokens of an answer."""
@@ -340,8 +341,13 @@ def answer_file_of_hosts(
     """`answer_file` on the first host of a run; the others learn where it stands and write nothing.
 
     Raises:
-        SpaceDriveError: as `answer_file`; on the other hosts that the first one refused.
+        SpaceDriveError: as `answer_file`; on the other hosts that the first one refused; the hosts have other
+            checkpoints or records, or were asked otherwise.
     """
+    meant = json.loads(to_json(metadata))
+    if isinstance(meant.get("checkpoint"), dict):
+        meant["checkpoint"].pop("path", None)  # each host may have a copy of its own
+    hosts_of_run().agree(meant | {"batch_size": batch_size, "resume": resume, "overwrite": overwrite})
     opened = answer_file(out, metadata, batch_size=batch_size, resume=resume, overwrite=overwrite)
     if jax.process_count() == 1:
         with opened as file:
