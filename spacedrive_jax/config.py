@@ -82,6 +82,13 @@ class TrainConfig:
     supervision: Literal["planning", "first", "all"] = "planning"
     """Which coordinates have a position loss: the six waypoints; the first alone, held against all six
     (published `single_coords_only`, fidelity Q18); or every coordinate of the answers."""
+    braking_weight: float = 1.0
+    """Of a sample's position loss where its plan brakes: the fourth half-second is driven more than
+    `losses.BRAKES` slower than the first one. Of most keyframes in which others matter these are few."""
+    past_motion_dropout: float = 0.0
+    """Share of the samples from which the past and the present acceleration are withheld in training, drawn
+    anew at every step (ChauffeurNet's past motion dropout): a model that is told that it is being braked need
+    not see why. Present speed, yaw rate and command stay."""
     vae_weight: float = 1.0
     """Of the divergence that the `vae` coordinate decoder adds."""
     indicator_weight: float = 1.0
@@ -121,6 +128,8 @@ class TrainConfig:
         "position_weight": FROM_ZERO,
         "huber_delta": POSITIVE,
         "vae_weight": FROM_ZERO,
+        "braking_weight": FROM_ZERO,
+        "past_motion_dropout": SHARE,
         "indicator_weight": FROM_ZERO,
         "seed": SEED,
         "log_every": COUNT,

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.batch import TokenType
+from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
+from spacedrive_jax.data.ego_status import ego_status
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.training.losses import losses
+from spacedrive_jax.training.losses import brakes, losses, without_past_motion
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.train import verify_train
 from tests.published_case import GOLDEN, load_case
+from tests.record_factory import make_record
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,47 @@ def test_no_future_no_position_loss(case, score):
     parts = score(without)
     assert float(parts.position) == 0.0
     assert float(parts.language) == float(score().language)
+
+
+def test_a_braking_sample_weighs_more(case, score):
+    steady = jnp.zeros_like(case.batch.waypoints).at[..., 0].set(4.0 * jnp.arange(1, 7))
+    braking = steady.at[:, 2:, 0].set(jnp.array([11.0, 12.0, 12.0, 12.0]))
+    assert not np.any(brakes(steady))
+    assert np.all(brakes(braking))
+    assert not np.any(brakes(steady.at[:, 3:, 0].add(-0.49)))  # the threshold: half a metre
+    assert np.all(brakes(steady.at[:, 3:, 0].add(-0.51)))
+    for waypoints, weight in ((steady, 1.0), (braking, 3.0)):
+        batch = dataclasses.replace(case.batch, waypoints=waypoints)
+        plain, weighed = score(batch).position, score(batch, braking_weight=3.0).position
+        np.testing.assert_allclose(weighed, weight * plain, rtol=1e-6)
+
+
+def test_past_motion_is_withheld_from_a_share_of_the_samples():
+    """What is left is what a vehicle without memory knows, less its acceleration."""
+    now = np.arange(1.0, 14.0)
+    record = make_record(np.random.default_rng(0), can_bus=now, command_route=3)
+    record["past_can_bus"] = np.ones((2, 13))
+    known = ego_status(record, "route")
+    alone = ego_status({**record, "past_mask": np.zeros(2, bool)}, "route").status.copy()
+    alone[33:36] = 0.0
+    assert alone[39] == now[10]  # speed
+    many = 400
+    batch = DrivingBatch(
+        **{field.name: None for field in dataclasses.fields(DrivingBatch)}
+        | {
+            "token_ids": np.zeros((many, 1)),
+            "ego_status": np.tile(known.status, (many, 1)),
+            "past_positions": np.tile(known.past_positions, (many, 1, 1)),
+        }
+    )
+    withheld = without_past_motion(batch, jax.random.key(0), 0.25)
+    forgot = ~np.any(withheld.past_positions, axis=(1, 2))
+    assert 70 < forgot.sum() < 130
+    np.testing.assert_array_equal(withheld.ego_status[forgot], np.tile(alone, (forgot.sum(), 1)))
+    np.testing.assert_array_equal(withheld.ego_status[~forgot], np.tile(known.status, ((~forgot).sum(), 1)))
+    again, other = (without_past_motion(batch, jax.random.key(seed), 0.25) for seed in (0, 1))
+    np.testing.assert_array_equal(withheld.ego_status, again.ego_status)
+    assert not np.array_equal(withheld.ego_status, other.ego_status)
 
 
 def test_misfitting_choices_are_refused(case):

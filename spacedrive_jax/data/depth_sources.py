@@ -77,6 +77,10 @@ class DepthConfig:
     """In order of preference, chosen for each camera of each keyframe; an error where none has it."""
     pooling: Pooling = "min"
     """The paper min-pools, so that a patch takes its nearest surface (section 3.1)."""
+    heights: tuple[float, float] | None = None
+    """Least and most metres over the ground (the ego frame's z, flat ground) between which a surface counts:
+    a patch then takes its nearest obstacle where it would take the road. Needs depth of every pixel, sources
+    `exact` alone. None counts every surface."""
     far: float = 200.0
     """Depth of sky and of surfaces beyond it, metres."""
     cache: str | None = None
@@ -88,6 +92,15 @@ class DepthConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "data.depth")
+        if self.heights is None:
+            return
+        if not self.heights[0] < self.heights[1]:
+            raise ConfigError(f"data.depth.heights {list(self.heights)}: the first must be the lower one")
+        if other := [source for source in self.sources if source != "exact"]:
+            raise ConfigError(
+                f"data.depth.heights needs depth of every pixel: take {', '.join(other)} out of "
+                "data.depth.sources, or leave heights None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +254,23 @@ def _exact(
         return None
     what = f"keyframe {record['token']}: the {CAMERAS[camera]} depth"
     depth = decode_depth(record["exact_depth"][camera], what)
-    return pool_depth(np.where(depth > 0, depth, np.float32(config.far)), grid, config.pooling)
+    counts = depth > 0
+    if config.heights is not None:
+        height = _heights(record, camera, depth)
+        counts &= (height >= config.heights[0]) & (height <= config.heights[1])
+    return pool_depth(np.where(counts, depth, np.float32(config.far)), grid, config.pooling)
+
+
+def _heights(record: Record, camera: int, depth: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """Of every pixel's surface over the ground, metres."""
+    (rows, columns), (height, width) = depth.shape, record["image_size"][camera]
+    mounted, intrinsics = record["camera_to_ego"][camera], record["camera_intrinsics"][camera]
+    # The way up per metre of depth along the ray through each pixel's middle.
+    u = (np.arange(columns) + 0.5) * (width / columns)
+    v = (np.arange(rows) + 0.5) * (height / rows)
+    aside = mounted[2, 0] * ((u - intrinsics[0, 2]) / intrinsics[0, 0])
+    down = mounted[2, 1] * ((v - intrinsics[1, 2]) / intrinsics[1, 1])
+    return depth.astype(np.float64) * (aside[None] + down[:, None] + mounted[2, 2]) + mounted[2, 3]
 
 
 def _lidar(

@@ -256,6 +256,32 @@ NODE_UNIT = 10.0
 """Metres, for nodes of the route beside the ego status."""
 
 
+SCAN_DEGREES = 35.0
+"""The sectors lie between so much to the right and so much to the left of straight ahead."""
+SCAN_FAR = 200.0
+"""Metres, where a sector holds nothing."""
+SCAN_REACHES = (10.0, 25.0)
+"""Metres within which a distance is told: as exp(-distance / reach), 0 for far away."""
+
+
+def nearest_in_sectors(points: Float[Array, "... N 3"], sectors: int) -> Float[Array, "... sectors"]:
+    """Distance of the nearest point in each of some equal sectors ahead, as a laser scan has it.
+
+    Args:
+        points: of the visual tokens, metres, ego frame.
+        sectors: how many, from right to left between -35 and 35 degrees.
+
+    Returns:
+        Metres in the ground plane, 200 where a sector holds no point.
+    """
+    points = points.astype(jnp.float32)
+    across = jnp.degrees(jnp.arctan2(points[..., 1], points[..., 0])) + SCAN_DEGREES
+    sector = jnp.floor(across * (sectors / (2 * SCAN_DEGREES)))
+    distance = jnp.minimum(jnp.linalg.norm(points[..., :2], axis=-1), SCAN_FAR)
+    inside = sector[..., None] == jnp.arange(sectors)
+    return jnp.min(jnp.where(inside, distance[..., None], SCAN_FAR), axis=-2)
+
+
 class EgoStatusEncoder(nnx.Module):
     """The ego feature token: a two-layer MLP over the 74 ego status numbers (SpaceDrive+)."""
 
@@ -266,6 +292,7 @@ class EgoStatusEncoder(nnx.Module):
         *,
         units: bool = False,
         route: bool = False,
+        scan: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
         """Draws a fresh encoder.
@@ -275,17 +302,23 @@ class EgoStatusEncoder(nnx.Module):
             model_width: D.
             units: divide every number by what is usual of it.
             route: read the route's next nodes as well.
+            scan: read the nearest distance in so many sectors as well.
             rngs: random streams (`params`).
         """
-        self.units, self.route = units, route
-        inputs = status_size + 2 * NUM_ROUTE_NODES * route
+        self.units, self.route, self.scan = units, route, scan
+        inputs = status_size + 2 * NUM_ROUTE_NODES * route + len(SCAN_REACHES) * scan
         self.hidden = nnx.Linear(inputs, model_width, rngs=rngs)
         self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 
     def __call__(
-        self, status: Float[Array, "... E"], nodes: Float[Array, "... nodes 3"] | None = None
+        self,
+        status: Float[Array, "... E"],
+        nodes: Float[Array, "... nodes 3"] | None = None,
+        nearest: Float[Array, "... sectors"] | None = None,
     ) -> Float[Array, "... D"]:
-        """(..., 74) ego status, and (..., 2, 3) metres where it reads nodes -> (..., D) float32."""
+        """(..., 74) ego status; (..., 2, 3) metres where it reads nodes, and what `nearest_in_sectors` gives
+        where it reads a scan -> (..., D) float32.
+        """
         status = status.astype(jnp.float32)
         if self.units:
             status = status / jnp.asarray(status_units())
@@ -293,4 +326,8 @@ class EgoStatusEncoder(nnx.Module):
             assert nodes is not None
             flat = nodes[..., :2].reshape(*nodes.shape[:-2], -1) / NODE_UNIT
             status = jnp.concatenate([status, flat], axis=-1)
+        if self.scan:
+            assert nearest is not None
+            near = [jnp.exp(-nearest / reach) for reach in SCAN_REACHES]
+            status = jnp.concatenate([status, *near], axis=-1)
         return self.output(jax.nn.relu(self.hidden(status)))

@@ -25,6 +25,7 @@ from spacedrive_jax.models.coordinate_decoder import (
 from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     EgoStatusEncoder,
+    nearest_in_sectors,
     rotate_features,
 )
 from spacedrive_jax.models.families import family_of
@@ -73,7 +74,12 @@ class SpaceDrive(nnx.Module):
         has_feature = config.ego_status in ("feature", "both")
         self.ego_encoder = (
             EgoStatusEncoder(
-                STATUS_SIZE, width, units=config.ego_units, route=config.route_in_status, rngs=rngs
+                STATUS_SIZE,
+                width,
+                units=config.ego_units,
+                route=config.route_in_status,
+                scan=config.scan_in_status,
+                rngs=rngs,
             )
             if has_feature
             else None
@@ -178,7 +184,9 @@ class SpaceDrive(nnx.Module):
         embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
             nodes = self._route_nodes(batch) if config.route_in_status else None
-            feature = self.ego_encoder(batch.ego_status, nodes)[:, None]
+            sectors = config.scan_in_status
+            nearest = nearest_in_sectors(self.patch_points(batch), sectors) if sectors else None
+            feature = self.ego_encoder(batch.ego_status, nodes, nearest)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)

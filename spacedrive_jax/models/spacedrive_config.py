@@ -56,6 +56,11 @@ class ModelConfig:
     route_in_status: bool = False
     """The ego feature's MLP reads the route's next nodes too, beside their tokens (`data.route_targets`): a
     model that trains from scratch learns from them hundreds of steps earlier."""
+    scan_in_status: int = 0
+    """The ego feature's MLP reads the distance of the nearest visual token in so many sectors ahead, too
+    (`models.coordinate_encoder.nearest_in_sectors`): a small model sees who is before it as soon as it knows
+    its own speed. With `data.depth.heights` that is who stands on the road, without it the road. 0 for none.
+    """
     path_points: int = 0
     """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
     (waypoints give the speed, the path the direction), 0 for none."""
@@ -69,7 +74,7 @@ class ModelConfig:
     state before a coordinate is decoded in training (published, fidelity Q20; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
-    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS)}
+    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS), "scan_in_status": Bound(0, 64)}
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model")
@@ -78,10 +83,16 @@ class ModelConfig:
                 f"model.compute.base_quantization {self.compute.base_quantization} needs a frozen base: set "
                 "model.use_lora True, or base_quantization none"
             )
-        if (self.ego_units or self.route_in_status) and self.ego_status not in ("feature", "both"):
+        about_feature = self.ego_units or self.route_in_status or self.scan_in_status
+        if about_feature and self.ego_status not in ("feature", "both"):
             raise ConfigError(
-                "model.ego_units and model.route_in_status are about the ego feature: set model.ego_status "
-                f"feature or both, not {self.ego_status}"
+                "model.ego_units, model.route_in_status and model.scan_in_status are about the ego feature: "
+                f"set model.ego_status feature or both, not {self.ego_status}"
+            )
+        if self.scan_in_status and self.visual_positions == "none":
+            raise ConfigError(
+                f"model.scan_in_status {self.scan_in_status} reads where visual tokens are, and "
+                "model.visual_positions none reads no depth: set it add or rotate"
             )
         if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
             raise ConfigError(

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
+from spacedrive_jax.constants import CAN_BUS_SIZE, NUM_PAST, STATUS_SIZE
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.coordinate_decoder import VaeDecoder
 from spacedrive_jax.models.partitioning import constrain
@@ -67,6 +69,41 @@ def label_cross_entropy(
 
 
 EMBEDDING_LOSSES = ("cosine", "embedding_l2")
+
+_PAST_STATES = NUM_PAST * (1 + CAN_BUS_SIZE)
+_ACCELERATION = _PAST_STATES + 1 + 4
+PAST_MOTION = np.ones(STATUS_SIZE, bool)
+"""Which numbers of the ego status `without_past_motion` withholds: all but the present command, orientation,
+rotation rate and velocity."""
+PAST_MOTION[_PAST_STATES : _PAST_STATES + 1 + CAN_BUS_SIZE] = False
+PAST_MOTION[_ACCELERATION : _ACCELERATION + 3] = True
+
+BRAKES = 0.5
+"""Metres by which a plan's fourth half-second is shorter than its first where it brakes: 1 m/s."""
+
+
+def brakes(waypoints: Float[Array, "B T 2"]) -> Bool[Array, " B"]:
+    """Which plans slow down by more than `BRAKES` (`train.braking_weight`)."""
+    first = safe_norm(waypoints[:, 0])
+    fourth = safe_norm(waypoints[:, 3] - waypoints[:, 2])
+    return first - fourth > BRAKES
+
+
+def without_past_motion(batch: DrivingBatch, key: jax.Array, share: float) -> DrivingBatch:
+    """A batch of which a share of the samples does not know its past, nor its present acceleration.
+
+    Such a sample's status is what a vehicle without memory has (zeros for past states and poses), so a model
+    knows it from the first keyframe of a scene.
+
+    Args:
+        batch: of any size.
+        key: decides which samples.
+        share: of the samples, 0 to 1.
+    """
+    dropped = jax.random.bernoulli(key, share, (batch.size,))
+    status = jnp.where(dropped[:, None] & jnp.asarray(PAST_MOTION), 0.0, batch.ego_status)
+    past = jnp.where(dropped[:, None, None], 0.0, batch.past_positions)
+    return dataclasses.replace(batch, ego_status=status, past_positions=past)
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +182,10 @@ def losses(
     )
     language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
     count = None if path is None else waypoints.indices.shape[1]
-    position = position_loss(model, _part(outputs, slice(count)), waypoints, config)
+    weight = None
+    if config.braking_weight != 1.0:
+        weight = jnp.where(brakes(batch.waypoints), config.braking_weight, 1.0)
+    position = position_loss(model, _part(outputs, slice(count)), waypoints, config, weight)
     along_path = jnp.zeros(())
     if path is not None:
         along_path = position_loss(model, _part(outputs, slice(count, None)), path, config)
@@ -210,17 +250,21 @@ def select_path(batch: DrivingBatch) -> Supervised | None:
 
 
 def position_loss(
-    model: SpaceDrive, outputs: Outputs, supervised: Supervised, config: TrainConfig
+    model: SpaceDrive,
+    outputs: Outputs,
+    supervised: Supervised,
+    config: TrainConfig,
+    weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean over the valid coordinates, in metres or between embeddings."""
+    """Mean over the valid coordinates, in metres or between embeddings; each sample's times its weight."""
     if config.position_loss in EMBEDDING_LOSSES:
         true_coordinates = jnp.pad(supervised.true_coordinates, ((0, 0), (0, 0), (0, 1)))
         # As published, the true encodings are targets: alpha learns from the inputs alone.
         target = jax.lax.stop_gradient(model.encoder(true_coordinates))
         hidden = outputs.at_indicators.astype(jnp.float32)
         if config.position_loss == "cosine":
-            return _mean(1 - _cosine(hidden, target), supervised.mask)
-        return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask)
+            return _mean(1 - _cosine(hidden, target), supervised.mask, weight)
+        return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask, weight)
     error = outputs.coordinates[..., :2] - supervised.true_coordinates
     if config.position_loss == "l1":
         per_axis = jnp.abs(error)
@@ -228,7 +272,7 @@ def position_loss(
         per_axis = jnp.square(error)
     else:
         per_axis = optax.huber_loss(error, delta=config.huber_delta)
-    return _mean(jnp.mean(per_axis, axis=-1), supervised.mask)
+    return _mean(jnp.mean(per_axis, axis=-1), supervised.mask, weight)
 
 
 def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
@@ -264,7 +308,11 @@ def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
         )
 
 
-def _mean(values: Float[Array, "B C"], mask: Bool[Array, "B C"]) -> Float[Array, ""]:
+def _mean(
+    values: Float[Array, "B C"], mask: Bool[Array, "B C"], weight: Float[Array, " B"] | None = None
+) -> Float[Array, ""]:
+    if weight is not None:
+        values = values * weight[:, None]
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 

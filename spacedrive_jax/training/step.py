@@ -21,12 +21,14 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.models.partitioning import activations_on, constrain
-from spacedrive_jax.training.losses import losses
+from spacedrive_jax.training.losses import losses, without_past_motion
 from spacedrive_jax.training.run_folder import save_batch_tokens
 from spacedrive_jax.training.sharding import replicated
 from spacedrive_jax.training.state import abstract_state, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]
+PAST_MOTION_STREAM = 0x9A57
+"""Folded into a step's key: what is withheld does not hang on the adapters' dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +64,17 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         transform_non_params=lambda _: replicated(mesh),
     )
     uses_dropout = config.model.use_lora and config.model.lora.dropout > 0
+    withholds = settings.past_motion_dropout > 0
 
     def loss(
         trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key)
+        if withholds:
+            assert key is not None
+            batch = without_past_motion(
+                batch, jax.random.fold_in(key, PAST_MOTION_STREAM), settings.past_motion_dropout
+            )
+        parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key if uses_dropout else None)
         metrics = {
             "loss": parts.total,
             "loss_language": parts.language,
@@ -83,7 +91,7 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
     def train_step(
         trainable: nnx.State, optimizer_state: Any, frozen: nnx.State, batch: DrivingBatch, step: jax.Array
     ) -> tuple[nnx.State, Any, Metrics]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout else None
+        key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout or withholds else None
         with activations_on(mesh):
             gradients, metrics = accumulate(
                 jax.grad(loss, has_aux=True), trainable, frozen, batch, key, settings.grad_accum_steps

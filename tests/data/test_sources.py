@@ -23,6 +23,28 @@ def test_exact_depth_is_min_pooled_and_sky_is_far():
     assert used == ["exact"] * 6
 
 
+def test_what_lies_below_or_above_the_heights_is_left_out():
+    # The cameras of these records stand 1.5 m high and look level, focal length 60 pixels: 10 m ahead a
+    # surface 9 pixels below the horizon lies on the road, one 3 below it 1 m and one 12 above it 3.5 m high.
+    record = make_record(np.random.default_rng(0))
+    middle, height = record["camera_intrinsics"][0][1, 2], record["camera_to_ego"][0][2, 3]
+    depth = np.zeros((45, 80), np.uint16)
+    for pixels in (-12, 3, 9):
+        depth[int(middle + pixels), 40] = 10 * 256
+    record["exact_depth"] = [encode_png(depth)] * 6
+    found = {}
+    for heights in ((0.2, 2.5), (-0.2, 0.2), (3.0, 4.0), (4.5, 9.0)):
+        config = DepthConfig(sources=("exact",), heights=heights, far=99.0)
+        (pooled, *_), _ = record_patch_depth(record, (45, 80), config)
+        found[heights] = (np.flatnonzero((pooled < 99.0).any(axis=1)) - int(middle)).tolist()
+    assert height == 1.5
+    assert found == {(0.2, 2.5): [3], (-0.2, 0.2): [9], (3.0, 4.0): [-12], (4.5, 9.0): []}
+    with pytest.raises(ConfigError, match=r"take lidar out of data\.depth\.sources"):
+        DepthConfig(heights=(0.2, 2.5))
+    with pytest.raises(ConfigError, match="the first must be the lower one"):
+        DepthConfig(sources=("exact",), heights=(2.5, 0.2))
+
+
 def test_lidar_sees_a_wall_at_its_distance_from_the_camera():
     record = make_record(np.random.default_rng(0), lidar=sweep(wall_ahead(21.0)))
     points = lidar.points_in_cameras(record)[0]

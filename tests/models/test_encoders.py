@@ -22,6 +22,7 @@ from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     CoordinateEncoderConfig,
     EgoStatusEncoder,
+    nearest_in_sectors,
     rotate_features,
     status_units,
 )
@@ -111,6 +112,21 @@ def test_the_ego_feature_in_units_and_with_the_route():
     np.testing.assert_allclose(routed(status, nodes), by_hand, atol=1e-6)
     with pytest.raises(ConfigError, match=r"set model\.ego_status feature or both, not none"):
         ModelConfig(ego_status="none", route_in_status=True)
+
+
+def test_the_ego_feature_reads_the_nearest_point_of_every_sector():
+    # Seven sectors of 10 degrees: straight ahead is the fourth, 30 degrees to the left the last one.
+    points = np.array([[20, 0, 0], [12, 1, 1], [8, 8 * np.tan(np.pi / 6), 0], [5, -5, 0], [-3, 0, 0]])
+    nearest = nearest_in_sectors(jnp.asarray(points)[None], 7)
+    expected = [200.0] * 3 + [np.hypot(12, 1), 200.0, 200.0, 8 / np.cos(np.pi / 6)]
+    np.testing.assert_allclose(nearest, [expected], rtol=1e-5)
+    status = jnp.ones((1, STATUS_SIZE))
+    encoder = EgoStatusEncoder(STATUS_SIZE, WIDTH, scan=7, rngs=nnx.Rngs(0))
+    inputs = np.concatenate([status, np.exp(-nearest / 10), np.exp(-nearest / 25)], axis=1)
+    by_hand = encoder.output(jax.nn.relu(encoder.hidden(jnp.asarray(inputs))))
+    np.testing.assert_allclose(encoder(status, nearest=nearest), by_hand, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"visual_positions none reads no depth"):
+        ModelConfig(visual_positions="none", scan_in_status=7)
 
 
 def test_divergence_is_that_of_normal_distributions():

@@ -45,7 +45,7 @@ def losses_on(config, layout: MeshConfig, steps: int) -> tuple[list[float], int]
 
 
 if __name__ == "__main__":
-    run = tiny(Path(sys.argv[1]), Path("unused"), steps=STEPS, batch_size=8)
+    run = tiny(Path(sys.argv[1]), Path("unused"), steps=STEPS, batch_size=8, past_motion_dropout=0.5)
     # As on a pod: adapters with dropout on a frozen base, blocks worked out again for the backward pass.
     compute = dataclasses.replace(run.model.compute, remat="full")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, use_lora=True, compute=compute))

@@ -11,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import config_changes, from_json, load_config, to_json
-from spacedrive_jax.data.loader import SampleClock
+from spacedrive_jax.config import MeshConfig, config_changes, from_json, load_config, to_json
+from spacedrive_jax.data.loader import SampleClock, training_samples
 from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.training import step
+from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
@@ -29,10 +32,11 @@ def records(tmp_path_factory) -> Path:
 
 def test_killed_run_resumes_to_the_same_bits(records, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(tiny(records, whole, steps=STEPS))
+    train(tiny(records, whole, steps=STEPS, past_motion_dropout=0.5))
 
     command = [sys.executable, "-m", "spacedrive_jax", "train", str(TINY), "--run-dir", str(killed)]
     command += ["--data.records", str(records), "--train.steps", str(STEPS)]
+    command += ["--train.past-motion-dropout", "0.5"]  # drawn anew at every step, from its number
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     deadline = time.monotonic() + 300
     while not (killed / "checkpoints" / "4").is_dir():
@@ -46,6 +50,23 @@ def test_killed_run_resumes_to_the_same_bits(records, tmp_path):
     assert main([*command[3:], "--resume"]) == 0
     assert losses_of(killed) == losses_of(whole)
     jax.tree.map(np.testing.assert_array_equal, trained_values(killed), trained_values(whole))
+
+
+def test_a_step_withholds_past_motion_where_asked(records, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        step, "without_past_motion", lambda batch, key, share: asked.append(float(share)) or batch
+    )
+    config = tiny(records, tmp_path, past_motion_dropout=0.25)
+    batch = stack([training_samples(config.data, config.model, 4)[0]] * 4)
+    for share in (0.0, 0.25):
+        settings = dataclasses.replace(config.train, past_motion_dropout=share)
+        made = step.make_train_step(
+            dataclasses.replace(config, train=settings), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        )
+        number = jax.ShapeDtypeStruct((), np.int32)
+        jax.eval_shape(made.run, made.trainable, made.optimizer_state, made.frozen, batch, number)
+    assert asked == [0.25]
 
 
 def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path, capsys):
