@@ -112,7 +112,7 @@ class TrainConfig:
         "steps": COUNT,
         "batch_size": COUNT,
         "grad_accum_steps": COUNT,
-        "learning_rate": FROM_ZERO,
+        "learning_rate": POSITIVE,
         "vlm_lr_mult": FROM_ZERO,
         "head_lr_mult": FROM_ZERO,
         "warmup_steps": FROM_ZERO,

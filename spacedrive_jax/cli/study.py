@@ -39,7 +39,8 @@ class Study(Command):
     out: Path | None = None
     """Folder to write; runs/studies/PLAN by default."""
     records: Path | None = None
-    """Records folder to train and score on; the base config's by default."""
+    """Records folder to train and score on; the base config's by default. With --report: of a results file
+    with rows of several, whose rows are meant."""
     runs: Path | None = None
     """Folder of what is trained; OUT/runs by default. Plans that are given the same one train once what they
     have in common."""
@@ -112,14 +113,15 @@ class Study(Command):
 
     def _report(self, plan: Plan, out: Path) -> Mapping[str, Any]:
         from spacedrive_jax.study.report import write_pages
-        from spacedrive_jax.study.runs import RESULTS, read_rows, reported
+        from spacedrive_jax.study.runs import RESULTS, fingerprint_of, read_rows, reported
 
         file = self.results or out / RESULTS
         if not file.is_file():
             raise ConfigError(f"{file} does not exist: run the study first, or give --results FILE")
         rows = read_rows(file)
+        data = None if self.records is None else fingerprint_of(plan, str(self.records))
+        progress = reported(plan, rows, data)
         out.mkdir(parents=True, exist_ok=True)
-        progress = reported(plan, rows)
         return _told(plan, progress, write_pages(plan, progress, out))
 
 

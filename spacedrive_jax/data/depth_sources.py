@@ -131,10 +131,16 @@ def open_depth_cache(
 
     Raises:
         SpaceDriveError: there is no such sidecar, it belongs to other records, it was made of other pixels,
-            or it holds patch depth of another grid or pooling.
+            it holds patch depth of another grid or pooling, or one is named that no source asks for.
     """
     asked: set[str] = {source for source in config.sources if source in NETWORKS}
     if not asked and "fused" not in config.sources:
+        if config.cache is not None:
+            raise ConfigError(
+                f"data.depth.cache {config.cache!r} holds depth of a network, and data.depth.sources "
+                f"({', '.join(config.sources)}) takes none: name {', '.join(NETWORKS)} or fused there, or "
+                "leave the cache out"
+            )
         return None
     folder = find_cache(records.directory, asked or set(NETWORKS), config.cache, advice=advice)
     cache = DepthCache(folder, records.fingerprint)

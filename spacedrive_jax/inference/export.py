@@ -31,7 +31,7 @@ from spacedrive_jax.console import note
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
@@ -87,6 +87,8 @@ def write_export(
     try:
         programs["planning.stablehlo"] = exported(jax_export.symbolic_shape("b")[0])
         sizes: list[int] | None = None
+    except (SpaceDriveError, MemoryError, OSError):
+        raise  # would meet every size alike
     except Exception as error:
         # Kernels of a fixed size, or shapes that depend on the batch: one program a size.
         note(f"no program for any batch size ({str(error).splitlines()[0][:200]}): one for each size")

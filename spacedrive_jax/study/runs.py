@@ -116,18 +116,45 @@ def progress_of(plan: Plan, rows: Sequence[Row], data: str) -> Progress:
     return Progress(done, missing)
 
 
-def reported(plan: Plan, rows: Sequence[Row]) -> Progress:
+def reported(plan: Plan, rows: Sequence[Row], data: str | None = None) -> Progress:
     """Which of a plan's runs a results file has, by plan, cell and seed: of whichever settings the plan had
-    when they were made.
+    when they were made, of the present ones where there are several.
+
+    Args:
+        plan: the study.
+        rows: of the file.
+        data: fingerprint of the records whose rows are meant; None where all are of the same.
+
+    Raises:
+        DataError: the rows were made on several sets of records, or two are of one cell and seed and neither
+            of the present settings: a mean over them would be of nothing.
     """
-    found = {(frozenset(row.cell.items()), row.seed): row for row in rows if row.plan == plan.name}
+    rows = [row for row in rows if row.plan == plan.name and data in (None, row.data)]
+    sets = sorted({row.data for row in rows})
+    if len(sets) > 1:
+        raise DataError(
+            f"the results of {plan.name} were made on {len(sets)} sets of records (fingerprints "
+            f"{', '.join(each[:12] or 'none' for each in sets)}): --records DIR says whose rows are meant"
+        )
     done, missing = [], []
     for run in plan.runs():
-        row = found.get((frozenset(run.cell.items()), run.seed))
-        if row is None:
-            missing.append(describe_run(run))
+        found = [row for row in rows if (row.cell, row.seed) == (run.cell, run.seed)]
+        if len(found) > 1:
+            pretrained = plan.pretrained(run.seed)
+            found = [
+                row
+                for row in found
+                if row.run == run.identity(plan.measure, row.data, pretrained, plan.drives)
+            ]
+            if not found:
+                raise DataError(
+                    f"the results of {plan.name} have several rows of {describe_run(run)}, none of the "
+                    "plan's present settings: remove all but one"
+                )
+        if found:
+            done += found
         else:
-            done.append(row)
+            missing.append(describe_run(run))
     return Progress(done, missing)
 
 

@@ -11,7 +11,7 @@ from data_prep.cli.add_depth import AddDepth
 from spacedrive_jax.data.depth_sources import DepthConfig, open_depth_cache, record_patch_depth
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import RecordSource, open_records
-from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, KeyframeDepth
 from tests.models.depth.sweeps import walls_around
 from tests.models.depth.tiny_unidepth import save_tiny
@@ -118,6 +118,8 @@ def test_foreign_and_unfit_caches_are_refused(records, network):
     with pytest.raises(SpaceDriveError, match="no finished depth of depth_anything"):
         open_depth_cache(opened, DepthConfig(sources=("depth_anything",)), GRID)
     add_depth(opened, dataclasses.replace(network, channel_order="bgr"))
+    with pytest.raises(ConfigError, match=r"cache 'named' .* \(exact, lidar\) takes none: name unidepth"):
+        open_depth_cache(opened, DepthConfig(sources=("exact", "lidar"), cache="named"), GRID)
     with pytest.raises(SpaceDriveError, match="several depth caches"):
         open_depth_cache(opened, config, GRID)
 

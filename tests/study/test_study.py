@@ -13,7 +13,7 @@ from spacedrive_jax.data.language_data import LanguageData
 from spacedrive_jax.data.prompts import counterfactual_text
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.driving import drive
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.evaluation.counterfactual import STATUS_RISKS, corrected_risks
 from spacedrive_jax.evaluation.evaluate import obstacles_of
 from spacedrive_jax.inference.open_model import config_of_run
@@ -379,6 +379,25 @@ def test_a_kept_page_is_what_its_results_say(file, tmp_path):
     plan = load_plan(file.parent.name)
     write_pages(plan, runs.reported(plan, runs.read_rows(file)), tmp_path)
     assert (tmp_path / "report.md").read_text() == (file.parent / "report.md").read_text()
+
+
+def test_a_page_is_of_one_set_of_records():
+    file = next(file for file in RESULTS if file.parent.name == "depth")
+    plan, rows = load_plan("depth"), runs.read_rows(file)
+    other = [dataclasses.replace(row, data="other", run=f"other-{row.run}") for row in rows[:3]]
+    with pytest.raises(DataError, match=r"made on 2 sets of records .*--records DIR says whose"):
+        runs.reported(plan, rows + other)
+    assert runs.reported(plan, rows + other, rows[0].data) == runs.reported(plan, rows)
+    assert runs.reported(plan, rows + other, "other").rows == other
+
+    # Of one run measured under several settings, the present ones.
+    run = next(plan.runs())
+    now = run.identity(plan.measure, rows[0].data, plan.pretrained(run.seed), plan.drives)
+    present = dataclasses.replace(rows[0], cell=run.cell, seed=run.seed, run=now)
+    before = [dataclasses.replace(present, run=name) for name in ("before", "long before")]
+    assert runs.reported(plan, [before[0], present, before[1]]).rows == [present]
+    with pytest.raises(DataError, match=r"several rows of .*none of the plan's present settings"):
+        runs.reported(plan, before)
 
 
 EFFECT = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
