@@ -15,6 +15,9 @@ attempts=${ATTEMPTS:-20}
 here=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+# The evaluator is started from its own folder: names that are relative to this one are made whole.
+BENCH2DRIVE=$(realpath "$BENCH2DRIVE") CARLA_ROOT=$(realpath "$CARLA_ROOT")
+case $python in */*) python=$(realpath -s "$python") ;; esac
 
 export CARLA_ROOT IS_BENCH2DRIVE=True
 export SCENARIO_RUNNER_ROOT=$BENCH2DRIVE/scenario_runner LEADERBOARD_ROOT=$BENCH2DRIVE/leaderboard
@@ -23,9 +26,11 @@ for egg in "$CARLA_ROOT"/PythonAPI/carla/dist/carla-0.9.15-py3.7-linux-x86_64.eg
     [ -f "$egg" ] && export PYTHONPATH=$egg:$PYTHONPATH
 done
 export GPU_RANK=${GPU_RANK:-0}
-export ROUTES=${ROUTES:-$LEADERBOARD_ROOT/data/bench2drive220.xml}
+ROUTES=$(realpath "${ROUTES:-$LEADERBOARD_ROOT/data/bench2drive220.xml}")
+export ROUTES
 export TEAM_AGENT=$here/spacedrive_jax/driving/bench2drive_agent.py TEAM_CONFIG=$server
-export SAVE_PATH=${SAVE_PATH:-$out/saved}
+SAVE_PATH=$(realpath -m "${SAVE_PATH:-$out/saved}")
+export SAVE_PATH
 export CHECKPOINT_ENDPOINT=$out/results_$(printf %02d "$worker").json
 mkdir -p "$SAVE_PATH"
 
@@ -49,6 +54,6 @@ for attempt in $(seq "$attempts"); do
         --agent="$TEAM_AGENT" --agent-config="$TEAM_CONFIG" --debug=0 --record= \
         --port=$((30000 + 150 * worker)) --traffic-manager-port=$((50000 + 150 * worker)) \
         --gpu-rank="$GPU_RANK" "${resume[@]}") || echo "worker $worker: the evaluator ended with an error"
-    sleep 5
+    finished || sleep 5
 done
 finished || { echo "worker $worker: routes are left after $attempts attempts"; exit 1; }

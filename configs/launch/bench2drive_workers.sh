@@ -18,13 +18,20 @@ mkdir -p "$out"
 
 # Every worker's part of the routes, each route to the next worker in turn.
 python3 - "$routes" "$workers" "$out" <<'PY'
-import sys, xml.etree.ElementTree as tree
+import glob, sys, xml.etree.ElementTree as tree
 source, workers, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 routes = tree.parse(source).getroot().findall("route")
+parts = {}
 for worker in range(workers):
     root = tree.Element("routes")
     root.extend(routes[worker::workers])
-    tree.ElementTree(root).write("%s/routes_%02d.xml" % (out, worker))
+    parts["%s/routes_%02d.xml" % (out, worker)] = tree.tostring(root)
+# Results that lie there are of the parts that lie there: others would drive routes twice.
+before = {name: open(name, "rb").read() for name in glob.glob(out + "/routes_*.xml")}
+if before not in ({}, parts):
+    sys.exit("%s was begun with %d workers, or other routes: give those, or another folder" % (out, len(before)))
+for name, part in parts.items():
+    open(name, "wb").write(part)
 PY
 
 for worker in $(seq 0 $((workers - 1))); do

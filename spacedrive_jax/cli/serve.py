@@ -89,6 +89,8 @@ class Serve(Command):
         use_compilation_cache(self.compilation_cache)
         if self.mesh is not None and (self.exported is not None or self.export is not None):
             raise ConfigError("--mesh goes with --checkpoint alone: an export runs on one device")
+        if self.average and self.exported is not None:
+            raise ConfigError("--average goes with --checkpoint: an export has the weights it was given")
         if self.export is not None:
             return self._export(self.export)
         from spacedrive_jax.driving.model_policy import ModelPolicy, open_depth_network, warm_up_record
@@ -147,6 +149,8 @@ class Serve(Command):
 
         if self.checkpoint is None:
             raise ConfigError("--export needs --checkpoint PATH")
+        if os.path.lexists(folder):
+            raise ConfigError(f"--export {folder} exists: choose another folder, or remove it first")
         outcome = export_planner(
             self.checkpoint, folder, warm_up_record(), average=self.average, most=self.batch_size
         )

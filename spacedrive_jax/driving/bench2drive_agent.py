@@ -108,7 +108,8 @@ class Options(NamedTuple):
     speed_cap: float = 0.0
     """No throttle above this speed, m/s; 0 for none."""
     token: str = ""
-    """What the server asks for."""
+    """What the server asks for (`%2B` for a plus); by default what the environment variable SPACEDRIVE_TOKEN
+    says, if anything."""
     patience: float = 500.0
     """Seconds to wait for a server that is away."""
     video: int = 0
@@ -121,13 +122,16 @@ def read_config(text: str) -> tuple[str, Options, str]:
     The evaluator appends `+NAME` for each route to what it passed for the one before.
 
     Raises:
-        ValueError: an option is unknown or has no such value.
+        ValueError: an option is unknown, given twice, or has no such value.
     """
     parts = text.split("+")
     url = urllib.parse.urlsplit(parts[0])
     if url.scheme not in ("ws", "wss") or not url.hostname:
         raise ValueError(f"TEAM_CONFIG {parts[0]!r} names no policy server: give ws://HOST:PORT")
-    given = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    pairs = urllib.parse.parse_qsl(url.query, keep_blank_values=True)
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise ValueError(f"TEAM_CONFIG {parts[0]!r} gives an option twice")
     unknown = sorted(set(given) - set(Options._fields))
     if unknown:
         raise ValueError("TEAM_CONFIG has unknown options: {}".format(", ".join(unknown)))
@@ -141,6 +145,10 @@ def read_config(text: str) -> tuple[str, Options, str]:
     options = Options(**values)
     if options.every < 1 or options.route not in ROUTE_RULES:
         raise ValueError(f"TEAM_CONFIG: every must be 1 or more, route one of {ROUTE_RULES}")
+    # Neither below 0 nor nan, which every comparison lets pass.
+    wrong = [name for name in ("speed_cap", "patience", "video") if not getattr(options, name) >= 0]
+    if wrong:
+        raise ValueError("TEAM_CONFIG: {} must be 0 or more".format(", ".join(wrong)))
     server = urllib.parse.urlunsplit((url.scheme, url.netloc, url.path, "", ""))
     return server, options, parts[-1] if len(parts) > 1 else ""
 
@@ -198,10 +206,10 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
         self.images = {}  # type: dict
         self.metric_info = {}  # type: dict
         self.unparsed = 0
-        self.client = PolicyClient(
-            server, token=self.options.token or None, patience_seconds=self.options.patience
-        )
+        token = self.options.token or os.environ.get("SPACEDRIVE_TOKEN") or None
+        self.client = PolicyClient(server, token=token, patience_seconds=self.options.patience)
         self.client.connect()
+        self._keep_to_one_policy()
         self.client.reset(self.save_name)
         reads = {"lidar", "fused"} & set(self.client.metadata.get("depth") or ())
         carries = bool(reads and self.options.lidar)
@@ -267,6 +275,40 @@ class SpaceDriveAgent(autonomous_agent.AutonomousAgent):
             os.replace(partial, os.path.join(folder, "metric_info.json"))
         if getattr(self, "unparsed", 0):
             log.warning("%d answers could not be read", self.unparsed)
+
+    def _keep_to_one_policy(self) -> None:
+        """Notes in SAVE_PATH who drives there, so that an evaluation that is gone on with is one policy's.
+
+        Raises:
+            ValueError: the routes so far were driven with another model or other options.
+        """
+        root = os.environ.get("SAVE_PATH")
+        if not root:
+            return
+        same = ("controller", "throttle", "every", "route", "creep", "target_point", "lidar", "speed_cap")
+        policy = {name: getattr(self.options, name) for name in same}
+        policy.update((name, self.client.metadata.get(name)) for name in ("model", "config_hash", "weights"))
+        policy = json.loads(json.dumps(policy, default=str))
+        place = os.path.join(root, "policy.json")
+        if os.path.exists(place):
+            with open(place) as file:
+                before = json.load(file)
+            unlike = [name for name in policy if before.get(name) != policy[name]]
+            if unlike:
+                raise ValueError(
+                    "SAVE_PATH {}: its routes were driven with {}, not {}: go on with that, or give another "
+                    "SAVE_PATH and another result file".format(
+                        root,
+                        ", ".join(f"{name} {before.get(name)}" for name in unlike),
+                        ", ".join(f"{name} {policy[name]}" for name in unlike),
+                    )
+                )
+            return
+        os.makedirs(root, exist_ok=True)
+        partial = f"{place}.{os.getpid()}.partial"
+        with open(partial, "w") as file:
+            json.dump(policy, file)
+        os.replace(partial, place)
 
     def _begin(self) -> None:
         """Finds the map's origin and lays out the route, at the first tick."""

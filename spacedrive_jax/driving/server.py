@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import hmac
 import http
 import logging
@@ -159,8 +160,9 @@ class PolicyServer:
             )
         except OSError as error:
             self._end_threads()
+            flag = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
             raise SpaceDriveError(
-                f"cannot serve on {config.host}:{config.port} ({say(error)}): choose another --port"
+                f"cannot serve on {config.host}:{config.port} ({say(error)}): choose another --{flag}"
             ) from error
         try:
             self.port = next(iter(server.sockets)).getsockname()[1]

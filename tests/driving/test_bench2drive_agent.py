@@ -20,6 +20,7 @@ from spacedrive_jax.driving.bench2drive_control import PRESETS
 from spacedrive_jax.driving.bench2drive_rig import LIDAR, RIG, camera_intrinsics, camera_to_ego, ego_numbers
 from spacedrive_jax.driving.protocol import partial_record
 from spacedrive_jax.world import traffic
+from tests.conftest import ROOT
 from tests.driving.evaluator import AGENT_FILES, Drive, Evaluator, Expert, _into, carla
 from tests.driving.served import Straight, serving
 
@@ -264,6 +265,72 @@ def test_refused_observation_fails_its_route_only(town):
         assert "can_bus holds values that are not finite" in record["status"]
 
 
+def test_an_evaluation_is_one_policys(expert_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAVE_PATH", str(tmp_path / "saved"))
+
+    def set_up(options):
+        evaluator = evaluator_of(expert_server, options)
+        agent = getattr(evaluator.module, evaluator.module.get_entry_point())("localhost", 2000, False)
+        try:
+            agent.setup(f"{evaluator.config}+first")
+        finally:
+            agent.destroy()
+
+    set_up("?controller=zoo&patience=9")
+    set_up("?controller=zoo&video=5")
+    with pytest.raises(ValueError, match="with controller zoo, every 10, not controller hip_ad, every 1:"):
+        set_up("?controller=hip_ad&every=1")
+    policy = expert_server["policy"]
+    policy.metadata = policy.metadata | {"weights": "other"}
+    with pytest.raises(ValueError, match=r"driven with weights .*, not weights other"):
+        set_up("?controller=zoo")
+
+
+EVALUATOR = """
+import json, os, pathlib, sys
+flags = dict(each.lstrip("-").partition("=")[::2] for each in sys.argv[1:])
+ids = [line.split('"')[1] for line in pathlib.Path(flags["routes"]).read_text().split("<route ")[1:]]
+assert pathlib.Path(flags["agent"]).is_file() and pathlib.Path(os.environ["SAVE_PATH"]).is_dir()
+file = pathlib.Path(flags["checkpoint"])
+records = json.loads(file.read_text())["_checkpoint"]["records"] if "resume" in flags else []
+records.append(f"RouteScenario_{ids[len(records)]}_rep0")  # then it crashes, as CARLA does
+file.write_text(json.dumps({"_checkpoint": {"records": records, "progress": [len(records), len(ids)]}}))
+sys.exit(len(records) < len(ids))
+"""
+
+
+def test_launch_scripts_go_on_from_wherever_they_are_called(tmp_path):
+    (tmp_path / "b2d/leaderboard/leaderboard").mkdir(parents=True)
+    (tmp_path / "b2d/leaderboard/leaderboard/leaderboard_evaluator.py").write_text(EVALUATOR)
+    (tmp_path / "my routes.xml").write_text(
+        "<routes>" + "".join(f'<route id="{number}" town="Town01"/>' for number in range(3)) + "</routes>"
+    )
+    for name in ("carla", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin/sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/score").write_text("#!/bin/sh\necho scored $@\n")
+    for tool in (tmp_path / "bin").iterdir():
+        tool.chmod(0o755)
+    names = {"BENCH2DRIVE": "b2d", "CARLA_ROOT": "carla", "ROUTES": "my routes.xml"}
+    tools = {"CARLA_PYTHON": sys.executable, "PYTHON": "bin/score"}
+    env = os.environ | names | tools | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def launch(workers):
+        script = ROOT / "configs" / "launch" / "bench2drive_workers.sh"
+        command = ["bash", str(script), workers, "ws://127.0.0.1:1", "eval/first"]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    for _ in range(2):  # the second finds all done
+        done = launch("2")
+        assert done.returncode == 0, done.stderr
+        assert "scored -m spacedrive_jax score-bench2drive eval/first/results_00.json" in done.stdout
+        found = [json.loads(file.read_text()) for file in sorted((tmp_path / "eval/first").glob("*.json"))]
+        assert [one["_checkpoint"]["progress"] for one in found] == [[2, 2], [1, 1]]
+    more = launch("3")
+    assert more.returncode == 1
+    assert "begun with 2 workers, or other routes" in more.stderr
+
+
 def test_config_text():
     read = Evaluator("ws://x:1").module.read_config
     server, options, name = read("ws://host:8000?controller=zoo&every=1&speed_cap=5+first+second")
@@ -274,6 +341,8 @@ def test_config_text():
         ("ws://h:1?speed=5", "unknown options: speed"),
         ("ws://h:1?every=often", "every='often' is no int"),
         ("ws://h:1?every=0", "every must be 1 or more"),
+        ("ws://h:1?every=1&every=10", "gives an option twice"),
+        ("ws://h:1?speed_cap=nan&patience=-1", "speed_cap, patience must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=said):
             read(text)

@@ -13,6 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from spacedrive_jax.cli.drive import Drive
+from spacedrive_jax.cli.serve import Serve
 from spacedrive_jax.driving import server as server_module
 from spacedrive_jax.driving.client import PolicyClient, PolicyError, pack, unpack
 from spacedrive_jax.driving.drive import open_folder
@@ -303,9 +304,16 @@ def test_request_under_way_is_answered_before_the_end():
         client.act(observation(2))
 
 
-def test_port_in_use(server):
-    with pytest.raises(SpaceDriveError, match=f"cannot serve on 127.0.0.1:{server.port}"):
+def test_places_that_cannot_be_served_on(server, tmp_path):
+    with pytest.raises(SpaceDriveError, match=rf"on 127.0.0.1:{server.port} .* choose another --port"):
         PolicyServer(Straight(), ServerConfig(port=server.port)).run()
+    with pytest.raises(SpaceDriveError, match=r"cannot serve on 256.1.1.1:0 .* choose another --host"):
+        PolicyServer(Straight(), ServerConfig(host="256.1.1.1", port=0)).run()
+    # Before a model is opened.
+    with pytest.raises(ConfigError, match="exists: choose another folder"):
+        Serve(checkpoint=tmp_path / "none", export=tmp_path).run()
+    with pytest.raises(ConfigError, match="--average goes with --checkpoint"):
+        Serve(exported=tmp_path, average=True).run()
 
 
 def test_another_protocol_is_refused():
