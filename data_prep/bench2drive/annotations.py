@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.frame import check_pose, check_principal_point
 from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.json_files import parse_json
@@ -95,11 +96,8 @@ def read_frame(text: bytes, number: int, what: str, unknown: Counter[str]) -> tu
     boxes = anno.get("bounding_boxes")
     if not isinstance(boxes, list) or not boxes or not isinstance(boxes[0], dict):
         raise DataError(f"{what}: bounding_boxes lacks the ego vehicle")
-    global_to_ego = _mirrored(_array(boxes[0], "world2ego", (4, 4), f"{what}: bounding_boxes[0]"))
-    try:
-        ego_to_global = exact.affine_inverse(global_to_ego)
-    except ValueError as error:  # numpy.linalg.LinAlgError is one
-        raise DataError(f"{what}: bounding_boxes[0].world2ego is no pose ({error})") from error
+    global_to_ego = _mirrored(_pose(boxes[0], "world2ego", f"{what}: bounding_boxes[0]"))
+    ego_to_global = exact.affine_inverse(global_to_ego)
     yaw = float(heading(ego_to_global))
     frame = Frame(
         number=number,
@@ -127,14 +125,20 @@ def read_calibration(anno: Mapping[str, Any], what: str) -> Calibration:
         if not isinstance(camera, dict):
             raise DataError(f"{what}: sensors lacks {name}")
         place = f"{what}: sensors.{name}"
-        intrinsics.append(_array(camera, "intrinsic", (3, 3), place))
-        mount = _array(camera, "cam2ego", (4, 4), place)
+        matrix = _array(camera, "intrinsic", (3, 3), place)
+        if not (min(matrix[0, 0], matrix[1, 1]) > 0 and matrix[2].tolist() == [0, 0, 1]):
+            raise DataError(f"{place}: intrinsic {matrix.tolist()} is no camera matrix")
+        intrinsics.append(matrix)
+        mount = _pose(camera, "cam2ego", place)
         mounts.append(exact.matmul(_MIRROR[:, None] * mount, _OPTICAL))
         size = [camera.get("image_size_y"), camera.get("image_size_x")]
         try:
             sizes.append((int(size[0]), int(size[1])))  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise DataError(f"{place}: image_size_x and image_size_y are no numbers") from None
+        if min(sizes[-1]) < 1:
+            raise DataError(f"{place}: image_size_x and image_size_y {size[::-1]} are no picture's")
+        check_principal_point(matrix, sizes[-1], f"{place}: intrinsic")
     return Calibration(np.stack(intrinsics), np.stack(mounts), tuple(sizes))
 
 
@@ -183,6 +187,8 @@ def _boxes(boxes: list[Any], what: str) -> list[Box]:
             continue
         x, y, z = _array(box, "center", (3,), where).tolist()
         half = _array(box, "extent", (3,), where)
+        if half.min() < 0:
+            raise DataError(f"{where}: extent {half.tolist()} is below 0")
         rotation = _array(box, "rotation", (3,), where)
         speed = box.get("speed")
         moves = box.get("class") == "vehicle" and box.get("state") != "static"
@@ -261,6 +267,12 @@ def _vector(anno: Mapping[str, Any], name: str, what: str, unknown: Counter[str]
     if not isinstance(value, list) or len(value) != 3:
         raise DataError(f"{what}: {name} is not three numbers")
     return [_number(part, name, unknown, 0.0) or 0.0 for part in value]
+
+
+def _pose(values: Mapping[str, Any], name: str, what: str) -> np.ndarray:
+    matrix = _array(values, name, (4, 4), what)
+    check_pose(matrix, f"{what}: {name}", LARGEST)
+    return matrix
 
 
 def _array(values: Mapping[str, Any], name: str, shape: tuple[int, ...], what: str) -> np.ndarray:

@@ -7,6 +7,8 @@ frame; its past is 5 and 10 frames before, its waypoints 5 to 30 frames after.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from jaxtyping import Float
 from data_prep.bench2drive.annotations import Box, Calibration, Frame, read_calibration, read_frame
 from data_prep.bench2drive.clips import Clip, read_clip, sweep_bytes
 from data_prep.nuscenes.scene_records import SceneResult
+from data_prep.nuscenes.scenes import MAX_SPEED, POSE_JITTER
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import navigation_command, released_command
@@ -102,6 +105,7 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
         frames[number], anno = read_frame(text, number, what, counts)
         if number % STEP == unit.offset:
             calibrations[number] = read_calibration(anno, what)
+    _check_drive(clip, list(frames.values()))
     counts["frames_missing"] += max(frames) + 1 - len(frames)
     keyframes = [number for number in frames if number % STEP == unit.offset]
     for index, number in enumerate(keyframes):
@@ -131,6 +135,18 @@ def clip_records(unit: ClipUnit, counts: Counter[str]) -> Iterator[Record]:
             "lidar": sweep,
             "lidar_to_ego": np.eye(4),
         }
+
+
+def _check_drive(clip: Clip, frames: list[Frame]) -> None:
+    """Refuses poses that no vehicle can have within the time between them."""
+    for earlier, later in itertools.pairwise(frames):
+        seconds = (later.number - earlier.number) * FRAME_US * 1e-6
+        distance = math.dist(earlier.ego_to_global[:3, 3], later.ego_to_global[:3, 3])
+        if distance > MAX_SPEED * seconds + POSE_JITTER:
+            raise DataError(
+                f"{clip.path}: anno/{later.number:05d}.json.gz: bounding_boxes[0].world2ego puts the car "
+                f"{distance:.0f} m from where it was {seconds:.1f} s before; no vehicle does that"
+            )
 
 
 def _description(clip: Clip) -> str:

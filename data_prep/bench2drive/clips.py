@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import os
 import re
 import tarfile
 import zlib
@@ -77,6 +78,7 @@ def find_clips(root: Path) -> list[Clip]:
     """
     if not root.is_dir():
         raise DataError(f"--dataroot {root} is not a folder")
+    root = Path(os.path.abspath(root))  # a clip that is given itself, as `.`, has a name too
     clips = [Clip(path.parent.name, path.parent) for path in root.rglob("anno") if path.is_dir()]
     for path in root.rglob("*"):
         ending = next((one for one in TAR_ENDINGS if path.name.endswith(one)), None)
@@ -109,8 +111,10 @@ def read_clip(clip: Clip, offset: int, step: int, *, lidar: bool = False) -> Cli
     A tar file is read once from front to back; nothing is unpacked to the disk.
 
     Raises:
-        DataError: a file cannot be read, or is larger than such a file may be.
+        DataError: a file cannot be read, or is larger than such a file may be; or a tar file holds several
+            clips, whose frames would replace each other's.
     """
+    folder: str | None = None
     annotations: dict[int, bytes] = {}
     pictures: dict[tuple[int, str], bytes] = {}
     sweeps: dict[int, bytes] = {}
@@ -118,6 +122,12 @@ def read_clip(clip: Clip, offset: int, step: int, *, lidar: bool = False) -> Cli
     for name, read in files:
         anno, picture = _ANNO.search(name), _PICTURE.search(name)
         if anno:
+            above = name[: anno.start()]
+            folder = above if folder is None else folder
+            if above != folder:
+                raise DataError(
+                    f"{clip.path} holds several clips ({folder}, {above}): unpack it, or cut it up"
+                )
             annotations[int(anno[1])] = _unzipped(read.bytes(MOST_ANNO), f"{clip.path}: {name}")
         elif picture and picture[1] in PICTURES and int(picture[2]) % step == offset:
             pictures[int(picture[2]), PICTURES[picture[1]]] = read.bytes(MOST_PICTURE)

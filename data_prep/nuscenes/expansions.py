@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ from spacedrive_jax.json_files import read_json, read_typed
 
 MOST_POSE_BYTES = 256 * MEBIBYTE
 """Twenty seconds of 50 Hz messages have half a megabyte."""
+MOST_OFF = 5.0
+"""Seconds between most keyframes and the nearest message."""
 MOST_ROUTE_BYTES = 16 * MEBIBYTE
 """A kilometre of 0.2 m steps has a fifth of a megabyte."""
 EXPANSION_VERSION = (1, 3)
@@ -59,13 +62,21 @@ def pose_file(dataroot: Path, scene_name: str) -> Path:
     return Path(dataroot) / "can_bus" / f"{scene_name}_pose.json"
 
 
-def read_pose_messages(dataroot: Path, scene_name: str) -> list[Mapping[str, Any]] | None:
+def read_pose_messages(
+    dataroot: Path, scene_name: str, timestamps_us: Sequence[int] = ()
+) -> list[Mapping[str, Any]] | None:
     """Reads the scene's 50 Hz pose messages, or None when the scene has none.
 
     Some official scenes were recorded without CAN data, and the CAN bus expansion is a separate download.
 
+    Args:
+        dataroot: the nuScenes folder.
+        scene_name: whose.
+        timestamps_us: of the scene's keyframes, which take the messages next to them.
+
     Raises:
-        DataError: the file exists but is not a list of pose messages in time order, or a value cannot be.
+        DataError: the file exists but is not a list of pose messages in time order, a value cannot be, or
+            the messages are of another time than the keyframes.
     """
     path = pose_file(dataroot, scene_name)
     if not path.exists():
@@ -77,6 +88,14 @@ def read_pose_messages(dataroot: Path, scene_name: str) -> list[Mapping[str, Any
     for earlier, later in itertools.pairwise(messages):
         if later.utime < earlier.utime:
             raise DataError(f"{path}: messages are not in time order (utime {later.utime})")
+    if messages and timestamps_us:
+        first, last = messages[0].utime, messages[-1].utime
+        off = statistics.median(max(first - time, time - last, 0) for time in timestamps_us) * 1e-6
+        if off > MOST_OFF:
+            raise DataError(
+                f"{path}: its messages are {off:.4g} s off the keyframes of {scene_name}: is `utime` in "
+                "microseconds, and the file of this scene? Fetch it again or remove it"
+            )
     return [msgspec.structs.asdict(message) for message in messages] or None
 
 

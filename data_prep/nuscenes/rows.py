@@ -39,7 +39,7 @@ MountPosition = tuple[_Mounted, _Mounted, _Mounted]
 _Unit = Annotated[float, Meta(ge=-1.01, le=1.01)]
 Quaternion = tuple[_Unit, _Unit, _Unit, _Unit]
 """w x y z; see `unit_length`."""
-_Side = Annotated[float, Meta(gt=0, le=1000)]
+_Side = Annotated[float, Meta(gt=0, le=150)]
 BoxSize = tuple[_Side, _Side, _Side]
 """Width, length, height, metres."""
 _Focal = Annotated[float, Meta(ge=-1e6, le=1e6)]
@@ -67,6 +67,7 @@ def decode_rows(content: bytes, kind: type[R], path: Path, key: str = "token") -
     Raises:
         DataError: the content is no list of such rows; the message names the row and the field.
     """
+    content = content.removeprefix(b"\xef\xbb\xbf")  # which some editors put in front
     try:
         return msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]
     except msgspec.ValidationError as error:

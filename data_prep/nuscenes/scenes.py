@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,6 +31,7 @@ from data_prep.nuscenes.tables import (
     Tables,
 )
 from spacedrive_jax.constants import CAMERAS
+from spacedrive_jax.data.frame import check_principal_point
 from spacedrive_jax.data.keyframe import Annotation, Keyframe, Scene, SensorFrame
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import inside
@@ -114,6 +116,8 @@ MAX_SPEED = 100.0
 """Metres a second; poses that lie farther apart are a mistake in the tables, not a drive."""
 POSE_JITTER = 10.0
 """Metres that two poses may lie apart however little time is between them."""
+FAST = 2.0
+"""Metres between keyframes that nobody drives in reverse, or sideways."""
 MAX_SENSOR_DELAY_US = 5_000_000
 """Between a keyframe's time and that of its sensors; nuScenes' stay below 0.1 s."""
 MAX_AGENT_DISTANCE = 5000.0
@@ -125,7 +129,8 @@ def read_scenes(tables: Tables) -> Iterator[Scene]:
 
     Raises:
         DataError: a keyframe chain is broken, a keyframe lacks one of its seven sensors, an annotation
-            chain leaves its scene or its agent, a file name leaves the dataroot, or the vehicle jumps.
+            chain leaves its scene or its agent, a file name leaves the dataroot, the vehicle jumps or goes
+            against its heading, or a camera looks elsewhere than its name says.
     """
     sensor_rows = _keyframe_sensor_rows(tables)
     annotation_rows: defaultdict[str, list[SampleAnnotation]] = defaultdict(list)
@@ -281,9 +286,28 @@ def _check_step(here: SensorFrame, there: SensorFrame, what: str, whose: str) ->
 
 
 def _check_drive(scene: str, keyframes: list[Keyframe]) -> None:
+    """Refuses a drive that jumps, whose keyframes are not two a second, or that goes against its heading."""
+    seconds, onwards = [], []
     for earlier, later in itertools.pairwise(keyframes):
         what = f"ego_pose.json: LIDAR_TOP of keyframe {later.token!r} in {scene}"
         _check_step(earlier.lidar, later.lidar, what, f"that of the keyframe before ({earlier.token!r})")
+        seconds.append((later.timestamp_us - earlier.timestamp_us) * 1e-6)
+        here, there = earlier.lidar.ego_translation, later.lidar.ego_translation
+        east, north = there[0] - here[0], there[1] - here[1]
+        if math.hypot(east, north) > FAST and seconds[-1] < 1:
+            w, x, y, z = earlier.lidar.ego_rotation
+            ahead = (1 - 2 * (y * y + z * z)) * east + 2 * (x * y + w * z) * north
+            onwards.append(ahead > 0.5 * math.hypot(east, north))
+    if len(seconds) > 2 and not 0.3 <= statistics.median(seconds) <= 0.8:
+        raise DataError(
+            f"sample.json: keyframes of {scene} are {statistics.median(seconds):.4g} s apart, not half a "
+            "second as records are: keep only such keyframes, and say their time in microseconds"
+        )
+    if len(onwards) > 2 and 2 * sum(onwards) < len(onwards):
+        raise DataError(
+            f"ego_pose.json: in {scene} the vehicle moves against or across its heading in "
+            f"{onwards.count(False)} of {len(onwards)} steps: are the rotations w x y z, and ego to global?"
+        )
 
 
 def _file_name(table: str, row: SampleData | Map) -> str:
@@ -305,11 +329,14 @@ def _sensor_frame(tables: Tables, channel: str, row: SampleData) -> SensorFrame:
     calibration = tables[CalibratedSensor][row.calibrated_sensor_token]
     if channel in CAMERAS:
         _check_intrinsics(calibration, channel)
+        _check_direction(calibration, channel)
         if not (row.height and row.width):
             raise DataError(
                 f"sample_data.json: row {row.token!r} ({channel}), fields 'width' and 'height': "
                 f"{row.width}x{row.height} is no image"
             )
+        what = f"calibrated_sensor.json: row {calibration.token!r} ({channel}), field 'camera_intrinsic'"
+        check_principal_point(calibration.camera_intrinsic, (row.height, row.width), what)
     return SensorFrame(
         filename=_file_name("sample_data", row),
         timestamp_us=row.timestamp,
@@ -333,6 +360,21 @@ def _check_intrinsics(calibration: CalibratedSensor, channel: str) -> None:
         raise DataError(
             f"{what}: {[list(line) for line in matrix]} is no camera matrix [[fx, s, cx], [0, fy, cy], "
             "[0, 0, 1]] with fx and fy above 0"
+        )
+
+
+def _check_direction(calibration: CalibratedSensor, channel: str) -> None:
+    """Refuses a camera that lies on its back, stands on its head, or looks to another's side."""
+    w, x, y, z = calibration.rotation
+    ahead, left, up = 2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)
+    lower_edge = 2 * (y * z + w * x)
+    towards = {"CAM_FRONT": ahead, "LEFT": left, "RIGHT": -left}
+    side = channel if channel in towards else channel.split("_")[-1]
+    if lower_edge >= 0 or abs(up) > 0.7 or towards.get(side, 1.0) < -0.3:
+        raise DataError(
+            f"calibrated_sensor.json: row {calibration.token!r} ({channel}), field 'rotation': by "
+            f"{list(calibration.rotation)} it looks along [{ahead:.2f}, {left:.2f}, {up:.2f}] of the vehicle"
+            f"{', upside down' if lower_edge >= 0 else ''}: is it w x y z, and camera to ego?"
         )
 
 

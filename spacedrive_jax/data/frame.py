@@ -9,7 +9,7 @@ latter to the former.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,7 +234,8 @@ def read_frame(images: Path, calibration: Path, speed: float | None = None) -> F
             else inside(images, camera.image, f"{what}.image")
         )
         pictures.append(read_bytes(file, most=MOST_IMAGE_BYTES))
-        _check_principal_point(camera.intrinsics, _size(pictures[-1], str(file)), what)
+        size = _size(pictures[-1], str(file)).tolist()
+        check_principal_point(camera.intrinsics, size, f"{what}.intrinsics")
         depths.append(_depth(inside(images, camera.depth, f"{what}.depth")) if camera.depth else b"")
     intrinsics = np.array([camera.intrinsics for camera in cameras], np.float64)
     to_ego = np.array([camera.camera_to_ego for camera in cameras], np.float64)
@@ -277,12 +278,21 @@ def _size(picture: bytes, what: str) -> np.ndarray:
     return np.array(size, np.int32)
 
 
-def _check_principal_point(intrinsics: Any, size: np.ndarray, what: str) -> None:
-    """Refuses intrinsics of a picture of another size, as they are before it was made smaller."""
-    (height, width), x, y = size.tolist(), intrinsics[0][2], intrinsics[1][2]
+def check_principal_point(intrinsics: Any, size: Sequence[int], what: str) -> None:
+    """Refuses intrinsics of a picture of another size, as they are before it was made smaller.
+
+    Args:
+        intrinsics: 3 x 3, pixels.
+        size: height and width of the picture.
+        what: what to call them in an error.
+
+    Raises:
+        DataError: the principal point is at the picture's border, or outside.
+    """
+    (height, width), x, y = size, intrinsics[0][2], intrinsics[1][2]
     if not (width <= 10 * x <= 9 * width and height <= 10 * y <= 9 * height):
         raise DataError(
-            f"{what}.intrinsics has the principal point at ({x:g}, {y:g}), at the border or outside of its "
+            f"{what} has the principal point at ({x:g}, {y:g}), at the border or outside of its "
             f"picture of {width}x{height}: are they of another size? fx, fy, cx and cy go with the picture's"
         )
 
@@ -314,7 +324,7 @@ def check_calibration(
                 f"{what}: {name}.intrinsics is {matrix.tolist()}, expected [[fx, 0, cx], [0, fy, cy], "
                 "[0, 0, 1]] in pixels"
             )
-        _check_pose(pose, f"{what}: {name}.camera_to_ego", MOST_OFFSET)
+        check_pose(pose, f"{what}: {name}.camera_to_ego", MOST_OFFSET)
     front = camera_to_ego[0, :3, 2]
     if front[0] <= abs(front[2]):
         raise DataError(
@@ -326,10 +336,21 @@ def check_calibration(
 
 def _check_past(poses: Any, what: str) -> None:
     for index, pose in enumerate(poses):
-        _check_pose(pose, f"{what}: past_to_ego[{index}]", MOST_SPEED * KEYFRAME_SECONDS * (index + 1))
+        check_pose(pose, f"{what}: past_to_ego[{index}]", MOST_SPEED * KEYFRAME_SECONDS * (index + 1))
 
 
-def _check_pose(pose: Float[np.ndarray, "4 4"], what: str, most: float) -> None:
+def check_pose(pose: Float[np.ndarray, "4 4"], what: str, most: float) -> None:
+    """Refuses a matrix that is no rigid transform.
+
+    Args:
+        pose: rotation and place, metres.
+        what: what to call it in an error.
+        most: how far the place may be from the origin.
+
+    Raises:
+        DataError: a number is not finite, the last row is not 0, 0, 0, 1, the rotation is scaled, sheared or
+            mirrored, or the place is farther.
+    """
     if not np.isfinite(pose).all():
         raise DataError(f"{what} holds numbers that are not finite")
     if not np.array_equal(pose[3], [0, 0, 0, 1]):

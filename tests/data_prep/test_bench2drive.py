@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +269,21 @@ def test_damage_is_named(folder, tmp_path):
     assert "world2ego must be 4x4" in broken(lambda anno: anno["bounding_boxes"][0].update(world2ego=nowhere))
     flat = [[0] * 4] * 3 + [[0, 0, 0, 1]]
     assert "world2ego is no pose" in broken(lambda anno: anno["bounding_boxes"][0].update(world2ego=flat))
+    centimetres = np.diag([100.0, 100, 100, 1]).tolist()
+    camera = functools.partial(lambda anno, **fields: anno["sensors"]["CAM_BACK"].update(fields))
+    assert "cam2ego is no pose" in broken(functools.partial(camera, cam2ego=centimetres))
+    mirrored = np.diag([1.0, -1, 1, 1]).tolist()
+    assert "cam2ego is no pose" in broken(functools.partial(camera, cam2ego=mirrored))
+    assert "is no camera matrix" in broken(functools.partial(camera, intrinsic=np.zeros((3, 3)).tolist()))
+    assert "[0, 64] are no picture's" in broken(functools.partial(camera, image_size_x=0, image_size_y=64))
+    far = np.eye(4) + np.eye(4, k=3) * 5000
+    assert "no vehicle does that" in broken(
+        lambda anno: anno["bounding_boxes"][0].update(world2ego=far.tolist())
+    )
+    inside_out = [-1, 1, 1]
+    assert "extent [-1.0, 1.0, 1.0] is below 0" in broken(
+        lambda anno: anno["bounding_boxes"][1].update(extent=inside_out)
+    )
     assert "sensors lacks CAM_BACK" in broken(lambda anno: anno["sensors"].pop("CAM_BACK"))
     assert "extent must be 3 finite" in broken(lambda anno: anno["bounding_boxes"][1].update(extent=[1, 2]))
 
@@ -328,11 +344,24 @@ def test_broken_tar_and_nothing_to_convert(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="no whole tar file"):
         ClipConversion(dataroot=tmp_path / "data", out=tmp_path / "records").run()
+    with tarfile.open(path, "w:gz") as archive:  # a whole set in one file
+        for one in find_clips(folder):
+            archive.add(one.path / "anno", arcname=f"{one.name}/anno")
+    with pytest.raises(DataError, match=r"clip\.tar\.gz holds several clips \(.*_Route"):
+        ClipConversion(dataroot=tmp_path / "data", out=tmp_path / "records").run()
     path.unlink()
     with pytest.raises(DataError, match="holds no clip"):
         ClipConversion(dataroot=tmp_path / "data", out=tmp_path / "other").run()
     with pytest.raises(ConfigError, match="0 to 4"):
         ClipConversion(dataroot=tmp_path, out=tmp_path / "x", offset=5).run()
+
+
+def test_a_clip_that_is_given_itself_has_its_name(folder, monkeypatch):
+    clip = find_clips(folder)[0]
+    monkeypatch.chdir(clip.path)
+    assert [one.name for one in find_clips(Path())] == [clip.name]
+    monkeypatch.chdir(clip.path / "anno")
+    assert [one.name for one in find_clips(Path(".."))] == [clip.name]
 
 
 def test_official_split(tmp_path):

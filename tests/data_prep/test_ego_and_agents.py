@@ -1,5 +1,7 @@
 """Ego and agent fields against the closed form of the tiny world's motion."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -96,6 +98,18 @@ def test_broken_can_bus_file_is_named(dataroot, content):
     path.write_text(content)
     with pytest.raises(SpaceDriveError, match=r"scene-2001_pose\.json"):
         read_pose_messages(dataroot, "scene-2001")
+
+
+def test_can_bus_of_another_time_is_refused(dataroot):
+    path = dataroot / "can_bus" / "scene-2001_pose.json"
+    messages = json.loads(path.read_text())
+    times = [START_US, START_US + 500_000]
+    assert len(read_pose_messages(dataroot, "scene-2001", times)) == len(messages)
+    for row in messages:
+        row["utime"] //= 1000
+    path.write_text(json.dumps(messages))
+    with pytest.raises(SpaceDriveError, match=r"are .* s off the keyframes of scene-2001: is `utime`"):
+        read_pose_messages(dataroot, "scene-2001", times)
 
 
 def test_agents_of_a_keyframe(scene):

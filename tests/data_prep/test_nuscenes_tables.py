@@ -101,6 +101,7 @@ def test_broken_link_names_table_row_and_field(tiny, tmp_path, table, field):
         ("ego_pose", "rotation", [1.0, 1.0, 0.0, 0.0]),
         ("sample_annotation", "size", [-1, 0, 0]),
         ("sample_annotation", "size", [1, float("inf"), 1]),
+        ("sample_annotation", "size", [190, 450, 160]),
         ("sample_annotation", "num_lidar_pts", -1),
         ("sample", "timestamp", 10**18),
         ("sample", "timestamp", -1),
@@ -205,6 +206,36 @@ def spoil_mask_name(tiny: TinyNuScenes) -> None:
     tiny.tables["map"][0]["filename"] = "maps/../../mask.png"
 
 
+def spoil_rotations(tiny: TinyNuScenes) -> None:
+    """As x y z w, which other libraries write."""
+    for row in tiny.tables["ego_pose"]:
+        row["rotation"] = row["rotation"][1:] + row["rotation"][:1]
+
+
+def spoil_mount(tiny: TinyNuScenes) -> None:
+    """Half way round, as x y z w: it stands on its head."""
+    _camera(tiny, "CAM_BACK")["rotation"] = [-0.5, -0.5, 0.5, 0.5]
+
+
+def spoil_mounts_names(tiny: TinyNuScenes) -> None:
+    """To the left, 55 degrees."""
+    _camera(tiny, "CAM_FRONT_RIGHT")["rotation"] = [0.6744, -0.6744, 0.2126, -0.2126]
+
+
+def spoil_principal_point(tiny: TinyNuScenes) -> None:
+    _camera(tiny, "CAM_FRONT")["camera_intrinsic"] = [[1266.4, 0, 816.3], [0, 1266.4, 491.5], [0, 0, 1]]
+
+
+def spoil_unit_of_time(tiny: TinyNuScenes) -> None:
+    for row in tiny.tables["sample"] + tiny.tables["sample_data"]:
+        row["timestamp"] //= 1000
+
+
+def _camera(tiny: TinyNuScenes, channel: str) -> dict:
+    sensor = next(row["token"] for row in tiny.tables["sensor"] if row["channel"] == channel)
+    return next(row for row in tiny.tables["calibrated_sensor"] if row["sensor_token"] == sensor)
+
+
 AGENTS = ("car", "walker")
 
 
@@ -233,6 +264,11 @@ def spoil_instance(tiny: TinyNuScenes) -> None:
         (spoil_lidar_name, "field 'filename': '/etc/passwd' does not stay inside"),
         (spoil_mask_name, "map.json: row .* does not stay inside"),
         (spoil_instance, "field 'next' leaves its scene scene-2001"),
+        (spoil_rotations, "scene-2001 the vehicle moves against or across its heading in 7 of 7 steps"),
+        (spoil_mount, r"\(CAM_BACK\), field 'rotation': .*, upside down: is it w x y z"),
+        (spoil_mounts_names, r"\(CAM_FRONT_RIGHT\), field 'rotation': by .* along \[0.57, 0.82, 0.00\]"),
+        (spoil_principal_point, r"\(CAM_FRONT\), field 'camera_intrinsic' has the principal point at"),
+        (spoil_unit_of_time, "keyframes of scene-2001 are 0.0005 s apart"),
     ],
 )
 def test_inconsistent_scene(tiny, tmp_path, spoil, message):
