@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.cli.main import main
+try:
+    from data_prep.cli.main import main
+except KeyboardInterrupt:
+    print("interrupted; nothing was begun", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

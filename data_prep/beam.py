@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 from data_prep import conversion
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import write_bytes, write_text
+from spacedrive_jax.io import read_text, write_bytes, write_text
 
 POLL_SECONDS = 1.0
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
@@ -223,7 +223,7 @@ def _write_units(units: Iterable[U], work: Callable[[U], None], folder: Path) ->
 
 def _check_done(out: Path, files: Sequence[Path], done: Callable[[str], int | None]) -> None:
     problems = [file.with_suffix(".problem") for file in files]
-    told = [problem.read_text() for problem in problems if problem.is_file()]
+    told = [read_text(problem) for problem in problems if problem.is_file()]
     if told:
         rest = f"\nand {len(told) - 5} more" if len(told) > 5 else ""
         raise DataError("\n".join(told[:5]) + rest)

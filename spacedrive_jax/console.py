@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import logging
 import os
@@ -323,9 +324,19 @@ def main(program: str, description: str, commands: Mapping[str, type[Command]], 
     if argv in (["--version"], ["-V"]):
         print(f"spacedrive_jax {__version__}")
         return 0
+    if argv in ([], ["-h"], ["--help"]):  # the overview: a line each
+        commands = {
+            name: type(
+                command.__name__,
+                (command,),
+                {"__doc__": inspect.cleandoc(command.__doc__ or "").split("\n\n")[0]},
+            )
+            for name, command in commands.items()
+        }
+    more = f"`{program} COMMAND --help` shows a command's flags and an example, --version the version."
     return parse_and_run(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            dict(commands), prog=program, description=f"{description} --version names the version.", args=argv
+            dict(commands), prog=program, description=f"{description.strip()}\n\n{more}", args=argv
         ),
         argv,
     )
@@ -394,12 +405,30 @@ def parse(parser: Callable[[], T]) -> T:
         raise
 
 
+def _open_streams() -> None:
+    """Lets stdout and stderr take every text. Where one is closed (`>&-`) it goes nowhere: the next file that
+    is opened would get its number, and what a library prints.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number and not os.path.exists(f"/dev/fd/{number}"):
+                os.dup2(nowhere, number)
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w"), "utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def until_the_reader_leaves(run: Callable[[], int]) -> int:
     """Runs a program whose output may be cut short (`… --help | head`), without a traceback.
+
+    Nor does it fail, its work done, over a name that the terminal's encoding lacks, or without streams.
 
     Returns:
         The program's exit status, or that of a process ended by SIGPIPE as shells see it.
     """
+    _open_streams()
     try:
         try:
             return run()

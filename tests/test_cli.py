@@ -44,6 +44,17 @@ def test_every_data_command_teaches_by_example(command, capsys):
     assert f"Example: python -m data_prep {command}" in " ".join(page.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("program", [spacedrive_jax.cli.main, data_prep.cli.main])
+def test_the_overview_fits_on_a_screen(program, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    page = capsys.readouterr().out
+    assert all(f"• {name} " in page for name in program.COMMANDS)
+    assert len(page.splitlines()) < 60
+    assert "Example: " not in page
+    assert "COMMAND --help` shows a command's flags" in page
+
+
 def test_train_lists_the_fields_of_a_config(capsys):
     with pytest.raises(SystemExit):
         spacedrive_jax.cli.main.main(["train", "demo", "--help"])
@@ -136,10 +147,23 @@ def test_the_log_says_which_attention_kernel_runs(said):
     from spacedrive_jax.models.attention import attend
 
     capsys = said()
-    states = jnp.zeros((1, 8, 2, 4))
-    for _ in range(2):  # as for two layers, which is said once
+    for length in (8, 1024, 1024):  # as for two layers, which is said once; where there is a choice
+        states = jnp.zeros((1, length, 1, 4))
         attend(states, states, states, choice="auto")
-    assert capsys.readouterr().err == "attention over 8 tokens of 4 channels on cpu: xla\n"
+    assert capsys.readouterr().err == "attention over 1024 tokens of 4 channels on cpu: blocks\n"
+
+
+def test_output_goes_where_it_can(tmp_path):
+    # An encoding without the page's characters, or names; and no stdout or stderr at all.
+    for start, said in (("PYTHONIOENCODING=ascii", b"\\u2022 train"), ("", b"")):
+        command = f"{start} {sys.executable} -m spacedrive_jax --help {'' if start else '>&- 2>&-'}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert said in done.stdout
+    named = f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {sys.executable} -m data_prep inspect"
+    done = subprocess.run(["bash", "-c", f"{named} {tmp_path}/ü"], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"set LC_ALL=C.UTF-8" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["spacedrive_jax", "data_prep"])

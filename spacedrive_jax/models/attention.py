@@ -109,7 +109,9 @@ def attend(
     platform = target_platform()
     masked = causal or lengths is not None
     kernel = choose_kernel(choice, platform, q.dtype, length, head_dim, masked=masked)
-    log.info("attention over %d tokens of %d channels on %s: %s", length, head_dim, platform, kernel)
+    # Where there was a choice; on a CPU plain attention is all there is.
+    level = logging.DEBUG if (platform, kernel) == ("cpu", "xla") else logging.INFO
+    log.log(level, "attention over %d tokens of %d channels on %s: %s", length, head_dim, platform, kernel)
     if kernel == "blocks":
         return _on_shards(lambda q, k, v, _: blocked_attention(q, k, v), q, k, v, None, axes)
     if kernel == "xla":
