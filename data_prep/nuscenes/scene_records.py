@@ -120,9 +120,8 @@ def convert_scene(unit: SceneUnit) -> SceneResult:
 
 def scene_records(unit: SceneUnit, scene: Scene, counts: Counter[str]) -> Iterator[Record]:
     """Yields the records of the unit's scene, unpacked, in time order and counts what they hold."""
-    times = [keyframe.timestamp_us for keyframe in scene.keyframes]
-    messages = read_pose_messages(unit.dataroot, scene.name, times)
     times = np.array([keyframe.timestamp_us for keyframe in scene.keyframes], np.int64)
+    messages = read_pose_messages(unit.dataroot, scene.name, times.tolist())
     track = ego_track(scene, None if messages is None else can_bus_at(messages, times))
     agents = agent_tracks(scene)
     drivable_map = _open_map(unit)
