@@ -9,83 +9,29 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
-from jaxtyping import Bool
 
 from spacedrive_jax.batch import DrivingBatch, stack
-from spacedrive_jax.buckets import cache_folder
-from spacedrive_jax.console import note, progress
+from spacedrive_jax.console import note
 from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
-from spacedrive_jax.data.records import MixedRecords, Records, mixed_order, open_records, records_sources
+from spacedrive_jax.data.mixture import MixedRecords, mixed_order, records_sources
+from spacedrive_jax.data.records import Records, complete_futures, open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, local
-from spacedrive_jax.json_files import read_json, write_json
+from spacedrive_jax.errors import ConfigError, DataError
+from spacedrive_jax.io import local
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
 
-# Which keyframes of a split have all their future poses, found once and kept in the user's cache: a reader
-# writes nothing into a records folder.
-
-
 log = logging.getLogger(__name__)
-
-_FEATURE = "waypoint_mask"
-MOST_BYTES = 256 * MEBIBYTE
-"""One byte a keyframe."""
-
-
-def complete_futures(records: Records, *, keep: bool = True) -> Bool[np.ndarray, " keyframes"]:
-    """Tells for every keyframe whether all its waypoints are valid.
-
-    The first call on a split reads its records (one feature of each) and leaves the answer in the user's
-    cache, under the records' fingerprint; later calls take it from there.
-
-    Args:
-        records: a split of records.
-        keep: leave the answer there.
-    """
-    file = cache_folder() / "complete_futures" / f"{records.fingerprint}-{records.split}.json"
-    kept = _read(file, records)
-    if kept is not None:
-        return kept
-    # Decoding that feature alone leaves the images where they are.
-    features = tfds.features.FeaturesDict({_FEATURE: record_features()[_FEATURE]})
-    indices = progress(range(len(records)), desc="look for complete futures", unit="keyframe")
-    found = np.array([records.source.decode(index, features)[_FEATURE].all() for index in indices], bool)
-    if keep:
-        _write(file, records, found)
-    return found
-
-
-def _read(file: Path, records: Records) -> Bool[np.ndarray, " keyframes"] | None:
-    """The kept answer; None where there is none, or one of other records."""
-    try:
-        kept = read_json(file, most=MOST_BYTES)
-        complete = np.array([letter == "1" for letter in kept["complete"]], bool)
-        same = kept["fingerprint"] == records.fingerprint and len(complete) == len(records)
-    except (ValueError, KeyError, TypeError):  # a DataError is a ValueError
-        return None
-    return complete if same else None
-
-
-def _write(file: Path, records: Records, complete: Bool[np.ndarray, " keyframes"]) -> None:
-    letters = "".join("1" if each else "0" for each in complete)
-    try:
-        write_json(file, {"fingerprint": records.fingerprint, "complete": letters})
-    except SpaceDriveError as error:
-        log.info("the complete futures of %s are not kept: %s", records.directory, error)
-
 
 LOOKED_AT = 256
 """Keyframes whose tokens are held against the language data."""

@@ -9,42 +9,41 @@ come in any order.
 Frames and units: the ego frame (x forward, y left, z up, metres) at the keyframe's LIDAR_TOP time unless
 a name says otherwise; `a_to_b` matrices take points in frame a to frame b; angles in radians; times in
 microseconds.
-
-A run may take several folders, each with its share of the samples: `data.records` names them with weights,
- `A:0.7,B:0.3`: of any stretch of the run seven samples in ten are A's,
-in an order that the seed alone decides. Each folder is shuffled and repeated by itself, so that a small one
-comes round more often than a large one.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
-import math
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from jaxtyping import Bool
 
-from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
 from spacedrive_jax.data.schema import Record, record_features
-from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import is_bucket, place
-from spacedrive_jax.json_files import read_typed
+from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.io import MEBIBYTE, place
+from spacedrive_jax.json_files import read_json, read_typed, write_json
 
 SPLITS = ("train", "val", "all")
 MAX_IMAGE_SIDE = 65_500
 """Pixels; libjpeg's limit."""
 _MAY_BE_NAN = frozenset({"agent_velocity"})
+_FUTURE_FEATURE = "waypoint_mask"
+MOST_FUTURES_BYTES = 256 * MEBIBYTE
+"""One byte a keyframe."""
+
+log = logging.getLogger(__name__)
 
 
 class RecordSource(Sequence[Record]):
@@ -240,77 +239,45 @@ def _source(directory: Path, split: str, provenance: Provenance) -> RecordSource
     )
 
 
-def records_sources(text: str) -> list[tuple[str, float]]:
-    """The folders that `data.records` names, and their weights, which add up to 1.
+def complete_futures(records: Records, *, keep: bool = True) -> Bool[np.ndarray, " keyframes"]:
+    """Tells for every keyframe whether all its waypoints are valid.
+
+    The first call on a split reads its records (one feature of each) and leaves the answer in the user's
+    cache, under the records' fingerprint; later calls take it from there.
 
     Args:
-        text: one folder, or several as `FOLDER:WEIGHT,FOLDER:WEIGHT`.
-
-    Raises:
-        ConfigError: a weight is missing or not positive, or a folder is named twice.
+        records: a split of records.
+        keep: leave the answer there.
     """
-    if "," not in text or (not is_bucket(text) and Path(text).is_dir()):
-        return [(text, 1.0)]
-    folders, weights = [], []
-    for part in text.split(","):
-        folder, _, weight = part.strip().rpartition(":")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not folder or not (math.isfinite(value) and value > 0):
-            raise ConfigError(
-                f"data.records {part.strip()!r} has no positive weight: several folders are named "
-                "FOLDER:WEIGHT,FOLDER:WEIGHT"
-            )
-        folders.append(folder)
-        weights.append(value)
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"data.records {text!r} names a folder twice")
-    total = math.fsum(weights)
-    return [(folder, weight / total) for folder, weight in zip(folders, weights, strict=True)]
+    file = cache_folder() / "complete_futures" / f"{records.fingerprint}-{records.split}.json"
+    kept = _kept_futures(file, records)
+    if kept is not None:
+        return kept
+    # Decoding that feature alone leaves the images where they are.
+    features = tfds.features.FeaturesDict({_FUTURE_FEATURE: record_features()[_FUTURE_FEATURE]})
+    indices = progress(range(len(records)), desc="look for complete futures", unit="keyframe")
+    found = np.array(
+        [records.source.decode(index, features)[_FUTURE_FEATURE].all() for index in indices], bool
+    )
+    if keep:
+        _keep_futures(file, records, found)
+    return found
 
 
-def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
-    """Names what several records folders hold together; a single one's own fingerprint."""
-    if len(fingerprints) == 1:
-        return fingerprints[0]
-    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+def _kept_futures(file: Path, records: Records) -> Bool[np.ndarray, " keyframes"] | None:
+    """The kept answer; None where there is none, or one of other records."""
+    try:
+        kept = read_json(file, most=MOST_FUTURES_BYTES)
+        complete = np.array([letter == "1" for letter in kept["complete"]], bool)
+        same = kept["fingerprint"] == records.fingerprint and len(complete) == len(records)
+    except (ValueError, KeyError, TypeError):  # a DataError is a ValueError
+        return None
+    return complete if same else None
 
 
-class MixedRecords(Sequence[Record]):
-    """The records of several folders, one behind the other."""
-
-    def __init__(self, parts: Sequence[Any]) -> None:
-        """Args: the folders' records, in the order of their samples' indices."""
-        self.parts = list(parts)
-        self.fingerprint = mixed_fingerprint([part.fingerprint for part in parts])
-        """Of all of them, in their order."""
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
-
-
-def mixed_order(
-    parts: Sequence[Sequence[DrivingBatch]], weights: Sequence[float], seed: int
-) -> grain.MapDataset:
-    """The endless sample order of several sources; any place of it can be looked up.
-
-    Args:
-        parts: samples of each source.
-        weights: their shares.
-        seed: of every source's shuffle.
-    """
-    # Each with a seed of its own: equal lengths would be shuffled alike.
-    shuffled = [
-        grain.MapDataset.source(part).seed(seed + number).shuffle().repeat()
-        for number, part in enumerate(parts)
-    ]
-    return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
+def _keep_futures(file: Path, records: Records, complete: Bool[np.ndarray, " keyframes"]) -> None:
+    letters = "".join("1" if each else "0" for each in complete)
+    try:
+        write_json(file, {"fingerprint": records.fingerprint, "complete": letters})
+    except SpaceDriveError as error:
+        log.info("the complete futures of %s are not kept: %s", records.directory, error)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.data.records import mixed_fingerprint, records_sources
+from spacedrive_jax.data.mixture import mixed_fingerprint, records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, read_text

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records import Records, open_records, records_sources
+from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.prediction_files import read_predictions

@@ -3,8 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.loader import complete_futures
-from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.records import complete_futures, open_records
 from tests.record_factory import make_record, write_records
 
 
