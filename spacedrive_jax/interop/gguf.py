@@ -61,7 +61,7 @@ def _nibbles(raw: Bytes) -> Float[np.ndarray, "blocks 32"]:
     return np.concatenate([raw & 15, raw >> 4], axis=1).astype(np.float32)
 
 
-def _with_fifth_bit(raw: Bytes, bits: Bytes) -> Float[np.ndarray, "blocks 32"]:
+def _with_fifth_bit(raw: Bytes, bits: UInt8[np.ndarray, "blocks 4"]) -> Float[np.ndarray, "blocks 32"]:
     fifth = np.unpackbits(bits, axis=1, bitorder="little").astype(np.float32)
     return _nibbles(raw) + 16 * fifth
 
