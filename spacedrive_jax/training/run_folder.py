@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from spacedrive_jax import __version__, buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json, to_plain
-from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
+from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text
 from spacedrive_jax.json_files import read_json, write_json
@@ -119,7 +119,10 @@ def check(
             f"{run_dir} holds a run already: --resume continues it, --overwrite replaces it, --run-dir "
             "starts elsewhere"
         )
-    found = config_changes(read_json(file), json.loads(to_json(config)))
+    then = read_json(file)
+    with contextlib.suppress(ConfigError):  # through this version's fields: those it has besides are defaults
+        then = json.loads(to_json(from_json(json.dumps(then))))
+    found = config_changes(then, json.loads(to_json(config)))
     changes = [change for change in found if not _is_free(change)]
     if changes and not accept_changes:
         raise SpaceDriveError(

@@ -16,7 +16,7 @@ from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import MeshConfig, config_changes, from_json, load_config, to_json
 from spacedrive_jax.data.loader import SampleClock, training_samples
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.training import step
+from spacedrive_jax.training import run_folder, step
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
@@ -111,6 +111,23 @@ def test_bad_input_is_refused_before_anything_is_written(records, tmp_path, capf
     assert not run_dir.exists()
     assert main(["train", "no_such_preset"]) == 1
     assert "no config 'no_such_preset'; presets:" in capfd.readouterr().err
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its config.json lacks the fields that have come since, which stand for what it did."""
+    config = load_config("demo")
+    saved = json.loads(to_json(config))
+    del saved["data"]["ego_fault"], saved["train"]["grad_accum_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert run_folder.check(tmp_path, config, resume=True) == []
+    saved["train"]["learning_rate"] = 1.0
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(SpaceDriveError, match=r"another config: train.learning_rate: 1.0 -> [\d.]+\. Resume"):
+        run_folder.check(tmp_path, config, resume=True)
+    saved["train"]["of_the_future"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(SpaceDriveError, match=r"train.of_the_future: 1 -> None"):
+        run_folder.check(tmp_path, config, resume=True)
 
 
 def test_config_round_trip_and_changes():
