@@ -321,10 +321,11 @@ class LanguageModel(nnx.Module):
         if dropout_key is None:
             return None, None
         layers = self.config.num_layers
-        attention = jax.random.split(dropout_key, (layers, 4))
+        attention_key, mlp_key = jax.random.split(dropout_key)
+        attention = jax.random.split(attention_key, (layers, 4))
         if self.lora is None or not {"gate", "up", "down"} & set(self.lora.targets):
             return attention, None
-        return attention, jax.random.split(jax.random.fold_in(dropout_key, 1), (layers, 3))
+        return attention, jax.random.split(mlp_key, (layers, 3))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocabulary"]:
         """Scores every vocabulary id from final-normed hidden states, float32.

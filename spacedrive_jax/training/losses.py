@@ -140,6 +140,30 @@ class Supervised:
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, other)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What the means over coordinates divide by in a piece of a batch, so that the pieces' mean is the whole
+    batch's: its valid coordinates over the number of pieces.
+
+    Divided by its own count, a piece with one valid waypoint would weigh as much as one that has them all.
+    """
+
+    waypoints: Float[Array, ""]
+    path: Float[Array, ""]
+    decoded: Float[Array, ""]
+    """Those of both that the `vae` decoder has a divergence of."""
+
+    @classmethod
+    def of(cls, model: SpaceDrive, batch: DrivingBatch, config: TrainConfig, pieces: int) -> Counted:
+        """Counts a whole batch that is worked out in pieces."""
+        waypoints, path = select(model, batch, config), select_path(batch)
+        both = waypoints if path is None else waypoints.followed_by(path)
+        none = jnp.zeros((batch.size, 1), bool)
+        masks = waypoints.mask, none if path is None else path.mask, both.mask[:, : both.indices.shape[1]]
+        return cls(*(jnp.maximum(jnp.sum(mask), 1) / pieces for mask in masks))
+
+
 def losses(
     model: SpaceDrive,
     batch: DrivingBatch,
@@ -148,6 +172,7 @@ def losses(
     *,
     noise: Float[Array, "B C Z"] | None = None,
     sees_true_coordinates: bool = True,
+    counted: Counted | None = None,
 ) -> Losses:
     """Runs the model on a batch with answers and scores it.
 
@@ -161,18 +186,21 @@ def losses(
         dropout_key: key of the adapters' dropout and the `vae` decoder's noise; None for neither.
         noise: the `vae` decoder's standard normal noise, instead of the key's.
         sees_true_coordinates: the `vae` decodes its future distribution; False scores its inference.
+        counted: what the means over coordinates divide by; None for the batch's own valid ones.
 
     Raises:
         ConfigError: the config's decoder and losses do not fit each other.
     """
     check_choices(model, config)
+    counted = Counted.of(model, batch, config, pieces=1) if counted is None else counted
     waypoints, path = select(model, batch, config), select_path(batch)
     supervised = waypoints if path is None else waypoints.followed_by(path)
     vae = isinstance(model.decoder, VaeDecoder)
     drawn_for = supervised.true_coordinates[:, : supervised.indices.shape[1]] if vae else None
     if vae and noise is None and dropout_key is not None:
         shape = (*supervised.indices.shape, model.config.decoder.latent_size)
-        noise = jax.random.normal(jax.random.fold_in(dropout_key, 0), shape)
+        dropout_key, noise_key = jax.random.split(dropout_key)
+        noise = jax.random.normal(noise_key, shape)
     outputs = model(
         batch,
         dropout_key=dropout_key,
@@ -185,16 +213,18 @@ def losses(
     weight = None
     if config.braking_weight != 1.0:
         weight = jnp.where(brakes(batch.waypoints), config.braking_weight, 1.0)
-    position = position_loss(model, _part(outputs, slice(count)), waypoints, config, weight)
+    position = position_loss(
+        model, _part(outputs, slice(count)), waypoints, config, counted.waypoints, weight
+    )
     along_path = jnp.zeros(())
     if path is not None:
-        along_path = position_loss(model, _part(outputs, slice(count, None)), path, config)
+        along_path = position_loss(model, _part(outputs, slice(count, None)), path, config, counted.path)
     divergence = jnp.zeros(())
     if isinstance(model.decoder, VaeDecoder) and drawn_for is not None:
         per_coordinate = model.decoder.divergence(outputs.at_indicators, drawn_for)
-        divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]])
+        divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]], counted.decoded)
     error = safe_norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.true_coordinates)
-    displacement = jax.lax.stop_gradient(_mean(error, waypoints.mask))
+    displacement = jax.lax.stop_gradient(_mean(error, waypoints.mask, counted.waypoints))
     total = (
         config.language_weight * language
         + config.position_weight * position
@@ -254,17 +284,20 @@ def position_loss(
     outputs: Outputs,
     supervised: Supervised,
     config: TrainConfig,
+    count: Float[Array, ""],
     weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean over the valid coordinates, in metres or between embeddings; each sample's times its weight."""
+    """Sum over the valid coordinates, in metres or between embeddings, each sample's times its weight; over
+    how many count (`Counted`).
+    """
     if config.position_loss in EMBEDDING_LOSSES:
         true_coordinates = jnp.pad(supervised.true_coordinates, ((0, 0), (0, 0), (0, 1)))
         # As published, the true encodings are targets: alpha learns from the inputs alone.
         target = jax.lax.stop_gradient(model.encoder(true_coordinates))
         hidden = outputs.at_indicators.astype(jnp.float32)
         if config.position_loss == "cosine":
-            return _mean(1 - _cosine(hidden, target), supervised.mask, weight)
-        return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask, weight)
+            return _mean(1 - _cosine(hidden, target), supervised.mask, count, weight)
+        return _mean(jnp.mean(jnp.square(hidden - target), axis=-1), supervised.mask, count, weight)
     error = outputs.coordinates[..., :2] - supervised.true_coordinates
     if config.position_loss == "l1":
         per_axis = jnp.abs(error)
@@ -272,7 +305,7 @@ def position_loss(
         per_axis = jnp.square(error)
     else:
         per_axis = optax.huber_loss(error, delta=config.huber_delta)
-    return _mean(jnp.mean(per_axis, axis=-1), supervised.mask, weight)
+    return _mean(jnp.mean(per_axis, axis=-1), supervised.mask, count, weight)
 
 
 def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
@@ -309,11 +342,14 @@ def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
 
 
 def _mean(
-    values: Float[Array, "B C"], mask: Bool[Array, "B C"], weight: Float[Array, " B"] | None = None
+    values: Float[Array, "B C"],
+    mask: Bool[Array, "B C"],
+    count: Float[Array, ""],
+    weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     if weight is not None:
         values = values * weight[:, None]
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / count
 
 
 def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Float[Array, "..."]:

@@ -21,12 +21,14 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.models.partitioning import activations_on, constrain
-from spacedrive_jax.training.losses import losses, without_past_motion
+from spacedrive_jax.training.losses import Counted, losses, without_past_motion
 from spacedrive_jax.training.run_folder import save_batch_tokens
 from spacedrive_jax.training.sharding import replicated
 from spacedrive_jax.training.state import abstract_state, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]
+DROPOUT_STREAM = 0xD409
+"""Folded into a step's key, which is one that a parameter was drawn with (both are the seed's, folded)."""
 PAST_MOTION_STREAM = 0x9A57
 """Folded into a step's key: what is withheld does not hang on the adapters' dropout."""
 
@@ -67,14 +69,19 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
     withholds = settings.past_motion_dropout > 0
 
     def loss(
-        trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch, key: jax.Array | None
+        trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch, key: jax.Array | None, counted: Counted
     ) -> tuple[jax.Array, Metrics]:
         if withholds:
             assert key is not None
             batch = without_past_motion(
                 batch, jax.random.fold_in(key, PAST_MOTION_STREAM), settings.past_motion_dropout
             )
-        parts = losses(nnx.merge(graph, trainable, frozen), batch, settings, key if uses_dropout else None)
+        dropout_key = None
+        if uses_dropout:
+            assert key is not None
+            dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
+        model = nnx.merge(graph, trainable, frozen)
+        parts = losses(model, batch, settings, dropout_key, counted=counted)
         metrics = {
             "loss": parts.total,
             "loss_language": parts.language,
@@ -93,9 +100,10 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
     ) -> tuple[nnx.State, Any, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout or withholds else None
         with activations_on(mesh):
-            gradients, metrics = accumulate(
-                jax.grad(loss, has_aux=True), trainable, frozen, batch, key, settings.grad_accum_steps
-            )
+            pieces = settings.grad_accum_steps
+            counted = Counted.of(nnx.merge(graph, trainable, frozen), batch, settings, pieces)
+            gradient = functools.partial(jax.grad(loss, has_aux=True), counted=counted)
+            gradients, metrics = accumulate(gradient, trainable, frozen, batch, key, pieces)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -128,8 +136,8 @@ def accumulate(
 ) -> tuple[Any, Metrics]:
     """Gradient and metrics of a batch, worked out in equal pieces one after the other.
 
-    The result is the mean over pieces, each reduced on its own, as data-parallel training of the published
-    code averages its processes. It equals one pass where every piece has equally many valid waypoints.
+    The result is the mean over pieces. It equals that of one pass, but for the order of sums, where
+    `gradient` divides by what the pieces hold on average (`losses.Counted`), not by what its own holds.
 
     Args:
         gradient: (trainable, frozen, batch, key) -> (gradient, metrics).

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -78,3 +80,13 @@ def test_seeds_differ(decoder):
     key = ("layers", "attention", "q", "adapter", "a")
     difference = dict(nnx.to_flat_state(other))[key][...] - dict(nnx.to_flat_state(theirs))[key][...]
     assert np.abs(difference).max() > 0.01
+
+
+def test_every_dropout_has_a_key_of_its_own():
+    """`fold_in(key, n)` is the n-th key of `split(key, …)`: the two do not go together."""
+    drawn = SimpleNamespace(config=SimpleNamespace(num_layers=3), lora=SimpleNamespace(targets=("q", "up")))
+    step = jax.random.key(0)
+    attention, mlp = LanguageModel._dropout_keys(drawn, step)
+    keys = [*attention.reshape(-1), *mlp.reshape(-1), step]
+    keys += [jax.random.fold_in(step, number) for number in range(2, 16)]  # what else may come of the step
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)

@@ -1,10 +1,15 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from spacedrive_jax.training.losses import label_cross_entropy
+from spacedrive_jax.config import load_config
+from spacedrive_jax.training.batches import fake_batch
+from spacedrive_jax.training.losses import Counted, label_cross_entropy, position_loss, select
+from tests.training.runs import TINY
 
 
 @pytest.mark.parametrize("indices", [3, 4, 10])
@@ -26,3 +31,24 @@ def test_chunks_give_the_plain_cross_entropy_and_gradient(indices):
         for of in (chunked, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_pieces_with_unequally_many_waypoints_give_the_mean_of_the_batch():
+    config = load_config(str(TINY))
+    batch = fake_batch(config)
+    batch.waypoint_mask[:] = [[True] * 6, [False] * 6, [True] + [False] * 5, [True] * 3 + [False] * 3]
+    model = SimpleNamespace(config=config.model)
+    guess = np.random.default_rng(0).normal(0, 9, (batch.size, 6, 3)).astype(np.float32)
+
+    def score(rows, counted):
+        part = jax.tree.map(lambda leaf: leaf[rows], batch)
+        outputs = SimpleNamespace(coordinates=guess[rows])
+        return position_loss(model, outputs, select(model, part, config.train), config.train, counted)
+
+    whole = score(slice(None), Counted.of(model, batch, config.train, 1).waypoints)
+    np.testing.assert_allclose(Counted.of(model, batch, config.train, 1).waypoints, 10)
+    share = Counted.of(model, batch, config.train, 2).waypoints
+    pieces = [score(slice(first, None, 2), share) for first in range(2)]
+    np.testing.assert_allclose(sum(pieces) / 2, whole, rtol=1e-6)
+    each = [score(slice(first, None, 2), jnp.float32(count)) for first, count in enumerate((7, 3))]
+    assert abs(sum(each) / 2 - whole) > 0.1  # by its own count each
