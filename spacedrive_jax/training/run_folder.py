@@ -25,7 +25,7 @@ from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text
 from spacedrive_jax.json_files import read_json, write_json
 from spacedrive_jax.training.checkpoint_steps import steps_of
-from spacedrive_jax.training.hosts import Hosts, hosts_of_run, is_first_host
+from spacedrive_jax.training.hosts import Hosts, is_first_host
 
 FREE_TO_CHANGE = (
     "run_dir",
@@ -193,7 +193,7 @@ def require_shared(run_dir: Path, hosts: Hosts) -> None:
     blind = [number for number, each in enumerate(hosts.exchange(b"seen" if seen else b"")) if not each]
     if hosts.is_first:
         mark.unlink()
-        if blind and made and not is_bucket(run_dir):
+        if made and not is_bucket(run_dir):  # `claim` makes it, once the run has shown that it can start
             run_dir.rmdir()
     if blind:
         raise SpaceDriveError(
@@ -216,7 +216,6 @@ def claim(run_dir: Path, config: Config, *, overwrite: bool = False) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every host has read the run folder")
-        require_shared(run_dir, hosts_of_run())
     if is_first_host():
         try:
             run_dir.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,10 @@ def _train(
     samples = training_samples(config.data, config.model, settings.batch_size, advice=depth_advice(config))
     check_lengths(samples)
     flags = {"resume": resume, "step": step, "overwrite": overwrite, "skip_nonfinite": skip_nonfinite}
-    hosts_of_run().agree(run_folder.facts(config, start, samples.records.fingerprint, flags))
+    hosts = hosts_of_run()
+    hosts.agree(run_folder.facts(config, start, samples.records.fingerprint, flags))
+    if hosts.count > 1:
+        run_folder.require_shared(run_dir, hosts)
     rows = local_rows(settings.batch_size, mesh)
     iterator = training_iterator(
         samples, config.data, batch_size=settings.batch_size, seed=settings.seed, rows=rows
