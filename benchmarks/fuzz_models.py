@@ -300,9 +300,10 @@ def clip(folder: Path) -> None:
     car = {**box, "class": "vehicle", "id": "2", "type_id": "vehicle.audi.tt", "location": [5.0, 1.0, 0.5]}
     car |= {"world2vehicle": unit, "center": [5.0, 1.0, 0.5], "rotation": [0, 0, 0], "speed": 1.0}
     cameras = ("FRONT", "FRONT_RIGHT", "FRONT_LEFT", "BACK", "BACK_LEFT", "BACK_RIGHT")
+    intrinsic = [[1140.0, 0.0, 800.0], [0.0, 1140.0, 450.0], [0.0, 0.0, 1.0]]
     sensors = {
         f"CAM_{name}": {
-            **{"intrinsic": np.eye(3).tolist(), "cam2ego": unit, "world2cam": unit, "fov": 70},
+            **{"intrinsic": intrinsic, "cam2ego": unit, "world2cam": unit, "fov": 70},
             **{"image_size_x": 1600, "image_size_y": 900},
         }
         for name in cameras

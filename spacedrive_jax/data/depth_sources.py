@@ -88,7 +88,7 @@ class DepthConfig:
     disturb: DepthDisturbance = DepthDisturbance()
     """Faults of the depth network, made on purpose; none by default."""
 
-    BOUNDS: ClassVar[Bounds] = {"far": POSITIVE}
+    BOUNDS: ClassVar[Bounds] = {"heights": ANY, "far": POSITIVE}
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "data.depth")
