@@ -19,9 +19,9 @@ from spacedrive_jax.driving.infractions import (
     COMPLETE_METRES,
     COMPLETE_SHARE,
     DEVIATION,
-    LIGHT_REACH,
     STANDING,
     STEPS_BLOCKED,
+    waits_at_red,
     went_wrong,
 )
 from spacedrive_jax.driving.observation import Observer
@@ -166,8 +166,8 @@ def episode(
             control = _disturbed(control, float(state.traffic.s[0]) - scenario.ego.start, noise)
         later = world.step(control).vehicle
         assert later is not None
-        waits = later.speed < STANDING and not _red_ahead(world)
-        still = still + 1 if waits else 0
+        excused = waits_at_red(scenario, float(world.state.traffic.s[0]), world.state.time)
+        still = still + 1 if later.speed < STANDING and not excused else 0
     log, lanes = drive_log(world, world.states[first:], goal), LaneMap(scenario.town)
     wrong = went_wrong(log, lanes, ending)
     return DriveResult(
@@ -248,18 +248,6 @@ def _ending(
     if still >= STEPS_BLOCKED:
         return "blocked"
     return "timeout" if state.time >= latest - 1e-9 else ""
-
-
-def _red_ahead(world: World) -> bool:
-    """Whether a red light on the route excuses standing here."""
-    ego = world.scenario.ego
-    front = float(world.state.traffic.s[0]) + ego.reference_to_centre + ego.size[0] / 2
-    signals = world.scenario.cast.signals
-    return any(
-        -2.5 < gate.stop - front < LIGHT_REACH
-        and gate.arm not in signals.green_arms(gate.junction, world.state.time)
-        for gate in ego.route.gates
-    )
 
 
 CONTROL_LOSS = ((20.0, 30.0), (45.0, 55.0))

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.world.paths import corners
+from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.town import LANE_WIDTH
 from spacedrive_jax.world.traffic import TIME_STEP
 
@@ -178,15 +179,20 @@ def completion(log: DriveLog) -> float:
     return 100.0 * share
 
 
-def waits_at_red(log: DriveLog, step: int) -> bool:
-    """Whether a red light on the route excuses standing."""
-    front = float(log.s[step]) + log.scenario.ego.reference_to_centre + float(log.half[0, 0])
-    for gate in log.scenario.ego.route.gates:
-        near = -2.5 < gate.stop - front < LIGHT_REACH
-        green = log.scenario.cast.signals.green_arms(gate.junction, float(log.time[step]))
-        if near and gate.arm not in green:
-            return True
-    return False
+def waits_at_red(scenario: Scenario, s: float, time: float) -> bool:
+    """Whether a red light on the route excuses standing.
+
+    Args:
+        scenario: the drive's.
+        s: arc length of the ego vehicle on its route, metres.
+        time: seconds since the start.
+    """
+    ego, signals = scenario.ego, scenario.cast.signals
+    front = s + ego.reference_to_centre + ego.size[0] / 2
+    return any(
+        -2.5 < gate.stop - front < LIGHT_REACH and gate.arm not in signals.green_arms(gate.junction, time)
+        for gate in ego.route.gates
+    )
 
 
 def speed_percentages(log: DriveLog) -> list[float]:

@@ -170,7 +170,7 @@ def test_a_crashed_policy_fails_with_its_failures_named() -> None:
 def test_a_red_light_ahead_excuses_standing(gap: float, green: bool, waits: bool) -> None:
     stop = 200.0 - 5.2
     log = make_log(np.full(5, stop - gap - FRONT), green=green)
-    assert waits_at_red(log, 4) is waits
+    assert waits_at_red(log.scenario, float(log.s[4]), float(log.time[4])) is waits
 
 
 def test_speed_is_held_against_the_traffic_around() -> None:
