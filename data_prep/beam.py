@@ -1,9 +1,9 @@
 """Units of work on Apache Beam: scenes to convert and chunks of depth, here or spread over a cluster.
 
-Workers read the source and write shards and their facts into the records folder themselves, so both must be
-there under the same path on every machine (a shared disk). What is in a shard depends on neither runner nor
-worker nor attempt, and a shard gets its name only when whole: a worker that dies, or that is run twice, does
-no harm.
+Workers read the source and write shards and their metadata into the records folder themselves, so both must
+be there under the same path on every machine (a shared disk). What is in a shard depends on neither runner
+nor worker nor attempt, and a shard gets its name only when whole: a worker that dies, or that is run twice,
+does no harm.
 """
 
 from __future__ import annotations

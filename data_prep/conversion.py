@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 # What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed:
 #
 #   OUT/conversion/plan.json     source digests, options, the list of shards
-#   OUT/conversion/<shard>.json  facts of a finished shard
+#   OUT/conversion/<shard>.json  metadata of a finished shard
 #   OUT/conversion/units         what waits for a worker of a cluster, while one converts
 #   OUT/provenance.json          written last: the folder is finished
 #
-# A shard counts as done when both the shard and its facts are there and its bytes are those that were
+# A shard counts as done when both the shard and its metadata are there and its bytes are those that were
 # written.
 
 

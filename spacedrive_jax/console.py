@@ -1,8 +1,8 @@
 """What every command line of the project shares: one clear error line, a log, progress, one JSON object.
 
 A command is a frozen dataclass deriving from `Command`: its fields are its flags (tyro builds the
-parser and the `--help` page from names, types and docstrings) and `run` does the work and returns the
-facts that `--json` prints.
+parser and the `--help` page from names, types and docstrings) and `run` does the work and returns what
+`--json` prints.
 
 Results go to stdout; what happens on the way goes through `logging`, which a command line sends to stderr
 and a notebook configures as it likes (every module logs under its own name, below `spacedrive_jax` or

@@ -193,9 +193,9 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
         return
     kinds = ("vqa",) if config.tasks == "counterfactual" else KINDS
     there = LanguageData(local(config.language_data)).tokens(kinds)
-    places = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), LOOKED_AT)).round().astype(int))
+    looked_at = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), LOOKED_AT)).round().astype(int))
     token = tfds.features.FeaturesDict({"token": record_features()["token"]})
-    tokens = [records.source.decode(indices[place], token)["token"].decode() for place in places]
+    tokens = [records.source.decode(indices[index], token)["token"].decode() for index in looked_at]
     asked = sum(each in there for each in tokens)
     if not asked and len(tokens) == len(indices):
         raise DataError(
@@ -207,14 +207,14 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
 
 
 class HostShare(grain.MapDataset):
-    """One host's places of every global batch.
+    """One host's rows of every global batch.
 
     Which samples a global batch holds, and their order, do not depend on the number of hosts, so that a run
     can go on with another.
     """
 
     def __init__(self, samples: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
-        """Args: the endless sample order, global batch size, this host's places in it."""
+        """Args: the endless sample order, global batch size, this host's rows of it."""
         super().__init__(samples)
         self._batch_size, self._rows = batch_size, list(rows)
 
@@ -222,8 +222,8 @@ class HostShare(grain.MapDataset):
         return len(self._parent) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> DrivingBatch:
-        batch, place = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[place]]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
 
 
 def read_ahead(dataset: grain.MapDataset, data: DataConfig, ahead: int) -> grain.DatasetIterator:
@@ -301,7 +301,7 @@ def training_iterator(
         data: how to read ahead.
         batch_size: of the global batch.
         seed: of the shuffle.
-        rows: the places of every batch that are wanted, this host's; None for all.
+        rows: of every batch, this host's; None for all.
     """
     if isinstance(samples, MixedSamples):
         endless = mixed_order(samples.parts, samples.weights, seed)
@@ -323,35 +323,36 @@ def evaluation_batches(
     Args:
         samples: what to go through.
         batch_size: of a whole batch.
-        rows: the places of every batch that are wanted, this host's; None for all.
+        rows: of every batch, this host's; None for all.
         data: how many threads or processes make samples ahead, a batch at least; None for none.
 
     Yields:
-        Those places of a batch, and how many samples of the whole batch count.
+        Those rows of a batch, and how many samples of the whole batch count.
     """
     wanted = range(batch_size) if rows is None else rows
     counts = [min(batch_size, len(samples) - start) for start in range(0, len(samples), batch_size)]
-    places = [
+    batches = [
         [number * batch_size + min(row, count - 1) for row in wanted] for number, count in enumerate(counts)
     ]
-    order = [place for batch in places for place in sorted(set(batch))]
+    order = [index for batch in batches for index in sorted(set(batch))]
     if not order:
         return
     if data is None:
-        made: Iterator[DrivingBatch] = (samples[place] for place in order)
-        yield from _filled(made, places, counts)
+        made: Iterator[DrivingBatch] = (samples[index] for index in order)
+        yield from _filled(made, batches, counts)
         return
     ordered = grain.MapDataset.source(_InOrder(samples, order))
     with contextlib.closing(read_ahead(ordered, data, len(wanted))) as made:
-        yield from _filled(made, places, counts)
+        yield from _filled(made, batches, counts)
 
 
 def _filled(
-    made: Iterator[DrivingBatch], places: Sequence[Sequence[int]], counts: Sequence[int]
+    made: Iterator[DrivingBatch], batches: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> Iterator[tuple[DrivingBatch, int]]:
-    for batch, count in zip(places, counts, strict=True):
-        found = {place: next(made) for place in sorted(set(batch))}
-        yield stack([found[place] for place in batch]), count
+    """Batches of sample indices, out of samples that come once each, in ascending order."""
+    for indices, count in zip(batches, counts, strict=True):
+        found = {index: next(made) for index in sorted(set(indices))}
+        yield stack([found[index] for index in indices]), count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,8 +365,8 @@ class _InOrder(Sequence[DrivingBatch]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> DrivingBatch:  # type: ignore[override]
-        return self.samples[self.order[place]]
+    def __getitem__(self, index: int) -> DrivingBatch:  # type: ignore[override]
+        return self.samples[self.order[index]]
 
 
 def position(iterator: TrainingBatches, batch_size: int) -> dict[str, int]:

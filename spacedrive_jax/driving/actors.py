@@ -203,8 +203,7 @@ class RedRunner:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        route, place = _way_across(stage, from_the_side=True)
-        meets_at = float(route.lengths[int(np.argmin(exact.norm(route.points - place)))])
+        route, place, meets_at = _way_across(stage, from_the_side=True)
         if meets_at < self.before + 3.0:
             raise UnplayableError("the road from the side is too short")
         trigger = Trigger((float(place[0]), float(place[1])), self.seconds, self.metres)
@@ -229,8 +228,7 @@ class Oncoming:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        route, place = _way_across(stage, from_the_side=False)
-        meets_at = float(route.lengths[int(np.argmin(exact.norm(route.points - place)))])
+        route, place, meets_at = _way_across(stage, from_the_side=False)
         trigger = Trigger((float(place[0]), float(place[1])), self.seconds, self.metres, WARM_UP + self.at)
         movers = []
         for number in range(self.count):
@@ -315,9 +313,11 @@ class Standing:
         return [], [Obstacle(key, "vehicle.car", size, (float(x), float(y), yaw), "vehicle.stopped")]
 
 
-def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.ndarray, "2"]]:
-    """A way straight across the first junction from the side or from the other side, and where it meets the
-    ego vehicle's.
+def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.ndarray, "2"], float]:
+    """A way straight across the first junction, from the side or from the other side.
+
+    Returns:
+        The way, and where it meets the ego vehicle's: global metres, and metres along it.
 
     Raises:
         UnplayableError: there is none.
@@ -342,7 +342,8 @@ def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.n
     arriving = next(
         lane.key for lane in lanes.values() if across in lane.successors and lane.road is not None
     )
-    return traffic.lane_route(stage.town, [arriving, across, lanes[across].successors[0]]), place
+    route = traffic.lane_route(stage.town, [arriving, across, lanes[across].successors[0]])
+    return route, place, float(route.lengths[int(np.argmin(exact.norm(route.points - place)))])
 
 
 def _first_gate(stage: Stage) -> traffic.Gate:

@@ -219,7 +219,7 @@ def text_fields(fields: Fields, origin: str, *, flat: bool) -> Fields:
     transformers wrote them flat at first, then under `text_config`, and releases have either or both.
 
     Raises:
-        ConfigError: the two places disagree about what no tensor tells.
+        ConfigError: both have it and disagree about what no tensor tells.
     """
     text = part(fields, "text_config", origin)
     if not flat:
@@ -398,7 +398,7 @@ def plain_decoder(
         text: its part of the config.
         origin: names the file.
         kind: the `model_type` that it must have, and has where none is given.
-        tied: whether the head is the embedding table, which families say in different places.
+        tied: whether the head is the embedding table, which families say in different fields.
         norm_eps: what a missing epsilon means; None takes the kind's.
 
     Raises:

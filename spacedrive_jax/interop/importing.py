@@ -190,7 +190,7 @@ class ImportOptions:
 
 
 Reader = Callable[[Path, Path, ImportOptions], Mapping[str, Any]]
-"""(source, target folder to create, options) to the facts of what was written."""
+"""(source, target folder to create, options) to the metadata of what was written."""
 
 
 def import_hf(source: Path, out: Path, options: ImportOptions) -> Mapping[str, Any]:

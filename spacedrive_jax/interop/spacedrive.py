@@ -79,7 +79,7 @@ def import_spacedrive(source: Path, out: Path, options: ImportOptions) -> Mappin
         options: `base` is needed: the architecture and the tokenizer are not in the checkpoint.
 
     Returns:
-        The facts of the folder, and notes on what had to be assumed.
+        The metadata of the folder, and notes on what had to be assumed.
 
     Raises:
         SpaceDriveError: no base is given, `out` exists, the file is damaged or holds anything but tensors and

@@ -77,7 +77,7 @@ class WeightsMetadata:
         new_tokens: int | None,
         adapter_rank: int | None = None,
     ) -> WeightsMetadata:
-        """The facts of a folder whose base, of the family of this name, has passed through `base`."""
+        """The metadata of a folder whose base, of the family of this name, has passed through `base`."""
         return cls(
             family=family,
             source=str(source),

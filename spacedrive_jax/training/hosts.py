@@ -169,17 +169,17 @@ class Hosts:
             self.exchange(b"")
         return outcome[0]
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, metadata: Mapping[str, Any]) -> None:
         """Has all hosts go on only where they mean the same run: else each would wait for the others in a
         collective that these never come to, or train on with numbers of its own.
 
         Args:
-            facts: what must be the same everywhere, JSON.
+            metadata: what must be the same everywhere, JSON.
 
         Raises:
-            SpaceDriveError: on every host, naming the facts and the hosts that differ.
+            SpaceDriveError: on every host, naming what differs, and on which hosts.
         """
-        known = [json.loads(each) for each in self.exchange(json.dumps(dict(facts)).encode())]
+        known = [json.loads(each) for each in self.exchange(json.dumps(dict(metadata)).encode())]
         found = [
             f"host {number} has {change}"
             for number, each in enumerate(known)

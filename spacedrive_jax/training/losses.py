@@ -71,7 +71,7 @@ def label_cross_entropy(
 EMBEDDING_LOSSES = ("cosine", "embedding_l2")
 
 _PAST_STATES = NUM_PAST * (1 + CAN_BUS_SIZE)
-_ACCELERATION = _PAST_STATES + 1 + 4
+_ACCELERATION = _PAST_STATES + 1 + 4  # behind the command and the orientation (`constants.CAN_BUS_SIZE`)
 PAST_MOTION = np.ones(STATUS_SIZE, bool)
 """Which numbers of the ego status `without_past_motion` withholds: all but the present command, orientation,
 rotation rate and velocity."""

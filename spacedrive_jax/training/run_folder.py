@@ -144,7 +144,7 @@ OF_A_HOST = (
 """Fields in which the hosts of a run may differ: local copies, and how each reads."""
 
 
-def facts(config: Config, start: int, records: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def shared_metadata(config: Config, start: int, records: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What all hosts of a run must have alike (`Hosts.agree`).
 
     Args:

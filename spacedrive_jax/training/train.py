@@ -176,7 +176,7 @@ def _train(
     check_lengths(samples)
     flags = {"resume": resume, "step": step, "overwrite": overwrite, "skip_nonfinite": skip_nonfinite}
     hosts = hosts_of_run()
-    hosts.agree(run_folder.facts(config, start, samples.records.fingerprint, flags))
+    hosts.agree(run_folder.shared_metadata(config, start, samples.records.fingerprint, flags))
     if hosts.count > 1:
         run_folder.require_shared(run_dir, hosts)
     rows = local_rows(settings.batch_size, mesh)

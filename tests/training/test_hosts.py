@@ -136,7 +136,7 @@ def two_hosts(work):
 def test_hosts_that_mean_different_runs_say_so_on_both(tmp_path):
     def meaning(records, **fields):
         config = tiny(tmp_path / "here", tmp_path / "run", **fields)
-        return run_folder.facts(config, 0, records, {"resume": False})
+        return run_folder.shared_metadata(config, 0, records, {"resume": False})
 
     one, other = meaning("abc"), meaning("abd", steps=7)
     assert two_hosts(lambda hosts: hosts.agree(one)) == {0: None, 1: None}
@@ -144,7 +144,9 @@ def test_hosts_that_mean_different_runs_say_so_on_both(tmp_path):
     assert said[0] == said[1]
     assert "host 1 has config.train.steps: 4 -> 7; host 1 has records' fingerprint: abc -> abd" in said[0]
     # Where each has its own copy of the records, and how it reads them, is its own business.
-    elsewhere = run_folder.facts(tiny(tmp_path / "there", tmp_path / "run"), 0, "abc", {"resume": False})
+    elsewhere = run_folder.shared_metadata(
+        tiny(tmp_path / "there", tmp_path / "run"), 0, "abc", {"resume": False}
+    )
     assert one == elsewhere
 
 
