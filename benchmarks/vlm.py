@@ -134,7 +134,7 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return theirs(**inputs).logits.numpy()
 
     def jax_forward() -> Any:
-        return model.logits(token_ids, images=images, image_grid=GRID).block_until_ready()
+        return model.logits(token_ids, pixel_values=images, image_grid_thw=(1, *GRID)).block_until_ready()
 
     def torch_backward() -> Any:
         theirs.zero_grad()
@@ -143,7 +143,7 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return loss.detach().numpy()
 
     graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
-    layout, grids = model.lay_out(token_ids, images, GRID)
+    layout, grids = model.lay_out(token_ids, images, (1, *GRID))
 
     @jax.jit
     def step(adapters: nnx.State, rest: nnx.State) -> Any:
@@ -166,7 +166,9 @@ def compare(repeats: int) -> tuple[list[Row], int, int]:
         return generated[0, ids.shape[1] :].numpy()
 
     def jax_decode() -> Any:
-        return model.generate(token_ids, images=images, image_grid=GRID, max_new_tokens=NEW_TOKENS)[0]
+        return model.generate(
+            token_ids, pixel_values=images, image_grid_thw=(1, *GRID), max_new_tokens=NEW_TOKENS
+        )[0]
 
     rows = []
     difference = relative(jax_forward(), torch_forward())

@@ -170,7 +170,7 @@ def process_images(
     vision: Any,
     images: Sequence[Image.Image | UInt8[np.ndarray, "_ _ 3"]],
     settings: ProcessorSettings | None = None,
-) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 2"]]:
+) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 3"]]:
     """Images of any sizes as the family's published processor prepares them, one after the other.
 
     Args:
@@ -180,7 +180,8 @@ def process_images(
         settings: those of the checkpoint; None for the released ones.
 
     Returns:
-        Normalised patches of all images, float32, and each image's patch grid (rows, columns).
+        `pixel_values`, normalised patches of all images, float32, and `image_grid_thw`, (1, patch rows, patch
+        columns) of each image.
 
     Raises:
         DataError: there are no images, or one is neither a PIL image nor such an array.
@@ -193,7 +194,7 @@ def process_images(
         pixels = _rgb(image, number)
         processor = kind(vision, pixels.shape[:2], settings)
         patches.append(normalise_on_host(processor.patches([pixels])[0], settings))
-        grids.append(processor.patch_grid)
+        grids.append((1, *processor.patch_grid))
     return np.concatenate(patches), np.asarray(grids, np.int32)
 
 

@@ -236,13 +236,13 @@ class PromptLayout(NamedTuple):
     """The visual token that stands in a slot, counted over all images of the batch; -1 where none does."""
 
 
-def image_grids(images: Float[Array | np.ndarray, "... K"] | None, image_grid: Any) -> Grids:
+def image_grids(pixel_values: Float[Array | np.ndarray, "... K"] | None, image_grid_thw: Any) -> Grids:
     """The patch grid of every image.
 
     Args:
-        images: patches of all images in order; leading axes are one after the other.
-        image_grid: (rows, columns) of every image, or a row for each image: (rows, columns), or
-            (1, rows, columns) as transformers' `image_grid_thw`.
+        pixel_values: patches of all images in order; leading axes are one after the other.
+        image_grid_thw: transformers' (images, 3), a row (1, patch rows, patch columns) for each image; or one
+            such triple for all of them.
 
     Returns:
         One grid for each image; empty without images.
@@ -250,33 +250,33 @@ def image_grids(images: Float[Array | np.ndarray, "... K"] | None, image_grid: A
     Raises:
         ConfigError: the grids make no sense, or are those of other images.
     """
-    if images is None or images.size == 0:
-        if images is not None or (image_grid is not None and np.ndim(image_grid) == 2 and len(image_grid)):
-            raise ConfigError(
-                f"images {None if images is None else images.shape} and image_grid belong together"
-            )
+    if pixel_values is None or pixel_values.size == 0:
+        rows = image_grid_thw is not None and np.ndim(image_grid_thw) == 2 and len(image_grid_thw)
+        if pixel_values is not None or rows:
+            found = None if pixel_values is None else pixel_values.shape
+            raise ConfigError(f"pixel_values {found} and image_grid_thw belong together")
         return ()
-    if image_grid is None:
-        raise ConfigError("image_grid (patch rows, patch columns) is needed with images")
-    patches = images.size // images.shape[-1]
-    grid = np.asarray(image_grid)
-    one_for_all = grid.shape == (2,)
-    if grid.ndim == 2 and grid.shape[1] == 3 and (grid[:, 0] == 1).all():
-        grid = grid[:, 1:]
-    rows_of_two = grid.ndim == 2 and grid.shape[1] == 2
-    if not (one_for_all or rows_of_two) or grid.dtype.kind not in "iu" or (grid < 1).any():
+    if image_grid_thw is None:
+        raise ConfigError("image_grid_thw (1, patch rows, patch columns) is needed with pixel_values")
+    patches = pixel_values.size // pixel_values.shape[-1]
+    grid = np.asarray(image_grid_thw)
+    one_for_all = grid.shape == (3,)
+    rows_of_three = grid.ndim == 2 and grid.shape[1] == 3
+    whole = grid.dtype.kind in "iu" and (grid >= 1).all()
+    if not (one_for_all or rows_of_three) or not whole or (grid[..., 0] != 1).any():
         raise ConfigError(
-            f"image_grid {np.asarray(image_grid).tolist()} must be (patch rows, patch columns), or an array "
-            "(images, 2) of them"
+            f"image_grid_thw {grid.tolist()} must be (1, patch rows, patch columns), or an array (images, 3) "
+            "of them: video is not read"
         )
     if one_for_all:
         grid = np.tile(grid, (patches // int(grid.prod()), 1))
     if int(grid.prod(axis=1).sum()) != patches:
         raise ConfigError(
-            f"images {images.shape} hold {patches} patches, but image_grid {np.asarray(image_grid).tolist()} "
-            f"asks for {'whole images of it' if one_for_all else int(grid.prod(axis=1).sum())}"
+            f"pixel_values {pixel_values.shape} hold {patches} patches, but image_grid_thw "
+            f"{np.asarray(image_grid_thw).tolist()} asks for "
+            f"{'whole images of it' if one_for_all else int(grid.prod(axis=1).sum())}"
         )
-    return tuple((int(rows), int(columns)) for rows, columns in grid)
+    return tuple((int(rows), int(columns)) for _, rows, columns in grid)
 
 
 def lay_out(

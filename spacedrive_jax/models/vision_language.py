@@ -161,7 +161,7 @@ class VisionLanguageModel(nnx.Module):
 
     def process(
         self, images: Sequence[Image.Image | UInt8[np.ndarray, "_ _ 3"]]
-    ) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 2"]]:
+    ) -> tuple[Float[np.ndarray, "P K"], Int[np.ndarray, "N 3"]]:
         """Images as the published processor prepares them, bit for bit, for `logits` and `generate`.
 
         The settings are those of the checkpoint's preprocessor_config.json where it has one, else the
@@ -171,8 +171,8 @@ class VisionLanguageModel(nnx.Module):
             images: N images of any sizes, PIL's (any mode) or arrays, 0..255, RGB.
 
         Returns:
-            Normalised patches of all images one after the other, float32 (K values a patch), and the patch
-            rows and columns of each image.
+            `pixel_values`, normalised patches of all images one after the other, float32 (K values a patch),
+            and `image_grid_thw`, (1, patch rows, patch columns) of each image.
 
         Raises:
             DataError: there are no images, or one is neither a PIL image nor such an array.
@@ -185,17 +185,18 @@ class VisionLanguageModel(nnx.Module):
         self,
         token_ids: Int[np.ndarray, "B S"],
         *,
-        images: Float[Array | np.ndarray, "... K"] | None = None,
-        image_grid: Any = None,
+        pixel_values: Float[Array | np.ndarray, "... K"] | None = None,
+        image_grid_thw: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
     ) -> Float[Array, "B S vocabulary"]:
         """Scores the next token at every place.
 
         Args:
             token_ids: right-padded ids on the host, with a placeholder id per visual token.
-            images: normalised patches of all images, sample by sample: (P, K) as `process` gives them, or
-                with leading axes such as (B, N, P, K), read in order.
-            image_grid: patch rows and columns: (N, 2), a row for each image, or one pair for all of them.
+            pixel_values: normalised patches of all images, sample by sample: (P, K) as `process` gives them,
+                or with leading axes such as (B, N, P, K), read in order.
+            image_grid_thw: (N, 3), a row (1, patch rows, patch columns) for each image, or one such triple
+                for all of them.
             lengths: valid tokens per sample; None when all are.
 
         Returns:
@@ -205,10 +206,15 @@ class VisionLanguageModel(nnx.Module):
             ConfigError: the placeholders do not fit the images.
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
-        layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
+        layout, grids = self.lay_out(token_ids, pixel_values, image_grid_thw, lengths=valid)
         device_lengths = None if lengths is None else jnp.asarray(valid, jnp.int32)
         return _logits(
-            *nnx.split(self), jnp.asarray(token_ids, jnp.int32), images, layout, device_lengths, grids=grids
+            *nnx.split(self),
+            jnp.asarray(token_ids, jnp.int32),
+            pixel_values,
+            layout,
+            device_lengths,
+            grids=grids,
         )
 
     def generate(
@@ -216,8 +222,8 @@ class VisionLanguageModel(nnx.Module):
         token_ids: Int[np.ndarray, "B S"],
         *,
         max_new_tokens: int,
-        images: Float[Array | np.ndarray, "... K"] | None = None,
-        image_grid: Any = None,
+        pixel_values: Float[Array | np.ndarray, "... K"] | None = None,
+        image_grid_thw: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
         stop_ids: tuple[int, ...] | None = None,
         pad_id: int = 0,
@@ -227,8 +233,8 @@ class VisionLanguageModel(nnx.Module):
         Args:
             token_ids: right-padded prompts on the host, with a placeholder id per visual token.
             max_new_tokens: T, tokens to generate per sample at most.
-            images: see `logits`.
-            image_grid: likewise.
+            pixel_values: see `logits`.
+            image_grid_thw: likewise.
             lengths: valid tokens per prompt; None when all are.
             stop_ids: ids that end a sample (the id itself is kept). None takes those of the checkpoint's
                 generation_config.json (`special_ids`); () never stops.
@@ -245,12 +251,12 @@ class VisionLanguageModel(nnx.Module):
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.config.decoder.check_length(int(valid.max()) + max_new_tokens, "prompt and answer")
-        layout, grids = self.lay_out(token_ids, images, image_grid, lengths=valid)
+        layout, grids = self.lay_out(token_ids, pixel_values, image_grid_thw, lengths=valid)
         return np.asarray(
             _generate(
                 *nnx.split(self),
                 jnp.asarray(token_ids, jnp.int32),
-                images,
+                pixel_values,
                 layout,
                 jnp.asarray(valid, jnp.int32),
                 grids=grids,
@@ -263,8 +269,8 @@ class VisionLanguageModel(nnx.Module):
     def lay_out(
         self,
         token_ids: Int[np.ndarray, "B S"],
-        images: Float[Array | np.ndarray, "... K"] | None,
-        image_grid: Any,
+        pixel_values: Float[Array | np.ndarray, "... K"] | None,
+        image_grid_thw: Any,
         *,
         lengths: Int[np.ndarray, " B"] | None = None,
     ) -> tuple[PromptLayout, Grids]:
@@ -274,7 +280,7 @@ class VisionLanguageModel(nnx.Module):
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
         self.config.decoder.check_length(int(valid.max()), "a sequence")
-        grids, merge = image_grids(images, image_grid), self.config.vision.merge_size
+        grids, merge = image_grids(pixel_values, image_grid_thw), self.config.vision.merge_size
         layout = lay_out(
             token_ids,
             valid,
@@ -287,7 +293,7 @@ class VisionLanguageModel(nnx.Module):
     def embed_prompt(
         self,
         token_ids: Int[Array, "B S"],
-        images: Float[Array, "... K"] | None,
+        pixel_values: Float[Array, "... K"] | None,
         layout: PromptLayout,
         grids: Grids,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "depths B S D"] | None]:
@@ -295,15 +301,15 @@ class VisionLanguageModel(nnx.Module):
 
         Args:
             token_ids: right-padded ids.
-            images: as `logits` takes them.
+            pixel_values: as `logits` takes them.
             layout: of `lay_out`.
             grids: likewise; static.
         """
         embeddings = self.decoder.embed(token_ids)
         if not grids:
             return embeddings, None
-        assert images is not None
-        features = self._encode(images.reshape(-1, images.shape[-1]), grids)
+        assert pixel_values is not None
+        features = self._encode(pixel_values.reshape(-1, pixel_values.shape[-1]), grids)
         slots = jnp.asarray(layout.visual_index)
         is_visual, index = slots[..., None] >= 0, jnp.maximum(slots, 0)
         tokens = jnp.take(features.tokens, index, axis=0).astype(embeddings.dtype)
@@ -372,14 +378,14 @@ def _logits(
     graph: nnx.GraphDef,
     state: nnx.State,
     token_ids: Int[Array, "B S"],
-    images: Float[Array, "... K"] | None,
+    pixel_values: Float[Array, "... K"] | None,
     layout: PromptLayout,
     lengths: Int[Array, " B"] | None,
     *,
     grids: Grids,
 ) -> Float[Array, "B S vocabulary"]:
     model: VisionLanguageModel = nnx.merge(graph, state)
-    embeddings, deepstack = model.embed_prompt(token_ids, images, layout, grids)
+    embeddings, deepstack = model.embed_prompt(token_ids, pixel_values, layout, grids)
     position_ids = jnp.asarray(layout.position_ids)
     hidden, _ = model.decoder(embeddings, position_ids, lengths=lengths, deepstack=deepstack)
     return model.decoder.logits(hidden)
@@ -390,7 +396,7 @@ def _generate(
     graph: nnx.GraphDef,
     state: nnx.State,
     token_ids: Int[Array, "B S"],
-    images: Float[Array, "... K"] | None,
+    pixel_values: Float[Array, "... K"] | None,
     layout: PromptLayout,
     lengths: Int[Array, " B"],
     *,
@@ -400,7 +406,7 @@ def _generate(
     pad_id: int,
 ) -> Int[Array, "B T"]:
     model: VisionLanguageModel = nnx.merge(graph, state)
-    embeddings, deepstack = model.embed_prompt(token_ids, images, layout, grids)
+    embeddings, deepstack = model.embed_prompt(token_ids, pixel_values, layout, grids)
     return continue_greedily(
         model.decoder,
         embeddings,

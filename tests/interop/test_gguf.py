@@ -184,7 +184,7 @@ def test_a_language_model_becomes_the_decoder_of_a_smolvlm(small, tmp_path, caps
     assert tokenizer.decode(ids) == "<|im_start|>User: 12"
     patches, grid = model.process([np.zeros((9, 20, 3), np.uint8)])
     prompt = np.array([[*ids, *[model.config.image_token_id] * 4]])
-    assert np.isfinite(model.logits(prompt, images=patches, image_grid=grid)).all()
+    assert np.isfinite(model.logits(prompt, pixel_values=patches, image_grid_thw=grid)).all()
     again = tmp_path / "again"
     assert main([*command[:-1], str(again)]) == 0
     read = [json.loads((folder / "weights.json").read_text())["fingerprint"] for folder in (out, again)]

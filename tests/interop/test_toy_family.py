@@ -95,7 +95,7 @@ def test_it_opens_from_its_own_files_and_scores_as_a_qwen_does(folder, qwen):
     tokens = rng.integers(0, 500, (2, 30))
     tokens[:, 5:9] = 508
     patches = rng.normal(size=(2, 1, 16, 3 * 2 * 7 * 7)).astype(np.float32)
-    inputs = {"images": patches, "image_grid": (4, 4)}
+    inputs = {"pixel_values": patches, "image_grid_thw": (1, 4, 4)}
     ours, theirs = model.logits(tokens, **inputs), qwen.logits(tokens, **inputs)
     assert ours.shape == (2, 30, 520)
     np.testing.assert_array_equal(ours, theirs)

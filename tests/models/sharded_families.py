@@ -40,7 +40,7 @@ def main() -> None:
         token_ids = generator.integers(16, 400, (8, 12)).astype(np.int32)
         token_ids[:, 3:7] = config.image_token_id
         patches = generator.standard_normal((8, 1, 16, config.vision.patch_channels)).astype(np.float32)
-        given = {"images": patches, "image_grid": (4, 4), "lengths": 12 - np.arange(8) % 4}
+        given = {"pixel_values": patches, "image_grid_thw": (1, 4, 4), "lengths": 12 - np.arange(8) % 4}
         expected = np.asarray(model.logits(token_ids, **given))
         eight = spread(model, mesh)
         with activations_on(mesh):

@@ -26,10 +26,10 @@ def inputs_of(config, golden: Path, batch: int):
     with np.load(golden / "arrays.npz") as arrays:
         pixels = arrays["pixel_values"]
     if pixels.ndim == 4:
-        pixels, grid = flatten_patches(pixels, config.vision.patch_size), (4, 4)
+        pixels, grid = flatten_patches(pixels, config.vision.patch_size), (1, 4, 4)
     else:
-        grid = (6, 10)
-    visual = grid[0] * grid[1] // config.vision.merge_size**2
+        grid = (1, 6, 10)
+    visual = grid[1] * grid[2] // config.vision.merge_size**2
     images = np.stack([pixels[[row % len(pixels)]] * (1 + row) for row in range(batch)])
     token_ids = generator.integers(0, 500, (batch, visual + 9)).astype(np.int32)
     token_ids[:, 3 : 3 + visual] = config.image_token_id
@@ -45,7 +45,7 @@ def main(golden: Path) -> None:
     lora = LoraConfig(rank=4)
     single = from_hf(golden, lora=lora)
     token_ids, images, grid, lengths = inputs_of(single.config, golden, batch=8)
-    use = {"images": images, "image_grid": grid, "lengths": lengths}
+    use = {"pixel_values": images, "image_grid_thw": grid, "lengths": lengths}
     expected = np.asarray(single.logits(token_ids, **use))
     valid = np.arange(token_ids.shape[1]) < lengths[:, None]
     ids = single.generate(token_ids, max_new_tokens=3, **use)

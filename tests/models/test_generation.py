@@ -24,7 +24,11 @@ def prompts():
 def generated(tiny_model, prompts):
     token_ids, lengths, images = prompts
     return tiny_model.generate(
-        token_ids, images=jnp.asarray(images), image_grid=GRID, lengths=lengths, max_new_tokens=6
+        token_ids,
+        pixel_values=jnp.asarray(images),
+        image_grid_thw=(1, *GRID),
+        lengths=lengths,
+        max_new_tokens=6,
     )
 
 
@@ -33,7 +37,9 @@ def test_greedy_ids_equal_those_without_a_cache(tiny_model, prompts, generated):
     assert generated.shape == (2, 6)
     for row, length in enumerate(lengths):
         sequence = np.concatenate([token_ids[row, :length], generated[row]])[None]
-        logits = tiny_model.logits(sequence, images=jnp.asarray(images[row : row + 1]), image_grid=GRID)
+        logits = tiny_model.logits(
+            sequence, pixel_values=jnp.asarray(images[row : row + 1]), image_grid_thw=(1, *GRID)
+        )
         expected = np.argmax(logits[0, length - 1 : -1], axis=-1)
         np.testing.assert_array_equal(generated[row], expected)
 
@@ -44,8 +50,8 @@ def test_a_stopped_sample_is_padded_and_the_other_goes_on(tiny_model, prompts, g
     at = generated[0].tolist().index(stop)
     stopped = tiny_model.generate(
         token_ids,
-        images=jnp.asarray(images),
-        image_grid=GRID,
+        pixel_values=jnp.asarray(images),
+        image_grid_thw=(1, *GRID),
         lengths=lengths,
         max_new_tokens=6,
         stop_ids=(stop,),
@@ -57,9 +63,9 @@ def test_a_stopped_sample_is_padded_and_the_other_goes_on(tiny_model, prompts, g
 
 def test_images_matter(tiny_model, prompts, generated):
     token_ids, lengths, images = prompts
-    arguments = {"image_grid": GRID, "lengths": lengths}
-    ours = tiny_model.logits(token_ids, images=jnp.asarray(images), **arguments)
-    other = tiny_model.logits(token_ids, images=jnp.asarray(images[::-1].copy()), **arguments)
+    arguments = {"image_grid_thw": (1, *GRID), "lengths": lengths}
+    ours = tiny_model.logits(token_ids, pixel_values=jnp.asarray(images), **arguments)
+    other = tiny_model.logits(token_ids, pixel_values=jnp.asarray(images[::-1].copy()), **arguments)
     assert np.abs(ours - other)[0, 13].max() > 1e-6
     np.testing.assert_array_equal(ours[:, :2], other[:, :2])
 
@@ -72,5 +78,5 @@ def test_bad_requests_are_refused(tiny_model, prompts):
         tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, lengths=np.array([6, 0]))
     with pytest.raises(SpaceDriveError, match="runs of"):
         tiny_model.generate(token_ids, max_new_tokens=1)
-    with pytest.raises(SpaceDriveError, match="image_grid"):
-        tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, images=jnp.asarray(images[:, :0]))
+    with pytest.raises(SpaceDriveError, match="image_grid_thw"):
+        tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, pixel_values=jnp.asarray(images[:, :0]))

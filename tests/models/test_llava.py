@@ -239,24 +239,26 @@ def test_two_images_may_stand_side_by_side_and_padding_changes_nothing(model):
     token_ids[0, :41] = [*text[0, :4], *[IMAGE] * 32, *text[0, 4:]]
     token_ids[1] = [*text[1, :7], *[IMAGE] * 16, *text[1, 7:], *text[1, :3], *[IMAGE] * 16]
     lengths = np.array([41, 44])
-    both = model.logits(token_ids, images=images, image_grid=(4, 4), lengths=lengths)
-    alone = model.logits(token_ids[:1, :41], images=images[:1], image_grid=(4, 4))
+    both = model.logits(token_ids, pixel_values=images, image_grid_thw=(1, 4, 4), lengths=lengths)
+    alone = model.logits(token_ids[:1, :41], pixel_values=images[:1], image_grid_thw=(1, 4, 4))
     assert worst(both[:1, :41], np.asarray(alone)) < TOLERANCE
-    swapped = model.logits(token_ids[:1, :41], images=images[:1, ::-1], image_grid=(4, 4))
+    swapped = model.logits(token_ids[:1, :41], pixel_values=images[:1, ::-1], image_grid_thw=(1, 4, 4))
     assert worst(swapped, np.asarray(alone)) > 100 * TOLERANCE
 
-    continued = model.generate(token_ids, images=images, image_grid=(4, 4), lengths=lengths, max_new_tokens=4)
+    continued = model.generate(
+        token_ids, pixel_values=images, image_grid_thw=(1, 4, 4), lengths=lengths, max_new_tokens=4
+    )
     grown = np.concatenate([token_ids[:1, :41], continued[:1, :3]], axis=1)
-    again = model.logits(grown, images=images[:1], image_grid=(4, 4))
+    again = model.logits(grown, pixel_values=images[:1], image_grid_thw=(1, 4, 4))
     np.testing.assert_array_equal(np.argmax(again[0, 40:], axis=-1), continued[0])
 
 
 def test_images_that_do_not_fit_are_refused(model):
     patches = np.zeros((1, 1, 16, 588), np.float32)
     with pytest.raises(SpaceDriveError, match=r"15 image tokens .* 16 visual tokens"):
-        model.logits(np.full((1, 15), IMAGE), images=patches, image_grid=(4, 4))
+        model.logits(np.full((1, 15), IMAGE), pixel_values=patches, image_grid_thw=(1, 4, 4))
     with pytest.raises(SpaceDriveError, match="grid 2x8 must be 4x4"):
-        model.logits(np.full((1, 16), IMAGE), images=patches, image_grid=(2, 8))
+        model.logits(np.full((1, 16), IMAGE), pixel_values=patches, image_grid_thw=(1, 2, 8))
     with pytest.raises(SpaceDriveError, match="flatten_patches"):
         model.encode_images(jnp.zeros((1, 16, 3)), (4, 4))
     with pytest.raises(SpaceDriveError, match="do not divide"):

@@ -52,7 +52,7 @@ def test_patches_follow_the_checkpoints_own_settings(model):
     images = views((16, 24), (40, 70), (9, 8))
     patches, grid = model.process([images[0], Image.fromarray(images[1]), images[2]])
     # 40x70 is above 1024 pixels and shrinks to 24x40; 9x8 stays one token.
-    np.testing.assert_array_equal(grid, [[4, 6], [6, 10], [2, 2]])
+    np.testing.assert_array_equal(grid, [[1, 4, 6], [1, 6, 10], [1, 2, 2]])
     assert patches.shape == (24 + 60 + 4, 96)
     assert patches.dtype == np.float32
     # The first patch of the first image, both frames: (x / 255 - mean) / std.
@@ -103,18 +103,18 @@ def test_images_of_different_sizes_score_as_they_do_alone(model):
     tokens[1, :12] = [*[IMAGE] * 6, *text[1], 5]
     lengths = np.array([24, 12])
     patches, grid = model.process([first, second, third])
-    together = model.logits(tokens, images=patches, image_grid=grid, lengths=lengths)
+    together = model.logits(tokens, pixel_values=patches, image_grid_thw=grid, lengths=lengths)
     alone, one_grid = model.process([third])
-    other = model.logits(tokens[1:, :12], images=alone, image_grid=one_grid)
+    other = model.logits(tokens[1:, :12], pixel_values=alone, image_grid_thw=one_grid)
     np.testing.assert_allclose(together[1, :12], other[0], atol=2e-6)
     swapped, _ = model.process([third, second, first])
-    again = model.logits(tokens, images=swapped, image_grid=grid, lengths=lengths)
+    again = model.logits(tokens, pixel_values=swapped, image_grid_thw=grid, lengths=lengths)
     assert np.abs(again[1, :12] - together[1, :12]).max() > 1e-4
 
-    ids = model.generate(tokens, images=patches, image_grid=grid, lengths=lengths, max_new_tokens=3)
+    ids = model.generate(tokens, pixel_values=patches, image_grid_thw=grid, lengths=lengths, max_new_tokens=3)
     grown = np.concatenate([tokens[:1], ids[:1]], axis=1)
     both, both_grids = model.process([first, second])
-    scores = model.logits(grown, images=both, image_grid=both_grids)
+    scores = model.logits(grown, pixel_values=both, image_grid_thw=both_grids)
     np.testing.assert_array_equal(np.argmax(scores[0, 23:-1], axis=-1), ids[0])
 
 
@@ -122,8 +122,8 @@ def test_leading_axes_and_one_grid_for_all_mean_the_same(model):
     tokens = np.full((1, 12), IMAGE)
     tokens = np.insert(tokens, 6, 3, axis=1)
     patches, grid = model.process(views((16, 24), (16, 24)))
-    flat = model.logits(tokens, images=patches, image_grid=grid)
-    nested = model.logits(tokens, images=patches.reshape(1, 2, 24, 96), image_grid=(4, 6))
+    flat = model.logits(tokens, pixel_values=patches, image_grid_thw=grid)
+    nested = model.logits(tokens, pixel_values=patches.reshape(1, 2, 24, 96), image_grid_thw=(1, 4, 6))
     np.testing.assert_array_equal(flat, nested)
 
 
@@ -154,10 +154,12 @@ def test_llava_cuts_the_middle_out():
     model = random_module(lambda: Llava(config, compute=ComputeConfig(), rngs=nnx.Rngs(0)))
     image = views((8, 14))[0]
     patches, grid = model.process([image])
-    np.testing.assert_array_equal(grid, [[2, 2]])
+    np.testing.assert_array_equal(grid, [[1, 2, 2]])
     middle, _ = model.process([np.ascontiguousarray(image[:, 3:11])])
     np.testing.assert_array_equal(patches, middle)
-    ids = model.generate(np.array([[5, *[IMAGE] * 4, 7]]), images=patches, image_grid=grid, max_new_tokens=2)
+    ids = model.generate(
+        np.array([[5, *[IMAGE] * 4, 7]]), pixel_values=patches, image_grid_thw=grid, max_new_tokens=2
+    )
     assert ids.shape == (1, 2)
     model.processor_settings = ProcessorSettings(size=(("height", 8), ("width", 8)))
     with pytest.raises(SpaceDriveError, match="shorter side"):
@@ -182,30 +184,33 @@ def test_what_is_no_image_is_refused(tiny_model, images, problem):
 @pytest.mark.parametrize(
     ("grid", "problem"),
     [
-        (None, "image_grid"),
-        ((5, 6), "hold 24 patches"),
-        ([[4, 6], [4, 6]], "hold 24 patches"),
-        ([[4, 6, 2, 1]], "must be"),
-        ((0, 6), "must be"),
-        ((4.0, 6.0), "must be"),
+        (None, "image_grid_thw"),
+        ((1, 5, 6), "hold 24 patches"),
+        ([[1, 4, 6], [1, 4, 6]], "hold 24 patches"),
+        ([[4, 6]], "must be"),
+        ((2, 4, 3), "must be"),
+        ((1, 0, 6), "must be"),
+        ((1.0, 4.0, 6.0), "must be"),
     ],
 )
 def test_grids_that_do_not_fit_are_refused(tiny_model, grid, problem):
     with pytest.raises(SpaceDriveError, match=problem):
-        tiny_model.logits(np.full((1, 6), IMAGE), images=np.zeros((24, 96), np.float32), image_grid=grid)
+        tiny_model.logits(
+            np.full((1, 6), IMAGE), pixel_values=np.zeros((24, 96), np.float32), image_grid_thw=grid
+        )
 
 
 def test_images_without_a_place_are_refused(tiny_model):
     patches = np.zeros((48, 96), np.float32)
     with pytest.raises(SpaceDriveError, match="1 of 2 images have no image tokens"):
-        tiny_model.logits(np.full((1, 6), IMAGE), images=patches, image_grid=(4, 6))
+        tiny_model.logits(np.full((1, 6), IMAGE), pixel_values=patches, image_grid_thw=(1, 4, 6))
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_token_ids_without_a_batch_axis_are_refused(tiny_model):
     patches = np.zeros((48, 96), np.float32)
     with pytest.raises(SpaceDriveError, match="token_ids"):
-        tiny_model.logits(np.full(6, IMAGE), images=patches, image_grid=(4, 6))
+        tiny_model.logits(np.full(6, IMAGE), pixel_values=patches, image_grid_thw=(1, 4, 6))
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])

@@ -74,8 +74,8 @@ def prompt():
     tokens[1, :11] = [*text[:3], *[IMAGE] * 6, *text[12:14]]
     patches = generator.standard_normal((24 + 16 + 24, 96)).astype(np.float32)
     return tokens, {
-        "images": patches,
-        "image_grid": np.array([[4, 6], [8, 2], [6, 4]]),
+        "pixel_values": patches,
+        "image_grid_thw": np.array([[1, 4, 6], [1, 8, 2], [1, 6, 4]]),
         "lengths": np.array([22, 11]),
     }
 
@@ -110,7 +110,9 @@ def test_generation_goes_on_from_the_cache_as_without_one(model, prompt):
     own = ((22, slice(0, 40), slice(0, 2)), (11, slice(40, 64), slice(2, 3)))
     for row, (count, pixels, grids) in enumerate(own):
         grown = np.concatenate([tokens[row, :count], ids[row, :3]])[None]
-        again = model.logits(grown, images=inputs["images"][pixels], image_grid=inputs["image_grid"][grids])
+        again = model.logits(
+            grown, pixel_values=inputs["pixel_values"][pixels], image_grid_thw=inputs["image_grid_thw"][grids]
+        )
         np.testing.assert_array_equal(np.argmax(again[0, count - 1 :], axis=-1), ids[row])
 
 
@@ -125,7 +127,7 @@ def test_remat_and_adapters_change_no_gradient(prompt, options):
         )
         graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
         layout, grids = model.lay_out(
-            tokens, inputs["images"], inputs["image_grid"], lengths=inputs["lengths"]
+            tokens, inputs["pixel_values"], inputs["image_grid_thw"], lengths=inputs["lengths"]
         )
 
         @jax.jit
@@ -133,7 +135,7 @@ def test_remat_and_adapters_change_no_gradient(prompt, options):
             def loss(adapters):
                 whole = nnx.merge(graph, adapters, rest)
                 embeddings, deepstack = whole.embed_prompt(
-                    jnp.asarray(tokens), jnp.asarray(inputs["images"]), layout, grids
+                    jnp.asarray(tokens), jnp.asarray(inputs["pixel_values"]), layout, grids
                 )
                 hidden, _ = whole.decoder(embeddings, jnp.asarray(layout.position_ids), deepstack=deepstack)
                 return jnp.square(hidden).sum()

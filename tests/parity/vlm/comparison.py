@@ -81,7 +81,7 @@ def assert_same_pixels(model: VisionLanguageModel, processor, to_patches=lambda 
         patches, grid = model.process(given)
         np.testing.assert_array_equal(patches, wanted.reshape(-1, wanted.shape[-1]))
         if "image_grid_thw" in expected:
-            np.testing.assert_array_equal(grid, expected["image_grid_thw"][:, 1:])
+            np.testing.assert_array_equal(grid, expected["image_grid_thw"])
         else:
             assert len(patches) == grid.prod(axis=1).sum()
 
@@ -139,11 +139,11 @@ def assert_same_hidden_states_and_logits(
         theirs: transformers'.
         token_ids: right-padded.
         lengths: of the prompts.
-        images: `images` and `image_grid` of all samples.
+        images: `pixel_values` and `image_grid_thw` of all samples.
         arguments: transformers' arguments, sample by sample.
     """
     ours = model.logits(token_ids, lengths=lengths, **images)
-    hidden = prompt_hidden_states(model, token_ids, images["images"], images["image_grid"], lengths)
+    hidden = prompt_hidden_states(model, token_ids, images["pixel_values"], images["image_grid_thw"], lengths)
     for row, length in enumerate(lengths):
         with torch.no_grad():
             expected = theirs(**arguments[row], output_hidden_states=True)
@@ -208,7 +208,7 @@ def assert_same_adapters(
         theirs: transformers' model of it.
         settings: peft's `LoraConfig`.
         token_ids: one sample, (1, S).
-        images: its `images` and `image_grid`.
+        images: its `pixel_values` and `image_grid_thw`.
         arguments: transformers' arguments for it.
         tmp_path: to write into.
     """
@@ -233,7 +233,9 @@ def assert_same_adapters(
         expected, plain = adapted(**arguments).logits[0], theirs(**arguments).logits[0]
     assert (expected - plain).abs().max() > 0.01
     assert_close(ours[0], expected, "adapted logits")
-    assert_same_lora_gradients(model, adapted, arguments, token_ids, images["images"], images["image_grid"])
+    assert_same_lora_gradients(
+        model, adapted, arguments, token_ids, images["pixel_values"], images["image_grid_thw"]
+    )
 
     save_adapter(model, tmp_path / "ours", base_model=str(folder))
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()

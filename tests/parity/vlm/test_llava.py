@@ -130,7 +130,7 @@ def torch_inputs(inputs: Inputs, row: int) -> dict:
 
 def compared(pair: Pair, inputs: Inputs) -> tuple:
     """What the comparisons of both models take."""
-    images = {"images": inputs.patches, "image_grid": GRID}
+    images = {"pixel_values": inputs.patches, "image_grid_thw": (1, *GRID)}
     arguments = [torch_inputs(inputs, row) for row in range(2)]
     return pair.ours, pair.theirs, inputs.token_ids, inputs.lengths, images, arguments
 
@@ -171,5 +171,8 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     settings = peft.LoraConfig(r=4, lora_alpha=4, lora_dropout=0.05, target_modules=modules)
     inputs = make_inputs(pair.case, seed=3)
     token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
-    images, arguments = {"images": inputs.patches[:1], "image_grid": GRID}, torch_inputs(inputs, 0)
+    images, arguments = (
+        {"pixel_values": inputs.patches[:1], "image_grid_thw": (1, *GRID)},
+        torch_inputs(inputs, 0),
+    )
     assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)

@@ -186,7 +186,7 @@ def torch_inputs(pair: Pair, inputs: Inputs, row: int) -> dict[str, Any]:
 
 def our_images(pair: Pair, inputs: Inputs) -> dict[str, Any]:
     patches, grid = pair.ours.process([each for sample in inputs.photos for each in sample])
-    return {"images": patches, "image_grid": grid}
+    return {"pixel_values": patches, "image_grid_thw": grid}
 
 
 def compared(pair: Pair, inputs: Inputs) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ def test_processor_pixels_are_bit_equal(pair):
     generator = np.random.default_rng(3)
     photos = [*photos[0], *(generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)]
     patches, grid = pair.ours.process(photos)
-    np.testing.assert_array_equal(grid, [pair.case.grid] * len(photos))
+    np.testing.assert_array_equal(grid, [(1, *pair.case.grid)] * len(photos))
     side, seen = pair.case.patch_size, pair.case.grid[0] * pair.case.patch_size
     expected = pixels_of(pair, photos)[..., :seen, :seen]
     assert expected.dtype == patches.dtype == np.float32
@@ -243,7 +243,9 @@ def test_features_hidden_states_and_logits(pair):
     inputs = make_inputs(pair.case)
     assert_same_hidden_states_and_logits(*compared(pair, inputs))
     given = our_images(pair, inputs)
-    patches = jnp.asarray(given["images"]).reshape(2 * pair.case.images, -1, given["images"].shape[-1])
+    patches = jnp.asarray(given["pixel_values"]).reshape(
+        2 * pair.case.images, -1, given["pixel_values"].shape[-1]
+    )
     features = pair.ours.encode_images(patches, pair.case.grid)
     features = features.reshape(2, -1, features.shape[-1])
     for row, ours in enumerate(features):
@@ -299,5 +301,5 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     inputs = make_inputs(pair.case, seed=3)
     patches, grid = pair.ours.process(inputs.photos[0])
     token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
-    images, arguments = {"images": patches, "image_grid": grid}, torch_inputs(pair, inputs, 0)
+    images, arguments = {"pixel_values": patches, "image_grid_thw": grid}, torch_inputs(pair, inputs, 0)
     assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)

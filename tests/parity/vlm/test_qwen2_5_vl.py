@@ -103,8 +103,12 @@ class Inputs(NamedTuple):
     grid: tuple[int, int] | None
 
     @property
+    def grid_thw(self) -> tuple[int, int, int] | None:
+        return None if self.grid is None else (1, *self.grid)
+
+    @property
     def images(self) -> dict:
-        return {"images": self.pixels, "image_grid": self.grid}
+        return {"pixel_values": self.pixels, "image_grid_thw": self.grid_thw}
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -151,7 +155,7 @@ def test_half_precision_errs_no_more_than_transformers_does(pair):
     inputs = make_inputs(pair.case, seed=4)
     half = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
     ours = from_hf(pair.folder, compute=half).logits(
-        inputs.token_ids, images=inputs.pixels, image_grid=inputs.grid, lengths=inputs.lengths
+        inputs.token_ids, pixel_values=inputs.pixels, image_grid_thw=inputs.grid_thw, lengths=inputs.lengths
     )
     their_half = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         pair.folder, dtype=torch.bfloat16
@@ -189,7 +193,9 @@ def test_images_of_different_sizes_in_one_sample(pair):
     images = [[VISION_START, *[IMAGE] * (rows * columns // 4), VISION_END] for rows, columns in grids]
     token_ids = np.array([[7, *images[0], *generator.integers(0, 500, 3), *images[1], *images[2], 9]])
     patches = generator.standard_normal((24 + 120 + 24, 1176)).astype(np.float32)
-    ours = pair.ours.logits(token_ids, images=patches, image_grid=np.array(grids))
+    ours = pair.ours.logits(
+        token_ids, pixel_values=patches, image_grid_thw=np.array([(1, *grid) for grid in grids])
+    )
     ids = torch.tensor(token_ids)
     with torch.no_grad():
         theirs = pair.theirs(
@@ -208,8 +214,8 @@ def test_generated_ids_with_cache_batched_and_alone(pair):
     for row, length in enumerate(inputs.lengths):
         alone = pair.ours.generate(
             inputs.token_ids[row : row + 1, :length],
-            images=None if inputs.pixels is None else inputs.pixels[row : row + 1],
-            image_grid=inputs.grid,
+            pixel_values=None if inputs.pixels is None else inputs.pixels[row : row + 1],
+            image_grid_thw=inputs.grid_thw,
             max_new_tokens=12,
             stop_ids=(),
         )
@@ -231,6 +237,6 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     inputs = make_inputs(pair.case, seed=3)
     token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
     pixels = None if inputs.pixels is None else inputs.pixels[:1]
-    images = {"images": pixels, "image_grid": inputs.grid}
+    images = {"pixel_values": pixels, "image_grid_thw": inputs.grid_thw}
     arguments = torch_inputs(inputs, 0)
     assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)

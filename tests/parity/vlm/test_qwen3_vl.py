@@ -112,10 +112,17 @@ class Inputs(NamedTuple):
     grids: tuple[tuple[int, int], ...]
 
     @property
+    def grid_thw(self) -> np.ndarray:
+        return np.array([(1, *grid) for grid in self.grids])
+
+    @property
     def images(self) -> dict:
         if not self.grids:
-            return {"images": None, "image_grid": None}
-        return {"images": np.concatenate(self.patches), "image_grid": np.tile(self.grids, (2, 1))}
+            return {"pixel_values": None, "image_grid_thw": None}
+        return {
+            "pixel_values": np.concatenate(self.patches),
+            "image_grid_thw": np.tile(self.grid_thw, (2, 1)),
+        }
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -213,7 +220,7 @@ def test_adapters_gradients_and_round_trip_with_peft(pair, tmp_path):
     settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=modules)
     inputs = make_inputs(pair.case, seed=3)
     token_ids = inputs.token_ids[:1, : inputs.lengths[0]]
-    alone = (None, None) if not inputs.grids else (inputs.patches[0], np.asarray(inputs.grids))
-    images = dict(zip(("images", "image_grid"), alone, strict=True))
+    alone = (None, None) if not inputs.grids else (inputs.patches[0], inputs.grid_thw)
+    images = dict(zip(("pixel_values", "image_grid_thw"), alone, strict=True))
     arguments = torch_inputs(inputs, 0)
     assert_same_adapters(pair.folder, pair.theirs, settings, token_ids, images, arguments, tmp_path)
