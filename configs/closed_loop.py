@@ -26,7 +26,7 @@ PRESETS = {
             "model.path_points": 20,
             "data.records": "data/bench2drive",
             "data.command": "route",
-            "data.route_targets": True,
+            "data.target_points": True,
             "data.max_coordinates": 28,
             "data.max_targets": 160,
             "data.sequence_length": 3584,

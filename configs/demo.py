@@ -49,7 +49,7 @@ PUBLISHED = Config(
         records="demo/records",
         image_size=(84, 140),
         command="route",
-        route_targets=True,
+        target_points=True,
         max_coordinates=8,
         sequence_length=256,
         max_targets=32,
@@ -88,7 +88,7 @@ DEMO = Config(
         decoder=dataclasses.replace(PUBLISHED.model.decoder, output_scale=10.0, whole_trajectory=True),
         encoder=dataclasses.replace(PUBLISHED.model.encoder, base=100.0, frequency_scaling=0.3, alpha=1.0),
         ego_units=True,
-        route_in_status=True,
+        target_points_in_status=True,
     ),
     data=dataclasses.replace(PUBLISHED.data, image_size=(84, 84), sequence_length=184),
     train=dataclasses.replace(

@@ -29,8 +29,8 @@ class TokenType(enum.IntEnum):
     """A past ego position, through the coordinate encoder."""
     COORDINATE = 4
     """A position token of the text: a coordinate's encoding where position input is on."""
-    ROUTE_NODE = 5
-    """A position token of the question that stands for a node of the route: always its encoding."""
+    TARGET_POINT = 5
+    """A position token of the question that stands for a target point: always its encoding."""
 
 
 @jax.tree_util.register_dataclass

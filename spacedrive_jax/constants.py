@@ -24,8 +24,8 @@ FARTHEST = 1e5
 """Metres. No waypoint lies there: nothing gets that far in three seconds."""
 NUM_PAST = 2
 """Past keyframes whose ego state is known."""
-NUM_ROUTE_NODES = 2
-"""Nodes of the route that a driver is told of."""
+NUM_TARGET_POINTS = 2
+"""Target points: the next nodes of the route, which a driver is told of."""
 NUM_PATH_POINTS = 50
 """Points of the path ahead, one a metre."""
 CAN_BUS_SIZE = 13

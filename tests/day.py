@@ -27,7 +27,7 @@ PRESET = """from spacedrive_jax.config import change, load_config
 
 config = change(load_config("demo_published"), "own", {
     "data.image_size": (56, 56), "data.sequence_length": 240, "data.command": "navigation",
-    "data.route_targets": False, "train.learning_rate": 8e-3, "train.steps": STEPS, "train.batch_size": 4,
+    "data.target_points": False, "train.learning_rate": 8e-3, "train.steps": STEPS, "train.batch_size": 4,
     "train.warmup_steps": 4, "train.log_every": 20, "train.checkpoint_every": 4,
     "train.validate_every": 50, "train.validate_keyframes": 4,
 })

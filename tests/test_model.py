@@ -84,12 +84,12 @@ def test_position_input_feeds_encodings_or_zeros(case):
 
 def test_beside_the_status_stand_nodes_alone_and_never_the_answer(case):
     batch = case.batch
-    np.testing.assert_array_equal(case.model._route_nodes(batch), 0.0)
+    np.testing.assert_array_equal(case.model._target_points(batch), 0.0)
     token_type_ids = np.array(batch.token_type_ids)
     slots = np.flatnonzero(token_type_ids[0] == TokenType.COORDINATE)
-    token_type_ids[0, slots[:2]] = TokenType.ROUTE_NODE
+    token_type_ids[0, slots[:2]] = TokenType.TARGET_POINT
     told = dataclasses.replace(batch, token_type_ids=jnp.asarray(token_type_ids))
-    nodes = np.asarray(case.model._route_nodes(told))
+    nodes = np.asarray(case.model._target_points(told))
     np.testing.assert_array_equal(nodes[0], np.asarray(batch.coordinates)[0, :2])
     np.testing.assert_array_equal(nodes[1:], 0.0)
 
@@ -98,7 +98,7 @@ def test_the_routes_nodes_are_fed_whatever_is_fed_of_the_answer(case):
     batch, model, config = case.batch, case.model, case.model.config
     slots = np.flatnonzero(np.asarray(batch.token_type_ids)[0] == TokenType.COORDINATE)
     token_type_ids = np.array(batch.token_type_ids)
-    token_type_ids[:, slots[:2]] = TokenType.ROUTE_NODE
+    token_type_ids[:, slots[:2]] = TokenType.TARGET_POINT
     told = dataclasses.replace(batch, token_type_ids=jnp.asarray(token_type_ids))
     nodes = np.asarray(model.encoder(batch.coordinates))[0, :2]
     plain = np.asarray(model.embeddings(batch))[0]

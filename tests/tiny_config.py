@@ -30,7 +30,7 @@ config = dataclasses.replace(
     name="tiny",
     model=dataclasses.replace(_demo.model, vlm=_vlm),
     data=dataclasses.replace(
-        _demo.data, image_size=(56, 56), sequence_length=160, command="navigation", route_targets=False
+        _demo.data, image_size=(56, 56), sequence_length=160, command="navigation", target_points=False
     ),
     train=dataclasses.replace(
         _demo.train,

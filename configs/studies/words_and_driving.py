@@ -76,9 +76,9 @@ WHERE_PRETRAINED = dataclasses.replace(
 
 ROUTE = {
     **STATUS_FIELDS,
-    "model.route_in_status": True,
+    "model.target_points_in_status": True,
     "data.command": "route",
-    "data.route_targets": True,
+    "data.target_points": True,
     "data.max_coordinates": 8,
     "data.sequence_length": 192,
 }

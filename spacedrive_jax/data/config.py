@@ -31,9 +31,9 @@ class DataConfig:
     cameras: CameraFault = CameraFault()
     """Bad conditions for the cameras, made on purpose; none by default."""
     command: CommandSource = "navigation"
-    route_targets: bool = False
-    """Name the next two nodes of the route in the question, as coordinate tokens (closed loop); they count
-    towards `max_coordinates`."""
+    target_points: bool = False
+    """Name the record's target points, the next two nodes of the route, in the question, as coordinate tokens
+    (closed loop); they count towards `max_coordinates`."""
     depth: DepthConfig = DepthConfig()
     ego_fault: EgoFault = "none"
     """Tell the model nothing of its speed and past (`zero`), or what was so a keyframe ago (`late`)."""

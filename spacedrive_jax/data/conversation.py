@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.constants import NUM_ROUTE_NODES
+from spacedrive_jax.constants import NUM_TARGET_POINTS
 from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
 from spacedrive_jax.data.prompts import (
@@ -60,8 +60,8 @@ class Conversation:
     turns: list[Message]
     coordinates: Float[np.ndarray, "C 2"]
     """Metres, ego frame, in the order of the tokens, float32."""
-    route_nodes: int = 0
-    """The first so many coordinates are nodes of the route that the question names."""
+    num_target_points: int = 0
+    """The first so many coordinates are the target points that the question names."""
     reason_coordinates: int = 0
     """The first so many coordinates of the answer belong to the reasons before the trajectory."""
 
@@ -72,7 +72,7 @@ def question_turn(
     *,
     plan: bool = True,
     ego_in_words: bool = False,
-    route_targets: bool = False,
+    target_points: bool = False,
     reasons: bool = False,
 ) -> Message:
     """The user turn that asks for the trajectory, with the command sentence that the source gives.
@@ -82,7 +82,7 @@ def question_turn(
         command_source: which command to name.
         plan: whether to ask for the trajectory.
         ego_in_words: say the ego status too.
-        route_targets: name the route's next nodes, as coordinate tokens.
+        target_points: name the record's target points, as coordinate tokens.
         reasons: ask for words before the trajectory.
     """
     said = ego_status_in_words(record) if ego_in_words else ""
@@ -93,16 +93,16 @@ def question_turn(
         source=command_source,
         plan=plan,
         ego_status=said,
-        route_nodes=NUM_ROUTE_NODES if route_targets else 0,
+        num_target_points=NUM_TARGET_POINTS if target_points else 0,
         reasons=reasons,
     )
     return Message("user", question)
 
 
-def question_coordinates(record: Record, *, route_targets: bool) -> Float[np.ndarray, "C 2"]:
+def question_coordinates(record: Record, *, target_points: bool) -> Float[np.ndarray, "C 2"]:
     """What the coordinate tokens of `question_turn` stand for, float32, metres."""
-    nodes = record["target_points"] if route_targets else np.zeros((0, 2))
-    return np.asarray(nodes, np.float32)
+    points = record["target_points"] if target_points else np.zeros((0, 2))
+    return np.asarray(points, np.float32)
 
 
 def counterfactual_prompt(record: Record, trajectory: str, *, coordinate_tokens: bool) -> Conversation:
@@ -128,7 +128,7 @@ def training_conversation(
     coordinate_tokens: int | None,
     path_points: int = 0,
     ego_in_words: bool = False,
-    route_targets: bool = False,
+    target_points: bool = False,
 ) -> Conversation:
     """The conversation of a keyframe with all answers.
 
@@ -145,7 +145,7 @@ def training_conversation(
             all coordinates as digits.
         path_points: points of the path that the planning answer gives behind the trajectory.
         ego_in_words: the planning question says the ego status.
-        route_targets: the planning question names the route's next nodes.
+        target_points: the planning question names the record's target points.
 
     Raises:
         DataError: a file of the language data is not laid out as it should be.
@@ -156,7 +156,7 @@ def training_conversation(
     questions = _questions(record, config, rng)
     turns: list[Message] = []
     coordinates: list[np.ndarray] = []
-    route_nodes = NUM_ROUTE_NODES if planned and route_targets else 0
+    num_target_points = NUM_TARGET_POINTS if planned and target_points else 0
     reason_coordinates = 0
     if planned:
         turns.append(
@@ -164,11 +164,11 @@ def training_conversation(
                 record,
                 command_source,
                 ego_in_words=ego_in_words,
-                route_targets=route_targets,
+                target_points=target_points,
                 reasons=thinks,
             )
         )
-        coordinates.append(question_coordinates(record, route_targets=route_targets))
+        coordinates.append(question_coordinates(record, target_points=target_points))
         command = _command(record, command_source) if config.command_in_answer else None
         waypoints = np.asarray(record["waypoints"], np.float32)
         reasons = _reasons(record, config) if thinks else ""
@@ -198,7 +198,7 @@ def training_conversation(
     if not turns:
         turns.append(question_turn(record, command_source, plan=False))
     whole = np.concatenate([np.zeros((0, 2), np.float32), *coordinates])
-    return Conversation(turns, whole, route_nodes, reason_coordinates)
+    return Conversation(turns, whole, num_target_points, reason_coordinates)
 
 
 def is_planned(record: Record, tasks: Tasks) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_ROUTE_NODES
+from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_TARGET_POINTS
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import NODE_SPACING, RoadOption
@@ -109,7 +109,7 @@ class Frame:
         option = RoadOption.VOID if self.command is None else _ROAD_OPTIONS[self.command]
         targets = self.target_points
         if targets is None:
-            targets = AHEAD if self.command is not None else np.zeros((NUM_ROUTE_NODES, 2))
+            targets = AHEAD if self.command is not None else np.zeros((NUM_TARGET_POINTS, 2))
         return blank_record() | {
             "token": self.name,
             "scene_name": self.name,

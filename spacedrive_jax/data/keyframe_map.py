@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_PAST, NUM_PATH_POINTS, NUM_ROUTE_NODES
+from spacedrive_jax.constants import NUM_PAST, NUM_PATH_POINTS, NUM_TARGET_POINTS
 from spacedrive_jax.data.keyframe import heading, inverse
 from spacedrive_jax.data.keyframe_motion import EgoTrack
 from spacedrive_jax.data.route import RoadOption, Route, future_path
@@ -43,9 +43,9 @@ def route_fields(track: EgoTrack, index: int, route: Route | None) -> Record:
     past = [command_route_at(track, index - 1 - step, route) for step in range(min(index, NUM_PAST))]
     ego_to_global = track.ego_to_global[index]
     place = None if route is None else _place(route, ego_to_global)
-    targets = np.zeros((NUM_ROUTE_NODES, 2))
+    targets = np.zeros((NUM_TARGET_POINTS, 2))
     if route is not None and place is not None:
-        targets = to_ego(route.targets(place), ego_to_global)
+        targets = to_ego(route.target_points(place), ego_to_global)
     return {
         "command_route": command_route_at(track, index, route),
         "past_command_route": np.array([*past, *[0] * (NUM_PAST - len(past))], np.int32),

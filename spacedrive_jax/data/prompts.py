@@ -129,8 +129,8 @@ def command_sentence(command: int, source: CommandSource = "navigation") -> str:
     return ROUTE_WORDS[command] if source == "route" else f"The ego vehicle is {COMMAND_WORDS[command]}. "
 
 
-def route_sentence(count: int) -> str:
-    """Names the route's next nodes, a coordinate token for each, a space behind it."""
+def target_points_sentence(count: int) -> str:
+    """Names the target points, a coordinate token for each, a space behind it."""
     return f"The next points of the route are {', '.join([COORDINATE] * count)}. "
 
 
@@ -141,7 +141,7 @@ def planning_question(
     source: CommandSource = "navigation",
     plan: bool = True,
     ego_status: str = "",
-    route_nodes: int = 0,
+    num_target_points: int = 0,
     reasons: bool = False,
 ) -> str:
     """The user turn of the planning task (published prompt).
@@ -152,7 +152,7 @@ def planning_question(
         source: where the command comes from.
         plan: whether to ask for the trajectory; the published loader does not where the future is missing.
         ego_status: what is said of the ego vehicle before the command, a space behind it.
-        route_nodes: nodes of the route to name behind the command.
+        num_target_points: target points to name behind the command.
         reasons: ask for words before the trajectory.
     """
     if not plan:
@@ -161,7 +161,7 @@ def planning_question(
         context(location)
         + ego_status
         + (command_sentence(command, source) if command is not None else "")
-        + (route_sentence(route_nodes) if route_nodes else "")
+        + (target_points_sentence(num_target_points) if num_target_points else "")
         + (PLANNING_QUESTION_WITH_REASONS if reasons else PLANNING_QUESTION)
     )
 

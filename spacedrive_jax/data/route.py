@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_ROUTE_NODES
+from spacedrive_jax.constants import NUM_TARGET_POINTS
 
 SPACING = 1.0
 """Metres between path points."""
@@ -204,8 +204,8 @@ class Route:
         """Points at some metres along the route; its end beyond it."""
         return np.stack([np.interp(s, self.lengths, self.points[:, axis]) for axis in range(2)], axis=1)
 
-    def targets(self, s: float) -> Float[np.ndarray, "2 2"]:
+    def target_points(self, s: float) -> Float[np.ndarray, "2 2"]:
         """The next two nodes, global metres; the last one twice where only one is left."""
-        ahead = [node for node in self.nodes if node > s + PASSED][:NUM_ROUTE_NODES]
-        ahead += [self.nodes[-1]] * (NUM_ROUTE_NODES - len(ahead))
+        ahead = [node for node in self.nodes if node > s + PASSED][:NUM_TARGET_POINTS]
+        ahead += [self.nodes[-1]] * (NUM_TARGET_POINTS - len(ahead))
         return self.at(np.array(ahead))

@@ -12,7 +12,7 @@ from spacedrive_jax.constants import (
     NUM_CAMERAS,
     NUM_PAST,
     NUM_PATH_POINTS,
-    NUM_ROUTE_NODES,
+    NUM_TARGET_POINTS,
     NUM_WAYPOINTS,
 )
 
@@ -81,7 +81,7 @@ def record_features() -> tfds.features.FeaturesDict:
             "past_command_navigation": tensor(NUM_PAST, dtype=np.int32),
             "command_route": feature.Scalar(np.int32),  # CARLA's RoadOption, from the route; -1 without one
             "past_command_route": tensor(NUM_PAST, dtype=np.int32),
-            "target_points": tensor(NUM_ROUTE_NODES, 2, dtype=np.float64),  # the route's next two nodes
+            "target_points": tensor(NUM_TARGET_POINTS, 2, dtype=np.float64),  # the route's next two nodes
             "route_valid": feature.Scalar(np.bool_),  # false: no route is known, target_points are zeros
             # future of the ego vehicle
             "waypoints": tensor(NUM_WAYPOINTS, 2, dtype=np.float64),

@@ -46,9 +46,9 @@ class SampleBuilder:
             ConfigError: sequences would be longer than the model's rotary angles hold.
         """
         model.vlm.decoder.check_length(data.sequence_length, "data.sequence_length")
-        if model.route_in_status and not data.route_targets:
+        if model.target_points_in_status and not data.target_points:
             raise ConfigError(
-                "model.route_in_status reads the nodes that data.route_targets names: set it True"
+                "model.target_points_in_status reads what data.target_points names: set it True"
             )
         self.data = data
         self.model = model
@@ -116,10 +116,10 @@ class SampleBuilder:
                 record,
                 data.command,
                 ego_in_words=in_words,
-                route_targets=data.route_targets,
+                target_points=data.target_points,
                 reasons=self.thinks,
             )
-            coordinates = question_coordinates(record, route_targets=data.route_targets)
+            coordinates = question_coordinates(record, target_points=data.target_points)
             return Conversation([question], coordinates, len(coordinates))
         return training_conversation(
             record,
@@ -128,7 +128,7 @@ class SampleBuilder:
             coordinate_tokens=self._coordinate_tokens(),
             path_points=self.model.path_points,
             ego_in_words=in_words,
-            route_targets=data.route_targets,
+            target_points=data.target_points,
         )
 
     def chat(self, talk: Conversation) -> ChatTokens:
@@ -168,7 +168,7 @@ class SampleBuilder:
                 sequence_length=data.sequence_length,
                 max_targets=data.max_targets,
                 path_points=self.model.path_points,
-                route_nodes=talk.route_nodes,
+                num_target_points=talk.num_target_points,
                 reason_coordinates=talk.reason_coordinates,
             )
             coordinates = padded_coordinates(talk.coordinates, data.max_coordinates)
@@ -255,7 +255,7 @@ def token_fields(
     sequence_length: int,
     max_targets: int,
     path_points: int = 0,
-    route_nodes: int = 0,
+    num_target_points: int = 0,
     reason_coordinates: int = 0,
 ) -> dict[str, Any]:
     """Inserts the ego tokens and lays a conversation out in fixed shapes.
@@ -269,7 +269,7 @@ def token_fields(
         sequence_length: S.
         max_targets: M.
         path_points: R; indicators behind the waypoints' that belong to the path.
-        route_nodes: position tokens, from the first on, that stand for nodes of the route.
+        num_target_points: position tokens, from the first on, that stand for target points.
         reason_coordinates: indicators of the answer that stand before those of the trajectory.
 
     Returns:
@@ -292,7 +292,7 @@ def token_fields(
     token_type_ids[ego_indices] = EGO_TOKEN_TYPES[ego_input]
     positions = np.flatnonzero(tokens == tokenizer.position)
     token_type_ids[positions] = TokenType.COORDINATE
-    token_type_ids[positions[:route_nodes]] = TokenType.ROUTE_NODE
+    token_type_ids[positions[:num_target_points]] = TokenType.TARGET_POINT
 
     supervised = np.flatnonzero(labels != IGNORE)
     if len(supervised) > max_targets:

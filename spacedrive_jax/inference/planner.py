@@ -128,7 +128,7 @@ def longest_prompt(builder: SampleBuilder, record: Record) -> int:
             record | commands,
             builder.data.command,
             ego_in_words=builder.model.ego_status == "language",
-            route_targets=builder.data.route_targets,
+            target_points=builder.data.target_points,
             reasons=builder.thinks,
         )
         chat = builder.family.chat.apply_chat_template(

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spacedrive_jax.bounds import FROM_ZERO, POSITIVE, Bound, Bounds, check_bounds
-from spacedrive_jax.constants import NUM_PAST, NUM_ROUTE_NODES
+from spacedrive_jax.constants import NUM_PAST, NUM_TARGET_POINTS
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 BASE = 10000.0
@@ -252,8 +252,8 @@ def status_units() -> Float[np.ndarray, "74"]:
     return np.concatenate([np.tile(state, NUM_PAST + 1), np.tile(pose.ravel(), NUM_PAST)]).astype(np.float32)
 
 
-NODE_UNIT = 10.0
-"""Metres, for nodes of the route beside the ego status."""
+TARGET_POINT_UNIT = 10.0
+"""Metres, for target points beside the ego status."""
 
 
 SCAN_DEGREES = 35.0
@@ -291,7 +291,7 @@ class EgoStatusEncoder(nnx.Module):
         model_width: int,
         *,
         units: bool = False,
-        route: bool = False,
+        target_points: bool = False,
         scan: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
@@ -301,30 +301,30 @@ class EgoStatusEncoder(nnx.Module):
             status_size: E.
             model_width: D.
             units: divide every number by what is usual of it.
-            route: read the route's next nodes as well.
+            target_points: read the target points as well.
             scan: read the nearest distance in so many sectors as well.
             rngs: random streams (`params`).
         """
-        self.units, self.route, self.scan = units, route, scan
-        inputs = status_size + 2 * NUM_ROUTE_NODES * route + len(SCAN_REACHES) * scan
+        self.units, self.reads_target_points, self.scan = units, target_points, scan
+        inputs = status_size + 2 * NUM_TARGET_POINTS * target_points + len(SCAN_REACHES) * scan
         self.hidden = nnx.Linear(inputs, model_width, rngs=rngs)
         self.output = nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 
     def __call__(
         self,
         status: Float[Array, "... E"],
-        nodes: Float[Array, "... nodes 3"] | None = None,
+        target_points: Float[Array, "... points 3"] | None = None,
         nearest: Float[Array, "... sectors"] | None = None,
     ) -> Float[Array, "... D"]:
-        """(..., 74) ego status; (..., 2, 3) metres where it reads nodes, and what `nearest_in_sectors` gives
-        where it reads a scan -> (..., D) float32.
+        """(..., 74) ego status; (..., 2, 3) metres where it reads target points, and what
+        `nearest_in_sectors` gives where it reads a scan -> (..., D) float32.
         """
         status = status.astype(jnp.float32)
         if self.units:
             status = status / jnp.asarray(status_units())
-        if self.route:
-            assert nodes is not None
-            flat = nodes[..., :2].reshape(*nodes.shape[:-2], -1) / NODE_UNIT
+        if self.reads_target_points:
+            assert target_points is not None
+            flat = target_points[..., :2].reshape(*target_points.shape[:-2], -1) / TARGET_POINT_UNIT
             status = jnp.concatenate([status, flat], axis=-1)
         if self.scan:
             assert nearest is not None

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
-from spacedrive_jax.constants import NUM_ROUTE_NODES, NUM_WAYPOINTS, STATUS_SIZE
+from spacedrive_jax.constants import NUM_TARGET_POINTS, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import (
     GridDecoder,
@@ -77,7 +77,7 @@ class SpaceDrive(nnx.Module):
                 STATUS_SIZE,
                 width,
                 units=config.ego_units,
-                route=config.route_in_status,
+                target_points=config.target_points_in_status,
                 scan=config.scan_in_status,
                 rngs=rngs,
             )
@@ -183,29 +183,30 @@ class SpaceDrive(nnx.Module):
             visual_tokens = self.visual_features(batch).tokens
         embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
-            nodes = self._route_nodes(batch) if config.route_in_status else None
+            target_points = self._target_points(batch) if config.target_points_in_status else None
             sectors = config.scan_in_status
             nearest = nearest_in_sectors(self.patch_points(batch), sectors) if sectors else None
-            feature = self.ego_encoder(batch.ego_status, nodes, nearest)[:, None]
+            feature = self.ego_encoder(batch.ego_status, target_points, nearest)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)
             embeddings = place_rows(embeddings, past, batch.token_type_ids == TokenType.EGO_POSITION)
         coordinates = self.embed_coordinates(batch.coordinates)
-        is_node = batch.token_type_ids == TokenType.ROUTE_NODE
+        is_target_point = batch.token_type_ids == TokenType.TARGET_POINT
         if config.position_input:
-            is_coordinate = is_node | (batch.token_type_ids == TokenType.COORDINATE)
+            is_coordinate = is_target_point | (batch.token_type_ids == TokenType.COORDINATE)
             fed = jnp.zeros_like(coordinates) if config.position_input_training == "zeros" else coordinates
             embeddings = place_rows(embeddings, fed, is_coordinate)
-        # What is asked about is known, whatever is fed of the answer: a sample's nodes are its first rows.
-        return place_rows(embeddings, coordinates, is_node)
+        # What is asked about is known, whatever is fed of the answer: a sample's target points are its first
+        # rows.
+        return place_rows(embeddings, coordinates, is_target_point)
 
-    def _route_nodes(self, batch: DrivingBatch) -> Float[Array, "B nodes 3"]:
-        """The nodes that a sample's question names, zeros where it names none: then its first coordinates are
-        something else, the answer's among it.
+    def _target_points(self, batch: DrivingBatch) -> Float[Array, "B points 3"]:
+        """The target points that a sample's question names, zeros where it names none: then its first
+        coordinates are something else, the answer's among it.
         """
-        named = jnp.any(batch.token_type_ids == TokenType.ROUTE_NODE, axis=1)
-        return jnp.where(named[:, None, None], batch.coordinates[:, :NUM_ROUTE_NODES], 0.0)
+        named = jnp.any(batch.token_type_ids == TokenType.TARGET_POINT, axis=1)
+        return jnp.where(named[:, None, None], batch.coordinates[:, :NUM_TARGET_POINTS], 0.0)
 
     def visual_features(self, batch: DrivingBatch) -> VisualFeatures:
         """Visual tokens that know where they are, (B, NV, D): h + alpha * phi(point), order camera, row,

@@ -53,8 +53,8 @@ class ModelConfig:
     """Divide each number of the ego status by what is usual of it before its MLP (speed by 8 m/s, yaw rate by
     0.2 rad/s), and leave the orientation out: by it a small model knows the places it was trained in. The
     published model reads all of them raw; from scratch it then learns from the large ones first."""
-    route_in_status: bool = False
-    """The ego feature's MLP reads the route's next nodes too, beside their tokens (`data.route_targets`): a
+    target_points_in_status: bool = False
+    """The ego feature's MLP reads the target points too, beside their tokens (`data.target_points`): a
     model that trains from scratch learns from them hundreds of steps earlier."""
     scan_in_status: int = 0
     """The ego feature's MLP reads the distance of the nearest visual token in so many sectors ahead, too
@@ -83,11 +83,11 @@ class ModelConfig:
                 f"model.compute.base_quantization {self.compute.base_quantization} needs a frozen base: set "
                 "model.use_lora True, or base_quantization none"
             )
-        about_feature = self.ego_units or self.route_in_status or self.scan_in_status
+        about_feature = self.ego_units or self.target_points_in_status or self.scan_in_status
         if about_feature and self.ego_status not in ("feature", "both"):
             raise ConfigError(
-                "model.ego_units, model.route_in_status and model.scan_in_status are about the ego feature: "
-                f"set model.ego_status feature or both, not {self.ego_status}"
+                "model.ego_units, model.target_points_in_status and model.scan_in_status are about the ego "
+                f"feature: set model.ego_status feature or both, not {self.ego_status}"
             )
         if self.scan_in_status and self.visual_positions == "none":
             raise ConfigError(

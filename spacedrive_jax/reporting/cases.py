@@ -209,14 +209,14 @@ def question_of(record: Record, config: Mapping[str, Any] | None) -> str:
         record: the keyframe.
         config: the run's `config.json`, if there is one.
     """
-    command: Any = ((config or {}).get("data") or {}).get("command")
-    if command not in get_args(CommandSource):
+    data = (config or {}).get("data") or {}
+    command: Any = data.get("command")
+    if command not in get_args(CommandSource) or "target_points" not in data:
         return ""
     in_words = ((config or {}).get("model") or {}).get("ego_status") == "language"
-    data = (config or {}).get("data") or {}
     thinks = (data.get("conversation") or {}).get("tasks") == "think_before_planning"
-    targets = bool(data.get("route_targets"))
-    return asked(record, command, ego_in_words=in_words, route_targets=targets, reasons=thinks)
+    targets = bool(data["target_points"])
+    return asked(record, command, ego_in_words=in_words, target_points=targets, reasons=thinks)
 
 
 def asked(
@@ -224,7 +224,7 @@ def asked(
     command: CommandSource,
     *,
     ego_in_words: bool,
-    route_targets: bool,
+    target_points: bool,
     reasons: bool = False,
 ) -> str:
     """The question about a keyframe with its coordinates in metres, the images in one word.
@@ -232,9 +232,9 @@ def asked(
     Args: see `data.conversation.question_turn`.
     """
     text = question_turn(
-        record, command, ego_in_words=ego_in_words, route_targets=route_targets, reasons=reasons
+        record, command, ego_in_words=ego_in_words, target_points=target_points, reasons=reasons
     ).content
-    for x, y in question_coordinates(record, route_targets=route_targets).tolist():
+    for x, y in question_coordinates(record, target_points=target_points).tolist():
         text = text.replace(COORDINATE, f"{INDICATOR}({x:.2f}, {y:.2f})", 1)
     images = text.count(IMAGE_MARK)
     return f"[{images} images] " + text.replace(IMAGE_MARK, "").strip()

@@ -179,7 +179,7 @@ class Planner:
             record,
             data.command,
             ego_in_words=in_words,
-            route_targets=data.route_targets,
+            target_points=data.target_points,
             reasons=data.conversation.tasks == "think_before_planning",
         )
 

@@ -261,7 +261,7 @@ def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Super
         indices = batch.target_indices + 1
         mask = batch.target_mask & (batch.target_ids == model.indicator_id)
         is_coordinate = batch.token_type_ids == TokenType.COORDINATE
-        before = jnp.cumsum(is_coordinate | (batch.token_type_ids == TokenType.ROUTE_NODE), axis=1)
+        before = jnp.cumsum(is_coordinate | (batch.token_type_ids == TokenType.TARGET_POINT), axis=1)
         row = jnp.take_along_axis(before, indices, axis=1)
         row = jnp.clip(row, 0, batch.coordinates.shape[1] - 1)
         true_coordinates = jnp.take_along_axis(batch.coordinates, row[..., None], axis=1)[..., :2]

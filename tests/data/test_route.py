@@ -52,9 +52,9 @@ def test_nodes_stand_every_eight_metres_and_at_the_end() -> None:
     np.testing.assert_array_equal(np.diff(route.nodes)[:-1], 8.0)
     assert 0 < route.nodes[-1] - route.nodes[-2] <= 8.0
     assert route.nodes[-1] == float(route.lengths[-1])
-    np.testing.assert_allclose(route.targets(43.5), [[48, 0], [56, 0]], atol=1e-9)
-    np.testing.assert_allclose(route.targets(44.5), [[56, 0], [64, 0]], atol=1e-9)  # 4 m off: passed
-    end = route.targets(float(route.lengths[-1]) - 1)
+    np.testing.assert_allclose(route.target_points(43.5), [[48, 0], [56, 0]], atol=1e-9)
+    np.testing.assert_allclose(route.target_points(44.5), [[56, 0], [64, 0]], atol=1e-9)  # 4 m off: passed
+    end = route.target_points(float(route.lengths[-1]) - 1)
     np.testing.assert_allclose(end, [[110, 110]] * 2, atol=1e-6)
 
 

@@ -65,9 +65,9 @@ def test_sample_is_laid_out_for_the_model(record):
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_the_question_names_the_routes_nodes_and_says_where_they_are(record, answer):
-    data = dataclasses.replace(CONFIG.data, route_targets=True, max_coordinates=8, sequence_length=200)
+    data = dataclasses.replace(CONFIG.data, target_points=True, max_coordinates=8, sequence_length=200)
     sample = SampleBuilder(data, CONFIG.model, answer=answer)(record, 0)
-    nodes = np.flatnonzero(sample.token_type_ids == TokenType.ROUTE_NODE)
+    nodes = np.flatnonzero(sample.token_type_ids == TokenType.TARGET_POINT)
     answered = np.flatnonzero(sample.token_type_ids == TokenType.COORDINATE)
     assert (len(nodes), len(answered)) == (2, 6 if answer else 0)
     np.testing.assert_array_equal(sample.coordinates[:2, :2], record["target_points"].astype(np.float32))
@@ -75,13 +75,13 @@ def test_the_question_names_the_routes_nodes_and_says_where_they_are(record, ans
         assert nodes.max() < answered.min()
         np.testing.assert_array_equal(sample.coordinates[2:8, :2], sample.waypoints)
     assert not (
-        SampleBuilder(CONFIG.data, CONFIG.model)(record, 0).token_type_ids == TokenType.ROUTE_NODE
+        SampleBuilder(CONFIG.data, CONFIG.model)(record, 0).token_type_ids == TokenType.TARGET_POINT
     ).any()
 
 
 def test_a_route_beside_the_status_must_be_one_that_is_named():
-    model = dataclasses.replace(CONFIG.model, ego_status="both", route_in_status=True)
-    with pytest.raises(SpaceDriveError, match=r"route_in_status reads the nodes that data\.route_targets"):
+    model = dataclasses.replace(CONFIG.model, ego_status="both", target_points_in_status=True)
+    with pytest.raises(SpaceDriveError, match=r"target_points_in_status reads what data\.target_points"):
         SampleBuilder(CONFIG.data, model)
 
 

@@ -106,12 +106,12 @@ def test_the_ego_feature_in_units_and_with_the_route():
     turned = status.at[:, [1, 4, 15, 18, 29, 32]].add(0.5)  # orientation: where north lies is not read
     np.testing.assert_array_equal(scaled(turned), scaled(status))
     assert not np.array_equal(raw(turned), raw(status))
-    routed = EgoStatusEncoder(STATUS_SIZE, WIDTH, route=True, rngs=nnx.Rngs(0))
+    routed = EgoStatusEncoder(STATUS_SIZE, WIDTH, target_points=True, rngs=nnx.Rngs(0))
     inputs = np.concatenate([status, nodes[..., :2].reshape(2, 4) / 10], axis=1)
     by_hand = routed.output(jax.nn.relu(routed.hidden(jnp.asarray(inputs))))
     np.testing.assert_allclose(routed(status, nodes), by_hand, atol=1e-6)
     with pytest.raises(ConfigError, match=r"set model\.ego_status feature or both, not none"):
-        ModelConfig(ego_status="none", route_in_status=True)
+        ModelConfig(ego_status="none", target_points_in_status=True)
 
 
 def test_the_ego_feature_reads_the_nearest_point_of_every_sector():

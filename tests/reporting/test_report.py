@@ -333,7 +333,7 @@ def test_a_browser_may_neither_run_nor_fetch_anything(run_dir: Path) -> None:
 
 def test_a_case_shows_the_question_and_explains_the_tokens(run_dir: Path) -> None:
     config = json.loads((run_dir / "config.json").read_text())
-    config |= {"data": {"command": "navigation"}, "model": {"ego_status": "both"}}
+    config |= {"data": {"command": "navigation", "target_points": False}, "model": {"ego_status": "both"}}
     (run_dir / "config.json").write_text(json.dumps(config))
     lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
     for line in lines:

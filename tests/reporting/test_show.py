@@ -134,7 +134,7 @@ def test_a_keyframe_is_found_with_and_without_the_conversions_notes(made, tmp_pa
 
 def test_a_question_about_a_route_names_its_nodes_in_metres():
     record = make_record(np.random.default_rng(0))
-    said = asked(record, "route", ego_in_words=False, route_targets=True)
+    said = asked(record, "route", ego_in_words=False, target_points=True)
     assert f"{INDICATOR}(30.00, 0.00), {INDICATOR}(80.00, 0.00)" in said
     assert said.startswith("[6 images] ")
     assert explained(said).startswith(f"{INDICATOR} announces a coordinate")
