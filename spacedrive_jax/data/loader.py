@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
-from spacedrive_jax.data.mixture import MixedRecords, mixed_order, records_sources
+from spacedrive_jax.data.mixture import Concatenation, MixedRecords, mixed_order, records_sources
 from spacedrive_jax.data.records import Records, complete_futures, open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -30,8 +29,6 @@ from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import local
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
-
-log = logging.getLogger(__name__)
 
 LOOKED_AT = 256
 """Keyframes whose tokens are held against the language data."""
@@ -98,26 +95,19 @@ class Samples(Sequence[DrivingBatch]):
         return sample
 
 
-class MixedSamples(Sequence[DrivingBatch]):
+class MixedSamples(Concatenation[DrivingBatch]):
     """The samples of several records folders, one behind the other, and their shares of a run."""
+
+    parts: list[Samples]  # type: ignore[assignment]
 
     def __init__(self, parts: Sequence[Samples], weights: Sequence[float]) -> None:
         """Args: each folder's samples, and its share of what a run sees."""
-        self.parts, self.weights = list(parts), list(weights)
+        super().__init__(parts)
+        self.weights = list(weights)
         self.records = MixedRecords([part.records for part in parts])
         self.clock = SampleClock()
         for part in self.parts:
             part.clock = self.clock
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def __getitem__(self, position: int) -> DrivingBatch:  # type: ignore[override]
-        for part in self.parts:
-            if position < len(part):
-                return part[position]
-            position -= len(part)
-        raise IndexError(position)
 
 
 def training_samples(

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 
@@ -59,24 +59,35 @@ def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
-class MixedRecords(Sequence[Record]):
-    """The records of several folders, one behind the other."""
+Item = TypeVar("Item")
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        """Args: the folders' records, in the order of their samples' indices."""
+
+class Concatenation(Sequence[Item]):
+    """Several sequences as one, one behind the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        """Args: the sequences, in order."""
         self.parts = list(parts)
-        self.fingerprint = mixed_fingerprint([part.fingerprint for part in parts])
-        """Of all of them, in their order."""
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
         for part in self.parts:
             if index < len(part):
                 return part[index]
             index -= len(part)
         raise IndexError(index)
+
+
+class MixedRecords(Concatenation[Record]):
+    """The records of several folders."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        """Args: the folders' records, in the order of their samples' indices."""
+        super().__init__(parts)
+        self.fingerprint = mixed_fingerprint([part.fingerprint for part in parts])
+        """Of all of them, in their order."""
 
 
 def mixed_order(

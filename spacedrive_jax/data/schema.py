@@ -18,7 +18,6 @@ from spacedrive_jax.constants import (
 
 DATASET_NAME = "nuscenes_keyframes"
 DATASET_VERSION = "1.0.0"
-SPLITS = ("train", "val", "all")
 
 DRIVABLE_EXTENT = 50.0
 """The drivable rasters span [-50, 50) m in x and y of the yaw-only ego frame."""

@@ -133,6 +133,11 @@ def parameter(
     return kind(value, out_sharding=names, eager_sharding=False)
 
 
+def layer_scaled(x: Float[Array, "*B D"], scale: nnx.Param | None) -> Float[Array, "*B D"]:
+    """A branch times its learnt gains (LayerScale, Touvron et al. 2021), where a block has them."""
+    return x if scale is None else x * scale[...].astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
 

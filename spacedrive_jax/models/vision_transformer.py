@@ -26,6 +26,7 @@ from spacedrive_jax.models.layers import (
     LayerNorm,
     Projection,
     RMSNorm,
+    layer_scaled,
     parameter,
     scan_layers,
     stack_layers,
@@ -133,8 +134,8 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "I P D"], rotary: RotaryTables | None = None) -> Float[Array, "I P D"]:
         """Runs the block; the angles are attention's."""
         attended = self.attention(self.attention_norm(x), rotary)
-        x = constrain(x + _scaled(attended, self.attention_scale), *_AXES)
-        return constrain(x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale), *_AXES)
+        x = constrain(x + layer_scaled(attended, self.attention_scale), *_AXES)
+        return constrain(x + layer_scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale), *_AXES)
 
     def mlp(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         """Two layers with the activation between them."""
@@ -142,10 +143,6 @@ class VisionBlock(nnx.Module):
 
 
 _AXES = ("images", None, None)
-
-
-def _scaled(x: Float[Array, "I P D"], scale: nnx.Param | None) -> Float[Array, "I P D"]:
-    return x if scale is None else x * scale[...].astype(x.dtype)
 
 
 class VisionTransformer(nnx.Module):

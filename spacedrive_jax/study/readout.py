@@ -111,6 +111,15 @@ def draw_points(key: Array, count: int, farthest: float) -> Float[Array, "B 3"]:
     return jnp.stack([distance * jnp.cos(angle), distance * jnp.sin(angle), z], axis=-1)
 
 
+def _draw(
+    readout: Readout, key: Array, count: int, width: int
+) -> tuple[Float[Array, "B 3"], Float[Array, "B D"]]:
+    """Points, and the noise under which they are read."""
+    where, disturb = jax.random.split(key)
+    points = draw_points(where, count, readout.farthest)
+    return points, readout.noise * jax.random.normal(disturb, (count, width))
+
+
 def read_back(config: Config, readout: Readout) -> dict[str, Any]:
     """Trains a reader and measures it on points that it has not seen.
 
@@ -135,10 +144,8 @@ def read_back(config: Config, readout: Readout) -> dict[str, Any]:
 
     # Everything that differs from seed to seed is an argument: the seeds of a cell share one program.
     def errors(trained: nnx.State, rest: nnx.State, key: Array, count: int) -> tuple[Array, Array]:
-        where, disturb = jax.random.split(key)
-        points = draw_points(where, count, readout.farthest)
         reader = nnx.merge(graph, trained, rest)
-        noise = readout.noise * jax.random.normal(disturb, (count, reader.width))
+        points, noise = _draw(readout, key, count, reader.width)
         return points, reader(points, noise) - points[:, :2]
 
     def loss(trained: nnx.State, rest: nnx.State, key: Array) -> Array:
@@ -199,10 +206,8 @@ def _solved(
     50,000: gradient steps would measure how badly conditioned it is, not what it can read.
     """
     count = min(readout.steps * readout.batch_size, 50_000)
-    where, disturb = jax.random.split(key)
-    points = draw_points(where, count, readout.farthest)
     reader = nnx.merge(graph, trained, rest)
-    noise = readout.noise * jax.random.normal(disturb, (count, reader.width))
+    points, noise = _draw(readout, key, count, reader.width)
     features = np.asarray(reader.hidden(points, noise), np.float64)
     features = np.concatenate([features, np.ones((count, 1))], axis=1)
     gram = features.T @ features

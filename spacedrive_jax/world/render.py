@@ -183,7 +183,7 @@ def _prepare(quads: Quads, camera: Camera) -> _Prepared:
     chosen = np.flatnonzero(_in_frustum(corners, camera))
     points = corners.take(chosen, axis=2) - position[:, None, None]
     normals = _cross(points[:, 2] - points[:, 0], points[:, 3] - points[:, 1])
-    distance = _inner(normals, points[:, 0])
+    distance = inner(normals, points[:, 0])
     facing = np.flatnonzero(distance < -1e-9)
     chosen, normals, distance = chosen[facing], normals.take(facing, axis=1), distance[facing]
     points = _turned(points.take(facing, axis=2), rotation.T)  # camera frame
@@ -199,7 +199,7 @@ def _prepare(quads: Quads, camera: Camera) -> _Prepared:
     planes = _turned(normals.take(filled, axis=1), exact.matmul(rotation, inverse).T) / distance[filled]
     edges = _cross(points, np.roll(points, -1, axis=1))
     middle = (points[:, 0] + points[:, 1] + points[:, 2] + points[:, 3]) / 4
-    edges *= np.sign(_inner(edges, middle[:, None]))
+    edges *= np.sign(inner(edges, middle[:, None]))
     near = np.array([[0.0], [0.0], [1.0 / NEAR]]) - planes
     halves = np.concatenate([_turned(edges, inverse.T), near[:, None]], axis=1)
     return _Prepared(chosen, begin[1, filled], end[1, filled], halves, planes)
@@ -211,7 +211,7 @@ def _cross(left: Float[np.ndarray, "3 *Q"], right: Float[np.ndarray, "3 *Q"]) ->
     return np.stack([b * f - c * e, c * d - a * f, a * e - b * d])
 
 
-def _inner(left: Float[np.ndarray, "3 *Q"], right: Float[np.ndarray, "3 *#Q"]) -> Float[np.ndarray, "*Q"]:
+def inner(left: Float[np.ndarray, "3 *#Q"], right: Float[np.ndarray, "3 *#Q"]) -> Float[np.ndarray, "*Q"]:
     """Inner products along the first axis, summed in order."""
     return left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
 

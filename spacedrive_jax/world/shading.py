@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 
 from spacedrive_jax import exact
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
-from spacedrive_jax.world.render import GROUND, SKY, Camera, FrameBuffer
+from spacedrive_jax.world.render import GROUND, SKY, Camera, FrameBuffer, inner
 from spacedrive_jax.world.shapes import Material, Quads
 from spacedrive_jax.world.weather import Light, Weather
 
@@ -105,11 +105,7 @@ def _channels(colour: tuple[float, ...]) -> Float[np.ndarray, "3 1"]:
 
 
 def _norm(vectors: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "P"]:
-    return np.sqrt(_inner(vectors, vectors))
-
-
-def _inner(left: Float[np.ndarray, "3 *#P"], right: Float[np.ndarray, "3 *#P"]) -> Float[np.ndarray, "*P"]:
-    return left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
+    return np.sqrt(inner(vectors, vectors))
 
 
 _CHUNK = 8192
@@ -160,7 +156,7 @@ def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P
     cover = np.clip((cloud + weather.clouds - 0.45) * 2.0, 0, 1) * np.clip(up * 6, 0, 1) * 0.55
     white = _channels(weather.ambient) * 0.4 + horizon * 0.65
     colour = colour * (1 - cover) + white * cover
-    towards_sun = _inner(light.sun.astype(np.float32), unit)
+    towards_sun = inner(light.sun.astype(np.float32), unit)
     near_sun = np.flatnonzero(towards_sun > 0.97)  # elsewhere the glow is too weak for 8 bits
     colour[:, near_sun] += exact.power(towards_sun[near_sun], 350) * weather.sun * 1.4
     return colour
@@ -283,7 +279,7 @@ def _shade_quads(
     if len(glass):
         normal = normals[:, facet[glass]]
         view = rays[:, glass] / _norm(rays[:, glass])
-        mirrored_up = view[2] - 2 * _inner(view, normal) * normal[2]
+        mirrored_up = view[2] - 2 * inner(view, normal) * normal[2]
         reflection = _channels(weather.horizon) * np.clip(mirrored_up * 1.5 + 0.25, 0, 1)
         result[:, glass] = (paint * lit)[:, facet[glass]] * 0.6 + 0.42 * reflection
     lamps = np.flatnonzero(material == Material.LAMP)

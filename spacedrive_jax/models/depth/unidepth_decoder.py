@@ -14,7 +14,7 @@ from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.dinov2 import layer_norm, linear
 from spacedrive_jax.models.depth.layers import PatchUpsample, bilinear, convolution
-from spacedrive_jax.models.layers import scan_layers, stack_layers
+from spacedrive_jax.models.layers import layer_scaled, scan_layers, stack_layers
 
 NORM_EPS = 1e-5
 LEAK = 0.01
@@ -76,11 +76,8 @@ class CrossAttentionBlock(nnx.Module):
         k, v = jnp.split(self.kv(self.context_norm(context)), 2, axis=-1)
         q, k, v = (each.reshape(*each.shape[:2], self.heads, -1) for each in (q, k, v))
         attended = attend(q, k, v, choice=self.attention_choice, axes=IMAGE_AXES)
-        x = x + self._scaled(self.out(attended.reshape(x.shape)), self.attention_scale)
-        return x + self._scaled(self.mlp(x), self.mlp_scale)
-
-    def _scaled(self, x: Float[Array, "B P D"], scale: nnx.Param | None) -> Float[Array, "B P D"]:
-        return x if scale is None else x * scale[...].astype(x.dtype)
+        x = x + layer_scaled(self.out(attended.reshape(x.shape)), self.attention_scale)
+        return x + layer_scaled(self.mlp(x), self.mlp_scale)
 
 
 class CameraHead(nnx.Module):
