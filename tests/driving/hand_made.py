@@ -12,7 +12,9 @@ from spacedrive_jax.world import traffic
 from spacedrive_jax.world.cast import Cast
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, Scenario
 from spacedrive_jax.world.town import Junction, Lane, Road, Town
-from spacedrive_jax.world.traffic import Mover, Obstacle, Signals
+from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world.vehicle import VehicleState
+from spacedrive_jax.world.world import World, WorldState
 
 STEP = 0.1
 LENGTH = 200.0
@@ -110,6 +112,17 @@ def make_log(
         speeds=np.stack(speeds, axis=1),
         goal=goal,
     )
+
+
+def make_world(*states: tuple[float, float, VehicleState], motions: tuple[Motion, ...] = ()) -> World:
+    """A world on the road, in states that are given: seconds, metres along the route, and the vehicle."""
+    world = World(dataclasses.replace(make_log(np.zeros(1)).scenario, motions=motions))
+    start = world.traffic.start()
+    world.states = [
+        WorldState(dataclasses.replace(start, step=round(time / STEP), s=np.array([s])), vehicle)
+        for time, s, vehicle in states
+    ]
+    return world
 
 
 def _still(_: float) -> float:

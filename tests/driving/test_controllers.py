@@ -124,6 +124,10 @@ def test_every_controller_drives_a_bend(controller: Controller, side: float) -> 
 
 def test_without_a_plan_the_car_is_stopped() -> None:
     assert Driver().control(VehicleState(0, 0, 0, 5.0), 0.0).acceleration == -3.0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_controller_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="no controller"):
         Driver("autopilot")  # type: ignore[arg-type]
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,9 @@ from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive_results import read_results, score_routes
 from spacedrive_jax.folders import output_lock
 from spacedrive_jax.training.hosts import ALONE, Hosts, _exchange
+from spacedrive_jax.world.vehicle import VehicleState
 from tests.conftest import ROOT
+from tests.driving.hand_made import make_world
 
 SPECS = [DriveSpec(0, "start", "boston-seaport", 0), DriveSpec(1, "bend", "singapore-onenorth", 1)]
 METADATA = {"set": "test", "image_size": (27, 48)}
@@ -302,15 +303,9 @@ def test_open_loop_counts_plans_made_where_the_script_drove(driven: Path) -> Non
 )
 def test_why_a_drive_ends(changed: Mapping[str, float], ending: str) -> None:
     now = {"s": 85.0, "aside": 0.0, "in_a_row": 0, "still": 0, "time": 10.0} | dict(changed)
-    route = SimpleNamespace(project=lambda place, s: (s, now["aside"]))
-    scenario = SimpleNamespace(ego=SimpleNamespace(route=route))
-    vehicle = SimpleNamespace(x=0.0, y=0.0)
-    states = [
-        SimpleNamespace(traffic=SimpleNamespace(s=[s]), time=now["time"], vehicle=vehicle)
-        for s in (80.0, now["s"])
-    ]
-    world: Any = SimpleNamespace(states=states, state=states[-1])
-    found = _ending(world, 100.0, scenario, 0, 30.0, int(now["in_a_row"]), int(now["still"]))  # type: ignore[arg-type]
+    places = [(now["time"], s, VehicleState(s, now["aside"] - 1.75, 0.0, 0.0)) for s in (80.0, now["s"])]
+    world = make_world(*places)
+    found = _ending(world, 100.0, world.scenario, 0, 30.0, int(now["in_a_row"]), int(now["still"]))
     assert found == ending
 
 

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
 from spacedrive_jax.driving.policies import POLICIES, policy_named
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.world import traffic
 from spacedrive_jax.world.traffic import Motion
 from spacedrive_jax.world.vehicle import VehicleState
-from tests.driving.hand_made import TOWN
+from spacedrive_jax.world.world import World
+from tests.driving.hand_made import make_world
 from tests.record_factory import make_record
 
 SPEED = 8.0
 
 
-def world_at(x: float, *, time: float = 1.0, steer: float = 0.0) -> Any:
+def world_at(x: float, *, time: float = 1.0, steer: float = 0.0) -> World:
     """A script that drives along x at 8 m/s from 10 m on for 5 s, and a vehicle somewhere on its lane."""
     steps = 51
     script = Motion(10.0 + SPEED * 0.1 * np.arange(steps), np.full(steps, SPEED), np.zeros(steps))
-    route = traffic.lane_route(TOWN, ["forward", "across", "beyond"])
-    return SimpleNamespace(
-        scenario=SimpleNamespace(motions=(script,), ego=SimpleNamespace(route=route)),
-        state=SimpleNamespace(
-            time=time,
-            vehicle=VehicleState(x, -1.75, 0.0, SPEED, steer=steer),
-            traffic=SimpleNamespace(s=np.array([x])),
-        ),
-    )
+    return make_world((time, x, VehicleState(x, -1.75, 0.0, SPEED, steer=steer)), motions=(script,))
 
 
-def ahead(name: str, world: Any) -> np.ndarray:
+def ahead(name: str, world: World) -> np.ndarray:
     return POLICIES[name](world, {}).waypoints
 
 
@@ -68,7 +57,7 @@ def test_those_that_learn_tell_fast_from_slow_or_do_not() -> None:
     errors = {}
     for name in ("mean_trajectory", "ego_mlp"):
         policy = policy_named(name, train)
-        plans = [policy(None, record).waypoints for record in held_out]  # type: ignore[arg-type]
+        plans = [policy(world_at(20.0), record).waypoints for record in held_out]
         truth = [record["waypoints"] for record in held_out]
         errors[name] = float(np.linalg.norm(np.array(plans) - np.array(truth), axis=-1).mean())
     assert errors["mean_trajectory"] > 2.0

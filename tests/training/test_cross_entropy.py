@@ -1,14 +1,15 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from spacedrive_jax.config import load_config
+from spacedrive_jax.models.spacedrive import Outputs
 from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.losses import Counted, label_cross_entropy, position_loss, select
+from spacedrive_jax.training.state import make_model
 from tests.training.runs import TINY
 
 
@@ -37,12 +38,15 @@ def test_pieces_with_unequally_many_waypoints_give_the_mean_of_the_batch():
     config = load_config(str(TINY))
     batch = fake_batch(config)
     batch.waypoint_mask[:] = [[True] * 6, [False] * 6, [True] + [False] * 5, [True] * 3 + [False] * 3]
-    model = SimpleNamespace(config=config.model)
+    batch = jax.tree.map(jnp.asarray, batch)
+    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
     guess = np.random.default_rng(0).normal(0, 9, (batch.size, 6, 3)).astype(np.float32)
 
     def score(rows, counted):
         part = jax.tree.map(lambda leaf: leaf[rows], batch)
-        outputs = SimpleNamespace(coordinates=guess[rows])
+        coordinates = jnp.asarray(guess[rows])
+        nothing = jnp.zeros((*coordinates.shape[:2], 1))
+        outputs = Outputs(nothing, nothing, coordinates)
         return position_loss(model, outputs, select(model, part, config.train), config.train, counted)
 
     whole = score(slice(None), Counted.of(model, batch, config.train, 1).waypoints)
