@@ -26,7 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spacedrive_jax.driving.bench import Asked
+from spacedrive_jax.driving.bench import PlanRequest
 from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.policies import expert, route_constant_speed
@@ -90,9 +90,9 @@ def parts(arguments: argparse.Namespace) -> None:
     clock.watch(stage, "_encode", "  of it: JPEG and PNG")
     ask = None
     if arguments.checkpoint:
-        from spacedrive_jax.driving.askers import open_asker
+        from spacedrive_jax.driving.batch_policies import open_policy
 
-        ask = open_asker(arguments.checkpoint, batch_size=1, deadline=600.0, average=False, token=None).plans
+        ask = open_policy(arguments.checkpoint, batch_size=1, deadline=600.0, average=False, token=None).plans
     passes: list[float] = []
     for number in range(arguments.drives):
         drive(number, arguments.size, arguments.decisions, clock, ask, passes)
@@ -116,7 +116,7 @@ def drive(
     size: str,
     decisions: int,
     clock: Clock,
-    ask: Callable[[list[Asked]], Any] | None,
+    ask: Callable[[list[PlanRequest]], Any] | None,
     passes: list[float],
 ) -> None:
     """One drive of a blind driver, with cameras, the expert (and a model) asked beside."""
@@ -143,10 +143,10 @@ def drive(
         clock.seconds["record"] -= clock.seconds["drawing"] - before
         clock.time("the expert's plan", functools.partial(expert, world, record))
         if ask is not None:
-            asked = [Asked(number, decision, record)]
+            requests = [PlanRequest(number, decision, record)]
             if not passes:
-                ask(asked)  # compiled
-            clock.time("model", functools.partial(ask, asked))
+                ask(requests)  # compiled
+            clock.time("model", functools.partial(ask, requests))
         passes.append(floor_of(film, *shown[-1]))
         assert world.state.vehicle is not None
         driver.follow(route_constant_speed(world, record), world.state.vehicle, world.state.time)

@@ -144,7 +144,7 @@ def measure() -> dict[str, str]:
         drives = root / "drives"
         options = DriveOptions(sense="nothing", controller="simlingo")
         bend = [DriveSpec(1, "bend", "singapore-onenorth", 1)]
-        drive_all(bend, drives, options, metadata={}, inside=constant_velocity_in_world)
+        drive_all(bend, drives, options, metadata={}, world_policy=constant_velocity_in_world)
         digest = hashlib.sha256()
         for written in sorted(path for path in drives.rglob("*") if path.is_file()):
             digest.update(written.relative_to(drives).as_posix().encode() + written.read_bytes())

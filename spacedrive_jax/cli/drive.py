@@ -19,7 +19,7 @@ from spacedrive_jax.folders import output_lock
 from spacedrive_jax.io import place
 
 if TYPE_CHECKING:
-    from spacedrive_jax.driving.bench import Finished, InsidePolicy
+    from spacedrive_jax.driving.bench import Finished, WorldPolicy
     from spacedrive_jax.driving.drive import Show
     from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.recovery import CollectedRecords
@@ -185,15 +185,15 @@ class Drive(Command):
         metadata: Mapping[str, Any],
         hosts: Hosts | None,
     ) -> Mapping[str, Any]:
-        from spacedrive_jax.driving.askers import open_asker
+        from spacedrive_jax.driving.batch_policies import open_policy
         from spacedrive_jax.driving.drive import RESULTS, drive_all
 
         collected = self._collected(resume=self.resume)
-        asker, inside = None, self._inside()
+        policy, world_policy = None, self._world_policy()
         if self.checkpoint is not None:
             use_compilation_cache(self.compilation_cache)
             with advice_on_memory("lower --batch-size"):
-                asker = open_asker(
+                policy = open_policy(
                     self.checkpoint,
                     batch_size=self.batch_size,
                     deadline=self.deadline,
@@ -207,8 +207,8 @@ class Drive(Command):
                 folder,
                 options,
                 metadata=metadata,
-                asker=asker,
-                inside=inside,
+                policy=policy,
+                world_policy=world_policy,
                 workers=self.workers or os.cpu_count() or 1,
                 at_a_time=self.batch_size,
                 resume=self.resume,
@@ -217,8 +217,8 @@ class Drive(Command):
                 hosts=hosts,
             )
         finally:
-            if asker is not None:
-                asker.close()
+            if policy is not None:
+                policy.close()
         from spacedrive_jax.reporting.drives import run_rows, score_table, write_page
 
         summary = run.summary
@@ -307,7 +307,7 @@ class Drive(Command):
         if self.checkpoint is None:
             return None
         if _is_server(self.checkpoint):
-            from spacedrive_jax.driving.askers import name_server
+            from spacedrive_jax.driving.batch_policies import name_server
 
             return name_server(self.checkpoint, self.token or os.environ.get(TOKEN_VARIABLE) or None)
         from spacedrive_jax.inference.open_model import name_checkpoint
@@ -322,7 +322,7 @@ class Drive(Command):
         assert self.records is not None
         return open_records(self.records, "train").fingerprint
 
-    def _inside(self) -> InsidePolicy | None:
+    def _world_policy(self) -> WorldPolicy | None:
         if self.policy is None:
             return None
         from spacedrive_jax.data.records import open_records

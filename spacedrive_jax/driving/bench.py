@@ -19,12 +19,12 @@ from spacedrive_jax.parallel import end_with_parent
 from spacedrive_jax.world.scenario import UnplayableError
 from spacedrive_jax.world.world import World
 
-InsidePolicy = Callable[[World, Record], Plan]
-"""A policy asked where the world is (picklable); models are asked from outside, with records alone."""
+WorldPolicy = Callable[[World, Record], Plan]
+"""A policy that knows the world it drives in (picklable); `BatchPolicy` is given records alone."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """A drive waits for a plan."""
 
     number: int
@@ -55,7 +55,7 @@ class NoPlace:
     reason: str
 
 
-Event = Asked | Finished | NoPlace
+Event = PlanRequest | Finished | NoPlace
 
 
 class Bench:
@@ -64,17 +64,17 @@ class Bench:
     def __init__(
         self,
         options: DriveOptions,
-        inside: InsidePolicy | None = None,
+        world_policy: WorldPolicy | None = None,
         *,
         collect: bool = False,
         shown: int | None = None,
     ) -> None:
-        """Args: how to drive, the policy where it is asked here, whether to keep all records or one's."""
-        self.options, self.inside, self.collect, self.shown = options, inside, collect, shown
+        """Args: how to drive, the policy that knows the world, whether to keep all records or one's."""
+        self.options, self.world_policy, self.collect, self.shown = options, world_policy, collect, shown
         self._drives: dict[int, Generator[Question, Plan | PlanError, DriveResult]] = {}
 
     def start(self, spec: DriveSpec) -> Event:
-        """Begins a drive and goes on to its first question (to its end with a policy inside)."""
+        """Begins a drive and goes on to its first question (to its end with a `WorldPolicy`)."""
         options, keep = self.options, self.collect
         if spec.number == self.shown:  # with images, whether the policy looks or not
             options, keep = dataclasses.replace(options, sense="images"), True
@@ -90,9 +90,9 @@ class Bench:
     def _go_on(self, number: int, step: Callable[[], Question]) -> Event:
         try:
             question = step()
-            while self.inside is not None:
+            while self.world_policy is not None:
                 question = self._drives[number].send(self._ask(question))
-            return Asked(number, question.decision, question.record)
+            return PlanRequest(number, question.decision, question.record)
         except StopIteration as end:
             del self._drives[number]
             return finished(end.value)
@@ -101,11 +101,11 @@ class Bench:
             return NoPlace(number, str(error))
 
     def _ask(self, question: Question) -> Plan | PlanError:
-        assert self.inside is not None
-        if self.inside is expert and question.expert is not None:
+        assert self.world_policy is not None
+        if self.world_policy is expert and question.expert is not None:
             return question.expert
         try:
-            return self.inside(question.world, question.record)
+            return self.world_policy(question.world, question.record)
         except PlanError as error:
             return error
         except Exception as error:  # a policy is somebody else's code: whatever it raises is its failure
@@ -139,7 +139,7 @@ class Fleet:
         self,
         workers: int,
         options: DriveOptions,
-        inside: InsidePolicy | None = None,
+        world_policy: WorldPolicy | None = None,
         *,
         collect: bool = False,
         shown: int | None = None,
@@ -149,11 +149,11 @@ class Fleet:
         Args:
             workers: how many; 1 drives here.
             options: how to drive.
-            inside: the policy where it is asked where the world is.
+            world_policy: the policy where it knows the world.
             collect: keep records.
             shown: number of the one drive whose records are kept in any case.
         """
-        self._bench = Bench(options, inside, collect=collect, shown=shown) if workers == 1 else None
+        self._bench = Bench(options, world_policy, collect=collect, shown=shown) if workers == 1 else None
         self._ready: list[Event] = []
         self._seats: dict[int, int] = {}
         self._pipes: list[Connection] = []
@@ -163,7 +163,7 @@ class Fleet:
             for _ in range(workers):
                 here, there = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(there, options, inside, collect, shown), daemon=True
+                    target=_serve, args=(there, options, world_policy, collect, shown), daemon=True
                 )
                 process.start()
                 there.close()
@@ -227,7 +227,7 @@ class Fleet:
                 if len(found) == count:
                     break
         for event in found:
-            if not isinstance(event, Asked):
+            if not isinstance(event, PlanRequest):
                 del self._seats[event.number]
         return found
 
@@ -239,11 +239,15 @@ class Fleet:
 
 
 def _serve(
-    pipe: Connection, options: DriveOptions, inside: InsidePolicy | None, collect: bool, shown: int | None
+    pipe: Connection,
+    options: DriveOptions,
+    world_policy: WorldPolicy | None,
+    collect: bool,
+    shown: int | None,
 ) -> None:
     """A worker's life."""
     end_with_parent()
-    bench = Bench(options, inside, collect=collect, shown=shown)
+    bench = Bench(options, world_policy, collect=collect, shown=shown)
     while True:
         try:
             message = pipe.recv()

@@ -17,8 +17,8 @@ from msgspec import Meta
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.driving.askers import Asker
-from spacedrive_jax.driving.bench import Asked, Event, Finished, Fleet, InsidePolicy, NoPlace
+from spacedrive_jax.driving.batch_policies import BatchPolicy
+from spacedrive_jax.driving.bench import Event, Finished, Fleet, NoPlace, PlanRequest, WorldPolicy
 from spacedrive_jax.driving.episode import DriveOptions
 from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
@@ -64,8 +64,8 @@ def drive_all(
     options: DriveOptions,
     *,
     metadata: Mapping[str, Any],
-    asker: Asker | None = None,
-    inside: InsidePolicy | None = None,
+    policy: BatchPolicy | None = None,
+    world_policy: WorldPolicy | None = None,
     workers: int = 1,
     at_a_time: int = 8,
     resume: bool = False,
@@ -83,8 +83,8 @@ def drive_all(
         folder: where to write; each drive's files appear when it is over, so that an interrupted run goes on.
         options: how to drive.
         metadata: what tells this run from others; a resumed run must have the same.
-        asker: the policy that is asked from outside,
-        inside: or the one that knows the world.
+        policy: plans from records alone,
+        world_policy: or the one that knows the world.
         workers: processes that move the world and draw.
         at_a_time: drives under way together.
         resume: go on with an interrupted run.
@@ -110,7 +110,7 @@ def drive_all(
         )
     mine = specs[hosts.index :: hosts.count]
     todo = [spec for spec in mine if spec.name not in done]
-    _drive(mine, todo, folder, options, asker, inside, workers, at_a_time, collect, show)
+    _drive(mine, todo, folder, options, policy, world_policy, workers, at_a_time, collect, show)
     _bring_together(specs, folder, hosts)
     summary = finish(specs, folder) if hosts.is_first else {}
     summary = json.loads(hosts.exchange(json.dumps(summary).encode())[0])
@@ -122,8 +122,8 @@ def _drive(
     todo: Sequence[DriveSpec],
     folder: Path,
     options: DriveOptions,
-    asker: Asker | None,
-    inside: InsidePolicy | None,
+    policy: BatchPolicy | None,
+    world_policy: WorldPolicy | None,
     workers: int,
     at_a_time: int,
     collect: Callable[[str, Sequence[Record]], None] | None,
@@ -134,7 +134,7 @@ def _drive(
     shown = None if show is None else show.number
     with (
         Fleet(
-            min(workers, max(len(todo), 1)), options, inside, collect=collect is not None, shown=shown
+            min(workers, max(len(todo), 1)), options, world_policy, collect=collect is not None, shown=shown
         ) as fleet,
         progress(total=len(mine), initial=len(mine) - len(todo), desc="drive", unit="drive") as bar,
     ):
@@ -143,10 +143,10 @@ def _drive(
             while waiting and fleet.under_way < at_a_time:
                 fleet.start(waiting.pop(0))
             # With a model all drives under way are asked together; without one each ends by itself.
-            asked: list[Asked] = []
-            for event in fleet.events(fleet.under_way if asker is not None else 1):
-                if isinstance(event, Asked):
-                    asked.append(event)
+            requests: list[PlanRequest] = []
+            for event in fleet.events(fleet.under_way if policy is not None else 1):
+                if isinstance(event, PlanRequest):
+                    requests.append(event)
                     continue
                 spec = by_number[event.number]
                 if collect is not None and isinstance(event, Finished):
@@ -155,8 +155,8 @@ def _drive(
                     show.write(event)
                 write_drive(folder, spec, event)
                 bar.update()
-            if asker is not None and asked:
-                fleet.answer(asker.plans(sorted(asked, key=lambda event: event.number)))
+            if policy is not None and requests:
+                fleet.answer(policy.plans(sorted(requests, key=lambda event: event.number)))
 
 
 def _bring_together(specs: Sequence[DriveSpec], folder: Path, hosts: Hosts) -> None:

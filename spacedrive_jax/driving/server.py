@@ -27,7 +27,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from spacedrive_jax.driving.askers import Batched, Batcher
+from spacedrive_jax.driving.batch_policies import Batched, Batcher
 from spacedrive_jax.driving.client import PolicyError, pack, unpack
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import say

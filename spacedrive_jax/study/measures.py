@@ -22,7 +22,7 @@ from spacedrive_jax.config import Config, change, to_plain
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.driving.askers import ModelAsker
+from spacedrive_jax.driving.batch_policies import LocalPolicy
 from spacedrive_jax.driving.drive import drive_all
 from spacedrive_jax.driving.episode import DriveOptions
 from spacedrive_jax.driving.model_policy import check_depth, warm_up_record
@@ -174,13 +174,13 @@ def closed_loop(folder: Path, out: Path, changes: Mapping[str, Any], drives: Dri
         planner = planner_of(
             dataclasses.replace(trained, config=config), warm_up_record(), most=drives.together
         )
-        with output_lock(out), contextlib.closing(ModelAsker(planner)) as asker:
+        with output_lock(out), contextlib.closing(LocalPolicy(planner)) as policy:
             drive_all(
                 specs,
                 out,
                 options,
                 metadata=metadata,
-                asker=asker,
+                policy=policy,
                 workers=os.cpu_count() or 1,
                 at_a_time=drives.together,
                 resume=True,

@@ -20,7 +20,7 @@ import pytest
 
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.driving.bench import Asked, Finished
+from spacedrive_jax.driving.bench import Finished, PlanRequest
 from spacedrive_jax.driving.drive import DriveRun, Show, drive_all, open_folder
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions, _ending
@@ -42,23 +42,23 @@ SEEING = DriveOptions(image_size=(27, 48), depth=True)
 
 @dataclasses.dataclass
 class Scripted:
-    """An asker that answers what it is told, and remembers what it was asked."""
+    """A policy that answers what it is told, and remembers what it was asked."""
 
     answers: Sequence[object]
     most: int = 2
-    asked: list[Asked] = dataclasses.field(default_factory=list)
+    requests: list[PlanRequest] = dataclasses.field(default_factory=list)
 
-    def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
-        self.asked += asked
+    def plans(self, requests: Sequence[PlanRequest]) -> Mapping[int, Plan | PlanError]:
+        self.requests += requests
         result: dict[int, Plan | PlanError] = {}
-        for question in asked:
-            answer = self.answers[min(question.decision, len(self.answers) - 1)]
+        for request in requests:
+            answer = self.answers[min(request.decision, len(self.answers) - 1)]
             try:
                 if isinstance(answer, PlanError):
                     raise answer
-                result[question.number] = checked_plan(answer)
+                result[request.number] = checked_plan(answer)
             except PlanError as error:
-                result[question.number] = error
+                result[request.number] = error
         return result
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drives") / "one"
-    drive_all(SPECS, folder, BLIND, metadata=METADATA, inside=constant_velocity, workers=1)
+    drive_all(SPECS, folder, BLIND, metadata=METADATA, world_policy=constant_velocity, workers=1)
     return folder
 
 
@@ -85,7 +85,7 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
         tmp_path / "two",
         BLIND,
         metadata=METADATA,
-        inside=constant_velocity,
+        world_policy=constant_velocity,
         workers=2,
         resume=True,
     )
@@ -125,7 +125,7 @@ def test_hosts_drive_their_shares_to_the_bytes_of_one(driven: Path, tmp_path: Pa
         shutil.rmtree(folder(ALONE) / "metric_info" / logs)
 
     def drive(hosts: Hosts) -> DriveRun:
-        options = {"metadata": METADATA, "inside": constant_velocity, "resume": True, "hosts": hosts}
+        options = {"metadata": METADATA, "world_policy": constant_velocity, "resume": True, "hosts": hosts}
         return drive_all(SPECS, folder(hosts), BLIND, **options)
 
     first, second = hosts_in_threads(2, drive)
@@ -187,14 +187,19 @@ def test_a_killed_run_goes_on_with_four_workers_to_the_same_bytes(tmp_path: Path
 
 def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--resume"):
-        drive_all(SPECS, driven, BLIND, metadata=METADATA, inside=constant_velocity)
+        drive_all(SPECS, driven, BLIND, metadata=METADATA, world_policy=constant_velocity)
     with pytest.raises(ConfigError, match="another set"):
         drive_all(
-            SPECS, driven, BLIND, metadata=METADATA | {"set": "other"}, inside=constant_velocity, resume=True
+            SPECS,
+            driven,
+            BLIND,
+            metadata=METADATA | {"set": "other"},
+            world_policy=constant_velocity,
+            resume=True,
         )
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
-        drive_all(SPECS, tmp_path, BLIND, metadata={}, inside=constant_velocity)
+        drive_all(SPECS, tmp_path, BLIND, metadata={}, world_policy=constant_velocity)
 
 
 def test_a_start_that_failed_burns_no_folder(tmp_path: Path) -> None:
@@ -232,20 +237,20 @@ NONSENSE = [np.zeros((5, 2)), np.full((6, 2), np.nan), "no numbers", PlanError(F
 
 
 def test_a_policy_that_never_answers_fails_its_drive_and_is_named(tmp_path: Path) -> None:
-    asker = Scripted(NONSENSE)
-    run = drive_all(SPECS[:1], tmp_path / "out", SEEING, metadata={}, asker=asker)
+    policy = Scripted(NONSENSE)
+    run = drive_all(SPECS[:1], tmp_path / "out", SEEING, metadata={}, policy=policy)
     assert run.summary["driving_score"] < 1.0
     assert run.summary["statuses"] == {"Failed - Agent crashed": 1}
     assert run.summary["failures"] == {"late": MOST_FAILURES - 3, "nonsense": 2, "not finite": 1}
-    assert [len(question.record["images"]) for question in asker.asked] == [6] * MOST_FAILURES
-    assert asker.asked[0].record["images"][0][:2] == b"\xff\xd8"
+    assert [len(request.record["images"]) for request in policy.requests] == [6] * MOST_FAILURES
+    assert policy.requests[0].record["images"][0][:2] == b"\xff\xd8"
 
 
 def test_one_bad_answer_does_not_end_a_drive(tmp_path: Path) -> None:
     still = np.zeros((6, 2))
-    asker = Scripted([still, np.full((6, 2), np.inf), still])
+    policy = Scripted([still, np.full((6, 2), np.inf), still])
     options = dataclasses.replace(SEEING, sense="status")
-    run = drive_all(SPECS[:1], tmp_path / "out", options, metadata={}, asker=asker)
+    run = drive_all(SPECS[:1], tmp_path / "out", options, metadata={}, policy=policy)
     assert run.summary["failures"] == {"not finite": 1}
     assert "Failed - Agent crashed" not in run.summary["statuses"]
 
@@ -255,14 +260,14 @@ def raise_always(world, record) -> Plan:
 
 
 def test_a_crash_of_a_policy_is_a_failure_of_its_drive(tmp_path: Path) -> None:
-    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, inside=raise_always)
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, world_policy=raise_always)
     assert run.summary["failures"] == {"crash": MOST_FAILURES}
 
 
 def test_one_drive_is_shown_with_images_though_nobody_looks(tmp_path: Path) -> None:
     shown: list[Finished] = []
     options = dataclasses.replace(BLIND, image_size=(27, 48))
-    arguments: dict[str, Any] = {"metadata": {}, "inside": raise_always, "show": Show(0, shown.append)}
+    arguments: dict[str, Any] = {"metadata": {}, "world_policy": raise_always, "show": Show(0, shown.append)}
     drive_all(SPECS[:1], tmp_path / "out", options, **arguments)
     (drive,) = shown
     assert len(drive.records) == len(drive.trace["decisions"]) == MOST_FAILURES
@@ -310,7 +315,7 @@ def test_why_a_drive_ends(changed: Mapping[str, float], ending: str) -> None:
 
 
 def test_standing_still_scores_next_to_nothing(tmp_path: Path) -> None:
-    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, inside=standing_still)
+    run = drive_all(SPECS[:1], tmp_path / "out", BLIND, metadata={}, world_policy=standing_still)
     assert run.summary["driving_score"] < 15
 
 

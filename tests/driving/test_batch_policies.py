@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from spacedrive_jax.driving import askers
-from spacedrive_jax.driving.askers import Batcher, ServerAsker
-from spacedrive_jax.driving.bench import Asked
+from spacedrive_jax.driving import batch_policies
+from spacedrive_jax.driving.batch_policies import Batcher, RemotePolicy
+from spacedrive_jax.driving.bench import PlanRequest
 from spacedrive_jax.driving.client import PolicyError
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from tests.record_factory import make_record
@@ -54,12 +54,12 @@ class FakeClient:
 
 def test_answers_late_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeClient.made, FakeClient.release = [], threading.Event()
-    monkeypatch.setattr(askers, "PolicyClient", FakeClient)
+    monkeypatch.setattr(batch_policies, "PolicyClient", FakeClient)
     record = make_record(np.random.default_rng(0))
-    asker = ServerAsker("ws://nowhere", 2, deadline=0.2)
+    policy = RemotePolicy("ws://nowhere", 2, deadline=0.2)
 
     def ask(step: int) -> Plan | PlanError:
-        return asker.plans([Asked(7, step, record)])[7]
+        return policy.plans([PlanRequest(7, step, record)])[7]
 
     def failure(step: int) -> FailureKind:
         answer = ask(step)
@@ -77,9 +77,9 @@ def test_answers_late_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> N
     assert failure(3) is FailureKind.CRASH
     assert failure(4) is FailureKind.NONSENSE
     assert FakeClient.made[0].asked == [0, 1, 2, 3, 4]
-    assert isinstance(asker.plans([Asked(8, 0, record)])[8], Plan)
+    assert isinstance(policy.plans([PlanRequest(8, 0, record)])[8], Plan)
     assert [client.route for client in FakeClient.made] == ["drive 7", "drive 8"]
-    asker.close()
+    policy.close()
     assert all(client.closed for client in FakeClient.made)
 
 

@@ -1,4 +1,4 @@
-"""Whom drives ask from outside: a model in this process, or a policy server.
+"""Policies that plan for several drives at once: a model in this process, or a policy server.
 
 Requests of several sessions go through one call of the model, in a worker thread with a bounded wait.
 """
@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from jax.sharding import Mesh
 
-from spacedrive_jax.driving.bench import Asked
+from spacedrive_jax.driving.bench import PlanRequest
 from spacedrive_jax.driving.client import PolicyClient, PolicyError
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_plan
 from spacedrive_jax.driving.model_policy import check_depth, warm_up_record
@@ -158,21 +158,21 @@ class Batcher(Generic[Item, Result]):
 
 
 @runtime_checkable
-class Asker(Protocol):
+class BatchPolicy(Protocol):
     """Answers several drives at once."""
 
     most: int
-    """Drives that it likes to be asked by together."""
+    """Drives whose requests it likes to get together."""
 
-    def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
+    def plans(self, requests: Sequence[PlanRequest]) -> Mapping[int, Plan | PlanError]:
         """A plan, or why there is none, for each drive's number."""
 
     def close(self) -> None:
-        """No more questions."""
+        """No more requests."""
 
 
-class ModelAsker:
-    """A checkpoint's model in this process: all questions go through it together.
+class LocalPolicy:
+    """A checkpoint's model in this process: all requests go through it together.
 
     Batches are always filled up to the same size: other sizes are other programs, whose last bits differ, and
     a drive's bytes must not depend on which others are under way.
@@ -183,17 +183,17 @@ class ModelAsker:
         planner.sizes = (planner.most,)
         self._pool = concurrent.futures.ThreadPoolExecutor(planner.most, thread_name_prefix="sample")
 
-    def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
-        """See `Asker`."""
+    def plans(self, requests: Sequence[PlanRequest]) -> Mapping[int, Plan | PlanError]:
+        """See `BatchPolicy`."""
         answers: dict[int, Plan | PlanError] = {}
         samples, numbers = [], []
-        prepared = [self._pool.submit(self.planner.sample, question.record) for question in asked]
-        for question, future in zip(asked, prepared, strict=True):
+        prepared = [self._pool.submit(self.planner.sample, request.record) for request in requests]
+        for request, future in zip(requests, prepared, strict=True):
             try:
                 samples.append(future.result())
-                numbers.append(question.number)
+                numbers.append(request.number)
             except SpaceDriveError as error:
-                answers[question.number] = PlanError(FailureKind.CRASH, str(error))
+                answers[request.number] = PlanError(FailureKind.CRASH, str(error))
         for first in range(0, len(samples), self.most):
             planned = self.planner.plan(samples[first : first + self.most])
             for number, plan in zip(numbers[first : first + self.most], planned, strict=True):
@@ -205,7 +205,7 @@ class ModelAsker:
         self._pool.shutdown()
 
 
-class ServerAsker:
+class RemotePolicy:
     """A policy server: each drive is a session of its own, all are asked at the same time."""
 
     def __init__(self, url: str, most: int, deadline: float, token: str | None = None) -> None:
@@ -221,21 +221,21 @@ class ServerAsker:
         self._clients: dict[int, PolicyClient] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(most)
         self._late: dict[int, concurrent.futures.Future[Plan | PlanError]] = {}
-        """Questions whose answers have not come yet: a session is asked one thing at a time."""
+        """Requests whose answers have not come yet: a session is asked one thing at a time."""
 
-    def plans(self, asked: Sequence[Asked]) -> Mapping[int, Plan | PlanError]:
-        """See `Asker`."""
+    def plans(self, requests: Sequence[PlanRequest]) -> Mapping[int, Plan | PlanError]:
+        """See `BatchPolicy`."""
         until = time.monotonic() + self.deadline
         concurrent.futures.wait(self._late.values(), self.deadline)
         self._late = {number: future for number, future in self._late.items() if not future.done()}
         futures = {
-            question.number: self._pool.submit(self._ask, question)
-            for question in asked
-            if question.number not in self._late
+            request.number: self._pool.submit(self._ask, request)
+            for request in requests
+            if request.number not in self._late
         }
         concurrent.futures.wait(futures.values(), max(until - time.monotonic(), 0.0))
         late = PlanError(FailureKind.LATE, f"no answer within {self.deadline:g} s")
-        answers: dict[int, Plan | PlanError] = {question.number: late for question in asked}
+        answers: dict[int, Plan | PlanError] = {request.number: late for request in requests}
         for number, future in futures.items():
             if future.done():
                 answers[number] = future.result()
@@ -243,16 +243,16 @@ class ServerAsker:
                 self._late[number] = future
         return answers
 
-    def _ask(self, question: Asked) -> Plan | PlanError:
-        client = self._clients.get(question.number)
+    def _ask(self, request: PlanRequest) -> Plan | PlanError:
+        client = self._clients.get(request.number)
         try:
             if client is None:
                 client = PolicyClient(self.url, token=self.token)
                 client.connect()
-                client.reset(f"drive {question.number}")
-                self._clients[question.number] = client
-            seconds = question.decision * KEYFRAME_PERIOD
-            answer = client.act(act_message(question.record, question.decision, seconds))
+                client.reset(f"drive {request.number}")
+                self._clients[request.number] = client
+            seconds = request.decision * KEYFRAME_PERIOD
+            answer = client.act(act_message(request.record, request.decision, seconds))
         except (PolicyError, OSError) as error:
             return PlanError(FailureKind.CRASH, str(error))
         return _checked(answer.get("waypoints"), answer.get("path"), str(answer.get("text", "")))
@@ -291,7 +291,7 @@ def name_server(url: str, token: str | None = None) -> dict[str, Any]:
     return {"path": url} | {name: said.get(name) for name in ("model", "config_hash", "weights")}
 
 
-def open_asker(
+def open_policy(
     checkpoint: str,
     *,
     batch_size: int,
@@ -299,7 +299,7 @@ def open_asker(
     average: bool = False,
     token: str | None = None,
     mesh: Mesh | None = None,
-) -> Asker:
+) -> BatchPolicy:
     """Opens what `--checkpoint` names.
 
     Args:
@@ -314,7 +314,7 @@ def open_asker(
         SpaceDriveError: it cannot be opened, or its depth comes from a network.
     """
     if checkpoint.startswith(("ws://", "wss://")):
-        return ServerAsker(checkpoint, batch_size, deadline, token)
+        return RemotePolicy(checkpoint, batch_size, deadline, token)
     planner = open_planner(place(checkpoint), warm_up_record(), average=average, most=batch_size, mesh=mesh)
     try:
         check_depth(planner.config, None)
@@ -323,4 +323,4 @@ def open_asker(
             f"{checkpoint}: its depth comes from a network. Serve it (serve --checkpoint {checkpoint} "
             "--depth-model WEIGHTS) and drive --checkpoint ws://127.0.0.1:8000"
         ) from error
-    return ModelAsker(planner)
+    return LocalPolicy(planner)
