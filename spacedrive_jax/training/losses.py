@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,9 @@ def label_cross_entropy(
 
 EMBEDDING_LOSSES = ("cosine", "embedding_l2")
 
+_norm = functools.partial(optax.safe_norm, min_norm=0.0, axis=-1)
+"""Of vectors along the last axis; its gradient at zero is zero instead of nan."""
+
 _PAST_STATES = NUM_PAST * (1 + CAN_BUS_SIZE)
 _ACCELERATION = _PAST_STATES + 1 + 4  # behind the command and the orientation (`constants.CAN_BUS_SIZE`)
 PAST_MOTION = np.ones(STATUS_SIZE, bool)
@@ -84,8 +88,8 @@ BRAKES = 0.5
 
 def brakes(waypoints: Float[Array, "B T 2"]) -> Bool[Array, " B"]:
     """Which plans slow down by more than `BRAKES` (`train.braking_weight`)."""
-    first = safe_norm(waypoints[:, 0])
-    fourth = safe_norm(waypoints[:, 3] - waypoints[:, 2])
+    first = _norm(waypoints[:, 0])
+    fourth = _norm(waypoints[:, 3] - waypoints[:, 2])
     return first - fourth > BRAKES
 
 
@@ -223,7 +227,7 @@ def losses(
     if isinstance(model.decoder, VaeDecoder) and drawn_for is not None:
         per_coordinate = model.decoder.divergence(outputs.at_indicators, drawn_for)
         divergence = _mean(per_coordinate, supervised.mask[:, : per_coordinate.shape[1]], counted.decoded)
-    error = safe_norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.true_coordinates)
+    error = _norm(_part(outputs, slice(count)).coordinates[..., :2] - waypoints.true_coordinates)
     displacement = jax.lax.stop_gradient(_mean(error, waypoints.mask, counted.waypoints))
     total = (
         config.language_weight * language
@@ -353,11 +357,5 @@ def _mean(
 
 
 def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Float[Array, "..."]:
-    lengths = safe_norm(a) * safe_norm(b)
+    lengths = _norm(a) * _norm(b)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, 1e-8)
-
-
-def safe_norm(vectors: Float[Array, "... C"]) -> Float[Array, "..."]:
-    """Euclidean norm whose gradient at zero is zero instead of nan."""
-    squared = jnp.sum(jnp.square(vectors), axis=-1)
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
