@@ -242,7 +242,7 @@ class AnswerFile:
     done: int
     """Answers that an interrupted run left, in whole batches."""
     length: int
-    """Tokens that its prompts were cut to (see `answered_batches`); 0 at the start."""
+    """Tokens that its prompts were cut to (see `generate_batches`); 0 at the start."""
     _lines: TextIO
     _metadata_file: Path
     _metadata: Mapping[str, Any]

@@ -46,7 +46,7 @@ from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class GenerationConfig:
     """How prompts are answered; see `generate`."""
 
     batch_size: int
@@ -59,7 +59,7 @@ class Asking:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class GeneratedBatch:
     """The answers to one batch."""
 
     first: int
@@ -78,7 +78,7 @@ class _Program:
 
     graph: nnx.GraphDef
     mesh: Mesh
-    asking: Asking
+    generation: GenerationConfig
     ids: tuple[int, ...]
     """Of the tokenizer, as far as answers are made of them."""
     tokenizer: DrivingTokenizer = dataclasses.field(compare=False)
@@ -87,7 +87,7 @@ class _Program:
 @functools.lru_cache(maxsize=4)
 def _compiled(program: _Program) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
     """The program; models of one kind that are asked in one process, as a study's, share it."""
-    asking = program.asking
+    generation = program.generation
 
     # The answers are small: every host gets them whole, and the first one writes them.
     @functools.partial(jax.jit, out_shardings=replicated(program.mesh))
@@ -97,23 +97,23 @@ def _compiled(program: _Program) -> Callable[[nnx.State, nnx.State, DrivingBatch
                 nnx.merge(program.graph, trainable, frozen),
                 batch,
                 program.tokenizer,
-                asking.max_new_tokens,
-                repetition_penalty=asking.repetition_penalty,
-                frame=asking.frame,
-                opening=asking.opening,
+                generation.max_new_tokens,
+                repetition_penalty=generation.repetition_penalty,
+                frame=generation.frame,
+                opening=generation.opening,
             )
 
     return answer
 
 
-def answered_batches(
+def generate_batches(
     trained: TrainedModel,
     samples: Sequence[DrivingBatch],
     tokenizer: DrivingTokenizer,
-    asking: Asking,
+    generation: GenerationConfig,
     *,
     length: int = 0,
-) -> Iterator[Answered]:
+) -> Iterator[GeneratedBatch]:
     """Answers all samples in order.
 
     One batch behind: while the devices are at work on it, the next ones are prepared, by as many threads or
@@ -124,19 +124,19 @@ def answered_batches(
         trained: the model.
         samples: prompts.
         tokenizer: the model's.
-        asking: how they are answered.
+        generation: how they are answered.
         length: tokens that prompts are cut to at least. It only grows from batch to batch, so that few
             lengths are compiled for.
     """
-    mesh, size = trained.mesh, asking.batch_size
+    mesh, size = trained.mesh, generation.batch_size
     ids = (tokenizer.turn_end, tokenizer.indicator, tokenizer.position, tokenizer.padding)
-    answer = _compiled(_Program(trained.graph, mesh, asking, ids, tokenizer))
+    answer = _compiled(_Program(trained.graph, mesh, generation, ids, tokenizer))
     rows, running, first = local_rows(size, mesh), None, 0
     for part, count in evaluation_batches(samples, size, rows, data=trained.config.data):
         length = max(length, largest_of_hosts(prompt_length(part)))
         placed = place_rows(without_padding(part, length), rows, size, mesh)
         previous = running
-        running = Answered(first, count, length, answer(trained.trainable, trained.frozen, placed))
+        running = GeneratedBatch(first, count, length, answer(trained.trainable, trained.frozen, placed))
         first += count
         if previous is not None:
             yield dataclasses.replace(previous, generated=jax.device_get(previous.generated))
@@ -234,7 +234,7 @@ def predict(
     wanted = places_of(records, tokens) if tokens else list(range(len(records)))[:limit]
     longest = answer_limit(config) if max_new_tokens is None else max_new_tokens
     draft = expected_draft(config, builder.tokenizer) if decoding == "one-pass" else None
-    asking = Asking(
+    generation = GenerationConfig(
         batch_size, longest, repetition_penalty, *(() if draft is None else (draft.frame, draft.opening))
     )
     metadata: dict[str, Any] = {
@@ -243,7 +243,7 @@ def predict(
         "records": records.fingerprint,
         "split": split,
         "average": average,
-        "asking": dataclasses.asdict(asking),
+        "asking": dataclasses.asdict(generation),
         # What is not said is as it always was, so that what an earlier version began goes on.
         **({"keyframes": list(tokens) or limit} if len(wanted) < len(records) or tokens else {}),
         **({"changes": {name: to_plain(value) for name, value in changes.items()}} if changes else {}),
@@ -257,7 +257,7 @@ def predict(
         trained = open_trained_model(checkpoint, average=average, mesh=mesh)
         started = time.monotonic()
         with progress(total=len(wanted), initial=file.done, desc=f"predict {split}", unit="sample") as bar:
-            answers = answered_batches(trained, samples, builder.tokenizer, asking, length=file.length)
+            answers = generate_batches(trained, samples, builder.tokenizer, generation, length=file.length)
             for number, answered in enumerate(answers):
                 count, generated = answered.count, answered.generated
                 in_one_pass += int(generated.in_one_pass[:count].sum())

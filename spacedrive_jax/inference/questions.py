@@ -31,7 +31,7 @@ from spacedrive_jax.inference.open_model import (
     open_config,
     open_trained_model,
 )
-from spacedrive_jax.inference.predict import Asking, answered_batches
+from spacedrive_jax.inference.predict import GenerationConfig, generate_batches
 from spacedrive_jax.io import local
 from spacedrive_jax.training.sharding import check_batch_size, mesh_here
 
@@ -132,7 +132,7 @@ def answer_counterfactual(
     questions, without = _questions(records, _folder(language_data, config))
     builder = SampleBuilder(config.data, config.model, answer=False)
     depth = builder.open_depth(records, advice=depth_advice(config))
-    asking = Asking(batch_size, max_new_tokens, repetition_penalty)
+    generation = GenerationConfig(batch_size, max_new_tokens, repetition_penalty)
     metadata = {
         "checkpoint": name_checkpoint(checkpoint),
         "inputs": name_inputs(config, depth),
@@ -140,7 +140,7 @@ def answer_counterfactual(
         "split": split,
         "questions": len(questions),
         "average": average,
-        "asking": dataclasses.asdict(asking),
+        "asking": dataclasses.asdict(generation),
     }
     started = time.monotonic()
     with answer_file_of_hosts(
@@ -151,7 +151,7 @@ def answer_counterfactual(
         with progress(
             total=len(questions), initial=file.done, desc=f"ask about {split}", unit="question"
         ) as bar:
-            answers = answered_batches(trained, prompts, builder.tokenizer, asking, length=file.length)
+            answers = generate_batches(trained, prompts, builder.tokenizer, generation, length=file.length)
             for answered in answers:
                 asked = prompts.questions[answered.first : answered.first + answered.count]
                 lines = [
