@@ -26,6 +26,7 @@ from spacedrive_jax.inference.progress import (
     coordinate_indices,
     mark_seen,
     position_embedding,
+    put_in_rows,
     start,
     token_coordinates,
 )
@@ -137,7 +138,6 @@ def _step(
     progress: DecodeState,
 ) -> DecodeState:
     """Chooses one id for every unfinished sample and feeds it, or the position token in its place."""
-    rows = jnp.arange(batch.size)
     active, discarded = ~progress.finished, progress.after_indicator
     scores = apply_repetition_penalty(
         model.vlm.decoder.logits(progress.hidden), progress.seen, repetition_penalty
@@ -145,7 +145,7 @@ def _step(
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     coordinates = token_coordinates(model, progress.hidden)
     # Out of range where finished: dropped.
-    place = jnp.where(active, progress.count, progress.token_ids.shape[1])
+    places = jnp.where(active, progress.count, progress.token_ids.shape[1])[:, None]
     decoded = active & discarded
     count = progress.count + active
     ended = (chosen == tokenizer.turn_end) | (count >= max_new_tokens)
@@ -169,10 +169,10 @@ def _step(
         after_indicator=~discarded & (chosen == tokenizer.indicator) & model.config.coordinate_tokens,
         finished=finished,
         count=count,
-        token_ids=progress.token_ids.at[rows, place].set(chosen, mode="drop"),
-        coordinates=progress.coordinates.at[rows, place].set(
-            jnp.where(decoded[:, None, None], coordinates, 0.0), mode="drop"
+        token_ids=put_in_rows(progress.token_ids, places, chosen[:, None]),
+        coordinates=put_in_rows(
+            progress.coordinates, places, jnp.where(decoded[:, None, None], coordinates, 0.0)[:, None]
         ),
-        is_position=progress.is_position.at[rows, place].set(decoded, mode="drop"),
+        is_position=put_in_rows(progress.is_position, places, decoded[:, None]),
         seen=mark_seen(progress.seen, chosen[:, None], active[:, None]),
     )

@@ -37,6 +37,7 @@ from spacedrive_jax.inference.progress import (
     nothing_generated,
     position_embedding,
     prefill,
+    put_in_rows,
     token_coordinates,
 )
 from spacedrive_jax.models.attention import KVCache
@@ -154,8 +155,7 @@ def _agreed(
     coordinates = coordinates.at[:, position_places].set(token_coordinates(model, hidden[:, position_places]))
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
-    rows = jnp.arange(hidden.shape[0])[:, None]
-    at = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
+    places = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
     here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return DecodeState(
@@ -164,11 +164,11 @@ def _agreed(
         after_indicator=jnp.where(drafted, jnp.asarray(discarded)[last], before.after_indicator),
         finished=before.finished | (drafted & agrees),
         count=before.count + count,
-        token_ids=before.token_ids.at[rows, at].set(chosen, mode="drop"),
-        coordinates=before.coordinates.at[rows, at].set(
-            jnp.where(is_position[..., None, None], coordinates, 0.0), mode="drop"
+        token_ids=put_in_rows(before.token_ids, places, chosen),
+        coordinates=put_in_rows(
+            before.coordinates, places, jnp.where(is_position[..., None, None], coordinates, 0.0)
         ),
-        is_position=before.is_position.at[rows, at].set(is_position, mode="drop"),
+        is_position=put_in_rows(before.is_position, places, is_position),
         seen=mark_seen(before.seen, chosen, kept),
     )
 
@@ -190,7 +190,7 @@ def _choose(
         seen: Bool[Array, "B vocabulary"], scores: Float[Array, "B vocabulary"]
     ) -> tuple[Bool[Array, "B vocabulary"], tuple[Array, Array]]:
         ids, margin = best(apply_repetition_penalty(scores, seen, penalty))
-        return seen.at[jnp.arange(len(ids)), ids].set(True), (ids, margin)
+        return put_in_rows(seen, ids[:, None], jnp.ones((len(ids), 1), bool)), (ids, margin)
 
     _, (ids, margin) = jax.lax.scan(step, seen, jnp.swapaxes(scores, 0, 1))
     return ids.T, margin.T
@@ -288,7 +288,7 @@ def _run_with_prompt(
         `room` tokens behind the longest prompt.
     """
     width = len(piece)
-    rows, behind = jnp.arange(batch.size)[:, None], batch.lengths[:, None] + jnp.arange(width)
+    behind = batch.lengths[:, None] + jnp.arange(width)
     text = model.vlm.embed(jnp.broadcast_to(jnp.asarray(piece, jnp.int32), (batch.size, width)))
     embeddings, deepstack = model.decoder_inputs(batch)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, width), (0, 0)))
@@ -297,7 +297,7 @@ def _run_with_prompt(
     position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
     counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
     position_ids = jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted)
-    embeddings = embeddings.at[rows, behind].set(text)
+    embeddings = put_in_rows(embeddings, behind, text)
     lengths = batch.lengths + width
     hidden, cache = prefill(model, position_ids, lengths, embeddings, deepstack, room - width)
     indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.constants import NUM_WAYPOINTS
@@ -168,12 +168,23 @@ def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: 
     return mark_seen(nothing, batch.token_ids, valid)
 
 
+def put_in_rows(
+    rows: Shaped[Array, "B G ..."], places: Int[Array, "B K"], values: Shaped[Array, "B K ..."]
+) -> Shaped[Array, "B G ..."]:
+    """Sets places of each sample's own row; places behind the row's end are dropped.
+
+    `rows.at[arange(B)[:, None], places].set(values)` says the same, but not to the partitioner, which then
+    sends all samples' values to every device.
+    """
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(rows, places, values)
+
+
 def mark_seen(seen: Seen, token_ids: Int[Array, "B K"], valid: Bool[Array, "B K"]) -> Seen:
     """Adds the valid ids."""
     if seen is None:
         return None
     indices = jnp.where(valid, token_ids, seen.shape[-1])  # out of range where invalid: dropped
-    return seen.at[jnp.arange(len(seen))[:, None], indices].set(True, mode="drop")
+    return put_in_rows(seen, indices, jnp.ones_like(valid))
 
 
 def apply_repetition_penalty(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import AttentionChoice
-from spacedrive_jax.models.partitioning import current_mesh, logical_to_mesh_axes
+from spacedrive_jax.models.partitioning import constrain, current_mesh, logical_to_mesh_axes
 
 # Attention for CPUs: a block of one head's queries at a time, so that its scores stay in the cache.
 #
@@ -105,6 +105,7 @@ def attend(
     Raises:
         ConfigError: the kernel asked for does not run on this machine or with this type.
     """
+    k, v = (repeat_kv_heads(each, q.shape[2], axes) for each in (k, v))
     length, head_dim = k.shape[1], k.shape[3]
     platform = target_platform()
     masked = causal or lengths is not None
@@ -122,6 +123,35 @@ def attend(
         lengths = None  # no valid token sees what stands behind it: the padding is hidden already
     run = _cudnn if kernel == "cudnn" else splash_attention
     return _on_shards(functools.partial(run, causal=causal), q, k, v, lengths, axes)
+
+
+def repeat_kv_heads(
+    x: KeysValues, heads: int, axes: ShardAxes = DECODER_AXES
+) -> Float[Array, "B K repeated H"]:
+    """Keys or values for queries that lie over more devices than they have heads: each head as often as it
+    takes for a device to hold those that its own queries look at, and no others.
+
+    Without it the partitioner puts the scores of all heads on every device. As they are where they divide.
+
+    Args:
+        x: keys or values.
+        heads: of the queries.
+        axes: see `attend`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    over = logical_to_mesh_axes((axes[1],), (heads,), mesh)[0]
+    ways = 1 if over is None else mesh.shape[over]
+    count = x.shape[2]
+    repeats = next(
+        times
+        for times in range(1, heads // count + 1)
+        if not (heads // count % times or count * times % ways)
+    )
+    if repeats == 1:
+        return x
+    return constrain(jnp.repeat(x, repeats, axis=2), axes[0], None, axes[2], None)
 
 
 def target_platform() -> str:
@@ -187,8 +217,6 @@ def _on_shards(
     rows, heads, kv_heads = axes
     queries = logical_to_mesh_axes((rows, None, heads, None), q.shape, mesh)
     keys = logical_to_mesh_axes((rows, None, kv_heads, None), k.shape, mesh)
-    if queries != keys:  # the groups of heads do not lie on the same devices
-        queries = keys = logical_to_mesh_axes((rows, None, None, None), q.shape, mesh)
     sharded = jax.shard_map(
         kernel,
         mesh=mesh,
@@ -277,6 +305,17 @@ def splash_blocks(length: int) -> tuple[int, int]:
 # The language model's key and value memory: fixed shapes, each sample at its own length.
 
 
+_WRITE = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+"""Slots (layer, place) of each sample's own row. `.at[layer, rows, slots]` says the same, but not to the
+partitioner, which then sends every sample's new keys to all devices, in every block."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -299,14 +338,13 @@ class KVCache:
         self, layer: Int[Array, ""], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
     ) -> KVCache:
         """Puts one layer's new keys and values behind each sample's tokens; lengths stay as they are."""
-        batch, new_tokens = keys.shape[:2]
-        rows = jnp.arange(batch)[:, None]
-        slots = self.lengths[:, None] + jnp.arange(new_tokens)
-        return dataclasses.replace(
-            self,
-            keys=self.keys.at[layer, rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[layer, rows, slots].set(values.astype(self.values.dtype), mode="drop"),
-        )
+        slots = self.lengths[:, None] + jnp.arange(keys.shape[1])
+        at = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], axis=-1)
+
+        def put(memory: Array, new: Array) -> Array:
+            return jax.lax.scatter(memory, at, new.astype(memory.dtype), _WRITE, mode="drop")
+
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def attention_mask(self, new_tokens: int) -> Bool[Array, "B 1 S capacity"]:
         """Which slots each of `new_tokens` coming tokens may see: its own and all before it."""

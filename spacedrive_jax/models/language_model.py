@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.attention import KVCache, attend
+from spacedrive_jax.models.attention import KVCache, attend, repeat_kv_heads
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.layers import (
     Projection,
@@ -83,26 +83,26 @@ class Attention(nnx.Module):
             What was attended to, and the cache with the new tokens; without one, their keys and values.
         """
         q_key, k_key, v_key, o_key = (None,) * 4 if dropout_keys is None else dropout_keys
-        q, k = self.q(x, dropout_key=q_key), self.k(x, dropout_key=k_key)
-        v = self.v(x, dropout_key=v_key)
+        # Pinned where they are made: left open, the partitioner keeps the sequence's cut over `tensor` and
+        # gathers the weights over it.
+        q = constrain(self.q(x, dropout_key=q_key), "batch", None, "heads", None)
+        k = constrain(self.k(x, dropout_key=k_key), "batch", None, "kv_heads", None)
+        v = constrain(self.v(x, dropout_key=v_key), "batch", None, "kv_heads", None)
         if self.q_norm is not None and self.k_norm is not None:
             # Kept for the backward pass before the norm, which needs what it normed.
             q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        q = constrain(q, "batch", None, "heads", None)
-        k, v = (constrain(each, "batch", None, "kv_heads", None) for each in (k, v))
         if cache is None:
             v = checkpoint_name(v, "value")
             if self.q_norm is None:
                 q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
             attended = attend(q, k, v, choice=self.attention_choice, causal=True, lengths=lengths)
-            attended = checkpoint_name(attended, "attended")
+            attended = checkpoint_name(constrain(attended, "batch", None, "heads", None), "attended")
             return self.o(attended, dropout_key=o_key), (k, v)
         cache = cache.write(layer, k, v)
-        attended = jax.nn.dot_product_attention(
-            q, cache.keys[layer], cache.values[layer], mask=cache_mask, implementation="xla"
-        )
+        keys, values = (repeat_kv_heads(each[layer], q.shape[2]) for each in (cache.keys, cache.values))
+        attended = jax.nn.dot_product_attention(q, keys, values, mask=cache_mask, implementation="xla")
         return self.o(attended, dropout_key=o_key), cache
 
 
@@ -126,6 +126,7 @@ class DecoderLayer(nnx.Module):
             compute=compute,
             rngs=rngs,
             lora=lora,
+            activations=("batch", None, "mlp"),
         )
 
     def __call__(
@@ -198,14 +199,18 @@ class LanguageModel(nnx.Module):
 
     def embed(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Looks token ids up, new tokens in their own rows; compute dtype."""
-        embeddings = jnp.take(self.embedding[...], token_ids, axis=0).astype(self.compute.activation_dtype)
+        # Each device looks its part of the table's width up, for all samples that lie over fsdp, and gets its
+        # own samples' whole rows for it: rows are sent, not the table.
+        ids = constrain(token_ids, "lookup", None)
+        rows = jnp.take(self.embedding[...], ids, axis=0).astype(self.compute.activation_dtype)
+        embeddings = constrain(constrain(rows, "lookup", None, "embed"), "batch", "sequence", None)
         if self.new_tokens is None:
             return embeddings
         assert self.new_embedding is not None
-        row = token_ids - self.new_tokens.first_id
-        is_new = (row >= 0) & (row < self.new_tokens.count)
-        new_rows = jnp.take(self.new_embedding[...], jnp.where(is_new, row, 0), axis=0)
-        return jnp.where(is_new[..., None], new_rows.astype(embeddings.dtype), embeddings)
+        for row in range(self.new_tokens.count):
+            own = self.new_embedding[...][row].astype(embeddings.dtype)
+            embeddings = jnp.where((token_ids == self.new_tokens.first_id + row)[..., None], own, embeddings)
+        return embeddings
 
     def __call__(
         self,
@@ -344,8 +349,11 @@ class LanguageModel(nnx.Module):
             return logits
         assert self.new_head is not None
         new = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), self.new_head[...])
-        first = self.new_tokens.first_id
-        return logits.at[..., first : first + self.new_tokens.count].set(new)
+        # By comparison: to update a slice of them, devices that share the vocabulary would gather all of it.
+        ids = jnp.arange(self.config.vocab_size) - self.new_tokens.first_id
+        for row in range(self.new_tokens.count):
+            logits = jnp.where(ids == row, new[..., row, None], logits)
+        return logits
 
 
 def _add_deepstack(

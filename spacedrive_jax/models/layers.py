@@ -299,7 +299,21 @@ class SwiGLU(nnx.Module):
         compute: ComputeConfig,
         rngs: nnx.Rngs,
         lora: LoraConfig | None = None,
+        activations: AxisNames = (),
     ) -> None:
+        """Draws a block.
+
+        Args:
+            features: D.
+            hidden: width between the products.
+            names: logical axis names of the two.
+            bias: whether the projections have biases.
+            compute: dtypes.
+            rngs: random streams (`params`).
+            lora: adapters on the projections that it names; None for none.
+            activations: logical axis names of what lies between the products; () leaves it open.
+        """
+        self.activations = activations
         outer, inner = names
         make = functools.partial(Projection, bias=bias, compute=compute, rngs=rngs)
         gate, up, down = (None,) * 3 if lora is None else map(lora.on, ("gate", "up", "down"))
@@ -312,6 +326,8 @@ class SwiGLU(nnx.Module):
     ) -> Float[Array, "... D"]:
         """Applies the block to each vector; the keys are for the adapters' dropout."""
         gate_key, up_key, down_key = (None,) * 3 if dropout_keys is None else dropout_keys
-        gate = checkpoint_name(self.gate(x, dropout_key=gate_key), "gate")
-        up = checkpoint_name(self.up(x, dropout_key=up_key), "up")
+        gate, up = self.gate(x, dropout_key=gate_key), self.up(x, dropout_key=up_key)
+        if self.activations:
+            gate, up = constrain(gate, *self.activations), constrain(up, *self.activations)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.down(jax.nn.silu(gate) * up, dropout_key=down_key)

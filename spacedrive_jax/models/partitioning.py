@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Activations: the residual stream is cut along the sequence too (sequence parallelism, Korthikanti et
     # al. 2022); the cameras of the vision tower are spread over every device there is.
     ("batch", BATCH_AXES),
+    ("lookup", ("data",)),  # samples while rows of a table are looked up whose width lies over fsdp
     ("sequence", ("tensor",)),
     ("images", ("data", "fsdp", "tensor")),
 )

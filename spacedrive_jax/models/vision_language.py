@@ -424,6 +424,8 @@ def place_rows(
     embeddings: Float[Array, "B S D"], rows: Float[Array, "B F D"], mask: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
     """Puts each sample's rows, in order, where its mask is set; rows left over are not used."""
+    # Of their own samples alone: cut otherwise, as the tower's images are, devices would gather all samples'.
+    rows = constrain(rows, "batch", None, None)
     index = jnp.cumsum(mask, axis=1) - 1
     taken = jnp.take_along_axis(rows, jnp.clip(index, 0, rows.shape[1] - 1)[..., None], axis=1)
     filled = mask & (index < rows.shape[1])

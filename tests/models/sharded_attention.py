@@ -1,4 +1,5 @@
-"""Run by test_attention.py in a process of its own with four fake devices: prints errors as JSON."""
+"""Run by test_attention.py in a process of its own with four fake devices: prints errors as JSON, and what
+devices send each other (`sharded_decoder`)."""
 
 from __future__ import annotations
 
@@ -8,17 +9,19 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sharded_decoder  # beside this script
 
 from spacedrive_jax.config import MeshConfig
 from spacedrive_jax.models import attention
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.sharding import make_mesh, replicated
 
-MESHES = {"rows": (2, 2, 1), "rows and heads": (1, 2, 2), "heads that do not divide": (1, 1, 4)}
+MESHES = {"rows": (2, 2, 1), "rows and heads": (1, 2, 2), "fewer key heads than devices": (1, 1, 4)}
 """Devices along data, fsdp, tensor; there are four heads of queries and two of keys."""
 
 
 def main() -> None:
+    sent = sharded_decoder.main()
     # The TPU's choice and the kernel's own program, run without one.
     attention.target_platform = lambda: "tpu"
     kernel, given = attention.splash_attention, []
@@ -50,7 +53,7 @@ def main() -> None:
             "error": max(float(jnp.abs(ours - theirs).max()) for ours, theirs in pairs),
             "per device": given[-1],
         }
-    print(json.dumps(results))
+    print(json.dumps({"attention": results, "sent": sent}))
 
 
 if __name__ == "__main__":

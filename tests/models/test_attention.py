@@ -59,26 +59,44 @@ def test_splash_equals_plain(length, keys, causal, lengths):
         assert np.isfinite(ours).all()
 
 
-def test_splash_on_a_mesh_equals_plain():
-    """Each of four devices runs its rows and heads; forward and gradients."""
+@pytest.fixture(scope="module")
+def on_four_devices():
+    """What sharded_attention.py prints, in a process of its own."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    script = Path(__file__).with_name("sharded_attention.py")
-    path = os.pathsep.join(filter(None, [str(script.parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, script],
+        [sys.executable, Path(__file__).with_name("sharded_attention.py")],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_splash_on_a_mesh_equals_plain(on_four_devices):
+    """Each of four devices runs its rows and heads; forward and gradients."""
+    results = on_four_devices["attention"]
     assert all(result["error"] < 1e-5 for result in results.values())
     assert {name: result["per device"] for name, result in results.items()} == {  # rows, heads, key heads
         "rows": [1, 4, 2],
         "rows and heads": [2, 2, 1],
-        "heads that do not divide": [4, 4, 2],
+        "fewer key heads than devices": [4, 1, 1],
     }
+
+
+def test_devices_send_each_other_no_more_than_they_must(on_four_devices):
+    shapes = on_four_devices["sent"]
+    vocabulary, mlp, length, samples = 512, 48, 40, 8
+    whole = [each for each in shapes["gradients"] if vocabulary in each and len(each) > 2]
+    assert not whole, "logits of the whole vocabulary"
+    assert not [each for each in shapes["gradients"] if mlp in each], "an MLP's weights over tensor"
+    scores = [each for each in shapes["gradients"] if sum(size in (length, length // 2) for size in each) > 1]
+    assert not scores, "scores of attention"
+    assert [vocabulary, 32] not in shapes["gradients"], "the table of embeddings"
+    # Devices that share no weights have nothing to say to each other but when all are done.
+    assert not [each for each in shapes["tokens"] if samples in each], shapes["tokens"]
 
 
 @pytest.mark.parametrize(
