@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spacedrive_jax.bounds import ANY, COUNT, POSITIVE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder
+from spacedrive_jax.models.coordinate_encoder import CoordinateEncoder, Linear
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 Similarity = Literal["cosine", "l2"]
@@ -165,10 +165,10 @@ class Distribution(nnx.Module):
     """Four linear layers from an embedding to a `Gaussian` (the published ones are width-1 convolutions)."""
 
     def __init__(self, width: int, latent_size: int, *, rngs: nnx.Rngs) -> None:
-        self.layer1 = nnx.Linear(width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
-        self.layer2 = nnx.Linear(2 * width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
-        self.layer3 = nnx.Linear(2 * width, width // 2, kernel_metadata=FROM_WIDTH, rngs=rngs)
-        self.output = nnx.Linear(width // 2, 2 * latent_size, rngs=rngs)
+        self.layer1 = Linear(width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer2 = Linear(2 * width, 2 * width, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.layer3 = Linear(2 * width, width // 2, kernel_metadata=FROM_WIDTH, rngs=rngs)
+        self.output = Linear(width // 2, 2 * latent_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... W"]) -> Gaussian:
         """Embedding to distribution; the log of sigma is clipped to `LOG_SIGMA_RANGE`."""
@@ -197,9 +197,9 @@ class VaeDecoder(nnx.Module):
         self.present = Distribution(model_width, latent_size, rngs=rngs)
         self.future = Distribution(model_width + COORDINATES, latent_size, rngs=rngs)
         inputs = latent_size + model_width * with_current
-        self.layer1 = nnx.Linear(inputs, 2 * latent_size, rngs=rngs)
-        self.layer2 = nnx.Linear(2 * latent_size, 4 * latent_size, rngs=rngs)
-        self.output = nnx.Linear(4 * latent_size, COORDINATES * (1 + with_current), rngs=rngs)
+        self.layer1 = Linear(inputs, 2 * latent_size, rngs=rngs)
+        self.layer2 = Linear(2 * latent_size, 4 * latent_size, rngs=rngs)
+        self.output = Linear(4 * latent_size, COORDINATES * (1 + with_current), rngs=rngs)
 
     def __call__(
         self,
@@ -309,11 +309,9 @@ class MlpDecoder(nnx.Module):
         """
         self.points, self.output_scale = points, output_scale
         self.hidden = (
-            nnx.Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
-            if layers == 2
-            else None
+            Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs) if layers == 2 else None
         )
-        self.output = nnx.Linear(model_width, 3 * points, rngs=rngs)
+        self.output = Linear(model_width, 3 * points, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... 3"] | Float[Array, "... T 3"]:
         """Regresses x, y, z in metres (only x and y are supervised), float32; T points if it has many."""

@@ -77,6 +77,19 @@ def test_grid_finds_what_was_encoded(kind):
     assert not jax.tree.leaves(nnx.state(decoder, nnx.Param))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "linear", "vae"])
+def test_accelerators_round_no_metres_to_half_precision(kind):
+    config = CoordinateDecoderConfig(kind=kind)
+    encoder = CoordinateEncoder(CoordinateEncoderConfig(kind="mlp"), WIDTH, rngs=nnx.Rngs(0))
+    status = EgoStatusEncoder(STATUS_SIZE, WIDTH, rngs=nnx.Rngs(0))
+    decoder = make_decoder(config, WIDTH, 6, rngs=nnx.Rngs(0))
+    for module, inputs in ((encoder, 3), (status, STATUS_SIZE), (decoder, WIDTH)):
+        program = str(jax.make_jaxpr(lambda x, module=module: module(x))(jnp.ones((2, inputs))))
+        products = program.count("dot_general[")
+        assert products
+        assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
 def test_whole_trajectory_from_one_state():
     decoder = make_decoder(CoordinateDecoderConfig(whole_trajectory=True), WIDTH, 6, rngs=nnx.Rngs(0))
     assert decoder(jnp.ones((2, WIDTH))).shape == (2, 6, 3)
