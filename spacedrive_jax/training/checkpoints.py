@@ -144,6 +144,12 @@ def restore(
 
     Later checkpoints may be there, and damaged: they are not looked at.
 
+    Args:
+        run_dir: run folder.
+        step: of the checkpoint.
+        trainable: described (`jax.ShapeDtypeStruct`) or real; left as it is.
+        optimizer: likewise.
+
     Returns:
         trainables, optimiser state, position of the data iterator, metadata.
 
@@ -163,8 +169,8 @@ def restore(
             raise ValueError("its position in the data is not the one that was saved")
         check_saved(restored["trainable"], restored["metadata"], TRAINABLE)
         check_saved(restored["optimizer"], restored["metadata"], OPTIMIZER)
-    nnx.replace_by_pure_dict(trainable, restored["trainable"])
-    return trainable, restored["optimizer"], restored["position"], restored["metadata"]
+    numbers = _with_numbers(trainable, restored["trainable"])
+    return numbers, restored["optimizer"], restored["position"], restored["metadata"]
 
 
 def read_metadata(run_dir: Path, step: int) -> dict[str, Any]:
@@ -281,8 +287,7 @@ def restore_trainable(run_dir: Path, step: int, trainable: nnx.State) -> nnx.Sta
         _require_same_arrays(folder, nnx.to_pure_dict(trainable))
         restored = checkpointer.restore(folder, _abstract(nnx.to_pure_dict(trainable)))
         check_saved(restored, _metadata(run_dir, step), TRAINABLE)
-    nnx.replace_by_pure_dict(trainable, restored)
-    return trainable
+    return _with_numbers(trainable, restored)
 
 
 def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
@@ -306,6 +311,13 @@ def restore_average(run_dir: Path, step: int, optimizer: Any) -> nnx.State:
         restored = checkpointer.restore(folder, _abstract(optimizer))
         check_saved(restored, _metadata(run_dir, step), OPTIMIZER)
     return optax.tree.get(restored, "average")
+
+
+def _with_numbers(state: nnx.State, numbers: Any) -> nnx.State:
+    """A state of the same variables with the numbers of a pure dict."""
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, numbers)
+    return filled
 
 
 def _abstract(tree: Any) -> Any:

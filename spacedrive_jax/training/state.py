@@ -151,12 +151,19 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State,
 
 
 def check_start(config: Config) -> None:
-    """Refuses weights that a run of this config could not start from; reads no tensors.
+    """Refuses what a run of this config could not start from or would not learn with; reads no tensors.
 
     Raises:
-        ConfigError: naming the fields; or none are named where a base is to stay frozen.
+        ConfigError: naming the fields; no weights are named where a base is to stay frozen, or a base is to
+            train that is stored in half precision.
     """
     model = config.model
+    if not model.use_lora and model.compute.storage_dtype.itemsize < 4:
+        raise ConfigError(
+            f"model.use_lora False trains the base itself, and a step of it is less than "
+            f"{model.compute.param_dtype} tells apart, nor could Adam's averages grow: set "
+            "model.compute.param_dtype float32 (model.compute.dtype may stay as it is)"
+        )
     if model.weights is None:
         if model.use_lora and not model.random_base:
             raise ConfigError(

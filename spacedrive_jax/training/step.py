@@ -42,7 +42,7 @@ class TrainStep:
 
     The first two are donated. Metrics: loss, loss_language, loss_position (loss_path), displacement_m,
     grad_norm, learning_rate and finite (0 where loss or gradient is not: trainables and optimiser state are
-    then what they were)."""
+    then what they were, so the schedule stands still for that step)."""
     initialize_optimizer: Callable[[nnx.State], Any]
     """Trainables -> optimizer state, on its shardings."""
     trainable: nnx.State
@@ -66,6 +66,7 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         transform_non_params=lambda _: replicated(mesh),
     )
     uses_dropout = config.model.use_lora and config.model.lora.dropout > 0
+    uses_noise = config.model.decoder.kind == "vae"
     withholds = settings.past_motion_dropout > 0
 
     def loss(
@@ -77,7 +78,7 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
                 batch, jax.random.fold_in(key, PAST_MOTION_STREAM), settings.past_motion_dropout
             )
         dropout_key = None
-        if uses_dropout:
+        if uses_dropout or uses_noise:
             assert key is not None
             dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
         model = nnx.merge(graph, trainable, frozen)
@@ -98,14 +99,18 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
     def train_step(
         trainable: nnx.State, optimizer_state: Any, frozen: nnx.State, batch: DrivingBatch, step: jax.Array
     ) -> tuple[nnx.State, Any, Metrics]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), step) if uses_dropout or withholds else None
+        key = None
+        if uses_dropout or uses_noise or withholds:
+            key = jax.random.fold_in(jax.random.key(settings.seed), step)
         with activations_on(mesh):
             pieces = settings.grad_accum_steps
             counted = Counted.of(nnx.merge(graph, trainable, frozen), batch, settings, pieces)
             gradient = functools.partial(jax.grad(loss, has_aux=True), counted=counted)
             gradients, metrics = accumulate(gradient, trainable, frozen, batch, key, pieces)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(step), jnp.float32)
+        # Of the optimiser's own count, which steps that were left out are not part of.
+        count = optax.tree.get(optimizer_state, "count", filtering=_of_schedule)
+        metrics["learning_rate"] = jnp.asarray(learning_rate(settings)(count), jnp.float32)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["finite"] = finite.astype(jnp.float32)
         updates, stepped = optimizer.update(gradients, optimizer_state, trainable)
@@ -124,6 +129,11 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         ),
         frozen=frozen,
     )
+
+
+def _of_schedule(path: Any, _: Any) -> bool:
+    """Whether a leaf of the optimiser's state is the schedule's (Adam has a count too)."""
+    return path[-1].tuple_name == optax.ScaleByScheduleState.__name__
 
 
 def accumulate(

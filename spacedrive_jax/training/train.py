@@ -34,7 +34,7 @@ from spacedrive_jax.training.sharding import (
     place_everywhere,
     place_rows,
 )
-from spacedrive_jax.training.state import check_start, count, init_train_state
+from spacedrive_jax.training.state import check_start, count, frozen_state, init_train_state
 from spacedrive_jax.training.step import NonfiniteGuard, make_train_step
 from spacedrive_jax.training.throughput import (
     Profiler,
@@ -191,8 +191,12 @@ def _train(
         missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
         if missing:
             raise SpaceDriveError(missing)
-    trainable, frozen = init_train_state(base, mesh)
-    optimizer_state = train_step.initialize_optimizer(trainable)
+    if start:  # nothing is drawn only to be replaced: there may be no room for both
+        trainable, frozen = train_step.trainable, frozen_state(base, mesh)
+        optimizer_state = train_step.optimizer_state
+    else:
+        trainable, frozen = init_train_state(base, mesh)
+        optimizer_state = train_step.initialize_optimizer(trainable)
     validate = validation(config, mesh) if validation is not None and settings.validate_every else None
 
     metadata = {

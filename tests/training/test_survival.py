@@ -28,7 +28,7 @@ from spacedrive_jax.inference.open_model import (
 from spacedrive_jax.training import checkpoint_steps, checkpoints
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.sharding import make_mesh
-from spacedrive_jax.training.state import init_train_state
+from spacedrive_jax.training.state import init_train_state, learning_rate
 from spacedrive_jax.training.train import train
 from tests.training.runs import losses_of, make_records, tiny, trained_values
 
@@ -95,10 +95,16 @@ def test_nan_stops_with_the_batch_written_down_or_is_left_out(records, tmp_path,
     assert checkpoint_steps.locate(run_dir)[1] == 2
     with monkeypatch.context() as patch:
         on_batch(patch, 2, poison)
+        patch.setattr(loop, "init_train_state", None)  # nothing is drawn only to be replaced
         result = train(tiny(records, run_dir, steps=STEPS), resume=True, skip_nonfinite=1)
     assert (result.step, result.skipped) == (STEPS, 1)
     assert [step for step, _ in losses_of(run_dir)] == [1, 2, 3, 5, 6]
     assert all(np.isfinite(loss) for _, loss in losses_of(run_dir))
+    # The rate that was used: the optimiser does not count the step that was left out.
+    logged = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
+    schedule = learning_rate(tiny(records, run_dir, steps=STEPS).train)
+    np.testing.assert_allclose(rates, [schedule(count) for count in (0, 1, 2, 3, 4)], rtol=1e-6)
 
 
 def test_a_filling_disk_stops_the_run_with_its_work_saved(records, tmp_path, monkeypatch):

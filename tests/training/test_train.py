@@ -13,10 +13,11 @@ import pytest
 
 from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import MeshConfig, config_changes, from_json, load_config, to_json
+from spacedrive_jax.config import MeshConfig, change, config_changes, from_json, load_config, to_json
 from spacedrive_jax.data.loader import SampleClock, training_samples
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training import run_folder, step
+from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
@@ -67,6 +68,19 @@ def test_a_step_withholds_past_motion_where_asked(records, tmp_path, monkeypatch
         number = jax.ShapeDtypeStruct((), np.int32)
         jax.eval_shape(made.run, made.trainable, made.optimizer_state, made.frozen, batch, number)
     assert asked == [0.25]
+
+
+def test_noise_is_drawn_for_the_vae_where_nothing_has_dropout(records, tmp_path, monkeypatch):
+    config = change(tiny(records, tmp_path), "tiny", {"model.decoder.kind": "vae"})
+    assert not config.model.use_lora
+    given, losses = [], step.losses
+    monkeypatch.setattr(step, "losses", lambda *all, **named: given.append(all[3]) or losses(*all, **named))
+    made = step.make_train_step(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    number = jax.ShapeDtypeStruct((), np.int32)
+    batch = batch_spec(config)
+    jax.eval_shape(made.run, made.trainable, made.optimizer_state, made.frozen, batch, number)
+    assert len(given) == 1
+    assert given[0] is not None
 
 
 def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path, capsys):

@@ -83,6 +83,10 @@ def test_a_frozen_base_of_random_numbers_has_to_be_meant(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"spacedrive_qwen_7b trains .*--model\.weights DIR .*random-base"):
         check_start(published)
     check_start(change(published, "meant", {"model.random_base": True}))
+    # Trained in bfloat16 it would stand still: a step is less than its numbers tell apart.
+    with pytest.raises(ConfigError, match=r"use_lora False trains the base.*param_dtype float32"):
+        check_start(change(published, "whole", {"model.use_lora": False}))
+    check_start(change(published, "whole", {"model.use_lora": False, "model.compute.param_dtype": "float32"}))
     arguments = ["train", "spacedrive_qwen_7b", "--run-dir", str(tmp_path / "run")]
     assert main(arguments) == 1
     assert "--model.random-base" in capsys.readouterr().err
