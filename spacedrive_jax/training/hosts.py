@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import os
@@ -18,10 +20,8 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax._src import distributed  # its client has no public name; orbax takes it from here too
-from jax.experimental import multihost_utils
 
 from spacedrive_jax.config import config_changes
 from spacedrive_jax.console import Terminated, first_line
@@ -86,6 +86,8 @@ FAILED, GONE = "spacedrive/failed", "spacedrive/gone"
 """What the hosts of a run tell each other through the service that joined them: no device, and no host that
 hangs, has a part in it."""
 LOOK_SECONDS, FAREWELL_SECONDS = 1.0, 20.0
+EXCHANGE_MILLISECONDS = 10_000
+"""Between looks at whether this process was told to end."""
 _own_failure = threading.Event()
 
 
@@ -197,15 +199,50 @@ ALONE = Hosts(0, 1, lambda data: [data])
 
 def hosts_of_run() -> Hosts:
     """The hosts that `connect` joined."""
-    return Hosts(jax.process_index(), jax.process_count(), _exchange) if jax.process_count() > 1 else ALONE
+    return _joined() if jax.process_count() > 1 else ALONE
 
 
-def _exchange(data: bytes) -> Sequence[bytes]:
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:length].tobytes() for row, length in zip(np.asarray(rows), lengths.tolist(), strict=True)]
+@functools.cache
+def _joined() -> Hosts:
+    index, count, client = jax.process_index(), jax.process_count(), distributed.global_state.client
+    if client is None:
+        raise ConfigError(f"{count} hosts that do not know each other: give all of them --coordinator auto")
+    return Hosts(index, count, exchange_through(client, index, count))
+
+
+def exchange_through(client: Any, index: int, count: int) -> Callable[[bytes], Sequence[bytes]]:
+    """`Hosts.exchange` by way of the service that joined the hosts.
+
+    A collective of the devices, such as `multihost_utils.process_allgather`, would wait for all that they
+    have been given to do.
+
+    Args:
+        client: of that service.
+        index: this host.
+        count: hosts of the run.
+    """
+    rounds = itertools.count()
+
+    def place(number: int, host: int) -> str:
+        return f"spacedrive/exchange/{number}/{host}"
+
+    def received(key: str) -> bytes:
+        while True:  # however long another host works; one that fails or is gone ends this one too
+            try:
+                return client.blocking_key_value_get_bytes(key, EXCHANGE_MILLISECONDS)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def exchange(data: bytes) -> Sequence[bytes]:
+        number = next(rounds)
+        client.key_value_set_bytes(place(number, index), data)
+        everyone = [received(place(number, host)) for host in range(count)]
+        if number:  # who has come to this round has read the one before
+            client.key_value_delete(place(number - 1, index))
+        return everyone
+
+    return exchange
 
 
 # SIGTERM, the notice that a machine is about to be taken away, and Ctrl-C, a person's.

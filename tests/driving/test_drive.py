@@ -29,7 +29,7 @@ from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive_results import read_results, score_routes
 from spacedrive_jax.folders import output_lock
-from spacedrive_jax.training.hosts import ALONE, Hosts, _exchange
+from spacedrive_jax.training.hosts import ALONE, Hosts
 from spacedrive_jax.world.vehicle import VehicleState
 from tests.conftest import ROOT
 from tests.driving.hand_made import make_world
@@ -160,10 +160,6 @@ def test_two_processes_are_two_hosts(driven: Path, tmp_path: Path) -> None:
     del one["run.json"]  # says how they were driven
     assert {name: first[name] for name in one} == one
     assert not (tmp_path / "1" / "results.json").exists()
-
-
-def test_bytes_of_any_length_are_exchanged() -> None:
-    assert [list(_exchange(data)) for data in (b"", b"some")] == [[b""], [b"some"]]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several hosts of one run: the notice that one of them is taken away reaches them all."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import sys
 import threading
 import time
 
+from jaxlib import _jax as runtime  # as jax.distributed itself has it
+
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training import checkpoint_steps, run_folder
-from spacedrive_jax.training.hosts import Hosts
+from spacedrive_jax.training.hosts import Hosts, exchange_through
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny
@@ -131,6 +134,30 @@ def two_hosts(work):
     for thread in threads:
         thread.join()
     return outcome
+
+
+def test_hosts_exchange_bytes_without_their_devices():
+    """Two hosts' clients, played by threads: what each says in every round, and nothing is left of it."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    service = runtime.get_distributed_runtime_service(address, 2)
+    clients = [runtime.get_distributed_runtime_client(address, host, init_timeout=LIMIT) for host in range(2)]
+    said = [[b"", b"some", b"\x00" * 3], [b"other", b"", b"last"]]
+
+    def host(index):
+        clients[index].connect()
+        exchange = exchange_through(clients[index], index, 2)
+        return [list(exchange(data)) for data in said[index]]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        heard = list(pool.map(host, range(2)))
+    assert heard[0] == heard[1] == [list(each) for each in zip(*said, strict=True)]
+    left = {key for key, _ in clients[0].key_value_dir_get_bytes("spacedrive/exchange")}
+    assert left == {"spacedrive/exchange/2/0", "spacedrive/exchange/2/1"}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda client: client.shutdown(), clients))
+    service.shutdown()
 
 
 def test_hosts_that_mean_different_runs_say_so_on_both(tmp_path):
