@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ from spacedrive_jax.console import note
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
+from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.planner import BatchPlanner, doubled_sizes, longest_prompt
 
@@ -87,11 +88,11 @@ def write_export(
     try:
         programs["planning.stablehlo"] = exported(jax_export.symbolic_shape("b")[0])
         sizes: list[int] | None = None
-    except (SpaceDriveError, MemoryError, OSError):
-        raise  # would meet every size alike
-    except Exception as error:
-        # Kernels of a fixed size, or shapes that depend on the batch: one program a size.
-        note(f"no program for any batch size ({str(error).splitlines()[0][:200]}): one for each size")
+    except (jax.errors.InconclusiveDimensionOperation, NotImplementedError, ValueError) as error:
+        if not is_of_symbolic_size(error):
+            raise  # would meet every size alike
+        said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        note(f"no program for any batch size ({said}): one for each size")
         sizes = doubled_sizes(1, most)
         programs = {f"planning-{size}.stablehlo": exported(size) for size in sizes}
     metadata: dict[str, Any] = {
@@ -118,6 +119,15 @@ def write_export(
         metadata["digest"] = json_files.json_digest(metadata)
         json_files.write_json(unfinished / METADATA, metadata, indent=2)
     return metadata
+
+
+def is_of_symbolic_size(error: Exception) -> bool:
+    """Whether jax cannot trace or lower a program for a size that is not known: a comparison of sizes, a
+    shape that must be a number, or a kernel whose blocks must be.
+    """
+    return isinstance(error, jax.errors.InconclusiveDimensionOperation) or bool(
+        re.search(r"shape polymorphism|dynamic(ally-shaped| shapes?)", str(error), re.IGNORECASE)
+    )
 
 
 def open_exported(folder: Path, *, most: int = 8) -> BatchPlanner:

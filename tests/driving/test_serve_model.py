@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spacedrive_jax.config import to_json
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import open_records
@@ -20,12 +23,16 @@ from spacedrive_jax.driving.client import PolicyClient
 from spacedrive_jax.driving.model_policy import ModelPolicy, open_depth_network, warm_up_record
 from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
+from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.depth_network import camera_alignments
-from spacedrive_jax.inference.export import open_exported
+from spacedrive_jax.inference.export import open_exported, write_export
 from spacedrive_jax.inference.open_model import open_config
-from spacedrive_jax.inference.open_planner import export_planner, open_planner
+from spacedrive_jax.inference.open_planner import export_planner, open_planner, planning_step
 from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt
 from spacedrive_jax.inference.predict import predict
+from spacedrive_jax.training.batches import batch_spec
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
 from tests.record_factory import make_record
@@ -86,7 +93,39 @@ def test_exported_answers_are_equal(case, tmp_path, unchecked):
         assert theirs.waypoints.tolist() == ours.waypoints.tolist()
 
 
-def test_exported_runs_without_the_models_source(case, tmp_path):
+def test_a_model_that_is_opened_again_compiles_nothing_anew(tmp_path):
+    config, steps = tiny(tmp_path, tmp_path), []
+    mesh = make_mesh(config.mesh)
+    for _ in range(2):
+        graph, _, _ = abstract_state(config, mesh)
+        builder = SampleBuilder(config.data, config.model, answer=False)
+        steps.append(planning_step(graph, mesh, config, builder))
+    assert steps[0] is steps[1]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_export_goes_size_by_size_only_where_the_size_is_what_fails(tmp_path, capsys):
+    config = tiny(tmp_path, tmp_path)
+    example = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), batch_spec(config, 1))
+    answered = ("lengths", "is_coordinate", "is_position", "in_one_pass", "waypoints", "coordinates")
+
+    def compares(weights, batch):
+        scale = 1 if batch.size > 2 else 2
+        return Generation(token_ids=batch.token_ids, **dict.fromkeys(answered, scale * batch.lengths))
+
+    def fails(weights, batch):
+        raise RuntimeError("the compiler's own trouble")
+
+    weights = {"0": jnp.zeros(1)}
+    written = write_export(tmp_path / "sizes", to_json(config), weights, compares, example, most=4)
+    assert written["batch"] == [1, 2, 4]
+    assert "no program for any batch size (InconclusiveDimensionOperation: " in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="the compiler's own trouble"):
+        write_export(tmp_path / "none", to_json(config), weights, fails, example, most=4)
+    assert not (tmp_path / "none").exists()
+
+
+def test_exported_runs_without_the_models_source(case, tmp_path, unchecked):
     run, _, _ = case
     folder = tmp_path / "exported"
     export_planner(run, folder, warm_up_record(), most=1)
