@@ -21,10 +21,9 @@ from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.inference.answers import Generation, expected_draft
-from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.answers import expected_draft
+from spacedrive_jax.inference.generate import answering_step
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import (
     batch_sharding,
@@ -274,15 +273,8 @@ def _planning(config: Config, mesh: Mesh) -> _Program:
     draft = expected_draft(config, tokenizer)
     frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
     batch = batch_spec(config, sharding=batch_sharding(mesh))
-
-    @jax.jit
-    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        with activations_on(mesh):
-            model = nnx.merge(graph, trainable, frozen)
-            return generate(model, batch, tokenizer, LONGEST_ANSWER, frame=frame, opening=opening)
-
     return _Program(
-        answer,
+        answering_step(graph, mesh, tokenizer, LONGEST_ANSWER, frame=frame, opening=opening),
         (trainable, frozen, batch),
         (trainable, frozen),
         (),

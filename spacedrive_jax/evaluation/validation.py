@@ -112,8 +112,7 @@ class Validation:
         self._builder = self._parts[0].asked.builder
         self._length = 0
         graph, _, _ = abstract_state(config, mesh)
-        plan = planning_step(graph, mesh, config, self._builder)
-        self._plan = jax.jit(plan, out_shardings=replicated(mesh))
+        self._plan = planning_step(graph, mesh, config, self._builder)
 
         @functools.partial(jax.jit, out_shardings=replicated(mesh))
         def measure(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> dict[str, jax.Array]:

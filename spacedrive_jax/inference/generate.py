@@ -10,9 +10,12 @@ token by token, here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from spacedrive_jax.batch import DrivingBatch
@@ -30,7 +33,70 @@ from spacedrive_jax.inference.progress import (
     start,
     token_coordinates,
 )
+from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.models.spacedrive import SpaceDrive
+from spacedrive_jax.training.sharding import replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a compiled program for answers depends on."""
+
+    graph: nnx.GraphDef
+    mesh: Mesh
+    ids: tuple[int, ...]
+    """Of the tokenizer, as far as answers are made of them."""
+    max_new_tokens: int
+    repetition_penalty: float
+    frame: tuple[int, ...] | None
+    opening: int
+    tokenizer: DrivingTokenizer = dataclasses.field(compare=False)
+
+
+def answering_step(
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    tokenizer: DrivingTokenizer,
+    max_new_tokens: int,
+    *,
+    repetition_penalty: float = 1.0,
+    frame: tuple[int, ...] | None = None,
+    opening: int = 0,
+) -> jax.stages.Wrapped:
+    """`generate`, jitted: trainables, frozen weights and a batch of prompts on a mesh to answers.
+
+    Asked for again it is the same function, which compiles nothing anew; so do models of one kind share it.
+
+    Args:
+        graph: of the model.
+        mesh: where the arrays live; every host gets all answers.
+        tokenizer: see `generate`, as for the rest.
+        max_new_tokens: likewise.
+        repetition_penalty: likewise.
+        frame: likewise.
+        opening: likewise.
+    """
+    ids = (tokenizer.turn_end, tokenizer.indicator, tokenizer.position, tokenizer.padding)
+    return _jitted(_Program(graph, mesh, ids, max_new_tokens, repetition_penalty, frame, opening, tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(program: _Program) -> jax.stages.Wrapped:
+    # The answers are small: every host gets them whole, and the first one writes them.
+    @functools.partial(jax.jit, out_shardings=replicated(program.mesh))
+    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
+        with activations_on(program.mesh):
+            return generate(
+                nnx.merge(program.graph, trainable, frozen),
+                batch,
+                program.tokenizer,
+                program.max_new_tokens,
+                repetition_penalty=program.repetition_penalty,
+                frame=program.frame,
+                opening=program.opening,
+            )
+
+    return answer
 
 
 def generate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
 from spacedrive_jax.inference.export import export_example, write_export
-from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.generate import answering_step
 from spacedrive_jax.inference.open_model import TrainedModel, open_config, open_trained_model
 from spacedrive_jax.inference.planner import BatchPlanner, Plan, doubled_sizes, longest_prompt
-from spacedrive_jax.models.partitioning import BATCH_AXES, activations_on
+from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.training.sharding import mesh_here, place_batch
 
 
 def plan(model: TrainedModel, record: Record) -> Plan:
-    """What a model plans at one keyframe; `planner_of` keeps a compiled planner for many.
+    """What a model plans at one keyframe; `planner_of` keeps a planner for many and several at a time.
 
     Args:
         model: from `open_model`.
@@ -75,18 +74,12 @@ def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> Batc
 
 def planning_step(
     graph: nnx.GraphDef, mesh: Mesh, config: Config, builder: SampleBuilder
-) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
-    """The jitted planning step of a run: trainables, frozen weights and a batch of prompts to answers."""
+) -> jax.stages.Wrapped:
+    """The jitted planning step of a run (`answering_step`)."""
     draft, limit = expected_draft(config, builder.tokenizer), answer_limit(config)
     frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
 
-    @jax.jit
-    def plan(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        with activations_on(mesh):
-            model = nnx.merge(graph, trainable, frozen)
-            return generate(model, batch, builder.tokenizer, limit, frame=frame, opening=opening)
-
-    return plan
+    return answering_step(graph, mesh, builder.tokenizer, limit, frame=frame, opening=opening)
 
 
 def batch_sizes(mesh: Mesh, most: int) -> list[int]:

@@ -6,16 +6,12 @@ Prompts of any number go through a trained model a batch at a time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
@@ -33,7 +29,7 @@ from spacedrive_jax.inference.answers import (
     expected_draft,
     prediction_line,
 )
-from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.generate import answering_step
 from spacedrive_jax.inference.open_model import (
     TrainedModel,
     name_checkpoint,
@@ -41,8 +37,8 @@ from spacedrive_jax.inference.open_model import (
     open_config,
     open_trained_model,
 )
-from spacedrive_jax.models.partitioning import activations_on
-from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_here, place_rows, replicated
+from spacedrive_jax.training.hosts import hosts_of_run
+from spacedrive_jax.training.sharding import check_batch_size, local_rows, mesh_here, place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,40 +68,6 @@ class GeneratedBatch:
     """On the host."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """What a compiled program for answers depends on."""
-
-    graph: nnx.GraphDef
-    mesh: Mesh
-    generation: GenerationConfig
-    ids: tuple[int, ...]
-    """Of the tokenizer, as far as answers are made of them."""
-    tokenizer: DrivingTokenizer = dataclasses.field(compare=False)
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(program: _Program) -> Callable[[nnx.State, nnx.State, DrivingBatch], Generation]:
-    """The program; models of one kind that are asked in one process, as a study's, share it."""
-    generation = program.generation
-
-    # The answers are small: every host gets them whole, and the first one writes them.
-    @functools.partial(jax.jit, out_shardings=replicated(program.mesh))
-    def answer(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Generation:
-        with activations_on(program.mesh):
-            return generate(
-                nnx.merge(program.graph, trainable, frozen),
-                batch,
-                program.tokenizer,
-                generation.max_new_tokens,
-                repetition_penalty=generation.repetition_penalty,
-                frame=generation.frame,
-                opening=generation.opening,
-            )
-
-    return answer
-
-
 def generate_batches(
     trained: TrainedModel,
     samples: Sequence[DrivingBatch],
@@ -129,8 +91,15 @@ def generate_batches(
             lengths are compiled for.
     """
     mesh, size = trained.mesh, generation.batch_size
-    ids = (tokenizer.turn_end, tokenizer.indicator, tokenizer.position, tokenizer.padding)
-    answer = _compiled(_Program(trained.graph, mesh, generation, ids, tokenizer))
+    answer = answering_step(
+        trained.graph,
+        mesh,
+        tokenizer,
+        generation.max_new_tokens,
+        repetition_penalty=generation.repetition_penalty,
+        frame=generation.frame,
+        opening=generation.opening,
+    )
     rows, running, first = local_rows(size, mesh), None, 0
     for part, count in evaluation_batches(samples, size, rows, data=trained.config.data):
         length = max(length, largest_of_hosts(prompt_length(part)))
@@ -145,10 +114,8 @@ def generate_batches(
 
 
 def largest_of_hosts(number: int) -> int:
-    """The largest of what every host has; all have to ask."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    """The largest of what every host has; all have to ask. The devices are not, so none waits for them."""
+    return max(int(each) for each in hosts_of_run().exchange(str(number).encode()))
 
 
 Decoding = Literal["one-pass", "token-by-token"]

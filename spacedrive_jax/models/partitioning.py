@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
@@ -90,12 +91,8 @@ def current_mesh() -> AbstractMesh | None:
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this host. Where several hosts hold it, all of them have to ask for it."""
-    if isinstance(array, np.ndarray):
-        return array
-    if not (array.is_fully_addressable or array.is_fully_replicated):
-        assert isinstance(array.sharding, NamedSharding)
-        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda x: x, out_shardings=whole)(array)
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(jax.device_get(array))
 
 

@@ -121,16 +121,11 @@ def _names(path: Any) -> list[str]:
     return [name for name in names if name not in ("value", "raw_value")]
 
 
-def is_trainable(use_lora: bool) -> Any:
+def is_trainable(use_lora: bool) -> nnx.filterlib.Filter:
     """An nnx filter: adapters, new-token rows and everything outside the VLM, or, without LoRA, all."""
-
-    def chosen(path: tuple[Any, ...], variable: Any) -> bool:
-        if not issubclass(variable.type if hasattr(variable, "type") else type(variable), nnx.Param):
-            return False
-        kind = variable.type if hasattr(variable, "type") else type(variable)
-        return not use_lora or path[0] != "vlm" or issubclass(kind, (nnx.LoRAParam, NewTokenParam))
-
-    return chosen
+    if not use_lora:
+        return nnx.Param
+    return nnx.All(nnx.Param, nnx.Any(nnx.LoRAParam, NewTokenParam, lambda path, _: path[0] != "vlm"))
 
 
 def make_model(config: Config, rngs: nnx.Rngs) -> SpaceDrive:
