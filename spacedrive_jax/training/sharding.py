@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,7 +29,20 @@ FIND = -1
 """As many slices as the devices say."""
 
 
-def slice_of(device: jax.Device) -> int:
+@runtime_checkable
+class Device(Protocol):
+    """What a layout over slices asks of a device: jax's own, or one that is not there."""
+
+    @property
+    def platform(self) -> str:
+        """`tpu`, `gpu` or `cpu`."""
+
+    @property
+    def process_index(self) -> int:
+        """The host that it belongs to."""
+
+
+def slice_of(device: Device) -> int:
     """The number of a device's slice or node; 0 where its platform has none."""
     return int(getattr(device, "slice_index", 0) or 0)
 
@@ -58,9 +71,7 @@ def split_over_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int]
     return over_data, over_fsdp, 1
 
 
-def slice_devices(
-    sizes: Sequence[int], devices: Sequence[jax.Device], slices: int = FIND
-) -> np.ndarray | None:
+def slice_devices(sizes: Sequence[int], devices: Sequence[Device], slices: int = FIND) -> np.ndarray | None:
     """The devices of a mesh that goes over slices.
 
     Args:
