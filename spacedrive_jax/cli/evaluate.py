@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spacedrive_jax.bounds import POSITIVE, WORKERS, Bounds
+from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import is_bucket, read_bytes
+from spacedrive_jax.io import is_bucket, read_bytes, with_a_name
 from spacedrive_jax.json_files import write_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Evaluate(Command):
 
     BUCKETS: ClassVar[tuple[str, ...]] = ("predictions", "records", "compare", "out", "run_dir")
     WRITES: ClassVar[tuple[str, ...]] = ("out",)
-    BOUNDS: ClassVar[Bounds] = {"discrete_coords": POSITIVE, "workers": WORKERS}
+    BOUNDS: ClassVar[Bounds] = {"discrete_coords": Bound(0.001, 100), "workers": WORKERS}
 
     def run(self) -> Mapping[str, Any]:
         """Scores the file, writes the JSON and prints the table.
@@ -82,7 +82,8 @@ class Evaluate(Command):
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
         from spacedrive_jax.evaluation.protocols import protocol_named
 
-        out = self.out or self.predictions.with_name(f"{self.predictions.stem}.{self.protocol}.json")
+        beside = with_a_name(self.predictions)
+        out = self.out or beside.with_name(f"{beside.stem}.{self.protocol}.json")
         if self.out is not None and not is_bucket(out) and not out.parent.is_dir():
             raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
         writable = is_bucket(out) or os.access(out.parent, os.W_OK)
@@ -117,6 +118,7 @@ class Evaluate(Command):
             "records": describe_source(records),
             "file": str(out) if writable else None,
         }
+        outcome["notes"] = [*self._options_notes(), *outcome["notes"]]
         if writable:
             write_json(out, outcome, indent=2)
         print(format_table(outcome))
@@ -151,6 +153,17 @@ class Evaluate(Command):
             records=self.records or files.resolve(str(named)),
             split=split,
         )
+
+    def _options_notes(self) -> list[str]:
+        """What the flags change of what the protocol's name says, for whoever sees the file or the page."""
+        notes = []
+        if self.pedestrians:
+            notes.append("People count as obstacles too.")
+        if self.axes != "forward-left":
+            notes.append(f"Waypoints were read as {self.axes}.")
+        if self.discrete_coords is not None:
+            notes.append(f"Predicted coordinates were floored to a grid of {self.discrete_coords:g} m.")
+        return notes
 
     def _read(self, path: Path, axes: AxesName) -> Predictions:
         from spacedrive_jax.evaluation.prediction_files import read_predictions

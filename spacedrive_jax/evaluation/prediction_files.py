@@ -171,7 +171,12 @@ def read_published_folder(directory: Path) -> Predictions:
     Raises:
         DataError: the folder is empty, or a file is not a JSON list with an answer.
     """
-    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.suffix)
+    # Hidden ones are a file manager's (.DS_Store, ._TOKEN).
+    files = sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file() and not path.suffix and not path.name.startswith(".")
+    )
     if not files:
         raise DataError(
             f"{directory} holds no prediction: expected files named after tokens, without extension"

@@ -102,7 +102,8 @@ def scores_of(run_dir: Path, trainable_fingerprint: str | None) -> list[Mapping[
             continue
         source = content["records"] if isinstance(content["records"], dict) else {}
         made_of = content["predictions_sha256"], source.get("fingerprint"), source.get("split")
-        if made_of == wanted and content.get("discrete_coords") is None:
+        as_they_are = content.get("discrete_coords") is None and content.get("axes") in (None, "forward-left")
+        if made_of == wanted and as_they_are:
             found.append(content)
     return found
 
@@ -167,9 +168,10 @@ def _score_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for each in scores:
         l2, collision = each["l2"], each["collision"]
+        protocol = f"{each['protocol']}, people too" if each.get("pedestrians") else each["protocol"]
         horizon = " / ".join(_number(l2.get(column)) for column in ("1s", "2s", "3s"))
         lines.append(
-            f"| {each['protocol']} | {each['records']['split']} | {each['samples']} | {horizon} "
+            f"| {protocol} | {each['records']['split']} | {each['samples']} | {horizon} "
             f"| {_number(l2.get('avg'))} | {_number(collision.get('avg'))} |"
         )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from spacedrive_jax.data.mixture import records_sources
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.prediction_files import TO_EGO, read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
-from spacedrive_jax.io import is_bucket, place, write_text
+from spacedrive_jax.io import is_bucket, place, read_bytes, write_text
 from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.curves import horizon_plot, training_curves
@@ -21,6 +22,8 @@ from spacedrive_jax.reporting.page import METRICS, Page, Tile, flatten, interval
 from spacedrive_jax.reporting.run_files import RunDepth, RunFiles, open_run_depth, read_run
 
 DEFAULT_SPLIT = "val"
+UNJUDGED = {"collision": "no annotations", "intersection": "no map"}
+"""What a metric without a value lacks as a rule; the notes below the table say what it is here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +93,21 @@ def _open_records(files: RunFiles, given: Path | None, split: str, notices: list
 
 
 def _open_predictions(files: RunFiles, given: Path | None, notices: list[str]) -> Predictions | None:
-    if given is not None:
-        return read_predictions(given)
-    path = files.predictions
-    if not path.is_file():
+    path = files.predictions if given is None else given
+    if given is None and not path.is_file():
         notices.append(f"There is no prediction file {path.name}: no predicted path is shown.")
         return None
-    return read_predictions(path)
+    digest = _digest(path)
+    scored = [each for each in files.evaluations if digest and each.get("predictions_sha256") == digest]
+    axes = {each["axes"] for each in scored if each.get("axes") in TO_EGO}
+    if len(axes) > 1:
+        notices.append(f"{path.name} was scored in several axes: it is shown as forward-left.")
+    return read_predictions(path, axes.pop() if len(axes) == 1 else "forward-left")
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a prediction file, by which `evaluate` names it; None for a folder."""
+    return hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
 
 
 def _check_match(
@@ -114,7 +125,14 @@ def _check_match(
             f"None of the {len(predictions.tokens)} predictions belongs to a keyframe with a whole future in "
             f"split {records.split} of {records.directory}."
         )
+    shown = None if predictions is None else _digest(predictions.path)
     for evaluation in files.evaluations:
+        scored = evaluation.get("predictions_sha256")
+        if predictions is not None and None not in (shown, scored) and scored != shown:
+            notices.append(
+                f"The {evaluation['protocol']} scores are of other predictions than {predictions.path} "
+                "holds now: evaluate again."
+            )
         fingerprint = evaluation["records"].get("fingerprint")
         if fingerprint != records.fingerprint:
             notices.append(
@@ -197,7 +215,7 @@ def _summary(files: RunFiles, *, predicted: Predictions | None) -> list[Tile]:
             tiles.append(
                 Tile(
                     f"{name}, average ({shown['protocol']})",
-                    "no map" if value is None else f"{value:.2f} {unit}",
+                    UNJUDGED.get(metric, "not judged") if value is None else f"{value:.2f} {unit}",
                     f"95 %: {interval(bounds)}" if bounds and value is not None else "",
                 )
             )

@@ -21,7 +21,8 @@ from spacedrive_jax.data.depth_sources import (
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import place, read_text
+from spacedrive_jax.evaluation.protocols import PROTOCOLS
+from spacedrive_jax.io import place, read_text, reason
 from spacedrive_jax.json_files import MOST_JSON, convert, parse_json, read_json
 
 SeenDepth = tuple[Float[np.ndarray, "N h w"], list[DepthSource]]
@@ -120,7 +121,7 @@ def read_run(directory: Path, predictions: Path | None = None) -> RunFiles:
     provenance = _read_object(directory / "run.json", missing, "the page cannot say where the run came from")
     config = _read_object(directory / "config.json", missing, "the configuration is not shown")
     steps = _read_steps(directory / "metrics.jsonl", missing)
-    evaluations = _read_evaluations(directory, provenance or {}, predictions)
+    evaluations = _read_evaluations(directory, provenance or {}, predictions, missing)
     if provenance is None and config is None and not steps and not evaluations:
         raise DataError(
             f"{directory} does not look like a run: it has no run.json, config.json, metrics.jsonl or "
@@ -173,7 +174,7 @@ def _read_steps(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ..
 
 
 def _read_evaluations(
-    directory: Path, provenance: Mapping[str, Any], predictions: Path | None
+    directory: Path, provenance: Mapping[str, Any], predictions: Path | None, missing: list[str]
 ) -> tuple[Mapping[str, Any], ...]:
     """What `evaluate` wrote in the run directory and what `run.json` names, or of `predictions` alone."""
     if predictions is not None:
@@ -186,9 +187,15 @@ def _read_evaluations(
         candidates.append(directory / named)
     found: dict[str, Mapping[str, Any]] = {}
     for path in candidates:
-        if path.name in ("run.json", "config.json"):
+        if path.name in ("run.json", "config.json") or path.name.startswith("."):  # a file manager's ._NAME
             continue
-        value = read_json(path)
+        try:
+            value = read_json(path)
+        except DataError as error:
+            if path.suffixes[-2:-1] in [[f".{protocol}"] for protocol in PROTOCOLS] or path.name == named:
+                raise
+            missing.append(f"{path.name} is not read: {reason(error, path)}.")
+            continue
         if isinstance(value, dict) and all(key in value for key in TABLE_KEYS):
             _check_evaluation(value, path)
             found[str(path.resolve())] = value

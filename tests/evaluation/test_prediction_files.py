@@ -95,6 +95,9 @@ def test_published_folder(tmp_path: Path) -> None:
     predictions = read_predictions(folder)
     np.testing.assert_array_equal(predictions.waypoints["good"], PATH)
     assert predictions.unparsed == ("talk",)
+    for name in (".DS_Store", "._good"):  # a file manager's
+        (folder / name).write_bytes(b"\0\5\x16\7\xff")
+    assert read_predictions(folder).tokens == {"good", "talk"}
     (folder / "bad").write_text("{}")
     with pytest.raises(SpaceDriveError, match=r"bad: expected a JSON list"):
         read_predictions(folder)

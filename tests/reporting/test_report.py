@@ -443,3 +443,47 @@ def test_a_model_that_says_no_trajectory_is_told_so(run_dir: Path) -> None:
     (run_dir / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unparsed))
     with pytest.raises(DataError, match=r"5 of them unparsed: their answers hold no trajectory\)$"):
         Evaluate(run_dir=run_dir).run()
+
+
+def test_scores_of_other_predictions_are_flagged(run_dir: Path) -> None:
+    lines = (run_dir / "predictions.jsonl").read_text().splitlines()
+    (run_dir / "predictions.jsonl").write_text("\n".join(lines[:-1]))
+    notices = Report((run_dir,)).run()["notices"]
+    assert len(notices) == 1
+    assert notices[0].startswith("The omnidrive scores are of other predictions than")
+
+
+def test_the_page_says_what_flags_changed_and_what_a_metric_lacked(run_dir: Path) -> None:
+    flags = {"axes": "forward-right", "discrete_coords": 0.5, "pedestrians": True, "protocol": "corrected"}
+    Evaluate(run_dir=run_dir, out=run_dir / "evaluation.json", **flags).run()
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    for metric in ("collision", "intersection"):
+        evaluation[metric] = dict.fromkeys(("1s", "2s", "3s", "avg"))
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    Report((run_dir,)).run()
+    page = read_page(run_dir)
+    for said in ("People count as obstacles too.", "read as forward-right.", "floored to a grid of 0.5 m."):
+        assert page.says(said)
+    tiles = re.findall(r"<dt>(Coll|Off)[^<]*</dt><dd>([^<]*)</dd>", (run_dir / "report.html").read_text())
+    assert tiles == [("Coll", "no annotations"), ("Off", "no map")]
+
+
+def test_what_others_left_in_a_run_does_not_hide_it(run_dir: Path) -> None:
+    for name in ("._evaluation.json", ".DS_Store"):
+        (run_dir / name).write_bytes(b"\0\5\x16\7\xff")
+    (run_dir / "settings.json").write_text('{ // of an editor\n "a": 1 }')
+    assert [each[:28] for each in Report((run_dir,)).run()["notices"]] == ["settings.json is not read: n"]
+    Evaluate(run_dir=run_dir).run()
+    (run_dir / "predictions.omnidrive.json").write_text("{")
+    with pytest.raises(SpaceDriveError, match=r"omnidrive\.json is not JSON"):
+        Report((run_dir,)).run()
+
+
+def test_predictions_in_other_axes_are_shown_as_they_were_scored(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    turned = [each | {"waypoints": [[-y, x] for x, y in each["waypoints"]]} for each in lines]
+    before = Report((run_dir,)).run() and read_page(run_dir)
+    (run_dir / "predictions.jsonl").write_text("\n".join(map(json.dumps, turned)))
+    Evaluate(run_dir=run_dir, out=run_dir / "evaluation.json", axes="right-forward").run()
+    assert Report((run_dir,)).run()["notices"] == []
+    assert read_page(run_dir).images == before.images
