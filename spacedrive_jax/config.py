@@ -109,7 +109,7 @@ class TrainConfig:
     RUN/best`): average L2 in metres, average collision rate, or the loss."""
 
     BOUNDS: ClassVar[Bounds] = {
-        "steps": COUNT,
+        "steps": Bound(1, 2**31 - 1),
         "batch_size": COUNT,
         "grad_accum_steps": COUNT,
         "learning_rate": POSITIVE,

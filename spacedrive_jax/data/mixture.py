@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ def records_sources(text: str) -> list[tuple[str, float]]:
             )
         folders.append(folder)
         weights.append(value)
-    if len(set(folders)) < len(folders):
+    if len({folder if is_bucket(folder) else os.path.realpath(folder) for folder in folders}) < len(folders):
         raise ConfigError(f"data.records {text!r} names a folder twice")
     total = math.fsum(weights)
     return [(folder, weight / total) for folder, weight in zip(folders, weights, strict=True)]

@@ -25,6 +25,7 @@ from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive_results import read_results, score_routes
 from spacedrive_jax.folders import remove_folder
+from spacedrive_jax.inference.answers import without_place
 from spacedrive_jax.io import remove_partials, write_bytes
 from spacedrive_jax.json_files import convert, read_json, write_json
 from spacedrive_jax.training.hosts import ALONE, Hosts
@@ -225,7 +226,10 @@ def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> s
         raise DataError(
             f"{path} holds no JSON object: it does not say what was driven, choose another folder"
         )
-    different = sorted(name for name in {*known, *metadata} if known.get(name) != metadata.get(name))
+    # Of the scenarios `drives` says all; a file of one's own may have moved.
+    known, metadata = without_place(known), without_place(metadata)
+    names = {*known, *metadata} - {"scenarios"}
+    different = sorted(name for name in names if known.get(name) != metadata.get(name))
     if different:
         raise ConfigError(
             f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"

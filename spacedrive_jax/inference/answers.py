@@ -369,6 +369,16 @@ def answer_file_of_hosts(
     yield OtherHost(done, length)
 
 
+def without_place(metadata: Any) -> Any:
+    """What answers were made of, without where the checkpoint lay: a run's folder may move, and its numbers
+    are known by their fingerprint.
+    """
+    checkpoint = metadata.get("checkpoint") if isinstance(metadata, dict) else None
+    if not isinstance(checkpoint, dict) or not checkpoint.get("trainable_fingerprint"):
+        return metadata
+    return metadata | {"checkpoint": {name: each for name, each in checkpoint.items() if name != "path"}}
+
+
 def _interrupted(
     partial: Path, metadata_file: Path, metadata: Mapping[str, Any], batch_size: int
 ) -> tuple[bytes, int]:
@@ -376,7 +386,7 @@ def _interrupted(
     saved = read_json(metadata_file)
     if not isinstance(saved, dict) or not isinstance(saved.get("length"), int) or "metadata" not in saved:
         raise DataError(f"{metadata_file} is damaged: --overwrite starts anew")
-    changes = config_changes(saved["metadata"], metadata)
+    changes = config_changes(without_place(saved["metadata"]), without_place(metadata))
     if changes:
         raise SpaceDriveError(
             f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "

@@ -54,16 +54,16 @@ class Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a results file; a last line that was cut off is left out.
+    """The rows of a results file; a last line that was cut off is left out, as are blank ones.
 
     Raises:
         DataError: a line is not a row, or a run has two.
     """
     if not file.is_file():
         return []
-    whole, _, _ = read_text(file).rpartition("\n")
+    whole, _ = _whole_lines(file)
     places = ((f"{file}, line {number}:", line) for number, line in enumerate(whole.splitlines(), 1))
-    rows = [convert(parse_json(line, place), Row, place) for place, line in places]
+    rows = [convert(parse_json(line, place), Row, place) for place, line in places if line.strip()]
     names = [row.run for row in rows]
     if len(set(names)) < len(names):
         raise DataError(f"{file} has two rows of one run: remove one of them")
@@ -72,9 +72,26 @@ def read_rows(file: Path) -> list[Row]:
 
 def _drop_cut_line(file: Path) -> None:
     """What an interrupted study left behind the last whole row would run into the next one."""
-    whole, end, cut = read_text(file).rpartition("\n") if file.is_file() else ("", "", "")
-    if cut:
-        write_text(file, whole + end)
+    if file.is_file():
+        whole, ends = _whole_lines(file)
+        if not ends:
+            write_text(file, whole)
+
+
+def _whole_lines(file: Path) -> tuple[str, bool]:
+    """The text of a file without a last line that was cut off, and whether that is all it holds.
+
+    A last line that is a row is whole, though an editor, or whoever put files together, left its end out.
+    """
+    text = read_text(file)
+    whole, end, last = text.rpartition("\n")
+    if not last.strip():
+        return text, True
+    try:
+        parse_json(last, file)
+    except DataError:
+        return whole + end, False
+    return text + "\n", False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from spacedrive_jax import __version__, buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json, to_plain
+from spacedrive_jax.data.mixture import records_sources
 from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text
@@ -45,8 +46,8 @@ FREE_TO_CHANGE = (
     "train.best_by",
 )
 """Fields that a resumed run may change without saying so: they do not change what is learnt.
-(What is in the folders of records and weights is held against the checkpoint's fingerprints.) So may
-`train.steps` grow."""
+(What is in the folders of records and weights is held against the checkpoint's fingerprints; how much is
+drawn of each of several folders of records is not free.) So may `train.steps` grow."""
 OF_A_RUN = (
     "config.json",
     "run.json",
@@ -248,7 +249,18 @@ def _is_free(change: str) -> bool:
     if name == "train.steps":  # going on longer; the schedule is the new length's
         old, _, new = values.partition(" -> ")
         return int(new) > int(old)
+    if name == "data.records":  # of several folders, how much is drawn of each is learnt
+        old, _, new = values.partition(" -> ")
+        return _shares(old) == _shares(new)
     return change.startswith(FREE_TO_CHANGE)
+
+
+def _shares(records: str) -> list[float]:
+    """How much is drawn of each of the folders that `data.records` names."""
+    try:
+        return [weight for _, weight in records_sources(records)]
+    except ConfigError:  # one folder with a comma in its name, which has moved
+        return [1.0]
 
 
 def check_config(

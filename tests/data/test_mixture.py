@@ -75,6 +75,7 @@ def test_what_cannot_be_read(tmp_path):
         ("a,b", "'a' has no positive weight"),
         ("a:1,b:0", "'b:0' has no"),
         ("a:1,a:2", "twice"),
+        ("a:1,b/../a/:2", "twice"),
     ):
         with pytest.raises(ConfigError, match=said):
             records_sources(text)

@@ -193,6 +193,8 @@ def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
             world_policy=constant_velocity,
             resume=True,
         )
+    moved = METADATA | {"scenarios": "/moved/scenarios.json"}  # the drives themselves are named too
+    assert len(open_folder(driven, moved, resume=True)) == len(SPECS)
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
         drive_all(SPECS, tmp_path, BLIND, metadata={}, world_policy=constant_velocity)

@@ -58,6 +58,20 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize(("fingerprint", "goes_on"), [("f", True), ("g", False), (None, False)])
+def test_a_run_that_moved_is_gone_on_with(tmp_path, fingerprint, goes_on):
+    out = tmp_path / "answers.jsonl"
+    then, now = ({"checkpoint": {"path": path, "trainable_fingerprint": "f"}} for path in ("/a", "/moved"))
+    now["checkpoint"]["trainable_fingerprint"] = fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        write(out, [1, 2, 3], fail_after=2, metadata=then)
+    if goes_on:
+        assert write(out, [1, 2, 3], resume=True, metadata=now) == 2
+    else:
+        with pytest.raises(SpaceDriveError, match="was begun otherwise"):
+            write(out, [1, 2, 3], resume=True, metadata=now)
+
+
 def test_what_fails_before_its_first_answer_leaves_nothing(tmp_path):
     out, other = tmp_path / "answers.jsonl", METADATA | {"checkpoint": "other"}
     with pytest.raises(KeyboardInterrupt):

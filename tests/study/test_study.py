@@ -17,6 +17,7 @@ from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.evaluation.counterfactual import STATUS_RISKS, corrected_risks
 from spacedrive_jax.evaluation.evaluate import obstacles_of
 from spacedrive_jax.inference.open_model import config_of_run
+from spacedrive_jax.json_files import to_json
 from spacedrive_jax.study import measures, runs
 from spacedrive_jax.study.analysis import answer, effect_of, spearman
 from spacedrive_jax.study.counterfactual import (
@@ -166,6 +167,23 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path, capsys, monkeypatch)
 
 def row(level, seed, groups, plan="p"):
     return runs.Row(plan, f"{level}-{seed}", {"way": level}, seed, "", {}, {"l2": groups}, {}, 1.0, "0")
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "then"),
+    [
+        ("{0}\n{1}\n", 2, "{0}\n{1}\n"),
+        ("{0}\n{1}", 2, "{0}\n{1}\n"),  # by hand, or by an editor that leaves out the end
+        ("{0}\r\n\n{1}\n\n", 2, "{0}\r\n\n{1}\n\n"),
+        ('{0}\n{1}\n{{"plan": "p", "cel', 2, "{0}\n{1}\n"),
+    ],
+)
+def test_a_last_row_without_an_end_counts_and_one_cut_off_does_not(tmp_path, text, found, then):
+    lines = [to_json(dataclasses.asdict(row(level, 0, {}))) for level in "ab"]
+    (tmp_path / "r.jsonl").write_bytes(text.format(*lines).encode())
+    assert len(runs.read_rows(tmp_path / "r.jsonl")) == found
+    runs._drop_cut_line(tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_bytes() == then.format(*lines).encode()
 
 
 CLAIM = Claim("a beats b", "l2", {"way": "a"}, {"way": "b"}, margin=0.5)

@@ -13,7 +13,7 @@ import pytest
 
 from spacedrive_jax.batch import stack
 from spacedrive_jax.cli.main import main
-from spacedrive_jax.config import MeshConfig, change, config_changes, from_json, load_config, to_json
+from spacedrive_jax.config import Config, MeshConfig, change, config_changes, from_json, load_config, to_json
 from spacedrive_jax.data.loader import SampleClock, training_samples
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training import run_folder, step
@@ -142,6 +142,30 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(SpaceDriveError, match=r"train.of_the_future: 1 -> None"):
         run_folder.check(tmp_path, config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "free"),
+    [
+        ("/a/r", "/moved/r", True),
+        ("/a:1,/b:1", "/moved:2,/b:2", True),
+        ("/a:1,/b:1", "/a:1,/b:3", False),
+        ("/a", "/a:1,/b:1", False),
+    ],
+)
+def test_folders_of_records_may_move_but_not_their_shares(tmp_path, then, now, free):
+    was, config = (config_of_records(text) for text in (then, now))
+    (tmp_path / "config.json").write_text(to_json(was))
+    if free:
+        assert run_folder.check(tmp_path, config, resume=True) == []
+    else:
+        with pytest.raises(SpaceDriveError, match=f"data.records: {then} -> {now}"):
+            run_folder.check(tmp_path, config, resume=True)
+
+
+def config_of_records(text: str) -> Config:
+    demo = load_config("demo")
+    return dataclasses.replace(demo, data=dataclasses.replace(demo.data, records=text))
 
 
 def test_config_round_trip_and_changes():
