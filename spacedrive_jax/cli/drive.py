@@ -138,6 +138,8 @@ class Drive(Command):
         from spacedrive_jax.world.views import parse_image_size
 
         folder = self._folder()
+        if hosts is None or hosts.is_first:  # which writes the page
+            self._check_against(folder)
         specs = drive_set(self.scenarios)
         looks = self.policy is None or self.collect is not None
         sense: Literal["nothing", "status", "images"] = (
@@ -288,6 +290,15 @@ class Drive(Command):
             raise ConfigError("--mesh lays out a model in this process: it goes with --checkpoint PATH")
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
             raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
+
+    def _check_against(self, folder: Path) -> None:
+        """Refuses, before anything is driven, runs that this one cannot be held against."""
+        from spacedrive_jax.driving.drive import read_summary
+
+        for other in self.against:
+            if other.resolve() == place(folder).resolve():
+                raise ConfigError(f"--against {other}: that is this run's own folder")
+            read_summary(other)
 
     def _folder(self) -> Path:
         if self.out is not None:

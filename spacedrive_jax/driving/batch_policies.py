@@ -6,6 +6,7 @@ Requests of several sessions go through one call of the model, in a worker threa
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -281,13 +282,11 @@ def name_server(url: str, token: str | None = None) -> dict[str, Any]:
     Raises:
         SpaceDriveError: it is away, or refuses.
     """
-    client = PolicyClient(url, token=token)
     try:
-        said = client.connect()
+        with contextlib.closing(PolicyClient(url, token=token)) as client:
+            said = client.connect()
     except PolicyError as error:
         raise SpaceDriveError(str(error)) from error
-    finally:
-        client.close()
     return {"path": url} | {name: said.get(name) for name in ("model", "config_hash", "weights")}
 
 

@@ -120,7 +120,11 @@ class PolicyClient:
             token: what `serve --token` asks for.
             retry_seconds: between two attempts to reach the server.
             patience_seconds: give up when the server has been away for so long.
+
+        Raises:
+            PolicyError: the address is none.
         """
+        check_url(url)
         self.url = url
         self.token = token
         self.retry_seconds = retry_seconds
@@ -254,6 +258,21 @@ class PolicyClient:
             self.close()
             raise PolicyError(answer)
         return unpack(answer)
+
+
+def check_url(url: str) -> None:
+    """Refuses an address that no server can ever have; waiting for it would be in vain.
+
+    Raises:
+        PolicyError: it is no `ws://HOST:PORT`.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        fine = False
+    if not fine:
+        raise PolicyError(f"{url!r} is no address of a policy server: give ws://HOST:PORT")
 
 
 def _named(metadata: dict) -> dict:

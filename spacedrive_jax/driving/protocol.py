@@ -19,7 +19,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
-from spacedrive_jax.data.frame import check_calibration
+from spacedrive_jax.data.frame import MOST_OFFSET, MOST_SPEED, check_calibration, check_pose
 from spacedrive_jax.data.images import picture_intrinsics, picture_size
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
@@ -28,6 +28,8 @@ from spacedrive_jax.errors import DataError
 PAST_SECONDS = (0.5, 1.0, 1.5, 2.0)
 """How long ago the poses of `past_to_ego` were, unless `past_seconds` says otherwise."""
 MOST_PAST = len(PAST_SECONDS)
+LEAST_APART = 1e-3
+"""Seconds between two poses; a step of a simulator takes more."""
 MOST_IMAGE_SIDE = 8192
 LOCATION_LENGTH = 32
 DEFAULT_LOCATION = "carla"
@@ -103,10 +105,22 @@ def partial_record(message: Mapping[str, Any]) -> Record:
             f"act: past_to_ego, past_mask and past_seconds must have the same {NUM_PAST} to {MOST_PAST} rows"
         )
     mask = np.logical_and.accumulate(arrays["past_mask"][:known].astype(bool))
+    used = seconds[:known][mask]
+    if (np.diff(used, prepend=0.0) < LEAST_APART).any():
+        raise DataError(
+            f"act: past_seconds {np.asarray(seconds).tolist()} must rise: how long ago each pose was, the "
+            "newest first, seconds"
+        )
+    for index in np.flatnonzero(mask):
+        check_pose(
+            arrays["past_to_ego"][index], f"act: past_to_ego[{index}]", MOST_SPEED * float(seconds[index])
+        )
+    if arrays["lidar_to_ego"] is not None:
+        check_pose(arrays["lidar_to_ego"], "act: lidar_to_ego", MOST_OFFSET)
     poses = np.where(mask[:, None, None], arrays["past_to_ego"][:known], 0.0)
     past = [_navigation_at(poses, mask, seconds, index) for index in range(NUM_PAST + 1)]
     record = blank_record() | {
-        "token": f"step {int(_number(message, 'step', least=0, most=2**31 - 1))}",
+        "token": f"step {_whole(message, 'step', least=0, most=2**31 - 1)}",
         "location": _location(message),
         "timestamp_us": time_us,
         "images": images,
@@ -143,14 +157,14 @@ def _route_fields(message: Mapping[str, Any], arrays: Mapping[str, Any], record:
     """What the message says of the route."""
     command = message.get("command")
     if command is not None:
-        command = int(_number(message, "command", least=-1, most=6))
+        command = _whole(message, "command", least=-1, most=6)
     targets, past = arrays["target_points"], arrays["past_command"]
     given: dict[str, Any] = {"command_route": np.int32(RoadOption.VOID)}
     given["route_valid"] = command is not None and targets is not None
     if command is not None:
         given["command_route"] = np.int32(RoadOption.LANE_FOLLOW if command < 1 else command)
     if past is not None:
-        if not ((past >= -1) & (past <= 6)).all():
+        if not ((past >= -1) & (past <= 6) & (past == np.round(past))).all():
             raise DataError(f"act: past_command {past.tolist()} holds no RoadOption numbers")
         given["past_command_route"] = (
             np.where(past < 0, RoadOption.LANE_FOLLOW, past).astype(np.int32) * record["past_mask"]
@@ -219,7 +233,7 @@ def _array(message: Mapping[str, Any], name: str, spec: _Array) -> Any:
     if isinstance(value, list):
         try:
             value = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"act: {name} is not an array of numbers") from None
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
         raise DataError(f"act: {name} is not an array of numbers")
@@ -246,6 +260,13 @@ def _number(message: Mapping[str, Any], name: str, *, least: float, most: float)
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise DataError(f"act: {name} must be a number from {least} to {most:g}, not {str(value)[:40]!r}")
     return value
+
+
+def _whole(message: Mapping[str, Any], name: str, *, least: int, most: int) -> int:
+    value = _number(message, name, least=least, most=most)
+    if value != int(value):
+        raise DataError(f"act: {name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _pictures(message: Mapping[str, Any], name: str) -> list[bytes]:

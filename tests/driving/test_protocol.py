@@ -104,6 +104,8 @@ def test_size_of_a_picture_comes_from_its_header():
         ("camera_intrinsics", (1, 0, 0), -60.0, "intrinsics is"),
         ("can_bus", (10,), 1e6, "can_bus holds 1e"),
         ("past_to_ego", (0, 1, 3), 1e5, "past_to_ego holds 1e"),
+        ("past_to_ego", (0, 1, 3), 300.0, "m away, more than 50 m"),
+        ("past_to_ego", (1, 0, 0), -1.0, "no rotation|a mirror image"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(field, place, value, said):
@@ -112,3 +114,28 @@ def test_numbers_that_cannot_be_are_refused(field, place, value, said):
     message[field][place] = value
     with pytest.raises(DataError, match=rf"^act: .*{said}"):
         partial_record(message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        *(
+            ({"past_seconds": past}, "must rise")
+            for past in ([0.0, 0.5], [0.5, 0.5], [1.0, 0.5], [-0.5, -1.0])
+        ),
+        ({"command": 3.9}, "command must be a whole number"),
+        ({"past_command": [1.5, 2.0]}, "holds no RoadOption numbers"),
+        ({"step": 0.5}, "step must be a whole number"),
+        ({"can_bus": [10**400] * 13}, "can_bus is not an array of numbers"),
+        ({"lidar_to_ego": np.diag([1.0, -1.0, 1.0, 1.0])}, "lidar_to_ego is no pose"),
+    ],
+)
+def test_what_a_client_mixes_up_is_named(changed, said):
+    with pytest.raises(DataError, match=rf"^act: .*{said}"):
+        partial_record(act_message(make_record(np.random.default_rng(1)), 1, 0.5) | changed)
+
+
+def test_poses_of_a_past_that_is_not_known_may_be_anything():
+    message = act_message(make_record(np.random.default_rng(1)), 1, 0.5)
+    message |= {"past_mask": [False, False], "past_to_ego": np.zeros((2, 4, 4)), "past_seconds": [0.0, 0.0]}
+    assert partial_record(message)["past_mask"].tolist() == [False, False]
