@@ -17,6 +17,7 @@ import inspect
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -279,6 +280,8 @@ def finish(
         elif is_out_of_memory(error):
             advice = getattr(command, "when_out_of_memory", Command.when_out_of_memory)
             print(f"error: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
+        elif isinstance(error, FileNotFoundError) and _here_is_gone():
+            print(f"error: {GONE}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno and error.filename:
             print(f"error: {error.filename}: {say(error)}", file=sys.stderr)
         else:
@@ -287,6 +290,17 @@ def finish(
     if as_json:
         print(to_json(outcome, default=str), flush=True)
     return 0
+
+
+GONE = "the current folder was removed: cd to one that is there, or give whole paths"
+
+
+def _here_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -361,6 +375,11 @@ def parse_and_run(parser: Callable[[], Command], argv: Sequence[str] = ()) -> in
     except SpaceDriveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except FileNotFoundError:
+        if not _here_is_gone():
+            raise
+        print(f"error: {GONE}", file=sys.stderr)
+        return 1
     return run_command(command)
 
 
@@ -383,6 +402,10 @@ def _path_rule(
     )
 
 
+NARROWEST = 20
+"""Columns of a terminal that help pages are made for at least."""
+
+
 def parse(parser: Callable[[], T]) -> T:
     """Calls a parser of tyro's, whose error for a value that a dataclass refuses is that dataclass's own.
 
@@ -392,6 +415,8 @@ def parse(parser: Callable[[], T]) -> T:
         SpaceDriveError: raised where a dataclass was made.
     """
     said = io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:  # on fewer, tyro breaks lines without end
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
         with contextlib.redirect_stderr(said), _PATHS:
             return parser()

@@ -18,7 +18,7 @@ import msgspec
 
 from spacedrive_jax import buckets
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.io import is_bucket, place, say, twin
+from spacedrive_jax.io import is_bucket, place, say, twin, with_a_name
 from spacedrive_jax.json_files import to_json
 
 _UNFINISHED = f"unfinished-{socket.gethostname()}-"
@@ -42,7 +42,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         SpaceDriveError: it exists, another job makes it, or the operating system refuses.
     """
-    final = place(path)
+    final = with_a_name(place(path))
     beside = twin(final) if is_bucket(final) else final
     unfinished = beside.with_name(f".{final.name}.{_UNFINISHED}{os.getpid()}")
     try:
@@ -160,7 +160,7 @@ def output_lock(output: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         SpaceDriveError: another job writes it, or its folder cannot be written to.
     """
-    final = place(output)
+    final = with_a_name(place(output))
     beside = twin(final) if is_bucket(final) else final
     path = beside.with_name(f".{final.name}{LOCK}")
     try:

@@ -8,6 +8,7 @@ an error names the file, and what appears under a final name is complete. A path
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import os
@@ -25,6 +26,8 @@ from spacedrive_jax.errors import DataError, SpaceDriveError
 __all__ = ("BucketPath", "is_bucket", "local", "place", "twin")
 
 MEBIBYTE = 1 << 20
+BYTE_ORDER_MARK = codecs.BOM_UTF8
+"""Which some editors put in front of a UTF-8 text."""
 _SAY = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
@@ -126,16 +129,30 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
 
 
 def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
-    """A regular file as UTF-8 text.
+    """A regular file as UTF-8 text, without the byte order mark that some editors put in front.
 
     Raises:
         DataError: it cannot be read, is too large, or is not UTF-8.
     """
     data = read_bytes(path, most=most)
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): is it damaged?") from error
+
+
+def with_a_name(path: Path) -> Path:
+    """The same place by a path that ends in its name, which `.` and `..` do not.
+
+    Raises:
+        SpaceDriveError: it is the root of the file system.
+    """
+    if path.name not in ("", ".."):
+        return path
+    named = Path(os.path.abspath(path))
+    if not named.name:
+        raise SpaceDriveError(f"cannot write {path}: it is the root of the file system, name a place in it")
+    return named
 
 
 @contextlib.contextmanager
@@ -159,6 +176,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             buckets.upload(scratch.name, final)
         return
     require_replaceable(final)
+    final = with_a_name(final)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

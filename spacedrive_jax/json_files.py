@@ -15,7 +15,16 @@ import msgspec
 
 from spacedrive_jax import buckets
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, is_bucket, read_bytes, read_text, require_regular, say, write_text
+from spacedrive_jax.io import (
+    BYTE_ORDER_MARK,
+    MEBIBYTE,
+    is_bucket,
+    read_bytes,
+    read_text,
+    require_regular,
+    say,
+    write_text,
+)
 
 MOST_JSON = 256 * MEBIBYTE
 """Of a JSON file, or of one line of JSON Lines, where nothing less is said: as Python's objects some 3 GB."""
@@ -152,7 +161,7 @@ def read_typed(
     Raises:
         DataError: it cannot be read, is too large, is not JSON, or a value is not what it should be.
     """
-    data = read_bytes(path, most=most)
+    data = read_bytes(path, most=most).removeprefix(BYTE_ORDER_MARK)
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:

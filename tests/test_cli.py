@@ -21,7 +21,7 @@ from spacedrive_jax.cli.report import Report
 from spacedrive_jax.cli.show import Show
 from spacedrive_jax.cli.study import Study
 from spacedrive_jax.cli.train import Train
-from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from tests.conftest import ROOT
 
 
@@ -315,3 +315,40 @@ def test_what_a_run_was_predicted_is_no_place_for_its_scores(tmp_path, capsys):
     assert spacedrive_jax.cli.main.main(command) == 1
     assert "--predictions" in capsys.readouterr().err
     assert predictions.read_bytes() == before
+
+
+def test_a_folder_that_is_gone_is_called_that(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    command = ["evaluate", "--predictions", "p.jsonl", "--records", "r"]
+    assert spacedrive_jax.cli.main.main(command) == 1
+    assert capsys.readouterr().err.startswith("error: the current folder was removed")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "2"])
+def test_help_on_the_narrowest_terminal_ends(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)  # tyro breaks lines without end there
+    with pytest.raises(SystemExit):
+        spacedrive_jax.cli.main.main(["report", "--help"])
+    assert "--highlight" in capsys.readouterr().out
+
+
+def test_coordinates_are_floored_to_no_grid_that_numbers_get_lost_in():
+    for pitch in (1e-320, 1e30):
+        with pytest.raises(ConfigError, match=r"--discrete-coords .* must be 0\.001 or more and at most 100"):
+            Evaluate(discrete_coords=pitch)
+
+
+def test_runs_to_hold_a_drive_against_are_looked_at_before_it_is_driven(tmp_path):
+    with pytest.raises(DataError, match=r"no finished run of drives"):
+        Drive(policy="expert", scenarios="tiny", out=tmp_path / "new", against=(tmp_path / "gone",)).run()
+    with pytest.raises(ConfigError, match="this run's own folder"):
+        Drive(policy="expert", scenarios="tiny", out=tmp_path / "new", against=(tmp_path / "new",)).run()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("url", ["ws://", "ws://:8000", "ws://host:0", "ws://host:99999", "ws://host:port"])
+def test_addresses_that_no_server_has_are_not_waited_for(url, tmp_path):
+    with pytest.raises(SpaceDriveError, match="is no address of a policy server"):
+        Drive(checkpoint=url, scenarios="tiny", out=tmp_path / "new").run()

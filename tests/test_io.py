@@ -21,7 +21,7 @@ from spacedrive_jax.io import (
     said_by,
     write_text,
 )
-from spacedrive_jax.json_files import parse_json, read_typed
+from spacedrive_jax.json_files import parse_json, read_json, read_typed
 
 HOLD = """
 import sys, time
@@ -148,3 +148,28 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     (tmp_path / "a" / ".whole.json.partial-123").write_text("{")
     remove_partials(tmp_path)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole.json"]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
+    assert read_typed(tmp_path / "a.json", dict[str, int]) == read_json(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("name", [".", "..", "new/.."])
+def test_a_folder_may_be_named_by_where_we_are(tmp_path, monkeypatch, name):
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with output_lock(name):
+        pass
+    with pytest.raises(SpaceDriveError, match="exists: choose another folder"), atomic_folder(name):
+        pass
+    with pytest.raises(SpaceDriveError, match="cannot write "):
+        write_text(name, "text")
+    assert [path.name for path in tmp_path.rglob("*")] == ["above", "here"]
+
+
+def test_the_root_is_no_place_to_write():
+    for write in (output_lock, atomic_folder):
+        with pytest.raises(SpaceDriveError, match="root of the file system"), write("/"):
+            pass

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.io import BYTE_ORDER_MARK
 from spacedrive_jax.json_files import parse_json
 
 Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
@@ -67,7 +68,7 @@ def decode_rows(content: bytes, kind: type[R], path: Path, key: str = "token") -
     Raises:
         DataError: the content is no list of such rows; the message names the row and the field.
     """
-    content = content.removeprefix(b"\xef\xbb\xbf")  # which some editors put in front
+    content = content.removeprefix(BYTE_ORDER_MARK)
     try:
         return msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]
     except msgspec.ValidationError as error:
