@@ -111,6 +111,8 @@ class Command:
                         )
                     if not is_bucket(path):
                         require_replaceable(path)
+                        if os.path.dirname(real) == real:
+                            raise ConfigError(f"{flag} is the root of the file system: name a place in it")
                         folder = next(each for each in Path(real).parents if os.path.exists(each))
                         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                             raise ConfigError(f"{flag}: the folder {folder} cannot be written to")

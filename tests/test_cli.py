@@ -262,6 +262,8 @@ def test_no_output_replaces_what_is_read(tmp_path, monkeypatch):
         Report((run,), out=run / "metrics.jsonl")
     with pytest.raises(ConfigError, match="is the file of --predictions"):
         Report((run,), predictions=one, out=one)
+    with pytest.raises(SpaceDriveError, match="root of the file system"):
+        Evaluate(**scored, out=Path("/"))
     with pytest.raises(ConfigError, match=r"name it \.html"):
         Report((run,), out=run / "page.pdf").run()
     with pytest.raises(ConfigError, match="keep something else there"):

@@ -79,7 +79,7 @@ class Convert(Command):
             raise ConfigError("--keyframe-offset and --lidar go with --source bench2drive only")
         outcome = Conversion(
             dataroot=self.dataroot,
-            version=self.version,
+            version=self.version.rstrip("/"),  # which a shell's completion leaves
             out=self.out,
             workers=self.workers,
             runner=self.runner,

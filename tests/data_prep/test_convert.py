@@ -66,7 +66,8 @@ def converted(tiny_source, tmp_path) -> Path:
 
 
 def convert_tiny(dataroot: Path, out: Path, **options) -> dict:
-    return dict(Convert(dataroot=dataroot, version=VERSION, out=out, **options).run())
+    # With the slash that a shell's completion leaves.
+    return dict(Convert(dataroot=dataroot, version=f"{VERSION}/", out=out, **options).run())
 
 
 def content(folder: Path) -> dict[str, bytes]:
