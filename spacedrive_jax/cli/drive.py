@@ -61,8 +61,8 @@ class Drive(Command):
     """Drive with this instead of a model; the last two learn from --records."""
     scenarios: str = "small"
     """full, unseen (a town of other geometry), medium (the kinds of `train` once in each of the three towns),
-    small, tiny, train (other towns than those that scores are taken in: to collect in), or a JSON file:
-    [{"kind", "town", "seed"}], some with a "world"."""
+    small, tiny, train and train_more (other towns than those that scores are taken in: to collect in), or a
+    JSON file: [{"kind", "town", "seed"}], some with a "world"."""
     out: Path | None = None
     """Folder to write, here or gs://…; drives/ in the run folder, or drives-POLICY, by default."""
     records: Path | None = None

@@ -40,8 +40,8 @@ TRIES = 24
 CAR = "vehicle.car"
 TEST_SEED = 9000
 """Seed of the towns that drives are scored in; data sets are synthesized with smaller ones."""
-TRAINING_SEED = 5001
-"""Seed of the towns of the first drive of the set `train`, for collecting; each has towns of its own."""
+TRAINING_SEEDS = {"train": 5001, "train_more": 8001}
+"""Sets for collecting, and the seed of their first drive's towns; each drive has towns of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,7 @@ SETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     ),
     "tiny": (("straight", "start"), LOCATIONS[:1], 1),
     "train": (TRAINED, LOCATIONS, 1),
+    "train_more": (TRAINED, LOCATIONS, 3),
 }
 """Kinds, towns and seeds of the sets that `--scenarios` knows by name."""
 
@@ -159,11 +160,12 @@ def drive_set(name: str) -> list[DriveSpec]:
     if name in SETS:
         kinds, towns, seeds = SETS[name]
         wanted = [(kind, town, seed) for seed in range(seeds) for town in towns for kind in kinds]
-        training = name == "train"
-        return [
-            DriveSpec(number, *drive, TRAINING_SEED + number if training else TEST_SEED)
-            for number, drive in enumerate(wanted)
-        ]
+        if name in TRAINING_SEEDS:
+            return [
+                DriveSpec(number, kind, town, 0, TRAINING_SEEDS[name] + number)
+                for number, (kind, town, _) in enumerate(wanted)
+            ]
+        return [DriveSpec(number, *drive) for number, drive in enumerate(wanted)]
     if not Path(name).is_file():
         raise ConfigError(f"--scenarios {name!r}: choose {', '.join(SETS)}, or give a JSON file")
     values = read_json(name, most=16 << 20)

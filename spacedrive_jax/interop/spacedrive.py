@@ -238,13 +238,13 @@ def published_state(model: SpaceDrive) -> dict[str, np.ndarray]:
             "the published layout has adapters (model.use_lora True) and no learned frequencies "
             "(model.encoder.learnable_frequencies False)"
         )
-    more_in_status = config.ego_units or config.target_points_in_status or config.scan_in_status
+    more_in_status = config.ego_units or config.target_points_in_status or config.strips_in_status
     if config.decoder.output_scale != 1.0 or more_in_status:
         raise ConfigError(
             "the published model decodes metres and reads the ego status alone, as it is: this one has "
             f"model.decoder.output_scale {config.decoder.output_scale:g}, "
             f"model.ego_units {config.ego_units}, model.target_points_in_status "
-            f"{config.target_points_in_status} and model.scan_in_status {config.scan_in_status} "
+            f"{config.target_points_in_status} and model.strips_in_status {config.strips_in_status} "
             "(published 1, False, False, 0)"
         )
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))

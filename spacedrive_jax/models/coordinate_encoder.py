@@ -261,30 +261,52 @@ TARGET_POINT_UNIT = 10.0
 """Metres, for target points beside the ego status."""
 
 
-SCAN_DEGREES = 35.0
-"""The sectors lie between so much to the right and so much to the left of straight ahead."""
-SCAN_FAR = 200.0
-"""Metres, where a sector holds nothing."""
-SCAN_REACHES = (10.0, 25.0)
-"""Metres within which a distance is told: as exp(-distance / reach), 0 for far away."""
+LEAST_LEG = 0.01
+"""Metres: nodes that are nearer to each other are the same one."""
+STRIP = 1.5
+"""Metres between the middles of the strips beside the route that the ego feature's MLP reads."""
+REACHES = (10.0, 25.0)
+"""Metres within which something ahead is told: as exp(-distance / reach), 0 for far away."""
 
 
-def nearest_in_sectors(points: Float[Array, "... N 3"], sectors: int) -> Float[Array, "... sectors"]:
-    """Distance of the nearest point in each of some equal sectors ahead, as a laser scan has it.
+def closeness_along_route(
+    points: Float[Array, "... N 3"], target_points: Float[Array, "... points 3"], strips: int
+) -> Float[Array, "... closeness"]:
+    """How close the nearest point is in each of some strips that run along the route.
+
+    The route is the line from the rear axle through the target points and straight on behind the last. A
+    strip reaches `STRIP` to either side of a line beside it; the nearer to its edge, the less a point counts,
+    so that no rounding decides what is in it.
 
     Args:
         points: of the visual tokens, metres, ego frame.
-        sectors: how many, from right to left between -35 and 35 degrees.
+        target_points: the route's next nodes, metres, ego frame; all zero where a sample names none.
+        strips: how many, `STRIP` apart, from right to left; with an odd number the middle one is the route's.
 
     Returns:
-        Metres in the ground plane, 200 where a sector holds no point.
+        exp(-distance / reach) by distance along the route from the rear axle, one strip behind the other for
+        each of `REACHES`; 0 where a strip holds no point, and without a route.
     """
-    points = points.astype(jnp.float32)
-    across = jnp.degrees(jnp.arctan2(points[..., 1], points[..., 0])) + SCAN_DEGREES
-    sector = jnp.floor(across * (sectors / (2 * SCAN_DEGREES)))
-    distance = jnp.minimum(jnp.linalg.norm(points[..., :2], axis=-1), SCAN_FAR)
-    inside = sector[..., None] == jnp.arange(sectors)
-    return jnp.min(jnp.where(inside, distance[..., None], SCAN_FAR), axis=-2)
+    points = points[..., None, :2].astype(jnp.float32)
+    nodes = target_points[..., :2].astype(jnp.float32)
+    offsets = STRIP * (jnp.arange(strips) - (strips - 1) / 2)
+    starts = jnp.concatenate([jnp.zeros_like(nodes[..., :1, :]), nodes[..., :-1, :]], axis=-2)
+    legs = nodes - starts
+    length = jnp.linalg.norm(legs, axis=-1)
+    # A route that ends repeats its last node: such a leg has no direction, and the one before it goes on.
+    there = length > LEAST_LEG
+    last = there & ~jnp.flip(jnp.cumsum(jnp.flip(there, -1), -1) > 1, -1)
+    direction = legs / jnp.maximum(length, LEAST_LEG)[..., None]
+    begin = jnp.cumsum(length, axis=-1) - length
+    relative = points - starts[..., None, :, :]
+    along = jnp.sum(relative * direction[..., None, :, :], axis=-1)
+    aside = direction[..., None, :, 0] * relative[..., 1] - direction[..., None, :, 1] * relative[..., 0]
+    foot = jnp.clip(along, 0.0, jnp.where(last, jnp.inf, length)[..., None, :])
+    apart = jnp.hypot((along - foot)[..., None], aside[..., None] - offsets)
+    weight = jnp.clip(1.0 - apart / STRIP, 0.0, 1.0) * there[..., None, :, None]
+    distance = (begin[..., None, :] + foot)[..., None]
+    near = [jnp.max(weight * jnp.exp(-distance / reach), axis=(-3, -2)) for reach in REACHES]
+    return jnp.concatenate(near, axis=-1)
 
 
 class EgoStatusEncoder(nnx.Module):
@@ -297,7 +319,7 @@ class EgoStatusEncoder(nnx.Module):
         *,
         units: bool = False,
         target_points: bool = False,
-        scan: int = 0,
+        strips: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
         """Draws a fresh encoder.
@@ -307,11 +329,11 @@ class EgoStatusEncoder(nnx.Module):
             model_width: D.
             units: divide every number by what is usual of it.
             target_points: read the target points as well.
-            scan: read the nearest distance in so many sectors as well.
+            strips: read how close the nearest point is in so many strips along the route as well.
             rngs: random streams (`params`).
         """
-        self.units, self.reads_target_points, self.scan = units, target_points, scan
-        inputs = status_size + 2 * NUM_TARGET_POINTS * target_points + len(SCAN_REACHES) * scan
+        self.units, self.reads_target_points, self.strips = units, target_points, strips
+        inputs = status_size + 2 * NUM_TARGET_POINTS * target_points + len(REACHES) * strips
         self.hidden = Linear(inputs, model_width, rngs=rngs)
         self.output = Linear(model_width, model_width, kernel_metadata=FROM_WIDTH, rngs=rngs)
 
@@ -319,10 +341,10 @@ class EgoStatusEncoder(nnx.Module):
         self,
         status: Float[Array, "... E"],
         target_points: Float[Array, "... points 3"] | None = None,
-        nearest: Float[Array, "... sectors"] | None = None,
+        closeness: Float[Array, "... closeness"] | None = None,
     ) -> Float[Array, "... D"]:
         """(..., 74) ego status; (..., 2, 3) metres where it reads target points, and what
-        `nearest_in_sectors` gives where it reads a scan -> (..., D) float32.
+        `closeness_along_route` gives where it reads strips -> (..., D) float32.
         """
         status = status.astype(jnp.float32)
         if self.units:
@@ -331,8 +353,7 @@ class EgoStatusEncoder(nnx.Module):
             assert target_points is not None
             flat = target_points[..., :2].reshape(*target_points.shape[:-2], -1) / TARGET_POINT_UNIT
             status = jnp.concatenate([status, flat], axis=-1)
-        if self.scan:
-            assert nearest is not None
-            near = [jnp.exp(-nearest / reach) for reach in SCAN_REACHES]
-            status = jnp.concatenate([status, *near], axis=-1)
+        if self.strips:
+            assert closeness is not None
+            status = jnp.concatenate([status, closeness], axis=-1)
         return self.output(jax.nn.relu(self.hidden(status)))

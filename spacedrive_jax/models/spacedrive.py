@@ -25,7 +25,7 @@ from spacedrive_jax.models.coordinate_decoder import (
 from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     EgoStatusEncoder,
-    nearest_in_sectors,
+    closeness_along_route,
     rotate_features,
 )
 from spacedrive_jax.models.families import family_of
@@ -78,7 +78,7 @@ class SpaceDrive(nnx.Module):
                 width,
                 units=config.ego_units,
                 target_points=config.target_points_in_status,
-                scan=config.scan_in_status,
+                strips=config.strips_in_status,
                 rngs=rngs,
             )
             if has_feature
@@ -184,9 +184,11 @@ class SpaceDrive(nnx.Module):
         embeddings = place_rows(embeddings, visual_tokens, batch.token_type_ids == TokenType.IMAGE)
         if self.ego_encoder is not None:
             target_points = self._target_points(batch) if config.target_points_in_status else None
-            sectors = config.scan_in_status
-            nearest = nearest_in_sectors(self.patch_points(batch), sectors) if sectors else None
-            feature = self.ego_encoder(batch.ego_status, target_points, nearest)[:, None]
+            closeness = None
+            if target_points is not None and config.strips_in_status:
+                patch_points = self.patch_points(batch)
+                closeness = closeness_along_route(patch_points, target_points, config.strips_in_status)
+            feature = self.ego_encoder(batch.ego_status, target_points, closeness)[:, None]
             embeddings = place_rows(embeddings, feature, batch.token_type_ids == TokenType.EGO_FEATURE)
         if config.ego_status in ("positions", "both"):
             past = self.encoder.past(batch.past_positions)

@@ -56,11 +56,11 @@ class ModelConfig:
     target_points_in_status: bool = False
     """The ego feature's MLP reads the target points too, beside their tokens (`data.target_points`): a
     model that trains from scratch learns from them hundreds of steps earlier."""
-    scan_in_status: int = 0
-    """The ego feature's MLP reads the distance of the nearest visual token in so many sectors ahead, too
-    (`models.coordinate_encoder.nearest_in_sectors`): a small model sees who is before it as soon as it knows
-    its own speed. With `data.depth.heights` that is who stands on the road, without it the road. 0 for none.
-    """
+    strips_in_status: int = 0
+    """The ego feature's MLP reads how close the nearest visual token is in so many strips along the route
+    (`models.coordinate_encoder.closeness_along_route`): a small model sees who is in its way as soon as it
+    knows its own speed. With `data.depth.heights` that is who stands on the road, without it the road. Needs
+    `target_points_in_status`; 0 for none."""
     path_points: int = 0
     """Points of the path, 1 m apart, that the answer gives behind the waypoints: 20 for closed-loop driving
     (waypoints give the speed, the path the direction), 0 for none."""
@@ -74,7 +74,7 @@ class ModelConfig:
     state before a coordinate is decoded in training (published, fidelity Q20; the test decode does not)."""
     compute: ComputeConfig = ComputeConfig()
 
-    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS), "scan_in_status": Bound(0, 64)}
+    BOUNDS: ClassVar[Bounds] = {"path_points": Bound(0, NUM_PATH_POINTS), "strips_in_status": Bound(0, 64)}
 
     def __post_init__(self) -> None:
         check_bounds(self, self.BOUNDS, "model")
@@ -83,16 +83,21 @@ class ModelConfig:
                 f"model.compute.base_quantization {self.compute.base_quantization} needs a frozen base: set "
                 "model.use_lora True, or base_quantization none"
             )
-        about_feature = self.ego_units or self.target_points_in_status or self.scan_in_status
+        about_feature = self.ego_units or self.target_points_in_status or self.strips_in_status
         if about_feature and self.ego_status not in ("feature", "both"):
             raise ConfigError(
-                "model.ego_units, model.target_points_in_status and model.scan_in_status are about the ego "
+                "model.ego_units, model.target_points_in_status and model.strips_in_status are about the ego "
                 f"feature: set model.ego_status feature or both, not {self.ego_status}"
             )
-        if self.scan_in_status and self.visual_positions == "none":
+        if self.strips_in_status and self.visual_positions == "none":
             raise ConfigError(
-                f"model.scan_in_status {self.scan_in_status} reads where visual tokens are, and "
+                f"model.strips_in_status {self.strips_in_status} reads where visual tokens are, and "
                 "model.visual_positions none reads no depth: set it add or rotate"
+            )
+        if self.strips_in_status and not self.target_points_in_status:
+            raise ConfigError(
+                f"model.strips_in_status {self.strips_in_status} lie along the route: set "
+                "model.target_points_in_status True, or strips_in_status 0"
             )
         if self.path_points and (self.decoder.whole_trajectory or not self.coordinate_tokens):
             raise ConfigError(

@@ -12,7 +12,7 @@ from spacedrive_jax.driving.scenarios import (
     HELD_OUT,
     KINDS,
     TEST_SEED,
-    TRAINING_SEED,
+    TRAINING_SEEDS,
     DriveSpec,
     build_drive,
     drive_set,
@@ -75,17 +75,20 @@ def test_the_third_town_differs_in_its_geometry() -> None:
     assert town_of_drives(TEST_TOWN).right_hand
 
 
-def test_other_worlds_have_other_towns() -> None:
-    first, second = (town_of_drives("boston-seaport", world) for world in (TEST_SEED, TRAINING_SEED))
+def test_sets_to_collect_in_have_towns_of_their_own() -> None:
+    first, second = (town_of_drives("boston-seaport", world) for world in (TEST_SEED, 5001))
     assert not np.array_equal(first.junctions[0].centre, second.junctions[0].centre)
-    worlds = [spec.world for spec in drive_set("train")]
-    assert worlds == [TRAINING_SEED + number for number in range(2 * (len(KINDS) - len(HELD_OUT)))]
-    assert TEST_SEED not in worlds
+    worlds = {name: [spec.world for spec in drive_set(name)] for name in TRAINING_SEEDS}
+    kinds_in_towns = 2 * (len(KINDS) - len(HELD_OUT))
+    assert worlds["train"] == list(range(5001, 5001 + kinds_in_towns))
+    assert worlds["train_more"] == list(range(8001, 8001 + 3 * kinds_in_towns))
+    assert TEST_SEED not in {*worlds["train"], *worlds["train_more"]}
 
 
 def test_the_kinds_held_out_are_driven_and_never_collected_in() -> None:
     assert set(HELD_OUT) <= {spec.kind for spec in drive_set("full")} & {s.kind for s in drive_set("unseen")}
-    assert not set(HELD_OUT) & {spec.kind for spec in (*drive_set("train"), *drive_set("medium"))}
+    for name in (*TRAINING_SEEDS, "medium"):
+        assert not set(HELD_OUT) & {spec.kind for spec in drive_set(name)}
 
 
 def test_who_turns_across_the_oncoming_traffic_has_green_with_it() -> None:

@@ -22,7 +22,7 @@ from spacedrive_jax.models.coordinate_encoder import (
     CoordinateEncoder,
     CoordinateEncoderConfig,
     EgoStatusEncoder,
-    nearest_in_sectors,
+    closeness_along_route,
     rotate_features,
     status_units,
 )
@@ -127,19 +127,40 @@ def test_the_ego_feature_in_units_and_with_the_route():
         ModelConfig(ego_status="none", target_points_in_status=True)
 
 
-def test_the_ego_feature_reads_the_nearest_point_of_every_sector():
-    # Seven sectors of 10 degrees: straight ahead is the fourth, 30 degrees to the left the last one.
-    points = np.array([[20, 0, 0], [12, 1, 1], [8, 8 * np.tan(np.pi / 6), 0], [5, -5, 0], [-3, 0, 0]])
-    nearest = nearest_in_sectors(jnp.asarray(points)[None], 7)
-    expected = [200.0] * 3 + [np.hypot(12, 1), 200.0, 200.0, 8 / np.cos(np.pi / 6)]
-    np.testing.assert_allclose(nearest, [expected], rtol=1e-5)
+def test_the_ego_feature_reads_who_is_near_in_strips_along_the_route():
+    # 8 m ahead, then to the left; five strips from 3 m on the right to 3 m on the left, the route's between.
+    nodes = jnp.array([[[8, 0, 0], [8, 8, 0]]], jnp.float32)
+
+    def near(*points: tuple[float, float], nodes: jax.Array = nodes) -> np.ndarray:
+        ground = jnp.asarray(points, jnp.float32)
+        return np.asarray(closeness_along_route(jnp.pad(ground, ((0, 0), (0, 1)))[None], nodes, 5))
+
+    def strips(**distances: float) -> np.ndarray:
+        places = [distances.get(name, np.inf) for name in ("far_right", "right", "route", "left", "far_left")]
+        return np.concatenate([np.exp(-np.array(places) / reach) for reach in (10.0, 25.0)])[None]
+
+    # The nearest counts; so far along that the second leg's corner is not beside it.
+    np.testing.assert_allclose(near((2, 0), (3, 0)), strips(route=2), atol=1e-6)
+    np.testing.assert_allclose(near((3, -3)), strips(far_right=3), atol=1e-6)
+    # Half inside each of two strips; behind the corner, and far behind the last node.
+    np.testing.assert_allclose(near((3, 0.75)), strips(route=3, left=3) / 2, atol=1e-6)
+    np.testing.assert_allclose(near((8, 6)), strips(route=14), atol=1e-6)
+    np.testing.assert_allclose(near((11, 20), (-3, 0)), strips(far_right=28), atol=1e-6)
+    # On the edge of a strip a point counts nothing there: neither side of a rounding matters.
+    np.testing.assert_allclose(near((3, 1.5 - 1e-4)), near((3, 1.5 + 1e-4)), atol=1e-4)
+    # A route that ends says its last node twice, and goes straight on; without a route there is nothing.
+    ended = nodes.at[:, 1].set(nodes[:, 0])
+    np.testing.assert_allclose(near((20, 0), nodes=ended), strips(route=20), atol=1e-6)
+    assert not near((3, 0), nodes=0 * nodes).any()
+    closeness = jnp.asarray(near((3, 0), (3, 3)))
     status = jnp.ones((1, STATUS_SIZE))
-    encoder = EgoStatusEncoder(STATUS_SIZE, WIDTH, scan=7, rngs=nnx.Rngs(0))
-    inputs = np.concatenate([status, np.exp(-nearest / 10), np.exp(-nearest / 25)], axis=1)
-    by_hand = encoder.output(jax.nn.relu(encoder.hidden(jnp.asarray(inputs))))
-    np.testing.assert_allclose(encoder(status, nearest=nearest), by_hand, atol=1e-6)
+    encoder = EgoStatusEncoder(STATUS_SIZE, WIDTH, strips=5, rngs=nnx.Rngs(0))
+    by_hand = encoder.output(jax.nn.relu(encoder.hidden(jnp.concatenate([status, closeness], axis=1))))
+    np.testing.assert_allclose(encoder(status, closeness=closeness), by_hand, atol=1e-6)
     with pytest.raises(ConfigError, match=r"visual_positions none reads no depth"):
-        ModelConfig(visual_positions="none", scan_in_status=7)
+        ModelConfig(visual_positions="none", target_points_in_status=True, strips_in_status=5)
+    with pytest.raises(ConfigError, match=r"strips_in_status 5 lie along the route"):
+        ModelConfig(strips_in_status=5)
 
 
 def test_divergence_is_that_of_normal_distributions():
