@@ -271,7 +271,7 @@ class NewTokensConfig:
     count: int = 2
 
 
-FLOATS = ("float32", "bfloat16", "float16", "float64")
+FLOATS = ("float32", "bfloat16", "float16")
 """Types to compute and to store in."""
 
 
