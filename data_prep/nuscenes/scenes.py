@@ -254,7 +254,10 @@ def _keyframe(
     for channel in (*CAMERAS, LIDAR):
         row = sensor_rows.get((sample.token, channel))
         if row is None:
-            raise DataError(f"sample_data.json: keyframe {sample.token!r} has no {channel} row")
+            raise DataError(
+                f"sample_data.json: keyframe {sample.token!r} has no {channel} row: the table is not whole, "
+                "unpack the release's metadata again"
+            )
         if abs(row.timestamp - sample.timestamp) > MAX_SENSOR_DELAY_US:
             raise DataError(
                 f"sample_data.json: row {row.token!r}, field 'timestamp': {row.timestamp} is "
