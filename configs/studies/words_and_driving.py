@@ -217,7 +217,11 @@ COUNTERFACTUAL = Plan(
     factors=(
         Factor(
             "encodings",
-            (Level("both"), Level("none", {"model.visual_positions": "none", **FUTURES_IN_DIGITS})),
+            (
+                # The trajectory asked about: without, a question's coordinates all look alike.
+                Level("both", {"model.position_input": True}),
+                Level("none", {"model.visual_positions": "none", **FUTURES_IN_DIGITS}),
+            ),
         ),
     ),
     seeds=SEEDS,

@@ -138,6 +138,12 @@ def training_samples(
     for folder, _ in sources:
         parts.append(_folder_samples(folder, data, builder, batch_size, split, offset, advice, keep))
         offset += len(parts[-1].records)
+    asks = data.conversation.tasks not in ("planning", "think_before_planning")
+    if asks and model.coordinate_tokens and not model.position_input:
+        note(
+            "note: coordinates in questions are position tokens that all look alike, as published: set "
+            "model.position_input True where an answer depends on them"
+        )
     return parts[0] if len(parts) == 1 else MixedSamples(parts, [weight for _, weight in sources])
 
 

@@ -1,6 +1,7 @@
 """Texts about a keyframe from its record: nothing said that the record does not know."""
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_labels_cover_the_words_and_waypoints_stand_behind_them(record):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("tasks", ["think_before_planning", "questions"])
-def test_a_run_is_told_what_its_words_need(tmp_path, tasks):
+def test_a_run_is_told_what_its_words_need(tmp_path, tasks, caplog):
+    caplog.set_level(logging.INFO)
     talk = {"data.conversation.tasks": tasks, "data.conversation.scene_texts": True}
     config = change(load_config(str(TINY)), "words", talk)
     data = dataclasses.replace(config.data, records=str(make_records(tmp_path / "records")))
@@ -142,6 +144,11 @@ def test_a_run_is_told_what_its_words_need(tmp_path, tasks):
         check_lengths(training_samples(data, config.model, 2))
     roomy = dataclasses.replace(data, sequence_length=512, max_targets=400, max_coordinates=20)
     check_lengths(training_samples(roomy, config.model, 2))
+    # Of questions: a coordinate that is asked about is told only with position input.
+    assert ("all look alike" in caplog.text) == (tasks == "questions")
+    caplog.clear()
+    training_samples(roomy, dataclasses.replace(config.model, position_input=True), 2)
+    assert "all look alike" not in caplog.text
 
 
 def test_what_does_not_go_together_is_said(record, tmp_path):
