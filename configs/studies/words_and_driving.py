@@ -218,8 +218,9 @@ COUNTERFACTUAL = Plan(
         Factor(
             "encodings",
             (
-                # The trajectory asked about: without, a question's coordinates all look alike.
                 Level("both", {"model.position_input": True}),
+                # As published: a question's coordinates are tokens that all look alike.
+                Level("both, no position input"),
                 Level("none", {"model.visual_positions": "none", **FUTURES_IN_DIGITS}),
             ),
         ),
@@ -228,18 +229,12 @@ COUNTERFACTUAL = Plan(
     minutes=1.5,
     minutes_at_test=0.5,
     claims=tuple(
-        Claim(
-            f"Encodings help to tell what is unsafe{said}",
-            metric,
-            {"encodings": "both"},
-            {"encodings": "none"},
-            0.05,
-            "",
-        )
-        for metric, said in (
-            ("misjudged", ""),
-            ("missed", ": safety recall"),
-            ("false alarm", ": false alarms"),
+        Claim(text, metric, {"encodings": "both"}, {"encodings": worse}, 0.05, "")
+        for text, metric, worse in (
+            ("Encodings help to tell what is unsafe", "misjudged", "none"),
+            ("Encodings help to tell what is unsafe: safety recall", "missed", "none"),
+            ("Encodings help to tell what is unsafe: false alarms", "false alarm", "none"),
+            ("Position input helps to tell what is unsafe", "misjudged", "both, no position input"),
         )
     ),
     missing=("red lights, which records do not hold", "trained beside planning"),
