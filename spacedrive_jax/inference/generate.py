@@ -29,7 +29,7 @@ from spacedrive_jax.inference.progress import (
     coordinate_indices,
     mark_seen,
     position_embedding,
-    put_in_rows,
+    scatter_rows,
     start,
     token_coordinates,
 )
@@ -188,11 +188,11 @@ def generate(
 
 def _ends_in(progress: DecodeState, ids: Int[Array, " K"]) -> Bool[Array, " B"]:
     """Whose answer's last tokens are these, none of them discarded."""
-    places = progress.count[:, None] - len(ids) + jnp.arange(len(ids))
-    at = jnp.maximum(places, 0)
+    indices = progress.count[:, None] - len(ids) + jnp.arange(len(ids))
+    at = jnp.maximum(indices, 0)
     same = jnp.take_along_axis(progress.token_ids, at, axis=1) == ids
     discarded = jnp.take_along_axis(progress.is_position, at, axis=1)
-    return jnp.all(same & ~discarded & (places >= 0), axis=1)
+    return jnp.all(same & ~discarded & (indices >= 0), axis=1)
 
 
 def _step(
@@ -211,7 +211,7 @@ def _step(
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     coordinates = token_coordinates(model, progress.hidden)
     # Out of range where finished: dropped.
-    places = jnp.where(active, progress.count, progress.token_ids.shape[1])[:, None]
+    indices = jnp.where(active, progress.count, progress.token_ids.shape[1])[:, None]
     decoded = active & discarded
     count = progress.count + active
     ended = (chosen == tokenizer.turn_end) | (count >= max_new_tokens)
@@ -235,10 +235,10 @@ def _step(
         after_indicator=~discarded & (chosen == tokenizer.indicator) & model.config.coordinate_tokens,
         finished=finished,
         count=count,
-        token_ids=put_in_rows(progress.token_ids, places, chosen[:, None]),
-        coordinates=put_in_rows(
-            progress.coordinates, places, jnp.where(decoded[:, None, None], coordinates, 0.0)[:, None]
+        token_ids=scatter_rows(progress.token_ids, indices, chosen[:, None]),
+        coordinates=scatter_rows(
+            progress.coordinates, indices, jnp.where(decoded[:, None, None], coordinates, 0.0)[:, None]
         ),
-        is_position=put_in_rows(progress.is_position, places, decoded[:, None]),
+        is_position=scatter_rows(progress.is_position, indices, decoded[:, None]),
         seen=mark_seen(progress.seen, chosen[:, None], active[:, None]),
     )

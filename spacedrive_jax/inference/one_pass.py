@@ -37,7 +37,7 @@ from spacedrive_jax.inference.progress import (
     nothing_generated,
     position_embedding,
     prefill,
-    put_in_rows,
+    scatter_rows,
     token_coordinates,
 )
 from spacedrive_jax.models.attention import KVCache
@@ -138,24 +138,26 @@ def _agreed(
     length = len(frame)
     expected = jnp.asarray(frame, jnp.int32)
     discarded = np.asarray(frame) == tokenizer.position
-    position_places = np.flatnonzero(discarded)
+    position_indices = np.flatnonzero(discarded)
     scores = model.vlm.decoder.logits(hidden)
     chosen, margin = _choose(scores, before.seen, repetition_penalty)
 
     is_tie = margin < TIE_MARGIN.get(model.config.compute.dtype, TIE_MARGIN_HALF)
     differs = is_tie | ((chosen != expected) & ~discarded)
     agrees = ~jnp.any(differs, axis=1)
-    place = jnp.argmax(differs, axis=1)
-    tied = jnp.take_along_axis(is_tie, place[:, None], axis=1)[:, 0]
-    count = jnp.where(agrees, length, jnp.where(tied, 0, place)).astype(jnp.int32)
+    first = jnp.argmax(differs, axis=1)
+    tied = jnp.take_along_axis(is_tie, first[:, None], axis=1)[:, 0]
+    count = jnp.where(agrees, length, jnp.where(tied, 0, first)).astype(jnp.int32)
     count = jnp.where(drafted, count, 0)
 
     kept = jnp.arange(length) < count[:, None]
     coordinates = jnp.zeros((*hidden.shape[:2], coordinates_per_token(model), 3), jnp.float32)
-    coordinates = coordinates.at[:, position_places].set(token_coordinates(model, hidden[:, position_places]))
+    coordinates = coordinates.at[:, position_indices].set(
+        token_coordinates(model, hidden[:, position_indices])
+    )
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
-    places = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
+    indices = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
     here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return DecodeState(
@@ -164,11 +166,11 @@ def _agreed(
         after_indicator=jnp.where(drafted, jnp.asarray(discarded)[last], before.after_indicator),
         finished=before.finished | (drafted & agrees),
         count=before.count + count,
-        token_ids=put_in_rows(before.token_ids, places, chosen),
-        coordinates=put_in_rows(
-            before.coordinates, places, jnp.where(is_position[..., None, None], coordinates, 0.0)
+        token_ids=scatter_rows(before.token_ids, indices, chosen),
+        coordinates=scatter_rows(
+            before.coordinates, indices, jnp.where(is_position[..., None, None], coordinates, 0.0)
         ),
-        is_position=put_in_rows(before.is_position, places, is_position),
+        is_position=scatter_rows(before.is_position, indices, is_position),
         seen=mark_seen(before.seen, chosen, kept),
     )
 
@@ -190,7 +192,7 @@ def _choose(
         seen: Bool[Array, "B vocabulary"], scores: Float[Array, "B vocabulary"]
     ) -> tuple[Bool[Array, "B vocabulary"], tuple[Array, Array]]:
         ids, margin = best(apply_repetition_penalty(scores, seen, penalty))
-        return put_in_rows(seen, ids[:, None], jnp.ones((len(ids), 1), bool)), (ids, margin)
+        return scatter_rows(seen, ids[:, None], jnp.ones((len(ids), 1), bool)), (ids, margin)
 
     _, (ids, margin) = jax.lax.scan(step, seen, jnp.swapaxes(scores, 0, 1))
     return ids.T, margin.T
@@ -297,7 +299,7 @@ def _run_with_prompt(
     position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
     counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
     position_ids = jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted)
-    embeddings = put_in_rows(embeddings, behind, text)
+    embeddings = scatter_rows(embeddings, behind, text)
     lengths = batch.lengths + width
     hidden, cache = prefill(model, position_ids, lengths, embeddings, deepstack, room - width)
     indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)

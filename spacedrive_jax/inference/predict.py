@@ -198,7 +198,7 @@ def predict(
     builder = SampleBuilder(config.data, config.model, answer=False)
     records = open_records(records_dir, split)
     depth = builder.open_depth(records, advice=depth_advice(config))
-    wanted = places_of(records, tokens) if tokens else list(range(len(records)))[:limit]
+    wanted = indices_of(records, tokens) if tokens else list(range(len(records)))[:limit]
     longest = answer_limit(config) if max_new_tokens is None else max_new_tokens
     draft = expected_draft(config, builder.tokenizer) if decoding == "one-pass" else None
     generation = GenerationConfig(
@@ -269,7 +269,7 @@ def check_changes(fields: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} cannot be changed for predictions alone: only fields of data can")
 
 
-def places_of(records: Records, tokens: Sequence[str]) -> list[int]:
+def indices_of(records: Records, tokens: Sequence[str]) -> list[int]:
     """Where keyframes stand in a split.
 
     Args:

@@ -168,15 +168,15 @@ def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: 
     return mark_seen(nothing, batch.token_ids, valid)
 
 
-def put_in_rows(
-    rows: Shaped[Array, "B G ..."], places: Int[Array, "B K"], values: Shaped[Array, "B K ..."]
+def scatter_rows(
+    rows: Shaped[Array, "B G ..."], indices: Int[Array, "B K"], values: Shaped[Array, "B K ..."]
 ) -> Shaped[Array, "B G ..."]:
-    """Sets places of each sample's own row; places behind the row's end are dropped.
+    """Sets values in each sample's own row; indices behind the row's end are dropped.
 
-    `rows.at[arange(B)[:, None], places].set(values)` says the same, but not to the partitioner, which then
-    sends all samples' values to every device.
+    `rows.at[arange(B)[:, None], indices].set(values)` says the same, as `jnp.put_along_axis` does, but not to
+    the partitioner, which then sends all samples' values to every device.
     """
-    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(rows, places, values)
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(rows, indices, values)
 
 
 def mark_seen(seen: Seen, token_ids: Int[Array, "B K"], valid: Bool[Array, "B K"]) -> Seen:
@@ -184,7 +184,7 @@ def mark_seen(seen: Seen, token_ids: Int[Array, "B K"], valid: Bool[Array, "B K"
     if seen is None:
         return None
     indices = jnp.where(valid, token_ids, seen.shape[-1])  # out of range where invalid: dropped
-    return put_in_rows(seen, indices, jnp.ones_like(valid))
+    return scatter_rows(seen, indices, jnp.ones_like(valid))
 
 
 def apply_repetition_penalty(

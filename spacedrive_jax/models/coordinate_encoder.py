@@ -262,7 +262,7 @@ TARGET_POINT_UNIT = 10.0
 
 
 LEAST_LEG = 0.01
-"""Metres: nodes that are nearer to each other are the same one."""
+"""Metres along an axis: target points that are nearer to each other are the same one."""
 STRIP = 1.5
 """Metres between the middles of the strips beside the route that the ego feature's MLP reads."""
 REACHES = (10.0, 25.0)
@@ -294,9 +294,10 @@ def closeness_along_route(
     legs = nodes - starts
     length = jnp.linalg.norm(legs, axis=-1)
     # A route that ends repeats its last node: such a leg has no direction, and the one before it goes on.
-    there = length > LEAST_LEG
+    # A difference has the same bits on every processor, a length may not have.
+    there = jnp.max(jnp.abs(legs), axis=-1) > LEAST_LEG
     last = there & ~jnp.flip(jnp.cumsum(jnp.flip(there, -1), -1) > 1, -1)
-    direction = legs / jnp.maximum(length, LEAST_LEG)[..., None]
+    direction = legs / jnp.where(there, length, 1.0)[..., None]
     begin = jnp.cumsum(length, axis=-1) - length
     relative = points - starts[..., None, :, :]
     along = jnp.sum(relative * direction[..., None, :, :], axis=-1)
