@@ -91,7 +91,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def encoder_flops(size: str) -> float:
     """Floating-point operations of DINOv2 on one image, those of its matrix products."""
-    from spacedrive_jax.models.depth.dinov2 import SIZES
+    from spacedrive_jax.models.depth.backbone import SIZES
 
     config = SIZES[size]
     patches = (NETWORK_IMAGE // PATCH) ** 2
@@ -138,7 +138,7 @@ def torch_case(case: Case) -> Prepared:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from spacedrive_jax.models.depth.dinov2 import SIZES
+    from spacedrive_jax.models.depth.backbone import SIZES
 
     if case.part != "encoder":
         raise SystemExit("PyTorch runs the encoder only: UniDepth's own code is not part of transformers")

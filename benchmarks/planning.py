@@ -42,7 +42,7 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import start
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.models.config import LanguageModelConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.family import ChatTokens, Message

@@ -35,7 +35,7 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.inference.depth_network import keyframe_views
 from spacedrive_jax.interop.unidepth import save_unidepth
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, to_network
 from spacedrive_jax.models.depth.unidepth_decoder import LOG_RADIUS_OFFSET
 from spacedrive_jax.models.partitioning import initialize

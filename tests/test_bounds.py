@@ -28,8 +28,8 @@ from spacedrive_jax.models.config import (
 )
 from spacedrive_jax.models.coordinate_decoder import CoordinateDecoderConfig, GridConfig
 from spacedrive_jax.models.coordinate_encoder import CoordinateEncoderConfig
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig

@@ -11,7 +11,7 @@ from flax import nnx
 
 from benchmarks.gpu.rows import parser, seconds, tell
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.partitioning import initialize
 

@@ -58,7 +58,7 @@ class ImportWeights(Command):
 
     def run(self) -> Mapping[str, Any]:
         """Imports; see `spacedrive_jax.interop.importing`."""
-        from spacedrive_jax.interop.gguf_import import import_gguf
+        from spacedrive_jax.interop.gguf import import_gguf
         from spacedrive_jax.interop.importing import READERS, ImportOptions
         from spacedrive_jax.interop.spacedrive import import_spacedrive
 

@@ -16,13 +16,19 @@ from spacedrive_jax.config import Config, from_json
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.exporting import Exportable, write_processor
-from spacedrive_jax.interop.flavours import check_folder
+from spacedrive_jax.interop.exporting import (
+    Exportable,
+    base_licence,
+    data_licence,
+    model_card,
+    scores_of,
+    write_processor,
+)
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.hf_config import PROCESSOR_FILES, read_special_ids
 from spacedrive_jax.interop.importing import copy_tokenizer
-from spacedrive_jax.interop.model_card import base_licence, data_licence, model_card, scores_of
 from spacedrive_jax.interop.peft import base_of
+from spacedrive_jax.interop.safetensors_folder import check_folder
 from spacedrive_jax.interop.weights_folder import (
     ADAPTER_FOLDER,
     EXTRAS_FILE,

@@ -21,8 +21,8 @@ from spacedrive_jax.interop.weight_table import ParameterPath, Rule, Shape, chec
 from spacedrive_jax.io import MEBIBYTE
 from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.depth_anything import NUM_LEVELS, DepthAnything, DepthAnythingConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 
 Module = TypeVar("Module", bound=nnx.Module)
 

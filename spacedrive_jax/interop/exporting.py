@@ -1,143 +1,35 @@
 """Writers of weights for others: what this project trained or imported, as transformers and PEFT have it.
 
-And the other way: which run of this project a published SpaceDrive checkpoint means.
+Beside them the model card: base, licence, data, scores, how to load it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.config import Config, TrainConfig, load_config
+from spacedrive_jax.data.mixture import mixed_fingerprint, records_sources
+from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
-from spacedrive_jax.errors import CheckpointError
+from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.interop.hf_config import published_of
-from spacedrive_jax.interop.importing import ImportOptions, copy_tokenizer
-from spacedrive_jax.interop.model_card import CARD
+from spacedrive_jax.interop.importing import copy_tokenizer
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.interop.safetensors_folder import save_tensors
-from spacedrive_jax.interop.spacedrive_config import (
-    PublishedConfig,
-    data_config,
-    model_config,
-    parse_published_config,
-    read_published_config,
-    train_config,
-)
-from spacedrive_jax.interop.spacedrive_tensors import Parts
 from spacedrive_jax.interop.weight_table import new_token_rules
-from spacedrive_jax.io import MEBIBYTE, is_there, write_part, write_text
+from spacedrive_jax.io import MEBIBYTE, is_there, read_text, write_part, write_text
 from spacedrive_jax.json_files import read_json, write_json
-from spacedrive_jax.models.config import LoraConfig, VLConfig
-from spacedrive_jax.models.coordinate_encoder import frequency_table
+from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import to_host
-from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-
-FREQUENCIES = "position_encoder.freq"
-FREQUENCY_TOLERANCE = 1e-5
-"""Relative; torch's vectorised power is off by two units in the last place."""
-LOSS_FIELDS = ("position_loss", "huber_delta", "position_weight", "supervision")
-UNTRACED = ("visual_positions", "position_input", "semantic_position")
-"""Fields of a model that leave no trace in a checkpoint."""
-
-
-def published_run(
-    parts: Parts, vlm: VLConfig, lora: LoraConfig, options: ImportOptions, origin: str
-) -> tuple[Config, list[str]]:
-    """The run that a checkpoint means.
-
-    The model follows from the published config, which `--published-config` names or the checkpoint carries in
-    its `meta`; without one, from the preset. Data and training settings are the preset's where one is given,
-    else the published ones.
-
-    Args:
-        parts: the checkpoint.
-        vlm: its base.
-        lora: its adapters.
-        options: names the published config and the preset.
-        origin: what to call the checkpoint.
-
-    Returns:
-        The run, and what had to be assumed.
-
-    Raises:
-        CheckpointError: the published config cannot be read or means nothing this project knows, or the
-            checkpoint's frequencies are not its encoder's.
-    """
-    preset = load_config(options.preset or _preset_of(parts, vlm))
-    published = _published_config(parts, options, origin)
-    notes = []
-    if published is None:
-        model = dataclasses.replace(preset.model, vlm=vlm, lora=lora, weights=None)
-        settings = ", ".join(f"model.{name} {getattr(model, name)}" for name in UNTRACED)
-        notes.append(
-            f"the checkpoint does not say how it was trained: {settings} are those of {preset.name} "
-            "(--published-config FILE tells)"
-        )
-        run = dataclasses.replace(preset, model=model)
-    else:
-        if not published.model.get("io_3d_pos", False):
-            raise CheckpointError(
-                f"{origin}: its config has io_3d_pos False, with which the published code cannot train"
-            )
-        model = model_config(published.model, vlm, lora, preset.model.compute)
-        data = preset.data
-        if options.preset is None:
-            data = data_config(published.model, published.loader, data)
-        train = _with_losses(preset.train, train_config(published.model))
-        run = dataclasses.replace(preset, model=model, data=data, train=train)
-    check_frequencies(model, parts.buffers, origin)
-    return dataclasses.replace(run, name="published_spacedrive", run_dir=None), notes
-
-
-def _published_config(parts: Parts, options: ImportOptions, origin: str) -> PublishedConfig | None:
-    if options.published_config is not None:
-        return read_published_config(options.published_config)
-    text = parts.meta.get("config")
-    return parse_published_config(text, f"{origin}, meta.config") if isinstance(text, str) else None
-
-
-def _preset_of(parts: Parts, vlm: VLConfig) -> str:
-    """The published run of the family, with ego status where the checkpoint has its MLP."""
-    has_ego = any(name.startswith("ego_status_mlp") for name in parts.heads)
-    return published_of(vlm).presets[has_ego]
-
-
-def _with_losses(train: TrainConfig, losses: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(train, **{name: getattr(losses, name) for name in LOSS_FIELDS})
-
-
-def check_frequencies(model: ModelConfig, buffers: Mapping[str, np.ndarray], origin: str) -> None:
-    """Compares the encoder's frequencies with those that the checkpoint keeps.
-
-    Raises:
-        CheckpointError: they differ, naming the fields.
-    """
-    held = buffers.get(FREQUENCIES)
-    if held is None:
-        return
-    ours = frequency_table(model.encoder, model.vlm.decoder.hidden_size)
-    same = held.shape == ours.shape and np.allclose(
-        np.asarray(held, np.float32), ours, rtol=FREQUENCY_TOLERANCE, atol=0
-    )
-    if not same:
-        encoder = model.encoder
-        raise CheckpointError(
-            f"{origin}: {FREQUENCIES} runs from {held.flat[0]:.6g} to {held.flat[-1]:.6g} ({held.size}), but "
-            f"model.encoder.kind {encoder.kind}, base {encoder.base:g} and frequency_scaling "
-            f"{encoder.frequency_scaling:g} (published pe_type, pe_freq_coeff, pe_freq_scaling) give "
-            f"{ours[0]:.6g} to {ours[-1]:.6g} ({ours.size}): give its --published-config, or a --config"
-        )
-
 
 NEW_TOKENS_FILE = "new_tokens.safetensors"
 
@@ -292,3 +184,171 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds no JSON object: fetch the base's files again")
     return fields
+
+
+CARD = "README.md"
+MOST_CARD = MEBIBYTE
+_LICENCE = re.compile(r"^license(?:_name)?:\s*([\w.+-]+)\s*$", re.MULTILINE)
+
+LOADING: Mapping[str, str] = {
+    "hf": """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("PATH")
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+```
+
+It is the vision-language model alone: transformers has no place for the coordinate encoder and the
+coordinate decoder.""",
+    "safetensors": """```python
+from spacedrive_jax import Planner
+
+planner = Planner.load("PATH")
+plan = planner.plan(planner.records("RECORDS")[0])
+plan.figure().savefig("plan.png")
+```
+
+`python -m spacedrive_jax show PATH --records RECORDS`, and `predict`, `drive` and `serve` with `--checkpoint
+PATH`, take it too.""",
+}
+
+
+_SCORED = {"protocol", "l2", "collision", "samples", "records", "predictions_sha256"}
+"""What an evaluation says."""
+
+
+def base_licence(base: Path | None) -> str | None:
+    """The licence that a base's own model card names; None where it has no card, or names none."""
+    if base is None or not (base / CARD).is_file():
+        return None
+    text = read_text(base / CARD, most=MOST_CARD)
+    front = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+    named = _LICENCE.findall(front)
+    return named[-1] if named else None
+
+
+def data_licence(records: str, fingerprint: str | None) -> tuple[str, str]:
+    """What a records folder says of its data: licence, and the version it was converted from; "" for neither.
+
+    Args:
+        records: `data.records` of a run; folders that are not here, or hold other records now, say nothing.
+        fingerprint: of the records that the run was trained on.
+    """
+    licences, versions = [], []
+    try:
+        found = [read_provenance(folder) for folder, _ in records_sources(records)]
+    except SpaceDriveError:
+        return "", ""
+    if mixed_fingerprint([str(each.get("fingerprint")) for each in found]) != fingerprint:
+        return "", ""
+    for provenance in found:
+        source = provenance.get("source")
+        licences.append(provenance.get("licence"))
+        versions.append(source.get("version") if isinstance(source, dict) else None)
+    said = [dict.fromkeys(each for each in found if isinstance(each, str)) for found in (licences, versions)]
+    return " ".join(said[0]), ", ".join(said[1])
+
+
+def scores_of(run_dir: Path, trainable_fingerprint: str | None) -> list[Mapping[str, Any]]:
+    """The scores in a run folder that are of these very numbers: of the predictions that `predict` noted in
+    run.json, on the records that they were made on.
+
+    Args:
+        run_dir: the run's folder.
+        trainable_fingerprint: of the checkpoint.
+    """
+    found: list[Mapping[str, Any]] = []
+    try:
+        predicted = read_json(run_dir / "run.json", most=16 * MEBIBYTE)["predicted"]
+        of_these = predicted["trainable_fingerprint"] == trainable_fingerprint and not predicted["average"]
+        wanted = predicted["sha256"], predicted["records_fingerprint"], predicted["split"]
+    except (SpaceDriveError, KeyError, TypeError):
+        return found
+    if not of_these or trainable_fingerprint is None:
+        return found
+    for file in sorted(run_dir.glob("*.json")):
+        try:
+            content = read_json(file, most=16 * MEBIBYTE)
+        except SpaceDriveError:
+            continue
+        if not isinstance(content, dict) or not content.keys() >= _SCORED:
+            continue
+        source = content["records"] if isinstance(content["records"], dict) else {}
+        made_of = content["predictions_sha256"], source.get("fingerprint"), source.get("split")
+        as_they_are = content.get("discrete_coords") is None and content.get("axes") in (None, "forward-left")
+        if made_of == wanted and as_they_are:
+            found.append(content)
+    return found
+
+
+def model_card(
+    *,
+    name: str,
+    base: str | None,
+    kind: Literal["hf", "safetensors"],
+    licence: str | None,
+    details: Mapping[str, str],
+    scores: Sequence[Mapping[str, Any]] = (),
+    processor: bool = True,
+) -> str:
+    """The text of a card, with the front matter that model hubs read.
+
+    Args:
+        name: of the run.
+        base: what the weights were trained from; None where they were drawn.
+        kind: how it is loaded.
+        licence: of the base; None where it is not known.
+        details: what is known of where it comes from, in words.
+        scores: of `evaluate`.
+        processor: whether a processor lies beside the weights, or the tokenizer alone.
+    """
+    lines = ["---", "library_name: " + ("transformers" if kind == "hf" else "spacedrive_jax")]
+    lines += [f"license: {licence}"] if licence else []
+    lines += ["tags:", "- spacedrive", "- autonomous-driving", "---", f"# {name}", ""]
+    loading = LOADING[kind]
+    if not processor:
+        loading = loading.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
+    lines += [
+        "SpaceDrive ([arXiv 2512.10719](https://arxiv.org/abs/2512.10719)), trained with spacedrive_jax.",
+        "",
+        f"* **Base**: {base or 'none, everything was trained from numbers drawn by the seed'}",
+        f"* **Licence**: {_licence_line(base, licence)}",
+        *(f"* **{name}**: {value}" for name, value in details.items()),
+        "",
+        "## Scores",
+        *_score_lines(scores),
+        "",
+        "## How to load it",
+        loading,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _licence_line(base: str | None, licence: str | None) -> str:
+    if base is None:
+        return "no base to inherit one from; that of the data applies"
+    if licence is None:
+        return "the base's card names none that could be read here; the base's applies, and that of the data"
+    return f"{licence}, that of the base; that of the data applies too"
+
+
+def _score_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not scores:
+        return ["None were recorded with these numbers."]
+    lines = [
+        "| protocol | split | keyframes | L2 at 1 / 2 / 3 s, m | average | collision, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in scores:
+        l2, collision = each["l2"], each["collision"]
+        protocol = f"{each['protocol']}, people too" if each.get("pedestrians") else each["protocol"]
+        horizon = " / ".join(_number(l2.get(column)) for column in ("1s", "2s", "3s"))
+        lines.append(
+            f"| {protocol} | {each['records']['split']} | {each['samples']} | {horizon} "
+            f"| {_number(l2.get('avg'))} | {_number(collision.get('avg'))} |"
+        )
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else "-"

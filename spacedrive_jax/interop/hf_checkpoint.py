@@ -21,7 +21,6 @@ from flax import nnx
 
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
-from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_config import (
     format_of,
     read_hf_config,
@@ -33,6 +32,7 @@ from spacedrive_jax.interop.safetensors_folder import (
     Complete,
     PlannedTensor,
     SafetensorsFolder,
+    check_folder,
     plan_shards,
     write_folder,
 )

@@ -18,7 +18,6 @@ from tokenizers import AddedToken
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.tokenizer import INDICATOR, MOST_BYTES, POSITION, read_tokenizer
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head, without_content
 from spacedrive_jax.interop.hf_config import (
     format_of,
@@ -30,6 +29,7 @@ from spacedrive_jax.interop.peft import base_of, open_adapter, read_peft_config,
 from spacedrive_jax.interop.safetensors_folder import (
     PlannedTensor,
     SafetensorsFolder,
+    check_folder,
     new_folder,
     plan_shards,
     write_tensors,

@@ -14,10 +14,9 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.errors import CheckpointError, DataError
-from spacedrive_jax.interop.flavours import FLOATS
 from spacedrive_jax.interop.hf_checkpoint import export_tensors, fill
 from spacedrive_jax.interop.hf_config import format_of
-from spacedrive_jax.interop.safetensors_folder import Complete, SafetensorsFolder, write_folder
+from spacedrive_jax.interop.safetensors_folder import FLOAT_TYPES, Complete, SafetensorsFolder, write_folder
 from spacedrive_jax.interop.weight_table import Format, Rule, check_names_and_shapes, lora_rules
 from spacedrive_jax.io import MEBIBYTE, reason
 from spacedrive_jax.json_files import read_json
@@ -276,7 +275,7 @@ def _open(path: str | Path, canonical_name: Callable[[str], str]) -> Safetensors
         file, rename=lambda name: _WRAPPER + canonical_name(name.removeprefix(_WRAPPER))
     )
     for place in folder.places.values():
-        if place.dtype not in FLOATS:
+        if place.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{file} is quantised ({place.name} has numbers of type {place.dtype}): save it as floats"
             )

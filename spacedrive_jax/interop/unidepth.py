@@ -24,7 +24,7 @@ from spacedrive_jax.interop.weight_table import Rule, Shape, check_names_and_sha
 from spacedrive_jax.io import MEBIBYTE
 from spacedrive_jax.json_files import read_json
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import SIZES, Dinov2Config
+from spacedrive_jax.models.depth.backbone import SIZES, Dinov2Config
 from spacedrive_jax.models.depth.unidepth import NUM_TAPS, UniDepthConfig, UniDepthV2
 
 UNUSED = ("pixel_encoder.mask_token", "pixel_encoder.register_tokens", "pixel_decoder.level_embeds")

@@ -20,11 +20,10 @@ from spacedrive_jax.config import Config, change, config_changes, from_json, to_
 from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.interop.flavours import check_folder
 from spacedrive_jax.interop.hf_checkpoint import with_own_head
 from spacedrive_jax.interop.hf_config import format_of, read_hf_config
 from spacedrive_jax.interop.peft import read_peft_config
-from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
+from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, check_folder
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, NOT_COMPARED
 from spacedrive_jax.io import MEBIBYTE, is_bucket, local, place, read_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig

@@ -10,9 +10,8 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 import spacedrive_jax.cli.main
 from spacedrive_jax.data.tokenizer import INDICATOR, POSITION, load_tokenizer
-from spacedrive_jax.interop.exporting import write_processor
+from spacedrive_jax.interop.exporting import base_licence, model_card, write_processor
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.interop.model_card import base_licence, model_card
 from spacedrive_jax.models.families import FAMILIES, family_of
 from spacedrive_jax.training.checkpoints import read_metadata
 from spacedrive_jax.training.run_folder import note_predictions

@@ -16,8 +16,8 @@ import spacedrive_jax.cli.main
 from spacedrive_jax.config import MeshConfig, to_json
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.inference.open_model import run_card
+from spacedrive_jax.interop.exporting import data_licence
 from spacedrive_jax.interop.hf_checkpoint import from_hf
-from spacedrive_jax.interop.model_card import data_licence
 from spacedrive_jax.json_files import write_json
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.fingerprints import base_fingerprint

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2, Dinov2Config
+from spacedrive_jax.models.depth.backbone import Dinov2, Dinov2Config
 from tests.golden.verify.depth import _every_block
 
 

@@ -14,8 +14,16 @@ from jaxtyping import Array, Float, UInt8
 from spacedrive_jax.bounds import POSITIVE, SIDE, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config
-from spacedrive_jax.models.depth.layers import DepthPrediction, PatchUpsample, bilinear, convolution
+from spacedrive_jax.models.depth.backbone import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    DepthPrediction,
+    Dinov2,
+    Dinov2Config,
+    PatchUpsample,
+    bilinear,
+    convolution,
+)
 
 NUM_LEVELS = 4
 

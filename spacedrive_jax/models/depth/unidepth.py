@@ -14,8 +14,15 @@ from jaxtyping import Array, Float, UInt8
 from spacedrive_jax.bounds import POSITIVE, SIDE, Bound, Bounds, check_bounds
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import IMAGE_MEAN, IMAGE_STD, Dinov2, Dinov2Config, linear
-from spacedrive_jax.models.depth.layers import DepthPrediction, bilinear
+from spacedrive_jax.models.depth.backbone import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    DepthPrediction,
+    Dinov2,
+    Dinov2Config,
+    bilinear,
+    linear,
+)
 from spacedrive_jax.models.depth.unidepth_decoder import (
     LOG_BOUND,
     LOG_RADIUS_OFFSET,

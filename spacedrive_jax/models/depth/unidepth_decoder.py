@@ -12,8 +12,7 @@ from jaxtyping import Array, Float
 
 from spacedrive_jax.models.attention import IMAGE_AXES, attend
 from spacedrive_jax.models.config import ComputeConfig
-from spacedrive_jax.models.depth.dinov2 import layer_norm, linear
-from spacedrive_jax.models.depth.layers import PatchUpsample, bilinear, convolution
+from spacedrive_jax.models.depth.backbone import PatchUpsample, bilinear, convolution, layer_norm, linear
 from spacedrive_jax.models.layers import layer_scaled, scan_layers, stack_layers
 
 NORM_EPS = 1e-5

@@ -18,7 +18,7 @@ from flax import nnx
 
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.interop.unidepth import load_unidepth
-from spacedrive_jax.models.depth.dinov2 import Dinov2, Dinov2Block
+from spacedrive_jax.models.depth.backbone import Dinov2, Dinov2Block
 from spacedrive_jax.models.depth.unidepth import (
     UniDepthInference,
     UniDepthV2,

@@ -19,8 +19,8 @@ from spacedrive_jax.interop.unidepth import (
     unidepth_rules,
 )
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2, inference_size
 from spacedrive_jax.models.partitioning import initialize
 from tests.golden.verify.depth import verify_unidepth

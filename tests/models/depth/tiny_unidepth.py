@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from spacedrive_jax.interop.unidepth import save_unidepth
-from spacedrive_jax.models.depth.dinov2 import Dinov2Config
+from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
 from spacedrive_jax.models.partitioning import initialize
 

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
-from spacedrive_jax.interop.flavours import check_folder, check_published_source, check_tensors
-from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
+from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, check_folder, check_tensors
+from spacedrive_jax.interop.spacedrive import check_published_source
 
 
 @pytest.mark.parametrize(
