@@ -13,8 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.fuzz_inputs import BYTES, JSON, Read, Target, anything, equal, finite, plausible_scenes
-from data_prep.nuscenes.expansions import open_expansion, read_pose_messages
-from data_prep.nuscenes.mask_png import cache_mask_bits
+from data_prep.nuscenes.expansions import cache_mask_bits, open_expansion, read_pose_messages
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.sensor_files import check_image, check_lidar
 from data_prep.nuscenes.tables import read_tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 try:
-    from data_prep.cli.main import main
+    from data_prep.cli import main
 except KeyboardInterrupt:
     print("interrupted; nothing was begun", file=sys.stderr)
     sys.exit(130)

@@ -22,8 +22,13 @@ from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from spacedrive_jax import folders, io, json_files
-from spacedrive_jax.data.records_folder import content_fingerprint, file_sha256, split_of
-from spacedrive_jax.data.shards import ShardMetadata, shard_file
+from spacedrive_jax.data.records_folder import (
+    ShardMetadata,
+    content_fingerprint,
+    file_sha256,
+    shard_file,
+    split_of,
+)
 from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,8 @@ from data_prep.nuscenes.sensor_files import (
 )
 from data_prep.nuscenes.tables import SceneRow, not_collecting, read_tables
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records_folder import is_whole
+from spacedrive_jax.data.records_folder import is_whole, write_dataset_info
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
-from spacedrive_jax.data.shards import write_dataset_info
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.parallel import ordered_map, processes

@@ -19,9 +19,16 @@ import numpy as np
 
 from spacedrive_jax import Planner, open_records
 from spacedrive_jax.data.records import Records
-from spacedrive_jax.data.records_folder import PROVENANCE, content_fingerprint, read_provenance
+from spacedrive_jax.data.records_folder import (
+    PROVENANCE,
+    RecordSerializer,
+    content_fingerprint,
+    read_provenance,
+    shard_file,
+    write_dataset_info,
+    write_shard,
+)
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.shards import RecordSerializer, shard_file, write_dataset_info, write_shard
 from spacedrive_jax.driving.drive import METADATA, read_summary
 from spacedrive_jax.inference.open_model import export_trained_folder
 from spacedrive_jax.json_files import read_json, write_json

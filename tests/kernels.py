@@ -101,8 +101,7 @@ def settings() -> list[Setting]:
 
 def measure() -> dict[str, str]:
     """Fingerprints of a world, its records, their evaluation and a drive under this process's setting."""
-    from data_prep.cli.convert import Convert
-    from data_prep.cli.synthesize import Synthesize
+    from data_prep.cli import Convert, Synthesize
     from spacedrive_jax.cli.evaluate import Evaluate
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.driving.drive import drive_all

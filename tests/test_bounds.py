@@ -9,7 +9,7 @@ import typing
 
 import pytest
 
-import data_prep.cli.main
+import data_prep.cli
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
@@ -60,7 +60,7 @@ CONFIGS = [
     TrainConfig,
     UniDepthConfig,
 ]
-COMMANDS = {**spacedrive_jax.cli.main.COMMANDS, **data_prep.cli.main.COMMANDS}
+COMMANDS = {**spacedrive_jax.cli.main.COMMANDS, **data_prep.cli.COMMANDS}
 
 
 def kinds(hint):
@@ -187,7 +187,7 @@ def test_a_refused_flag_is_one_line(capsys):
     command = ["predict", "--checkpoint", "run", "--records", "records", "--batch-size", "0"]
     assert spacedrive_jax.cli.main.main(command) == 1
     assert capsys.readouterr().err == "error: --batch-size 0 must be 1 or more\n"
-    assert data_prep.cli.main.main(["synthesize", "--out", "world", "--scenes", "0"]) == 1
+    assert data_prep.cli.main(["synthesize", "--out", "world", "--scenes", "0"]) == 1
     assert capsys.readouterr().err == "error: --scenes 0 must be 1 or more and at most 9000\n"
 
 

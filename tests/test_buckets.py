@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.cli.main import main as prepare
+from data_prep.cli import main as prepare
 from spacedrive_jax import buckets, folders, io, json_files
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.data.records import open_records

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.cli.main
+import data_prep.cli
 import spacedrive_jax.cli.main
-from data_prep.cli.inspect import Inspect
+from data_prep.cli import Inspect
 from spacedrive_jax import console
 from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.cli.drive import Drive
@@ -35,16 +35,16 @@ def test_every_command_teaches_by_example(command, capsys):
     assert "--json" in page
 
 
-@pytest.mark.parametrize("command", sorted(data_prep.cli.main.COMMANDS))
+@pytest.mark.parametrize("command", sorted(data_prep.cli.COMMANDS))
 def test_every_data_command_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        data_prep.cli.main.main([command, "--help"])
+        data_prep.cli.main([command, "--help"])
     assert stop.value.code == 0
     page = capsys.readouterr().out
     assert f"Example: python -m data_prep {command}" in " ".join(page.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("program", [spacedrive_jax.cli.main, data_prep.cli.main])
+@pytest.mark.parametrize("program", [spacedrive_jax.cli.main, data_prep.cli])
 def test_the_overview_fits_on_a_screen(program, capsys):
     with pytest.raises(SystemExit):
         program.main(["--help"])
@@ -178,7 +178,7 @@ def test_a_reader_that_leaves_early_ends_in_no_traceback(module):
 
 def test_both_command_lines_name_the_version(capsys):
     assert spacedrive_jax.cli.main.main(["--version"]) == 0
-    assert data_prep.cli.main.main(["-V"]) == 0
+    assert data_prep.cli.main(["-V"]) == 0
     assert capsys.readouterr().out == f"spacedrive_jax {spacedrive_jax.__version__}\n" * 2
 
 
@@ -233,7 +233,7 @@ def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
 HEAVY = ("jax", "flax", "transformers", "tensorflow_datasets", "grain", "matplotlib", "cv2", "scipy")
 
 
-@pytest.mark.parametrize("module", ["spacedrive_jax.cli.main", "data_prep.cli.main"])
+@pytest.mark.parametrize("module", ["spacedrive_jax.cli.main", "data_prep.cli"])
 def test_help_waits_for_no_heavy_library(module):
     code = (
         f"import sys, {module} as cli, contextlib\n"

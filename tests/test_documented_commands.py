@@ -12,14 +12,14 @@ import typing
 import pytest
 import tyro
 
-import data_prep.cli.main
+import data_prep.cli
 import spacedrive_jax.cli.main
 from spacedrive_jax.config import Config, load_config
 from tests.conftest import ROOT
 
 COMMANDS = {
     "spacedrive_jax": dict(spacedrive_jax.cli.main.COMMANDS),
-    "data_prep": dict(data_prep.cli.main.COMMANDS),
+    "data_prep": dict(data_prep.cli.COMMANDS),
 }
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.is_file()]

@@ -27,9 +27,9 @@ from spacedrive_jax.data.ego_status import navigation_command, released_command
 from spacedrive_jax.data.images import kept_view, picture_size
 from spacedrive_jax.data.keyframe import heading
 from spacedrive_jax.data.keyframe_map import map_fields
+from spacedrive_jax.data.records_folder import RecordSerializer, write_shard
 from spacedrive_jax.data.route import future_path
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.shards import RecordSerializer, write_shard
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import say
 

@@ -15,9 +15,8 @@ from data_prep.bench2drive.clip_records import STEP, ClipUnit, MissingImages, co
 from data_prep.bench2drive.clips import Clip, clip_digest, find_clips, laz_reader, split_clips
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records_folder import is_whole
+from spacedrive_jax.data.records_folder import is_whole, shard_file, write_dataset_info
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
-from spacedrive_jax.data.shards import shard_file, write_dataset_info
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.parallel import ordered_map, processes

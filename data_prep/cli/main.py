@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.cli.add_depth import AddDepth
-from data_prep.cli.convert import Convert
-from data_prep.cli.inspect import Inspect
-from data_prep.cli.synthesize import Synthesize
+from data_prep.cli import AddDepth, Convert, Inspect, Synthesize
 from spacedrive_jax import console
 from spacedrive_jax.console import Command
 

@@ -20,8 +20,8 @@ import numpy as np
 import shapely
 from jaxtyping import Float, UInt8
 
-from data_prep.nuscenes.mask_png import cache_mask_bits
-from data_prep.nuscenes.rows import Metres, Microseconds, Motion, Quaternion, decode_rows
+from data_prep.nuscenes.expansions import cache_mask_bits
+from data_prep.nuscenes.tables import Metres, Microseconds, Motion, Quaternion, decode_rows
 from spacedrive_jax import exact
 from spacedrive_jax.data.keyframe_map import PolygonMap
 from spacedrive_jax.data.route import Route

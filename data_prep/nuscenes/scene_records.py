@@ -56,8 +56,8 @@ from spacedrive_jax.data.keyframe_motion import (
     ego_fields,
     ego_track,
 )
+from spacedrive_jax.data.records_folder import RecordSerializer, ShardMetadata, write_shard
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.shards import RecordSerializer, ShardMetadata, write_shard
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import is_there, read_bytes
 

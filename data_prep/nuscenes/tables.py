@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from data_prep.nuscenes.rows import (
+from data_prep.nuscenes.tables import (
     BoxSize,
     Count,
     GlobalPosition,

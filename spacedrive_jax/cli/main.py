@@ -72,4 +72,4 @@ def run_data_prep() -> int:
     if folder not in sys.path:
         # Worker processes are given the same path, and find the package too.
         sys.path.insert(0, folder)
-    return importlib.import_module("data_prep.cli.main").main()
+    return importlib.import_module("data_prep.cli").main()

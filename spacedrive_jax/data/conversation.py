@@ -13,7 +13,13 @@ from jaxtyping import Float
 
 from spacedrive_jax.constants import NUM_TARGET_POINTS
 from spacedrive_jax.data.ego_status import ego_status_in_words
-from spacedrive_jax.data.language_data import LanguageData, QuestionAnswer, pseudo_coordinate_questions
+from spacedrive_jax.data.language_data import (
+    LanguageData,
+    QuestionAnswer,
+    pseudo_coordinate_questions,
+    scene_questions,
+    scene_reasons,
+)
 from spacedrive_jax.data.prompts import (
     CommandSource,
     context,
@@ -23,7 +29,6 @@ from spacedrive_jax.data.prompts import (
     planning_question,
     replace_coordinates,
 )
-from spacedrive_jax.data.scene_texts import scene_questions, scene_reasons
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.io import local
 from spacedrive_jax.models.family import Message

@@ -1,14 +1,22 @@
-"""Records to batches with grain: source -> shuffle -> repeat -> host slice -> batch -> prefetch."""
+"""Records to batches with grain: sources -> shuffle -> repeat -> mix -> host slice -> batch -> prefetch.
+
+`data.records` may name several folders with weights, `A:0.7,B:0.3`: of any stretch of the run seven samples
+in ten are A's, in an order that the seed alone decides. Each folder is shuffled and repeated by itself, so
+that a small one comes round more often than a large one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -21,14 +29,101 @@ from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
-from spacedrive_jax.data.mixture import Concatenation, MixedRecords, mixed_order, records_sources
 from spacedrive_jax.data.records import Records, complete_futures, open_records
-from spacedrive_jax.data.schema import record_features
+from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.io import local
+from spacedrive_jax.io import is_bucket, local
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 from spacedrive_jax.parallel import end_with_parent
+
+
+def records_sources(text: str) -> list[tuple[str, float]]:
+    """The folders that `data.records` names, and their weights, which add up to 1.
+
+    Args:
+        text: one folder, or several as `FOLDER:WEIGHT,FOLDER:WEIGHT`.
+
+    Raises:
+        ConfigError: a weight is missing or not positive, or a folder is named twice.
+    """
+    if "," not in text or (not is_bucket(text) and Path(text).is_dir()):
+        return [(text, 1.0)]
+    folders, weights = [], []
+    for part in text.split(","):
+        folder, _, weight = part.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not folder or not (math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"data.records {part.strip()!r} has no positive weight: several folders are named "
+                "FOLDER:WEIGHT,FOLDER:WEIGHT"
+            )
+        folders.append(folder)
+        weights.append(value)
+    if len({folder if is_bucket(folder) else os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise ConfigError(f"data.records {text!r} names a folder twice")
+    total = math.fsum(weights)
+    return [(folder, weight / total) for folder, weight in zip(folders, weights, strict=True)]
+
+
+def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
+    """Names what several records folders hold together; a single one's own fingerprint."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+
+
+Item = TypeVar("Item")
+
+
+class Concatenation(Sequence[Item]):
+    """Several sequences as one, one behind the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        """Args: the sequences, in order."""
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
+class MixedRecords(Concatenation[Record]):
+    """The records of several folders."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        """Args: the folders' records, in the order of their samples' indices."""
+        super().__init__(parts)
+        self.fingerprint = mixed_fingerprint([part.fingerprint for part in parts])
+        """Of all of them, in their order."""
+
+
+def mixed_order(
+    parts: Sequence[Sequence[DrivingBatch]], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+    """The endless sample order of several sources; any place of it can be looked up.
+
+    Args:
+        parts: samples of each source.
+        weights: their shares.
+        seed: of every source's shuffle.
+    """
+    # Each with a seed of its own: equal lengths would be shuffled alike.
+    shuffled = [
+        grain.MapDataset.source(part).seed(seed + number).shuffle().repeat()
+        for number, part in enumerate(parts)
+    ]
+    return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
+
 
 LOOKED_AT = 256
 """Keyframes whose tokens are held against the language data."""
@@ -119,7 +214,7 @@ def training_samples(
     advice: str = "",
     keep: bool = True,
 ) -> Samples | MixedSamples:
-    """The samples a run trains on: of one records folder, or of several (see `data.mixture`).
+    """The samples a run trains on: of one records folder, or of several.
 
     Args:
         data: what to read and how.

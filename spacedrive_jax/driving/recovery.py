@@ -21,15 +21,18 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PATH_POINTS, NUM_WAYPOINTS
 from spacedrive_jax.data.ego_status import released_command
-from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256, read_provenance
-from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.shards import (
+from spacedrive_jax.data.records_folder import (
     RecordSerializer,
     ShardMetadata,
+    content_fingerprint,
+    ends_sha256,
+    file_sha256,
+    read_provenance,
     shard_file,
     write_dataset_info,
     write_shard,
 )
+from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.driver import Driver, Plan, to_vehicle
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import PATH_POINTS, expert

@@ -18,8 +18,7 @@ from spacedrive_jax.batch import DrivingBatch, prompt_length, without_padding
 from spacedrive_jax.config import Config, depth_advice, to_plain
 from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_WAYPOINTS
-from spacedrive_jax.data.loader import Samples, evaluation_batches
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.loader import Samples, evaluation_batches, records_sources
 from spacedrive_jax.data.records import Records, complete_futures, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.survey import check_validated

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.data.mixture import mixed_fingerprint, records_sources
+from spacedrive_jax.data.loader import mixed_fingerprint, records_sources
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.tokenizer import DrivingTokenizer, load_tokenizer
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError

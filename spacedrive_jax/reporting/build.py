@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.loader import records_sources
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError

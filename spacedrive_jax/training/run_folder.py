@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from spacedrive_jax import __version__, buckets
 from spacedrive_jax.config import Config, config_changes, from_json, to_json, to_plain
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.loader import records_sources
 from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, depth_advice, to_json
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.loader import position, records_sources, seek, training_iterator, training_samples
 from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import place

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import data_prep.add_depth
-import data_prep.cli.main
+import data_prep.cli
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
 
     data_prep.add_depth.CHUNK = 1
     data_prep.add_depth.write_chunk = write_or_die
-    return data_prep.cli.main.main(sys.argv[2:])
+    return data_prep.cli.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

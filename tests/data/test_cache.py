@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load
 
 from data_prep.add_depth import add_depth
-from data_prep.cli.add_depth import AddDepth
+from data_prep.cli import AddDepth
 from spacedrive_jax.data.depth_sources import DepthConfig, open_depth_cache, record_patch_depth
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import RecordSource, open_records

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_prep.cli.main
+import data_prep.cli
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.data.depth_cache import read_provenance, write_provenance
 from tests.conftest import ROOT
@@ -28,7 +28,7 @@ def records(tmp_path_factory) -> Path:
     weights = tmp_path_factory.mktemp("network") / "weights"
     shutil.copytree(ROOT / "tests" / "golden" / "unidepth_tiny", weights)
     add_depth = ["add-depth", "--records", str(folder), "--model", str(weights), "--run", TINY]
-    assert data_prep.cli.main.main(add_depth) == 0
+    assert data_prep.cli.main(add_depth) == 0
     shutil.rmtree(weights)
     return folder
 

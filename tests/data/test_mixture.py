@@ -6,8 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spacedrive_jax.data.loader import position, seek, training_iterator, training_samples
-from spacedrive_jax.data.mixture import records_sources
+from spacedrive_jax.data.loader import position, records_sources, seek, training_iterator, training_samples
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.training.train import train
 from tests.training.runs import losses_of, make_records, tiny

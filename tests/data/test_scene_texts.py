@@ -8,8 +8,8 @@ import pytest
 
 from spacedrive_jax.config import change, load_config
 from spacedrive_jax.data.conversation import ConversationConfig, training_conversation
+from spacedrive_jax.data.language_data import ego_action, scene_objects, scene_questions, scene_reasons
 from spacedrive_jax.data.loader import training_samples
-from spacedrive_jax.data.scene_texts import ego_action, scene_objects, scene_questions, scene_reasons
 from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.data.transforms import SampleBuilder

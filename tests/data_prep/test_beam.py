@@ -23,9 +23,7 @@ from safetensors import safe_open
 
 from data_prep import conversion, convert
 from data_prep.beam import DASK_RUNNER, convert_and_note, do_unit_file, pipeline_arguments
-from data_prep.cli.add_depth import AddDepth
-from data_prep.cli.convert import Convert
-from data_prep.cli.synthesize import Synthesize
+from data_prep.cli import AddDepth, Convert, Synthesize
 from data_prep.nuscenes.scene_records import SceneUnit
 from spacedrive_jax.errors import SpaceDriveError
 from tests.conftest import ROOT

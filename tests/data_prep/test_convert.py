@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from data_prep import conversion, convert
-from data_prep.cli.convert import Convert
-from data_prep.cli.main import main as run
+from data_prep.cli import Convert
+from data_prep.cli import main as run
 from data_prep.conversion import check_output_folder
 from data_prep.nuscenes.scene_records import SceneUnit, convert_scene
 from data_prep.nuscenes.scenes import PackedScene, read_scenes
 from data_prep.nuscenes.sensor_files import scan_scene
 from data_prep.nuscenes.tables import read_tables
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data import shards
+from spacedrive_jax.data import records_folder
 from spacedrive_jax.data.records import keyframe_index, open_records
 from spacedrive_jax.data.schema import record_features
 from spacedrive_jax.errors import DataError, SpaceDriveError
@@ -460,7 +460,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(records_folder, "ArrayRecordWriter", Full)
     with pytest.raises(SpaceDriveError, match=r"cannot write .*shard: the disk is full: free some space"):
-        shards.write_shard(tmp_path / "shard", [b"record"])
+        records_folder.write_shard(tmp_path / "shard", [b"record"])
     assert not list(tmp_path.iterdir())

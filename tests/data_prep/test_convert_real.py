@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.cli.convert import Convert
+from data_prep.cli import Convert
 from spacedrive_jax.data.records import open_records
 
 

@@ -12,8 +12,7 @@ import shapely
 from PIL import Image
 
 from data_prep.nuscenes import mask_png
-from data_prep.nuscenes.expansions import MaskMap, open_expansion
-from data_prep.nuscenes.mask_png import cache_mask_bits
+from data_prep.nuscenes.expansions import MaskMap, cache_mask_bits, open_expansion
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from tests.data_prep.tiny_nuscenes import road_expansion

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cli.convert import Convert
-from data_prep.cli.main import main as run
+from data_prep.cli import Convert
+from data_prep.cli import main as run
 from data_prep.inspect_record import find_record, list_keyframes
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features

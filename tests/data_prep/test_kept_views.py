@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.add_depth import add_depth
 from data_prep.bench2drive.convert import ClipConversion
-from data_prep.cli.convert import Convert
+from data_prep.cli import Convert
 from data_prep.inspect_record import check_pictures, record_figure
 from data_prep.synthesize.bench2drive import ClipJob, record_clip
 from spacedrive_jax.config import load_config

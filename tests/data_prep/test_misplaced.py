@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from data_prep.cli.convert import Convert
+from data_prep.cli import Convert
 from spacedrive_jax.errors import DataError
 from tests.data_prep.tiny_nuscenes import VERSION, road_expansion
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cli.convert import Convert
-from data_prep.nuscenes.expansions import MaskMap
-from data_prep.nuscenes.mask_png import cache_mask_bits
+from data_prep.cli import Convert
+from data_prep.nuscenes.expansions import MaskMap, cache_mask_bits
 from data_prep.nuscenes.sensor_files import GROUND_CELLS, ground_around, scene_seed
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import open_records

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_prep.cli.convert import Convert
-from data_prep.cli.synthesize import Synthesize
+from data_prep.cli import Convert, Synthesize
 from data_prep.synthesize.recorder import town_of
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import spacedrive_jax.cli.main
-from data_prep.cli.main import main as data_prep
+from data_prep.cli import main as data_prep
 from spacedrive_jax import Planner, open_model, open_records, plan
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import keyframe_index

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.cli.synthesize import Synthesize
+from data_prep.cli import Synthesize
 from data_prep.synthesize.tables import TABLES, VERSION, Row
 from spacedrive_jax.world.town import LOCATIONS, Town, build_town
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.cli.synthesize import Synthesize
+from data_prep.cli import Synthesize
 from data_prep.synthesize import folder, recorder
 from data_prep.synthesize.folder import folder_fingerprint, write_folder
 from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene
