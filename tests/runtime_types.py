@@ -14,7 +14,7 @@ from beartype import BeartypeConf, beartype
 F = TypeVar("F", bound=Callable[..., Any])
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _CONFIGS = ("Config", "Fault", "Disturbance")
-_COMMANDS = ("spacedrive_jax.cli.", "data_prep.cli.")
+_COMMANDS = ("spacedrive_jax.cli.", "data_prep.cli")
 
 
 def check(function: F) -> F:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from data_prep.beam import run_on_beam
-from data_prep.synthesize import maps
 from data_prep.synthesize.bench2drive import ClipJob, record_clip
 from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene, town_of
-from data_prep.synthesize.tables import fixed_tables, write_tables
+from data_prep.synthesize.tables import fixed_tables, write_expansion, write_mask, write_tables
 from spacedrive_jax.console import note, progress
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.folders import atomic_folder, remove_stale
@@ -196,8 +195,8 @@ def write_folder(
     for location in dict.fromkeys(locations):
         town = town_of(jobs[0].seed, location)
         token = make_token(jobs[0].seed, "map", location)
-        maps.write_mask(town, root / "maps" / f"{token}.png")
-        maps.write_expansion(town, jobs[0].seed, root / "maps" / "expansion" / f"{location}.json")
+        write_mask(town, root / "maps" / f"{token}.png")
+        write_expansion(town, jobs[0].seed, root / "maps" / "expansion" / f"{location}.json")
         tables["map"].append(
             {
                 "category": "semantic_prior",

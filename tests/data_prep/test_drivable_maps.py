@@ -11,7 +11,7 @@ import pytest
 import shapely
 from PIL import Image
 
-from data_prep.nuscenes import mask_png
+from data_prep.nuscenes import expansions
 from data_prep.nuscenes.expansions import MaskMap, cache_mask_bits, open_expansion
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.errors import DataError, SpaceDriveError
@@ -44,7 +44,7 @@ def test_banded_reader_equals_a_whole_decode(tmp_path, monkeypatch, strategy, bi
     image = blobs(157, width)
     options = [cv2.IMWRITE_PNG_STRATEGY, getattr(cv2, f"IMWRITE_PNG_STRATEGY_{strategy}")]
     cv2.imwrite(str(tmp_path / "m.png"), image, [*options, cv2.IMWRITE_PNG_BILEVEL, bilevel])
-    monkeypatch.setattr(mask_png, "_BAND_BYTES", 3000)
+    monkeypatch.setattr(expansions, "_BAND_BYTES", 3000)
     cache_mask_bits(tmp_path / "m.png", tmp_path / "m.npy")
     bits = np.unpackbits(np.load(tmp_path / "m.npy"), axis=1)[:, :width]
     np.testing.assert_array_equal(bits, image == 255)
@@ -64,7 +64,7 @@ def test_every_row_filter_survives_a_band_border(tmp_path, monkeypatch, filter_k
     rows = np.concatenate([np.full((40, 1), filter_kind), (image - predicted) % 256], axis=1).astype(np.uint8)
     (tmp_path / "m.png").write_bytes(as_png(rows.tobytes(), 64, 40))
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "m.png")), image)
-    monkeypatch.setattr(mask_png, "_BAND_BYTES", 300)
+    monkeypatch.setattr(expansions, "_BAND_BYTES", 300)
     cache_mask_bits(tmp_path / "m.png", tmp_path / "m.npy")
     np.testing.assert_array_equal(np.unpackbits(np.load(tmp_path / "m.npy"), axis=1), image == 255)
 

@@ -94,7 +94,7 @@ def test_a_scene_without_room_beside_its_lane_is_named(
 def test_the_others_are_written_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables: dict[str, Any] = {}
     for name in ("write_mask", "write_expansion"):
-        monkeypatch.setattr(folder.maps, name, lambda *_: None)
+        monkeypatch.setattr(folder, name, lambda *_: None)
     monkeypatch.setattr(folder, "write_tables", lambda _, rows: tables.update(rows))
 
     def record(job: SceneJob) -> dict[str, Any] | NotRecorded:

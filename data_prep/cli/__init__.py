@@ -1,1 +1,0 @@
-"""The command line of data preparation, one file a command."""
