@@ -36,11 +36,17 @@ from data_prep.nuscenes.sensor_files import (
 )
 from spacedrive_jax.data.images import kept_view
 from spacedrive_jax.data.keyframe import (
+    AgentTracks,
     Keyframe,
     Scene,
     SensorFrame,
     View,
+    agent_fields,
+    agent_tracks,
     camera_fields,
+    can_bus_at,
+    ego_fields,
+    ego_track,
     heading,
     identity_fields,
     intrinsics_at,
@@ -48,14 +54,6 @@ from spacedrive_jax.data.keyframe import (
     transforms,
 )
 from spacedrive_jax.data.keyframe_map import DrivableMap, map_fields, route_fields
-from spacedrive_jax.data.keyframe_motion import (
-    AgentTracks,
-    agent_fields,
-    agent_tracks,
-    can_bus_at,
-    ego_fields,
-    ego_track,
-)
 from spacedrive_jax.data.records_folder import RecordSerializer, ShardMetadata, write_shard
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError

@@ -24,9 +24,8 @@ from data_prep.nuscenes.expansions import expansion_file, pose_file
 from data_prep.nuscenes.scenes import PackedScene
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
-from spacedrive_jax.data.keyframe import Keyframe, Scene, SensorFrame
+from spacedrive_jax.data.keyframe import AgentTracks, Keyframe, Scene, SensorFrame, global_boxes
 from spacedrive_jax.data.keyframe_map import DrivableMap
-from spacedrive_jax.data.keyframe_motion import AgentTracks, global_boxes
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, is_there, require_regular, say
 from spacedrive_jax.world.stage import Backdrop

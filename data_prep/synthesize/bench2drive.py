@@ -32,10 +32,10 @@ from spacedrive_jax.io import write_bytes
 from spacedrive_jax.world import can_bus, stage, views
 from spacedrive_jax.world.filming import ANNOTATION_RANGE, Film, Take
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, MANOEUVRES, WARM_UP, Scenario, build_scenario
+from spacedrive_jax.world.shading import WEATHERS
 from spacedrive_jax.world.stage import Participant
 from spacedrive_jax.world.town import LOCATIONS
 from spacedrive_jax.world.traffic import Route
-from spacedrive_jax.world.weather import WEATHERS
 
 FRAME_SECONDS = 0.1
 FRAMES_PER_KEYFRAME = 5

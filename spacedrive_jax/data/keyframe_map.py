@@ -19,8 +19,7 @@ from PIL import Image
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PAST, NUM_PATH_POINTS, NUM_TARGET_POINTS
-from spacedrive_jax.data.keyframe import heading, inverse
-from spacedrive_jax.data.keyframe_motion import EgoTrack
+from spacedrive_jax.data.keyframe import EgoTrack, heading, inverse
 from spacedrive_jax.data.route import RoadOption, Route, future_path
 from spacedrive_jax.data.schema import DRIVABLE_CELLS, DRIVABLE_EXTENT, DRIVABLE_FINE_CELLS, Record
 

@@ -19,13 +19,17 @@ from spacedrive_jax.data.keyframe import (
     SensorFrame,
     Vector,
     View,
+    agent_fields,
+    agent_tracks,
     camera_fields,
+    can_bus_at,
+    ego_fields,
+    ego_track,
     heading,
     identity_fields,
     sensor_to_ego,
 )
 from spacedrive_jax.data.keyframe_map import PolygonMap, map_fields, route_fields
-from spacedrive_jax.data.keyframe_motion import agent_fields, agent_tracks, can_bus_at, ego_fields, ego_track
 from spacedrive_jax.data.route import Route
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.world import can_bus, views

@@ -17,9 +17,9 @@ from spacedrive_jax import exact
 from spacedrive_jax.world import can_bus, ground, lidar, scenery, stage, views
 from spacedrive_jax.world.render import Camera
 from spacedrive_jax.world.scenario import WARM_UP, Scenario, make_token
+from spacedrive_jax.world.shading import WEATHERS, Light
 from spacedrive_jax.world.shapes import Blocks, Quads
 from spacedrive_jax.world.stage import Participant, Picture
-from spacedrive_jax.world.weather import WEATHERS, Light
 
 KEYFRAME_PERIOD = 0.5
 ANNOTATION_RANGE = 75.0

@@ -15,10 +15,9 @@ import numpy as np
 from spacedrive_jax import exact
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.world import surroundings, traffic
-from spacedrive_jax.world.cast import Cast, Tracks
 from spacedrive_jax.world.step import first_collisions, simulate
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
-from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Phase, Route, Signals
+from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Phase, Route, Signals, Tracks
 from spacedrive_jax.world.vehicle import VehicleState
 
 

@@ -14,11 +14,10 @@ from spacedrive_jax.world.ground import GroundColours, SurfaceMap
 from spacedrive_jax.world.paths import corners
 from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image, in_view
 from spacedrive_jax.world.scenario import Scenario
-from spacedrive_jax.world.shading import shade
+from spacedrive_jax.world.shading import Light, shade
 from spacedrive_jax.world.shapes import Blocks, Quads
 from spacedrive_jax.world.town import LANE_WIDTH, Town
 from spacedrive_jax.world.traffic import Mover
-from spacedrive_jax.world.weather import Light
 
 VIEW_MARGIN = 110.0
 """Metres of scenery around the ego vehicle's way."""

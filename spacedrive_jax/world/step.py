@@ -1,5 +1,8 @@
 """The traffic, stepped: every mover decides from where everybody is, then everybody moves.
 
+Drivers keep their distance to whatever comes first (leaders, lines, the end of their route), people on foot
+wait at the kerb until they may and can walk, and triggered actors play their parts.
+
 The ego vehicle either follows its own route like all others (`EgoBody` None: recordings) or is a body that
 somebody else steers; the others then react to its true box, wherever it stands.
 """
@@ -9,17 +12,337 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
-from spacedrive_jax.world.cast import Cast, CastOnRoutes, Tracks
-from spacedrive_jax.world.decisions import Moment
+from spacedrive_jax.world import traffic
 from spacedrive_jax.world.paths import overlapping_pairs
 from spacedrive_jax.world.town import Town
-from spacedrive_jax.world.traffic import TIME_STEP, Motion
+from spacedrive_jax.world.traffic import TIME_STEP, Cast, CastOnRoutes, Gate, Motion, Mover, Tracks, Zebra
 
 OFF_ROUTE = 6.0
 """Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
+FORESIGHT = 5.0
+"""Seconds that an alert driver looks ahead, in steps of `FORESIGHT_STEP`."""
+FORESIGHT_STEP = 0.2
+COARSE = 8
+"""Points of a corridor of which one is looked at first."""
+
+
+class Moment:
+    """What a mover can know when it decides: everybody at one instant."""
+
+    def __init__(
+        self,
+        whole: CastOnRoutes,
+        time: float,
+        s: Float[np.ndarray, "A"],
+        speed: Float[np.ndarray, "A"],
+        since: Float[np.ndarray, "A"],
+        poses: Float[np.ndarray, "R 3"],
+        off_route: bool,
+    ) -> None:
+        self.whole, self.time = whole, time
+        self.s, self.speed, self.since, self.poses = s, speed, since, poses
+        self.movers, self.half = whole.movers, whole.half
+        self.radii, self.on_foot = whole.radii, whole.on_foot
+        self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
+        self.close = whole.close(self.x, self.y)
+        self.front = s + whole.tracks.ahead + self.half[: len(s), 0]
+        """Arc length of every mover's front."""
+        self.all_speeds = np.zeros(len(poses))
+        self.all_speeds[: len(s)] = speed
+        self.astray = 0 if off_route else -1
+        """The mover whose arc length says nothing (an ego vehicle far from its route), -1 for none."""
+
+    def decide(self, first: int) -> Float[np.ndarray, "D"]:
+        """The accelerations that the movers from `first` on want, m/s^2."""
+        count = len(self.movers)
+        parts = [i for i in self.whole.parts if self._acts(i)]
+        drives = ~self.on_foot[:count]
+        drives[:first], drives[parts] = False, False
+        gaps, leader_speeds = self._leaders(drives | self.whole.crosses)
+        wanted = np.zeros(count)
+        drivers = np.flatnonzero(drives)
+        wanted[drivers] = self._drive(drivers, gaps[drivers], leader_speeds[drivers])
+        for i in np.flatnonzero(self.on_foot[:count]).tolist():
+            wanted[i] = self._walk(i, float(gaps[i]))
+        for i in parts:
+            wanted[i] = self._act(i)
+        return wanted[first:]
+
+    def _drive(
+        self, who: Int[np.ndarray, "D"], gaps: Float[np.ndarray, "D"], leader_speeds: Float[np.ndarray, "D"]
+    ) -> Float[np.ndarray, "D"]:
+        """Drivers keep their distance to whatever comes first: leaders, lines, the end of their route."""
+        speed, front, parameters = self.speed[who], self.front[who], self.whole.idm_parameters[who]
+        wishes = [min(self._wish(i), self._limit(i)) for i in who.tolist()]
+        wanted = np.array(wishes).reshape(len(who))
+        room = np.maximum(self.whole.tracks.ends[who] - 1.0 - front, 0.0)
+        stops = self._stops(who)[who]
+        # A line is not a bumper: the front comes to stand 0.4 m before it.
+        line = np.maximum(stops - front + parameters[:, 2] - 0.4, 0.0)
+        options = [
+            traffic.follow_acceleration(speed, wanted, room, speed, parameters),
+            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, parameters),
+            traffic.follow_acceleration(speed, wanted, line, speed, parameters),
+        ]
+        slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
+        for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
+            for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
+                closing = speed[k : k + 1] - leader_speed
+                option = traffic.follow_acceleration(
+                    speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, parameters[k : k + 1]
+                )
+                slowest[k] = min(slowest[k], option[0])
+        return slowest
+
+    def _limit(self, i: int) -> float:
+        """The fastest comfortable speed where a mover is, m/s."""
+        return float(np.interp(self.s[i], self.movers[i].route.lengths, self.whole.profiles[i]))
+
+    def _walk(self, i: int, gap: float) -> float:
+        """Pedestrians reach their pace at once, wait at the kerb and stop before obstacles."""
+        mover = self.movers[i]
+        arrived = self.front[i] >= self.whole.tracks.ends[i] - 1.0
+        if mover.crossing >= 0:
+            if self.s[i] < 0.6 and not self._may_walk(mover):
+                return -4.0
+            arrived = arrived or gap < 0.6
+        return -3.0 if arrived else (self._wish(i) - float(self.speed[i])) / 0.4
+
+    def _leaders(self, who: Bool[np.ndarray, "A"]) -> tuple[Float[np.ndarray, "A"], Float[np.ndarray, "A"]]:
+        """Gaps to, and speeds along the routes of, the first things that stand in the swept corridors.
+
+        Args:
+            who: the movers that look.
+        """
+        whole, tracks = self.whole, self.whole.tracks
+        count = len(self.movers)
+        gaps, speeds = np.full(count, np.inf), np.zeros(count)
+        first, span = np.zeros(count, int), np.zeros(count, int)
+        for k in np.flatnonzero(who).tolist():
+            lengths, front = self.movers[k].route.lengths, self.front[k]
+            first[k] = lengths.searchsorted(front - self.half[k, 0])
+            span[k] = lengths.searchsorted(front + whole.reach[k]) - first[k]
+        # Every pair of one who looks and one who is near, and the corridor's points, as far as it reaches.
+        i, j = np.nonzero(self.close & (who & (span > 0))[:, None])
+        if not len(i):
+            return gaps, speeds
+        # Most are out of reach by any of the corridor's points, which are seen from every eighth of them.
+        base, half_width = tracks.first + first, self.half[: len(who), 1]
+        coarse = np.minimum(np.arange(0, span.max() + COARSE, COARSE), span[i, None] - 1)
+        rows = base[i, None] + coarse
+        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
+        most = self.radii[j] + half_width[i] + 0.8 + COARSE / 2 * tracks.spacing[i] + 0.1
+        possible = squared.min(axis=1) < most * most
+        i, j = i[possible], j[possible]
+        steps = np.arange(span.max())
+        rows = np.minimum(base[i, None] + steps, len(tracks.x) - 1)
+        squared = (tracks.x[rows] - self.x[j, None]) ** 2 + (tracks.y[rows] - self.y[j, None]) ** 2
+        squared[steps >= span[i, None]] = np.inf
+        place = squared.argmin(axis=1)
+        beside = np.sqrt(squared[np.arange(len(i)), place])
+        # Whoever is further than this from the corridor cannot stand in it; few are left to look at closely.
+        left = beside < self.radii[j] + half_width[i] + 0.8
+        i, j, place, beside = i[left], j[left], place[left], beside[left]
+        row = base[i] + place
+        aligned, turned = exact.cos_sin(self.poses[j, 2] - tracks.table[row, 2])
+        cos, sin = np.abs(aligned), np.abs(turned)
+        lateral_extent = self.half[j, 0] * sin + self.half[j, 1] * cos
+        along_extent = self.half[j, 0] * cos + self.half[j, 1] * sin
+        # People on the road need room; predicted half a second ahead they need more.
+        margin = np.where(self.on_foot[j], 0.8, 0.35)
+        gap = tracks.lengths[row] - self.front[i] - along_extent
+        inside = (beside < half_width[i] + lateral_extent + margin) & (place < span[i] - 1)
+        inside &= gap > -2 * self.half[i, 0]
+        i, gap = i[inside], gap[inside]
+        towards = np.maximum(self.all_speeds[j[inside]] * aligned[inside], 0.0)
+        order = np.lexsort((gap, i))  # keeps the order of equals
+        looking, nearest = np.unique(i[order], return_index=True)
+        gaps[looking], speeds[looking] = gap[order][nearest], towards[order][nearest]
+        return gaps, speeds
+
+    def _stops(self, who: Int[np.ndarray, "D"]) -> Float[np.ndarray, "A"]:
+        """Arc length of the line at which every mover must hold, inf where it may go."""
+        looking = set(who.tolist())
+        gates, zebras = np.full(len(self.movers), np.inf), np.full(len(self.movers), np.inf)
+        for i, gate in self.whole.gates:
+            front = self.front[i]
+            if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
+                continue  # already committed, or far away
+            if i in looking and np.isinf(gates[i]) and self._held_by(i, gate):
+                gates[i] = gate.stop
+        for i, zebra in self.whole.zebras:
+            front, line = self.front[i], zebra.near - 1.5
+            if front > zebra.near or line - front > traffic.LOOKAHEAD:
+                continue
+            if i in looking and np.isinf(zebras[i]) and self._yields_at(i, zebra, line - front):
+                zebras[i] = line
+        return np.minimum(gates, zebras)
+
+    def _held_by(self, i: int, gate: Gate) -> bool:
+        """Whether a red light or somebody from another arm keeps a vehicle, that still can stop, out."""
+        green = gate.arm in self.whole.cast.signals.green_arms(gate.junction, self.time)
+        can_stop = gate.stop - self.front[i] > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
+        return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
+
+    def _occupied(self, i: int, junction: int, arm: int) -> bool:
+        for j, gate in self.whole.entries[junction]:
+            if j in (i, self.astray) or gate.arm == arm:
+                continue
+            centre = self.s[j] + self.movers[j].reference_to_centre
+            if centre + self.half[j, 0] > gate.stop + 2.5 and centre - self.half[j, 0] < gate.leave:
+                return True
+        return self.astray >= 0 and self._inside_junction(junction)
+
+    def _inside_junction(self, junction: int) -> bool:
+        """Whether an ego vehicle far from its route stands in a junction."""
+        area = self.whole.town.junctions[junction]
+        return bool(exact.norm(self.poses[0, :2] - area.centre) < area.radius + self.half[0, 0])
+
+    def _yields_at(self, i: int, zebra: Zebra, room: float) -> bool:
+        """Whether a vehicle has to stop, and can, for people on a crossing or with the right to walk."""
+        braking = self.speed[i] * self.speed[i] / 2
+        return bool(
+            (room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra))
+            or (room > braking / 3.0 and self._someone_waits(zebra.crossing))
+        )
+
+    def _someone_walks(self, i: int, zebra: Zebra) -> bool:
+        """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
+        return any(
+            self.s[j] != 0.0 and self.s[j] < self._conflict(i, zebra, j) + self.half[i, 1] + 1.3
+            for j in self.whole.walkers.get(zebra.crossing, ())
+        )
+
+    def _conflict(self, i: int, zebra: Zebra, j: int) -> float:
+        """Arc length at which the walker's route passes the middle of the vehicle's way over the zebra."""
+        key = i, zebra, j
+        conflicts = self.whole.conflicts
+        if key not in conflicts:
+            path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
+            walk = self.movers[j].route
+            conflicts[key] = float(walk.lengths[np.argmin(exact.norm(walk.points - path))])
+        return conflicts[key]
+
+    def _someone_waits(self, crossing: int) -> bool:
+        """Whether somebody at the kerb has the right to walk now."""
+        return any(
+            self.s[j] == 0.0 and self._has_way(self.movers[j]) for j in self.whole.walkers.get(crossing, ())
+        )
+
+    def _has_way(self, walker: Mover) -> bool:
+        crossing, signals = self.whole.town.crossings[walker.crossing], self.whole.cast.signals
+        green = crossing.junction >= 0 and crossing.arm in signals.green_arms(crossing.junction, self.time)
+        return self.time >= walker.departure and not green
+
+    def _may_walk(self, mover: Mover) -> bool:
+        """A pedestrian steps out when the signal and the approaching vehicles allow it."""
+        if not self._has_way(mover):
+            return False
+        return not self._threatened(mover.crossing)
+
+    def _threatened(self, crossing: int) -> bool:
+        if self.astray >= 0 and self._bears_down(crossing):
+            return True
+        for j, zebra in self.whole.arrivals.get(crossing, ()):
+            if j == self.astray:
+                continue
+            front = self.s[j] + self.movers[j].reference_to_centre + self.half[j, 0]
+            rear = front - 2 * self.half[j, 0]
+            distance = zebra.near - 1.5 - front
+            occupying = distance <= 0 and rear < zebra.far + 0.5
+            if occupying or 0 < distance < exact.power(self.speed[j], 2) / (2 * 3.6) + 0.3 * self.speed[j]:
+                return True
+        return False
+
+    def _bears_down(self, crossing: int) -> bool:
+        """Whether an ego vehicle far from its route is on a crossing or about to be."""
+        x, y, yaw = self.poses[0]
+        polygon = self.whole.town.crossings[crossing].polygon - (x, y)
+        cos, sin = exact.cos_sin(yaw)
+        along = exact.dot(polygon, np.array([cos, sin]))
+        aside = exact.dot(polygon, np.array([-sin, cos]))
+        speed, front = float(self.speed[0]), float(self.half[0, 0])
+        reach = front + speed * speed / (2 * 3.6) + 0.3 * speed
+        beside = aside.min() > self.half[0, 1] or aside.max() < -self.half[0, 1]
+        return not beside and bool(along.max() > -front and along.min() < reach)
+
+    def _wish(self, i: int) -> float:
+        """Wanted speed: the mover's own, or what its part says once that has begun."""
+        mover = self.movers[i]
+        if mover.part is not None and self.time >= self.since[i]:
+            return mover.part.speed_at(self.time - float(self.since[i]))
+        return mover.desired_speed(self.time)
+
+    def _acts(self, i: int) -> bool:
+        """Whether a mover plays its part now, and yields to nobody."""
+        part = self.movers[i].part
+        return part is not None and bool(0.0 <= self.time - self.since[i] < part.yields_after)
+
+    def _act(self, i: int) -> float:
+        """Somebody who yields to nobody: only the wanted speed and the end of the route count."""
+        part = self.movers[i].part
+        assert part is not None
+        route, s, speed = self.movers[i].route, float(self.s[i]), float(self.speed[i])
+        wanted = 0.0 if s + self.half[i, 0] >= float(route.lengths[-1]) - 1.0 else self._wish(i)
+        return min(max((wanted - speed) / TIME_STEP, -part.braking), part.acceleration)
+
+    def _foreseen(self, i: int, front: float) -> list[tuple[float, float]]:
+        """Gaps to, and speeds along the way of, triggered actors that will come into mover `i`'s way."""
+        mover = self.movers[i]
+        first = mover.route.lengths.searchsorted(front - 2 * self.half[i, 0])
+        last = mover.route.lengths.searchsorted(front + traffic.LOOKAHEAD)
+        points = mover.route.points[first:last]
+        found: list[tuple[float, float]] = []
+        for j in self.whole.parts:
+            if np.isinf(self.since[j]) or not len(points):
+                continue
+            times, s, speeds = self._future(j)
+            poses = self.movers[j].route.pose(s)
+            offsets = points[:, None] - poses[:, :2]
+            squared = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
+            closest = squared.argmin(axis=0)
+            relative = poses[:, 2] - mover.route.headings[first:last][closest]
+            aligned, turned = exact.cos_sin(relative)
+            cos, sin = np.abs(aligned), np.abs(turned)
+            half = self.half[j]
+            aside = mover.size[1] / 2 + half[0] * sin + half[1] * cos + 0.5
+            along = half[0] * cos + half[1] * sin
+            lateral = np.sqrt(squared[closest, np.arange(len(s))])
+            inside = np.flatnonzero((lateral < aside) & (closest < len(points) - 1) & (closest > 0))
+            if not len(inside):
+                continue
+            enters = inside[0]
+            place = mover.route.lengths[first:last][closest]
+            towards = max(float(speeds[enters] * aligned[enters]), 0.0)
+            near = float(np.min(place[inside] - along[inside])) if towards < 1.0 else float(
+                place[enters] - towards * times[enters] - along[enters]
+            )  # fmt: skip
+            far = float(np.max(place[inside] + along[inside]))
+            speed = max(float(self.speed[i]), 0.1)
+            passed = (far + 2 * self.half[i, 0] - front) / speed < times[enters] - 1.0
+            gap = near - front
+            if gap > -1.0 and not passed:
+                found.append((max(gap, 0.0), towards))
+        return found
+
+    def _future(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times from now, arc lengths and speeds that actor `j`'s part leads to."""
+        part, s, speed = self.movers[j].part, float(self.s[j]), float(self.speed[j])
+        assert part is not None
+        elapsed = self.time - float(self.since[j])
+        rows = []
+        for k in range(round(FORESIGHT / FORESIGHT_STEP)):
+            rows.append((k * FORESIGHT_STEP, s, speed))
+            wanted = part.speed_at(elapsed + k * FORESIGHT_STEP)
+            change = min(
+                max(wanted - speed, -part.braking * FORESIGHT_STEP), part.acceleration * FORESIGHT_STEP
+            )
+            s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
+        times, lengths, speeds = np.array(rows).T
+        return times, lengths, speeds
 
 
 @dataclasses.dataclass(frozen=True)

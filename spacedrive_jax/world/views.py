@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, UInt8
 from spacedrive_jax import exact
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.world import ground, scenery, shapes, stage
+from spacedrive_jax.world.shading import WEATHERS, Light
 from spacedrive_jax.world.stage import Backdrop, Participant
-from spacedrive_jax.world.weather import WEATHERS, Light
 
 NATIVE_SIZE = (900, 1600)
 """Height and width in pixels the nominal intrinsics refer to."""

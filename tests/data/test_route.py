@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.constants import NUM_PATH_POINTS
-from spacedrive_jax.data.keyframe import heading
+from spacedrive_jax.data.keyframe import EgoTrack, heading
 from spacedrive_jax.data.keyframe_map import route_fields
-from spacedrive_jax.data.keyframe_motion import EgoTrack
 from spacedrive_jax.data.route import RoadOption, Route
 
 

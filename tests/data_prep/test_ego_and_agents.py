@@ -8,8 +8,7 @@ import pytest
 from data_prep.nuscenes.expansions import read_pose_messages
 from data_prep.nuscenes.scenes import read_scenes
 from data_prep.nuscenes.tables import read_tables
-from spacedrive_jax.data.keyframe import inverse, transforms
-from spacedrive_jax.data.keyframe_motion import (
+from spacedrive_jax.data.keyframe import (
     agent_fields,
     agent_tracks,
     box_velocity,
@@ -17,6 +16,8 @@ from spacedrive_jax.data.keyframe_motion import (
     ego_fields,
     ego_track,
     future_rows,
+    inverse,
+    transforms,
 )
 from spacedrive_jax.errors import SpaceDriveError
 from tests.data_prep.tiny_nuscenes import KEYFRAMES, START_US, STEP_US, TURN_RATE, VERSION, ego_at

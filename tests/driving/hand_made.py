@@ -9,10 +9,9 @@ import shapely
 
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.world import traffic
-from spacedrive_jax.world.cast import Cast
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, Scenario
 from spacedrive_jax.world.town import Junction, Lane, Road, Town
-from spacedrive_jax.world.traffic import Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Signals
 from spacedrive_jax.world.vehicle import VehicleState
 from spacedrive_jax.world.world import World, WorldState
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.signal import savgol_filter
 
 from spacedrive_jax.data.ego_status import released_command
-from spacedrive_jax.data.keyframe_motion import can_bus_at
+from spacedrive_jax.data.keyframe import can_bus_at
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive_abilities import ability_rates, comfort
 from spacedrive_jax.evaluation.bench2drive_results import RouteResult, score_routes

@@ -7,9 +7,9 @@ import pytest
 
 from spacedrive_jax.world import ground, lidar, stage, views
 from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image, in_view
+from spacedrive_jax.world.shading import WEATHERS, Light
 from spacedrive_jax.world.shapes import Quads, blocks_of, box, concatenate, object_quads, place, place_all
 from spacedrive_jax.world.stage import Backdrop, MovingShadows, Participant
-from spacedrive_jax.world.weather import WEATHERS, Light
 
 FOCAL, WIDTH, HEIGHT, LEVEL = 100.0, 160, 90, 1.5
 FORWARD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
