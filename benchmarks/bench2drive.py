@@ -21,10 +21,10 @@ from data_prep.synthesize.bench2drive import ClipJob, script, view
 from spacedrive_jax import exact
 from spacedrive_jax.cli.main import main as spacedrive
 from spacedrive_jax.driving.bench2drive_rig import LIDAR
-from spacedrive_jax.world import lidar
+from spacedrive_jax.world import sensors
 from spacedrive_jax.world.filming import Film
 from spacedrive_jax.world.scenario import WARM_UP
-from spacedrive_jax.world.views import pose_matrix
+from spacedrive_jax.world.sensors import pose_matrix
 from tests.driving.evaluator import DROPPED_TICKS, TICK, Car, Drive, Evaluator
 
 LENGTH = 60.0
@@ -51,7 +51,7 @@ def drive_of(number: int, seed: int, every: int, size: tuple[int, int]) -> Drive
         x, y, z = LIDAR
         pose = exact.matmul(pose_matrix(*car.origin, car.yaw), pose_matrix(x, -y, 0.0, z))
         quads = film.quads(scenario, time, film.people(scenario, time))
-        points = lidar.sweep(quads, pose, np.random.default_rng(tick))[:, :4]
+        points = sensors.lidar_sweep(quads, pose, np.random.default_rng(tick))[:, :4]
         return points * np.array([1, -1, 1, 1], np.float32)  # CARLA's y is to the right
 
     route, start = scenario.ego.route, float(scenario.ego.start)

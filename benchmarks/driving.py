@@ -31,7 +31,7 @@ from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.observation import Observer
 from spacedrive_jax.driving.policies import expert, route_constant_speed
 from spacedrive_jax.driving.scenarios import DriveSpec, build_drive
-from spacedrive_jax.world import stage, views
+from spacedrive_jax.world import sensors, stage
 from spacedrive_jax.world.filming import Film, Take
 from spacedrive_jax.world.world import World
 
@@ -122,7 +122,7 @@ def drive(
     """One drive of a blind driver, with cameras, the expert (and a model) asked beside."""
     spec = DriveSpec(number, KINDS[number % len(KINDS)], "boston-seaport", number)
     scenario, _ = clock.time("staging", lambda: build_drive(spec))
-    take = Take(number + 1, 9000, decisions + 1, views.parse_image_size(size), True, spec.town)
+    take = Take(number + 1, 9000, decisions + 1, sensors.parse_image_size(size), True, spec.town)
     film = clock.time("staging", lambda: Film(take, scenario))
     observer, world, driver = Observer(film, scenario), World(scenario), Driver()
     photograph, shown = observer._photograph, []
@@ -161,7 +161,7 @@ def floor_of(film: Film, scenario: Any, keyframe: int) -> float:
     from spacedrive_jax.world.render import fragments, ground_depth, nearest_of
 
     total = 0.0
-    for number, mount in enumerate(views.CAMERA_MOUNTS):
+    for number, mount in enumerate(sensors.CAMERA_MOUNTS):
         moment = float(film.camera_times[keyframe, number])
         size = film.take.image_size
         to_global = film.ego_pose(scenario, moment) @ mount.to_ego()
@@ -179,12 +179,12 @@ def draw(size: str) -> None:
     """Draws three keyframes of a scene and prints the processor milliseconds of six images, as JSON."""
     spec = DriveSpec(0, KINDS[0], "boston-seaport", 0)
     scenario, _ = build_drive(spec)
-    film = Film(Take(1, 9000, 12, views.parse_image_size(size), True, spec.town), scenario)
+    film = Film(Take(1, 9000, 12, sensors.parse_image_size(size), True, spec.town), scenario)
     keyframes, spent = (1, 5, 10), []
     for _ in range(4):
         started = time.process_time()
         for keyframe in keyframes:
-            for camera in range(len(views.CAMERA_MOUNTS)):
+            for camera in range(len(sensors.CAMERA_MOUNTS)):
                 film.photograph(scenario, keyframe, camera)
         spent.append(1e3 * (time.process_time() - started) / len(keyframes))
     print(json.dumps(min(spent[1:])))  # the first round fills what objects look like

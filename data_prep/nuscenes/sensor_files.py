@@ -28,8 +28,8 @@ from spacedrive_jax.data.keyframe import AgentTracks, Keyframe, Scene, SensorFra
 from spacedrive_jax.data.keyframe_map import DrivableMap
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, is_there, require_regular, say
+from spacedrive_jax.world.sensors import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
 from spacedrive_jax.world.stage import Backdrop
-from spacedrive_jax.world.views import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
 
 _PREFIXES = ("", "*/", "*/*/")
 

@@ -29,7 +29,7 @@ from spacedrive_jax.driving.bench2drive_rig import (
 )
 from spacedrive_jax.driving.bench2drive_route import GNSS_X, RoutePlanner
 from spacedrive_jax.io import write_bytes
-from spacedrive_jax.world import can_bus, stage, views
+from spacedrive_jax.world import can_bus, sensors, stage
 from spacedrive_jax.world.filming import ANNOTATION_RANGE, Film, Take
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, MANOEUVRES, WARM_UP, Scenario, build_scenario
 from spacedrive_jax.world.shading import WEATHERS
@@ -145,7 +145,7 @@ def ego_pose(scenario: Scenario, number: int) -> Float[np.ndarray, "4 4"]:
     """ego_to_global of a frame; the origin is the box centre, as CARLA's."""
     state = can_bus.ego_state(scenario, frame_time(number))
     cos, sin = exact.cos_sin(state["yaw"])
-    return views.pose_matrix(state["x"] + EGO_AHEAD * cos, state["y"] + EGO_AHEAD * sin, state["yaw"])
+    return sensors.pose_matrix(state["x"] + EGO_AHEAD * cos, state["y"] + EGO_AHEAD * sin, state["yaw"])
 
 
 def route_nodes(route: Route, start: float) -> tuple[Float[np.ndarray, "K 2"], list[int]]:

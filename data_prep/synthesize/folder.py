@@ -24,7 +24,7 @@ from spacedrive_jax.folders import atomic_folder, remove_stale
 from spacedrive_jax.io import remove_partials, write_bytes
 from spacedrive_jax.parallel import ordered_map
 from spacedrive_jax.world.scenario import make_token
-from spacedrive_jax.world.views import parse_image_size
+from spacedrive_jax.world.sensors import parse_image_size
 
 Layout = Literal["nuscenes", "bench2drive"]
 

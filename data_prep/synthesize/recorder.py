@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.synthesize.tables import Row, link, visibility_token
 from spacedrive_jax.driving.recovery import shifted_recording
 from spacedrive_jax.io import write_part
-from spacedrive_jax.world import can_bus, views
+from spacedrive_jax.world import can_bus, sensors
 from spacedrive_jax.world.filming import Film, Shot, Sighting, Take, annotated_span
 from spacedrive_jax.world.scenario import MANOEUVRES, Scenario, UnplayableError, build_scenario, make_token
 from spacedrive_jax.world.town import LOCATIONS, Town, build_town
@@ -94,7 +94,7 @@ class _Recorder:
 
     def record(self) -> dict[str, list[Row]]:
         job = self.job
-        channels: dict[str, list[Row]] = {mount.channel: [] for mount in views.CAMERA_MOUNTS}
+        channels: dict[str, list[Row]] = {mount.channel: [] for mount in sensors.CAMERA_MOUNTS}
         channels["LIDAR_TOP"] = []
         poses: list[Row] = []
         samples: list[Row] = []
@@ -110,9 +110,9 @@ class _Recorder:
             samples.append(sample)
             shots = [
                 self.film.photograph(self.scenario, keyframe, number)
-                for number in range(len(views.CAMERA_MOUNTS))
+                for number in range(len(sensors.CAMERA_MOUNTS))
             ]
-            for mount, shot in zip(views.CAMERA_MOUNTS, shots, strict=True):
+            for mount, shot in zip(sensors.CAMERA_MOUNTS, shots, strict=True):
                 row, pose = self._data_row(keyframe, mount.channel, sample["token"], shot.time, "jpg")
                 self._write_picture(mount.channel, row["filename"], shot)
                 channels[mount.channel].append(row)
@@ -195,7 +195,7 @@ class _Recorder:
         ego_pose = {
             "token": token,
             "timestamp": stamp,
-            "rotation": views.quaternion(pose),
+            "rotation": sensors.quaternion(pose),
             "translation": [float(pose[0, 3]), float(pose[1, 3]), 0.0],
         }
         return row, ego_pose
@@ -242,7 +242,7 @@ class _Recorder:
             "attribute_tokens": attributes,
             "translation": [x, y, item.size[2] / 2],
             "size": [item.size[1], item.size[0], item.size[2]],
-            "rotation": views.quaternion(views.pose_matrix(0.0, 0.0, yaw)),
+            "rotation": sensors.quaternion(sensors.pose_matrix(0.0, 0.0, yaw)),
             "prev": "",
             "next": "",
             "num_lidar_pts": sighting.points,

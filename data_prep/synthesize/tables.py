@@ -17,9 +17,10 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.io import write_bytes, write_text
 from spacedrive_jax.json_files import to_json
-from spacedrive_jax.world import ground, paths, views
+from spacedrive_jax.world import ground, paths
 from spacedrive_jax.world.ground import SurfaceMap, polygons_of
 from spacedrive_jax.world.scenario import make_token
+from spacedrive_jax.world.sensors import CAMERA_MOUNTS, lidar_to_ego, quaternion
 from spacedrive_jax.world.town import LANE_WIDTH, PARKING_WIDTH, STOP_SETBACK, TOWN_EDGE, Lane, Town
 
 VERSION = "v1.0-synthetic"
@@ -91,7 +92,7 @@ def fixed_tables(seed: int, image_size: tuple[int, int]) -> dict[str, list[Row]]
     """
     sensors: list[Row] = []
     calibrations: list[Row] = []
-    poses = [(mount.channel, mount.to_ego(), mount.intrinsics(image_size)) for mount in views.CAMERA_MOUNTS]
+    poses = [(mount.channel, mount.to_ego(), mount.intrinsics(image_size)) for mount in CAMERA_MOUNTS]
     for channel, to_ego, intrinsics in poses:
         sensors.append(
             {"token": make_token(seed, "sensor", channel), "channel": channel, "modality": "camera"}
@@ -100,7 +101,7 @@ def fixed_tables(seed: int, image_size: tuple[int, int]) -> dict[str, list[Row]]
     sensors.append(
         {"token": make_token(seed, "sensor", "LIDAR_TOP"), "channel": "LIDAR_TOP", "modality": "lidar"}
     )
-    calibrations.append(_calibration(seed, "LIDAR_TOP", views.lidar_to_ego(), []))
+    calibrations.append(_calibration(seed, "LIDAR_TOP", lidar_to_ego(), []))
     return {
         "category": [
             {"token": make_token(seed, "category", name), "name": name, "description": f"{name} (synthetic)."}
@@ -128,7 +129,7 @@ def _calibration(seed: int, channel: str, to_ego: Any, intrinsics: list) -> Row:
         "token": make_token(seed, "calibrated_sensor", channel),
         "sensor_token": make_token(seed, "sensor", channel),
         "translation": [float(value) for value in to_ego[:3, 3]],
-        "rotation": views.quaternion(to_ego),
+        "rotation": quaternion(to_ego),
         "camera_intrinsic": intrinsics,
     }
 

@@ -135,7 +135,7 @@ class Drive(Command):
         hosts = self._hosts()
         from spacedrive_jax.driving.episode import DriveOptions
         from spacedrive_jax.driving.scenarios import drive_set
-        from spacedrive_jax.world.views import parse_image_size
+        from spacedrive_jax.world.sensors import parse_image_size
 
         folder = self._folder()
         if hosts is None or hosts.is_first:  # which writes the page

@@ -32,7 +32,7 @@ from spacedrive_jax.data.keyframe import (
 from spacedrive_jax.data.keyframe_map import PolygonMap, map_fields, route_fields
 from spacedrive_jax.data.route import Route
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.world import can_bus, views
+from spacedrive_jax.world import can_bus, sensors
 from spacedrive_jax.world.filming import Film, Shot, Sighting, annotated_span
 from spacedrive_jax.world.ground import polygons_of
 from spacedrive_jax.world.scenario import Scenario
@@ -91,21 +91,23 @@ class Observer:
             timestamp_us=film.stamp(time),
             cameras=tuple(
                 self._frame(scenario, mount.channel, float(film.camera_times[number, index]), number)
-                for index, mount in enumerate(views.CAMERA_MOUNTS)
+                for index, mount in enumerate(sensors.CAMERA_MOUNTS)
             ),
             lidar=self._frame(scenario, "LIDAR_TOP", time, number),
             annotations=(),
         )
         taken = tuple(
             View(shot.picture.jpeg, shot.picture.depth_png, film.take.image_size) for shot in shots
-        ) or tuple(View(b"", b"", film.take.image_size) for _ in views.CAMERA_MOUNTS)
+        ) or tuple(View(b"", b"", film.take.image_size) for _ in sensors.CAMERA_MOUNTS)
         self.frames.append(_Frame(keyframe, taken, b"" if cloud is None else cloud.tobytes()))
         return self.record(number)
 
     def _photograph(self, scenario: Scenario, number: int) -> list[Shot]:
         if not self.images:
             return []
-        return [self.film.photograph(scenario, number, camera) for camera in range(len(views.CAMERA_MOUNTS))]
+        return [
+            self.film.photograph(scenario, number, camera) for camera in range(len(sensors.CAMERA_MOUNTS))
+        ]
 
     def record(self, index: int) -> Record:
         """The record of a keyframe that was taken, with as much of its future as is known by now."""
@@ -151,16 +153,16 @@ class Observer:
 
     def _frame(self, scenario: Scenario, channel: str, time: float, number: int) -> SensorFrame:
         pose = self.film.ego_pose(scenario, time)
-        mount = next((mount for mount in views.CAMERA_MOUNTS if mount.channel == channel), None)
-        to_ego = views.lidar_to_ego() if mount is None else mount.to_ego()
+        mount = next((mount for mount in sensors.CAMERA_MOUNTS if mount.channel == channel), None)
+        to_ego = sensors.lidar_to_ego() if mount is None else mount.to_ego()
         size = self.film.take.image_size
         return SensorFrame(
             filename=f"samples/{channel}/{number}",
             timestamp_us=self.film.stamp(time),
             ego_translation=(float(pose[0, 3]), float(pose[1, 3]), 0.0),
-            ego_rotation=tuple(views.quaternion(pose)),
+            ego_rotation=tuple(sensors.quaternion(pose)),
             sensor_translation=_vector(to_ego[:3, 3]),
-            sensor_rotation=tuple(views.quaternion(to_ego)),
+            sensor_rotation=tuple(sensors.quaternion(to_ego)),
             intrinsics=() if mount is None else tuple(_vector(row) for row in mount.intrinsics(size)),
             height=0 if mount is None else size[0],
             width=0 if mount is None else size[1],
@@ -179,7 +181,7 @@ def _annotations(rows: Sequence[Sequence[tuple[Sighting, str]]]) -> tuple[Annota
             category=sighting.item.category,
             translation=(sighting.item.pose[0], sighting.item.pose[1], sighting.item.size[2] / 2),
             size=(sighting.item.size[1], sighting.item.size[0], sighting.item.size[2]),
-            rotation=tuple(views.quaternion(views.pose_matrix(0.0, 0.0, sighting.item.pose[2]))),
+            rotation=tuple(sensors.quaternion(sensors.pose_matrix(0.0, 0.0, sighting.item.pose[2]))),
             lidar_points=sighting.points,
             previous=index.get((token, sighting.keyframe - 1), -1),
             next=index.get((token, sighting.keyframe + 1), -1),

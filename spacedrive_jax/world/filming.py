@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import can_bus, ground, lidar, scenery, stage, views
+from spacedrive_jax.world import can_bus, ground, scenery, sensors, stage
 from spacedrive_jax.world.render import Camera
 from spacedrive_jax.world.scenario import WARM_UP, Scenario, make_token
 from spacedrive_jax.world.shading import WEATHERS, Light
@@ -135,7 +135,7 @@ class Film:
         self.epoch_us = int(take.start.timestamp() * 1e6) + int(jitter.integers(1_000_000))
         nominal = WARM_UP + KEYFRAME_PERIOD * np.arange(take.keyframes)
         self.times = nominal + jitter.uniform(-0.003, 0.003, take.keyframes)
-        leads = np.array([mount.lead_ms for mount in views.CAMERA_MOUNTS]) * 1e-3
+        leads = np.array([mount.lead_ms for mount in sensors.CAMERA_MOUNTS]) * 1e-3
         jitters = jitter.uniform(-0.002, 0.002, (take.keyframes, len(leads)))
         self.camera_times = self.times[:, None] - leads + jitters
         self.lidar_rng = np.random.default_rng([take.seed, take.index, 4])
@@ -149,7 +149,7 @@ class Film:
     def ego_pose(self, scenario: Scenario, time: float) -> Float[np.ndarray, "4 4"]:
         """ego_to_global at a time."""
         state = can_bus.ego_state(scenario, time)
-        return views.pose_matrix(state["x"], state["y"], state["yaw"])
+        return sensors.pose_matrix(state["x"], state["y"], state["yaw"])
 
     def people(self, scenario: Scenario, time: float) -> list[Participant]:
         """Everybody annotated at a time, in the order of `tokens`."""
@@ -166,7 +166,7 @@ class Film:
 
     def photograph(self, scenario: Scenario, keyframe: int, number: int) -> Shot:
         """Takes the image of one camera (in the order of `CAMERA_MOUNTS`) of a keyframe."""
-        take, mount = self.take, views.CAMERA_MOUNTS[number]
+        take, mount = self.take, sensors.CAMERA_MOUNTS[number]
         time = float(self.camera_times[keyframe, number])
         moving = stage.moving_participants(scenario, time)
         pose = self.ego_pose(scenario, time)
@@ -193,8 +193,8 @@ class Film:
         """The LiDAR sweep of a keyframe; sweeps must be taken in order, their noise is one stream."""
         time = float(self.times[keyframe])
         quads = self.quads(scenario, time, self.people(scenario, time))
-        sensor = exact.matmul(self.ego_pose(scenario, time), views.lidar_to_ego())
-        return lidar.sweep(quads, sensor, self.lidar_rng)
+        sensor = exact.matmul(self.ego_pose(scenario, time), sensors.lidar_to_ego())
+        return sensors.lidar_sweep(quads, sensor, self.lidar_rng)
 
     def sightings(
         self, scenario: Scenario, keyframe: int, shots: Sequence[Shot], cloud: Float[np.ndarray, "P 5"] | None
@@ -210,8 +210,8 @@ class Film:
         yaws = np.array([item.pose[2] for item in people])
         counts = [0] * len(people)
         if cloud is not None:
-            sensor = exact.matmul(ego, views.lidar_to_ego())
-            counts = lidar.count_inside(cloud, sensor, centres, sizes, yaws)
+            sensor = exact.matmul(ego, sensors.lidar_to_ego())
+            counts = sensors.count_inside(cloud, sensor, centres, sizes, yaws)
         near = exact.norm(centres[:, :2] - ego[:2, 3]) < ANNOTATION_RANGE
         return {
             group: Sighting(

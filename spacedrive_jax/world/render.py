@@ -2,7 +2,7 @@
 
 Every quad is tested at pixel centres with homogeneous edge functions (Olano and Greer, 1997), so nothing
 has to be clipped, and its inverse depth is an affine function of the pixel, so depth is exact. Rows of all
-quads are filled together (see `spans`).
+quads are filled together (see `paths.intervals`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from data_prep.synthesize.folder import folder_fingerprint, write_folder
 from data_prep.synthesize.recorder import NotRecorded, SceneJob, record_scene
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.world.scenario import UnplayableError
-from spacedrive_jax.world.views import parse_image_size
+from spacedrive_jax.world.sensors import parse_image_size
 from tests.world.conftest import TINY
 
 

@@ -14,10 +14,10 @@ from scipy.spatial.transform import Rotation
 
 from data_prep.synthesize.recorder import town_of
 from data_prep.synthesize.tables import CATEGORIES, Row, visibility_token
-from spacedrive_jax.world import can_bus, lidar, views
+from spacedrive_jax.world import can_bus, sensors
 from tests.world.conftest import TINY
 
-CHANNELS = {mount.channel for mount in views.CAMERA_MOUNTS} | {"LIDAR_TOP"}
+CHANNELS = {mount.channel for mount in sensors.CAMERA_MOUNTS} | {"LIDAR_TOP"}
 
 
 def index(rows: list[Row]) -> dict[str, Row]:
@@ -118,7 +118,7 @@ def test_lidar_counts_follow_from_the_sweeps(tables: dict[str, list[Row]], root:
             width, length, height = item["size"]
             yaw = 2 * np.arctan2(item["rotation"][3], item["rotation"][0])
             centre, size = np.array([item["translation"]]), np.array([[length, width, height]])
-            (count,) = lidar.count_inside(cloud, to_global, centre, size, np.array([yaw]))
+            (count,) = sensors.count_inside(cloud, to_global, centre, size, np.array([yaw]))
             assert abs(count - item["num_lidar_pts"]) <= 1
             total += count
     assert total > 1000

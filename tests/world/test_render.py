@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.world import ground, lidar, stage, views
+from spacedrive_jax.world import ground, sensors, stage
 from spacedrive_jax.world.render import GROUND, NEAR, SKY, Camera, cast, depth_image, in_view
 from spacedrive_jax.world.shading import WEATHERS, Light
 from spacedrive_jax.world.shapes import Quads, blocks_of, box, concatenate, object_quads, place, place_all
@@ -122,13 +122,13 @@ def test_lidar_agrees_with_one_ray_per_beam() -> None:
     quads = crowd(2)
     sensor = np.eye(4)
     sensor[:3, 3] = 1.0, -2.0, 1.84
-    cloud = lidar.sweep(quads, sensor, np.random.default_rng(0)).astype(np.float64)
+    cloud = sensors.lidar_sweep(quads, sensor, np.random.default_rng(0)).astype(np.float64)
     reach = np.linalg.norm(cloud[:, :3], axis=1)
     rays = cloud[:, :3] / reach[:, None]
     inverse = meetings(quads, sensor[:3, 3], rays)
-    inverse[inverse >= 1 / lidar.MIN_RANGE] = 0.0
+    inverse[inverse >= 1 / sensors.LIDAR_MIN_RANGE] = 0.0
     expected = np.maximum(inverse.max(axis=0), -rays[:, 2] / 1.84)
-    agrees = np.abs(1 / expected - reach) < 6 * lidar.NOISE
+    agrees = np.abs(1 / expected - reach) < 6 * sensors.LIDAR_NOISE
     assert agrees.mean() > 0.999
     assert (expected > 1.2 * np.maximum(-rays[:, 2] / 1.84, 0)).sum() > 2000  # many beams end on boxes
 
@@ -148,17 +148,17 @@ def test_lidar_hits_the_box_at_its_face_and_counts_inside() -> None:
     sensor = np.eye(4)
     sensor[2, 3] = 1.84
     quads = block(11.0, 0.0, (2.0, 4.0, 3.0))
-    cloud = lidar.sweep(quads, sensor, np.random.default_rng(0))
+    cloud = sensors.lidar_sweep(quads, sensor, np.random.default_rng(0))
     points = cloud[:, :3].astype(np.float64)
     front = (np.abs(np.arctan2(points[:, 1], points[:, 0])) < 0.15) & (points[:, 2] > -1.5)
     front &= points[:, 0] < 30
     assert front.sum() > 100
-    assert np.abs(points[front, 0] - 10.0).max() < 6 * lidar.NOISE
+    assert np.abs(points[front, 0] - 10.0).max() < 6 * sensors.LIDAR_NOISE
     ground = points[:, 2] < -1.7
-    assert np.abs(points[ground, 2] + 1.84).max() < 6 * lidar.NOISE
+    assert np.abs(points[ground, 2] + 1.84).max() < 6 * sensors.LIDAR_NOISE
     behind = (np.abs(points[:, 1]) < 1.0) & (points[:, 0] > 12.5) & (points[:, 2] < 0.3)
     assert not behind.any()
-    counts = lidar.count_inside(
+    counts = sensors.count_inside(
         cloud,
         sensor,
         np.array([[11.0, 0, 1.6], [-11.0, 0, 1.6]]),
@@ -172,9 +172,9 @@ def test_lidar_hits_the_box_at_its_face_and_counts_inside() -> None:
 def test_lidar_beams_lie_on_the_rings() -> None:
     sensor = np.eye(4)
     sensor[2, 3] = 1.84
-    cloud = lidar.sweep(block(11.0, 0.0, (2.0, 4.0, 3.0)), sensor, np.random.default_rng(0))
+    cloud = sensors.lidar_sweep(block(11.0, 0.0, (2.0, 4.0, 3.0)), sensor, np.random.default_rng(0))
     elevation = np.degrees(np.arctan2(cloud[:, 2], np.hypot(cloud[:, 0], cloud[:, 1])))
-    assert np.abs(elevation - views.LIDAR_ELEVATIONS[cloud[:, 4].astype(int)]).max() < 1e-3
+    assert np.abs(elevation - sensors.LIDAR_ELEVATIONS[cloud[:, 4].astype(int)]).max() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.world.views import DrawnBox, GroundRaster, draw_view, prepare_ground
+from spacedrive_jax.world.sensors import DrawnBox, GroundRaster, draw_view, prepare_ground
 
 INTRINSICS = np.array([[200.0, 0, 160.0], [0, 200.0, 90.0], [0, 0, 1]])
 SIZE = (180, 320)
