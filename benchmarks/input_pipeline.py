@@ -32,13 +32,12 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from spacedrive_jax.config import change, load_config
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.images import ViewProcessor, decode_photo, kept_view
 from spacedrive_jax.data.loader import Samples, evaluation_batches, training_iterator
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.data.transforms import DataConfig, SampleBuilder
 
 NATIVE = (900, 1600)
 KEYFRAMES = 16

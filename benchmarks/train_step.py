@@ -30,7 +30,7 @@ from flax import nnx
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
-from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.interop.peft import save_adapter
 from spacedrive_jax.models.config import ComputeConfig, LanguageModelConfig, LoraConfig
 from spacedrive_jax.models.families import family_of

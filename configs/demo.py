@@ -7,7 +7,7 @@ released weights to adapt, so everything trains, at one rate.
 import dataclasses
 
 from spacedrive_jax.config import Config, TrainConfig
-from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig

@@ -5,8 +5,8 @@ bring along. docs/reference/presets.md has the figures that the paper prints for
 """
 
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig, change
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
 

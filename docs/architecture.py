@@ -51,7 +51,7 @@ them. The names of one line are single files at the bottom that only look at one
 PURPOSES: Mapping[str, str] = {
     "configs": "presets: a file per family of runs",
     "data_prep": "nuScenes and the like → records",
-    "cli": "one file a command",
+    "cli": "the commands",
     "study": "plans of runs, paired statistics",
     "aot": "what a pod needs, ahead of time",
     "reporting": "pages, curves, views from above",

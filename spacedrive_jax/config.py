@@ -33,7 +33,7 @@ from spacedrive_jax.bounds import (
     Bounds,
     check_bounds,
 )
-from spacedrive_jax.data.config import DataConfig, add_depth_flags
+from spacedrive_jax.data.transforms import DataConfig, add_depth_flags
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, is_bucket, place, read_text
 from spacedrive_jax.json_files import parse_json

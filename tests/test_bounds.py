@@ -13,10 +13,10 @@ import data_prep.cli
 import spacedrive_jax.cli.main
 from spacedrive_jax import console
 from spacedrive_jax.config import Config, MeshConfig, TrainConfig
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.depth_sources import DepthConfig, DepthDisturbance
 from spacedrive_jax.data.images import CameraFault
 from spacedrive_jax.data.lidar import FusionConfig
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from spacedrive_jax.models.config import (

@@ -17,8 +17,7 @@ from spacedrive_jax.cli.common import use_compilation_cache
 from spacedrive_jax.cli.drive import Drive
 from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.cli.predict import Predict
-from spacedrive_jax.cli.report import Report
-from spacedrive_jax.cli.show import Show
+from spacedrive_jax.cli.report import Report, Show
 from spacedrive_jax.cli.study import Study
 from spacedrive_jax.cli.train import Train
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError

@@ -1,1 +1,1 @@
-"""The command line, one file a command."""
+"""The command line: commands, one or a few that go together in a file."""

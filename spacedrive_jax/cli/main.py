@@ -9,12 +9,10 @@ from pathlib import Path
 from spacedrive_jax import console
 from spacedrive_jax.cli.aot import Aot
 from spacedrive_jax.cli.drive import Drive
-from spacedrive_jax.cli.evaluate import Evaluate
+from spacedrive_jax.cli.evaluate import Evaluate, ScoreBench2Drive, ScoreCounterfactual
 from spacedrive_jax.cli.predict import Predict
-from spacedrive_jax.cli.report import Report
-from spacedrive_jax.cli.score import ScoreBench2Drive, ScoreCounterfactual
+from spacedrive_jax.cli.report import Report, Show
 from spacedrive_jax.cli.serve import Serve
-from spacedrive_jax.cli.show import Show
 from spacedrive_jax.cli.study import Study
 from spacedrive_jax.cli.train import Train, list_presets, parse_train
 from spacedrive_jax.cli.verify import Verify

@@ -25,13 +25,12 @@ from absl import flags
 
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.console import note
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import ConversationConfig
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.language_data import KINDS, LanguageData
 from spacedrive_jax.data.records import Records, complete_futures, open_records
 from spacedrive_jax.data.schema import Record, record_features
-from spacedrive_jax.data.transforms import SampleBuilder
+from spacedrive_jax.data.transforms import DataConfig, SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import is_bucket, local
 from spacedrive_jax.models.spacedrive_config import ModelConfig

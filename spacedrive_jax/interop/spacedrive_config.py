@@ -14,9 +14,9 @@ from msgspec import Meta
 
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.constants import NUM_PAST
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.conversation import Tasks
 from spacedrive_jax.data.depth_sources import DepthSource
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.interop.hf_config import published_of
 from spacedrive_jax.io import MEBIBYTE, read_text

@@ -19,7 +19,7 @@ from spacedrive_jax.study.readout import Readout
 Measure = Literal["open_loop", "readout", "counterfactual"]
 """What a run is: train, predict `val`, evaluate; read points back from their encodings (`study.readout`), for
 which nothing is trained but the reader; or train on questions what would come of other trajectories, and ask
-about `val` (`study.counterfactual`)."""
+about `val` (`study.measures.counterfactual`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,15 @@ from spacedrive_jax.inference.open_model import open_vlm
 from spacedrive_jax.interop.exporting import export_hf
 from spacedrive_jax.io import LineFile, read_text, remove_partials, write_text
 from spacedrive_jax.json_files import convert, parse_json, read_json_lines, to_json
-from spacedrive_jax.study.counterfactual import counterfactual, write_language_data
-from spacedrive_jax.study.measures import SPLIT, Measured, closed_loop, forgotten, open_loop
+from spacedrive_jax.study.measures import (
+    SPLIT,
+    Measured,
+    closed_loop,
+    counterfactual,
+    forgotten,
+    open_loop,
+    write_language_data,
+)
 from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
 from spacedrive_jax.training.checkpoint_steps import steps_of

@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 
 from spacedrive_jax.config import Config, from_json, to_json
-from spacedrive_jax.data.config import DataConfig
 from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.errors import CheckpointError, SpaceDriveError
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, new_folder, save_tensors
 from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text, write_part, write_text

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.driving.bench2drive_control import Controls
-from spacedrive_jax.driving.controllers import plan_reference, pure_pursuit, track
 from spacedrive_jax.driving.driver import (
     Controller,
     Driver,
@@ -18,8 +17,11 @@ from spacedrive_jax.driving.driver import (
     PlanError,
     checked_plan,
     pedals_to_control,
+    plan_reference,
+    pure_pursuit,
     to_global,
     to_vehicle,
+    track,
 )
 from spacedrive_jax.driving.policies import arc
 from spacedrive_jax.errors import ConfigError

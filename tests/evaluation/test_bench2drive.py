@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spacedrive_jax.cli.score import ScoreBench2Drive
+from spacedrive_jax.cli.evaluate import ScoreBench2Drive
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.bench2drive_abilities import ABILITIES, ability_rates, comfort
 from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spacedrive_jax.cli.score import ScoreCounterfactual
+from spacedrive_jax.cli.evaluate import ScoreCounterfactual
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.evaluation.counterfactual import (
     RULES,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spacedrive_jax.data.config import DataConfig
+from spacedrive_jax.data.transforms import DataConfig
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.interop.spacedrive_config import (
     data_config,

@@ -20,7 +20,7 @@ from spacedrive_jax.inference.open_model import config_of_run
 from spacedrive_jax.json_files import to_json
 from spacedrive_jax.study import measures, runs
 from spacedrive_jax.study.analysis import answer, effect_of, spearman
-from spacedrive_jax.study.counterfactual import (
+from spacedrive_jax.study.measures import (
     ANSWERS,
     candidates,
     counterfactual,
