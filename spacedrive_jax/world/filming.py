@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import can_bus, ground, scenery, sensors, stage
+from spacedrive_jax.world import can_bus, ground, sensors, stage
 from spacedrive_jax.world.render import Camera
 from spacedrive_jax.world.scenario import WARM_UP, Scenario, make_token
 from spacedrive_jax.world.shading import WEATHERS, Light
@@ -126,7 +126,7 @@ class Film:
         self.light = Light(named[0] if named else drawn, float(jitter.uniform(0, 2 * np.pi)))
         low, high = stage.scene_area(scenario, take.end if reach is None else reach)
         surface_map = ground.surface_map_of_town(scenario.town, low, high)
-        backdrop = stage.build_backdrop(surface_map, self.light, scenery.LAND_SEED)
+        backdrop = stage.build_backdrop(surface_map, self.light, stage.LAND_SEED)
         self.standing = stage.standing_participants(scenario)
         shadows = stage.frame_shadows(backdrop, self.standing, self.light)
         self.backdrop = dataclasses.replace(backdrop, shadows=shadows)

@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.world import ground, paths, scenery, shapes, stage
+from spacedrive_jax.world import ground, paths, shapes, stage
 from spacedrive_jax.world.shading import WEATHERS, Light
 from spacedrive_jax.world.shapes import Quads
 from spacedrive_jax.world.stage import Backdrop, Participant
@@ -184,7 +184,7 @@ def prepare_ground(ground_raster: GroundRaster, seed: int) -> Backdrop:
     surface_map = ground.surface_map_of_mask(
         (drivable > 0).astype(np.uint8), origin, ground_raster.resolution
     )
-    return stage.build_backdrop(surface_map, light_of(seed), scenery.LAND_SEED)
+    return stage.build_backdrop(surface_map, light_of(seed), stage.LAND_SEED)
 
 
 def light_of(seed: int) -> Light:
