@@ -84,7 +84,11 @@ class TrainConfig:
     (published `single_coords_only`, fidelity Q18); or every coordinate of the answers."""
     braking_weight: float = 1.0
     """Of a sample's position loss where its plan brakes: the fourth half-second is driven more than
-    `losses.BRAKES` slower than the first one. Of most keyframes in which others matter these are few."""
+    `losses.SPEED_CHANGE` slower than the first one. Keyframes in which others matter are mostly of these, and
+    few."""
+    accelerating_weight: float = 1.0
+    """The same where its plan speeds up. Without it, who learns to brake does not learn to go on: it stands,
+    or creeps, behind a free road."""
     past_motion_dropout: float = 0.0
     """Share of the samples from which the past and the present acceleration are withheld in training, drawn
     anew at every step (ChauffeurNet's past motion dropout): a model that is told that it is being braked need
@@ -129,6 +133,7 @@ class TrainConfig:
         "huber_delta": POSITIVE,
         "vae_weight": FROM_ZERO,
         "braking_weight": FROM_ZERO,
+        "accelerating_weight": FROM_ZERO,
         "past_motion_dropout": SHARE,
         "indicator_weight": FROM_ZERO,
         "seed": SEED,

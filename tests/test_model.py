@@ -13,7 +13,7 @@ from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.data.ego_status import ego_status
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.training.losses import brakes, losses, without_past_motion
+from spacedrive_jax.training.losses import losses, speed_change, without_past_motion
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.train import verify_train
 from tests.published_case import GOLDEN, load_case
@@ -129,17 +129,17 @@ def test_no_future_no_position_loss(case, score):
     assert float(parts.language) == float(score().language)
 
 
-def test_a_braking_sample_weighs_more(case, score):
+def test_a_sample_that_brakes_or_speeds_up_weighs_more(case, score):
     steady = jnp.zeros_like(case.batch.waypoints).at[..., 0].set(4.0 * jnp.arange(1, 7))
-    braking = steady.at[:, 2:, 0].set(jnp.array([11.0, 12.0, 12.0, 12.0]))
-    assert not np.any(brakes(steady))
-    assert np.all(brakes(braking))
-    assert not np.any(brakes(steady.at[:, 3:, 0].add(-0.49)))  # the threshold: half a metre
-    assert np.all(brakes(steady.at[:, 3:, 0].add(-0.51)))
-    for waypoints, weight in ((steady, 1.0), (braking, 3.0)):
-        batch = dataclasses.replace(case.batch, waypoints=waypoints)
-        plain, weighed = score(batch).position, score(batch, braking_weight=3.0).position
-        np.testing.assert_allclose(weighed, weight * plain, rtol=1e-6)
+    np.testing.assert_allclose(speed_change(steady.at[:, 3:, 0].add(-0.5)), -0.5)
+    later = {"braking": -0.51, "accelerating": 0.51, None: 0.49}  # half a metre is the threshold
+    for kind, metres in later.items():
+        batch = dataclasses.replace(case.batch, waypoints=steady.at[:, 3:, 0].add(metres))
+        weighed = score(batch, braking_weight=3.0, accelerating_weight=2.0).position
+        weight = {"braking": 3.0, "accelerating": 2.0, None: 1.0}[kind]
+        np.testing.assert_allclose(weighed, weight * score(batch).position, rtol=1e-6)
+        alone = score(batch, **({f"{kind}_weight": 5.0} if kind else {"braking_weight": 5.0})).position
+        np.testing.assert_allclose(alone, (5.0 if kind else 1.0) * score(batch).position, rtol=1e-6)
 
 
 def test_past_motion_is_withheld_from_a_share_of_the_samples():

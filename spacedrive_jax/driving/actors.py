@@ -313,6 +313,38 @@ class Standing:
         return [], [Obstacle(key, "vehicle.car", size, (float(x), float(y), yaw), "vehicle.stopped")]
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadOn:
+    """An oncoming car that strays into the ego vehicle's lane and back into its own (NeuroNCAP's frontal)."""
+
+    seconds: float = 5.0
+    metres: float = 25.0
+    speed: float = 9.0
+    before: float = 40.0
+    """Metres before the place at which the two meet, standing until triggered."""
+    beyond: float = 30.0
+    """Metres behind that place at which it stops, long back in its lane."""
+
+    def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
+        """See `Actor`."""
+        s = stage.script.start + float(stage.rng.uniform(46.0, 56.0))
+        ends = [stage.lane_at(at) for at in (s - self.beyond, s + self.before)]
+        if ends[0] != ends[1] or ends[0][1] != 0:
+            raise UnplayableError("the lane beside the oncoming traffic is too short")
+        along = np.arange(self.before, -self.beyond - 0.25, -0.5)
+        # In the ego vehicle's lane for 12 m, and as much again to come over and to go back.
+        away = np.clip((np.abs(along) - 6.0) / 12.0, 0.0, 1.0)
+        aside = -LANE_WIDTH * (0.5 - 0.5 * exact.cos_sin(np.pi * away)[0])
+        line = np.stack([stage.beside(s + float(a), float(b)) for a, b in zip(along, aside, strict=True)])
+        x, y = stage.beside(s, 0.0)
+        part = Part(
+            Trigger((float(x), float(y)), self.seconds, self.metres), ((0.0, self.speed),), acceleration=6.0
+        )
+        size = surroundings.draw_size("vehicle.car", stage.rng)
+        route = traffic.free_route(line)
+        return [Mover(key, "vehicle.car", size, route, 0.0, 0.0, _still, part=part)], []
+
+
 def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.ndarray, "2"], float]:
     """A way straight across the first junction, from the side or from the other side.
 

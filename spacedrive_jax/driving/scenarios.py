@@ -15,6 +15,7 @@ from spacedrive_jax.driving.actors import (
     Blocker,
     Crosser,
     CutIn,
+    HeadOn,
     Lead,
     Oncoming,
     RedRunner,
@@ -107,9 +108,19 @@ KINDS: Mapping[str, Kind] = {
         ends="behind junction",
     ),
     "StaticCutIn": Kind("bench2drive", "cruise", (CutIn("lane", seconds=2.5, metres=14.0, speed=3.5),)),
+    "NeuroNCAPFrontal": Kind("neuroncap", "cruise", (HeadOn(),)),
+    "NeuroNCAPSide": Kind(
+        "neuroncap", "turn_left", (RedRunner(3.5, 12.0, 9.0),), seconds=20.0, ends="behind junction"
+    ),
 }
 """Names as Bench2Drive has them where it has the scenario."""
-HELD_OUT = ("CrossingBicycleFlow", "SignalizedJunctionLeftTurn", "StaticCutIn")
+HELD_OUT = (
+    "CrossingBicycleFlow",
+    "SignalizedJunctionLeftTurn",
+    "StaticCutIn",
+    "NeuroNCAPFrontal",
+    "NeuroNCAPSide",
+)
 """Kinds that the set `train` does not have: no policy that learns from its drives has met them."""
 TRAINED = tuple(name for name in KINDS if name not in HELD_OUT)
 

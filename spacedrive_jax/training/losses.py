@@ -82,15 +82,14 @@ rotation rate and velocity."""
 PAST_MOTION[_PAST_STATES : _PAST_STATES + 1 + CAN_BUS_SIZE] = False
 PAST_MOTION[_ACCELERATION : _ACCELERATION + 3] = True
 
-BRAKES = 0.5
-"""Metres by which a plan's fourth half-second is shorter than its first where it brakes: 1 m/s."""
+SPEED_CHANGE = 0.5
+"""Metres by which a plan's fourth half-second is shorter than its first where it brakes, and longer where it
+speeds up: 1 m/s."""
 
 
-def brakes(waypoints: Float[Array, "B T 2"]) -> Bool[Array, " B"]:
-    """Which plans slow down by more than `BRAKES` (`train.braking_weight`)."""
-    first = _norm(waypoints[:, 0])
-    fourth = _norm(waypoints[:, 3] - waypoints[:, 2])
-    return first - fourth > BRAKES
+def speed_change(waypoints: Float[Array, "B T 2"]) -> Float[Array, " B"]:
+    """How much longer a plan's fourth half-second is than its first, metres."""
+    return _norm(waypoints[:, 3] - waypoints[:, 2]) - _norm(waypoints[:, 0])
 
 
 def without_past_motion(batch: DrivingBatch, key: jax.Array, share: float) -> DrivingBatch:
@@ -215,8 +214,10 @@ def losses(
     language = cross_entropy(model, batch, outputs.hidden, config.indicator_weight)
     count = None if path is None else waypoints.indices.shape[1]
     weight = None
-    if config.braking_weight != 1.0:
-        weight = jnp.where(brakes(batch.waypoints), config.braking_weight, 1.0)
+    if (config.braking_weight, config.accelerating_weight) != (1.0, 1.0):
+        change = speed_change(batch.waypoints)
+        weight = jnp.where(change < -SPEED_CHANGE, config.braking_weight, 1.0)
+        weight = jnp.where(change > SPEED_CHANGE, config.accelerating_weight, weight)
     position = position_loss(
         model, _part(outputs, slice(count)), waypoints, config, counted.waypoints, weight
     )

@@ -43,7 +43,15 @@ def test_a_red_light_holds_the_turn_for_its_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["DynamicObjectCrossing", "ParkingCutIn", "HardBreakRoute", "SignalizedJunctionLeftTurn"]
+    "kind",
+    [
+        "DynamicObjectCrossing",
+        "ParkingCutIn",
+        "HardBreakRoute",
+        "SignalizedJunctionLeftTurn",
+        "NeuroNCAPFrontal",
+        "NeuroNCAPSide",
+    ],
 )
 def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(kind: str) -> None:
     scenario, _ = build_drive(DriveSpec(0, kind, "boston-seaport", 1))
