@@ -27,19 +27,19 @@ from skimage.draw import polygon
 from spacedrive_jax.constants import EGO_LENGTH, EGO_WIDTH
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
-from spacedrive_jax.evaluation.collision import Obstacles
-from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
-from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores
-from spacedrive_jax.evaluation.prediction_files import read_predictions
-from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, Protocol, StepRule
-from spacedrive_jax.evaluation.rasters import (
+from spacedrive_jax.evaluation.collision import (
     FOOTPRINT_SIZE_M,
     Grid,
+    Obstacles,
     box_corners,
     drivable_rasters,
     tangent_yaw,
     to_cells,
 )
+from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
+from spacedrive_jax.evaluation.metrics import HorizonScores, horizon_scores, score_steps, stack_scores
+from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, Protocol, StepRule
 from tests.record_factory import make_record, write_records
 
 AGENTS = 35

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
     from spacedrive_jax.evaluation.validation import train
-    from spacedrive_jax.inference.open_model import open_model
-    from spacedrive_jax.inference.open_planner import open_planner, plan
+    from spacedrive_jax.inference.open_model import open_model, open_planner, plan
     from spacedrive_jax.inference.planner import Plan
     from spacedrive_jax.models.spacedrive import SpaceDrive
     from spacedrive_jax.reporting.show import KeyframePlan, Planner
@@ -46,9 +45,9 @@ _WHERE = {
     "fake_batch": "training.batches",
     "load_config": "config",
     "open_model": "inference.open_model",
-    "open_planner": "inference.open_planner",
+    "open_planner": "inference.open_model",
     "open_records": "data.records",
-    "plan": "inference.open_planner",
+    "plan": "inference.open_model",
     "read_frame": "data.frame",
     "train": "evaluation.validation",
     "with_weights": "training.weights",

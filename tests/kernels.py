@@ -108,7 +108,7 @@ def measure() -> dict[str, str]:
     from spacedrive_jax.driving.episode import DriveOptions
     from spacedrive_jax.driving.policies import constant_velocity as constant_velocity_in_world
     from spacedrive_jax.driving.scenarios import DriveSpec
-    from spacedrive_jax.evaluation.baselines import constant_velocity
+    from spacedrive_jax.evaluation.predictions import constant_velocity
 
     results: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:

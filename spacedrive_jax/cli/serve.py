@@ -102,8 +102,7 @@ class Serve(Command):
             planner = open_exported(self.exported, most=self.batch_size)
             weights = hashlib.sha256(read_bytes(self.exported / METADATA)).hexdigest()
         else:
-            from spacedrive_jax.inference.open_model import name_checkpoint
-            from spacedrive_jax.inference.open_planner import open_planner
+            from spacedrive_jax.inference.open_model import name_checkpoint, open_planner
 
             assert self.checkpoint is not None
             planner = open_planner(
@@ -145,7 +144,7 @@ class Serve(Command):
 
     def _export(self, folder: Path) -> Mapping[str, Any]:
         from spacedrive_jax.driving.model_policy import warm_up_record
-        from spacedrive_jax.inference.open_planner import export_planner
+        from spacedrive_jax.inference.open_model import export_planner
 
         if self.checkpoint is None:
             raise ConfigError("--export needs --checkpoint PATH")

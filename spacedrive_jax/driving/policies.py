@@ -19,7 +19,7 @@ from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.driver import Plan, to_vehicle
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.evaluation.baselines import mean_trajectory
+from spacedrive_jax.evaluation.predictions import mean_trajectory
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import VehicleState
 from spacedrive_jax.world.world import World

@@ -18,21 +18,38 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.evaluation.baselines import COMPARED, GROUND_TRUTH, PREDICTION, Planners, gather_planners
-from spacedrive_jax.evaluation.collision import VEHICLE_CATEGORIES, Obstacles, drivable_area
+from spacedrive_jax.evaluation.collision import (
+    VEHICLE_CATEGORIES,
+    Grid,
+    Obstacles,
+    drivable_area,
+    drivable_rasters,
+)
 from spacedrive_jax.evaluation.metrics import (
+    Comparison,
     Drivable,
     HorizonScores,
+    Situation,
     StepScores,
+    break_down,
+    confidence,
     horizon_scores,
     score_steps,
+    situation_of,
     stack_scores,
     summarize,
 )
-from spacedrive_jax.evaluation.predictions import Coverage, Predictions, cover
+from spacedrive_jax.evaluation.predictions import (
+    COMPARED,
+    GROUND_TRUTH,
+    PREDICTION,
+    Coverage,
+    Planners,
+    Predictions,
+    cover,
+    gather_planners,
+)
 from spacedrive_jax.evaluation.protocols import PolygonRule, Protocol, StepRule
-from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
-from spacedrive_jax.evaluation.statistics import Comparison, Situation, break_down, confidence, situation_of
 from spacedrive_jax.parallel import ordered_map
 
 Rule = StepRule | PolygonRule

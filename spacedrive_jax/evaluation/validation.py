@@ -34,8 +34,7 @@ from spacedrive_jax.evaluation.metrics import (
 )
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, StepRule
 from spacedrive_jax.inference.answers import prediction_line
-from spacedrive_jax.inference.open_model import name_inputs
-from spacedrive_jax.inference.open_planner import planning_step
+from spacedrive_jax.inference.open_model import name_inputs, planning_step
 from spacedrive_jax.inference.predict import largest_of_hosts
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training import train as training

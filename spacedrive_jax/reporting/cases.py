@@ -17,8 +17,7 @@ from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.evaluation.baselines import constant_velocity, standing_still
-from spacedrive_jax.evaluation.predictions import Predictions
+from spacedrive_jax.evaluation.predictions import Predictions, constant_velocity, standing_still
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
 from spacedrive_jax.reporting.run_files import RunDepth

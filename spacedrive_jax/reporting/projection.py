@@ -14,7 +14,7 @@ from spacedrive_jax.data.keyframe import camera_to_ego, ego_to_camera
 from spacedrive_jax.data.lidar import sweep_points
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.evaluation.rasters import box_corners
+from spacedrive_jax.evaluation.collision import box_corners
 
 MIN_DEPTH_M = 0.5
 """Nothing nearer to a camera is drawn."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.evaluation.statistics import LEVEL, RESAMPLES
+from spacedrive_jax.evaluation.metrics import LEVEL, RESAMPLES
 from spacedrive_jax.study.plan import Claim, Plan, RankClaim
 from spacedrive_jax.study.runs import Row
 

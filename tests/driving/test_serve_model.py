@@ -26,8 +26,7 @@ from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.depth_network import camera_alignments
 from spacedrive_jax.inference.export import open_exported, write_export
-from spacedrive_jax.inference.open_model import open_config
-from spacedrive_jax.inference.open_planner import export_planner, open_planner, planning_step
+from spacedrive_jax.inference.open_model import export_planner, open_config, open_planner, planning_step
 from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt
 from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.training.batches import batch_spec

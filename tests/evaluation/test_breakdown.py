@@ -3,8 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spacedrive_jax.evaluation.metrics import HorizonScores
-from spacedrive_jax.evaluation.statistics import Comparison, Situation, break_down, confidence, situation_of
+from spacedrive_jax.evaluation.metrics import (
+    Comparison,
+    HorizonScores,
+    Situation,
+    break_down,
+    confidence,
+    situation_of,
+)
 from tests.record_factory import make_record
 
 

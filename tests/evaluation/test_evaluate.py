@@ -12,11 +12,11 @@ from spacedrive_jax.cli.evaluate import Evaluate
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.evaluation.baselines import constant_velocity, mean_trajectory
+from spacedrive_jax.evaluation.collision import Grid, drivable_rasters
 from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
 from spacedrive_jax.evaluation.prediction_files import read_predictions
+from spacedrive_jax.evaluation.predictions import constant_velocity, mean_trajectory
 from spacedrive_jax.evaluation.protocols import PROTOCOLS, protocol_named
-from spacedrive_jax.evaluation.rasters import Grid, drivable_rasters
 from tests.record_factory import make_record, straight_road, write_records
 
 NO_FUTURE = np.array([1, 1, 1, 1, 1, 0], bool)
@@ -356,7 +356,7 @@ def test_processes_change_nothing(folder: Path, tmp_path: Path, monkeypatch: pyt
 def test_mean_trajectory_of_a_large_split_is_of_evenly_spaced_keyframes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spacedrive_jax.evaluation.baselines.MEAN_KEYFRAMES", 2)
+    monkeypatch.setattr("spacedrive_jax.evaluation.predictions.MEAN_KEYFRAMES", 2)
     rng = np.random.default_rng(0)
     train = [make_record(rng, token=f"t{index}", waypoints=ahead(float(index))) for index in range(3)]
     val = [make_record(rng, token="v", waypoints=ahead(1.0), **no_agents())]

@@ -7,17 +7,21 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.evaluation.collision import Obstacles, box_cells, collides, ego_cells, step_headings
-from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, summarize
-from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, StepRule, protocol_named
-from spacedrive_jax.evaluation.rasters import (
+from spacedrive_jax.evaluation.collision import (
     Grid,
+    Obstacles,
+    box_cells,
     box_corners,
+    collides,
     draw_polygon,
+    ego_cells,
     off_road_cells,
     rasterize_polygons,
+    step_headings,
     to_cells,
 )
+from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, summarize
+from spacedrive_jax.evaluation.protocols import OMNIDRIVE, PROTOCOLS, UNIAD, VAD, StepRule, protocol_named
 
 RULES = [OMNIDRIVE.steps, UNIAD.steps]
 paths = arrays(np.float64, (1, 6, 2), elements=st.floats(-80, 80, width=32))

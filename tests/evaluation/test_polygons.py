@@ -13,6 +13,7 @@ from spacedrive_jax.evaluation.collision import (
     MaskArea,
     Obstacles,
     PolygonArea,
+    box_corners,
     drivable_area,
     ego_boxes,
     leaves_road,
@@ -20,7 +21,6 @@ from spacedrive_jax.evaluation.collision import (
 )
 from spacedrive_jax.evaluation.metrics import StepScores, horizon_scores, score_steps, summarize
 from spacedrive_jax.evaluation.protocols import CORRECTED, PolygonRule
-from spacedrive_jax.evaluation.rasters import box_corners
 from tests.record_factory import make_record
 
 RULE = PolygonRule(ego_offset=1.4)

@@ -11,18 +11,19 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spacedrive_jax.evaluation.collision import Obstacles, collides
-from spacedrive_jax.evaluation.metrics import StepScores, score_steps
-from spacedrive_jax.evaluation.protocols import Protocol, StepRule
-from spacedrive_jax.evaluation.rasters import (
+from spacedrive_jax.evaluation.collision import (
     Grid,
+    Obstacles,
     box_corners,
+    collides,
     draw_polygon,
     footprints,
     off_road_cells,
     tangent_yaw,
     to_cells,
 )
+from spacedrive_jax.evaluation.metrics import StepScores, score_steps
+from spacedrive_jax.evaluation.protocols import Protocol, StepRule
 from tests.golden.verify.case_files import read_arrays, read_settings
 
 VEHICLE_INDICES = np.arange(8, 18)
