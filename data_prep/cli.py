@@ -469,7 +469,7 @@ class Inspect(Command):
         from data_prep.inspect_record import write_ply
         from spacedrive_jax.data.depth_cache import DepthCache, find_cache
         from spacedrive_jax.data.depth_sources import NETWORKS
-        from spacedrive_jax.reporting.projection import keyframe_points
+        from spacedrive_jax.reporting.cameras import keyframe_points
 
         full = None
         if self.depth_cache is not None:

@@ -30,9 +30,9 @@ from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.io import write_bytes
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
-from spacedrive_jax.reporting.cameras import STRIP_ORDER
-from spacedrive_jax.reporting.projection import (
+from spacedrive_jax.reporting.cameras import (
     BOX_EDGES,
+    STRIP_ORDER,
     decode_image,
     project,
     project_segments,

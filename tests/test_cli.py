@@ -211,10 +211,10 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
 def test_too_little_device_memory_comes_with_advice(monkeypatch, capsys):
     import jax
 
-    import spacedrive_jax.aot.fitting
+    import spacedrive_jax.aot.search
     import spacedrive_jax.training.train
 
-    monkeypatch.setattr(spacedrive_jax.aot.fitting, "what_fits", lambda config: "")
+    monkeypatch.setattr(spacedrive_jax.aot.search, "what_fits", lambda config: "")
 
     def out_of_memory(*_arguments, **_options):
         raise jax.errors.JaxRuntimeError(

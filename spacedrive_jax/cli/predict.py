@@ -174,7 +174,7 @@ class Predict(Command):
         }
 
     def _ask(self, out: Path) -> Mapping[str, Any]:
-        from spacedrive_jax.inference.questions import answer_counterfactual
+        from spacedrive_jax.inference.predict import answer_counterfactual
 
         with advice_on_memory("lower --batch-size"):
             result = answer_counterfactual(

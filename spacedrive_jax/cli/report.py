@@ -69,7 +69,7 @@ class Report(Command):
         if len(self.run_dirs) > 1:
             if self.highlight or self.predictions is not None:
                 raise ConfigError("--highlight and --predictions go with one run")
-            from spacedrive_jax.reporting.compare import write_comparison
+            from spacedrive_jax.reporting.build import write_comparison
 
             result = write_comparison(
                 self.run_dirs,

@@ -149,7 +149,7 @@ class Train(Command):
 
     def _look(self, config: Config) -> Mapping[str, Any]:
         """Says what the run would be."""
-        from spacedrive_jax.aot.fitting import device_memory, least_bytes
+        from spacedrive_jax.aot.search import device_memory, least_bytes
         from spacedrive_jax.evaluation.validation import Validation
         from spacedrive_jax.training.preflight import describe, preflight
 
@@ -182,7 +182,7 @@ _TRAIN_LESS = (
 
 def _fitting(config: Config) -> str:
     """What would fit, by the same compiler's account of smaller steps."""
-    from spacedrive_jax.aot.fitting import what_fits
+    from spacedrive_jax.aot.search import what_fits
 
     return what_fits(config) or _TRAIN_LESS
 

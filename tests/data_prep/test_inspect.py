@@ -13,7 +13,7 @@ from data_prep.cli import main as run
 from data_prep.inspect_record import find_record, list_keyframes
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.schema import record_features
-from spacedrive_jax.reporting.projection import upright_corners
+from spacedrive_jax.reporting.cameras import upright_corners
 from tests.conftest import ROOT
 from tests.data_prep.tiny_nuscenes import VERSION
 from tests.record_factory import make_record, write_records

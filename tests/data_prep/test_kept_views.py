@@ -24,7 +24,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.protocol import act_message, partial_record
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig, keyframe_views
-from spacedrive_jax.reporting.projection import decode_image
+from spacedrive_jax.reporting.cameras import decode_image
 from tests.conftest import ROOT
 from tests.data_prep.tiny_nuscenes import HEIGHT, VERSION, WIDTH, TinyNuScenes
 from tests.models.depth.sweeps import walls_around

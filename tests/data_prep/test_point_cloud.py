@@ -4,7 +4,7 @@ import pytest
 from data_prep.inspect_record import write_ply
 from spacedrive_jax.data import lidar
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.reporting.projection import LIDAR_COLOUR, keyframe_points
+from spacedrive_jax.reporting.cameras import LIDAR_COLOUR, keyframe_points
 from tests.record_factory import encode_jpeg, encode_png, make_record
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spacedrive_jax.aot.fitting import what_fits
+from spacedrive_jax.aot.search import what_fits
 from spacedrive_jax.cli.common import advice_on_memory
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.config import Config, change, depth_advice

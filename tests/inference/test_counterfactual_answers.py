@@ -16,7 +16,7 @@ from spacedrive_jax.data.conversation import counterfactual_prompt
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.tokenizer import COORDINATE
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.inference.questions import Prompts, Question
+from spacedrive_jax.inference.predict import Prompts, Question
 from tests.training.runs import TINY, make_records, save_untrained
 
 TRAJECTORIES = (

@@ -6,7 +6,7 @@ import pytest
 from spacedrive_jax.constants import EGO_CENTRE
 from spacedrive_jax.evaluation.protocols import PROTOCOLS
 from spacedrive_jax.reporting.birds_eye import draw_birds_eye
-from spacedrive_jax.reporting.projection import (
+from spacedrive_jax.reporting.cameras import (
     decode_depth,
     ground_ribbon,
     lidar_points,
