@@ -41,13 +41,15 @@ from spacedrive_jax.driving.pdm import PdmScore
 from spacedrive_jax.driving.protocol import act_message, partial_record
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.evaluation.bench2drive_abilities import (
+from spacedrive_jax.evaluation.bench2drive import (
     ability_rates,
     comfort,
     read_junctions,
     read_motion,
+    read_results,
+    read_route_set,
+    score_routes,
 )
-from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
 from spacedrive_jax.evaluation.counterfactual import count_risks, read_items
 from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 from spacedrive_jax.inference.open_model import config_of_run
@@ -63,7 +65,7 @@ from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.reporting.drives import write_page
 from spacedrive_jax.reporting.run_files import read_run
-from spacedrive_jax.training import checkpoint_steps, checkpoints
+from spacedrive_jax.training import checkpoints
 from tests.conftest import ROOT
 from tests.record_factory import make_record
 
@@ -130,7 +132,7 @@ def checkpoint(folder: Path) -> None:
 def checkpoint_values(folder: Path) -> Any:
     run = folder / "run"
     trainable, optimizer = _state()
-    if checkpoint_steps.steps_of(run) != [3, 7]:  # a step that lost its folder's name is no checkpoint
+    if checkpoints.steps_of(run) != [3, 7]:  # a step that lost its folder's name is no checkpoint
         return None
     state, numbers, position, metadata = checkpoints.restore(run, 7, trainable, optimizer)
     return plain([nnx.to_pure_dict(state), numbers, position, metadata])

@@ -37,10 +37,9 @@ from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.image_processor import normalise
 from spacedrive_jax.models.spacedrive_config import ModelConfig
-from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
 from spacedrive_jax.training.state import abstract_state, count, init_train_state
-from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.step import fake_batch, make_train_step
 from spacedrive_jax.training.throughput import train_step_flops
 
 CHECKED = 3

@@ -394,7 +394,7 @@ class Inspect(Command):
             raise ConfigError("--token names a keyframe and --scene a scene: give one of them")
         if self.image is not None:
             # matplotlib takes a second to import; the text needs none of it.
-            from spacedrive_jax.reporting.style import check_picture
+            from spacedrive_jax.reporting.figures import check_picture
 
             check_picture(self.image)
         print(

@@ -38,8 +38,8 @@ from spacedrive_jax.reporting.cameras import (
     project_segments,
     upright_corners,
 )
+from spacedrive_jax.reporting.figures import AGENTS, INK, MUTED, TRUTH, save_figure, styled
 from spacedrive_jax.reporting.recordings import Shown, check_film, check_rerun, write_film, write_rerun
-from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, TRUTH, save_figure, styled
 
 
 def write_ply(file: Path, points: Float[np.ndarray, "P 3"], colours: UInt8[np.ndarray, "P 3"]) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spacedrive_jax.inference.planner import Plan
     from spacedrive_jax.models.spacedrive import SpaceDrive
     from spacedrive_jax.reporting.show import KeyframePlan, Planner
-    from spacedrive_jax.training.batches import batch_spec, fake_batch
+    from spacedrive_jax.training.step import batch_spec, fake_batch
     from spacedrive_jax.training.weights import with_weights
 
 __version__ = "0.1.0"
@@ -41,8 +41,8 @@ _WHERE = {
     "Planner": "reporting.show",
     "SpaceDrive": "models.spacedrive",
     "SpaceDriveError": "errors",
-    "batch_spec": "training.batches",
-    "fake_batch": "training.batches",
+    "batch_spec": "training.step",
+    "fake_batch": "training.step",
     "load_config": "config",
     "open_model": "inference.open_model",
     "open_planner": "inference.open_model",

@@ -23,7 +23,7 @@ from spacedrive_jax.data.records import open_records
 from spacedrive_jax.driving.client import PolicyClient
 from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.training import checkpoint_steps
+from spacedrive_jax.training import checkpoints
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, trained_values
 
@@ -78,7 +78,7 @@ def test_a_day_in_a_bucket_is_one_on_a_disk(bucket, tmp_path, capsys, unchecked)
     records, run, disk = f"{BUCKET}/records", f"{BUCKET}/runs/tiny", tmp_path / "tiny"
 
     killed_while_it_saves(bucket, flags(records, run), step=4)
-    assert checkpoint_steps.steps_of(io.place(run)) == [2]
+    assert checkpoints.steps_of(io.place(run)) == [2]
     # What another machine has to go on from: the bucket alone.
     shutil.rmtree(buckets.twin(run))
     assert main([*flags(records, run), "--resume"]) == 0
@@ -281,10 +281,10 @@ def test_going_back_moves_a_bucket_s_later_checkpoints(bucket):
     run = io.place(f"{BUCKET}/back")
     for step in (2, 4):
         io.write_text(run / "checkpoints" / str(step) / "metadata" / "x", str(step))
-        io.write_text(run / "checkpoints" / str(step) / checkpoint_steps.COMMITTED, "")
+        io.write_text(run / "checkpoints" / str(step) / checkpoints.COMMITTED, "")
     io.write_text(run / "checkpoints" / "6" / "metadata" / "x", "half")
-    checkpoint_steps.go_back_to(run, 2)
-    assert checkpoint_steps.steps_of(run) == [2]
+    checkpoints.go_back_to(run, 2)
+    assert checkpoints.steps_of(run) == [2]
     assert bucket.content("drives/back/set_aside/")["4/metadata/x"] == b"4"
 
 

@@ -25,8 +25,8 @@ from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.one_pass import run_frame
 from spacedrive_jax.models.partitioning import activations_on
-from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.sharding import make_mesh, place_batch
+from spacedrive_jax.training.step import fake_batch
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from spacedrive_jax.inference.answers import planning_frame
 from spacedrive_jax.interop.hf_config import write_hf_config
 from spacedrive_jax.models.config import VLConfig
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.training.batches import fake_batch
+from spacedrive_jax.training.step import fake_batch
 
 
 def make_model(config: VLConfig, device: str) -> Any:

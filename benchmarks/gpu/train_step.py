@@ -15,9 +15,8 @@ from benchmarks.gpu.models import make_config, random_state
 from benchmarks.gpu.rows import parser, tell
 from spacedrive_jax.aot.plan import bytes_per_chip
 from spacedrive_jax.config import Config
-from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
-from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.step import fake_batch, make_train_step
 from spacedrive_jax.training.throughput import DEVICE_KINDS, train_step_flops
 
 BATCH = {"3b": 6, "7b": 4}

@@ -24,7 +24,6 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import expected_draft
 from spacedrive_jax.inference.generate import answering_step
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -34,7 +33,7 @@ from spacedrive_jax.training.sharding import (
     slice_of,
 )
 from spacedrive_jax.training.state import abstract_state
-from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.step import batch_spec, make_train_step
 from spacedrive_jax.training.throughput import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 
 

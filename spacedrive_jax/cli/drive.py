@@ -307,7 +307,7 @@ class Drive(Command):
             return Path(f"drives-{self.policy}")
         if self.checkpoint is not None and _is_server(self.checkpoint):
             raise ConfigError("a policy server is no run folder to write to: give --out DIR")
-        from spacedrive_jax.training.checkpoint_steps import locate
+        from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.training.trained_folder import is_trained_folder
 
         if self.checkpoint is not None and is_trained_folder(self.checkpoint):

@@ -18,7 +18,7 @@ from spacedrive_jax.io import inside, is_bucket, read_bytes, with_a_name
 from spacedrive_jax.json_files import write_json
 
 if TYPE_CHECKING:
-    from spacedrive_jax.evaluation.bench2drive_results import RouteResult
+    from spacedrive_jax.evaluation.bench2drive import RouteResult
     from spacedrive_jax.evaluation.prediction_files import AxesName
     from spacedrive_jax.evaluation.predictions import Predictions
 
@@ -260,8 +260,13 @@ class ScoreBench2Drive(Command):
         Raises:
             ConfigError: a file cannot be read, or names routes twice or none of the set.
         """
-        from spacedrive_jax.evaluation.bench2drive_abilities import ability_rates, read_junctions
-        from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
+        from spacedrive_jax.evaluation.bench2drive import (
+            ability_rates,
+            read_junctions,
+            read_results,
+            read_route_set,
+            score_routes,
+        )
 
         if not self.results:
             raise ConfigError("name at least one result file")
@@ -288,7 +293,7 @@ class ScoreBench2Drive(Command):
 
 def _comfort(results: Sequence[RouteResult], folder: Path) -> tuple[float | None, list[str]]:
     """Mean comfort in percent over the routes that have a log, and the routes that have none."""
-    from spacedrive_jax.evaluation.bench2drive_abilities import comfort, read_motion
+    from spacedrive_jax.evaluation.bench2drive import comfort, read_motion
 
     if not folder.is_dir():
         raise ConfigError(f"--metric-info {folder}: no such folder")

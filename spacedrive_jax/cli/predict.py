@@ -121,7 +121,7 @@ class Predict(Command):
         connect(self.coordinator, self.num_processes, self.process_id)
         from spacedrive_jax.inference.predict import PlanningTask, predict
         from spacedrive_jax.interop.weights_folder import is_imported
-        from spacedrive_jax.training.checkpoint_steps import locate
+        from spacedrive_jax.training.checkpoints import locate
         from spacedrive_jax.training.trained_folder import is_trained_folder
 
         if self.out is None and (is_imported(self.checkpoint) or is_trained_folder(self.checkpoint)):

@@ -153,7 +153,7 @@ class Show(Command):
         places = (self.images, None if self.image is None else self.image.parent)
         if None not in places and len({each.resolve() for each in places if each is not None}) == 1:
             raise ConfigError(f"--image {self.image} lies among the pictures of --images: write it elsewhere")
-        from spacedrive_jax.reporting.style import check_picture, save_figure
+        from spacedrive_jax.reporting.figures import check_picture, save_figure
 
         if self.image is not None:
             check_picture(self.image)

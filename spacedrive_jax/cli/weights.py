@@ -149,7 +149,7 @@ class ExportWeights(Command):
         from spacedrive_jax.inference.open_model import open_trained_model
         from spacedrive_jax.interop.spacedrive import export_imported, export_trained
         from spacedrive_jax.interop.weights_folder import is_imported
-        from spacedrive_jax.training.checkpoint_steps import locate
+        from spacedrive_jax.training.checkpoints import locate
 
         if is_imported(self.source):
             return export_imported(local(self.source), self.out)

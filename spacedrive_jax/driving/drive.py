@@ -23,7 +23,7 @@ from spacedrive_jax.driving.episode import DriveOptions
 from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.evaluation.bench2drive_results import read_results, score_routes
+from spacedrive_jax.evaluation.bench2drive import read_results, score_routes
 from spacedrive_jax.folders import remove_folder
 from spacedrive_jax.inference.answers import without_place
 from spacedrive_jax.io import remove_partials, write_bytes

@@ -14,7 +14,7 @@ from scipy.signal import savgol_filter
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.driving.infractions import collisions, overlapping, red_lights, touches
-from spacedrive_jax.evaluation.bench2drive_abilities import (
+from spacedrive_jax.evaluation.bench2drive import (
     JERK,
     LATERAL_ACCELERATION,
     LONGITUDINAL_ACCELERATION,

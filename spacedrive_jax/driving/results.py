@@ -17,7 +17,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.driving.infractions import completion, messages
 from spacedrive_jax.driving.pdm import PdmScore, neuro_ncap, pdm_score
-from spacedrive_jax.evaluation.bench2drive_results import RouteResult
+from spacedrive_jax.evaluation.bench2drive import RouteResult
 from spacedrive_jax.json_files import convert, read_json
 from spacedrive_jax.world.ground import polygons_of
 from spacedrive_jax.world.traffic import TIME_STEP

@@ -58,7 +58,7 @@ from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
-from spacedrive_jax.training import checkpoint_steps, checkpoints, run_folder
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
 from spacedrive_jax.training.sharding import mesh_here, place_batch
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
@@ -181,7 +181,7 @@ def _base_weights(config: Config) -> str | None:
     """Where a run's frozen base came from, through the runs that it was started from."""
     weights = config.model.weights
     while weights is not None and is_run(weights):
-        before = run_config(checkpoint_steps.standing_in(weights))
+        before = run_config(checkpoints.standing_in(weights))
         if not before.model.use_lora:
             return weights  # that run trained the base itself
         weights = before.model.weights
@@ -203,7 +203,7 @@ def run_card(source: Path, config: Config, kind: Literal["hf", "safetensors"]) -
     if is_trained_folder(source):
         known = dataclasses.asdict(trained_metadata(source))
     else:
-        run_dir, step = checkpoint_steps.locate(source)
+        run_dir, step = checkpoints.locate(source)
         known = checkpoints.read_metadata(run_dir, step) | {"step": step}
         scores = scores_of(run_dir, known.get("trainable_fingerprint"))
     details["Steps"] = str(known.get("step"))
@@ -257,7 +257,7 @@ def open_config(checkpoint: Path) -> Config:
         return imported_config(checkpoint)
     if is_trained_folder(checkpoint):
         return trained_config(checkpoint)
-    run_dir, step = checkpoint_steps.locate(checkpoint)
+    run_dir, step = checkpoints.locate(checkpoint)
     config = config_of_run(run_dir)
     run_folder.check_config(
         checkpoints.read_metadata(run_dir, step),
@@ -307,7 +307,7 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
             "base_fingerprint": trained.base_fingerprint,
             "trainable_fingerprint": trained.sha256,
         }
-    run_dir, step = checkpoint_steps.locate(checkpoint)
+    run_dir, step = checkpoints.locate(checkpoint)
     metadata = checkpoints.read_metadata(run_dir, step)
     names = ("config", "base_fingerprint", "trainable_fingerprint")
     path = str(run_dir.resolve() / "checkpoints" / str(step))
@@ -363,7 +363,7 @@ def open_trained_model(checkpoint: Path, *, average: bool = False, mesh: Mesh | 
         now = {"base_fingerprint": base_fingerprint(config, frozen, mesh)}
         check_trained_on(dataclasses.asdict(trained_metadata(checkpoint)), now)
         return TrainedModel(config, mesh, graph, read_trained(checkpoint, trainable), frozen)
-    run_dir, step = checkpoint_steps.locate(checkpoint)
+    run_dir, step = checkpoints.locate(checkpoint)
     base = base_fingerprint(config, frozen, mesh)
     check_trained_on(checkpoints.read_metadata(run_dir, step), {"base_fingerprint": base})
     if average:
@@ -394,7 +394,7 @@ def export_trained_folder(
         raise CheckpointError(f"{source} was imported and is a folder to hand on as it stands: copy it")
     if is_trained_folder(source):
         raise CheckpointError(f"{source} is such a folder already: copy it")
-    run_dir, step = checkpoint_steps.locate(source)
+    run_dir, step = checkpoints.locate(source)
     trained = open_trained_model(source, average=average, mesh=mesh)
     metadata = checkpoints.read_metadata(run_dir, step) | {"step": step}
     card = run_card(source, trained.config, "safetensors")

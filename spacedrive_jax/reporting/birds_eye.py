@@ -15,7 +15,7 @@ from spacedrive_jax.data.images import decode_grey
 from spacedrive_jax.data.schema import DRIVABLE_EXTENT, Record
 from spacedrive_jax.evaluation.collision import box_corners
 from spacedrive_jax.reporting.cameras import lidar_points
-from spacedrive_jax.reporting.style import (
+from spacedrive_jax.reporting.figures import (
     AGENTS,
     BEYOND,
     DRIVABLE,

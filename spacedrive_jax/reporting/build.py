@@ -25,7 +25,7 @@ from spacedrive_jax.evaluation.protocols import protocol_named
 from spacedrive_jax.io import is_bucket, place, read_bytes, write_text
 from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
-from spacedrive_jax.reporting.curves import LINE_COLORS, compared_curves, horizon_plot, training_curves
+from spacedrive_jax.reporting.figures import LINE_COLORS, compared_curves, horizon_plot, training_curves
 from spacedrive_jax.reporting.page import (
     METRICS,
     ComparedRun,

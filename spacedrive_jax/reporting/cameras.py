@@ -21,8 +21,8 @@ from spacedrive_jax.data.lidar import sweep_points
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.collision import box_corners
+from spacedrive_jax.reporting.figures import PREDICTION, TRUTH, new_figure, rgb, styled, to_png
 from spacedrive_jax.reporting.run_files import SeenDepth
-from spacedrive_jax.reporting.style import PREDICTION, TRUTH, new_figure, rgb, styled, to_png
 
 MIN_DEPTH_M = 0.5
 """Nothing nearer to a camera is drawn."""

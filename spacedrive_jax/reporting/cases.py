@@ -20,8 +20,8 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.evaluation.predictions import Predictions, constant_velocity, standing_still
 from spacedrive_jax.reporting.birds_eye import birds_eye_view
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, front_overlay
+from spacedrive_jax.reporting.figures import to_jpeg
 from spacedrive_jax.reporting.run_files import RunDepth
-from spacedrive_jax.reporting.style import to_jpeg
 
 # Where camera images come from, in words: photographed, rendered, or absent.
 

@@ -23,8 +23,8 @@ from spacedrive_jax.driving.results import read_drive, read_records, read_trace
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.cameras import STRIP_ORDER, TILE_SIZE, labelled
+from spacedrive_jax.reporting.figures import AGENTS, DRIVABLE, GRID, INK, MUTED, PREDICTION, TRUTH
 from spacedrive_jax.reporting.page import render_drives
-from spacedrive_jax.reporting.style import AGENTS, DRIVABLE, GRID, INK, MUTED, PREDICTION, TRUTH
 from spacedrive_jax.world.vehicle import WHEEL_BASE
 
 MOST_FILMS = 12

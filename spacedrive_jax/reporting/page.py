@@ -15,7 +15,7 @@ import markupsafe
 from spacedrive_jax import __version__
 from spacedrive_jax.evaluation.protocols import PROTOCOLS
 from spacedrive_jax.reporting.cases import Case
-from spacedrive_jax.reporting.style import COLORS
+from spacedrive_jax.reporting.figures import COLORS
 
 METRICS = {"l2": ("L2", "m"), "collision": ("Collision", "%"), "intersection": ("Off road", "%")}
 COLUMNS = ("1s", "2s", "3s", "avg")

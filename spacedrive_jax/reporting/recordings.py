@@ -26,7 +26,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import put_in_place, said_by
 from spacedrive_jax.reporting.birds_eye import agent_kind, draw_birds_eye
 from spacedrive_jax.reporting.cameras import front_overlay, has_points, keyframe_points
-from spacedrive_jax.reporting.style import AGENTS, INK, MUTED, PREDICTION, TRUTH, rgb, styled
+from spacedrive_jax.reporting.figures import AGENTS, INK, MUTED, PREDICTION, TRUTH, rgb, styled
 
 FILM_RATE = 2.0
 """Pictures a second: keyframes come every half second."""

@@ -37,8 +37,8 @@ from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.reporting.birds_eye import draw_birds_eye
 from spacedrive_jax.reporting.cameras import camera_strip, depth_source, draw_depth_scale, front_overlay
 from spacedrive_jax.reporting.cases import DEPTH_TEXTS, asked, explained
+from spacedrive_jax.reporting.figures import INK, MUTED, PREDICTION, styled
 from spacedrive_jax.reporting.run_files import SeenDepth
-from spacedrive_jax.reporting.style import INK, MUTED, PREDICTION, styled
 
 WRAP = 220
 """Letters in a line of the question and the answer."""

@@ -11,8 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from spacedrive_jax.io import write_text
-from spacedrive_jax.reporting.page import render_study
-from spacedrive_jax.reporting.style import (
+from spacedrive_jax.reporting.figures import (
     INK,
     MUTED,
     PREDICTION,
@@ -22,6 +21,7 @@ from spacedrive_jax.reporting.style import (
     styled,
     to_svg,
 )
+from spacedrive_jax.reporting.page import render_study
 from spacedrive_jax.study.analysis import Answer, CellScore, answers, cell_scores, compared
 from spacedrive_jax.study.plan import Plan, RankClaim
 from spacedrive_jax.study.runs import Progress, Row

@@ -33,7 +33,7 @@ from spacedrive_jax.study.measures import (
 )
 from spacedrive_jax.study.plan import Plan, Run, name_of_base
 from spacedrive_jax.study.readout import read_back
-from spacedrive_jax.training.checkpoint_steps import steps_of
+from spacedrive_jax.training.checkpoints import steps_of
 
 RESULTS = "results.jsonl"
 METRICS = "metrics.jsonl"

@@ -18,7 +18,7 @@ from spacedrive_jax.data.survey import Survey, problems_of, survey
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import is_bucket
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.training import checkpoint_steps, run_folder
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.sharding import check_batch_size, make_mesh
 from spacedrive_jax.training.state import check_start, count
 from spacedrive_jax.training.step import make_train_step
@@ -73,8 +73,8 @@ def preflight(
         config.directory, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
     )
     if step is not None:
-        checkpoint_steps.later_than(config.directory, step)
-    if resume and checkpoint_steps.steps_of(config.directory):
+        checkpoints.later_than(config.directory, step)
+    if resume and checkpoints.steps_of(config.directory):
         start = resumable(config)
     check_start(start)
     samples = training_samples(

@@ -25,7 +25,7 @@ from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, Space
 from spacedrive_jax.folders import folder_lock
 from spacedrive_jax.io import is_bucket, place, twin, write_text
 from spacedrive_jax.json_files import read_json, write_json
-from spacedrive_jax.training.checkpoint_steps import steps_of
+from spacedrive_jax.training.checkpoints import steps_of
 from spacedrive_jax.training.hosts import Hosts, is_first_host
 
 FREE_TO_CHANGE = (

@@ -25,7 +25,7 @@ from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
-from spacedrive_jax.training import checkpoint_steps, checkpoints
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.sharding import parameter_sharding
 from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained
 from spacedrive_jax.training.weights import (
@@ -233,7 +233,7 @@ def _load_run(config: Config, mesh: Mesh, weights: str, indicator: int) -> nnx.S
     if is_trained_folder(weights):
         trainable = read_trained(on_disk(weights), trainable)
     else:
-        run_dir, step = checkpoint_steps.locate(place(weights))
+        run_dir, step = checkpoints.locate(place(weights))
         trainable = checkpoints.restore_trainable(run_dir, step, trainable)
     saved = dict(nnx.to_flat_state(trainable)) | dict(nnx.to_flat_state(frozen_state(before, mesh)))
     drawn = dict(nnx.to_flat_state(_draw(config, mesh, lambda path, _: tuple(path) not in saved)))

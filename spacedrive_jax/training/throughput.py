@@ -30,7 +30,7 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.models.config import LanguageModelConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.spacedrive_config import ModelConfig
-from spacedrive_jax.training.checkpoint_steps import Best
+from spacedrive_jax.training.checkpoints import Best
 
 # Chips with their published rates, and descriptions of machines that need not be there.
 

@@ -22,7 +22,7 @@ from spacedrive_jax.data.loader import position, records_sources, seek, training
 from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import place
-from spacedrive_jax.training import checkpoint_steps, checkpoints, run_folder
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
 from spacedrive_jax.training.hosts import PreemptionWatch, hosts_of_run, is_first_host
 from spacedrive_jax.training.sharding import (
@@ -80,7 +80,7 @@ class TrainResult:
     """False where SIGTERM or Ctrl-C stopped the run early; `--resume` goes on."""
     skipped: int
     """Steps left out because loss or gradient was not finite."""
-    best: checkpoint_steps.Best | None
+    best: checkpoints.Best | None
     """The best validated step."""
 
 
@@ -164,9 +164,9 @@ def _train(
     if resume:
         changes = list(dict.fromkeys([*run_folder.accepted_changes(run_dir), *changes]))
     if step is not None:
-        checkpoint_steps.later_than(run_dir, step)  # they move when the run has shown that it goes on
+        checkpoints.later_than(run_dir, step)  # they move when the run has shown that it goes on
     check_trackers(config)
-    start = 0 if overwrite else max(checkpoint_steps.steps_of(run_dir), default=0)
+    start = 0 if overwrite else max(checkpoints.steps_of(run_dir), default=0)
     if step is not None:
         start = step
     base = resumable(config) if start else config
@@ -236,7 +236,7 @@ def _train(
         with jax.transfer_guard("disallow"):
             return (*train_step.run(trainable, optimizer_state, frozen, batch, number), host_batch)
 
-    best = checkpoint_steps.Best.read(run_dir) if start else None
+    best = checkpoints.Best.read(run_dir) if start else None
     best = None if best is None else best.until(start)
     if best is not None and validate is not None and not best.compares(settings.best_by, validate.digest):
         if is_first_host():
@@ -258,7 +258,7 @@ def _train(
             first = jax.block_until_ready(advance(start, trainable, optimizer_state))
     if step is not None:
         if is_first_host():
-            checkpoint_steps.go_back_to(run_dir, step)
+            checkpoints.go_back_to(run_dir, step)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("later checkpoints are set aside")
     run_folder.claim(run_dir, config, overwrite=overwrite)
@@ -284,7 +284,7 @@ def _train(
         value = found.get(f"validation/{settings.best_by}", float("nan"))
         better = value < (float("inf") if best is None else best.value)
         if better:
-            best = checkpoint_steps.Best(done, settings.best_by, value, validate.digest, done)
+            best = checkpoints.Best(done, settings.best_by, value, validate.digest, done)
         elif best is not None:
             best = dataclasses.replace(best, last=done)
         if is_first_host():

@@ -28,7 +28,7 @@ from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, NOT_COMPARED
 from spacedrive_jax.io import MEBIBYTE, is_bucket, local, place, read_text
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.families import family_of
-from spacedrive_jax.training import checkpoint_steps
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.trained_folder import is_trained_folder, trained_config
 
 BASE = "model.vlm."
@@ -72,7 +72,7 @@ def run_config(weights: str | Path) -> Config:
     """
     if is_trained_folder(weights):
         return trained_config(on_disk(weights))
-    run_dir, _ = checkpoint_steps.locate(place(weights))
+    run_dir, _ = checkpoints.locate(place(weights))
     return from_json(read_text(run_dir / "config.json", most=16 * MEBIBYTE))
 
 
@@ -111,18 +111,18 @@ def pinned(config: Config, *, resume: bool = False) -> Config:
             return change(config, config.name, {"model.weights": str(begun)})
         if path.parent.name == "checkpoints":
             return config  # which may be there no longer: `resumable`
-    run_dir, step = checkpoint_steps.locate(path)
+    run_dir, step = checkpoints.locate(path)
     return change(config, config.name, {"model.weights": str(run_dir / "checkpoints" / str(step))})
 
 
 def resumable(config: Config) -> Config:
     """What a run that has checkpoints of its own loads: of a run that it was started from and that has
-    pruned that step, another step (`checkpoint_steps.standing_in`).
+    pruned that step, another step (`checkpoints.standing_in`).
     """
     weights = config.model.weights
     if weights is None or not is_run(weights) or is_trained_folder(weights):
         return config
-    standing = checkpoint_steps.standing_in(weights)
+    standing = checkpoints.standing_in(weights)
     if standing != place(weights):
         note(
             f"note: {weights}, which this run was started from, is there no longer; its own checkpoint holds "
@@ -135,7 +135,7 @@ def resumable(config: Config) -> Config:
 def _begun_from(run_dir: Path) -> Path | None:
     """The checkpoint that a run was started from, as its config has it; None where it was from none."""
     file = run_dir / "config.json"
-    if not file.is_file() or not checkpoint_steps.steps_of(run_dir):
+    if not file.is_file() or not checkpoints.steps_of(run_dir):
         return None
     weights = from_json(read_text(file, most=16 * MEBIBYTE)).model.weights
     if weights is None or place(weights).parent.name != "checkpoints":

@@ -14,9 +14,8 @@ from spacedrive_jax.models.config import ComputeConfig, LoraConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, Llava, LlavaConfig
 from spacedrive_jax.models.families.llava import lora as llava_lora
 from spacedrive_jax.models.language_model import LanguageModel
-from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import batch_sharding, make_mesh
-from spacedrive_jax.training.step import make_train_step
+from spacedrive_jax.training.step import batch_spec, make_train_step
 from spacedrive_jax.training.throughput import (
     adapter_flops,
     decoder_flops,

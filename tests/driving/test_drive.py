@@ -27,7 +27,7 @@ from spacedrive_jax.driving.episode import MOST_FAILURES, DriveOptions, _ending
 from spacedrive_jax.driving.policies import constant_velocity, standing_still
 from spacedrive_jax.driving.scenarios import DriveSpec, drive_set
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.evaluation.bench2drive_results import read_results, score_routes
+from spacedrive_jax.evaluation.bench2drive import read_results, score_routes
 from spacedrive_jax.folders import output_lock
 from spacedrive_jax.training.hosts import ALONE, Hosts
 from spacedrive_jax.world.vehicle import VehicleState

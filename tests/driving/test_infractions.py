@@ -18,7 +18,7 @@ from spacedrive_jax.driving.infractions import (
     went_wrong,
 )
 from spacedrive_jax.driving.results import drive_record, metric_info, result_file
-from spacedrive_jax.evaluation.bench2drive_results import PENALTIES, read_results, score_routes
+from spacedrive_jax.evaluation.bench2drive import PENALTIES, read_results, score_routes
 from spacedrive_jax.json_files import write_json
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 

@@ -29,9 +29,9 @@ from spacedrive_jax.inference.export import open_exported, write_export
 from spacedrive_jax.inference.open_model import export_planner, open_config, open_planner, planning_step
 from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt
 from spacedrive_jax.inference.predict import predict
-from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.training.step import batch_spec
 from tests.conftest import ROOT
 from tests.models.depth.sweeps import walls_around
 from tests.record_factory import make_record

@@ -9,8 +9,14 @@ import pytest
 
 from spacedrive_jax.cli.evaluate import ScoreBench2Drive
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.evaluation.bench2drive_abilities import ABILITIES, ability_rates, comfort
-from spacedrive_jax.evaluation.bench2drive_results import read_results, read_route_set, score_routes
+from spacedrive_jax.evaluation.bench2drive import (
+    ABILITIES,
+    ability_rates,
+    comfort,
+    read_results,
+    read_route_set,
+    score_routes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = "Average speed is {}% of the surrounding traffic's one"

@@ -14,8 +14,7 @@ from scipy.signal import savgol_filter
 from spacedrive_jax.data.ego_status import released_command
 from spacedrive_jax.data.keyframe import can_bus_at
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.evaluation.bench2drive_abilities import ability_rates, comfort
-from spacedrive_jax.evaluation.bench2drive_results import RouteResult, score_routes
+from spacedrive_jax.evaluation.bench2drive import RouteResult, ability_rates, comfort, score_routes
 from spacedrive_jax.evaluation.counterfactual import Item, count_risks, parse_candidates
 from spacedrive_jax.models.coordinate_encoder import encode, fone_frequencies, frequencies, nerf_frequencies
 from spacedrive_jax.models.depth.depth_anything import DepthAnythingConfig

@@ -13,7 +13,7 @@ from spacedrive_jax.reporting.cameras import (
     project,
     project_segments,
 )
-from spacedrive_jax.reporting.style import new_figure
+from spacedrive_jax.reporting.figures import new_figure
 from tests.record_factory import encode_png, make_record
 
 

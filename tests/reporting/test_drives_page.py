@@ -16,7 +16,7 @@ from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.reporting.drives import film, planned, run_rows, scatter, score_table, strip, write_page
-from spacedrive_jax.reporting.style import PREDICTION
+from spacedrive_jax.reporting.figures import PREDICTION
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 from tests.record_factory import encode_jpeg
 

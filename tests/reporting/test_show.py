@@ -14,7 +14,7 @@ from spacedrive_jax.data.records import keyframe_index
 from spacedrive_jax.data.tokenizer import INDICATOR
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.reporting.cases import asked, explained
-from spacedrive_jax.reporting.style import check_picture
+from spacedrive_jax.reporting.figures import check_picture
 from tests.record_factory import make_record
 from tests.training.runs import make_records, save_untrained, tiny
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from spacedrive_jax.config import Config, from_json, load_config, to_json
 from spacedrive_jax.data.records import open_records
-from spacedrive_jax.training import checkpoint_steps, checkpoints
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.fingerprints import base_fingerprint
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state, init_train_state
@@ -61,7 +61,7 @@ def save_untrained(config: Config) -> Path:
 def trained_values(run_dir: Path) -> dict:
     config = from_json((run_dir / "config.json").read_text())
     _, trainable, _ = abstract_state(config, make_mesh(config.mesh))
-    _, step = checkpoint_steps.locate(run_dir)
+    _, step = checkpoints.locate(run_dir)
     return nnx.to_pure_dict(checkpoints.restore_trainable(run_dir, step, trainable))
 
 

@@ -7,9 +7,9 @@ from flax import nnx
 
 from spacedrive_jax.config import load_config
 from spacedrive_jax.models.spacedrive import Outputs
-from spacedrive_jax.training.batches import fake_batch
 from spacedrive_jax.training.losses import Counted, label_cross_entropy, position_loss, select
 from spacedrive_jax.training.state import make_model
+from spacedrive_jax.training.step import fake_batch
 from tests.training.runs import TINY
 
 

@@ -13,7 +13,7 @@ import time
 from jaxlib import _jax as runtime  # as jax.distributed itself has it
 
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.training import checkpoint_steps, run_folder
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.hosts import Hosts, exchange_through
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
@@ -103,7 +103,7 @@ def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
     metadata = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert not metadata[0]["finished"]
     assert metadata[0]["step"] == metadata[1]["step"] >= 3
-    assert checkpoint_steps.locate(run_dir)[1] == metadata[0]["step"]
+    assert checkpoints.locate(run_dir)[1] == metadata[0]["step"]
 
     # What both wrote is whole: one host alone goes on from it, with no step lost and none done twice.
     done = metadata[0]["step"]

@@ -24,7 +24,7 @@ from spacedrive_jax.evaluation.validation import Validation, train
 from spacedrive_jax.reporting.run_files import read_run
 from spacedrive_jax.training import run_folder
 from spacedrive_jax.training import train as loop
-from spacedrive_jax.training.checkpoint_steps import Best, locate, steps_of
+from spacedrive_jax.training.checkpoints import Best, locate, steps_of
 from spacedrive_jax.training.preflight import describe, preflight
 from spacedrive_jax.training.run_folder import check
 from spacedrive_jax.training.sharding import make_mesh

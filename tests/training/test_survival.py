@@ -25,7 +25,7 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
     open_vlm,
 )
-from spacedrive_jax.training import checkpoint_steps, checkpoints
+from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state, learning_rate
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(records, whole, tmp_path
         on_batch(patch, 3, preempt)
         stopped = train(config)
     assert (stopped.step, stopped.finished) == (3, False)
-    assert checkpoint_steps.locate(tmp_path / "run")[1] == 3
+    assert checkpoints.locate(tmp_path / "run")[1] == 3
     assert signal.getsignal(number) == before
     assert train(config, resume=True).finished
     assert losses_of(tmp_path / "run") == losses_of(whole)
@@ -92,7 +92,7 @@ def test_nan_stops_with_the_batch_written_down_or_is_left_out(records, tmp_path,
     saved = json.loads((run_dir / "nonfinite" / "step_4.host_0.json").read_text())
     assert saved["step"] == 4
     assert len(saved["tokens"]) == 4
-    assert checkpoint_steps.locate(run_dir)[1] == 2
+    assert checkpoints.locate(run_dir)[1] == 2
     with monkeypatch.context() as patch:
         on_batch(patch, 2, poison)
         patch.setattr(loop, "init_train_state", None)  # nothing is drawn only to be replaced
@@ -119,7 +119,7 @@ def test_a_filling_disk_stops_the_run_with_its_work_saved(records, tmp_path, mon
         patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, next(free)))
         with pytest.raises(SpaceDriveError, match="stopped and saved at step 3"):
             train(config, resume=True)
-    assert checkpoint_steps.locate(run_dir)[1] == 3
+    assert checkpoints.locate(run_dir)[1] == 3
 
 
 def test_an_unwritable_folder_is_refused_before_training(records, tmp_path):
@@ -133,7 +133,7 @@ def test_a_half_written_checkpoint_is_not_picked_up(records, whole, tmp_path):
     shutil.copytree(whole, run_dir)
     newest = run_dir / "checkpoints" / str(STEPS)
     newest.rename(newest.with_name(f"{STEPS}.orbax-checkpoint-tmp-0"))
-    assert checkpoint_steps.locate(run_dir)[1] == STEPS - 2
+    assert checkpoints.locate(run_dir)[1] == STEPS - 2
     assert train(tiny(records, run_dir, steps=STEPS), resume=True).step == STEPS
     assert losses_of(run_dir) == losses_of(whole)
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_run_is_refused(records, whole, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(records, whole, tmp_path):
     run = copied(whole, tmp_path / "run")
-    steps = checkpoint_steps.steps_of(run)
+    steps = checkpoints.steps_of(run)
     for file in (run / "checkpoints" / str(steps[-1]) / "trainable").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(records, whole, t
 def test_going_back_moves_nothing_before_the_first_step_is_done(records, whole, tmp_path, monkeypatch):
     run = copied(whole, tmp_path / "run")
     shutil.copytree(run / "checkpoints" / str(STEPS), run / "checkpoints" / str(STEPS + 2))
-    steps = checkpoint_steps.steps_of(run)
+    steps = checkpoints.steps_of(run)
     assert steps == [STEPS - 2, STEPS, STEPS + 2]
     config = tiny(records, run, steps=STEPS)
 
@@ -243,14 +243,14 @@ def test_going_back_moves_nothing_before_the_first_step_is_done(records, whole, 
         on_batch(patch, 1, fails)
         with pytest.raises(SpaceDriveError, match="the first step fails"):
             train(config, resume=True, step=steps[0])
-    assert checkpoint_steps.steps_of(run) == steps
+    assert checkpoints.steps_of(run) == steps
     taken = run / "set_aside" / str(steps[-1])  # the last of those that would move
     taken.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"set_aside/{steps[-1]} exists"):
         train(config, resume=True, step=steps[0])
     with pytest.raises(CheckpointError, match=f"set_aside/{steps[-1]} exists"):
-        checkpoint_steps.go_back_to(run, steps[0])
-    assert checkpoint_steps.steps_of(run) == steps
+        checkpoints.go_back_to(run, steps[0])
+    assert checkpoints.steps_of(run) == steps
     taken.rmdir()
     assert train(config, resume=True, step=steps[0]).start == steps[0]
     assert losses_of(run) == losses_of(whole)
@@ -258,9 +258,7 @@ def test_going_back_moves_nothing_before_the_first_step_is_done(records, whole, 
 
 def test_trainables_of_another_step_are_refused(whole, tmp_path):
     run = copied(whole, tmp_path / "run")
-    older, newest = (
-        run / "checkpoints" / str(step) / "trainable" for step in checkpoint_steps.steps_of(run)[-2:]
-    )
+    older, newest = (run / "checkpoints" / str(step) / "trainable" for step in checkpoints.steps_of(run)[-2:])
     shutil.rmtree(newest)
     shutil.copytree(older, newest)
     with pytest.raises(CheckpointError, match="not those that were saved"):
@@ -268,7 +266,7 @@ def test_trainables_of_another_step_are_refused(whole, tmp_path):
 
 
 def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(whole):
-    step = checkpoint_steps.steps_of(whole)[-1]
+    step = checkpoints.steps_of(whole)[-1]
     other = nnx.State({"gate": nnx.Param(jnp.zeros(3))})
     said = r"holds another model .*it lacks gate.*is not known here.* and \d+ more.*run.json"
     with pytest.raises(CheckpointError, match=said) as raised:
@@ -280,7 +278,7 @@ def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(whole):
 @pytest.mark.parametrize("lost", ["metadata", "config"])
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole, tmp_path, lost):
     run = copied(whole, tmp_path / "run")
-    metadata = run / "checkpoints" / str(checkpoint_steps.steps_of(run)[-1]) / "metadata"
+    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "metadata"
     if lost == "metadata":
         shutil.rmtree(metadata)
     else:
@@ -298,7 +296,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(records, whole,
 @pytest.mark.parametrize("item", ["position", "metadata"])
 def test_a_changed_digit_of_what_a_checkpoint_says_is_found(records, whole, tmp_path, item):
     run = copied(whole, tmp_path / "run")
-    folder = run / "checkpoints" / str(checkpoint_steps.steps_of(run)[-1]) / item
+    folder = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / item
     (file,) = (
         each for each in folder.iterdir() if re.search(rb"\d", each.read_bytes()) and "_" not in each.name
     )
@@ -311,7 +309,7 @@ def test_a_changed_digit_of_what_a_checkpoint_says_is_found(records, whole, tmp_
 
 def test_checkpoints_of_before_the_fingerprint_of_metadata_are_read(whole, tmp_path):
     run = copied(whole, tmp_path / "run")
-    metadata = run / "checkpoints" / str(checkpoint_steps.steps_of(run)[-1]) / "metadata"
+    metadata = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "metadata"
     (file,) = (each for each in metadata.iterdir() if b"trainable_fingerprint" in each.read_bytes())
     kept = json.loads(file.read_text())
     del kept["metadata_fingerprint"], kept["position"]
@@ -324,9 +322,7 @@ def test_checkpoints_of_before_the_fingerprint_of_metadata_are_read(whole, tmp_p
 
 def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
     run = copied(whole, tmp_path / "run")
-    older, newest = (
-        run / "checkpoints" / str(step) / "optimizer" for step in checkpoint_steps.steps_of(run)[-2:]
-    )
+    older, newest = (run / "checkpoints" / str(step) / "optimizer" for step in checkpoints.steps_of(run)[-2:])
     shutil.rmtree(newest)
     shutil.copytree(older, newest)
     with pytest.raises(CheckpointError, match="its optimiser's numbers are not those that were saved"):
@@ -335,7 +331,7 @@ def test_an_optimiser_of_another_step_is_refused(records, whole, tmp_path):
 
 def test_a_pipe_in_a_checkpoint_is_refused_not_waited_at(whole, tmp_path):
     run = copied(whole, tmp_path / "run")
-    file = run / "checkpoints" / str(checkpoint_steps.steps_of(run)[-1]) / "position/metadata"
+    file = run / "checkpoints" / str(checkpoints.steps_of(run)[-1]) / "position/metadata"
     file.unlink()
     os.mkfifo(file)
     for use in (open_trained_model, open_config, open_vlm):

@@ -17,8 +17,8 @@ from spacedrive_jax.config import Config, MeshConfig, change, config_changes, fr
 from spacedrive_jax.data.loader import SampleClock, training_samples
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training import run_folder, step
-from spacedrive_jax.training.batches import batch_spec
 from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.step import batch_spec
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values

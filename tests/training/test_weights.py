@@ -16,7 +16,7 @@ from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.evaluation.validation import train
 from spacedrive_jax.inference.open_model import open_trained_model
 from spacedrive_jax.interop.hf_checkpoint import to_hf
-from spacedrive_jax.training.checkpoint_steps import locate
+from spacedrive_jax.training.checkpoints import locate
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import check_start, init_train_state, make_model
 from spacedrive_jax.training.weights import with_weights
