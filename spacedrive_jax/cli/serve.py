@@ -97,10 +97,10 @@ class Serve(Command):
         from spacedrive_jax.driving.server import PolicyServer, ServerConfig
 
         if self.exported is not None:
-            from spacedrive_jax.inference.export import METADATA, open_exported
+            from spacedrive_jax.inference.planner import EXPORT_METADATA, open_exported
 
             planner = open_exported(self.exported, most=self.batch_size)
-            weights = hashlib.sha256(read_bytes(self.exported / METADATA)).hexdigest()
+            weights = hashlib.sha256(read_bytes(self.exported / EXPORT_METADATA)).hexdigest()
         else:
             from spacedrive_jax.inference.open_model import name_checkpoint, open_planner
 

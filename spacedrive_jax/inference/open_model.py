@@ -25,9 +25,15 @@ from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
-from spacedrive_jax.inference.export import export_example, write_export
 from spacedrive_jax.inference.generate import answering_step
-from spacedrive_jax.inference.planner import BatchPlanner, Plan, doubled_sizes, longest_prompt
+from spacedrive_jax.inference.planner import (
+    BatchPlanner,
+    Plan,
+    doubled_sizes,
+    export_example,
+    longest_prompt,
+    write_export,
+)
 from spacedrive_jax.interop.exporting import (
     Exportable,
     base_licence,
@@ -474,7 +480,7 @@ def batch_sizes(mesh: Mesh, most: int) -> list[int]:
 def export_planner(
     checkpoint: Path, folder: Path, example: Record, *, average: bool = False, most: int = 8
 ) -> dict[str, Any]:
-    """Writes a checkpoint's planning step as StableHLO (see `spacedrive_jax.inference.export`).
+    """Writes a checkpoint's planning step as StableHLO (see `spacedrive_jax.inference.planner`).
 
     Args:
         checkpoint: see `open_trained_model`.

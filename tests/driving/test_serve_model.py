@@ -25,9 +25,8 @@ from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.depth_network import camera_alignments
-from spacedrive_jax.inference.export import open_exported, write_export
 from spacedrive_jax.inference.open_model import export_planner, open_config, open_planner, planning_step
-from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt
+from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt, open_exported, write_export
 from spacedrive_jax.inference.predict import predict
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state
@@ -130,7 +129,7 @@ def test_exported_runs_without_the_models_source(case, tmp_path, unchecked):
     export_planner(run, folder, warm_up_record(), most=1)
     code = (
         "import sys; from pathlib import Path\n"
-        "from spacedrive_jax.inference.export import open_exported\n"
+        "from spacedrive_jax.inference.planner import open_exported\n"
         "from spacedrive_jax.driving.model_policy import ModelPolicy\n"
         f"policy = ModelPolicy(open_exported(Path({str(folder)!r}), most=1)); policy.warm_up()\n"
         "print('spacedrive_jax.models.spacedrive' in sys.modules)"
