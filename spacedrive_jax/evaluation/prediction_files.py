@@ -2,8 +2,8 @@
 
 A prediction file is JSON Lines, one object a keyframe:
 `{"token": …, "waypoints": [[x, y], …6], "text": …, "status": "ok" | "unparsed"}`, metres in the ego frame.
-A folder is read as the published code's, one file per keyframe (`published_predictions`); a pickle, or one
-JSON object of token to waypoints, as a trajectory dictionary (`trajectory_files`).
+A folder is read as the published code's, one file per keyframe (`read_published_folder`); a pickle, or one
+JSON object of token to waypoints, as a trajectory dictionary (`read_pickled_trajectories`).
 """
 
 from __future__ import annotations
