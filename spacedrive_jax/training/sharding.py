@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import MeshConfig
@@ -162,13 +162,13 @@ def mesh_here(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return make_mesh(MeshConfig(data=1, fsdp=-1), devices)
 
 
-def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where one parameter lives.
 
     Args:
         names: logical axis names; fewer than axes leave the rest whole.
         shape: an axis that does not divide over its mesh axis stays whole, and the log says so.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh`, or the axes of such a one.
     """
     spec = logical_to_mesh_axes(names, shape, mesh)
     for name, axis in zip(names, spec, strict=False):
@@ -177,14 +177,16 @@ def parameter_sharding(names: AxisNames, shape: tuple[int, ...], mesh: Mesh) -> 
     return NamedSharding(mesh, spec)
 
 
-def check_replication(state: nnx.State, mesh: Mesh, *, limit: float = REPLICATED_LIMIT) -> None:
+def check_replication(
+    state: nnx.State, mesh: Mesh | AbstractMesh, *, limit: float = REPLICATED_LIMIT
+) -> None:
     """Refuses a model too much of which would lie whole on every device.
 
     Only where the mesh is meant to split the model (fsdp or tensor above 1).
 
     Args:
         state: abstract or real parameters with shardings.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh`, or the axes of such a one.
         limit: largest share of the numbers that may be whole everywhere.
 
     Raises:

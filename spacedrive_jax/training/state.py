@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spacedrive_jax.config import Config, TrainConfig
 from spacedrive_jax.data.tokenizer import load_tokenizer
@@ -134,8 +134,12 @@ def make_model(config: Config, rngs: nnx.Rngs) -> SpaceDrive:
     return SpaceDrive(config.model, indicator_id=indicator, rngs=rngs)
 
 
-def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model without its numbers: shapes, dtypes and shardings.
+
+    Args:
+        config: the run.
+        mesh: where it would lie; its axes are enough.
 
     Returns:
         graph definition, trainable state, frozen state; `nnx.merge` puts such three together.
@@ -240,7 +244,7 @@ def _load_run(config: Config, mesh: Mesh, weights: str, indicator: int) -> nnx.S
     return nnx.from_flat_state(starting_state(config, saved, drawn, indicator))
 
 
-def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
+def _placed(state: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     placed = [
         (
             path,
