@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -26,6 +27,8 @@ RETRY_SECONDS = 5.0
 """Between two attempts to reach a server that does not answer."""
 PATIENCE_SECONDS = 500.0
 """How long a server may be away. The Bench2Drive evaluator gives up on a call after 600 s."""
+ANSWER_SECONDS = 500.0
+"""How long a server that is there may take for an answer."""
 MOST_LOSSES = 5
 """A request over which the connection was lost more often is given up: it may be what the server dies of."""
 REFUSALS = (1003, 1007, 1008, 1009)
@@ -133,6 +136,7 @@ class PolicyClient:
         """What the server says of itself and its model, once connected."""
         self._socket = None  # type: Any
         self._route = None  # type: str | None
+        self._turn = threading.Lock()
 
     def connect(self) -> dict:
         """Connects, waiting for the server to be there and warm; returns its metadata.
@@ -178,11 +182,16 @@ class PolicyClient:
         return self.request(dict(observation, kind="act"))
 
     def request(self, message: dict) -> dict:
-        """Sends a message and waits for its answer; over a new connection where the old one is lost.
+        """Sends a message and waits for its answer; over a new connection where the old one is lost. Threads
+        take turns.
 
         Raises:
-            PolicyError: the server answered with an error, or stays away.
+            PolicyError: the server answered with an error, stays away, or does not answer.
         """
+        with self._turn:
+            return self._request(message)
+
+    def _request(self, message: dict) -> dict:
         data = pack(message)
         for lost in range(MOST_LOSSES + 1):
             if self._socket is None:
@@ -252,8 +261,17 @@ class PolicyClient:
         opener.open(f"{scheme}://{parts.netloc}/healthz", timeout=30).close()
 
     def _exchange(self, data: bytes) -> dict:
-        self._socket.send(data)
-        answer = self._socket.recv()
+        try:
+            self._socket.send(data)
+            answer = self._socket.recv(ANSWER_SECONDS)
+        except BaseException as error:
+            # Ctrl-C too: the answer would still come, and be taken for that of the next request.
+            self.close()
+            if isinstance(error, TimeoutError) and error.errno is None:  # of `recv`, not of the network
+                raise PolicyError(
+                    f"{self.url} did not answer within {ANSWER_SECONDS:.0f} s: is it stuck?"
+                ) from error
+            raise
         if isinstance(answer, str):
             self.close()
             raise PolicyError(answer)

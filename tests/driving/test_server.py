@@ -342,3 +342,32 @@ def test_another_model_behind_the_same_address_is_not_gone_on_with(tmp_path):
     (tmp_path / "out/drives/one/result.json").write_text("{}")
     with pytest.raises(ConfigError, match="begun with another checkpoint"):
         open_folder(tmp_path / "out", {"checkpoint": after}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (TimeoutError(), PolicyError, "did not answer within 500 s"),
+    ],
+)
+def test_an_answer_that_was_not_waited_for_is_not_the_next_ones(server, error, raised, said):
+    client = client_of(server)
+    client.connect()
+    real = client._socket
+
+    class Interrupted:
+        def send(self, data):
+            real.send(data)
+
+        def recv(self, timeout):
+            raise error
+
+        def close(self):
+            real.close()
+
+    client._socket = Interrupted()
+    with pytest.raises(raised, match=said):
+        client.act(observation(1))
+    assert client.act(observation(2))["text"] == "2"
+    client.close()
