@@ -40,6 +40,9 @@ from spacedrive_jax.training.weights import (
 NOT_DECAYED = ("bias", "scale", "alpha")
 """Names of vectors and scalars, which have no weight decay. (Stacked over layers they look like matrices.)"""
 
+MOST_OCTAVES = 60.0
+"""Of the `nerf` encoding; float32 holds about twice as many."""
+
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Base rate per step: cosine over the whole run, times a linear warm-up at its start.
@@ -153,10 +156,15 @@ def check_start(config: Config) -> None:
     """Refuses what a run of this config could not start from or would not learn with; reads no tensors.
 
     Raises:
-        ConfigError: naming the fields; no weights are named where a base is to stay frozen, or a base is to
-            train that is stored in half precision.
+        ConfigError: naming the fields; no weights are named where a base is to stay frozen, a base is to
+            train that is stored in half precision, or an encoding has frequencies that are no numbers.
     """
     model = config.model
+    if model.encoder.kind == "nerf" and model.encoder.base > MOST_OCTAVES:
+        raise ConfigError(
+            f"model.encoder.base {model.encoder.base:g} is in octaves for model.encoder.kind nerf, more than "
+            "float32 holds: give --model.encoder.base 10, which its paper has"
+        )
     if not model.use_lora and model.compute.storage_dtype.itemsize < 4:
         raise ConfigError(
             f"model.use_lora False trains the base itself, and a step of it is less than "
