@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from spacedrive_jax.bounds import FROM_ZERO, POSITIVE, Bound, Bounds, check_bounds
 from spacedrive_jax.constants import NUM_PAST, NUM_TARGET_POINTS
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.partitioning import FROM_WIDTH
 
 Linear = functools.partial(nnx.Linear, precision=jax.lax.Precision.HIGHEST)
@@ -216,7 +217,17 @@ class CoordinateEncoder(nnx.Module):
         self.output = Linear(model_width, model_width, rngs=streams) if learned else None
 
     def __call__(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
-        """Encodes and scales by alpha: (..., 3) metres in the ego frame -> (..., D) float32."""
+        """Encodes and scales by alpha: (..., 3) metres in the ego frame -> (..., D) float32.
+
+        Raises:
+            ConfigError: the last axis is not x, y, z.
+        """
+        points = jnp.asarray(points)
+        if points.shape[-1:] != (3,):
+            raise ConfigError(
+                f"points of shape {points.shape} are not (..., 3), x y z in metres: waypoints stand on the "
+                "ground, z 0"
+            )
         return self.scale * self.waves(points) if self.hidden is None else self.learned(points)
 
     def past(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -203,9 +204,10 @@ class VisionLanguageModel(nnx.Module):
             Logits, float32.
 
         Raises:
-            ConfigError: the placeholders do not fit the images.
+            ConfigError: ids, images and lengths do not fit each other, or ids are padded on the left.
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
+        pixel_values = None if pixel_values is None else _array(pixel_values, "pixel_values")
         layout, grids = self.lay_out(token_ids, pixel_values, image_grid_thw, lengths=valid)
         device_lengths = None if lengths is None else jnp.asarray(valid, jnp.int32)
         return _logits(
@@ -225,7 +227,7 @@ class VisionLanguageModel(nnx.Module):
         pixel_values: Float[Array | np.ndarray, "... K"] | None = None,
         image_grid_thw: Any = None,
         lengths: Int[np.ndarray, " B"] | None = None,
-        stop_ids: tuple[int, ...] | None = None,
+        stop_ids: int | Sequence[int] | None = None,
         pad_id: int = 0,
     ) -> Int[np.ndarray, "B T"]:
         """Continues prompts with the most likely token each time.
@@ -236,18 +238,23 @@ class VisionLanguageModel(nnx.Module):
             pixel_values: see `logits`.
             image_grid_thw: likewise.
             lengths: valid tokens per prompt; None when all are.
-            stop_ids: ids that end a sample (the id itself is kept). None takes those of the checkpoint's
-                generation_config.json (`special_ids`); () never stops.
+            stop_ids: id or ids that end a sample (the id itself is kept). None takes those of the
+                checkpoint's generation_config.json (`special_ids`); () never stops.
             pad_id: what stands behind the end of a sample that stopped.
 
         Returns:
             The new ids, without the prompt.
 
         Raises:
-            ConfigError: `max_new_tokens` is not positive, a prompt is empty, images and ids do not fit, or
-                the whole would be longer than the rotary angles hold.
+            ConfigError: `max_new_tokens` is not positive, a prompt is empty or padded on the left, images and
+                ids do not fit, or the whole would be longer than the rotary angles hold.
         """
         token_ids, valid = _on_host(token_ids, lengths, self.config)
+        pixel_values = None if pixel_values is None else _array(pixel_values, "pixel_values")
+        stop_ids = self.special_ids.stop_ids if stop_ids is None else stop_ids
+        several = stop_ids if isinstance(stop_ids, Iterable) else (stop_ids,)
+        stops = tuple(_whole(each, "stop_ids") for each in several)
+        max_new_tokens = _whole(max_new_tokens, "max_new_tokens")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.config.decoder.check_length(int(valid.max()) + max_new_tokens, "prompt and answer")
@@ -261,8 +268,8 @@ class VisionLanguageModel(nnx.Module):
                 jnp.asarray(valid, jnp.int32),
                 grids=grids,
                 max_new_tokens=max_new_tokens,
-                stop_ids=self.special_ids.stop_ids if stop_ids is None else tuple(stop_ids),
-                pad_id=pad_id,
+                stop_ids=stops,
+                pad_id=_whole(pad_id, "pad_id"),
             )
         )
 
@@ -356,7 +363,7 @@ def _on_host(
     token_ids: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"] | None, config: VLConfig
 ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
     """Ids and lengths as arrays, checked."""
-    token_ids = np.asarray(token_ids)
+    token_ids = np.asarray(_array(token_ids, "token_ids"))
     if token_ids.ndim != 2 or token_ids.dtype.kind not in "iu" or not token_ids.size:
         raise ConfigError(
             f"token_ids {token_ids.shape} {token_ids.dtype} must be whole numbers (samples, length)"
@@ -364,13 +371,39 @@ def _on_host(
     batch, length = token_ids.shape
     valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
     if valid.shape != (batch,) or (valid < 1).any() or (valid > length).any():
-        raise ConfigError(f"prompt lengths {valid.tolist()} must be {batch} numbers in 1..{length}")
+        found = valid.tolist() if valid.ndim == 1 else f"of shape {valid.shape} (attention_mask.sum(-1)?)"
+        raise ConfigError(f"prompt lengths {found} must be {batch} numbers in 1..{length}")
+    for row, count in zip(token_ids, valid.astype(int), strict=True):
+        # As transformers' processors pad for generation; one place alone could be a token of the text.
+        front, behind = row[: length - count], row[count:]
+        if len(front) > 1 and (front == front[0]).all() and not (behind == behind[0]).all():
+            raise ConfigError(
+                f"token_ids begin with {len(front)} times {front[0]} and do not end with padding: they are "
+                "read right-padded (processor.tokenizer.padding_side = 'right')"
+            )
     # JAX would take the last row for an id above the table, and count a negative one from its end.
     rows, seen = config.decoder.vocab_size, token_ids[np.arange(length) < valid[:, None]]
     outside = seen[((seen < 0) | (seen >= rows)) & (seen != config.image_token_id)]
     if outside.size:
         raise ConfigError(f"token_ids hold {int(outside[0])}, and the table has rows 0 to {rows - 1}")
     return token_ids, valid
+
+
+def _array(value: Any, what: str) -> Array | np.ndarray:
+    """An array of jax or numpy; lists and tensors of others (on the host) become one of numpy."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{what} are no one array ({str(error)[:160]}): give one of numpy") from error
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{what} holds {value!r}, expected whole numbers") from None
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "grids"))

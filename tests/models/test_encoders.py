@@ -176,3 +176,13 @@ def test_vae_without_noise_is_repeatable_and_sees_the_truth_only_in_training():
     seen = [decoder(hidden, true_coordinates=jnp.full((2, 6, 2), value)) for value in (0.0, 5.0)]
     assert float(jnp.abs(seen[0] - seen[1]).max()) > 1e-4
     assert decoder(hidden).shape == (2, 6, 3)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", ["sincos", "mlp"])
+def test_points_are_lists_or_arrays_of_three_numbers(kind):
+    encoder = CoordinateEncoder(CoordinateEncoderConfig(kind=kind), 24, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(encoder([1, 2, 0]), encoder(jnp.array([1.0, 2.0, 0.0])))
+    for wrong in (np.zeros((6, 2)), 1.0, np.zeros((3, 6))):
+        with pytest.raises(ConfigError, match=r"not \(\.\.\., 3\), x y z"):
+            encoder(wrong)

@@ -70,6 +70,7 @@ def test_images_matter(tiny_model, prompts, generated):
     np.testing.assert_array_equal(ours[:, :2], other[:, :2])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_requests_are_refused(tiny_model, prompts):
     token_ids, _, images = prompts
     with pytest.raises(SpaceDriveError, match="max_new_tokens"):
@@ -80,3 +81,37 @@ def test_bad_requests_are_refused(tiny_model, prompts):
         tiny_model.generate(token_ids, max_new_tokens=1)
     with pytest.raises(SpaceDriveError, match="image_grid_thw"):
         tiny_model.generate(token_ids[:, 8:], max_new_tokens=1, pixel_values=jnp.asarray(images[:, :0]))
+    left = np.concatenate([np.zeros((2, 3), np.int64), token_ids[:, 8:]], axis=1)
+    for wrong, said in (
+        ({"token_ids": left, "lengths": np.array([6, 6])}, "read right-padded"),
+        ({"token_ids": left, "lengths": np.ones((2, 9))}, r"lengths of shape \(2, 9\) \(attention_mask"),
+        ({"token_ids": [[1, 2], [3]]}, "token_ids are no one array"),
+        ({"token_ids": left, "pad_id": None}, "pad_id holds None"),
+        ({"token_ids": left, "stop_ids": "</s>"}, "stop_ids holds '<'"),
+        ({"token_ids": left, "max_new_tokens": 2.5}, "max_new_tokens holds 2.5"),
+    ):
+        with pytest.raises(SpaceDriveError, match=said):
+            tiny_model.generate(**{"max_new_tokens": 1} | wrong)
+
+
+class Tensor:
+    """As torch's: no array, but one can be made of it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def size(self):
+        """A method there."""
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tensors_of_others_and_one_stop_id_are_taken(tiny_model, prompts, generated):
+    token_ids, lengths, images = prompts
+    given = {"pixel_values": Tensor(images), "image_grid_thw": Tensor(np.array([[1, *GRID]] * 2))}
+    found = tiny_model.generate(
+        Tensor(token_ids), **given, lengths=Tensor(lengths), max_new_tokens=np.int64(6), stop_ids=0
+    )
+    np.testing.assert_array_equal(found[:, 0], generated[:, 0])
