@@ -79,11 +79,14 @@ def place(name: str | os.PathLike[str]) -> Path:
         name: a path, or `gs://BUCKET/PATH`.
 
     Returns:
-        A `pathlib.Path`; of a bucket a `BucketPath`, which is used like one.
+        A `pathlib.Path`; of a bucket a `BucketPath`, which is used like one. `~/` is the home folder: shells
+        leave it alone in `--out=~/x` and Python everywhere, and a folder of that name is removed with it.
 
     Raises:
-        ConfigError: it is in a store of another kind, or gcsfs is not installed.
+        ConfigError: it is no path, in a store of another kind, or gcsfs is not installed.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigError(f"expected a path, text or pathlib's, not {type(name).__name__}")
     text = os.fspath(name)
     if isinstance(name, Path):
         if name.parts and _URL.fullmatch(name.parts[0] + "//"):
@@ -91,10 +94,10 @@ def place(name: str | os.PathLike[str]) -> Path:
                 f"{name} has lost a slash: a bucket's path is made with spacedrive_jax.io.place(...), "
                 "not with pathlib"
             )
-        return name
+        return _at_home(name)
     match = _URL.fullmatch(text)
     if match is None:
-        return Path(text)
+        return _at_home(Path(text))
     if match[1] != "gs":
         raise ConfigError(f"{text}: only gs:// buckets are read and written directly; {MOUNT}")
     if not match[2].strip("/"):
@@ -102,6 +105,15 @@ def place(name: str | os.PathLike[str]) -> Path:
     require_gcs(text)
     path: Any = BucketPath(text)
     return path
+
+
+def _at_home(path: Path) -> Path:
+    if path.parts[:1] != ("~",):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: this user has no home folder (HOME): give the whole path") from error
 
 
 def require_gcs(what: str) -> None:

@@ -6,14 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from spacedrive_jax.errors import DataError, SpaceDriveError
+from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import LOCK, atomic_folder, folder_lock, output_lock
 from spacedrive_jax.io import (
     inside,
     is_there,
+    place,
     put_in_place,
     remove_partials,
     require_regular,
@@ -173,3 +175,13 @@ def test_the_root_is_no_place_to_write():
     for write in (output_lock, atomic_folder):
         with pytest.raises(SpaceDriveError, match="root of the file system"), write("/"):
             pass
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_home_that_no_shell_expanded_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert place("~/x") == place(Path("~/x")) == tmp_path / "x"
+    assert place("~x") == Path("~x")
+    for wrong in (None, 3, b"x", ["x"]):
+        with pytest.raises(ConfigError, match="expected a path"):
+            place(wrong)
