@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from spacedrive_jax.errors import ConfigError
 
@@ -65,17 +68,28 @@ Bounds = Mapping[str, Bound]
 
 
 def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
-    """Holds the numbers of a config or command against their bounds.
+    """Holds the numbers of a config or command against their bounds, and the fields of a config against their
+    types: Python itself holds a dataclass to neither.
+
+    What means the same is taken: numpy's and jax's numbers, a list for a tuple, a `pathlib.Path` for a text.
 
     Args:
-        owner: the dataclass.
+        owner: the dataclass; a frozen one where it is a config.
         bounds: by field; every number of a tuple must keep to it. None, where a field takes it, is let pass.
         place: what stands before a field's name in messages: `train` for `train.steps`; `--` for flags.
 
     Raises:
-        ConfigError: a value is no number, no whole one where the field's type is int, or out of bounds.
+        ConfigError: a value is no number, no whole one where the field's type is int, out of bounds, or of
+            another type than its field.
     """
+    hints = _hints(owner.__class__)
     whole = _whole_fields(owner.__class__)
+    if place != "--":
+        for field, (_, kinds) in hints.items():
+            value = getattr(owner, field)
+            plain = _plain(value, kinds)
+            if plain is not value:
+                object.__setattr__(owner, field, plain)  # frozen
     for field, bound in bounds.items():
         value = getattr(owner, field)
         for number in value if isinstance(value, tuple | list) else (value,):
@@ -91,12 +105,56 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
             if field in whole and not isinstance(number, int):
                 raise ConfigError(f"{name} {value!r} must be a whole number")
 
+    if place != "--":
+        for field, (hint, _) in hints.items():
+            value = getattr(owner, field)
+            if not _is_of(value, hint):
+                name = f"{place}.{field}".lstrip(".")
+                raise ConfigError(f"{name} {str(value)[:80]!r} must be {_words(hint)}")
+
+
+@functools.cache
+def _hints(owner: type) -> Mapping[str, tuple[Any, set[Any]]]:
+    """Annotation of every field, and the types in it."""
+    hints = get_type_hints(owner)
+    return {each.name: (hints[each.name], _kinds(hints[each.name])) for each in dataclasses.fields(owner)}
+
 
 @functools.cache
 def _whole_fields(owner: type) -> frozenset[str]:
-    """Fields whose type has int and no float; Python itself does not hold a dataclass to its types."""
-    kinds = {name: _kinds(hint) for name, hint in get_type_hints(owner).items()}
-    return frozenset(name for name, found in kinds.items() if int in found and float not in found)
+    """Fields whose type has int and no float."""
+    found = _hints(owner).items()
+    return frozenset(name for name, (_, kinds) in found if int in kinds and float not in kinds)
+
+
+def _plain(value: Any, kinds: set[Any]) -> Any:
+    """A value as JSON would give it back, where that is what it means."""
+    if isinstance(value, os.PathLike) and str in kinds:
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if tuple in kinds and (isinstance(value, list | tuple) or getattr(value, "ndim", None) == 1):
+        items = tuple(_plain(item, kinds) for item in value)
+        same = isinstance(value, tuple) and all(a is b for a, b in zip(items, value, strict=True))
+        return value if same else items
+    return value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)  # type: ignore[arg-type]
+    try:
+        msgspec.convert(value, hint)
+    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError):
+        return False
+    return True
+
+
+def _words(hint: Any) -> str:
+    """What a value must be, by its annotation."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return f"of type {getattr(hint, '__name__', hint) if not get_args(hint) else hint}"
 
 
 def _kinds(hint: Any) -> set[Any]:

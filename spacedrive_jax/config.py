@@ -184,6 +184,9 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self) -> None:
+        check_bounds(self, {})
+
     @property
     def directory(self) -> Path:
         """The run's folder, on this machine or in a bucket."""
@@ -218,7 +221,24 @@ def preset_groups() -> Mapping[str, tuple[str, Mapping[str, Config]]]:
     return groups
 
 
-def load_config(name: str) -> Config:
+def check_config(config: object, what: str) -> None:
+    """Refuses anything that is no config where one is asked for.
+
+    Args:
+        config: what was given.
+        what: who asks.
+
+    Raises:
+        ConfigError: it is something else; the message says what.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{what} takes a Config, as load_config(NAME) gives, with dataclasses.replace or "
+            f"spacedrive_jax.config.change for other values, not {type(config).__name__}"
+        )
+
+
+def load_config(name: str | Path) -> Config:
     """Finds a preset.
 
     Args:
@@ -228,6 +248,8 @@ def load_config(name: str) -> Config:
     Raises:
         ConfigError: there is no such preset, or its file does not hold a config.
     """
+    if not isinstance(name, str):
+        name = str(place(name))
     is_url = is_bucket(name)
     file, _, chosen = (name, "", "") if is_url else name.partition(":")
     path = place(file)

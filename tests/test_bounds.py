@@ -7,12 +7,15 @@ import math
 import types
 import typing
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import data_prep.cli
 import spacedrive_jax.cli.main
-from spacedrive_jax import console
-from spacedrive_jax.config import Config, MeshConfig, TrainConfig
+from spacedrive_jax import SpaceDrive, batch_spec, console, fake_batch, with_weights
+from spacedrive_jax.config import Config, MeshConfig, TrainConfig, load_config, to_json
 from spacedrive_jax.data.depth_sources import DepthConfig, DepthDisturbance
 from spacedrive_jax.data.images import CameraFault
 from spacedrive_jax.data.lidar import FusionConfig
@@ -224,3 +227,29 @@ def test_types_that_cannot_be_computed_in_and_trackers_named_twice_are_refused()
             ComputeConfig(**{name: value})
     with pytest.raises(ConfigError, match=r"train\.trackers jsonl jsonl: names one twice"):
         TrainConfig(trackers=("jsonl", "jsonl"))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_configs_take_what_notebooks_hand_them_and_hold_fields_to_their_types(tmp_path):
+    train = TrainConfig(steps=np.int64(3), learning_rate=jnp.float32(0.5))
+    assert (type(train.steps), type(train.learning_rate)) == (int, float)
+    data = DataConfig(records=tmp_path, image_size=[np.int32(28), 56])
+    assert (data.records, data.image_size) == (str(tmp_path), (28, 56))
+    config = Config(run_dir=tmp_path / "run", train=train, data=data)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert load_config(tmp_path / "config.json") == config
+    for made, said in (
+        (lambda: TrainConfig(steps=None), "train.steps 'None' must be of type int"),
+        (lambda: DataConfig(command="routes"), "data.command 'routes' must be one of"),
+        (lambda: DataConfig(image_size=(1, 2, 3)), "data.image_size .* must be of type tuple"),
+        (lambda: Config(train={"steps": 3}), "train .* must be of type TrainConfig"),
+        (lambda: load_config(None), "expected a path"),
+        (lambda: batch_spec("demo"), "batch_spec takes a Config, as load_config"),
+        (lambda: batch_spec(config, 0), "train.batch_size 0"),
+        (lambda: fake_batch(data), "fake_batch takes a Config"),
+        (lambda: with_weights("demo"), "with_weights takes a Config"),
+        (lambda: SpaceDrive(config, indicator_id=1, rngs=nnx.Rngs(0)), "takes a ModelConfig"),
+        (lambda: SpaceDrive(config.model, indicator_id=-1, rngs=nnx.Rngs(0)), "indicator_id -1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            made()

@@ -12,7 +12,7 @@ from flax import nnx
 from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.config import TrainConfig
 from spacedrive_jax.data.ego_status import ego_status
-from spacedrive_jax.errors import SpaceDriveError
+from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.training.losses import losses, speed_change, without_past_motion
 from tests.golden.verify.case_files import read_arrays
 from tests.golden.verify.train import verify_train
@@ -173,3 +173,17 @@ def test_past_motion_is_withheld_from_a_share_of_the_samples():
 def test_misfitting_choices_are_refused(case):
     with pytest.raises(SpaceDriveError, match=r"train\.position_loss cosine"):
         losses(case.model, case.batch, TrainConfig(position_loss="cosine"), None)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_batch_is_refused_by_shape(case):
+    sample = jax.tree.map(lambda leaf: leaf[0], case.batch)
+    five = dataclasses.replace(case.batch, patch_depth=case.batch.patch_depth[:, :5])
+    for wrong, said in (
+        (sample, r"no leading axis of samples: .*stack\(\[sample\]\)"),
+        (dataclasses.asdict(case.batch), "reads a DrivingBatch .*, not dict"),
+        (five, "not of the same cameras"),
+        (dataclasses.replace(case.batch, pixel_values=case.batch.pixel_values[0]), "pixel_values of shape"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            case.model(wrong)

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from spacedrive_jax.bounds import check_bounds
 from spacedrive_jax.constants import NUM_TARGET_POINTS
 from spacedrive_jax.data.ego_status import ego_status_in_words
 from spacedrive_jax.data.language_data import (
@@ -56,6 +57,9 @@ class ConversationConfig:
     """Let the answer repeat the command before the trajectory."""
     supervise_position_tokens: bool = False
     """Let the cross-entropy see the position tokens' ids too (published `supervise_semantic_posemb`)."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {}, "data.conversation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ _Point = tuple[float, float]
 _Name = Annotated[str, msgspec.Meta(max_length=32, pattern=r"^[\w -]*$")]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Frame:
     """One keyframe of one's own; rows are in the order of `CAMERAS`."""
 
@@ -98,37 +98,48 @@ class Frame:
         """The keyframe as a record whose future, agents and map are empty.
 
         Raises:
-            DataError: a picture is none, or a number is not finite or not what it stands for.
+            DataError: a picture is none, an array is of another shape, or a number is not finite or not what
+                it stands for.
         """
-        check_calibration(self.intrinsics, self.camera_to_ego, self.name)
+        images, depth = (self._six(name) for name in ("images", "depth"))
+        intrinsics = self._array("intrinsics", NUM_CAMERAS, 3, 3)
+        camera_to_ego = self._array("camera_to_ego", NUM_CAMERAS, 4, 4)
+        check_calibration(intrinsics, camera_to_ego, self.name)
         can_bus = self._can_bus()
-        past = _past(self.speed, self.yaw_rate) if self.past_to_ego is None else self.past_to_ego
+        past = (
+            _past(self.speed, self.yaw_rate)
+            if self.past_to_ego is None
+            else self._array("past_to_ego", NUM_PAST, 4, 4)
+        )
         _check_past(past, self.name)
+        if self.command is not None and self.command not in _ROAD_OPTIONS:
+            raise DataError(f"{self.name}: command {self.command!r} is not one of {', '.join(_ROAD_OPTIONS)}")
         seconds = KEYFRAME_SECONDS * np.arange(1, NUM_PAST + 1)
         word = navigation_command(past, np.ones(NUM_PAST, bool), seconds)
         option = RoadOption.VOID if self.command is None else _ROAD_OPTIONS[self.command]
-        targets = self.target_points
-        if targets is None:
+        if self.target_points is not None:
+            targets = self._array("target_points", NUM_TARGET_POINTS, 2)
+        else:
             targets = AHEAD if self.command is not None else np.zeros((NUM_TARGET_POINTS, 2))
         return blank_record() | {
             "token": self.name,
             "scene_name": self.name,
             "location": self.location,
             "timestamp_us": np.int64(NOW_US),
-            "images": list(self.images),
+            "images": images,
             "image_size": np.stack(
                 [
                     _size(image, f"{self.name}: {camera}")
-                    for camera, image in zip(CAMERAS, self.images, strict=True)
+                    for camera, image in zip(CAMERAS, images, strict=True)
                 ]
             ),
-            "exact_depth": list(self.depth),
-            "camera_intrinsics": np.asarray(self.intrinsics, np.float64),
-            "camera_to_ego": np.asarray(self.camera_to_ego, np.float64),
+            "exact_depth": depth,
+            "camera_intrinsics": intrinsics,
+            "camera_to_ego": camera_to_ego,
             "camera_timestamp_us": np.full(NUM_CAMERAS, NOW_US, np.int64),
             "camera_ego_to_global": np.tile(np.eye(4), (NUM_CAMERAS, 1, 1)),
             "ego_to_global": np.eye(4),
-            "past_to_ego": np.asarray(past, np.float64),
+            "past_to_ego": past,
             "past_mask": np.ones(NUM_PAST, bool),
             "past_timestamp_us": NOW_US - np.round(seconds * 1e6).astype(np.int64),
             "can_bus": can_bus,
@@ -141,11 +152,38 @@ class Frame:
             "past_command_released": np.full(NUM_PAST, mirrored_command(word), np.int32),
             "command_route": np.int32(option),
             "past_command_route": np.full(NUM_PAST, option, np.int32),
-            "target_points": np.asarray(targets, np.float64),
+            "target_points": targets,
             "route_valid": np.bool_(self.command is not None),
             "drivable_source": "none",
             "lidar_to_ego": np.eye(4),
         }
+
+    def _six(self, field: str) -> list[bytes]:
+        """Encoded pictures, one a camera."""
+        pictures = getattr(self, field)
+        if not isinstance(pictures, Sequence) or isinstance(pictures, str | bytes):
+            raise DataError(f"{self.name}: {field} is {type(pictures).__name__}, expected a list of bytes")
+        for picture in pictures:
+            if not isinstance(picture, bytes):
+                raise DataError(
+                    f"{self.name}: {field} holds {type(picture).__name__}, expected the bytes of encoded "
+                    "pictures, as pathlib.Path(FILE).read_bytes() gives them"
+                )
+        if len(pictures) != NUM_CAMERAS:
+            raise DataError(
+                f"{self.name}: {field} holds {len(pictures)}, expected those of {', '.join(CAMERAS)}"
+            )
+        return list(pictures)
+
+    def _array(self, field: str, *shape: int) -> np.ndarray:
+        value = getattr(self, field)
+        try:
+            array = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.name}: {field} holds what are no numbers ({error})") from error
+        if array.shape != shape:
+            raise DataError(f"{self.name}: {field} is of shape {array.shape}, expected {shape}")
+        return array
 
     def _can_bus(self) -> Float[np.ndarray, "13"]:
         for name, value in (
@@ -153,7 +191,8 @@ class Frame:
             ("acceleration", self.acceleration),
             ("yaw_rate", self.yaw_rate),
         ):
-            if not abs(value) <= MOST_SPEED:  # nan too
+            number = getattr(value, "ndim", 0) == 0 and not isinstance(value, str | None)
+            if not (number and abs(value) <= MOST_SPEED):  # nan too
                 raise DataError(f"{self.name}: {name} is {value}, expected a number up to {MOST_SPEED:g}")
         values = np.zeros(CAN_BUS_SIZE)
         values[0] = 1.0  # heading: the global frame is the ego frame

@@ -17,6 +17,7 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,12 @@ from jaxtyping import Bool
 from spacedrive_jax.buckets import cache_folder
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.records_folder import REPAIR, Provenance, check_folder, split_of
-from spacedrive_jax.data.schema import Record, record_features
+from spacedrive_jax.data.schema import TEXT_LIST_FEATURES, Record, impossible, record_features
 from spacedrive_jax.errors import DataError, SpaceDriveError
 from spacedrive_jax.io import MEBIBYTE, place
 from spacedrive_jax.json_files import read_json, read_typed, write_json
 
 SPLITS = ("train", "val", "all")
-MAX_IMAGE_SIDE = 65_500
-"""Pixels; libjpeg's limit."""
-_MAY_BE_NAN = frozenset({"agent_velocity"})
 _FUTURE_FEATURE = "waypoint_mask"
 MOST_FUTURES_BYTES = 256 * MEBIBYTE
 """One byte a keyframe."""
@@ -105,11 +103,11 @@ class RecordSource(Sequence[Record]):
         try:
             for name in _TEXT_FEATURES:
                 record[name] = record[name].decode()
-            for name in _TEXT_LIST_FEATURES:
+            for name in TEXT_LIST_FEATURES:
                 record[name] = [item.decode() for item in record[name]]
         except UnicodeDecodeError as error:
             raise self._damaged(index, error) from error
-        wrong = _impossible(record)
+        wrong = impossible(record)
         if wrong:
             raise DataError(f"{self._shard(index)}: keyframe {record['token']}, {wrong}; {REPAIR}")
         return record
@@ -126,23 +124,6 @@ class RecordSource(Sequence[Record]):
 
 
 _TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
-_TEXT_LIST_FEATURES = ("agent_token", "agent_category")
-
-
-def _impossible(record: Record) -> str:
-    """Which feature has a value that no conversion writes; empty where none has."""
-    for name, value in record.items():
-        is_number = getattr(value, "dtype", None) == np.float64
-        if is_number and name not in _MAY_BE_NAN and not np.isfinite(value).all():
-            return f"{name} is not finite"
-    sizes = record["image_size"]
-    if not ((sizes > 0) & (sizes <= MAX_IMAGE_SIDE)).all():
-        return f"image_size {sizes.tolist()} is not that of images"
-    agents = len(record["agent_boxes"])
-    for name in record:
-        if name.startswith("agent_") and len(record[name]) != agents:
-            return f"{name} is of {len(record[name])} agents, agent_boxes of {agents}"
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +143,25 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
-        return self.source[index]
+    def __getitem__(self, index: int | slice) -> Any:
+        """A record, or those of a slice as a list; from the end where the number is negative.
+
+        Raises:
+            IndexError: there is no such record.
+            DataError: the index is neither a number nor a slice, or the shard is damaged.
+        """
+        if isinstance(index, slice):
+            return [self.source[row] for row in range(*index.indices(len(self)))]
+        try:
+            row = operator.index(index)
+        except TypeError:
+            raise DataError(
+                f"records are taken by number or slice, not by {str(index)[:60]!r}; "
+                "spacedrive_jax.data.records.keyframe_index(records, TOKEN) tells the number of a token"
+            ) from None
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"no keyframe {row}: split {self.split} of {self.directory} has {len(self)}")
+        return self.source[row % len(self)]
 
 
 def open_records(directory: Path | str, split: str = "all") -> Records:

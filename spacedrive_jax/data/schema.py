@@ -1,8 +1,10 @@
-"""The record's schema: names, shapes and types of the features of one keyframe."""
+"""The record's schema: names, shapes and types of the features of one keyframe, and what holds one to it."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,6 +17,7 @@ from spacedrive_jax.constants import (
     NUM_TARGET_POINTS,
     NUM_WAYPOINTS,
 )
+from spacedrive_jax.errors import DataError
 
 DATASET_NAME = "nuscenes_keyframes"
 DATASET_VERSION = "1.0.0"
@@ -114,20 +117,136 @@ Record = dict[str, Any]
 """One decoded record: feature name to numpy array, scalar, bytes, or list of bytes."""
 
 
+TEXT_LIST_FEATURES = ("agent_token", "agent_category")
+MAX_IMAGE_SIDE = 65_500
+"""Pixels; libjpeg's limit."""
+_MAY_BE_NAN = frozenset({"agent_velocity"})
+
+
+class _Feature(NamedTuple):
+    """What a feature's value is in a decoded record."""
+
+    kind: str
+    """`text`, `texts`, `bytes`, `blobs` or `numbers`."""
+    shape: tuple[int | None, ...]
+    """None for the number of agents."""
+    dtype: Any
+
+
+@functools.cache
+def _schema() -> Mapping[str, _Feature]:
+    found = {}
+    for name, feature in record_features().items():
+        shape, dtype = tuple(feature.shape), feature.np_dtype
+        if type(feature).__name__ == "Sequence":
+            kind = "texts" if name in TEXT_LIST_FEATURES else "blobs"
+        elif type(feature).__name__ == "Text":
+            kind = "text"
+        else:
+            kind = "bytes" if dtype == np.object_ else "numbers"
+        found[name] = _Feature(kind, shape, dtype)
+    return found
+
+
 def blank_record() -> Record:
     """A record in which nothing is known: zeros, empty texts and lists."""
+    empty = {"text": "", "bytes": b""}
     record: Record = {}
-    for name, feature in record_features().items():
-        shape, dtype = feature.shape, feature.np_dtype
-        if type(feature).__name__ == "Sequence":
-            length = shape[0] if shape and shape[0] is not None else 0
-            record[name] = [b""] * length
-        elif type(feature).__name__ == "Text":
-            record[name] = ""
-        elif dtype == np.object_:
-            record[name] = b""
-        elif not shape:
-            record[name] = np.dtype(dtype).type(0)
+    for name, (kind, shape, dtype) in _schema().items():
+        if kind in empty:
+            record[name] = empty[kind]
+        elif kind == "numbers":
+            record[name] = np.zeros([side or 0 for side in shape], dtype)[()]
         else:
-            record[name] = np.zeros([side or 0 for side in shape], dtype)
+            record[name] = [b""] * (shape[0] or 0)
     return record
+
+
+def impossible(record: Record) -> str:
+    """Which feature has a value that no conversion writes; empty where none has.
+
+    Args:
+        record: whole, and of the schema's shapes.
+    """
+    for name, value in record.items():
+        is_number = getattr(value, "dtype", None) == np.float64
+        if is_number and name not in _MAY_BE_NAN and not np.isfinite(value).all():
+            return f"{name} is not finite"
+    sizes = record["image_size"]
+    if not ((sizes > 0) & (sizes <= MAX_IMAGE_SIDE)).all():
+        return f"image_size {sizes.tolist()} is not that of images"
+    agents = len(record["agent_boxes"])
+    for name in record:
+        if name.startswith("agent_") and len(record[name]) != agents:
+            return f"{name} is of {len(record[name])} agents, agent_boxes of {agents}"
+    return ""
+
+
+def own_record(values: Mapping[str, Any]) -> Record:
+    """A record that somebody made, or read with tfds, as `open_records` gives records.
+
+    Lists and jax's arrays become numpy arrays of the feature's type, texts in bytes `str`; what the schema
+    does not know is left out.
+
+    Args:
+        values: feature name to value.
+
+    Raises:
+        DataError: a feature is lacking, of another shape or type, or no conversion writes its value.
+    """
+    missing = sorted(_schema().keys() - values.keys())
+    if missing:
+        raise DataError(
+            f"the record lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}: start from "
+            "spacedrive_jax.data.schema.blank_record()"
+        )
+    record: Record = {}
+    for name, feature in _schema().items():
+        try:
+            record[name] = _own_value(values[name], feature)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the record's {name} {error}; spacedrive_jax/data/schema.py has all") from error
+    if wrong := impossible(record):
+        raise DataError(f"the record {record['token']!r} cannot be: {wrong}")
+    return record
+
+
+def _own_value(value: Any, feature: _Feature) -> Any:
+    kind, shape, dtype = feature
+    if kind == "numbers":
+        return _numbers(np.asarray(value), shape, dtype)
+    if kind in ("text", "bytes"):
+        return _text_or_bytes(value, kind)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"is {type(value).__name__}, expected a list of {kind}")
+    if shape[0] is not None and len(value) != shape[0]:
+        raise TypeError(f"holds {len(value)} {kind}, expected {shape[0]}")
+    return [_text_or_bytes(item, "text" if kind == "texts" else "bytes") for item in value]
+
+
+def _text_or_bytes(value: Any, kind: str) -> str | bytes:
+    if isinstance(value, bytes) and kind == "text":
+        return value.decode()
+    if not isinstance(value, str if kind == "text" else bytes):
+        raise TypeError(f"holds {type(value).__name__}, expected {kind}")
+    return value
+
+
+def _numbers(value: np.ndarray, shape: tuple[int | None, ...], dtype: Any) -> Any:
+    if not value.size and shape[:1] == (None,):
+        return np.zeros([side or 0 for side in shape], dtype)
+    expected = (
+        f"expected {np.dtype(dtype)} of shape ({', '.join('A' if s is None else str(s) for s in shape)})"
+    )
+    fits = len(shape) == value.ndim and all(
+        wanted in (None, found) for wanted, found in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise TypeError(f"is of shape {value.shape}, {expected}")
+    is_whole = np.issubdtype(dtype, np.integer)
+    if not (value.dtype.kind in "iu" if is_whole else np.can_cast(value.dtype, dtype, "same_kind")):
+        raise TypeError(f"is of {value.dtype}, {expected}")
+    converted = value.astype(dtype)
+    if is_whole and not np.array_equal(converted, value):
+        raise TypeError(f"holds numbers beyond what {np.dtype(dtype)} holds")
+    return converted if shape else converted.item()

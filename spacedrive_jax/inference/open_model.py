@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, from_json, to_json
 from spacedrive_jax.data.depth_cache import DepthCache
-from spacedrive_jax.data.schema import Record
+from spacedrive_jax.data.schema import Record, own_record
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import CheckpointError, ConfigError
+from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
 from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
 from spacedrive_jax.inference.generate import answering_step
 from spacedrive_jax.inference.planner import (
@@ -237,14 +237,31 @@ class TrainedModel:
     config: Config
     """The run that made it."""
     mesh: Mesh
-    graph: nnx.GraphDef
-    trainable: nnx.State
-    frozen: nnx.State
+    graph: nnx.GraphDef = dataclasses.field(repr=False)
+    trainable: nnx.State = dataclasses.field(repr=False)
+    frozen: nnx.State = dataclasses.field(repr=False)
 
     @property
     def model(self) -> SpaceDrive:
         """Graph and states put together."""
         return nnx.merge(self.graph, self.trainable, self.frozen)
+
+
+def check_trained(model: object, what: str) -> None:
+    """Refuses anything that is no `TrainedModel` where one is asked for.
+
+    Args:
+        model: what was given.
+        what: who asks.
+
+    Raises:
+        ConfigError: it is something else; the message says what.
+    """
+    if not isinstance(model, TrainedModel):
+        raise ConfigError(
+            f"{what} takes what open_model(FOLDER) gives of a trained SpaceDrive, which has its config too, "
+            f"not {type(model).__name__}"
+        )
 
 
 def open_config(checkpoint: Path) -> Config:
@@ -415,8 +432,13 @@ def plan(model: TrainedModel, record: Record) -> Plan:
         record: the keyframe, of a records folder.
 
     Raises:
-        SpaceDriveError: the record lacks something that the model needs.
+        SpaceDriveError: the record is not of the record's shapes and types, or lacks something that the
+            model needs.
     """
+    check_trained(model, "plan")
+    if not isinstance(record, Mapping):
+        raise DataError(f"plan takes a record (open_records(FOLDER)[0]), not {type(record).__name__}")
+    record = own_record(record)
     planner = planner_of(model, record, most=math.prod(model.mesh.shape[axis] for axis in BATCH_AXES))
     return planner.plan([planner.sample(record)])[0]
 

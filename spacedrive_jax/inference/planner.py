@@ -49,9 +49,9 @@ Answer = Callable[[DrivingBatch], Generation]
 """Batch on the host in, generation on the host out."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What the model says about one keyframe."""
+    """What the model says about one keyframe. Equal to itself alone: it holds arrays."""
 
     waypoints: Float[np.ndarray, "T 2"]
     """Metres, ego frame, 0.5 s apart; T is 6, or 0 where the answer could not be read."""
@@ -108,8 +108,18 @@ class BatchPlanner:
         return sample
 
     def plan(self, samples: Sequence[DrivingBatch]) -> list[Plan]:
-        """Plans of one to `most` samples, in order."""
+        """Plans of one to `most` samples, in order.
+
+        Raises:
+            ConfigError: there are none or more, or they are no samples of `sample`.
+        """
         count = len(samples)
+        if isinstance(samples, DrivingBatch) or not all(isinstance(each, DrivingBatch) for each in samples):
+            raise ConfigError("plan takes a list of samples, as planner.sample(RECORD) makes them")
+        if not 1 <= count <= self.most:
+            raise ConfigError(
+                f"plan takes 1 to {self.most} samples at a time (open_planner's most), not {count}"
+            )
         size = next(size for size in self.sizes if size >= count)
         batch = without_padding(stack([*samples, *[samples[-1]] * (size - count)]), self.length)
         with self._lock:

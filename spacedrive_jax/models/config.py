@@ -304,6 +304,7 @@ class ComputeConfig:
         for name, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
             if value not in FLOATS:
                 raise ConfigError(f"model.compute.{name} {value!r} must be one of {', '.join(FLOATS)}")
+        check_bounds(self, {}, "model.compute")
 
     @property
     def activation_dtype(self) -> jnp.dtype:

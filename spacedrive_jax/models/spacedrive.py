@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
 from spacedrive_jax.constants import NUM_TARGET_POINTS, NUM_WAYPOINTS, STATUS_SIZE
+from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import NewTokensConfig
 from spacedrive_jax.models.coordinate_decoder import (
     GridDecoder,
@@ -58,7 +59,20 @@ class SpaceDrive(nnx.Module):
             config: architecture and options.
             indicator_id: vocabulary id of the indicator token; the position token's id is the next one.
             rngs: random streams (`params`).
+
+        Raises:
+            ConfigError: it is no model's config, or its vocabulary has no such ids.
         """
+        if not isinstance(config, ModelConfig):
+            raise ConfigError(
+                f"SpaceDrive takes a ModelConfig (a run's config.model), not {type(config).__name__}"
+            )
+        if not 0 <= indicator_id < config.vlm.decoder.vocab_size - 1:
+            raise ConfigError(
+                f"indicator_id {indicator_id} and the position token's behind it are not in the vocabulary "
+                f"of {config.vlm.decoder.vocab_size} ids: load_tokenizer(config.data.tokenizer).indicator "
+                "is a run's"
+            )
         self.config = config
         self.indicator_id, self.position_id = indicator_id, indicator_id + 1
         self.vlm: VisionLanguageModel = family_of(config.vlm).model(
@@ -102,6 +116,9 @@ class SpaceDrive(nnx.Module):
             indices: indicators to decode at; None takes the six waypoints'.
             true_coordinates: the true coordinates there, which the `vae` decoder sees in training.
             noise: standard normal for the `vae` decoder; None decodes without.
+
+        Raises:
+            ConfigError: the batch is none, or its views are not of the model's shapes.
         """
         embeddings, deepstack = self.decoder_inputs(batch)
         hidden, _ = self.vlm.decoder(
@@ -112,7 +129,7 @@ class SpaceDrive(nnx.Module):
             dropout_key=dropout_key,
         )
         indices = batch.waypoint_indices if indices is None else indices
-        at_indicators = jnp.take_along_axis(hidden, indices[..., None], axis=1)
+        at_indicators = jnp.take_along_axis(hidden, jnp.asarray(indices)[..., None], axis=1)
         at_indicators = self.without_semantics(at_indicators)
         return Outputs(hidden, at_indicators, self.decode_coordinates(at_indicators, true_coordinates, noise))
 
@@ -160,6 +177,7 @@ class SpaceDrive(nnx.Module):
         """What the language model reads: embeddings, and what the vision tower adds behind the first K blocks
         at the visual tokens (None in families without deepstack).
         """
+        _check_batch(batch)
         visual = self.visual_features(batch)
         embeddings = self.embeddings(batch, visual.tokens)
         if visual.deepstack is None:
@@ -240,6 +258,30 @@ class SpaceDrive(nnx.Module):
         centres = jnp.asarray(patch_centres((rows, columns), vision.patch_size * vision.merge_size))
         projection = ego_to_image(batch.intrinsics, batch.camera_to_ego)
         return unproject(batch.patch_depth, centres, projection).reshape(samples, -1, 3)
+
+
+def _check_batch(batch: DrivingBatch) -> None:
+    """Refuses what is no batch before arrays of other shapes are reshaped into something else."""
+    if not isinstance(batch, DrivingBatch):
+        raise ConfigError(f"SpaceDrive reads a DrivingBatch (fake_batch(config)), not {type(batch).__name__}")
+    shapes = {name: jnp.shape(getattr(batch, name)) for name in ("token_ids", "pixel_values", "patch_depth")}
+    if len(shapes["token_ids"]) != 2:
+        raise ConfigError(
+            f"token_ids of shape {shapes['token_ids']} have no leading axis of samples: "
+            "spacedrive_jax.batch.stack([sample]) makes a batch of one"
+        )
+    samples, views = shapes["token_ids"][0], shapes["pixel_values"]
+    is_bytes = batch.pixel_values.dtype == jnp.uint8
+    if len(views) != (5 if is_bytes else 4) or (is_bytes and views[-1] != 3):
+        raise ConfigError(
+            f"pixel_values of shape {views} are neither views in bytes, (B, N, H, W, 3), nor patches in "
+            "floats, (B, N, P, K)"
+        )
+    if samples == 0 or views[:2] != shapes["patch_depth"][:2] or views[0] != samples:
+        raise ConfigError(
+            f"pixel_values of shape {views} and patch_depth of shape {shapes['patch_depth']} are not of the "
+            f"same cameras of {samples} samples"
+        )
 
 
 def new_token_rows(config: ModelConfig, indicator_id: int) -> NewTokensConfig | None:

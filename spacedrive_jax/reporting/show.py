@@ -26,11 +26,11 @@ from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache
 from spacedrive_jax.data.depth_sources import record_patch_depth
 from spacedrive_jax.data.frame import Frame
 from spacedrive_jax.data.records import Records, open_records
-from spacedrive_jax.data.schema import Record, blank_record
+from spacedrive_jax.data.schema import Record, own_record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.model_policy import DepthNetwork, check_depth, open_depth_network
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.inference.open_model import TrainedModel, open_trained_model, planner_of
+from spacedrive_jax.inference.open_model import TrainedModel, check_trained, open_trained_model, planner_of
 from spacedrive_jax.inference.planner import BatchPlanner, Plan, longest_prompt
 from spacedrive_jax.io import local, place
 from spacedrive_jax.models.partitioning import BATCH_AXES
@@ -44,16 +44,16 @@ WRAP = 220
 """Letters in a line of the question and the answer."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class KeyframePlan(Plan):
     """What a model says about one keyframe, and the keyframe."""
 
-    record: Record
+    record: Record = dataclasses.field(repr=False)
     question: str
     """What the model was asked: its coordinates in metres, the images in one word."""
     model: str
     """Name of the run."""
-    depth: SeenDepth | None = None
+    depth: SeenDepth | None = dataclasses.field(default=None, repr=False)
     """What a network gave the model to see; None where its depth is the record's own."""
 
     def figure(self) -> Figure:
@@ -83,8 +83,9 @@ class Planner:
             network: for keyframes without depth, where the model's depth comes from a network.
 
         Raises:
-            ConfigError: the network is not the one that the model's depth comes from.
+            ConfigError: it is no such model, or the network is not the one that the model's depth comes from.
         """
+        check_trained(trained, "Planner")
         self.config: Config = trained.config
         self._trained, self._network = trained, network
         self._builder = SampleBuilder(self.config.data, self.config.model, answer=False)
@@ -135,7 +136,8 @@ class Planner:
             keyframe: of `records` (or `open_records`), or one of your own.
 
         Raises:
-            SpaceDriveError: it is neither, or lacks something that the model needs.
+            SpaceDriveError: it is neither, is not of the record's shapes and types, or lacks something that
+                the model needs.
         """
         record = keyframe.record() if isinstance(keyframe, Frame) else keyframe
         if not isinstance(record, Mapping):
@@ -143,12 +145,7 @@ class Planner:
                 "plan takes one keyframe, a record (planner.records(FOLDER)[0]) or a frame (read_frame), not "
                 f"{type(record).__name__}"
             )
-        missing = sorted(blank_record().keys() - record.keys())
-        if missing:
-            raise DataError(
-                f"the record lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}: start from "
-                "spacedrive_jax.data.schema.blank_record()"
-            )
+        record = own_record(record)
         cached = self._network_depth(record)
         planner = self._planner(record)
         plan = planner.plan([planner.sample(record, cached)])[0]

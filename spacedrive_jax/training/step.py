@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
-from spacedrive_jax.config import Config
+from spacedrive_jax.config import Config, change, check_config
 from spacedrive_jax.constants import NUM_CAMERAS, NUM_PAST, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.data.loader import MixedSamples, Samples
 from spacedrive_jax.data.tokenizer import load_tokenizer
@@ -244,8 +244,14 @@ def batch_spec(
 
     Returns:
         A batch of `jax.ShapeDtypeStruct`: what the input pipeline makes, without the numbers.
+
+    Raises:
+        ConfigError: it is no config, or no size.
     """
-    batch_size = config.train.batch_size if batch_size is None else batch_size
+    check_config(config, "batch_spec")
+    if batch_size is not None:
+        config = change(config, config.name, {"train.batch_size": batch_size})
+    batch_size = config.train.batch_size
     data, vision = config.data, config.model.vlm.vision
     images = family_of(config.model.vlm).image_processor(vision, data.image_size)
     length, targets = data.sequence_length, data.max_targets
@@ -288,11 +294,12 @@ def fake_batch(config: Config, seed: int = 0) -> DrivingBatch:
 
     Args:
         config: of the run.
-        seed: of everything random.
+        seed: of everything random, from 0.
 
     Raises:
-        ConfigError: data.sequence_length has no room for the images and data.max_targets.
+        ConfigError: it is no config, or data.sequence_length has no room for the images and data.max_targets.
     """
+    check_config(config, "fake_batch")
     vlm, family = config.model.vlm, family_of(config.model.vlm)
     tokenizer = load_tokenizer(config.data.tokenizer, family.chat)
     generator = np.random.default_rng(seed)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from spacedrive_jax.config import Config, depth_advice, to_json
+from spacedrive_jax.config import Config, check_config, depth_advice, to_json
 from spacedrive_jax.console import progress
 from spacedrive_jax.data.loader import (
     MixedSamples,
@@ -131,6 +131,7 @@ def train(
             the disk is full, or the data is not there or does not fit the config's shapes.
         FloatingPointError: the loss or gradient became nan or infinite too often.
     """
+    check_config(config, "train")
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of them")
     if step is not None and not resume:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spacedrive_jax.batch import LENGTH_STEP
-from spacedrive_jax.config import Config, change, config_changes, from_json, to_plain
+from spacedrive_jax.config import Config, change, check_config, config_changes, from_json, to_plain
 from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.errors import ConfigError
@@ -157,6 +157,7 @@ def with_weights(config: Config, preset: Config | None = None, *, resume: bool =
         SpaceDriveError: there are no such weights, or a field that is meant says otherwise; each is named
             with both values.
     """
+    check_config(config, "with_weights")
     if config.model.weights is None:
         return config
     preset = config if preset is None else preset

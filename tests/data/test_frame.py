@@ -151,3 +151,32 @@ def test_numbers_of_a_frame_made_in_python_are_checked_too(folder):
         Frame(**fields, speed=float("nan")).record()
     with pytest.raises(DataError, match=r"CAM_FRONT\.intrinsics"):
         Frame(**fields | {"intrinsics": frame.intrinsics * np.nan}, speed=1.0).record()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"images": [b""] * 5}, "images holds 5, expected those of CAM_FRONT"),
+        ({"images": [np.zeros((4, 4, 3))] * 6}, r"holds ndarray.*read_bytes\(\)"),
+        ({"depth": None}, "depth is NoneType"),
+        ({"intrinsics": INTRINSICS}, r"intrinsics is of shape \(3, 3\), expected \(6, 3, 3\)"),
+        ({"camera_to_ego": "x"}, "camera_to_ego holds what are no numbers"),
+        ({"past_to_ego": np.eye(4)[None]}, r"past_to_ego is of shape \(1, 4, 4\)"),
+        ({"target_points": [[8.0, 0.0]]}, r"target_points is of shape \(1, 2\)"),
+        ({"command": "LEFT"}, "command 'LEFT' is not one of left, right"),
+        ({"speed": "5"}, "speed is 5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_frame_made_in_python_takes_lists_and_names_what_does_not_fit(folder, fields, said):
+    frame = read_frame(folder, written(folder, calibration(speed=1.0)))
+    lists = {
+        "images": list(frame.images),
+        "intrinsics": frame.intrinsics.tolist(),
+        "camera_to_ego": frame.camera_to_ego.tolist(),
+        "speed": np.float32(1.0),
+    }
+    assert Frame(**lists).record()["camera_to_ego"].shape == (6, 4, 4)
+    with pytest.raises(DataError, match=said):
+        Frame(**lists | fields).record()

@@ -9,6 +9,7 @@ import pytest
 
 from spacedrive_jax.data.records import open_records
 from spacedrive_jax.data.records_folder import END_BYTES, check_contents
+from spacedrive_jax.data.schema import own_record
 from spacedrive_jax.errors import DataError
 from tests.record_factory import make_record, write_records
 
@@ -142,3 +143,46 @@ def test_impossible_values_name_keyframe_and_feature(tmp_path):
     folder = write_records(tmp_path / "r", {"train": [record]})
     with pytest.raises(DataError, match=f"{record['token']}, camera_intrinsics is not finite"):
         open_records(folder)[0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_records_are_taken_by_number_from_either_end_and_by_slice(folder):
+    records = open_records(folder)
+    tokens = [record["token"] for record in records]
+    assert records[-1]["token"] == records[np.int64(4)]["token"] == tokens[4]
+    assert [record["token"] for record in records[3:]] == tokens[3:]
+    with pytest.raises(IndexError, match=r"no keyframe 5: split all of .* has 5"):
+        records[5]
+    for wrong in (tokens[0], 1.0, None):
+        with pytest.raises(DataError, match="taken by number or slice"):
+            records[wrong]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_record_of_ones_own_is_made_what_records_are(folder):
+    record = open_records(folder)[0]
+    lists = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in record.items()
+    }
+    made = own_record(lists | {"token": record["token"].encode(), "something": 3})
+    assert made.keys() == record.keys()
+    for name, value in record.items():
+        np.testing.assert_array_equal(made[name], value)
+        assert np.asarray(made[name]).dtype == np.asarray(value).dtype
+    for name, value, said in (
+        (
+            "waypoints",
+            np.zeros((5, 2)),
+            r"waypoints is of shape \(5, 2\), expected float64 .*\(6, 2\)",
+        ),
+        ("can_bus", None, "can_bus is of"),
+        ("can_bus", record["can_bus"] * np.nan, "can_bus is not finite"),
+        ("past_mask", [1, 1], "past_mask is of int64, expected bool"),
+        ("command_route", 2**40, "command_route holds numbers beyond"),
+        ("images", record["images"][:5], "images holds 5 blobs, expected 6"),
+        ("images", b"", "images is bytes, expected a list"),
+        ("location", 3, "location holds int, expected text"),
+        ("agent_category", [], "agent_category is of 0 agents"),
+    ):
+        with pytest.raises(DataError, match=said):
+            own_record(record | {name: value})

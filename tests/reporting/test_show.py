@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 import spacedrive_jax.cli.main
@@ -12,7 +13,7 @@ from spacedrive_jax import Planner, open_model, open_records, plan
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.records import keyframe_index
 from spacedrive_jax.data.tokenizer import INDICATOR
-from spacedrive_jax.errors import DataError
+from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.reporting.cases import asked, explained
 from spacedrive_jax.reporting.figures import check_picture
 from tests.record_factory import make_record
@@ -45,10 +46,15 @@ def test_a_planner_plans_what_the_model_plans_and_draws_it(made):
     texts = " ".join(text.get_text() for part in figure.subfigs for text in part.texts)
     assert record["token"] in texts
     assert found.question[:60] in texts
+    assert len(repr(found)) < 3000, "a notebook shows it without its pictures"
+    as_tfds_reads = tfds.builder_from_directory(folder).as_data_source("val")[1]
+    assert planner.plan(as_tfds_reads).text == found.text
     half = {name: value for name, value in record.items() if name != "images"}
     for wrong, said in ((record["token"], "not str"), ([record], "not list"), (half, "lacks images: start")):
         with pytest.raises(DataError, match=said):
             planner.plan(wrong)
+    with pytest.raises(ConfigError, match="what open_model"):
+        plan(run_dir, record)
 
 
 def test_the_command_draws_names_the_picture_and_prints_json(made, tmp_path, capsys):
