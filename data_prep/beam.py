@@ -1,9 +1,9 @@
-"""Units of work on Apache Beam: scenes to convert and chunks of depth, here or spread over a cluster.
+"""Units of work, in processes here or on Apache Beam: scenes to convert, chunks of depth.
 
-Workers read the source and write shards and their metadata into the records folder themselves, so both must
-be there under the same path on every machine (a shared disk). What is in a shard depends on neither runner
-nor worker nor attempt, and a shard gets its name only when whole: a worker that dies, or that is run twice,
-does no harm.
+Beam runs on this machine or spread over a cluster. Its workers read the source and write shards and their
+metadata into the records folder themselves, so both must be there under the same path on every machine (a
+shared disk). What is in a shard depends on neither runner nor worker nor attempt, and a shard gets its name
+only when whole: a worker that dies, or that is run twice, does no harm.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import pickle
 import shlex
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from data_prep import conversion
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.io import read_text, write_bytes, write_text
+from spacedrive_jax.parallel import ordered_map
 
 POLL_SECONDS = 1.0
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
@@ -39,33 +40,56 @@ class Unit(Protocol):
 
 
 U = TypeVar("U", bound=Unit)
+Runner = Literal["local", "beam"]
+"""Processes of this machine, or an Apache Beam pipeline."""
 
 
-def convert_on_beam(
+def convert_units(
     units: Iterable[U],
     convert: Callable[[U], SceneResult],
     out: Path,
     *,
+    runner: Runner,
     workers: int,
-    options: str,
+    beam_options: str,
     advance: Callable[[int], object],
-) -> list[SceneResult]:
-    """Converts units as one Beam pipeline and waits for its end.
+) -> Mapping[str, SceneResult]:
+    """Converts units, and writes down beside each shard what became of it.
 
     Args:
         units: what to convert.
         convert: converts one; importable by name.
         out: the records folder.
-        workers: processes, where the options name no other runner.
-        options: Beam's own command-line options, such as `--runner=FlinkRunner --flink_master=host:8081`.
-        advance: told how many more records are there, now and then, from another thread.
+        runner: who does it.
+        workers: processes; on Beam where its options name no other runner.
+        beam_options: Beam's own command-line options, such as `--runner=FlinkRunner
+            --flink_master=host:8081`.
+        advance: told how many more records are there; on Beam now and then, from another thread.
 
     Returns:
-        What became of each unit, in no particular order.
+        What became of each unit, by the name of its shard.
 
     Raises:
-        SpaceDriveError: see `run_on_beam`.
+        SpaceDriveError: a unit cannot be converted; see `run_on_beam`.
     """
+    if runner == "beam":
+        return _convert_on_beam(units, convert, out, workers, beam_options, advance)
+    results = {}
+    for result in ordered_map(convert, units, workers):
+        conversion.save_finished_scene(out, result)
+        results[result.shard.file] = result
+        advance(result.shard.records)
+    return results
+
+
+def _convert_on_beam(
+    units: Iterable[U],
+    convert: Callable[[U], SceneResult],
+    out: Path,
+    workers: int,
+    options: str,
+    advance: Callable[[int], object],
+) -> Mapping[str, SceneResult]:
 
     def records_of(shard: str) -> int | None:
         result = conversion.finished_scene(out, shard)
@@ -82,8 +106,8 @@ def convert_on_beam(
         advance=advance,
     )
     conversion.remove_left_overs(out)  # of workers that died
-    results = [conversion.finished_scene(out, name) for name in names]
-    return [result for result in results if result is not None]
+    results = {name: conversion.finished_scene(out, name) for name in names}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def convert_and_note(convert: Callable[[U], SceneResult], unit: U) -> None:

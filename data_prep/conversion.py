@@ -1,6 +1,14 @@
 """What a conversion will write and what it then says about it: shards, source digests, provenance.
 
-Pure functions over scenes and results; files are only looked at for their sizes.
+What it set out to do and how far it got is kept beside the shards, so that it can be resumed:
+
+    OUT/conversion/plan.json     source digests, options, the list of shards
+    OUT/conversion/SHARD.json    metadata of a finished shard
+    OUT/conversion/units         what waits for a worker of a cluster, while one converts
+    OUT/provenance.json          written last: the folder is finished
+
+A shard counts as done when both the shard and its metadata are there and its bytes are those that were
+written.
 """
 
 from __future__ import annotations
@@ -33,19 +41,7 @@ from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-# What a conversion set out to do and how far it got, kept beside the shards so that it can be resumed:
-#
-#   OUT/conversion/plan.json     source digests, options, the list of shards
-#   OUT/conversion/<shard>.json  metadata of a finished shard
-#   OUT/conversion/units         what waits for a worker of a cluster, while one converts
-#   OUT/provenance.json          written last: the folder is finished
-#
-# A shard counts as done when both the shard and its metadata are there and its bytes are those that were
-# written.
-
-
 FOLDER = "conversion"
-PROVENANCE = "provenance.json"
 WAITING = "units"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep import conversion
-from data_prep.beam import convert_on_beam
+from data_prep.beam import Runner, convert_units
 from data_prep.conversion import (
     ShardWork,
     masks_needed,
@@ -31,14 +31,13 @@ from data_prep.nuscenes.sensor_files import (
 )
 from data_prep.nuscenes.tables import SceneRow, not_collecting, read_tables
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records_folder import is_whole, write_dataset_info
+from spacedrive_jax.data.records_folder import PROVENANCE, is_whole, write_dataset_info
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.folders import folder_lock
-from spacedrive_jax.parallel import ordered_map, processes
+from spacedrive_jax.parallel import processes
 
 MissingImages = Literal["stop", "skip", "empty", "render"]
-Runner = Literal["local", "beam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,6 @@ class Conversion:
             "shards": {one.shard: {"scene": one.scene.name, "keyframes": len(one.keyframes)} for one in work},
         }
         conversion.begin(self.out, plan)
-        provenance_path = self.out / conversion.PROVENANCE
         results = self._write_shards(work, render_size)
         total = sum(scene.num_keyframes for scene in scenes)
         provenance = provenance_of(plan, results, splits, total)
@@ -126,7 +124,7 @@ class Conversion:
             write_dataset_info(
                 self.out, shards_by_split(results), f"Keyframes of {self.version} as self-contained records."
             )
-            conversion.write_json(provenance_path, provenance)
+            conversion.write_json(self.out / PROVENANCE, provenance)
         return {
             "records": provenance["records"],
             "keyframes": total,
@@ -209,21 +207,16 @@ class Conversion:
         )
         workers = processes(self.workers, len(todo))
         with progress(total=sum(len(one.keyframes) for one in todo), desc="convert", unit="keyframe") as bar:
-            if self.runner == "beam" and todo:
-                results = convert_on_beam(
+            if todo:
+                finished |= convert_units(
                     units,
                     convert_scene,
                     self.out,
+                    runner=self.runner,
                     workers=workers,
-                    options=self.beam_options,
+                    beam_options=self.beam_options,
                     advance=bar.update,
                 )
-                finished |= {result.shard.file: result for result in results}
-            else:
-                for result in ordered_map(convert_scene, units, workers):
-                    conversion.save_finished_scene(self.out, result)
-                    finished[result.shard.file] = result
-                    bar.update(result.shard.records)
         for mask in mask_folder.glob("*"):
             mask.unlink()
         if mask_folder.is_dir():

@@ -7,19 +7,19 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep import conversion
-from data_prep.beam import convert_on_beam
+from data_prep.beam import Runner, convert_units
 from data_prep.bench2drive.clip_records import STEP, ClipUnit, MissingImages, convert_clip
 from data_prep.bench2drive.clips import Clip, clip_digest, find_clips, laz_reader, split_clips
 from data_prep.nuscenes.scene_records import SceneResult
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.records_folder import is_whole, shard_file, write_dataset_info
+from spacedrive_jax.data.records_folder import PROVENANCE, is_whole, shard_file, write_dataset_info
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.folders import folder_lock
-from spacedrive_jax.parallel import ordered_map, processes
+from spacedrive_jax.parallel import processes
 
 LICENCE = "Derived from a folder in Bench2Drive's layout: the licence of that folder applies."
 
@@ -41,7 +41,7 @@ class ClipConversion:
     """Frame number of each clip's first keyframe."""
     workers: int = 0
     """Processes that write shards."""
-    runner: Literal["local", "beam"] = "local"
+    runner: Runner = "local"
     """Processes of this one, or an Apache Beam pipeline."""
     beam_options: str = ""
     """Beam's own options in one text."""
@@ -109,7 +109,7 @@ class ClipConversion:
         if not is_whole(self.out):
             shards = conversion.shards_by_split(results)
             write_dataset_info(self.out, shards, "Keyframes of Bench2Drive as self-contained records.")
-            conversion.write_json(self.out / conversion.PROVENANCE, provenance)
+            conversion.write_json(self.out / PROVENANCE, provenance)
         return {
             "records": provenance["records"],
             "keyframes": total,
@@ -145,21 +145,16 @@ class ClipConversion:
         conversion.remove_left_overs(self.out)
         workers = processes(self.workers, len(todo))
         with progress(total=len(todo), desc="convert", unit="clip") as bar:
-            if self.runner == "beam" and todo:
-                results = convert_on_beam(
+            if todo:
+                finished |= convert_units(
                     todo,
                     convert_clip,
                     self.out,
+                    runner=self.runner,
                     workers=workers,
-                    options=self.beam_options,
+                    beam_options=self.beam_options,
                     advance=lambda _: bar.update(),
                 )
-                finished |= {result.shard.file: result for result in results}
-            else:
-                for result in ordered_map(convert_clip, todo, workers):
-                    conversion.save_finished_scene(self.out, result)
-                    finished[result.shard.file] = result
-                    bar.update()
         return [result for result in finished.values() if result is not None]
 
 

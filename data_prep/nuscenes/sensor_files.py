@@ -26,6 +26,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.keyframe import AgentTracks, Keyframe, Scene, SensorFrame, global_boxes
 from spacedrive_jax.data.keyframe_map import DrivableMap
+from spacedrive_jax.data.lidar import POINT_FLOATS
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, is_there, require_regular, say
 from spacedrive_jax.world.sensors import DrawnBox, DrawnView, GroundRaster, draw_view, prepare_ground
@@ -87,8 +88,7 @@ _TAIL = 64
 """Bytes searched for the end marker: some encoders pad the file with zeros."""
 MOST_BYTES = 256 * MEBIBYTE
 """A photograph of nuScenes has 200 kB, a sweep 700 kB."""
-LIDAR_POINT_BYTES = 20
-"""float32 x y z intensity ring."""
+LIDAR_POINT_BYTES = 4 * POINT_FLOATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _problem(path: Path) -> str | None:
 
 def whole_points(sweep: bytes) -> bool:
     """Whether every point of a sweep has finite coordinates."""
-    points = np.frombuffer(sweep, "<f4").reshape(-1, LIDAR_POINT_BYTES // 4)
+    points = np.frombuffer(sweep, "<f4").reshape(-1, POINT_FLOATS)
     return bool(np.isfinite(points[:, :3]).all())
 
 

@@ -49,8 +49,8 @@ class ConversationConfig:
     language_data: str | None = None
     """Folder of OmniDrive's language data, for tasks beyond planning."""
     scene_texts: bool = False
-    """Where there is no language data about a keyframe, ask what its own record knows (`scene_texts`).
-    Reasons before planning come from there in any case."""
+    """Where there is no language data about a keyframe, ask what its own record knows
+    (`scene_questions`). Reasons before planning come from there in any case."""
     pseudo_coordinates: bool = False
     """Add four questions of arithmetic on random coordinates."""
     command_in_answer: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.bounds import ANY, FROM_ZERO, POSITIVE, SEED, SHARE, Bounds, check_bounds
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS
 from spacedrive_jax.data import lidar
-from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, find_cache
+from spacedrive_jax.data.depth_cache import CachedDepth, DepthCache, NetworkKind, find_cache
 from spacedrive_jax.data.images import check_cameras, decode_depth
 from spacedrive_jax.data.records import Records
 from spacedrive_jax.data.schema import Record
@@ -25,7 +25,7 @@ DepthSource = Literal["exact", "lidar", "unidepth", "depth_anything", "fused"]
 `unidepth`, `depth_anything`: a network's, from the sidecar that `add-depth` writes. `fused`: the same, scaled
 and shifted to fit the sweep; a camera with too few returns has none."""
 
-NETWORKS = ("unidepth", "depth_anything")
+NETWORKS: tuple[str, ...] = get_args(NetworkKind)
 
 
 @dataclasses.dataclass(frozen=True)

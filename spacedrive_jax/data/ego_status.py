@@ -1,4 +1,9 @@
-"""The ego status: the driving command, 74 numbers, past positions, and the tokens that carry them."""
+"""The ego status: the driving command, 74 numbers, past positions, and the tokens that carry them.
+
+Two rules find a driving command: the published one, which sees the future, and one that cannot. Both sort an
+angle into eight classes: 0 strictly forward, 1 forward, 2 slightly right, 3 right, 4 sharp right, 5 slightly
+left, 6 left, 7 sharp left.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,11 @@ from jaxtyping import Bool, Float
 
 from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PAST
-from spacedrive_jax.data.prompts import format_coordinates, format_number
+from spacedrive_jax.data.prompts import CommandSource, format_coordinates, format_number
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.models.family import IGNORE, ChatTokens
 from spacedrive_jax.models.spacedrive_config import EgoStatusInput
-
-# The two driving-command rules: the published one, which sees the future, and one that cannot.
-#
-# Both sort an angle into eight classes: 0 strictly forward, 1 forward, 2 slightly right, 3 right, 4 sharp
-# right, 5 slightly left, 6 left, 7 sharp left.
-
 
 MINIMUM_MOTION = 0.5
 """Metres; an endpoint nearer than this counts as standing still, class 0."""
@@ -110,9 +109,7 @@ class EgoStatus:
     """Ego origin at t-1 and t-2 in the current ego frame, metres; (0, 0, 0) where there is no memory."""
 
 
-def ego_status(
-    record: Record, command_source: Literal["released", "navigation", "route", "none"]
-) -> EgoStatus:
+def ego_status(record: Record, command_source: CommandSource) -> EgoStatus:
     """Builds the ego status from the record alone, as the published streaming memory would hold it.
 
     Memory is dropped as a whole at the first gap of two seconds or more (fidelity Q16);

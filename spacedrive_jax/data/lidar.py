@@ -22,9 +22,6 @@ from spacedrive_jax.data.keyframe import camera_to_global
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
 
-# Patch depth from the keyframe's LiDAR sweep.
-
-
 MIN_DEPTH = 1.0
 """Nearer returns belong to the ego vehicle, metres."""
 POINT_FLOATS = 5

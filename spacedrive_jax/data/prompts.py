@@ -1,4 +1,7 @@
-"""What is asked and answered: protocol constants that published weights rely on."""
+"""What is asked and answered: protocol constants that published weights rely on.
+
+Coordinates in text are found, replaced by indicator and position token, and written out (paper, 3.2).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,6 @@ from jaxtyping import Float
 
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.tokenizer import COORDINATE
-
-# Coordinates in text: found, replaced by indicator and position token, and written out (paper, 3.2).
-
 
 # Decimals may be signed and may lack the digits before the point; integers may not be signed: `(3, -4)`
 # stays text (published: fidelity Q23).

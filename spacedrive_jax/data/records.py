@@ -101,7 +101,7 @@ class RecordSource(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
         record = self.decode(index, self._features)
         try:
-            for name in _TEXT_FEATURES:
+            for name in TEXT_FEATURES:
                 record[name] = record[name].decode()
             for name in TEXT_LIST_FEATURES:
                 record[name] = [item.decode() for item in record[name]]
@@ -123,7 +123,7 @@ class RecordSource(Sequence[Record]):
         )
 
 
-_TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
+TEXT_FEATURES = ("token", "scene_name", "scene_description", "location", "log", "drivable_source")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.depth_sources import NETWORKS
 from spacedrive_jax.data.ego_status import insert_ego_tokens
 from spacedrive_jax.data.loader import MixedSamples, Samples
+from spacedrive_jax.data.records import TEXT_FEATURES
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError
@@ -200,7 +201,7 @@ class _Counter:
 
 
 def _with_texts(record: Record) -> Record:
-    texts = ("token", "scene_name", "scene_description", "location", "log")
+    texts = [name for name in TEXT_FEATURES if name in record]
     return record | {name: record[name].decode(errors="replace") for name in texts}
 
 

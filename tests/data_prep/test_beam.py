@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from data_prep import conversion, convert
+from data_prep import beam, conversion, convert
 from data_prep.beam import DASK_RUNNER, convert_and_note, do_unit_file, pipeline_arguments
 from data_prep.cli import AddDepth, Convert, Synthesize
 from data_prep.nuscenes.scene_records import SceneUnit
@@ -238,7 +238,7 @@ def test_a_worker_notes_a_finished_unit_or_what_is_wrong_with_it(source, tmp_pat
         units.extend(items)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "ordered_map", keep)
+    monkeypatch.setattr(beam, "ordered_map", keep)
     with pytest.raises(KeyboardInterrupt):
         convert_tiny(dataroot, tmp_path / "out")
     files = [tmp_path / f"{unit.shard.name}.unit" for unit in units]
