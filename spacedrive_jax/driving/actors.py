@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import paths, surroundings, traffic
+from spacedrive_jax.world import surroundings, traffic
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, WARM_UP, Script, UnplayableError
 from spacedrive_jax.world.town import LANE_WIDTH, Road, Town
 from spacedrive_jax.world.traffic import Mover, Obstacle, Part, Route, Trigger
@@ -38,7 +38,7 @@ class Stage:
         total = 0.0
         for key in self.script.keys:
             lane = self.town.lanes[key]
-            total += float(paths.arc_lengths(lane.centre)[-1])
+            total += lane.length
             if s < total:
                 if lane.road is None:
                     raise UnplayableError("the place lies in a junction")

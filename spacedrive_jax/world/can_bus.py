@@ -160,13 +160,13 @@ def route_points(route: Route) -> Float[np.ndarray, "K 2"]:
 
 
 def _acceleration(state: dict[str, float], rng: np.random.Generator) -> list[float]:
-    exact = np.array([state["acceleration"], state["speed"] * state["yaw_rate"], GRAVITY])
-    return [float(value) for value in exact + rng.normal(0.0, 0.02, 3)]
+    true = np.array([state["acceleration"], state["speed"] * state["yaw_rate"], GRAVITY])
+    return [float(value) for value in true + rng.normal(0.0, 0.02, 3)]
 
 
 def _rates(state: dict[str, float], rng: np.random.Generator) -> list[float]:
-    exact = np.array([0.0, 0.0, state["yaw_rate"]])
-    return [float(value) for value in exact + rng.normal(0.0, 0.001, 3)]
+    true = np.array([0.0, 0.0, state["yaw_rate"]])
+    return [float(value) for value in true + rng.normal(0.0, 0.001, 3)]
 
 
 def _orientation(state: dict[str, float]) -> list[float]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from spacedrive_jax import exact
 from spacedrive_jax.errors import SpaceDriveError
-from spacedrive_jax.world import surroundings, traffic
+from spacedrive_jax.world import paths, surroundings, traffic
 from spacedrive_jax.world.step import first_collisions, simulate
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
 from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Phase, Route, Signals, Tracks
@@ -192,11 +192,11 @@ def write_script(town: Town, manoeuvre: str, total: float, rng: np.random.Genera
         return _junction_script(town, manoeuvre, total, cruise, rng)
     if manoeuvre == "pedestrian":
         return _pedestrian_script(town, total, cruise, rng)
-    roads = [lane for lane in _road_lanes(town) if traffic.paths.arc_lengths(lane.centre)[-1] > 70]
+    roads = [lane for lane in _road_lanes(town) if lane.length > 70]
     if manoeuvre == "bend":
         lanes = [lane for lane in _road_lanes(town) if _leads_to_bend(town, lane)]
         lane = lanes[rng.integers(len(lanes))]
-        start = max(4.0, _length(lane) - rng.uniform(25.0, 40.0))
+        start = max(4.0, lane.length - rng.uniform(25.0, 40.0))
         keys = extend_route(town, [lane.key], start + total * cruise + 60, rng)
         return Script(keys, start, cruise * 0.8, cruise, {})
     lane = roads[rng.integers(len(roads))]
@@ -229,24 +229,24 @@ def _junction_script(
         (lane.key, key)
         for lane in _road_lanes(town)
         for key in lane.successors
-        if town.junctions[lane.junction].signalised and town.lanes[key].turn == turn and _length(lane) > 45.0
+        if town.junctions[lane.junction].signalised and town.lanes[key].turn == turn and lane.length > 45.0
     ]
     key, connector = options[rng.integers(len(options))]
     lane = town.lanes[key]
-    keys = extend_route(town, [key, connector], _length(lane) + total * cruise + 40, rng)
+    keys = extend_route(town, [key, connector], lane.length + total * cruise + 40, rng)
     signals = _green_wave(town, keys)
     other = next(arm for arm in town.junctions[lane.junction].arms if arm != lane.arm)
     if manoeuvre == "start":
-        start = _length(lane) - STOP_SETBACK - EGO_SIZE[0] / 2 - EGO_AHEAD - float(rng.uniform(0.8, 2.0))
+        start = lane.length - STOP_SETBACK - EGO_SIZE[0] / 2 - EGO_AHEAD - float(rng.uniform(0.8, 2.0))
         green = WARM_UP + float(rng.uniform(1.5, 3.5))
         signals[lane.junction] = ((-1.0, (other,)), (green - 2.0, ()), (green, (lane.arm,)))
         return Script(keys, start, 0.0, cruise, signals)
     if manoeuvre == "stop":
-        start = max(3.0, _length(lane) - float(rng.uniform(45.0, 60.0)))
+        start = max(3.0, lane.length - float(rng.uniform(45.0, 60.0)))
         green = WARM_UP + float(rng.uniform(9.0, 12.0))
         signals[lane.junction] = ((-1.0, (other,)), (green, (lane.arm,)))
         return Script(keys, start, cruise * 0.85, cruise, signals)
-    start = max(3.0, _length(lane) - float(rng.uniform(22.0, 34.0)))
+    start = max(3.0, lane.length - float(rng.uniform(22.0, 34.0)))
     return Script(keys, start, min(cruise, 7.5), cruise, signals)
 
 
@@ -258,7 +258,7 @@ def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.G
         for lane in _road_lanes(town):
             if lane.road == crossing.road:
                 nearest = np.argmin(exact.norm(lane.centre - crossing.polygon.mean(axis=0)))
-                options.append((index, lane.key, traffic.paths.arc_lengths(lane.centre)[nearest]))
+                options.append((index, lane.key, paths.arc_lengths(lane.centre)[nearest]))
     index, key, at = options[rng.integers(len(options))]
     start = max(2.0, float(at) - float(rng.uniform(36.0, 46.0)))
     keys = extend_route(town, [key], start + total * cruise + 60, rng)
@@ -273,10 +273,10 @@ def _pedestrian_script(town: Town, total: float, cruise: float, rng: np.random.G
 def extend_route(town: Town, keys: list[str], length: float, rng: np.random.Generator) -> list[str]:
     """Continues a lane sequence over random successors until it is at least `length` metres long."""
     keys = list(keys)
-    total = sum(_length(town.lanes[key]) for key in keys)
+    total = sum(town.lanes[key].length for key in keys)
     while total < length:
         keys.append(next_lane(town, keys[-1], rng))
-        total += _length(town.lanes[keys[-1]])
+        total += town.lanes[keys[-1]].length
     return keys
 
 
@@ -296,18 +296,14 @@ def _road_lanes(town: Town) -> list[Lane]:
 def _leads_to_bend(town: Town, lane: Lane) -> bool:
     """Whether the lane runs into a junction of two arms at a right angle."""
     arms = town.junctions[lane.junction].arms
-    return len(arms) == 2 and (arms[1] - arms[0]) % 2 == 1 and _length(lane) > 30.0
-
-
-def _length(lane: Lane) -> float:
-    return float(traffic.paths.arc_lengths(lane.centre)[-1])
+    return len(arms) == 2 and (arms[1] - arms[0]) % 2 == 1 and lane.length > 30.0
 
 
 def _describe(manoeuvre: str, cast: Cast) -> str:
     """A short scene text in the style of nuScenes."""
     phrases = [_PHRASES[manoeuvre]]
     categories = [m.category for m in cast.movers[1:]] + [item.category for item in cast.obstacles]
-    parked = sum(isinstance(item, Obstacle) and item.category == "vehicle.car" for item in cast.obstacles)
+    parked = sum(item.category == "vehicle.car" for item in cast.obstacles)
     walking = sum(mover.pedestrian for mover in cast.movers)
     if parked > 5:
         phrases.append("parked cars")

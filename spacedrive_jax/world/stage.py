@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import ground, paths, shapes
+from spacedrive_jax.world import ground
 from spacedrive_jax.world.ground import GroundColours, SurfaceMap
-from spacedrive_jax.world.paths import corners
+from spacedrive_jax.world.paths import corners, expand
 from spacedrive_jax.world.render import Camera, FrameBuffer, cast, depth_image, in_view
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.shading import Light, shade
@@ -30,7 +30,9 @@ from spacedrive_jax.world.shapes import (
     blocks_of,
     box,
     concatenate,
+    object_quads,
     place,
+    place_all,
 )
 from spacedrive_jax.world.town import LANE_WIDTH, Town
 from spacedrive_jax.world.traffic import Mover
@@ -353,7 +355,7 @@ def signal_blocks(town: Town, states: tuple[str, ...]) -> Blocks:
             overhead = -left * town.side * (kerb - LANE_WIDTH * (road.lanes - 0.5))
             where, arm_reach = tuple(pole.tolist()), tuple(overhead.tolist())
             parts.append(traffic_light(where, arriving + np.pi, arm_reach, next(shown)))
-    return shapes.blocks_of(parts)
+    return blocks_of(parts)
 
 
 def frame_quads(
@@ -373,15 +375,15 @@ def frame_quads(
         camera: leaves out what this view surely does not show; the rest keeps its numbers.
     """
     objects = [
-        shapes.object_quads(item.category, item.size, token, braking=item.braking)
+        object_quads(item.category, item.size, token, braking=item.braking)
         for item, token in zip(people, tokens, strict=True)
     ]
     poses = np.array([item.pose for item in people]).reshape(-1, 3)
     centres = np.array([[item.pose[0], item.pose[1], item.size[2] / 2] for item in people]).reshape(-1, 3)
     still = (backdrop.land, signals)
     if camera is None:
-        placed = shapes.place_all(objects, centres, poses[:, 2])
-        return shapes.concatenate([*(blocks.quads for blocks in still), placed])
+        placed = place_all(objects, centres, poses[:, 2])
+        return concatenate([*(blocks.quads for blocks in still), placed])
     parts, first = [], 0
     for blocks in still:
         seen = np.flatnonzero(in_view(blocks.low, blocks.high, camera))
@@ -391,11 +393,9 @@ def frame_quads(
     seen = np.flatnonzero(in_view(centres - reach, centres + reach, camera))
     lengths = np.array([len(each) for each in objects], dtype=np.int64)
     ends = first + np.cumsum(lengths)
-    placed = shapes.place_all([objects[i] for i in seen], centres[seen], poses[seen, 2])
-    _, numbers = paths.expand((ends - lengths)[seen], ends[seen])
-    return shapes.concatenate(
-        [*parts, dataclasses.replace(placed, groups=seen[placed.groups], numbers=numbers)]
-    )
+    placed = place_all([objects[i] for i in seen], centres[seen], poses[seen, 2])
+    _, numbers = expand((ends - lengths)[seen], ends[seen])
+    return concatenate([*parts, dataclasses.replace(placed, groups=seen[placed.groups], numbers=numbers)])
 
 
 def frame_shadows(backdrop: Backdrop, people: list[Participant], light: Light) -> UInt8[np.ndarray, "R C"]:

@@ -15,10 +15,20 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
-from spacedrive_jax.world import traffic
 from spacedrive_jax.world.paths import overlapping_pairs
 from spacedrive_jax.world.town import Town
-from spacedrive_jax.world.traffic import TIME_STEP, Cast, CastOnRoutes, Gate, Motion, Mover, Tracks, Zebra
+from spacedrive_jax.world.traffic import (
+    LOOKAHEAD,
+    TIME_STEP,
+    Cast,
+    CastOnRoutes,
+    Gate,
+    Motion,
+    Mover,
+    Tracks,
+    Zebra,
+    follow_acceleration,
+)
 
 OFF_ROUTE = 6.0
 """Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
@@ -83,15 +93,15 @@ class Moment:
         # A line is not a bumper: the front comes to stand 0.4 m before it.
         line = np.maximum(stops - front + parameters[:, 2] - 0.4, 0.0)
         options = [
-            traffic.follow_acceleration(speed, wanted, room, speed, parameters),
-            traffic.follow_acceleration(speed, wanted, gaps, speed - leader_speeds, parameters),
-            traffic.follow_acceleration(speed, wanted, line, speed, parameters),
+            follow_acceleration(speed, wanted, room, speed, parameters),
+            follow_acceleration(speed, wanted, gaps, speed - leader_speeds, parameters),
+            follow_acceleration(speed, wanted, line, speed, parameters),
         ]
         slowest = np.minimum(np.minimum(options[0], options[1]), options[2])
         for k in [k for k, i in enumerate(who.tolist()) if self.movers[i].alert]:
             for gap, leader_speed in self._foreseen(int(who[k]), float(front[k])):
                 closing = speed[k : k + 1] - leader_speed
-                option = traffic.follow_acceleration(
+                option = follow_acceleration(
                     speed[k : k + 1], wanted[k : k + 1], np.array([gap]), closing, parameters[k : k + 1]
                 )
                 slowest[k] = min(slowest[k], option[0])
@@ -169,13 +179,13 @@ class Moment:
         gates, zebras = np.full(len(self.movers), np.inf), np.full(len(self.movers), np.inf)
         for i, gate in self.whole.gates:
             front = self.front[i]
-            if front > gate.stop + 2.5 or gate.stop - front > traffic.LOOKAHEAD:
+            if front > gate.stop + 2.5 or gate.stop - front > LOOKAHEAD:
                 continue  # already committed, or far away
             if i in looking and np.isinf(gates[i]) and self._held_by(i, gate):
                 gates[i] = gate.stop
         for i, zebra in self.whole.zebras:
             front, line = self.front[i], zebra.near - 1.5
-            if front > zebra.near or line - front > traffic.LOOKAHEAD:
+            if front > zebra.near or line - front > LOOKAHEAD:
                 continue
             if i in looking and np.isinf(zebras[i]) and self._yields_at(i, zebra, line - front):
                 zebras[i] = line
@@ -293,7 +303,7 @@ class Moment:
         """Gaps to, and speeds along the way of, triggered actors that will come into mover `i`'s way."""
         mover = self.movers[i]
         first = mover.route.lengths.searchsorted(front - 2 * self.half[i, 0])
-        last = mover.route.lengths.searchsorted(front + traffic.LOOKAHEAD)
+        last = mover.route.lengths.searchsorted(front + LOOKAHEAD)
         points = mover.route.points[first:last]
         found: list[tuple[float, float]] = []
         for j in self.whole.parts:

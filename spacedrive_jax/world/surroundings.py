@@ -98,7 +98,7 @@ def moving_crowd(
     for lane in _nearby_lanes(town, way):
         if all(merges(town, connector) for connector in lane.successors):
             continue
-        length = float(paths.arc_lengths(lane.centre)[-1])
+        length = lane.length
         s = rng.uniform(2.0, 24.0)
         while s < length - STOP_SETBACK - 3.0:
             pose = _lane_pose(lane, s)
@@ -124,10 +124,10 @@ def _vehicle(
     size = draw_size(category, rng)
     bicycle = category == "vehicle.bicycle"
     wanted = float(rng.uniform(3.5, 5.0) if bicycle else rng.uniform(6.5, 10.5))
-    keys, reach = [lane.key], float(paths.arc_lengths(lane.centre)[-1])
+    keys, reach = [lane.key], lane.length
     while reach < s + wanted * total + 40.0:
         keys.append(next_lane(town, keys[-1], rng))
-        reach += float(paths.arc_lengths(town.lanes[keys[-1]].centre)[-1])
+        reach += town.lanes[keys[-1]].length
     lateral = town.side * (LANE_WIDTH / 2 - 0.65) if bicycle else float(rng.normal(0.0, 0.08))
     route = traffic.lane_route(town, keys, lateral)
     speed = min(wanted, float(np.interp(s, route.lengths, traffic.speed_limit_profile(route))))

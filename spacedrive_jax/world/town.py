@@ -96,6 +96,11 @@ class Lane:
     """`left`, `right` or `straight` for a connector, empty for a lane."""
     successors: tuple[str, ...]
 
+    @property
+    def length(self) -> float:
+        """Along the centre, metres."""
+        return float(paths.arc_lengths(self.centre)[-1])
+
 
 @dataclasses.dataclass(frozen=True)
 class Junction:

@@ -96,18 +96,21 @@ class World:
 
     def _start(self, shift: tuple[float, float]) -> VehicleState:
         ego = self.scenario.ego
-        x, y, yaw = (float(value) for value in ego.route.pose(ego.start))
+        vehicle = self._beside_route(float(ego.start), float(ego.speed), 0.0, shift)
+        steer = min(max(vehicle.steer, -self.limits.steer), self.limits.steer)
+        return dataclasses.replace(vehicle, steer=steer)
+
+    def _beside_route(
+        self, s: float, speed: float, acceleration: float, shift: tuple[float, float]
+    ) -> VehicleState:
+        """The ego vehicle at an arc length of its route, moved and turned to the left by `shift`."""
+        route = self.scenario.ego.route
+        x, y, yaw = (float(value) for value in route.pose(s))
         aside, turn = shift
         # The wheels follow the route's bend already, so that the start is no jerk of the wheel.
-        steer = exact.arctan(WHEEL_BASE * float(ego.route.curvature(ego.start)))
+        steer = exact.arctan(WHEEL_BASE * float(route.curvature(s)))
         cos, sin = exact.cos_sin(yaw)
-        return VehicleState(
-            x - aside * sin,
-            y + aside * cos,
-            yaw + turn,
-            float(ego.speed),
-            steer=min(max(steer, -self.limits.steer), self.limits.steer),
-        )
+        return VehicleState(x - aside * sin, y + aside * cos, yaw + turn, speed, acceleration, steer)
 
     def advance(self, state: WorldState, control: Control | None) -> tuple[WorldState, WorldState]:
         """One time step, without a trace in this world.
@@ -151,11 +154,7 @@ class World:
                 float(values[0])
                 for values in (state.traffic.s, state.traffic.speed, state.traffic.acceleration)
             )
-            x, y, yaw = (float(value) for value in self.scenario.ego.route.pose(s))
-            steer = exact.arctan(WHEEL_BASE * float(self.scenario.ego.route.curvature(s)))
-            aside, turn = shift
-            cos, sin = exact.cos_sin(yaw)
-            vehicle = VehicleState(x - aside * sin, y + aside * cos, yaw + turn, speed, acceleration, steer)
+            vehicle = self._beside_route(s, speed, acceleration, shift)
             self.states[-1] = WorldState(state.traffic, vehicle)
         elif not steered and state.vehicle is not None:
             traffic = self.traffic.rejoin(state.traffic, state.vehicle.acceleration)

@@ -47,7 +47,7 @@ def turn_route(town, turn, pick=None):
 
 
 def length(lane):
-    return float(traffic.paths.arc_lengths(lane.centre)[-1])
+    return lane.length
 
 
 def drives(town):
