@@ -7,6 +7,7 @@ the order below (tests/test_imports.py) and the drawing to the imports (tests/te
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from html import escape
@@ -103,7 +104,8 @@ def imports(file: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def import_graph() -> dict[str, list[tuple[str, bool]]]:
+@functools.cache
+def import_graph() -> Mapping[str, list[tuple[str, bool]]]:
     """What every product file imports."""
     return {module: imports(file) for module, file in FILES.items()}
 

@@ -256,24 +256,24 @@ def finish(specs: Sequence[DriveSpec], folder: Path) -> dict[str, Any]:
     """Writes the result file and the summary of all drives that are done."""
     records: list[dict[str, Any]] = []
     kinds: dict[str, DriveSpec] = {}
-    without_place: list[str] = []
+    no_place: list[str] = []
     for spec in specs:
         path = folder / "drives" / spec.name / "result.json"
         if not path.is_file():
             continue
         value = read_drive(path)
         if "no_place" in value:
-            without_place.append(spec.name)
+            no_place.append(spec.name)
             continue
         records.append(value)
         kinds[value["route_id"]] = spec
     write_json(folder / RESULTS, result_file(records, len(records)), indent=1)
     write_json(folder / "routes.json", [record["route_id"].split("_")[1] for record in records])
     summary: dict[str, Any] = summarise(records, kinds, folder / RESULTS) if records else {"drives": 0}
-    summary["without_place"] = without_place
+    summary["without_place"] = no_place
     write_json(folder / SUMMARY, summary, indent=1)
-    if without_place:
-        note(f"no place for {len(without_place)} drives: {', '.join(without_place[:5])}")
+    if no_place:
+        note(f"no place for {len(no_place)} drives: {', '.join(no_place[:5])}")
     return summary
 
 

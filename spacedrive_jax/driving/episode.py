@@ -148,7 +148,7 @@ def episode(
             if keep:
                 targets.append(expert_target(world))
             known = targets[-1].plan if keep else None
-            answer = yield Question(spec.number, number, observer.look(world, number), world, known)
+            answer = yield Question(spec.number, number, observer.look(world), world, known)
             if isinstance(answer, Plan):
                 driver.follow(answer if sway is None else sway.disturb(answer), vehicle, state.time)
                 decisions.append(Decision(state.time, vehicle, answer))
@@ -206,7 +206,7 @@ class _Eyes:
             images = options.sense == "images"
             self._observer = Observer(film, scenario, images=images, lidar=options.lidar)
 
-    def look(self, world: World, number: int) -> Record:
+    def look(self, world: World) -> Record:
         if self._observer is None:
             return {}
         record = self._observer.look(world.recording())
