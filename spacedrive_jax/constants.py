@@ -20,6 +20,8 @@ EGO_CENTRE = 1.4
 vehicle: its box spans -0.64 to 3.44 m. (The published metrics put it elsewhere: `evaluation.protocols`.)"""
 NUM_WAYPOINTS = 6
 """T: future ego positions and agent steps, 3 s at 2 Hz."""
+WAYPOINT_STEP = 0.5
+"""Seconds between two waypoints, as between two keyframes."""
 FARTHEST = 1e5
 """Metres. No waypoint lies there: nothing gets that far in three seconds."""
 NUM_PAST = 2

@@ -18,7 +18,14 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import CAMERAS, CAN_BUS_SIZE, NUM_CAMERAS, NUM_PAST, NUM_TARGET_POINTS
+from spacedrive_jax.constants import (
+    CAMERAS,
+    CAN_BUS_SIZE,
+    NUM_CAMERAS,
+    NUM_PAST,
+    NUM_TARGET_POINTS,
+    WAYPOINT_STEP,
+)
 from spacedrive_jax.data.ego_status import mirrored_command, navigation_command
 from spacedrive_jax.data.images import picture_size
 from spacedrive_jax.data.route import NODE_SPACING, RoadOption
@@ -27,8 +34,6 @@ from spacedrive_jax.errors import DataError
 from spacedrive_jax.io import MEBIBYTE, inside, read_bytes
 from spacedrive_jax.json_files import read_typed
 
-KEYFRAME_SECONDS = 0.5
-"""Between a keyframe and the one before."""
 GRAVITY = 9.81
 """m/s^2; what an accelerometer at rest reads upwards, as the CAN bus of nuScenes has it."""
 NOW_US = 10_000_000
@@ -114,7 +119,7 @@ class Frame:
         _check_past(past, self.name)
         if self.command is not None and self.command not in _ROAD_OPTIONS:
             raise DataError(f"{self.name}: command {self.command!r} is not one of {', '.join(_ROAD_OPTIONS)}")
-        seconds = KEYFRAME_SECONDS * np.arange(1, NUM_PAST + 1)
+        seconds = WAYPOINT_STEP * np.arange(1, NUM_PAST + 1)
         word = navigation_command(past, np.ones(NUM_PAST, bool), seconds)
         option = RoadOption.VOID if self.command is None else _ROAD_OPTIONS[self.command]
         if self.target_points is not None:
@@ -205,7 +210,7 @@ def _past(speed: float, yaw_rate: float) -> Float[np.ndarray, "2 4 4"]:
     """Poses of a car that held its speed and yaw rate, newest first."""
     poses = np.tile(np.eye(4), (NUM_PAST, 1, 1))
     for index in range(NUM_PAST):
-        seconds = KEYFRAME_SECONDS * (index + 1)
+        seconds = WAYPOINT_STEP * (index + 1)
         turn = -yaw_rate * seconds
         cos, sin = exact.cos_sin(turn)
         half_cos, half_sin = exact.cos_sin(turn / 2)
@@ -375,7 +380,7 @@ def check_calibration(
 
 def _check_past(poses: Any, what: str) -> None:
     for index, pose in enumerate(poses):
-        check_pose(pose, f"{what}: past_to_ego[{index}]", MOST_SPEED * KEYFRAME_SECONDS * (index + 1))
+        check_pose(pose, f"{what}: past_to_ego[{index}]", MOST_SPEED * WAYPOINT_STEP * (index + 1))
 
 
 def check_pose(pose: Float[np.ndarray, "4 4"], what: str, most: float) -> None:

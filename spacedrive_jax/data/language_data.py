@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import EGO_WIDTH
+from spacedrive_jax.constants import EGO_WIDTH, WAYPOINT_STEP
 from spacedrive_jax.data.prompts import format_coordinates, format_number
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError
@@ -244,8 +244,6 @@ CLEARANCE = 0.5
 """Metres that must be left beside the ego vehicle for its path to be free."""
 BEHIND_PATH = 10.0
 """Metres by which the path is looked ahead beyond the last waypoint."""
-STEP = 0.5
-"""Seconds between the steps of a future."""
 
 _NAMES = {
     "human.pedestrian": "pedestrian",
@@ -369,7 +367,7 @@ def ego_action(record: Record) -> str:
         record: a keyframe with a whole future.
     """
     points = np.concatenate([np.zeros((1, 2)), np.asarray(record["waypoints"], np.float64)])
-    speeds = exact.norm(points[1:] - points[:-1]) / STEP
+    speeds = exact.norm(points[1:] - points[:-1]) / WAYPOINT_STEP
     first, last = float(speeds[0]), float(speeds[-1])
     if float(speeds.max()) < STANDING:
         return "We stand still."
@@ -426,7 +424,7 @@ def _future(record: Record, index: int) -> str:
     if not len(known):
         return ""
     last = int(known[-1])
-    seconds = f"{(last + 1) * STEP:.1f}".removesuffix(".0")
+    seconds = f"{(last + 1) * WAYPOINT_STEP:.1f}".removesuffix(".0")
     moved = np.asarray(record["agent_future"][index][last], np.float64)
     if float(exact.norm(moved)) < 2 * STANDING:
         return f"will stay there for {seconds} s"

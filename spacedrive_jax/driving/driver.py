@@ -16,14 +16,12 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.driving import bench2drive_control
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import WHEEL_BASE, Control, Limits, VehicleState
 
-STEP_S = 0.5
-"""Seconds between waypoints."""
 FARTHEST = 200.0
 """Metres; a waypoint 3 s ahead that is further away is nonsense, not a plan."""
 
@@ -149,8 +147,8 @@ def pure_pursuit(
     """
     waypoints = np.asarray(waypoints, np.float64)
     steps = np.diff(waypoints, axis=0)
-    speeds = exact.norm(steps) / STEP_S
-    middles = STEP_S * (np.arange(len(speeds)) + 1.5)
+    speeds = exact.norm(steps) / WAYPOINT_STEP
+    middles = WAYPOINT_STEP * (np.arange(len(speeds)) + 1.5)
     wanted = float(np.interp(elapsed + SPEED_HORIZON, middles, speeds))
     acceleration = (wanted - speed) / SPEED_HORIZON
     if wanted < 0.2 and speed < 0.6:
@@ -301,7 +299,7 @@ class Driver:
         path = None if self._path is None else to_vehicle(self._path, vehicle)
         elapsed = time - self._made
         if self.controller == "lqr":
-            reference = plan_reference(points, STEP_S, elapsed)
+            reference = plan_reference(points, WAYPOINT_STEP, elapsed)
             tracking = track(vehicle.speed, vehicle.steer, reference)
             return Control(tracking.acceleration, vehicle.steer + tracking.steer_rate * TIME_STEP)
         if self._pedals is None:
@@ -323,12 +321,12 @@ def pedals_to_control(pedals: bench2drive_control.Controls, speed: float, limits
 
 def _shifted(points: Float[np.ndarray, "7 2"], elapsed: float) -> Float[np.ndarray, "6 2"]:
     """A plan's waypoints as seen `elapsed` seconds later: interpolated in time, held at its end."""
-    times = STEP_S * np.arange(len(points))
-    wanted = np.minimum(elapsed + STEP_S * np.arange(1, len(points)), times[-1])
+    times = WAYPOINT_STEP * np.arange(len(points))
+    wanted = np.minimum(elapsed + WAYPOINT_STEP * np.arange(1, len(points)), times[-1])
     shifted = np.stack([np.interp(wanted, times, points[:, axis]) for axis in range(2)], axis=1)
     # Past its end the plan goes on as it last went.
-    beyond = np.maximum(elapsed + STEP_S * np.arange(1, len(points)) - times[-1], 0.0)
-    return shifted + beyond[:, None] * (points[-1] - points[-2]) / STEP_S
+    beyond = np.maximum(elapsed + WAYPOINT_STEP * np.arange(1, len(points)) - times[-1], 0.0)
+    return shifted + beyond[:, None] * (points[-1] - points[-2]) / WAYPOINT_STEP
 
 
 def to_global(points: Float[np.ndarray, "K 2"], vehicle: VehicleState) -> Float[np.ndarray, "K 2"]:

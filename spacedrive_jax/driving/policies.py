@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.driver import Plan, to_vehicle
 from spacedrive_jax.errors import ConfigError, DataError
@@ -24,7 +24,6 @@ from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import VehicleState
 from spacedrive_jax.world.world import World
 
-STEP_S = 0.5
 PATH_POINTS = 20
 BLIND_SPEED = 6.0
 """m/s of `route_constant_speed`, whatever happens."""
@@ -32,7 +31,7 @@ MLP_HIDDEN = 64
 MLP_STEPS = 1500
 MLP_RATE = 3e-3
 NUM_COMMANDS = 8
-_TIMES = STEP_S * np.arange(1, NUM_WAYPOINTS + 1)
+_TIMES = WAYPOINT_STEP * np.arange(1, NUM_WAYPOINTS + 1)
 
 
 def expert(world: World, record: Record) -> Plan:
@@ -42,7 +41,7 @@ def expert(world: World, record: Record) -> Plan:
     """
     state = world.traffic.rejoin(world.state.traffic, _vehicle(world).acceleration)
     progress = [float(state.s[0])]
-    steps = round(STEP_S / TIME_STEP)
+    steps = round(WAYPOINT_STEP / TIME_STEP)
     for _ in range(NUM_WAYPOINTS * steps):
         state = world.traffic.step(state)
         progress.append(float(state.s[0]))

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spacedrive_jax import exact
-from spacedrive_jax.constants import NUM_PATH_POINTS, NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_PATH_POINTS, NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.data.ego_status import released_command
 from spacedrive_jax.data.records_folder import (
     RecordSerializer,
@@ -43,8 +43,6 @@ from spacedrive_jax.world.scenario import Scenario, UnplayableError
 from spacedrive_jax.world.traffic import TIME_STEP
 from spacedrive_jax.world.vehicle import actuate, moved
 from spacedrive_jax.world.world import World
-
-STEP_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ def expert_target(world: World) -> ExpertTarget:
     driver = Driver(limits=world.limits)
     driver.follow(plan, vehicle, world.state.time)
     # The driver looks at its plan alone: nobody else needs to move.
-    later, poses, per_waypoint = vehicle, [], round(STEP_S / TIME_STEP)
+    later, poses, per_waypoint = vehicle, [], round(WAYPOINT_STEP / TIME_STEP)
     for step in range(NUM_WAYPOINTS * per_waypoint):
         control = driver.control(later, (world.state.traffic.step + step) * TIME_STEP)
         later = moved(actuate(later, control, TIME_STEP, world.limits), TIME_STEP)
@@ -123,7 +121,7 @@ def shifted_recording(scenario: Scenario, start: float, end: float, rng: np.rand
             if len(overlapping(world.poses(world.state), half)):
                 touched = True
                 break
-            if step % round(STEP_S / TIME_STEP) == 0:
+            if step % round(WAYPOINT_STEP / TIME_STEP) == 0:
                 driver.follow(expert(world, {}), vehicle, world.state.time)
             world.step(driver.control(vehicle, world.state.time))
         if not touched:
@@ -175,7 +173,7 @@ def with_target(record: Record, target: ExpertTarget) -> Record:
     """A record whose future is the expert's."""
     x, y = (float(value) for value in target.waypoints[-1])
     yaw = float(exact.arctan2(*reversed(exact.cos_sin(float(target.yaw[-1])))))
-    times = int(record["timestamp_us"]) + round(STEP_S * 1e6) * np.arange(1, NUM_WAYPOINTS + 1)
+    times = int(record["timestamp_us"]) + round(WAYPOINT_STEP * 1e6) * np.arange(1, NUM_WAYPOINTS + 1)
     return {
         **record,
         "waypoints": target.waypoints,

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from spacedrive_jax import exact
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.config import Config, change, to_plain
-from spacedrive_jax.constants import NUM_WAYPOINTS
+from spacedrive_jax.constants import NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.data.loader import Samples, evaluation_batches
 from spacedrive_jax.data.prompts import counterfactual_text, format_coordinates
 from spacedrive_jax.data.records import Records, open_records
@@ -290,7 +290,6 @@ def by_group(values: Float[np.ndarray, " K"], groups: Sequence[str]) -> Mapping[
     return {name: [round(total, 6), count] for name, (total, count) in sorted(found.items())}
 
 
-STEP_S = 0.5
 SLOWEST = 3.0
 """Metres a second that a candidate drives at least, before its factor."""
 SPEEDS = (0.6, 1.0, 1.5)
@@ -338,8 +337,8 @@ def risks_of(record: Record, waypoints: Float[np.ndarray, "M 6 2"]) -> list[tupl
 def candidates(record: Record) -> Float[np.ndarray, "M 6 2"]:
     """Trajectories to ask about: the recorded one, and arcs at several speeds and curvatures."""
     waypoints = np.asarray(record["waypoints"], np.float64)
-    speed = max(float(exact.norm(waypoints[0])) / STEP_S, SLOWEST)
-    seconds = STEP_S * np.arange(1, NUM_WAYPOINTS + 1)
+    speed = max(float(exact.norm(waypoints[0])) / WAYPOINT_STEP, SLOWEST)
+    seconds = WAYPOINT_STEP * np.arange(1, NUM_WAYPOINTS + 1)
     arcs = []
     for factor in SPEEDS:
         along = factor * speed * seconds
