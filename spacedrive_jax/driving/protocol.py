@@ -33,23 +33,6 @@ LEAST_APART = 1e-3
 MOST_IMAGE_SIDE = 8192
 LOCATION_LENGTH = 32
 DEFAULT_LOCATION = "carla"
-FIELDS = frozenset(
-    {
-        *(
-            "kind",
-            "step",
-            "time_s",
-            "images",
-            "camera_intrinsics",
-            "camera_to_ego",
-            "can_bus",
-            "past_can_bus",
-        ),
-        *("past_to_ego", "past_mask", "past_seconds", "command", "past_command", "target_points", "location"),
-        *("exact_depth", "lidar", "lidar_to_ego"),
-    }
-)
-"""All that an `act` message may hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +57,10 @@ _ARRAYS: Mapping[str, _Array] = {
     "target_points": _Array((2, 2), required=False),
     "lidar_to_ego": _Array((4, 4), required=False, most=100),
 }
+FIELDS = frozenset(
+    ("kind", "step", "time_s", "images", "exact_depth", "lidar", "command", "location", *_ARRAYS)
+)
+"""All that an `act` message may hold."""
 
 
 def partial_record(message: Mapping[str, Any]) -> Record:
