@@ -20,11 +20,10 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.frame import check_pose, check_principal_point
 from spacedrive_jax.data.keyframe import heading
+from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.json_files import parse_json
 
-FOLLOW = 4
-"""RoadOption LANEFOLLOW; stands for VOID (-1) too."""
 _MIRROR = np.array([1.0, -1.0, 1.0, 1.0])
 # Camera axes (x right, y down, z forward) in UE's (x forward, y right, z up).
 _OPTICAL = np.array([[0.0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
@@ -165,7 +164,7 @@ def _command(anno: Mapping[str, Any], what: str) -> int:
     value = anno.get("command_near")
     if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= 6:
         raise DataError(f"{what}: command_near {value!r} is no RoadOption (-1, 1 to 6)")
-    return FOLLOW if value < 1 else value
+    return int(RoadOption.LANE_FOLLOW) if value < 1 else value
 
 
 def _targets(anno: Mapping[str, Any], unknown: Counter[str]) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from data_prep.synthesize.recorder import town_of
 from spacedrive_jax import exact
 from spacedrive_jax.data.images import decode_photo
+from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.driving.bench2drive_rig import (
     JPEG_QUALITY,
     RIG,
@@ -42,8 +43,12 @@ FRAMES_PER_KEYFRAME = 5
 GPS_NOISE = 0.557
 """Metres on each axis, as CARLA's."""
 NODE_SPACING = 50.0
-FOLLOW = 4
-WORDS = {"left": 1, "right": 2, "straight": 3}
+FOLLOW = int(RoadOption.LANE_FOLLOW)
+TURNS = {
+    "left": int(RoadOption.LEFT),
+    "right": int(RoadOption.RIGHT),
+    "straight": int(RoadOption.STRAIGHT),
+}
 """RoadOption of a junction's turn."""
 _MIRROR = np.array([1.0, -1.0, 1.0, 1.0])
 _KINDS: Mapping[str, tuple[str, str, str]] = {
@@ -162,7 +167,7 @@ def route_nodes(route: Route, start: float) -> tuple[Float[np.ndarray, "K 2"], l
     marks = {start: FOLLOW, end: FOLLOW}
     for gate in route.gates:
         if gate.leave > start:
-            marks[max(gate.enter, start)] = marks[gate.leave] = WORDS[gate.turn]
+            marks[max(gate.enter, start)] = marks[gate.leave] = TURNS[gate.turn]
     places = sorted(marks)
     nodes = [places[0]]
     for place in places[1:]:

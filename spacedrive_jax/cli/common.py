@@ -18,6 +18,8 @@ from spacedrive_jax.io import is_bucket
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
+
 C = TypeVar("C", bound=console.Command)
 
 
@@ -60,6 +62,11 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         folder = cache_folder() / "xla"
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+
+
+def server_token(flag: str | None) -> str | None:
+    """The token of a policy server: the flag's, else the environment's; None for a server without one."""
+    return flag or os.environ.get(TOKEN_VARIABLE) or None
 
 
 def mesh_of(text: str | None, *, local: bool = False) -> Mesh | None:

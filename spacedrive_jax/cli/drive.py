@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tyro
 
 from spacedrive_jax.bounds import COUNT, FROM_ZERO, WORKERS, Bound, Bounds
-from spacedrive_jax.cli.common import advice_on_memory, mesh_of, on_all_hosts, use_compilation_cache
+from spacedrive_jax.cli.common import (
+    advice_on_memory,
+    mesh_of,
+    on_all_hosts,
+    server_token,
+    use_compilation_cache,
+)
 from spacedrive_jax.console import Command
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.folders import output_lock
@@ -25,8 +31,6 @@ if TYPE_CHECKING:
     from spacedrive_jax.driving.recovery import CollectedRecords
     from spacedrive_jax.driving.scenarios import DriveSpec
     from spacedrive_jax.training.hosts import Hosts
-
-TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +204,7 @@ class Drive(Command):
                     batch_size=self.batch_size,
                     deadline=self.deadline,
                     average=self.average,
-                    token=self.token or os.environ.get(TOKEN_VARIABLE) or None,
+                    token=server_token(self.token),
                     mesh=mesh_of(self.mesh, local=True),
                 )
         try:
@@ -320,7 +324,7 @@ class Drive(Command):
         if _is_server(self.checkpoint):
             from spacedrive_jax.driving.batch_policies import name_server
 
-            return name_server(self.checkpoint, self.token or os.environ.get(TOKEN_VARIABLE) or None)
+            return name_server(self.checkpoint, server_token(self.token))
         from spacedrive_jax.inference.open_model import name_checkpoint
 
         return name_checkpoint(place(self.checkpoint))

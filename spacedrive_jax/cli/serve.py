@@ -14,12 +14,10 @@ from typing import Any, ClassVar
 import tyro
 
 from spacedrive_jax.bounds import Bound, Bounds
-from spacedrive_jax.cli.common import mesh_of, use_compilation_cache
+from spacedrive_jax.cli.common import mesh_of, server_token, use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.io import read_bytes
-
-TOKEN_VARIABLE = "SPACEDRIVE_TOKEN"
 
 
 def _leave() -> None:
@@ -120,7 +118,7 @@ class Serve(Command):
         config = ServerConfig(
             self.host,
             self.port,
-            self.token or os.environ.get(TOKEN_VARIABLE) or None,
+            server_token(self.token),
             self.wait_ms,
             self.most_clients,
             self.most_megabytes << 20,

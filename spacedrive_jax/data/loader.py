@@ -22,6 +22,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
+from jaxtyping import Int
 
 from spacedrive_jax.batch import DrivingBatch, stack
 from spacedrive_jax.console import note
@@ -283,7 +284,7 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
         return
     kinds = ("vqa",) if config.tasks == "counterfactual" else KINDS
     there = LanguageData(local(config.language_data)).tokens(kinds)
-    looked_at = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), LOOKED_AT)).round().astype(int))
+    looked_at = evenly_spaced(len(indices), LOOKED_AT)
     token = tfds.features.FeaturesDict({"token": record_features()["token"]})
     tokens = [records.source.decode(indices[index], token)["token"].decode() for index in looked_at]
     asked = sum(each in there for each in tokens)
@@ -294,6 +295,11 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
         )
     looked = "" if len(tokens) == len(indices) else " that were looked at"
     note(f"note: language data: {asked} of {len(tokens)} keyframes{looked} have questions")
+
+
+def evenly_spaced(count: int, most: int) -> Int[np.ndarray, " K"]:
+    """Up to `most` of `count` places, first and last among them, in order."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 class HostShare(grain.MapDataset):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from spacedrive_jax.console import progress
@@ -13,7 +12,7 @@ from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.depth_sources import NETWORKS
 from spacedrive_jax.data.ego_status import insert_ego_tokens
-from spacedrive_jax.data.loader import MixedSamples, Samples
+from spacedrive_jax.data.loader import MixedSamples, Samples, evenly_spaced
 from spacedrive_jax.data.records import TEXT_FEATURES
 from spacedrive_jax.data.schema import Record, record_features
 from spacedrive_jax.data.transforms import SampleBuilder
@@ -74,8 +73,7 @@ def check_lengths(samples: Samples | MixedSamples) -> None:
     counter = _Counter(pictures=False)
     parts = samples.parts if isinstance(samples, MixedSamples) else [samples]
     for part in parts:
-        places = np.linspace(0, len(part) - 1, min(len(part), LOOKED_AT)).round().astype(int)
-        counter.count(part, [part.indices[place] for place in np.unique(places)])
+        counter.count(part, [part.indices[place] for place in evenly_spaced(len(part), LOOKED_AT)])
     found = counter.result()
     flags = too_small(parts[0].builder, found)
     if flags:
@@ -98,8 +96,7 @@ def check_validated(parts: Sequence[Samples]) -> None:
     """
     counter = _Counter(pictures=True)
     rows = [(part, row) for part in parts for row in part.indices]
-    places = np.linspace(0, len(rows) - 1, min(len(rows), VALIDATED_LOOKED_AT)).round().astype(int)
-    for place in np.unique(places):
+    for place in evenly_spaced(len(rows), VALIDATED_LOOKED_AT):
         part, row = rows[place]
         counter.count(part, [row])
     problems = problems_of(parts[0].builder, counter.result())
