@@ -40,6 +40,11 @@ class SceneJob:
         return LOCATIONS[self.index % len(LOCATIONS)]
 
     @property
+    def manoeuvre(self) -> str:
+        """What happens in it."""
+        return MANOEUVRES[(self.index * 3 + self.seed) % len(MANOEUVRES)]
+
+    @property
     def take(self) -> Take:
         """How the scene is filmed."""
         return Take(self.index, self.seed, self.keyframes, self.image_size, self.with_depth, self.location)
@@ -78,10 +83,9 @@ def record_scene(job: SceneJob) -> dict[str, list[Row]] | NotRecorded:
 class _Recorder:
     def __init__(self, job: SceneJob) -> None:
         self.job, self.take = job, job.take
-        manoeuvre = MANOEUVRES[(job.index * 3 + job.seed) % len(MANOEUVRES)]
         rng = np.random.default_rng([job.seed, job.index, 2])
         self.scenario: Scenario = build_scenario(
-            town_of(job.seed, job.location), manoeuvre, self.take.duration + 0.5, rng
+            town_of(job.seed, job.location), job.manoeuvre, self.take.duration + 0.5, rng
         )
         if job.perturb:
             self.scenario = shifted_recording(
@@ -119,7 +123,7 @@ class _Recorder:
                 poses.append(pose)
             cloud = self.film.scan(self.scenario, keyframe)
             row, pose = self._data_row(keyframe, "LIDAR_TOP", sample["token"], float(time), "pcd.bin")
-            _write(job.root / row["filename"], cloud.tobytes())
+            write_part(job.root / row["filename"], cloud.tobytes())
             channels["LIDAR_TOP"].append(row)
             poses.append(pose)
             for group, sighting in self.film.sightings(self.scenario, keyframe, shots, cloud).items():
@@ -202,9 +206,9 @@ class _Recorder:
 
     def _write_picture(self, channel: str, filename: str, shot: Shot) -> None:
         path = self.job.root / filename
-        _write(path, shot.picture.jpeg)
+        write_part(path, shot.picture.jpeg)
         if self.job.with_depth:
-            _write(self.job.root / "samples_depth" / channel / f"{path.stem}.png", shot.picture.depth_png)
+            write_part(self.job.root / "samples_depth" / channel / f"{path.stem}.png", shot.picture.depth_png)
 
     def _annotations(
         self, sightings: dict[int, list[Sighting]], samples: list[Row]
@@ -248,7 +252,3 @@ class _Recorder:
             "num_lidar_pts": sighting.points,
             "num_radar_pts": 0,
         }
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_part(path, data)
