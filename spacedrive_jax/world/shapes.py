@@ -295,7 +295,7 @@ def object_quads(category: str, size: Triple, token: str, *, braking: bool = Fal
     else:
         paint = ((0.12, 0.30, 0.20), (0.2, 0.22, 0.25), (0.5, 0.42, 0.3))[int(rng.integers(3))]
         parts = [
-            box((0, 0, height * 0.45), (length, width, height * 0.9), paint, taper=(1.0, 1.0)),
+            box((0, 0, height * 0.45), (length, width, height * 0.9), paint),
             box((0, 0, height * 0.95), (length * 0.95, width * 0.95, height * 0.1), (0.1, 0.1, 0.1)),
         ]
     return place(concatenate(parts), np.array([0.0, 0.0, -size[2] / 2]), 0.0)

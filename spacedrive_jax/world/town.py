@@ -184,9 +184,13 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
     lane_counts = {"row": rng.choice([1, 1, 2], size), "column": rng.choice([1, 1, 2], size)}
     edges = _choose_edges(size, rng)
 
+    def lanes_of(a: int, arm: int) -> int:
+        """Lanes per direction of the road that leaves a junction to the right (0) or upwards (1)."""
+        return int(lane_counts["row"][a // size] if arm == 0 else lane_counts["column"][a % size])
+
     lanes_at = np.ones(count, dtype=int)
     for (a, arm), b in edges.items():
-        lanes = int(lane_counts["row" if arm == 0 else "column"][a // size if arm == 0 else a % size])
+        lanes = lanes_of(a, arm)
         lanes_at[[a, b]] = np.maximum(lanes_at[[a, b]], lanes)
     radii = lanes_at * LANE_WIDTH + PARKING_WIDTH + 8.0
 
@@ -197,7 +201,7 @@ def build_town(location: str, rng: np.random.Generator) -> Town:
         heading_b = turns[b] + arm * np.pi / 2
         start = centres[a] + radii[a] * np.array(exact.cos_sin(heading_a))
         end = centres[b] - radii[b] * np.array(exact.cos_sin(heading_b))
-        lanes = int(lane_counts["row" if arm == 0 else "column"][a // size if arm == 0 else a % size])
+        lanes = lanes_of(a, arm)
         curve = paths.resample(paths.bezier(start, heading_a, end, heading_b, 0.38), 1.0)
         parking = PARKING_WIDTH if rng.random() < 0.6 else 0.0
         roads.append(Road(index, (a, arm), (b, (arm + 2) % 4), curve, lanes, parking))
