@@ -22,6 +22,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_PATH_POINTS, NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.data.ego_status import released_command
 from spacedrive_jax.data.records_folder import (
+    PROVENANCE,
     RecordSerializer,
     ShardMetadata,
     content_fingerprint,
@@ -212,7 +213,7 @@ class CollectedRecords:
         Raises:
             DataError: there is no record.
         """
-        provenance = self.folder / "provenance.json"
+        provenance = self.folder / PROVENANCE
         if provenance.is_file() and not (self.folder / PARTS).is_dir():
             return int(read_provenance(self.folder)["records"])  # finished by an earlier call
         parts = [self._part(drive) for drive in drives if self._part(drive).is_file()]
@@ -252,7 +253,7 @@ class CollectedRecords:
             },
             indent=1,
         )
-        shutil.rmtree(self.folder / PARTS)  # last: until provenance.json is there, nothing else is whole
+        shutil.rmtree(self.folder / PARTS)  # last: until its provenance is there, nothing else is whole
         return total
 
     def _part(self, drive: str) -> Path:
