@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS
+from spacedrive_jax.constants import FARTHEST, NUM_WAYPOINTS, WAYPOINT_STEP
 from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.errors import DataError, SpaceDriveError
@@ -209,9 +209,6 @@ def _tokens_of_other_splits(records: Records) -> frozenset[str]:
 # Planners without a model. A number that does not beat these says little (open-loop scores flatter them).
 
 
-STEP_S = 0.5
-
-
 def standing_still() -> Float[np.ndarray, "T 2"]:
     """The ego vehicle stays where it is."""
     return np.zeros((NUM_WAYPOINTS, 2))
@@ -239,7 +236,7 @@ def constant_velocity(record: Record) -> Float[np.ndarray, "T 2"]:
     if seconds <= 0:
         raise DataError(f"record {record['token']}: past_timestamp_us is not before timestamp_us")
     velocity = -record["past_to_ego"][0, :2, 3] / seconds
-    return velocity * (STEP_S * np.arange(1, NUM_WAYPOINTS + 1))[:, None]
+    return velocity * (WAYPOINT_STEP * np.arange(1, NUM_WAYPOINTS + 1))[:, None]
 
 
 def mean_trajectory(records: Iterable[Record]) -> Float[np.ndarray, "T 2"]:

@@ -17,6 +17,7 @@ import cv2
 import markupsafe
 import numpy as np
 
+from spacedrive_jax.constants import WAYPOINT_STEP
 from spacedrive_jax.data.images import decode_photo
 from spacedrive_jax.driving.drive import RESULTS, VIEWS, interval, read_summary
 from spacedrive_jax.driving.results import read_drive, read_records, read_trace
@@ -25,6 +26,7 @@ from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.cameras import STRIP_ORDER, TILE_SIZE, labelled
 from spacedrive_jax.reporting.figures import AGENTS, DRIVABLE, GRID, INK, MUTED, PREDICTION, TRUTH
 from spacedrive_jax.reporting.page import render_drives
+from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE
 from spacedrive_jax.world.vehicle import WHEEL_BASE
 
 MOST_FILMS = 12
@@ -234,11 +236,7 @@ EVERY = 2
 """Time steps between two key frames of the animation."""
 MARGIN = 25.0
 """Metres shown around the way."""
-EGO_SIZE = (5.5, 1.9)
-EGO_AHEAD = 0.65
 _WIDTH, _HEIGHT = 520, 90
-PLAN_STEP_S = 0.5
-"""Seconds between two waypoints of a plan."""
 
 
 def film(trace: Mapping[str, Any]) -> markupsafe.Markup:
@@ -265,12 +263,12 @@ def film(trace: Mapping[str, Any]) -> markupsafe.Markup:
         poses = np.array(other["poses"], np.float64)
         near = np.min(np.abs(poses[:, None, :2] - ego[None, ::10, :2]).max(axis=-1)) < 60.0
         if near:
-            parts.append(_box(poses, other["size"], _color(other["category"]), steps, seconds))
+            parts.append(_box(poses, other["size"], _color(other["category"]), seconds))
     centre = ego[:, :3].copy()
     centre[:, 0] += EGO_AHEAD * np.cos(ego[:, 2])
     centre[:, 1] += EGO_AHEAD * np.sin(ego[:, 2])
     parts.append(_plans(trace, seconds, steps))
-    parts.append(_box(centre, EGO_SIZE, INK, steps, seconds))
+    parts.append(_box(centre, EGO_SIZE, INK, seconds))
     parts.append("</g></svg>")
     return markupsafe.Markup("".join(parts))
 
@@ -283,7 +281,7 @@ def _color(category: str) -> str:
     return AGENTS["vehicle"] if category.startswith("vehicle.") else AGENTS["other"]
 
 
-def _box(poses: np.ndarray, size: Sequence[float], color: str, steps: int, seconds: float) -> str:
+def _box(poses: np.ndarray, size: Sequence[float], color: str, seconds: float) -> str:
     length, width = size[0], size[1]
     rect = (
         f'<rect x="{-length / 2:.2f}" y="{-width / 2:.2f}" width="{length:.2f}" height="{width:.2f}" '
@@ -406,11 +404,11 @@ def planned(trace: Mapping[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray
             continue
         now = decision["time"] - decisions[0]["time"]
         points = np.array([[0.0, 0.0], *decision["waypoints"]])
-        speed = np.hypot(*np.diff(points, axis=0).T) / PLAN_STEP_S
-        at = now + PLAN_STEP_S * (np.arange(len(speed)) + 0.5)
+        speed = np.hypot(*np.diff(points, axis=0).T) / WAYPOINT_STEP
+        at = now + WAYPOINT_STEP * (np.arange(len(speed)) + 0.5)
         speeds.append(np.stack([at, speed], axis=1)[at <= last])
-        until = np.array([now, now + PLAN_STEP_S])
-        acceleration = (speed[1] - speed[0]) / PLAN_STEP_S if len(speed) > 1 else 0.0
+        until = np.array([now, now + WAYPOINT_STEP])
+        acceleration = (speed[1] - speed[0]) / WAYPOINT_STEP if len(speed) > 1 else 0.0
         accelerations.append(np.stack([until, np.full(2, acceleration)], axis=1))
         x, y = points[min(2, len(points) - 1)]
         reach = x * x + y * y
