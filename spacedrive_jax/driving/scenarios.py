@@ -110,7 +110,12 @@ KINDS: Mapping[str, Kind] = {
     "StaticCutIn": Kind("bench2drive", "cruise", (CutIn("lane", seconds=2.5, metres=14.0, speed=3.5),)),
     "NeuroNCAPFrontal": Kind("neuroncap", "cruise", (HeadOn(),)),
     "NeuroNCAPSide": Kind(
-        "neuroncap", "turn_left", (RedRunner(3.5, 12.0, 9.0),), seconds=20.0, ends="behind junction"
+        "neuroncap",
+        "turn_left",
+        (RedRunner(3.5, 12.0, 9.0),),
+        across_traffic=True,
+        seconds=20.0,
+        ends="behind junction",
     ),
 }
 """Names as Bench2Drive has them where it has the scenario."""
