@@ -117,9 +117,6 @@ def encode(
 
 
 # Frequency tables of the other two wave encodings of the published code: NeRF and FoNE.
-#
-# The default table, sin-cos, is `spacedrive_jax.models.coordinate_encoder.frequencies`; all three are
-# encoded by `spacedrive_jax.models.coordinate_encoder.encode`.
 
 
 def nerf_frequencies(width: int, octaves: float = 10.0) -> Float[np.ndarray, "F"]:
