@@ -16,7 +16,7 @@ from jaxtyping import config, install_import_hook
 # takes others. Not all by default: the checker asks every sequence for an item at random, and in data,
 # inference and reporting there are sequences that read files when asked, damaged ones in some tests; in
 # driving a call of a step is checked so often that its tests take 40 % longer.
-ROOMS = "batch,exact,models,interop,evaluation,world"
+ROOMS = "batch,exact,models,interop,training,evaluation,world"
 CHECKED = [f"spacedrive_jax.{room}" for room in os.environ.get("CHECK_TYPES", ROOMS).split(",") if room]
 if CHECKED:
     import tests.runtime_types  # noqa: F401  (the hook looks its checker up as an attribute)
