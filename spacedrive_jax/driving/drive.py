@@ -24,6 +24,7 @@ from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
 from spacedrive_jax.evaluation.bench2drive import read_results, score_routes
+from spacedrive_jax.evaluation.metrics import LEVEL, RESAMPLES
 from spacedrive_jax.folders import remove_folder
 from spacedrive_jax.inference.answers import without_place
 from spacedrive_jax.io import remove_partials, write_bytes
@@ -35,7 +36,6 @@ VIEWS = "views"
 """Folder, in a drive's, of the six images of the decision at which it went wrong."""
 SUMMARY = "summary.json"
 METADATA = "run.json"
-LEVEL, RESAMPLES = 0.95, 2000
 
 
 @dataclasses.dataclass(frozen=True)
