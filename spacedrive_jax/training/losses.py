@@ -130,13 +130,13 @@ class Losses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """The coordinates that have a position loss."""
+    """The coordinates that have a position loss, on devices or fetched to the host."""
 
-    indices: Int[Array, "B C"]
+    indices: Int[Any, "B C"]
     """Indicators to decode at."""
-    true_coordinates: Float[Array, "B R 2"]
+    true_coordinates: Float[Any, "B R 2"]
     """Metres. R = C, or R = T where one indicator is held against the whole trajectory."""
-    mask: Bool[Array, "B R"]
+    mask: Bool[Any, "B R"]
 
     def followed_by(self, other: Supervised) -> Supervised:
         """These coordinates and then the other's."""
