@@ -75,7 +75,7 @@ def parse(program, name, words):
         raise AssertionError(f"{program} {name} {' '.join(words)} is not taken:\n{said.getvalue()}") from stop
 
 
-@pytest.mark.parametrize(("program", "name", "rest"), examples())
+@pytest.mark.parametrize(("program", "name", "rest"), list(examples()))
 def test_the_parser_takes_it(program, name, rest):
     assert name in COMMANDS[program]
     words = arguments(rest)

@@ -347,7 +347,7 @@ def test_another_model_behind_the_same_address_is_not_gone_on_with(tmp_path):
 @pytest.mark.parametrize(
     ("error", "raised", "said"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
         (TimeoutError(), PolicyError, "did not answer within 500 s"),
     ],
 )
