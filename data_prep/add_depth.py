@@ -132,7 +132,7 @@ class ChunkUnit:
 
     records: Path
     network: DepthNetworkConfig
-    places: range
+    indices: range
     """Of its keyframes among all of the folder."""
     step_size: int
     full: bool
@@ -172,7 +172,7 @@ def _write(
     unit: ChunkUnit, records: Records, runner: KeyframeDepth, advance: Callable[[], object] = lambda: None
 ) -> None:
     tensors: dict[str, list[Any]] = {}
-    for step in _steps(records, unit.places, unit.step_size):
+    for step in _steps(records, unit.indices, unit.step_size):
         for row, keyframe in zip(sidecar_rows(runner, step, full=unit.full), step, strict=True):
             for key, value in row.items():
                 tensors.setdefault(key, []).append(value)
@@ -184,10 +184,10 @@ def _write(
 def _on_beam(
     units: Sequence[ChunkUnit], options: str, workers: int, advance: Callable[[int], object]
 ) -> None:
-    folder, places = units[0].shard.parent, {unit.shard.name: len(unit.places) for unit in units}
+    folder, keyframes = units[0].shard.parent, {unit.shard.name: len(unit.indices) for unit in units}
 
     def keyframes_of(name: str) -> int | None:
-        return places[name] if _is_done(folder / name, units[0].metadata) else None
+        return keyframes[name] if _is_done(folder / name, units[0].metadata) else None
 
     waiting = folder.parent / f".{folder.name}-units"
     shutil.rmtree(waiting, ignore_errors=True)
@@ -210,8 +210,8 @@ def _check_pictures(records: Records) -> None:
     Raises:
         DataError: the first, the middle and the last keyframe have none.
     """
-    places = {0, len(records) // 2, len(records) - 1}
-    if not any(any(records[place]["images"]) for place in places):
+    indices = {0, len(records) // 2, len(records) - 1}
+    if not any(any(records[index]["images"]) for index in indices):
         raise DataError(
             f"{records.directory} has no pictures (converted with --missing-images empty?): convert again "
             "with `render`, or train with --data.depth.sources lidar"

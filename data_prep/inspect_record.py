@@ -230,10 +230,10 @@ def list_keyframes(directory: Path, scene: str | None = None) -> list[Listed]:
     """
     records = open_records(directory)
     found: list[Listed] = []
-    places: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for split, name, tokens in finished_scenes(directory):
-        found += [Listed(split, places[split] + place, name, token) for place, token in enumerate(tokens)]
-        places[split] += len(tokens)
+        found += [Listed(split, counts[split] + index, name, token) for index, token in enumerate(tokens)]
+        counts[split] += len(tokens)
     if len(found) != len(records):
         found = []
         for split in sorted(records.splits):

@@ -150,8 +150,7 @@ class Show(Command):
             raise ConfigError("--speed goes with --images: records say how fast the car was")
         if self.token is not None and self.records is None:
             raise ConfigError("--token names a keyframe of --records")
-        places = (self.images, None if self.image is None else self.image.parent)
-        if None not in places and len({each.resolve() for each in places if each is not None}) == 1:
+        if self.images and self.image and self.image.parent.resolve() == self.images.resolve():
             raise ConfigError(f"--image {self.image} lies among the pictures of --images: write it elsewhere")
         from spacedrive_jax.reporting.figures import check_picture, save_figure
 

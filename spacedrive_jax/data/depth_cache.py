@@ -84,7 +84,7 @@ class DepthCache:
                 f"{self.provenance['records_fingerprint'][:12]}, these have {records_fingerprint[:12]}): the "
                 "records were converted again since; remove it and run `python -m data_prep add-depth`"
             )
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._rows: dict[str, tuple[Path, int]] = {}
         for name in self.provenance["chunks"]:
             file = inside(folder, name, f"{folder / PROVENANCE}: chunks:")
             metadata = chunk_metadata(file)
@@ -94,11 +94,11 @@ class DepthCache:
                 raise DataError(
                     f"{file} does not name its keyframes; remove {folder} and run add-depth again"
                 )
-            self._places |= {str(token): (file, row) for row, token in enumerate(tokens)}
+            self._rows |= {str(token): (file, row) for row, token in enumerate(tokens)}
 
     def __contains__(self, token: str) -> bool:
         """Whether it holds a keyframe."""
-        return token in self._places
+        return token in self._rows
 
     def read(self, token: str) -> CachedDepth:
         """The depth of one keyframe.
@@ -106,9 +106,9 @@ class DepthCache:
         Raises:
             DataError: the sidecar does not hold it.
         """
-        if token not in self._places:
+        if token not in self._rows:
             raise DataError(f"{self.folder} holds no depth of keyframe {token}; remove it and run add-depth")
-        file, row = self._places[token]
+        file, row = self._rows[token]
         try:
             return self._row(file, row, token)
         except SpaceDriveError:

@@ -298,7 +298,7 @@ def _check_questions(records: Records, indices: Sequence[int], config: Conversat
 
 
 def evenly_spaced(count: int, most: int) -> Int[np.ndarray, " K"]:
-    """Up to `most` of `count` places, first and last among them, in order."""
+    """Up to `most` of `count` indices, first and last among them, in order."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

@@ -73,7 +73,7 @@ def check_lengths(samples: Samples | MixedSamples) -> None:
     counter = _Counter(pictures=False)
     parts = samples.parts if isinstance(samples, MixedSamples) else [samples]
     for part in parts:
-        counter.count(part, [part.indices[place] for place in evenly_spaced(len(part), LOOKED_AT)])
+        counter.count(part, [part.indices[index] for index in evenly_spaced(len(part), LOOKED_AT)])
     found = counter.result()
     flags = too_small(parts[0].builder, found)
     if flags:
@@ -96,8 +96,8 @@ def check_validated(parts: Sequence[Samples]) -> None:
     """
     counter = _Counter(pictures=True)
     rows = [(part, row) for part in parts for row in part.indices]
-    for place in evenly_spaced(len(rows), VALIDATED_LOOKED_AT):
-        part, row = rows[place]
+    for index in evenly_spaced(len(rows), VALIDATED_LOOKED_AT):
+        part, row = rows[index]
         counter.count(part, [row])
     problems = problems_of(parts[0].builder, counter.result())
     if problems:

@@ -478,7 +478,7 @@ def read_gguf_tokenizer(file: GgufFile) -> Tokenizer:
     pairs = [tuple(each.split(" ", 1)) for each in merges]
     try:
         tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises no kind of its own
         raise CheckpointError(f"{file.path}: its merges do not fit its tokens: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
