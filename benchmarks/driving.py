@@ -1,26 +1,19 @@
 """How fast drives go, and what a decision costs in processor time: traffic, drawing, the record, a model.
 
     python -m benchmarks.driving [--size 352x198] [--drives 2] [--decisions 20] [--checkpoint RUN]
-    python -m benchmarks.driving --against REVISION
 
 Of the drawing, what pixels see (`render.cast`) and their colours (`shading.shade`) are named; the rest
 is placing the quads, shadows and encoding. Its floor is what nobody can leave out who draws this way: one
 z-buffer pass over the pixels of all quads that face the camera, and one pass that paints each pixel.
-`--against` draws the same keyframes with this tree and with another revision's, in turns, in one run.
+`benchmarks.drawing` holds the drawing against another revision's.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -33,13 +26,12 @@ from spacedrive_jax.driving.policies import expert, route_constant_speed
 from spacedrive_jax.driving.scenarios import DriveSpec, build_drive
 from spacedrive_jax.world import sensors, stage
 from spacedrive_jax.world.filming import Film, Take
+from spacedrive_jax.world.render import fragments, ground_depth, nearest_of
 from spacedrive_jax.world.world import World
 
 KINDS = ("turn_left", "cruise", "pedestrian", "straight")
 PERIOD_MS = 500.0
 """Simulated time between two decisions."""
-ROUNDS = 2
-"""Of `--against`; the fastest of each side counts."""
 
 
 class Clock:
@@ -70,16 +62,9 @@ def main() -> None:
     parser.add_argument("--drives", type=int, default=2)
     parser.add_argument("--decisions", type=int, default=20, help="of each drive")
     parser.add_argument("--checkpoint", help="a run whose model is asked beside")
-    parser.add_argument("--against", metavar="REVISION", help="draw with another revision of this repository")
-    parser.add_argument("--draw", action="store_true", help=argparse.SUPPRESS)  # one side of --against
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
-    if arguments.draw:
-        draw(arguments.size)
-    elif arguments.against:
-        compare(arguments.size, arguments.against)
-    else:
-        parts(arguments)
+    parts(arguments)
 
 
 def parts(arguments: argparse.Namespace) -> None:
@@ -127,9 +112,9 @@ def drive(
     observer, world, driver = Observer(film, scenario), World(scenario), Driver()
     photograph, shown = observer._photograph, []
 
-    def timed(recording: Any, keyframe: int) -> Any:
-        shots = clock.time("drawing", lambda: photograph(recording, keyframe))
-        shown.append((recording, keyframe))
+    def timed(scenario: Any, number: int) -> Any:
+        shots = clock.time("drawing", lambda: photograph(scenario, number))
+        shown.append((scenario, number))
         return shots
 
     observer._photograph = timed  # type: ignore[method-assign]
@@ -157,9 +142,6 @@ def drive(
 
 def floor_of(film: Film, scenario: Any, keyframe: int) -> float:
     """Processor seconds of one z-buffer pass and one pass of paint over the six images of a keyframe."""
-    # Not at the top: other revisions, which `draw` runs with, may lack them.
-    from spacedrive_jax.world.render import fragments, ground_depth, nearest_of
-
     total = 0.0
     for number, mount in enumerate(sensors.CAMERA_MOUNTS):
         moment = float(film.camera_times[keyframe, number])
@@ -173,46 +155,6 @@ def floor_of(film: Film, scenario: Any, keyframe: int) -> float:
         colours[nearest_of(seen, ground)[1]]
         total += time.process_time() - started
     return total
-
-
-def draw(size: str) -> None:
-    """Draws three keyframes of a scene and prints the processor milliseconds of six images, as JSON."""
-    spec = DriveSpec(0, KINDS[0], "boston-seaport", 0)
-    scenario, _ = build_drive(spec)
-    film = Film(Take(1, 9000, 12, sensors.parse_image_size(size), True, spec.town), scenario)
-    keyframes, spent = (1, 5, 10), []
-    for _ in range(4):
-        started = time.process_time()
-        for keyframe in keyframes:
-            for camera in range(len(sensors.CAMERA_MOUNTS)):
-                film.photograph(scenario, keyframe, camera)
-        spent.append(1e3 * (time.process_time() - started) / len(keyframes))
-    print(json.dumps(min(spent[1:])))  # the first round fills what objects look like
-
-
-def compare(size: str, revision: str) -> None:
-    """Draws with both trees in turns."""
-    here = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        subprocess.run(
-            ["git", "worktree", "add", "-q", "--detach", str(tree), revision], cwd=here, check=True
-        )
-        try:
-            fastest = {here: np.inf, tree: np.inf}
-            for _ in range(ROUNDS):
-                for root in fastest:
-                    command = [sys.executable, str(Path(__file__).resolve()), "--draw", "--size", size]
-                    environment = {**os.environ, "PYTHONPATH": str(root)}
-                    done = subprocess.run(
-                        command, cwd=root, env=environment, capture_output=True, text=True, check=True
-                    )
-                    fastest[root] = min(fastest[root], float(done.stdout.split()[-1]))
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=here, check=True)
-    now, then = fastest[here], fastest[tree]
-    print(f"six images at {size}: {now:.1f} ms of processor time, {then:.1f} at {revision}")
-    print(f"{then / now:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -250,8 +250,10 @@ def in_view(
         camera: the view.
     """
     inside = np.ones(len(low), dtype=bool)
+    low, high = (np.ascontiguousarray(corner.T) for corner in (low, high))
     for normal, limit in zip(*_sides(camera), strict=True):
-        inside &= np.maximum(low * normal, high * normal).sum(axis=1) > limit - _SLACK
+        farthest = np.maximum(low * normal[:, None], high * normal[:, None])
+        inside &= farthest[0] + farthest[1] + farthest[2] > limit - _SLACK
     return inside
 
 

@@ -6,6 +6,7 @@ Pixels are handled channel by channel, arrays of shape (3, P), which NumPy works
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import cv2
 import numpy as np
@@ -192,7 +193,8 @@ def shade(
     origin = camera.camera_to_global[:3, 3].astype(np.float32)
     focal = float(camera.intrinsics[0, 0])
     for index in (SKY, GROUND, None):
-        seen = np.flatnonzero(surface >= 0 if index is None else surface == index)
+        chosen = surface >= 0 if index is None else surface == index
+        seen = np.flatnonzero(chosen)
         toward = rays.take(seen, axis=1)
         if index == SKY:
             colour = _sky(toward, light)
@@ -208,7 +210,7 @@ def shade(
             colour *= clear
             colour += _channels(weather.horizon) * (1 - clear)
         for channel, values in zip(image, colour, strict=True):
-            channel[seen] = values
+            channel[chosen] = values  # by the mask: several times as fast as by indices
     picture = image.reshape(3, camera.height, camera.width)
     _soften_edges(picture, buffer)
     return _expose(picture, weather, noise_seed)
@@ -249,13 +251,17 @@ def _soften_edges(image: Float[np.ndarray, "3 H W"], buffer: FrameBuffer) -> Non
     weights = [np.float32(weight / (1 + 2 * side)) for weight in (side, 1.0, side)]
     pixel = np.flatnonzero(edge)
     corner = pixel + pixel // width * 2  # of the 3 x 3 pixels around each, in the padded image
-    for channel in image:
-        padded = np.pad(channel, 1, mode="reflect").ravel()
-        blurred = np.zeros(len(pixel), dtype=np.float32)
-        for down, weight in enumerate(weights):
-            for right, other in enumerate(weights):
-                blurred += weight * other * padded.take(corner + (down * (width + 2) + right))
-        channel.ravel()[pixel] = blurred
+    padded = np.empty((3, height + 2, width + 2), dtype=np.float32)
+    padded[:, 1:-1, 1:-1] = image
+    padded[:, :: height + 1, 1:-1] = image[:, [1, -2]]  # mirrored about the outermost pixels
+    padded[:, :, :: width + 1] = padded[:, :, [2, -3]]
+    channels = padded.reshape(3, -1)
+    blurred = np.zeros((3, len(pixel)), dtype=np.float32)
+    for down, weight in enumerate(weights):
+        for right, other in enumerate(weights):
+            blurred += weight * other * channels.take(corner + (down * (width + 2) + right), axis=1)
+    for channel, values in zip(image, blurred, strict=True):
+        channel[edge] = values
 
 
 def _sky(rays: Float[np.ndarray, "3 P"], light: Light) -> Float[np.ndarray, "3 P"]:
@@ -448,12 +454,10 @@ def _expose(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Vignette, sensor noise, soft shoulder, 8 bits; `image` is used up."""
     height, width = image.shape[1:]
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None]
-    shift = np.random.default_rng(noise_seed).integers(0, 512, 2)
-    rows, columns = (np.arange(height) + shift[0]) & 511, (np.arange(width) + shift[1]) & 511
-    image *= 1 - 0.10 * (x**2 + y**2)
-    image += _GRAIN.take(rows, axis=0).take(columns, axis=1) * np.float32(0.006 + 0.010 * weather.night)
+    down, right = np.random.default_rng(noise_seed).integers(0, len(_GRAIN), 2)
+    grain = _tiled_grain(height, width)[down : down + height, right : right + width]
+    image *= _vignette(height, width)
+    image += grain * np.float32(0.006 + 0.010 * weather.night)
     values = image.ravel()
     bright = np.flatnonzero(values > 0.8)
     # 0.8 + 0.2 tanh((x - 0.8) / 0.2)
@@ -462,3 +466,17 @@ def _expose(
     image *= 255
     image += 0.5
     return cv2.merge(list(image.astype(np.uint8)))
+
+
+@functools.lru_cache(maxsize=8)
+def _vignette(height: int, width: int) -> Float[np.ndarray, "H W"]:
+    """What the lens leaves of the light, darker towards the corners."""
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None]
+    return 1 - 0.10 * (x**2 + y**2)
+
+
+@functools.lru_cache(maxsize=8)
+def _tiled_grain(height: int, width: int) -> Float[np.ndarray, "R C"]:
+    """The sensor noise often enough beside itself that an image fits in from any place of the first tile."""
+    return np.tile(_GRAIN, (2 + height // len(_GRAIN), 2 + width // len(_GRAIN)))
