@@ -40,7 +40,8 @@ def drive_of(number: int, seed: int, every: int, size: tuple[int, int]) -> Drive
 
     def picture(name: str, car: Car, tick: int) -> np.ndarray:
         if name not in shown or (tick - DROPPED_TICKS - 1) % every == 0:
-            pose = pose_matrix(*car.origin, car.yaw)
+            x, y = car.origin
+            pose = pose_matrix(x, y, car.yaw)
             seen = view(scenario, film, pose, WARM_UP + tick * TICK, name, size, tick)
             big = cv2.resize(seen[..., ::-1], (1600, 900), interpolation=cv2.INTER_LINEAR)
             shown[name] = np.dstack([big, np.full(big.shape[:2], 255, np.uint8)])
@@ -48,8 +49,8 @@ def drive_of(number: int, seed: int, every: int, size: tuple[int, int]) -> Drive
 
     def sweep(car: Car, tick: int) -> np.ndarray:
         time = WARM_UP + tick * TICK
-        x, y, z = LIDAR
-        pose = exact.matmul(pose_matrix(*car.origin, car.yaw), pose_matrix(x, -y, 0.0, z))
+        (x, y), (forward, right, up) = car.origin, LIDAR
+        pose = exact.matmul(pose_matrix(x, y, car.yaw), pose_matrix(forward, -right, 0.0, up))
         quads = film.quads(scenario, time, film.people(scenario, time))
         points = sensors.lidar_sweep(quads, pose, np.random.default_rng(tick))[:, :4]
         return points * np.array([1, -1, 1, 1], np.float32)  # CARLA's y is to the right

@@ -219,7 +219,9 @@ def run_files(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     table = {"1s": 0.1, "2s": 0.2, "3s": None, "avg": 0.2}
     scores = {"samples": 3, "l2": table, "collision": table, "intersection": table}
-    interval = {name: {"1s": [0.1, 0.2], "avg": None} for name in ("l2", "collision", "intersection")}
+    interval: dict[str, Any] = {
+        name: {"1s": [0.1, 0.2], "avg": None} for name in ("l2", "collision", "intersection")
+    }
     interval |= {"level": 0.95, "scenes": 2}
     evaluation = {
         **{"protocol": "omnidrive", **scores, "baselines": {"standing_still": scores}, "notes": ["a note"]},
@@ -299,7 +301,13 @@ def risks(folder: Path) -> Any:
 def clip(folder: Path) -> None:
     unit = np.eye(4).tolist()
     box = {"class": "ego_vehicle", "world2ego": unit, "id": "1", "extent": [2.0, 1.0, 0.8]}
-    car = {**box, "class": "vehicle", "id": "2", "type_id": "vehicle.audi.tt", "location": [5.0, 1.0, 0.5]}
+    car: dict[str, Any] = {
+        **box,
+        "class": "vehicle",
+        "id": "2",
+        "type_id": "vehicle.audi.tt",
+        "location": [5.0, 1.0, 0.5],
+    }
     car |= {"world2vehicle": unit, "center": [5.0, 1.0, 0.5], "rotation": [0, 0, 0], "speed": 1.0}
     cameras = ("FRONT", "FRONT_RIGHT", "FRONT_LEFT", "BACK", "BACK_LEFT", "BACK_RIGHT")
     intrinsic = [[1140.0, 0.0, 800.0], [0.0, 1140.0, 450.0], [0.0, 0.0, 1.0]]

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spacedrive_jax.aot.plan import make_plan
+from spacedrive_jax.aot.plan import StepKind, make_plan
 from spacedrive_jax.config import Config, MeshConfig, load_config
 from spacedrive_jax.json_files import write_json
+from spacedrive_jax.models.config import BaseQuantization
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVLConfig
 from spacedrive_jax.training.throughput import describe
 
@@ -29,11 +30,11 @@ QUANTISED = ROOT / "benchmarks" / "results" / "aot_quantised_7b.json"
 PAGE = ROOT / "docs" / "reference" / "memory.md"
 TOPOLOGY = "v5p:1x1x1"
 GB = 1e9
-PRECISIONS = {"bf16": "none", "int8": "int8", "int4": "int4"}
+PRECISIONS: dict[str, BaseQuantization] = {"bf16": "none", "int8": "int8", "int4": "int4"}
 """Name in the table to `model.compute.base_quantization`."""
 # One of each kind, since a cell compiles for minutes: the others follow. Parameters go with the precision,
 # what a sample takes does not, and the page says how much that is.
-CELLS = (
+CELLS: tuple[tuple[str, str, StepKind, int], ...] = (
     ("Qwen2.5-VL-7B", "bf16", "train", 1),
     ("Qwen2.5-VL-7B", "bf16", "plan", 1),
     ("Qwen2.5-VL-3B", "bf16", "train", 1),

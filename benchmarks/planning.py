@@ -42,8 +42,10 @@ from spacedrive_jax.inference.generate import generate
 from spacedrive_jax.inference.progress import start
 from spacedrive_jax.interop.hf_checkpoint import to_hf
 from spacedrive_jax.models.config import LanguageModelConfig
+from spacedrive_jax.models.coordinate_decoder import MlpDecoder
 from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.family import ChatTokens, Message
 from spacedrive_jax.models.partitioning import initialize
@@ -97,8 +99,8 @@ def model_config(tokenizer: DrivingTokenizer, layers: int) -> ModelConfig:
         decoder=decoder,
         vision=vision,
         image_token_id=tokenizer.image,
-        vision_start_token_id=tokenizer.vision_start,
-        vision_end_token_id=tokenizer.vision_end,
+        vision_start_token_id=tokenizer.special["vision_start"],
+        vision_end_token_id=tokenizer.special["vision_end"],
     )
     return ModelConfig(vlm=vlm, use_lora=False, ego_status="none")
 
@@ -124,7 +126,13 @@ def make_batch(
     )
     length = len(chat.token_ids)
     fields = token_fields(
-        tokenizer, chat, (side, side), "none", sequence_length=length, max_targets=40 if answer else 1
+        family_of(config.vlm),
+        tokenizer,
+        chat,
+        (side, side),
+        config.ego_status,
+        sequence_length=length,
+        max_targets=40 if answer else 1,
     )
     camera = np.array([[100.0, 0, 60], [0, 100, 60], [0, 0, 1]], np.float32)
     samples = [
@@ -160,6 +168,7 @@ def teach_answer(model: SpaceDrive, batch: DrivingBatch) -> None:
     wanted[np.arange(len(features)), np.asarray(batch.target_ids)[mask]] = HEAD_SCORE
     gram = features.T @ features + 1e-4 * np.eye(features.shape[1])
     head = np.linalg.solve(gram, features.T @ wanted).T
+    assert model.vlm.decoder.head is not None  # `model_config` ties no embeddings
     model.vlm.decoder.head[...] = jnp.asarray(head, jnp.float32)
 
 
@@ -175,6 +184,8 @@ class Transformers:
         self.tokenizer = tokenizer
         self.encodings = torch.tensor(encodings).reshape(-1, encodings.shape[-1])
         self.model.model.visual.register_forward_hook(self._add_encodings)
+        assert isinstance(model.decoder, MlpDecoder)
+        assert model.decoder.hidden is not None
         layers = (model.decoder.hidden, model.decoder.output)
         self.head = [
             (torch.tensor(np.asarray(layer.kernel)), torch.tensor(np.asarray(layer.bias))) for layer in layers

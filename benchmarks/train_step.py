@@ -194,7 +194,8 @@ class TorchSide:
         images = ids == self.inner.config.image_token_id
         views = jnp.asarray(batch.pixel_values).reshape(-1, *batch.pixel_values.shape[2:])
         vlm = config.model.vlm
-        processor = family_of(vlm).image_processor(vlm.vision, views.shape[1:3])
+        _, height, width, _ = views.shape
+        processor = family_of(vlm).image_processor(vlm.vision, (height, width))
         self.inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

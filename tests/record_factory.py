@@ -163,7 +163,7 @@ def write_records(
     directory.mkdir(parents=True, exist_ok=True)
     features = record_features()
     splits = []
-    shards = {}
+    shards: dict[str, dict[str, Any]] = {}
     for split, items in records.items():
         if not items:
             continue

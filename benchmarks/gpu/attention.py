@@ -8,6 +8,7 @@ exact products on the same bfloat16 inputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,11 @@ def error(found: jax.Array, expected: jax.Array) -> float:
     return float(jnp.linalg.norm(difference.ravel()) / jnp.linalg.norm(expected.astype(jnp.float32).ravel()))
 
 
+def finished(program: Callable[..., Any], *operands: jax.Array) -> Any:
+    """What a program gives, waited for."""
+    return jax.block_until_ready(program(*operands))
+
+
 def compare(case: Case, repeats: int) -> None:
     """Prints one row."""
     *operands, weights = inputs(case)
@@ -98,13 +104,13 @@ def compare(case: Case, repeats: int) -> None:
         forward, gradient = programs(case, choice)  # type: ignore[arg-type]
         figures[f"{label} error"] = error(forward(*operands), expected)
         figures[f"{label} forward ms"] = 1e3 * seconds(
-            lambda forward=forward: jax.block_until_ready(forward(*operands)), repeats
+            functools.partial(finished, forward, *operands), repeats
         )
         if case.trains:
             found = gradient(*operands, weights)
             figures[f"{label} gradient error"] = max(map(error, found, gradients))
             figures[f"{label} forward and backward ms"] = 1e3 * seconds(
-                lambda gradient=gradient: jax.block_until_ready(gradient(*operands, weights)), repeats
+                functools.partial(finished, gradient, *operands, weights), repeats
             )
     kernel = choose_kernel(
         "auto",

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.gpu.rows import parser, seconds, tell
+from benchmarks.gpu.rows import memory_of, parser, seconds, tell
 from spacedrive_jax.models.config import ComputeConfig
 from spacedrive_jax.models.depth.backbone import Dinov2Config
 from spacedrive_jax.models.depth.unidepth import UniDepthConfig, UniDepthV2
@@ -51,7 +51,7 @@ def main() -> None:
             ms=1e3 * took,
             **{
                 "images/s": count / took,
-                "temporaries GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+                "temporaries GB": memory_of(compiled).temp_size_in_bytes / 1e9,
                 "compile s": compile_seconds,
             },
         )

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.gpu.models import PROMPT_LENGTH, make_config, random_state
-from benchmarks.gpu.rows import each, finish, parser, seconds, tell
+from benchmarks.gpu.rows import each, finish, memory_of, parser, seconds, tell
 from spacedrive_jax.batch import DrivingBatch
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.inference.answers import planning_frame
@@ -45,7 +45,7 @@ def main() -> None:
         with activations_on(mesh):
             model = nnx.merge(graph, trainable, frozen)
             progress = run_frame(model, batch, tokenizer, frame, len(frame), 1.0)
-            return dataclasses.replace(progress, cache=None), jnp.full(batch.size, len(frame))
+            return (progress.token_ids, progress.coordinates), jnp.full(batch.size, len(frame))
 
     def token_by_token(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> Any:
         with activations_on(mesh):
@@ -75,7 +75,7 @@ def measure(
 
     answer = int(np.max(call()[1]))
     took = seconds(call, 10 if way == "one pass" else 3)
-    memory, batch = compiled.memory_analysis(), arguments[2]
+    memory, batch = memory_of(compiled), arguments[2]
     figures = {
         "ms a sample": 1e3 * took / batch.size,
         "prompt": batch.token_ids.shape[1],

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import jax
+
 from benchmarks.gpu_check import ROW
 
 Size = Literal["published", "tiny"]
@@ -44,6 +46,18 @@ def each(**label: Any) -> Iterator[None]:
 def finish() -> None:
     """Ends a part: with exit status 1 where a row failed."""
     raise SystemExit(1 if _failed else 0)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    """What the compiler says of a program's memory; bytes of `argument`, `output`, `alias` and `temp`.
+
+    Raises:
+        SystemExit: this platform's compiler says nothing.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise SystemExit(f"the compiler of {jax.default_backend()} does not say what memory a program takes")
+    return memory
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:

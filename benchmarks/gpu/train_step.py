@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.gpu.models import make_config, random_state
-from benchmarks.gpu.rows import parser, tell
+from benchmarks.gpu.rows import memory_of, parser, tell
 from spacedrive_jax.aot.plan import bytes_per_chip
 from spacedrive_jax.config import Config
 from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
@@ -34,7 +34,7 @@ def measure(config: Config, steps: int) -> dict[str, float | int | None]:
     started = time.perf_counter()
     compiled = step.run.lower(trainable, optimizer, frozen, batch, numbers[0]).compile()
     compile_seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory = memory_of(compiled)
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

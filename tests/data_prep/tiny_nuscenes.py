@@ -56,8 +56,8 @@ class TinyNuScenes:
     def __init__(self, scenes: int = 3, keyframes: int = KEYFRAMES) -> None:
         self.scene_names = [f"scene-{index + 2001}" for index in range(scenes)]
         self.keyframes = keyframes
-        names = ("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map")
-        names += ("sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility")
+        names = ["attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map"]
+        names += ["sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility"]
         self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         self.files: dict[str, bytes] = {}
         self._add_sensors()
