@@ -296,23 +296,11 @@ class AddDepth(Command):
     def _network(self) -> DepthNetworkConfig:
         from spacedrive_jax.inference.depth_network import DepthNetworkConfig
 
-        if self.model.suffix == ".json":
-            network = DepthNetworkConfig.from_file(self.model)
-        else:
-            network = DepthNetworkConfig(weights=str(self.model))
+        network = DepthNetworkConfig.of(self.model)
         if self.run_config is not None:
             from spacedrive_jax.config import load_config
-            from spacedrive_jax.models.families import family_of
 
-            run = load_config(self.run_config)
-            processor = family_of(run.model.vlm).image_processor(run.model.vlm.vision, run.data.image_size)
-            network = dataclasses.replace(
-                network,
-                image_size=run.data.image_size,
-                channel_order=run.data.channel_order,
-                pooling=run.data.depth.pooling,
-                grid=processor.token_grid,
-            )
+            network = network.for_run(load_config(self.run_config))
         given: dict[str, Any] = {"channel_order": self.channel_order, "pooling": self.pooling}
         if self.image_size is not None:
             width, height = _sides(self.image_size, "--image-size", "640x640")

@@ -30,13 +30,7 @@ from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import PackedScene
 from data_prep.nuscenes.sensor_files import SceneFiles, has_all_images
 from spacedrive_jax import folders, io, json_files
-from spacedrive_jax.data.records_folder import (
-    ShardMetadata,
-    content_fingerprint,
-    file_sha256,
-    shard_file,
-    split_of,
-)
+from spacedrive_jax.data.records_folder import ShardMetadata, content_fingerprint, shard_file, split_of
 from spacedrive_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -138,7 +132,7 @@ def whole_scene(out: Path, shard: str) -> SceneResult | None:
     Reads the whole shard: a damaged one is found here and written again, not after hours of training.
     """
     result = finished_scene(out, shard)
-    if result is None or file_sha256(out / shard) == result.shard.sha256:
+    if result is None or io.file_sha256(out / shard) == result.shard.sha256:
         return result
     log.warning("%s is damaged: writing it again", out / shard)
     return None

@@ -113,6 +113,21 @@ def check_bounds(owner: Any, bounds: Bounds, place: str = "") -> None:
                 raise ConfigError(f"{name} {str(value)[:80]!r} must be {_words(hint)}")
 
 
+def require_kind(value: object, kind: type, takes: str) -> None:
+    """Refuses a value of another kind than a public function takes: what would fail deep inside otherwise.
+
+    Args:
+        value: what was given.
+        kind: what it must be an instance of.
+        takes: who takes what, and where one comes from, for the message.
+
+    Raises:
+        ConfigError: it is something else, which the message names.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{takes}, not {type(value).__name__}")
+
+
 @functools.cache
 def _hints(owner: type) -> Mapping[str, tuple[Any, set[Any]]]:
     """Annotation of every field, and the types in it."""

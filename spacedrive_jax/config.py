@@ -32,6 +32,7 @@ from spacedrive_jax.bounds import (
     Bound,
     Bounds,
     check_bounds,
+    require_kind,
 )
 from spacedrive_jax.data.transforms import DataConfig, add_depth_flags
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
@@ -231,11 +232,12 @@ def check_config(config: object, what: str) -> None:
     Raises:
         ConfigError: it is something else; the message says what.
     """
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"{what} takes a Config, as load_config(NAME) gives, with dataclasses.replace or "
-            f"spacedrive_jax.config.change for other values, not {type(config).__name__}"
-        )
+    require_kind(
+        config,
+        Config,
+        f"{what} takes a Config, as load_config(NAME) gives, with dataclasses.replace or "
+        "spacedrive_jax.config.change for other values",
+    )
 
 
 def load_config(name: str | Path) -> Config:
@@ -256,10 +258,7 @@ def load_config(name: str | Path) -> Config:
     if is_url and path.suffix != ".json":
         raise ConfigError(f"{name}: of a bucket a config.json alone is taken; copy other files here first")
     if path.suffix == ".json" and path.is_file():
-        try:
-            return from_json(read_text(path, most=16 * MEBIBYTE))
-        except SpaceDriveError as error:
-            raise ConfigError(f"{path} does not hold a config ({error})") from error
+        return read_config(path)
     if path.suffix == ".py" and path.is_file():
         return _preset_of_file(path, chosen)
     groups = preset_groups()
@@ -275,6 +274,18 @@ def load_config(name: str | Path) -> Config:
     meant = f"did you mean {close[0]}? " if close else ""
     listed = "; ".join(f"{group}: {', '.join(presets)}" for group, (_, presets) in groups.items())
     raise ConfigError(f"no config {name!r}; {meant}presets: {listed} (or give a .py or .json file)")
+
+
+def read_config(file: Path) -> Config:
+    """A config's JSON file, as a run has it.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else; the file is named.
+    """
+    try:
+        return from_json(read_text(file, most=16 * MEBIBYTE))
+    except SpaceDriveError as error:
+        raise ConfigError(f"{file} does not hold a config ({error})") from error
 
 
 def _preset_of_file(path: Path, chosen: str) -> Config:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -26,6 +27,8 @@ from spacedrive_jax.errors import DataError, SpaceDriveError
 __all__ = ("BucketPath", "is_bucket", "local", "place", "twin")
 
 MEBIBYTE = 1 << 20
+PIECE = 16 * MEBIBYTE
+"""Of an object in a bucket that is read piece by piece."""
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 """Which some editors put in front of a UTF-8 text."""
 _SAY = {
@@ -107,6 +110,11 @@ def is_there(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+def has_files(folder: str | os.PathLike[str], *names: str) -> bool:
+    """Whether a folder holds files of all these names."""
+    return all((place(folder) / name).is_file() for name in names)
+
+
 def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
     """All bytes of a regular file.
 
@@ -124,6 +132,25 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
         with open(path, "rb") as file:
             # A file that grows while it is read, or lies about its size (/proc), is cut here.
             return file.read(size if most is None else most)
+    except OSError as error:
+        raise DataError(f"{path}: {say(error)}") from error
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file of any size, in hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    size = require_regular(path)
+    if is_bucket(path):
+        whole = hashlib.sha256()
+        for start in range(0, size, PIECE):
+            whole.update(buckets.read(path, start, min(start + PIECE, size)))
+        return whole.hexdigest()
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {say(error)}") from error
 

@@ -20,7 +20,7 @@ from spacedrive_jax.constants import (
     NUM_PATH_POINTS,
     NUM_WAYPOINTS,
 )
-from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256, file_sha256
+from spacedrive_jax.data.records_folder import content_fingerprint, ends_sha256
 from spacedrive_jax.data.schema import (
     DATASET_NAME,
     DATASET_VERSION,
@@ -29,6 +29,7 @@ from spacedrive_jax.data.schema import (
     Record,
     record_features,
 )
+from spacedrive_jax.io import file_sha256
 
 CAMERA_YAWS = np.deg2rad([0.0, -55.0, 55.0, 180.0, 110.0, -110.0])
 """Facing of the six cameras of `CAMERAS`, counter-clockwise from forward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import tyro
 from spacedrive_jax.bounds import WORKERS, Bound, Bounds
 from spacedrive_jax.console import Command, progress
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import inside, is_bucket, read_bytes, with_a_name
+from spacedrive_jax.io import inside, is_bucket, with_a_name
 from spacedrive_jax.json_files import write_json
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ class Evaluate(Command):
             raise ConfigError("name a run folder, or give --predictions FILE and --records DIR")
         from spacedrive_jax.data.records import open_records
         from spacedrive_jax.evaluation.evaluate import describe_source, evaluate
+        from spacedrive_jax.evaluation.prediction_files import predictions_sha256
         from spacedrive_jax.evaluation.protocols import protocol_named
 
         beside = with_a_name(self.predictions)
@@ -112,7 +112,7 @@ class Evaluate(Command):
         outcome = {
             **evaluation.to_json(),
             "predictions": str(self.predictions),
-            "predictions_sha256": _digest(self.predictions),
+            "predictions_sha256": predictions_sha256(self.predictions),
             "axes": self.axes,
             "compare_axes": None if compare is None else compare_axes,
             "discrete_coords": self.discrete_coords,
@@ -174,11 +174,6 @@ class Evaluate(Command):
         if self.discrete_coords is None:
             return predictions
         return discretize(predictions, self.discrete_coords)
-
-
-def _digest(predictions: Path) -> str | None:
-    """SHA-256 of a prediction file, by which a model card knows its scores; None for a folder."""
-    return hashlib.sha256(read_bytes(predictions)).hexdigest() if predictions.is_file() else None
 
 
 def format_table(outcome: Mapping[str, Any]) -> str:

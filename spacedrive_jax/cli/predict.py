@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -211,7 +210,7 @@ def _note_predictions(out: Path, records: Path, made_of: Mapping[str, Any]) -> N
     checkpoint = made_of["checkpoint"]
     metadata = {
         "file": out.name,
-        "sha256": hashlib.sha256(io.read_bytes(out)).hexdigest(),
+        "sha256": io.file_sha256(out),
         "records": str(records.resolve()),
         "records_fingerprint": made_of["records"],
         "split": made_of["split"],

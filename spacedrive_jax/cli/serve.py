@@ -17,7 +17,7 @@ from spacedrive_jax.bounds import Bound, Bounds
 from spacedrive_jax.cli.common import mesh_of, server_token, use_compilation_cache
 from spacedrive_jax.console import Command, note
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.io import read_bytes
+from spacedrive_jax.io import file_sha256
 
 
 def _leave() -> None:
@@ -98,9 +98,10 @@ class Serve(Command):
             from spacedrive_jax.inference.planner import EXPORT_METADATA, open_exported
 
             planner = open_exported(self.exported, most=self.batch_size)
-            weights = hashlib.sha256(read_bytes(self.exported / EXPORT_METADATA)).hexdigest()
+            weights = file_sha256(self.exported / EXPORT_METADATA)
         else:
-            from spacedrive_jax.inference.open_model import name_checkpoint, open_planner
+            from spacedrive_jax.inference.open_model import name_checkpoint
+            from spacedrive_jax.inference.open_planner import open_planner
 
             assert self.checkpoint is not None
             planner = open_planner(

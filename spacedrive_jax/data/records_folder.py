@@ -30,7 +30,16 @@ from tensorflow_datasets.core import dataset_info, example_serializer, file_adap
 from spacedrive_jax import buckets
 from spacedrive_jax.data.schema import DATASET_NAME, DATASET_VERSION, Record, record_features
 from spacedrive_jax.errors import DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE, is_bucket, place, put_in_place, require_regular, said_by, say
+from spacedrive_jax.io import (
+    MEBIBYTE,
+    file_sha256,
+    is_bucket,
+    place,
+    put_in_place,
+    require_regular,
+    said_by,
+    say,
+)
 from spacedrive_jax.json_files import convert, read_json
 
 PROVENANCE = "provenance.json"
@@ -40,8 +49,6 @@ MOST_JSON = 64 * MEBIBYTE
 """Bytes; provenance of the 850 scenes of nuScenes has a third of a megabyte."""
 END_BYTES = 4096
 """At either end of a shard: its headers, which hold the digest of the first record, and its footer."""
-PIECE = 16 * MEBIBYTE
-"""Of a shard in a bucket, asked for at once."""
 REPAIR = "write it again with `python -m data_prep convert ... --resume`"
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -209,25 +216,6 @@ def content_fingerprint(shards: Iterable[tuple[str, str]]) -> str:
     for name, sha256 in sorted(shards):
         digest.update(f"{name} {sha256}\n".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    size = require_regular(path)
-    if is_bucket(path):
-        whole = hashlib.sha256()
-        for start in range(0, size, PIECE):
-            whole.update(buckets.read(path, start, min(start + PIECE, size)))
-        return whole.hexdigest()
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: {say(error)}") from error
 
 
 def ends_sha256(path: Path) -> str:

@@ -21,7 +21,6 @@ from spacedrive_jax.data.depth_sources import NETWORKS, record_patch_depth
 from spacedrive_jax.data.lidar import UNALIGNED, Alignment
 from spacedrive_jax.data.route import RoadOption
 from spacedrive_jax.data.schema import Record, blank_record
-from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.client import PROTOCOL
 from spacedrive_jax.driving.protocol import PAST_SECONDS, partial_record
 from spacedrive_jax.errors import ConfigError
@@ -54,18 +53,7 @@ def open_depth_network(weights: Path, config: Config) -> DepthNetwork:
     Raises:
         SpaceDriveError: the weights cannot be read, or the JSON file does not describe a network.
     """
-    network = (
-        DepthNetworkConfig.from_file(weights)
-        if weights.suffix == ".json"
-        else DepthNetworkConfig(weights=str(weights))
-    )
-    network = dataclasses.replace(
-        network,
-        image_size=config.data.image_size,
-        channel_order=config.data.channel_order,
-        pooling=config.data.depth.pooling,
-        grid=SampleBuilder(config.data, config.model, answer=False).images.token_grid,
-    )
+    network = DepthNetworkConfig.of(weights).for_run(config)
     runner, kind, fused = KeyframeDepth(network), network.kind(), "fused" in config.data.depth.sources
 
     def run(records: list[Record]) -> list[CachedDepth]:

@@ -27,7 +27,6 @@ from spacedrive_jax.data.records_folder import (
     ShardMetadata,
     content_fingerprint,
     ends_sha256,
-    file_sha256,
     read_provenance,
     shard_file,
     write_dataset_info,
@@ -38,7 +37,7 @@ from spacedrive_jax.driving.driver import Driver, Plan, to_vehicle
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import PATH_POINTS, expert
 from spacedrive_jax.errors import DataError
-from spacedrive_jax.io import write_text
+from spacedrive_jax.io import file_sha256, write_text
 from spacedrive_jax.json_files import write_json
 from spacedrive_jax.world.scenario import Scenario, UnplayableError
 from spacedrive_jax.world.traffic import TIME_STEP

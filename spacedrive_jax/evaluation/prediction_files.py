@@ -21,7 +21,7 @@ from jaxtyping import Float
 from spacedrive_jax import exact
 from spacedrive_jax.errors import DataError
 from spacedrive_jax.evaluation.predictions import Predictions, is_unicode, sort_predictions
-from spacedrive_jax.io import is_bucket, local, place, read_text
+from spacedrive_jax.io import file_sha256, is_bucket, local, place, read_text
 from spacedrive_jax.json_files import MOST_JSON, parse_json, read_json, read_json_lines
 from spacedrive_jax.restricted_pickle import numpy_allowed, read_pickle
 
@@ -204,6 +204,11 @@ STATUSES = ("ok", "unparsed")
 
 Entry = tuple[str, str, "Float[np.ndarray, 'n 2'] | None"]
 """Token, text and waypoints; None where the text holds none."""
+
+
+def predictions_sha256(path: Path) -> str | None:
+    """SHA-256 of a prediction file, by which scores, reports and model cards know it; None for a folder."""
+    return file_sha256(path) if path.is_file() else None
 
 
 def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predictions:

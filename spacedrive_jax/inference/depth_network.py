@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from spacedrive_jax.bounds import SIDE, Bounds, check_bounds
+from spacedrive_jax.config import Config
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.data import lidar
 from spacedrive_jax.data.depth_cache import NetworkKind
@@ -28,9 +29,10 @@ from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.interop.depth_anything import MODEL_TYPE, load_depth_anything
 from spacedrive_jax.interop.torch_file import weight_file
 from spacedrive_jax.interop.unidepth import is_released, load_unidepth
-from spacedrive_jax.io import MEBIBYTE, require_regular
+from spacedrive_jax.io import MEBIBYTE, file_sha256
 from spacedrive_jax.json_files import convert, read_json
 from spacedrive_jax.models.config import ComputeConfig
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.unprojection import Pooling, pool_depth
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,26 @@ class DepthNetworkConfig:
         except SpaceDriveError as error:
             raise ConfigError(f"{file} does not describe a depth network: {error}") from error
 
+    @classmethod
+    def of(cls, weights: Path) -> DepthNetworkConfig:
+        """What a flag names: a JSON file (`from_file`), or weights, with the settings of this class.
+
+        Raises:
+            ConfigError: the JSON file does not describe a network.
+        """
+        return cls.from_file(weights) if weights.suffix == ".json" else cls(weights=str(weights))
+
+    def for_run(self, config: Config) -> DepthNetworkConfig:
+        """The same network, looking at images as a run does: its size, channel order, pooling and grid."""
+        data, vlm = config.data, config.model.vlm
+        return dataclasses.replace(
+            self,
+            image_size=data.image_size,
+            channel_order=data.channel_order,
+            pooling=data.depth.pooling,
+            grid=family_of(vlm).image_processor(vlm.vision, data.image_size).token_grid,
+        )
+
     def kind(self) -> NetworkKind:
         """Which network the weights are of."""
         file = Path(self.weights) / "config.json"
@@ -103,9 +125,7 @@ class DepthNetworkConfig:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "weights"}
         digest.update(json.dumps({"revision": REVISION, **settings}, sort_keys=True).encode())
         for file in sorted(files):
-            require_regular(file)
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(file_sha256(file)))
         return digest.hexdigest()
 
 

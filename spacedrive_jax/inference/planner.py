@@ -255,8 +255,7 @@ def write_export(
         save_file(dict(weights), str(unfinished / EXPORT_WEIGHTS))
         # safetensors makes files that only their owner may read; follow the umask, as the folder does.
         (unfinished / EXPORT_WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
-        with (unfinished / EXPORT_WEIGHTS).open("rb") as stream:
-            metadata["files"][EXPORT_WEIGHTS] = hashlib.file_digest(stream, "sha256").hexdigest()
+        metadata["files"][EXPORT_WEIGHTS] = io.file_sha256(unfinished / EXPORT_WEIGHTS)
         metadata["digest"] = json_files.json_digest(metadata)
         json_files.write_json(unfinished / EXPORT_METADATA, metadata, indent=2)
     return metadata
@@ -362,15 +361,11 @@ class _Metadata(msgspec.Struct):
 
 def _tokenizer_digest(config_json: str) -> str:
     """SHA-256 of the tokenizer's file, which makes the prompts that the program reads."""
-    file = tokenizer_file(from_json(config_json).data.tokenizer)
-    return hashlib.sha256(io.read_bytes(file)).hexdigest()
+    return io.file_sha256(tokenizer_file(from_json(config_json).data.tokenizer))
 
 
 def _checked(folder: Path, metadata: Mapping[str, Any], name: str, *, read: bool = True) -> bytes:
     path = io.inside(folder, name, f"{folder / EXPORT_METADATA}: file")
-    io.require_regular(path)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != metadata["files"].get(name):
+    if io.file_sha256(path) != metadata["files"].get(name):
         raise CheckpointError(f"{path} is not what was exported (its SHA-256 differs): export it again")
     return io.read_bytes(path) if read else b""

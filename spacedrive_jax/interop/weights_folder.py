@@ -26,15 +26,15 @@ import jax
 import msgspec
 import numpy as np
 
-from spacedrive_jax.config import Config, config_changes, from_json
-from spacedrive_jax.errors import CheckpointError, DataError, SpaceDriveError
+from spacedrive_jax.config import Config, config_changes, read_config
+from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.interop.hf_checkpoint import fill, from_hf
 from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.peft import load_adapter, open_adapter, read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder
 from spacedrive_jax.interop.spacedrive_tensors import head_rules, inside_vlm, new_row_rules
 from spacedrive_jax.interop.weight_table import ParameterPath, Rule, check_names_and_shapes
-from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
+from spacedrive_jax.io import MEBIBYTE, has_files, read_bytes
 from spacedrive_jax.json_files import write_json
 from spacedrive_jax.models.config import ComputeConfig, LoraConfig, NewTokensConfig
 from spacedrive_jax.models.partitioning import ShardingOf, axis_names
@@ -111,7 +111,7 @@ class WeightsMetadata:
             raise CheckpointError(
                 f"{file} has format {metadata.format}, this version reads {FORMAT}: import again"
             )
-        return dataclasses.replace(metadata, dtypes=tuple(metadata.dtypes))
+        return metadata
 
 
 class Fingerprint:
@@ -205,7 +205,7 @@ State = dict[ParameterPath, Any]
 
 def is_imported(folder: str | Path) -> bool:
     """Whether a weights folder came from a published SpaceDrive checkpoint."""
-    return (place(folder) / RUN_FILE).is_file() and (place(folder) / EXTRAS_FILE).is_file()
+    return has_files(folder, RUN_FILE, EXTRAS_FILE)
 
 
 def imported_config(folder: Path) -> Config:
@@ -215,9 +215,9 @@ def imported_config(folder: Path) -> Config:
         CheckpointError: the file is damaged or of another version.
     """
     try:
-        config = from_json(read_text(folder / RUN_FILE))
-    except (SpaceDriveError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN_FILE} is not readable ({error}): import again") from error
+        config = read_config(folder / RUN_FILE)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: import again") from error
     return pointed_at(config, folder)
 
 

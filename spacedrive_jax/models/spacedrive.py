@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spacedrive_jax.batch import DrivingBatch, TokenType
+from spacedrive_jax.bounds import require_kind
 from spacedrive_jax.constants import NUM_TARGET_POINTS, NUM_WAYPOINTS, STATUS_SIZE
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.config import NewTokensConfig
@@ -63,10 +64,7 @@ class SpaceDrive(nnx.Module):
         Raises:
             ConfigError: it is no model's config, or its vocabulary has no such ids.
         """
-        if not isinstance(config, ModelConfig):
-            raise ConfigError(
-                f"SpaceDrive takes a ModelConfig (a run's config.model), not {type(config).__name__}"
-            )
+        require_kind(config, ModelConfig, "SpaceDrive takes a ModelConfig (a run's config.model)")
         if not 0 <= indicator_id < config.vlm.decoder.vocab_size - 1:
             raise ConfigError(
                 f"indicator_id {indicator_id} and the position token's behind it are not in the vocabulary "
@@ -262,8 +260,7 @@ class SpaceDrive(nnx.Module):
 
 def _check_batch(batch: DrivingBatch) -> None:
     """Refuses what is no batch before arrays of other shapes are reshaped into something else."""
-    if not isinstance(batch, DrivingBatch):
-        raise ConfigError(f"SpaceDrive reads a DrivingBatch (fake_batch(config)), not {type(batch).__name__}")
+    require_kind(batch, DrivingBatch, "SpaceDrive reads a DrivingBatch (fake_batch(config))")
     shapes = {name: jnp.shape(getattr(batch, name)) for name in ("token_ids", "pixel_values", "patch_depth")}
     if len(shapes["token_ids"]) != 2:
         raise ConfigError(

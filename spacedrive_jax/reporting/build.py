@@ -7,7 +7,6 @@ with paired intervals, curves, and what differs.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from spacedrive_jax.data.records import Records, open_records
 from spacedrive_jax.data.records_folder import read_provenance
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.evaluation.evaluate import evaluate
-from spacedrive_jax.evaluation.prediction_files import TO_EGO, read_predictions
+from spacedrive_jax.evaluation.prediction_files import TO_EGO, predictions_sha256, read_predictions
 from spacedrive_jax.evaluation.predictions import Predictions
 from spacedrive_jax.evaluation.protocols import protocol_named
-from spacedrive_jax.io import is_bucket, place, read_bytes, write_text
+from spacedrive_jax.io import is_bucket, place, write_text
 from spacedrive_jax.reporting.cameras import depth_scale
 from spacedrive_jax.reporting.cases import SplitErrors, choose_cases, make_case, measure_split
 from spacedrive_jax.reporting.figures import LINE_COLORS, compared_curves, horizon_plot, training_curves
@@ -116,17 +115,12 @@ def _open_predictions(files: RunFiles, given: Path | None, notices: list[str]) -
     if given is None and not path.is_file():
         notices.append(f"There is no prediction file {path.name}: no predicted path is shown.")
         return None
-    digest = _digest(path)
+    digest = predictions_sha256(path)
     scored = [each for each in files.evaluations if digest and each.get("predictions_sha256") == digest]
     axes = {each["axes"] for each in scored if each.get("axes") in TO_EGO}
     if len(axes) > 1:
         notices.append(f"{path.name} was scored in several axes: it is shown as forward-left.")
     return read_predictions(path, axes.pop() if len(axes) == 1 else "forward-left")
-
-
-def _digest(path: Path) -> str | None:
-    """SHA-256 of a prediction file, by which `evaluate` names it; None for a folder."""
-    return hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
 
 
 def _check_match(
@@ -144,7 +138,7 @@ def _check_match(
             f"None of the {len(predictions.tokens)} predictions belongs to a keyframe with a whole future in "
             f"split {records.split} of {records.directory}."
         )
-    shown = None if predictions is None else _digest(predictions.path)
+    shown = None if predictions is None else predictions_sha256(predictions.path)
     for evaluation in files.evaluations:
         scored = evaluation.get("predictions_sha256")
         if predictions is not None and None not in (shown, scored) and scored != shown:

@@ -14,7 +14,6 @@ fingerprint, as with a run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spacedrive_jax.config import Config, from_json, to_json
+from spacedrive_jax.config import Config, read_config, to_json
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import DataConfig
-from spacedrive_jax.errors import CheckpointError, SpaceDriveError
+from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, new_folder, save_tensors
-from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text, write_part, write_text
+from spacedrive_jax.io import MEBIBYTE, file_sha256, has_files, write_part, write_text
 from spacedrive_jax.json_files import read_typed, write_json
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.partitioning import to_host
@@ -59,7 +58,7 @@ class TrainedMetadata:
 
 def is_trained_folder(folder: str | Path) -> bool:
     """Whether a folder is what `write_trained_folder` writes."""
-    return (place(folder) / TENSORS).is_file() and (place(folder) / METADATA).is_file()
+    return has_files(folder, TENSORS, METADATA)
 
 
 def write_trained_folder(
@@ -96,7 +95,7 @@ def write_trained_folder(
         metadata = TrainedMetadata(
             step=checkpoint["step"],
             dtype=dtype,
-            sha256=_digest(folder / TENSORS),
+            sha256=file_sha256(folder / TENSORS),
             base_fingerprint=checkpoint.get("base_fingerprint"),
             records_fingerprint=checkpoint.get("records_fingerprint"),
         )
@@ -116,11 +115,10 @@ def trained_config(folder: Path) -> Config:
     Raises:
         CheckpointError: it is damaged, or of another version.
     """
-    file = folder / "config.json"
     try:
-        config = from_json(read_text(file, most=16 * MEBIBYTE))
-    except SpaceDriveError as error:
-        raise CheckpointError(f"{file} does not hold a run's config: {error}") from error
+        config = read_config(folder / "config.json")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
 
 
@@ -150,7 +148,7 @@ def read_trained(folder: Path, trainable: nnx.State) -> nnx.State:
         CheckpointError: the file is not the one that was written, or does not fit the config.
     """
     file = folder / TENSORS
-    if _digest(file) != trained_metadata(folder).sha256:
+    if file_sha256(file) != trained_metadata(folder).sha256:
         raise CheckpointError(f"{file} is not the file that {METADATA} names: it is damaged, fetch it again")
     held = SafetensorsFolder(file)
     state = dict(nnx.to_flat_state(trainable))
@@ -175,7 +173,3 @@ def read_trained(folder: Path, trainable: nnx.State) -> nnx.State:
         )
         state[path] = variable.replace(array)
     return nnx.from_flat_state(list(state.items()))
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(read_bytes(file)).hexdigest()

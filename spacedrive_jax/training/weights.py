@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spacedrive_jax.batch import LENGTH_STEP
-from spacedrive_jax.config import Config, change, check_config, config_changes, from_json, to_plain
+from spacedrive_jax.config import Config, change, check_config, config_changes, read_config, to_plain
 from spacedrive_jax.console import note
 from spacedrive_jax.constants import NUM_CAMERAS
 from spacedrive_jax.errors import ConfigError
@@ -25,7 +25,7 @@ from spacedrive_jax.interop.hf_config import format_of, read_hf_config
 from spacedrive_jax.interop.peft import read_peft_config
 from spacedrive_jax.interop.safetensors_folder import SafetensorsFolder, check_folder
 from spacedrive_jax.interop.weights_folder import ADAPTER_FOLDER, NOT_COMPARED
-from spacedrive_jax.io import MEBIBYTE, is_bucket, local, place, read_text
+from spacedrive_jax.io import is_bucket, local, place
 from spacedrive_jax.models.config import LoraConfig, VLConfig
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training import checkpoints
@@ -73,7 +73,7 @@ def run_config(weights: str | Path) -> Config:
     if is_trained_folder(weights):
         return trained_config(on_disk(weights))
     run_dir, _ = checkpoints.locate(place(weights))
-    return from_json(read_text(run_dir / "config.json", most=16 * MEBIBYTE))
+    return read_config(run_dir / "config.json")
 
 
 def architecture(weights: str | Path) -> VLConfig:
@@ -137,7 +137,7 @@ def _begun_from(run_dir: Path) -> Path | None:
     file = run_dir / "config.json"
     if not file.is_file() or not checkpoints.steps_of(run_dir):
         return None
-    weights = from_json(read_text(file, most=16 * MEBIBYTE)).model.weights
+    weights = read_config(file).model.weights
     if weights is None or place(weights).parent.name != "checkpoints":
         return None
     return place(weights)

@@ -85,7 +85,7 @@ def test_what_was_changed_is_named(exported, tmp_path, capsys):
     with pytest.raises(SpaceDriveError, match="does not fit"):
         open_trained_model(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(SpaceDriveError, match=r"config\.json does not hold a run's config"):
+    with pytest.raises(SpaceDriveError, match=r"config\.json does not hold a config"):
         open_config(folder)
     assert export(exported, tmp_path / "again") == 1
     assert "such a folder already" in capsys.readouterr().err
