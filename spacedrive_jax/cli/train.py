@@ -151,7 +151,7 @@ class Train(Command):
         """Says what the run would be."""
         from spacedrive_jax.aot.search import device_memory, least_bytes
         from spacedrive_jax.evaluation.validation import Validation
-        from spacedrive_jax.training.train import describe, preflight
+        from spacedrive_jax.training.preflight import describe, preflight
 
         seen = preflight(
             config,

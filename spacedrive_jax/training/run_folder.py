@@ -324,6 +324,12 @@ def lack_of_room(run_dir: Path, checkpoint_bytes: int) -> str | None:
     )
 
 
+def nearest_folder(run_dir: Path) -> Path:
+    """A run's folder, or the nearest one above it that exists: whose disk the run will be on."""
+    folder = run_dir.resolve()
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
+
+
 def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrite: bool) -> str | None:
     """The same for all checkpoints that a run will keep at once, those that lie there already left out.
 
@@ -335,9 +341,7 @@ def lack_of_room_at_the_start(config: Config, checkpoint_bytes: int, *, overwrit
     run_dir, settings = config.directory, config.train
     if is_bucket(run_dir):
         return None
-    folder = run_dir.resolve()
-    there = next(each for each in (folder, *folder.parents) if each.is_dir())
-    free, held = shutil.disk_usage(there).free, 0 if overwrite else len(steps_of(run_dir))
+    free, held = shutil.disk_usage(nearest_folder(run_dir)).free, 0 if overwrite else len(steps_of(run_dir))
     if overwrite:
         files = [path for path in (run_dir / "checkpoints").rglob("*") if path.is_file()]
         free += sum(path.stat().st_size for path in files)

@@ -206,6 +206,19 @@ def check_replication(
         )
 
 
+def total_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree, abstract or real, over all devices; what is replicated counts once."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of one device's shards of all arrays in a tree, abstract (with shardings) or real."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Samples over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

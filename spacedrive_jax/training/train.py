@@ -1,13 +1,10 @@
-"""The training run, from top to bottom; behind it what `train --dry-run` looks at, and does nothing of."""
+"""The training run, from top to bottom."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +18,10 @@ from jax.sharding import Mesh
 
 from spacedrive_jax.config import Config, check_config, depth_advice, to_json
 from spacedrive_jax.console import progress
-from spacedrive_jax.data.loader import (
-    MixedSamples,
-    position,
-    records_sources,
-    seek,
-    training_iterator,
-    training_samples,
-)
-from spacedrive_jax.data.survey import Survey, check_lengths, problems_of, survey
+from spacedrive_jax.data.loader import position, records_sources, seek, training_iterator, training_samples
+from spacedrive_jax.data.survey import check_lengths
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.io import is_bucket, place
-from spacedrive_jax.models.families import family_of
+from spacedrive_jax.io import place
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
 from spacedrive_jax.training.hosts import PreemptionWatch, hosts_of_run, is_first_host
@@ -43,6 +32,7 @@ from spacedrive_jax.training.sharding import (
     make_mesh,
     place_everywhere,
     place_rows,
+    total_bytes,
 )
 from spacedrive_jax.training.state import check_start, count, frozen_state, init_train_state
 from spacedrive_jax.training.step import NonfiniteGuard, make_train_step
@@ -197,7 +187,7 @@ def _train(
 
     train_step = make_train_step(config, mesh)
     check_replication(nnx.merge_state(train_step.trainable, train_step.frozen), mesh)
-    checkpoint_bytes = _bytes((train_step.trainable, train_step.optimizer_state))
+    checkpoint_bytes = total_bytes((train_step.trainable, train_step.optimizer_state))
     if is_first_host():  # one disk, which hosts that look at other moments may find otherwise
         missing = run_folder.lack_of_room_at_the_start(config, checkpoint_bytes, overwrite=overwrite)
         if missing:
@@ -385,124 +375,3 @@ def _resolved(records: str) -> str:
     if len(sources) == 1:
         return str(place(records).resolve())
     return ",".join(f"{place(folder).resolve()}:{weight}" for folder, weight in sources)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-@dataclasses.dataclass(frozen=True)
-class Preflight:
-    """What a run would be."""
-
-    found: Survey
-    problems: tuple[str, ...]
-    """What would stop it, with the way out; empty where nothing would."""
-    trainable: int
-    frozen: int
-    state_bytes: int
-    """Weights, optimiser state and gradients of one device."""
-    checkpoint_bytes: int
-    free_bytes: int | None
-    """On the disk of the run folder; None where it is in a bucket."""
-    epochs: float
-
-
-def preflight(
-    config: Config,
-    *,
-    resume: bool = False,
-    step: int | None = None,
-    accept_changes: bool = False,
-    overwrite: bool = False,
-    validation: Callable[[Config, Mesh], object] | None = None,
-) -> Preflight:
-    """Looks at every keyframe, at the weights' shapes, the disk and the run folder; writes nothing.
-
-    Args:
-        config: the whole run.
-        resume: it goes on with the run that the folder holds.
-        step: it goes on from this checkpoint.
-        accept_changes: it goes on although the config differs from the run's.
-        overwrite: it replaces the run that the folder holds.
-        validation: makes what `train.validate_every` asks for; None leaves it unlooked at.
-
-    Raises:
-        SpaceDriveError: there are no records, weights, tokenizer or depth, or mesh and batch do not go
-            together: nothing further can be looked at.
-    """
-    settings, start = config.train, config
-    mesh = make_mesh(config.mesh)
-    check_batch_size(settings.batch_size, mesh, pieces=settings.grad_accum_steps)
-    run_folder.check(
-        config.directory, config, resume=resume, accept_changes=accept_changes, overwrite=overwrite
-    )
-    if step is not None:
-        checkpoints.later_than(config.directory, step)
-    if resume and checkpoints.steps_of(config.directory):
-        start = resumable(config)
-    check_start(start)
-    samples = training_samples(
-        config.data, config.model, settings.batch_size, advice=depth_advice(config), keep=False
-    )
-    found = survey(samples)
-    built = make_train_step(config, mesh)
-    changed = _bytes_per_device(built.trainable)
-    state = changed + _bytes_per_device(built.optimizer_state) + _bytes_per_device(built.frozen) + changed
-    saved = _bytes((built.trainable, built.optimizer_state))
-    folder = config.directory.resolve()
-    there = folder
-    if not is_bucket(folder):
-        there = next(each for each in (folder, *folder.parents) if each.is_dir())
-    builder = (samples.parts[0] if isinstance(samples, MixedSamples) else samples).builder
-    problems = problems_of(builder, found)
-    try:
-        check_trackers(config, log_in=False)
-        if validation is not None and settings.validate_every:
-            validation(config, mesh)
-    except SpaceDriveError as error:
-        problems.append(str(error))
-    if not is_bucket(there) and not os.access(there, os.W_OK | os.X_OK):
-        problems.append(f"{there} cannot be written to: mend its mode or owner, or give another --run-dir")
-    missing = run_folder.lack_of_room_at_the_start(config, saved, overwrite=overwrite)
-    if missing:
-        problems.append(missing)
-    return Preflight(
-        found=found,
-        problems=tuple(problems),
-        trainable=count(built.trainable),
-        frozen=count(built.frozen),
-        state_bytes=state,
-        checkpoint_bytes=saved,
-        free_bytes=None if is_bucket(there) else shutil.disk_usage(there).free,
-        epochs=settings.steps * settings.batch_size / max(len(samples), 1),
-    )
-
-
-def describe(config: Config, seen: Preflight) -> str:
-    """The plan in a few lines."""
-    data, train, found = config.data, config.train, seen.found
-    decoder = config.model.vlm.decoder
-    base = config.model.weights or "random numbers"
-    lines = [
-        f"{config.name}: {family_of(config.model.vlm).name}, {decoder.num_layers} layers of width "
-        f"{decoder.hidden_size}, from {base}",
-        f"  {seen.trainable:,} parameters train, {seen.frozen:,} are frozen",
-        f"  {found.keyframes:,} keyframes of {data.records}, {train.batch_size} a step, {train.steps:,} "
-        f"steps: {seen.epochs:.1f} epochs",
-        f"  needed: sequence_length {found.sequence_length} of {data.sequence_length}, max_targets "
-        f"{found.max_targets} of {data.max_targets}, max_coordinates {found.max_coordinates} of "
-        f"{data.max_coordinates}",
-        f"  memory: {seen.state_bytes / 1e9:.2f} GB a device for weights, optimiser and gradients, "
-        "activations on top",
-        f"  disk: checkpoints of {seen.checkpoint_bytes / 1e9:.2f} GB in {config.directory}"
-        + ("" if seen.free_bytes is None else f", {seen.free_bytes / 1e9:.0f} GB free"),
-    ]
-    return "\n".join(lines)
-
-
-def _bytes_per_device(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

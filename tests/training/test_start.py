@@ -22,14 +22,15 @@ from spacedrive_jax.data.records import open_records
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.evaluation.validation import Validation, train
 from spacedrive_jax.reporting.run_files import read_run
+from spacedrive_jax.training import preflight as preflight_module
 from spacedrive_jax.training import run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.checkpoints import Best, locate, steps_of
+from spacedrive_jax.training.preflight import describe, preflight
 from spacedrive_jax.training.run_folder import check
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state
 from spacedrive_jax.training.throughput import ProfileWindow
-from spacedrive_jax.training.train import describe, preflight
 from spacedrive_jax.training.weights import is_run
 from tests.record_factory import encode_png, make_record, write_records
 from tests.training.runs import TINY, make_records, tiny
