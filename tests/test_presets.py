@@ -28,7 +28,7 @@ def test_preset_is_whole(name):
     config = load_config(name)
     assert config.name == name
     assert from_json(to_json(config)) == config
-    check_choices(abstract_model(config), config.train)
+    check_choices(config.model, config.train)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("spacedrive_qwen_7b", 10.09), ("table_d_rank_64", 40.37)])

@@ -280,7 +280,8 @@ class ComputeConfig:
     """How a model computes; none of it changes what a checkpoint holds but `param_dtype`."""
 
     dtype: str = "float32"
-    """Activations and matrix products. Norms, softmax, rotary angles and logits are float32 always."""
+    """Activations and matrix products. Norms, softmax, rotary angles and logits are float32 always. `float16`
+    is for inference: training, which does not scale its loss, refuses it."""
     param_dtype: str = "float32"
     """Storage of the base weights. Adapters and new-token rows are float32 always."""
     init: Literal["fixed", "fan_in"] = "fixed"

@@ -20,6 +20,7 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.models.coordinate_decoder import VaeDecoder
 from spacedrive_jax.models.partitioning import constrain
 from spacedrive_jax.models.spacedrive import Outputs, SpaceDrive
+from spacedrive_jax.models.spacedrive_config import ModelConfig
 
 # Cross-entropy over a large vocabulary: only where there are labels, in chunks, the vocabulary sharded.
 
@@ -49,7 +50,7 @@ def label_cross_entropy(
 
     def entropy(hidden: Float[Array, "B m D"], ids: Int[Array, "B m"]) -> Float[Array, "B m"]:
         logits = constrain(logits_of(hidden), "batch", None, "vocab")
-        is_label = jnp.arange(logits.shape[-1]) == ids[..., None]
+        is_label = jnp.arange(logits.shape[-1])[None, None] == ids[..., None]
         label = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - label
 
@@ -104,7 +105,7 @@ def without_past_motion(batch: DrivingBatch, key: jax.Array, share: float) -> Dr
         share: of the samples, 0 to 1.
     """
     dropped = jax.random.bernoulli(key, share, (batch.size,))
-    status = jnp.where(dropped[:, None] & jnp.asarray(PAST_MOTION), 0.0, batch.ego_status)
+    status = jnp.where(dropped[:, None] & jnp.asarray(PAST_MOTION)[None], 0.0, batch.ego_status)
     past = jnp.where(dropped[:, None, None], 0.0, batch.past_positions)
     return dataclasses.replace(batch, ego_status=status, past_positions=past)
 
@@ -194,7 +195,7 @@ def losses(
     Raises:
         ConfigError: the config's decoder and losses do not fit each other.
     """
-    check_choices(model, config)
+    check_choices(model.config, config)
     counted = Counted.of(model, batch, config, pieces=1) if counted is None else counted
     waypoints, path = select(model, batch, config), select_path(batch)
     supervised = waypoints if path is None else waypoints.followed_by(path)
@@ -256,7 +257,7 @@ def cross_entropy(
     per_token = label_cross_entropy(model.vlm.decoder.logits, predicting, batch.target_ids)
     if indicator_weight != 1.0:
         per_token *= jnp.where(batch.target_ids == model.indicator_id, indicator_weight, 1.0)
-    return jnp.sum(per_token * batch.target_mask) / batch.size
+    return jnp.sum(per_token * batch.target_mask.astype(per_token.dtype)) / batch.size
 
 
 def select(model: SpaceDrive, batch: DrivingBatch, config: TrainConfig) -> Supervised:
@@ -313,13 +314,13 @@ def position_loss(
     return _mean(jnp.mean(per_axis, axis=-1), supervised.mask, count, weight)
 
 
-def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
+def check_choices(model: ModelConfig, config: TrainConfig) -> None:
     """Refuses a decoder and losses that cannot train each other.
 
     Raises:
         ConfigError: naming the two fields.
     """
-    decoder = model.config.decoder
+    decoder = model.decoder
     in_embedding = config.position_loss in EMBEDDING_LOSSES
     if decoder.is_grid and not in_embedding:
         raise ConfigError(
@@ -332,9 +333,9 @@ def check_choices(model: SpaceDrive, config: TrainConfig) -> None:
             f"train.position_loss {config.position_loss} would leave model.decoder.kind {decoder.kind} "
             "untrained: choose huber, l1 or l2, or a grid_* decoder"
         )
-    if model.config.path_points and config.supervision != "planning":
+    if model.path_points and config.supervision != "planning":
         raise ConfigError(
-            f"model.path_points {model.config.path_points} needs train.supervision planning, not "
+            f"model.path_points {model.path_points} needs train.supervision planning, not "
             f"{config.supervision}"
         )
     if decoder.whole_trajectory and (

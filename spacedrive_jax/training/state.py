@@ -26,6 +26,7 @@ from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
 from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.sharding import parameter_sharding
 from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained
 from spacedrive_jax.training.weights import (
@@ -157,9 +158,17 @@ def check_start(config: Config) -> None:
 
     Raises:
         ConfigError: naming the fields; no weights are named where a base is to stay frozen, a base is to
-            train that is stored in half precision, or an encoding has frequencies that are no numbers.
+            train that is stored in half precision, gradients would be float16, an encoding has frequencies
+            that are no numbers, or losses and coordinate decoder do not fit each other.
     """
     model = config.model
+    check_choices(model, config.train)
+    if model.compute.dtype == "float16":
+        raise ConfigError(
+            "model.compute.dtype float16 is for inference: gradients of activations underflow in it without "
+            "loss scaling, which is not done here. Train with --model.compute.dtype bfloat16 (or float32); a "
+            "frozen base may be stored as model.compute.param_dtype float16"
+        )
     if model.encoder.kind == "nerf" and model.encoder.base > MOST_OCTAVES:
         raise ConfigError(
             f"model.encoder.base {model.encoder.base:g} is in octaves for model.encoder.kind nerf, more than "

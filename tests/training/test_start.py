@@ -83,6 +83,21 @@ def test_a_dry_run_says_what_a_run_would_be(records, tmp_path, capsys):
     assert sorted(path.name for path in fresh.iterdir()) == before
     config = tiny(records, tmp_path / "run")
     assert "sequence_length" in describe(config, preflight(config))
+    # What the run would refuse only when its step is traced, and what it would refuse of its mesh.
+    grid = ["--model.decoder.kind", "grid_cosine"]
+    assert main([*arguments, "--dry-run", *grid]) == 1
+    assert "set train.position_loss to cosine or embedding_l2" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_dry_run_says_what_would_lie_whole_on_every_device(records, tmp_path, monkeypatch):
+    def whole(state, mesh):
+        raise ConfigError("12 of 13 parameters would lie whole on every device")
+
+    monkeypatch.setattr(preflight_module, "check_replication", whole)
+    assert preflight(tiny(records, tmp_path / "run")).problems == (
+        "12 of 13 parameters would lie whole on every device",
+    )
 
 
 def test_depth_is_asked_for_as_the_run_sees_it(records, tmp_path):

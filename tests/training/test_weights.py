@@ -89,6 +89,9 @@ def test_a_frozen_base_of_random_numbers_has_to_be_meant(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"use_lora False trains the base.*param_dtype float32"):
         check_start(change(published, "whole", {"model.use_lora": False}))
     check_start(change(published, "whole", {"model.use_lora": False, "model.compute.param_dtype": "float32"}))
+    # Nothing scales the loss: what underflows in float16 would be learnt as zero.
+    with pytest.raises(ConfigError, match=r"compute\.dtype float16 is for inference.*bfloat16"):
+        check_start(change(published, "half", {"model.random_base": True, "model.compute.dtype": "float16"}))
     arguments = ["train", "spacedrive_qwen_7b", "--run-dir", str(tmp_path / "run")]
     assert main(arguments) == 1
     assert "--model.random-base" in capsys.readouterr().err
