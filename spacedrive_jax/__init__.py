@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from spacedrive_jax.data.records import open_records
     from spacedrive_jax.errors import CheckpointError, ConfigError, DataError, SpaceDriveError
     from spacedrive_jax.evaluation.validation import train
-    from spacedrive_jax.inference.open_model import open_model, open_planner, plan
+    from spacedrive_jax.inference.open_model import open_model
+    from spacedrive_jax.inference.open_planner import open_planner, plan
     from spacedrive_jax.inference.planner import Plan
     from spacedrive_jax.models.spacedrive import SpaceDrive
     from spacedrive_jax.reporting.show import KeyframePlan, Planner
@@ -45,9 +46,9 @@ _WHERE = {
     "fake_batch": "training.step",
     "load_config": "config",
     "open_model": "inference.open_model",
-    "open_planner": "inference.open_model",
+    "open_planner": "inference.open_planner",
     "open_records": "data.records",
-    "plan": "inference.open_model",
+    "plan": "inference.open_planner",
     "read_frame": "data.frame",
     "train": "evaluation.validation",
     "with_weights": "training.weights",

@@ -13,9 +13,8 @@ import numpy as np
 
 from benchmarks.gpu.models import make_config, random_state
 from benchmarks.gpu.rows import memory_of, parser, tell
-from spacedrive_jax.aot.plan import bytes_per_chip
 from spacedrive_jax.config import Config
-from spacedrive_jax.training.sharding import make_mesh, place_batch, replicated
+from spacedrive_jax.training.sharding import bytes_per_device, make_mesh, place_batch, replicated
 from spacedrive_jax.training.step import fake_batch, make_train_step
 from spacedrive_jax.training.throughput import DEVICE_KINDS, train_step_flops
 
@@ -54,7 +53,7 @@ def measure(config: Config, steps: int) -> dict[str, float | int | None]:
     flops = train_step_flops(config)
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "parameters GB": bytes_per_chip((trainable, frozen)) / 1e9,
+        "parameters GB": bytes_per_device((trainable, frozen)) / 1e9,
         "step s": took,
         "tokens/s": config.train.batch_size * config.data.sequence_length / took,
         "MFU %": None if rate is None else 100 * flops.model / rate / took,

@@ -6,7 +6,6 @@ Before that, from shapes alone: what a step takes at least in each chip's memory
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any, Literal
@@ -22,10 +21,11 @@ from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.answers import expected_draft
-from spacedrive_jax.inference.generate import answering_step
+from spacedrive_jax.inference.generate import planning_step
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training.sharding import (
     batch_sharding,
+    bytes_per_device,
     check_batch_size,
     check_replication,
     make_mesh,
@@ -37,22 +37,14 @@ from spacedrive_jax.training.step import batch_spec, make_train_step
 from spacedrive_jax.training.throughput import Chip, StepFlops, Topology, plan_step_flops, train_step_flops
 
 
-def bytes_per_chip(tree: Any) -> int:
-    """Bytes of one chip's shards of all arrays in a tree, abstract or real."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf, "sharding")
-    )
-
-
 def residual_bytes(config: Config, mesh: Mesh) -> int:
     """The residual stream that the language model's scan keeps between its blocks for the backward pass."""
     decoder, length = config.model.vlm.decoder, config.data.sequence_length
     if length % mesh.shape["tensor"] == 0:
         length //= mesh.shape["tensor"]
     width = decoder.hidden_size * config.model.compute.activation_dtype.itemsize
-    return decoder.num_layers * _samples_per_chip(config, mesh) * length * width
+    samples = _samples_per_chip(config, mesh, config.train.grad_accum_steps)
+    return decoder.num_layers * samples * length * width
 
 
 def product_bytes(config: Config, mesh: Mesh) -> int:
@@ -75,12 +67,13 @@ def product_bytes(config: Config, mesh: Mesh) -> int:
     kept = length * width * compute.activation_dtype.itemsize
     if compute.remat in ("none", "dots") and compute.attention == "xla":
         kept += decoder.num_heads * length * length * compute.activation_dtype.itemsize
-    return decoder.num_layers * _samples_per_chip(config, mesh) * kept // mesh.shape["tensor"]
+    samples = _samples_per_chip(config, mesh, config.train.grad_accum_steps)
+    return decoder.num_layers * samples * kept // mesh.shape["tensor"]
 
 
 def cache_bytes(config: Config, mesh: Mesh) -> int:
     """Keys and values of the prompts in the planning step."""
-    decoder, samples = config.model.vlm.decoder, _samples_per_chip(config, mesh)
+    decoder, samples = config.model.vlm.decoder, _samples_per_chip(config, mesh, pieces=1)
     token = 2 * decoder.num_kv_heads * decoder.head_dim * config.model.compute.activation_dtype.itemsize
     return decoder.num_layers * samples * config.data.sequence_length * token // mesh.shape["tensor"]
 
@@ -104,14 +97,11 @@ def out_of_memory(message: str) -> tuple[int, str] | None:
     return int(float(count) * 1024 ** " KMGT".index(unit)), reason
 
 
-def _samples_per_chip(config: Config, mesh: Mesh) -> int:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-    return max(config.train.batch_size // ways, 1)
+def _samples_per_chip(config: Config, mesh: Mesh, pieces: int) -> int:
+    return max(config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * pieces), 1)
 
 
 StepKind = Literal["train", "plan"]
-LONGEST_ANSWER = 100
-"""Tokens an answer of the planning step may have, as `predict` has it."""
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 """Gather weights whole instead of in steps interleaved with their product, which compiles twice as long. The
 launch scripts set the same in LIBTPU_INIT_ARGS."""
@@ -209,7 +199,9 @@ def make_plan(config: Config, topology: Topology, *, step: StepKind = "train") -
     check_batch_size(config.train.batch_size, mesh, pieces=pieces)
     program = _training(config, mesh) if step == "train" else _planning(config, mesh)
     check_replication(nnx.merge_state(*program.parameters), mesh)
-    parameters, optimizer, batch = map(bytes_per_chip, (program.parameters, program.optimizer, program.batch))
+    parameters, optimizer, batch = map(
+        bytes_per_device, (program.parameters, program.optimizer, program.batch)
+    )
     least = parameters + optimizer + batch + program.kept_bytes
     chip = topology.chip
     measured = _measure(program, topology, least, mesh.size)
@@ -270,16 +262,15 @@ def _planning(config: Config, mesh: Mesh) -> _Program:
     graph, trainable, frozen = abstract_state(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
     draft = expected_draft(config, tokenizer)
-    frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
     batch = batch_spec(config, sharding=batch_sharding(mesh))
     return _Program(
-        answering_step(graph, mesh, tokenizer, LONGEST_ANSWER, frame=frame, opening=opening),
+        planning_step(graph, mesh, config, tokenizer),
         (trainable, frozen, batch),
         (trainable, frozen),
         (),
         batch,
         cache_bytes(config, mesh),
-        None if frame is None else plan_step_flops(config, len(frame)),
+        None if draft is None or draft.opening else plan_step_flops(config, len(draft.frame)),
     )
 
 

@@ -16,25 +16,21 @@ import re
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from spacedrive_jax.aot.hlo import Collective
-from spacedrive_jax.aot.plan import Plan, StepKind, bytes_per_chip, make_plan, product_bytes, residual_bytes
+from spacedrive_jax.aot.plan import Plan, StepKind, make_plan, product_bytes, residual_bytes
 from spacedrive_jax.config import Config, MeshConfig, change, to_json
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
-from spacedrive_jax.io import MEBIBYTE
-from spacedrive_jax.json_files import read_json, write_json
+from spacedrive_jax.json_files import MOST_JSON, read_typed, write_json
 from spacedrive_jax.models.config import RematPolicy
 from spacedrive_jax.models.partitioning import BATCH_AXES
-from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.sharding import bytes_per_device, make_mesh
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.throughput import CHIPS, Topology, train_step_flops
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_FIELDS = ("collectives", "dcn_collectives")
 POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "attention_mlp", "dots_no_batch", "dots", "none")
 """From the one that keeps least for the backward pass to the one that keeps most."""
 
@@ -199,11 +195,8 @@ def read_results(file: Path) -> dict[str, Plan]:
     if not file.exists():
         return {}
     try:
-        return {
-            key: Plan(**plan | {name: _collectives(plan.get(name, [])) for name in COLLECTIVE_FIELDS})
-            for key, plan in read_json(file, most=256 * MEBIBYTE).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_typed(file, dict[str, Plan], most=MOST_JSON)
+    except DataError as error:
         raise DataError(f"{file} does not hold plans of a search ({error}): choose another file") from error
 
 
@@ -249,10 +242,6 @@ def trial_line(trial: Trial) -> str:
         return f"{one_line(trial.plan)}: {trial.plan.reason}"
     source = "known" if trial.known else f"compiled in {trial.plan.compile_seconds:.0f} s"
     return f"{one_line(trial.plan)}  {source}"
-
-
-def _collectives(saved: list[dict[str, Any]]) -> tuple[Collective, ...]:
-    return tuple(Collective(**each) for each in saved)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -329,7 +318,7 @@ def least_bytes(config: Config) -> int:
     """What a training step takes at least on one device, by its shapes alone."""
     mesh = make_mesh(config.mesh)
     step = make_train_step(config, mesh)
-    state = bytes_per_chip((step.trainable, step.frozen, step.optimizer_state))
+    state = bytes_per_device((step.trainable, step.frozen, step.optimizer_state))
     return state + residual_bytes(config, mesh) + product_bytes(config, mesh)
 
 

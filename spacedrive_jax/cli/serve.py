@@ -143,7 +143,7 @@ class Serve(Command):
 
     def _export(self, folder: Path) -> Mapping[str, Any]:
         from spacedrive_jax.driving.model_policy import warm_up_record
-        from spacedrive_jax.inference.open_model import export_planner
+        from spacedrive_jax.inference.open_planner import export_planner
 
         if self.checkpoint is None:
             raise ConfigError("--export needs --checkpoint PATH")

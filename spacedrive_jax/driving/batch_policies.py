@@ -24,7 +24,7 @@ from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError, checked_
 from spacedrive_jax.driving.model_policy import check_depth, warm_up_record
 from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
-from spacedrive_jax.inference.open_model import open_planner
+from spacedrive_jax.inference.open_planner import open_planner
 from spacedrive_jax.inference.planner import BatchPlanner
 from spacedrive_jax.io import place
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD

@@ -34,7 +34,8 @@ from spacedrive_jax.evaluation.metrics import (
 )
 from spacedrive_jax.evaluation.protocols import OMNIDRIVE, StepRule
 from spacedrive_jax.inference.answers import prediction_line
-from spacedrive_jax.inference.open_model import name_inputs, planning_step
+from spacedrive_jax.inference.generate import planning_step
+from spacedrive_jax.inference.open_model import name_inputs
 from spacedrive_jax.inference.predict import largest_of_hosts
 from spacedrive_jax.models.partitioning import activations_on
 from spacedrive_jax.training import train as training
@@ -110,7 +111,7 @@ class Validation:
         self._builder = self._parts[0].asked.builder
         self._length = 0
         graph, _, _ = abstract_state(config, mesh)
-        self._plan = planning_step(graph, mesh, config, self._builder)
+        self._plan = planning_step(graph, mesh, config, self._builder.tokenizer)
 
         @functools.partial(jax.jit, out_shardings=replicated(mesh))
         def measure(trainable: nnx.State, frozen: nnx.State, batch: DrivingBatch) -> dict[str, jax.Array]:

@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from spacedrive_jax.batch import DrivingBatch
+from spacedrive_jax.config import Config
 from spacedrive_jax.data.tokenizer import DrivingTokenizer
 from spacedrive_jax.errors import ConfigError
-from spacedrive_jax.inference.answers import Generation
+from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
 from spacedrive_jax.inference.one_pass import continue_frame, run_frame
 from spacedrive_jax.inference.progress import (
     DecodeState,
@@ -78,6 +79,25 @@ def answering_step(
     """
     ids = (tokenizer.turn_end, tokenizer.indicator, tokenizer.position, tokenizer.padding)
     return _jitted(_Program(graph, mesh, ids, max_new_tokens, repetition_penalty, frame, opening, tokenizer))
+
+
+def planning_step(
+    graph: nnx.GraphDef, mesh: Mesh, config: Config, tokenizer: DrivingTokenizer
+) -> jax.stages.Wrapped:
+    """`answering_step` for a run's planning questions: its expected answer in one pass, else token by token.
+
+    Args:
+        graph: of the model.
+        mesh: where the arrays live.
+        config: of the run: what is expected of an answer, and how long one may be.
+        tokenizer: the run's.
+
+    Raises:
+        ConfigError: see `expected_draft`.
+    """
+    draft, limit = expected_draft(config, tokenizer), answer_limit(config)
+    frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
+    return answering_step(graph, mesh, tokenizer, limit, frame=frame, opening=opening)
 
 
 @functools.lru_cache(maxsize=4)

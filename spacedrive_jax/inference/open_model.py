@@ -1,39 +1,22 @@
-"""Opens what `--checkpoint` names, a training run or a published checkpoint that was imported.
-
-As a model, as a planner over it, as its planning step to be exported.
-"""
+"""Opens what `--checkpoint` names, a training run or a published checkpoint that was imported, as a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from spacedrive_jax.batch import DrivingBatch
-from spacedrive_jax.config import Config, from_json, to_json
+from spacedrive_jax.bounds import require_kind
+from spacedrive_jax.config import Config, read_config
 from spacedrive_jax.data.depth_cache import DepthCache
-from spacedrive_jax.data.schema import Record, own_record
 from spacedrive_jax.data.tokenizer import tokenizer_file
-from spacedrive_jax.data.transforms import SampleBuilder
-from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
-from spacedrive_jax.inference.answers import Generation, answer_limit, expected_draft
-from spacedrive_jax.inference.generate import answering_step
-from spacedrive_jax.inference.planner import (
-    BatchPlanner,
-    Plan,
-    doubled_sizes,
-    export_example,
-    longest_prompt,
-    write_export,
-)
+from spacedrive_jax.errors import CheckpointError, ConfigError
 from spacedrive_jax.interop.exporting import (
     Exportable,
     base_licence,
@@ -59,14 +42,13 @@ from spacedrive_jax.interop.weights_folder import (
     load,
     trained_rules,
 )
-from spacedrive_jax.io import MEBIBYTE, place, read_bytes, read_text
+from spacedrive_jax.io import file_sha256, place
 from spacedrive_jax.models.language_model import NewTokenParam
-from spacedrive_jax.models.partitioning import BATCH_AXES
 from spacedrive_jax.models.spacedrive import SpaceDrive
 from spacedrive_jax.models.vision_language import VisionLanguageModel
 from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training.fingerprints import base_fingerprint, check_trained_on
-from spacedrive_jax.training.sharding import mesh_here, place_batch
+from spacedrive_jax.training.sharding import mesh_here
 from spacedrive_jax.training.state import abstract_state, frozen_state, init_train_state
 from spacedrive_jax.training.step import make_train_step
 from spacedrive_jax.training.trained_folder import (
@@ -257,11 +239,11 @@ def check_trained(model: object, what: str) -> None:
     Raises:
         ConfigError: it is something else; the message says what.
     """
-    if not isinstance(model, TrainedModel):
-        raise ConfigError(
-            f"{what} takes what open_model(FOLDER) gives of a trained SpaceDrive, which has its config too, "
-            f"not {type(model).__name__}"
-        )
+    require_kind(
+        model,
+        TrainedModel,
+        f"{what} takes what open_model(FOLDER) gives of a trained SpaceDrive, which has its config too",
+    )
 
 
 def open_config(checkpoint: Path) -> Config:
@@ -297,11 +279,10 @@ def config_of_run(run_dir: Path) -> Config:
     Raises:
         CheckpointError: it is damaged.
     """
-    file = run_dir / "config.json"
     try:
-        return from_json(read_text(file, most=16 * MEBIBYTE))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} does not hold a run's config: {error}") from error
+        return read_config(run_dir / "config.json")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -317,7 +298,7 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
         parts += sorted(file for file in (checkpoint / ADAPTER_FOLDER).glob("*") if file.is_file())
         digest = hashlib.sha256()
         for file in parts:
-            digest.update(hashlib.sha256(read_bytes(file)).digest())
+            digest.update(bytes.fromhex(file_sha256(file)))
         return {
             "path": str(checkpoint.resolve()),
             "base_fingerprint": WeightsMetadata.read(checkpoint).fingerprint,
@@ -348,7 +329,7 @@ def name_inputs(config: Config, depth: DepthCache | None) -> dict[str, Any]:
         SpaceDriveError: the tokenizer cannot be read.
     """
     return {
-        "tokenizer": hashlib.sha256(read_bytes(tokenizer_file(config.data.tokenizer))).hexdigest(),
+        "tokenizer": file_sha256(tokenizer_file(config.data.tokenizer)),
         "depth": None if depth is None else depth.provenance["fingerprint"],
     }
 
@@ -422,119 +403,3 @@ def export_trained_folder(
     metadata = checkpoints.read_metadata(run_dir, step) | {"step": step}
     card = run_card(source, trained.config, "safetensors")
     return write_trained_folder(out, trained.config, trained.trainable, metadata, card, dtype)
-
-
-def plan(model: TrainedModel, record: Record) -> Plan:
-    """What a model plans at one keyframe; `planner_of` keeps a planner for many and several at a time.
-
-    Args:
-        model: from `open_model`.
-        record: the keyframe, of a records folder.
-
-    Raises:
-        SpaceDriveError: the record is not of the record's shapes and types, or lacks something that the
-            model needs.
-    """
-    check_trained(model, "plan")
-    if not isinstance(record, Mapping):
-        raise DataError(f"plan takes a record (open_records(FOLDER)[0]), not {type(record).__name__}")
-    record = own_record(record)
-    planner = planner_of(model, record, most=math.prod(model.mesh.shape[axis] for axis in BATCH_AXES))
-    return planner.plan([planner.sample(record)])[0]
-
-
-def open_planner(
-    checkpoint: Path, longest: Record, *, average: bool = False, most: int = 8, mesh: Mesh | None = None
-) -> BatchPlanner:
-    """Loads a checkpoint for planning.
-
-    Args:
-        checkpoint: see `open_trained_model`.
-        longest: a record whose prompt is as long as any will be, but for the command.
-        average: take the moving average of the weights.
-        most: largest batch.
-        mesh: devices of this host to plan on; None for the run's where it fits them, else all of them.
-
-    Raises:
-        SpaceDriveError: it cannot be opened, or `most` does not suit its mesh.
-    """
-    if mesh is None:
-        mesh = mesh_here(open_config(checkpoint).mesh, jax.local_devices())
-    return planner_of(open_trained_model(checkpoint, average=average, mesh=mesh), longest, most=most)
-
-
-def planner_of(trained: TrainedModel, longest: Record, *, most: int = 8) -> BatchPlanner:
-    """A planner over a model that is open already; arguments and errors as in `open_planner`."""
-    config = trained.config
-    builder = SampleBuilder(config.data, config.model, answer=False)
-    program = planning_step(trained.graph, trained.mesh, config, builder)
-
-    def answer(batch: DrivingBatch) -> Generation:
-        placed = place_batch(batch, trained.mesh)
-        return jax.device_get(program(trained.trainable, trained.frozen, placed))
-
-    sizes = batch_sizes(trained.mesh, most)
-    return BatchPlanner(config, builder, answer, sizes, longest_prompt(builder, longest))
-
-
-def planning_step(
-    graph: nnx.GraphDef, mesh: Mesh, config: Config, builder: SampleBuilder
-) -> jax.stages.Wrapped:
-    """The jitted planning step of a run (`answering_step`)."""
-    draft, limit = expected_draft(config, builder.tokenizer), answer_limit(config)
-    frame, opening = (None, 0) if draft is None else (draft.frame, draft.opening)
-
-    return answering_step(graph, mesh, builder.tokenizer, limit, frame=frame, opening=opening)
-
-
-def batch_sizes(mesh: Mesh, most: int) -> list[int]:
-    """Batch sizes up to `most`, each twice the one before, from as few as the mesh divides a batch over.
-
-    Raises:
-        ConfigError: `most` is less than that.
-    """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if most < ways:
-        raise ConfigError(f"the largest batch {most} is less than the {ways} devices that share a batch")
-    return doubled_sizes(ways, most)
-
-
-def export_planner(
-    checkpoint: Path, folder: Path, example: Record, *, average: bool = False, most: int = 8
-) -> dict[str, Any]:
-    """Writes a checkpoint's planning step as StableHLO (see `spacedrive_jax.inference.planner`).
-
-    Args:
-        checkpoint: see `open_trained_model`.
-        folder: to write; must not exist.
-        example: a record with everything a sample needs, its prompt as long as any will be.
-        average: export the moving average of the weights.
-        most: largest batch, where sizes must be fixed.
-
-    Raises:
-        SpaceDriveError: the checkpoint cannot be opened, or lies on several devices; the folder exists.
-    """
-    trained = open_trained_model(checkpoint, average=average)
-    if trained.mesh.size > 1:
-        raise ConfigError(
-            f"an export runs on one device, the model lies on {trained.mesh.size}: export where there is one "
-            "(JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES=0)"
-        )
-    config = trained.config
-    builder = SampleBuilder(config.data, config.model, answer=False)
-    program = planning_step(trained.graph, trained.mesh, config, builder)
-    leaves, tree = jax.tree.flatten((trained.trainable, trained.frozen))
-    names = [f"{number:05d}" for number in range(len(leaves))]
-
-    def step(weights: dict[str, jax.Array], batch: DrivingBatch) -> Generation:
-        trainable, frozen = jax.tree.unflatten(tree, [weights[name] for name in names])
-        return program(trainable, frozen, batch)
-
-    return write_export(
-        folder,
-        to_json(config),
-        dict(zip(names, leaves, strict=True)),
-        step,
-        export_example(builder, example),
-        most=most,
-    )

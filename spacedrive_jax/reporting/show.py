@@ -30,7 +30,8 @@ from spacedrive_jax.data.schema import Record, own_record
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving.model_policy import DepthNetwork, check_depth, open_depth_network
 from spacedrive_jax.errors import ConfigError, DataError
-from spacedrive_jax.inference.open_model import TrainedModel, check_trained, open_trained_model, planner_of
+from spacedrive_jax.inference.open_model import TrainedModel, check_trained, open_trained_model
+from spacedrive_jax.inference.open_planner import planner_of
 from spacedrive_jax.inference.planner import BatchPlanner, Plan, longest_prompt
 from spacedrive_jax.io import local, place
 from spacedrive_jax.models.partitioning import BATCH_AXES

@@ -47,7 +47,8 @@ from spacedrive_jax.evaluation.evaluate import evaluate, obstacles_of
 from spacedrive_jax.evaluation.prediction_files import read_predictions
 from spacedrive_jax.evaluation.protocols import PolygonRule, protocol_named
 from spacedrive_jax.folders import output_lock
-from spacedrive_jax.inference.open_model import name_checkpoint, open_trained_model, planner_of
+from spacedrive_jax.inference.open_model import name_checkpoint, open_trained_model
+from spacedrive_jax.inference.open_planner import planner_of
 from spacedrive_jax.inference.predict import answer_counterfactual, predict
 from spacedrive_jax.io import write_bytes
 from spacedrive_jax.json_files import read_json, read_json_lines, write_json

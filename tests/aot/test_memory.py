@@ -3,8 +3,13 @@ import dataclasses
 import jax
 import pytest
 
-from spacedrive_jax.aot.plan import make_plan, out_of_memory
-from spacedrive_jax.config import load_config
+from spacedrive_jax.aot.plan import _planning, make_plan, out_of_memory
+from spacedrive_jax.config import change, load_config
+from spacedrive_jax.data.tokenizer import load_tokenizer
+from spacedrive_jax.inference.generate import planning_step
+from spacedrive_jax.models.families import family_of
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.throughput import Chip, Topology
 from tests.conftest import ROOT
 
@@ -33,6 +38,19 @@ def test_what_cannot_fit_is_not_compiled():
     assert plan.compile_seconds == 0
     assert "of a small's 0.0 GB by its shapes; not compiled" in plan.reason
     assert plan.peak_bytes > small.hbm_bytes
+
+
+def test_the_planning_step_is_the_one_that_predict_runs():
+    """With its longest answer: a path has more tokens than the published limit."""
+    config = change(TINY, "path", {"model.path_points": 20, "train.grad_accum_steps": 2})
+    mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
+    tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
+    program = _planning(config, mesh)
+    assert program.run is planning_step(abstract_state(config, mesh)[0], mesh, config, tokenizer)
+    # Pieces of a training step do not cut a batch of prompts.
+    decoder, train = config.model.vlm.decoder, config.train
+    token = 2 * decoder.num_kv_heads * decoder.head_dim * 4
+    assert program.kept_bytes == decoder.num_layers * train.batch_size * config.data.sequence_length * token
 
 
 @pytest.mark.parametrize(

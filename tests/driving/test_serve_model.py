@@ -17,6 +17,7 @@ from spacedrive_jax.config import to_json
 from spacedrive_jax.data.depth_sources import DepthConfig
 from spacedrive_jax.data.lidar import apply
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.driving import model_policy
 from spacedrive_jax.driving.client import PolicyClient
@@ -25,9 +26,12 @@ from spacedrive_jax.driving.protocol import act_message
 from spacedrive_jax.errors import CheckpointError, ConfigError, SpaceDriveError
 from spacedrive_jax.inference.answers import Generation
 from spacedrive_jax.inference.depth_network import camera_alignments
-from spacedrive_jax.inference.open_model import export_planner, open_config, open_planner, planning_step
+from spacedrive_jax.inference.generate import planning_step
+from spacedrive_jax.inference.open_model import open_config
+from spacedrive_jax.inference.open_planner import export_planner, open_planner
 from spacedrive_jax.inference.planner import BatchPlanner, longest_prompt, open_exported, write_export
 from spacedrive_jax.inference.predict import predict
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import abstract_state
 from spacedrive_jax.training.step import batch_spec
@@ -96,8 +100,8 @@ def test_a_model_that_is_opened_again_compiles_nothing_anew(tmp_path):
     mesh = make_mesh(config.mesh)
     for _ in range(2):
         graph, _, _ = abstract_state(config, mesh)
-        builder = SampleBuilder(config.data, config.model, answer=False)
-        steps.append(planning_step(graph, mesh, config, builder))
+        tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
+        steps.append(planning_step(graph, mesh, config, tokenizer))
     assert steps[0] is steps[1]
 
 
