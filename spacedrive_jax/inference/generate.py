@@ -208,9 +208,9 @@ def generate(
 
 def _ends_in(progress: DecodeState, ids: Int[Array, " K"]) -> Bool[Array, " B"]:
     """Whose answer's last tokens are these, none of them discarded."""
-    indices = progress.count[:, None] - len(ids) + jnp.arange(len(ids))
+    indices = progress.count[:, None] - len(ids) + jnp.arange(len(ids))[None]
     at = jnp.maximum(indices, 0)
-    same = jnp.take_along_axis(progress.token_ids, at, axis=1) == ids
+    same = jnp.take_along_axis(progress.token_ids, at, axis=1) == ids[None]
     discarded = jnp.take_along_axis(progress.is_position, at, axis=1)
     return jnp.all(same & ~discarded & (indices >= 0), axis=1)
 
@@ -233,7 +233,7 @@ def _step(
     # Out of range where finished: dropped.
     indices = jnp.where(active, progress.count, progress.token_ids.shape[1])[:, None]
     decoded = active & discarded
-    count = progress.count + active
+    count = progress.count + active.astype(jnp.int32)
     ended = (chosen == tokenizer.turn_end) | (count >= max_new_tokens)
     finished = progress.finished | (active & ~discarded & ended)
 

@@ -136,8 +136,8 @@ def _agreed(
         repetition_penalty: as in `generate`.
     """
     length = len(frame)
-    expected = jnp.asarray(frame, jnp.int32)
-    discarded = np.asarray(frame) == tokenizer.position
+    expected = jnp.asarray(frame, jnp.int32)[None]
+    discarded = np.asarray(frame)[None] == tokenizer.position
     position_indices = np.flatnonzero(discarded)
     scores = model.vlm.decoder.logits(hidden)
     chosen, margin = _choose(scores, before.seen, repetition_penalty)
@@ -150,20 +150,21 @@ def _agreed(
     count = jnp.where(agrees, length, jnp.where(tied, 0, first)).astype(jnp.int32)
     count = jnp.where(drafted, count, 0)
 
-    kept = jnp.arange(length) < count[:, None]
+    places = jnp.arange(length)[None]
+    kept = places < count[:, None]
     coordinates = jnp.zeros((*hidden.shape[:2], coordinates_per_token(model), 3), jnp.float32)
     coordinates = coordinates.at[:, position_indices].set(
         token_coordinates(model, hidden[:, position_indices])
     )
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
-    indices = jnp.where(kept, before.count[:, None] + jnp.arange(length), before.token_ids.shape[1])
+    indices = jnp.where(kept, before.count[:, None] + places, before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
     here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return DecodeState(
         cache=dataclasses.replace(before.cache, lengths=before.cache.lengths + count),
         hidden=jnp.where(drafted[:, None], here, before.hidden),
-        after_indicator=jnp.where(drafted, jnp.asarray(discarded)[last], before.after_indicator),
+        after_indicator=jnp.where(drafted, jnp.asarray(discarded)[0, last], before.after_indicator),
         finished=before.finished | (drafted & agrees),
         count=before.count + count,
         token_ids=scatter_rows(before.token_ids, indices, chosen),
@@ -182,7 +183,8 @@ def _choose(
 
     def best(scores: Float[Array, "... vocabulary"]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
         ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        others = jnp.where(jnp.arange(scores.shape[-1]) == ids[..., None], -jnp.inf, scores)
+        vocabulary = jax.lax.broadcast_to_rank(jnp.arange(scores.shape[-1]), scores.ndim)
+        others = jnp.where(vocabulary == ids[..., None], -jnp.inf, scores)
         return ids, jnp.max(scores, axis=-1) - jnp.max(others, axis=-1)
 
     if seen is None:
@@ -255,7 +257,7 @@ def _run_pieces(
             encoded = position_embedding(model, before).astype(embeddings.dtype)
             encoded = jnp.where(encoded_first, encoded, embeddings[:, 0])
             embeddings = embeddings.at[:, 0].set(encoded)
-        position_ids = cache.lengths[:, None] + batch.rope_delta[:, None] + jnp.arange(width)
+        position_ids = (cache.lengths + batch.rope_delta)[:, None] + jnp.arange(width)[None]
         hidden, grown = model.vlm.decoder(
             embeddings,
             jnp.broadcast_to(position_ids, (3, *position_ids.shape)),
@@ -290,7 +292,7 @@ def _run_with_prompt(
         `room` tokens behind the longest prompt.
     """
     width = len(piece)
-    behind = batch.lengths[:, None] + jnp.arange(width)
+    behind = batch.lengths[:, None] + jnp.arange(width)[None]
     text = model.vlm.embed(jnp.broadcast_to(jnp.asarray(piece, jnp.int32), (batch.size, width)))
     embeddings, deepstack = model.decoder_inputs(batch)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, width), (0, 0)))
@@ -298,9 +300,10 @@ def _run_with_prompt(
         deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, width), (0, 0)))
     position_ids = jnp.pad(batch.position_ids, ((0, 0), (0, 0), (0, width)))
     counted = jnp.broadcast_to((behind + batch.rope_delta[:, None])[:, None], (batch.size, 3, width))
+    counted = counted.astype(position_ids.dtype)
     position_ids = jax.vmap(lambda row, at, new: row.at[:, at].set(new))(position_ids, behind, counted)
     embeddings = scatter_rows(embeddings, behind, text)
     lengths = batch.lengths + width
     hidden, cache = prefill(model, position_ids, lengths, embeddings, deepstack, room - width)
-    indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)
+    indices = batch.lengths[:, None] - 1 + jnp.arange(width + 1)[None]
     return jnp.take_along_axis(hidden, indices[..., None], axis=1), cache

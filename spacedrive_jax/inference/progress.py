@@ -136,7 +136,7 @@ def coordinate_indices(
         lengths: of the answers.
         indicator: the indicator's id.
     """
-    indices = jnp.arange(token_ids.shape[1])
+    indices = jnp.arange(token_ids.shape[1])[None]
     is_indicator = (token_ids == indicator) & (indices < lengths[:, None])
     ends_with_one = jnp.take_along_axis(is_indicator, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
     before = jnp.concatenate([ends_with_one, is_indicator[:, :-1]], axis=1)
@@ -156,7 +156,8 @@ def position_embedding(model: SpaceDrive, at_indicator: Float[Array, "... D"]) -
     if model.config.decoder.is_grid:
         return at_indicator
     first = token_coordinates(model, model.without_semantics(at_indicator))[..., 0, :]
-    return model.embed_coordinates(first * jnp.array([1.0, 1.0, 0.0]))
+    plane = jax.lax.broadcast_to_rank(jnp.array([1.0, 1.0, 0.0]), first.ndim)
+    return model.embed_coordinates(first * plane)
 
 
 def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: float) -> Seen:
@@ -164,7 +165,7 @@ def prompt_ids_seen(model: SpaceDrive, batch: DrivingBatch, repetition_penalty: 
     if repetition_penalty == 1.0:
         return None
     nothing = jnp.zeros((batch.size, model.config.vlm.decoder.vocab_size), bool)
-    valid = jnp.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]
+    valid = jnp.arange(batch.token_ids.shape[1])[None] < batch.lengths[:, None]
     return mark_seen(nothing, batch.token_ids, valid)
 
 

@@ -287,7 +287,7 @@ def splash_attention(
         # A query sees the keys of its segment. All queries are of the valid one, so that none sees nothing.
         segments = splash.SegmentIds(
             q=jnp.zeros((rows, q_padded), jnp.int32),
-            kv=(jnp.arange(padded) >= valid[:, None]).astype(jnp.int32),
+            kv=(jnp.arange(padded)[None] >= valid[:, None]).astype(jnp.int32),
         )
         out = jax.vmap(kernel)(*operands, segments)
     return jnp.swapaxes(out, 1, 2)[:, :length]
@@ -338,7 +338,7 @@ class KVCache:
         self, layer: Int[Array, ""], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
     ) -> KVCache:
         """Puts one layer's new keys and values behind each sample's tokens; lengths stay as they are."""
-        slots = self.lengths[:, None] + jnp.arange(keys.shape[1])
+        slots = self.lengths[:, None] + jnp.arange(keys.shape[1])[None]
         at = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], axis=-1)
 
         def put(memory: Array, new: Array) -> Array:
@@ -348,8 +348,8 @@ class KVCache:
 
     def attention_mask(self, new_tokens: int) -> Bool[Array, "B 1 S capacity"]:
         """Which slots each of `new_tokens` coming tokens may see: its own and all before it."""
-        last_visible = self.lengths[:, None] + jnp.arange(new_tokens)
-        return (jnp.arange(self.capacity) <= last_visible[..., None])[:, None]
+        last_visible = self.lengths[:, None] + jnp.arange(new_tokens)[None]
+        return (jnp.arange(self.capacity)[None, None] <= last_visible[..., None])[:, None]
 
     def grown(self, new_tokens: Int[Array, " B"] | int) -> KVCache:
         """The cache with `new_tokens` more tokens counted in each sample."""

@@ -62,7 +62,7 @@ def similarities(
         return jnp.matmul(_unit(hidden), _unit(table).T, precision=highest)
     squared = (
         jnp.sum(jnp.square(hidden), axis=-1, keepdims=True)
-        + jnp.sum(jnp.square(table), axis=-1)
+        + jax.lax.broadcast_to_rank(jnp.sum(jnp.square(table), axis=-1), hidden.ndim)
         - 2 * jnp.matmul(hidden, table.T, precision=highest)
     )
     return -jnp.sqrt(jnp.maximum(squared, 0.0))

@@ -59,7 +59,8 @@ def rotate_features(
     for axis, dims in enumerate(axis_dims(features.shape[-1])):
         half = dims // 2
         part = features[..., start : start + dims].astype(jnp.float32)
-        angles = points[..., axis : axis + 1].astype(jnp.float32) * frequencies[:half]
+        along = points[..., axis : axis + 1].astype(jnp.float32)
+        angles = along * jax.lax.broadcast_to_rank(frequencies[:half], along.ndim)
         first, second = part[..., :half], part[..., half : 2 * half]
         cosine, sine = jnp.cos(angles), jnp.sin(angles)
         parts += [first * cosine - second * sine, second * cosine + first * sine, part[..., 2 * half :]]
@@ -109,7 +110,8 @@ def encode(
         Layout x | y | z, each interleaved sin, cos, cut or zero-padded to D; float32 (angles lose meaning
         in bfloat16).
     """
-    angles = points.astype(jnp.float32)[..., None] * jnp.asarray(axis_frequencies, jnp.float32)
+    frequencies = jnp.asarray(axis_frequencies, jnp.float32)
+    angles = points.astype(jnp.float32)[..., None] * jax.lax.broadcast_to_rank(frequencies, points.ndim + 1)
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # (..., 3, F, 2)
     encoding = waves.reshape(*points.shape[:-1], -1)[..., :model_width]
     missing = model_width - encoding.shape[-1]
@@ -297,7 +299,8 @@ def closeness_along_route(
     """
     points = points[..., None, :2].astype(jnp.float32)
     nodes = target_points[..., :2].astype(jnp.float32)
-    offsets = STRIP * (jnp.arange(strips) - (strips - 1) / 2)
+    offsets = STRIP * (jnp.arange(strips, dtype=jnp.float32) - (strips - 1) / 2)
+    offsets = jax.lax.broadcast_to_rank(offsets, points.ndim)
     starts = jnp.concatenate([jnp.zeros_like(nodes[..., :1, :]), nodes[..., :-1, :]], axis=-2)
     legs = nodes - starts
     length = jnp.linalg.norm(legs, axis=-1)
@@ -312,7 +315,7 @@ def closeness_along_route(
     aside = direction[..., None, :, 0] * relative[..., 1] - direction[..., None, :, 1] * relative[..., 0]
     foot = jnp.clip(along, 0.0, jnp.where(last, jnp.inf, length)[..., None, :])
     apart = jnp.hypot((along - foot)[..., None], aside[..., None] - offsets)
-    weight = jnp.clip(1.0 - apart / STRIP, 0.0, 1.0) * there[..., None, :, None]
+    weight = jnp.clip(1.0 - apart / STRIP, 0.0, 1.0) * there[..., None, :, None].astype(jnp.float32)
     distance = (begin[..., None, :] + foot)[..., None]
     near = [jnp.max(weight * jnp.exp(-distance / reach), axis=(-3, -2)) for reach in REACHES]
     return jnp.concatenate(near, axis=-1)
@@ -357,7 +360,7 @@ class EgoStatusEncoder(nnx.Module):
         """
         status = status.astype(jnp.float32)
         if self.units:
-            status = status / jnp.asarray(status_units())
+            status = status / jax.lax.broadcast_to_rank(status_units(), status.ndim)
         if self.reads_target_points:
             assert target_points is not None
             flat = target_points[..., :2].reshape(*target_points.shape[:-2], -1) / TARGET_POINT_UNIT

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Num, UInt8
@@ -247,7 +248,7 @@ def _resize_rows(
     total: Any = 1 << (_WEIGHT_BITS - 1)
     for place, weight in zip(places.T, weights.T, strict=True):
         rows = jnp.take(images, jnp.asarray(place), axis=1).astype(jnp.int32)
-        total = total + rows * jnp.asarray(weight)[:, None, None]
+        total = total + rows * jnp.asarray(weight)[None, :, None, None]
     return jnp.clip(total >> _WEIGHT_BITS, 0, 255).astype(jnp.uint8)
 
 
@@ -325,7 +326,8 @@ def normalise(
     """
     per_channel = patches.shape[-1] // 3
     means, deviations = (
-        jnp.asarray(np.repeat(np.asarray(each, np.float32), per_channel)) for each in (mean, std)
+        jax.lax.broadcast_to_rank(np.repeat(np.asarray(each, np.float32), per_channel), patches.ndim)
+        for each in (mean, std)
     )
     return (patches.astype(jnp.float32) / 255.0 - means) / deviations
 

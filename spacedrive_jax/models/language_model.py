@@ -208,7 +208,7 @@ class LanguageModel(nnx.Module):
             return embeddings
         assert self.new_embedding is not None
         for row in range(self.new_tokens.count):
-            own = self.new_embedding[...][row].astype(embeddings.dtype)
+            own = self.new_embedding[...][row][None, None].astype(embeddings.dtype)
             embeddings = jnp.where((token_ids == self.new_tokens.first_id + row)[..., None], own, embeddings)
         return embeddings
 
@@ -351,6 +351,7 @@ class LanguageModel(nnx.Module):
         new = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), self.new_head[...])
         # By comparison: to update a slice of them, devices that share the vocabulary would gather all of it.
         ids = jnp.arange(self.config.vocab_size) - self.new_tokens.first_id
+        ids = jax.lax.broadcast_to_rank(ids, logits.ndim)
         for row in range(self.new_tokens.count):
             logits = jnp.where(ids == row, new[..., row, None], logits)
         return logits

@@ -135,7 +135,7 @@ def parameter(
 
 def layer_scaled(x: Float[Array, "*B D"], scale: nnx.Param | None) -> Float[Array, "*B D"]:
     """A branch times its learnt gains (LayerScale, Touvron et al. 2021), where a block has them."""
-    return x if scale is None else x * scale[...].astype(x.dtype)
+    return x if scale is None else x * jax.lax.broadcast_to_rank(scale[...].astype(x.dtype), x.ndim)
 
 
 class RMSNorm(nnx.Module):
@@ -153,7 +153,8 @@ class RMSNorm(nnx.Module):
         """Scales each vector to unit root mean square, then by the learnt gains; keeps the dtype."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = jax.lax.broadcast_to_rank(self.scale[...].astype(jnp.float32), x.ndim)
+        return (normed * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -174,7 +175,11 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        scale, bias = (
+            jax.lax.broadcast_to_rank(each[...].astype(jnp.float32), x.ndim)
+            for each in (self.scale, self.bias)
+        )
+        return (normed * scale + bias).astype(x.dtype)
 
 
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
@@ -269,7 +274,7 @@ class Projection(nnx.Module):
         """Maps the last axes of `x` from the input shape to the output shape, in the compute dtype."""
         y = self._product(x.astype(self.dtype))
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + jax.lax.broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
         if self.adapter is not None:
             y = (y.astype(jnp.float32) + self.adapter(x, dropout_key)).astype(self.dtype)
         return y
@@ -283,7 +288,8 @@ class Projection(nnx.Module):
         if kind_of(levels) == "int4":  # a scale for every block of inputs: the product needs the weights
             return contract(x, dequantize(levels, scale, self.dtype), self.in_axes)
         y = contract(x, levels.astype(self.dtype), self.in_axes)
-        return (y.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
+        steps = jax.lax.broadcast_to_rank(scale.astype(jnp.float32), y.ndim)
+        return (y.astype(jnp.float32) * steps).astype(self.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -70,7 +71,7 @@ def decoder_rotary(
     """
     axis_of_frequency, frequencies = axes, inverse_frequencies(len(axes), theta)
     per_frequency = jnp.moveaxis(position_ids.astype(jnp.float32)[axis_of_frequency], 0, -1)
-    angles = per_frequency * frequencies
+    angles = per_frequency * frequencies[None, None]
     return RotaryTables(jnp.cos(angles), jnp.sin(angles))
 
 
@@ -98,7 +99,8 @@ def vision_rotary(
 def rotate(heads: Float[Array, "... S K H"], tables: RotaryTables) -> Float[Array, "... S K H"]:
     """Turns every head by its token's angles, in float32, and returns the dtype that came in."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    cos, sin = tables.cos[..., None, :], tables.sin[..., None, :]
+    # A tower's tables are of one image, the language model's of every sample.
+    cos, sin = (jax.lax.broadcast_to_rank(each[..., None, :], heads.ndim) for each in tables)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(heads.dtype)
 

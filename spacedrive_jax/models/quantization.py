@@ -100,8 +100,9 @@ def quantize(
     xp: Any = np if isinstance(kernel, np.ndarray) else jnp
     wide, scale = kernel.astype(np.float32), scales(kernel, kind, in_axes)
     step = xp.where(scale == 0, 1, scale).astype(np.float32)
+    step = xp.expand_dims(step, tuple(range(in_axes)) if kind == "int8" else in_axes)
     if kind == "int4":
-        wide, step = _blocks(wide, in_axes), xp.expand_dims(step, in_axes)
+        wide = _blocks(wide, in_axes)
     # The scale was rounded: the largest weight may lie up to a quarter of a step beyond the last integer.
     levels = xp.clip(xp.rint(wide / step), -_LARGEST[kind], _LARGEST[kind]).astype(np.int8)
     if kind == "int8":
@@ -123,9 +124,10 @@ def dequantize(
         dtype: of the result; float32 holds every product exactly.
     """
     steps = scale.astype(np.float32)
-    if kind_of(levels) == "int8":
-        return (levels.astype(np.float32) * steps).astype(dtype)
     xp: Any = np if isinstance(levels, np.ndarray) else jnp
+    if kind_of(levels) == "int8":
+        steps = xp.expand_dims(steps, tuple(range(levels.ndim - steps.ndim)))
+        return (levels.astype(np.float32) * steps).astype(dtype)
     # The axis that was cut; a block has at least two bytes.
     (axis,) = (axis for axis in range(levels.ndim) if scale.shape[axis] != levels.shape[axis])
     blocked = _split(levels, axis, scale.shape[axis])

@@ -160,14 +160,16 @@ class SpaceDrive(nnx.Module):
         if not self.config.semantic_position:
             return at_indicators
         # As published: the row of the frozen table, not the trained one.
-        return at_indicators - self.vlm.decoder.embedding[...][self.position_id]
+        row = self.vlm.decoder.embedding[...][self.position_id]
+        return at_indicators - jax.lax.broadcast_to_rank(row, at_indicators.ndim)
 
     def embed_coordinates(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
         """What position input feeds at a coordinate's position token."""
         encoded = self.encoder(points)
         if not self.config.semantic_position:
             return encoded
-        return encoded + self.vlm.embed(jnp.asarray([[self.position_id]]))[0, 0].astype(encoded.dtype)
+        row = self.vlm.embed(jnp.asarray([[self.position_id]]))[0, 0].astype(encoded.dtype)
+        return encoded + jax.lax.broadcast_to_rank(row, encoded.ndim)
 
     def decoder_inputs(
         self, batch: DrivingBatch

@@ -126,7 +126,7 @@ def unproject(
         Points in the ego frame, metres, float32: inverse(ego_to_image) @ (u*d, v*d, d, 1).
     """
     depth = patch_depth.astype(jnp.float32)[..., None]
-    rays = centres * jnp.maximum(depth, MIN_DEPTH)
+    rays = jax.lax.broadcast_to_rank(centres, depth.ndim) * jnp.maximum(depth, MIN_DEPTH)
     homogeneous = jnp.concatenate([rays, depth, jnp.ones_like(depth)], axis=-1)
     image_to_ego = jnp.linalg.inv(ego_to_image.astype(jnp.float32))
     return jnp.einsum("...ij,...hwj->...hwi", image_to_ego, homogeneous, precision=jax.lax.Precision.HIGHEST)[

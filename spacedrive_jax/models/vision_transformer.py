@@ -225,7 +225,7 @@ class VisionTransformer(nnx.Module):
             first = self.class_embedding[...].astype(hidden.dtype)
             first = jnp.broadcast_to(first, (hidden.shape[0], 1, self.config.hidden_size))
             hidden = jnp.concatenate([first, hidden], axis=1)
-        hidden = hidden + positions.astype(hidden.dtype)
+        hidden = hidden + positions[None].astype(hidden.dtype)
         if self.first_norm is not None:
             hidden = self.first_norm(hidden)
         hidden = self.run_blocks(hidden)

@@ -10,19 +10,53 @@ from flax import nnx
 from spacedrive_jax.batch import stack
 from spacedrive_jax.config import from_json, to_json
 from spacedrive_jax.data.records import open_records
+from spacedrive_jax.data.tokenizer import load_tokenizer
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.inference.answers import expected_frame
-from spacedrive_jax.inference.generate import generate
+from spacedrive_jax.inference.generate import answering_step, generate, planning_step
 from spacedrive_jax.inference.open_model import open_trained_model
+from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.families.qwen3_vl import Qwen3VLConfig
+from spacedrive_jax.training.losses import losses
+from spacedrive_jax.training.sharding import make_mesh
+from spacedrive_jax.training.state import abstract_state
+from spacedrive_jax.training.step import batch_spec, make_train_step
 from spacedrive_jax.training.train import train
 from tests.training.family_runs import NAMES, family_run
-from tests.training.runs import losses_of, make_records, trained_values
+from tests.training.runs import losses_of, make_records, tiny, trained_values
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     return make_records(tmp_path_factory.mktemp("data") / "records")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *NAMES])
+def test_ranks_and_types_are_not_promoted_silently(name, records, tmp_path):
+    """What `jax_numpy_rank_promotion=raise` refuses and, in float32, `jax_numpy_dtype_promotion=strict`.
+
+    Of the latter without the optimiser: optax's Adam promotes types itself.
+    """
+    config = (
+        tiny(records, tmp_path) if name == "qwen2_5_vl" else family_run(name, records, tmp_path, lora=True)
+    )
+    mesh, batch, number = make_mesh(config.mesh), batch_spec(config), jax.ShapeDtypeStruct((), np.int32)
+    graph, trainable, frozen = abstract_state(config, mesh)
+    tokenizer = load_tokenizer(config.data.tokenizer, family_of(config.model.vlm).chat)
+
+    def loss(trainable, frozen, batch):
+        return losses(nnx.merge(graph, trainable, frozen), batch, config.train, jax.random.key(0)).total
+
+    with jax.numpy_rank_promotion("raise"):
+        step = make_train_step(config, mesh)
+        jax.eval_shape(step.run, step.trainable, step.optimizer_state, step.frozen, batch, number)
+        with jax.numpy_dtype_promotion("strict"):
+            jax.eval_shape(jax.grad(loss), trainable, frozen, batch)
+            for program in (
+                planning_step(graph, mesh, config, tokenizer),
+                answering_step(graph, mesh, tokenizer, 20, repetition_penalty=1.1),
+            ):
+                jax.eval_shape(program, trainable, frozen, batch)
 
 
 @pytest.fixture(scope="module", params=NAMES)

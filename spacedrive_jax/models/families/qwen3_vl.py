@@ -233,7 +233,8 @@ class Qwen3Vision(nnx.Module):
         check_patches(pixel_values, grid, config)
         rotary = vision_rotary(layout.rows, layout.columns, config.head_dim)
         hidden = self.patch_embedding(constrain(pixel_values, "images", None, None))
-        hidden = constrain(hidden + self._positions(layout.rows, layout.columns, grid), "images", None, None)
+        positions = self._positions(layout.rows, layout.columns, grid)
+        hidden = constrain(hidden + positions[None], "images", None, None)
 
         count = len(config.deepstack_blocks)
         # A block's output is kept in its own row; one that nobody asks for in the row behind them, so that
