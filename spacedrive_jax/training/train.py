@@ -251,6 +251,11 @@ def _train(
     if validate is not None and missed and (at_end or start % settings.validate_every == 0):
         made_up = validate(trainable, frozen)
 
+    if profile is not None and not start <= profile.start < settings.steps and is_first_host():
+        log.warning(
+            "nothing is traced: the profile begins behind step %d, and this run goes from step %d to %d",
+            *(profile.start, start, settings.steps),
+        )
     # The first step shows that data, weights, program and memory are there. Only then is anything written.
     first = None
     profiler = Profiler(profile, on_disk(run_dir) / PROFILE)

@@ -354,10 +354,15 @@ def test_validations_of_other_keyframes_or_settings_do_not_compare(records, tmp_
     assert digest(**{"train.best_by": "loss", "train.huber_delta": 3.0}) != by_loss
 
 
-def test_a_profile_ends_with_the_run_and_goes_with_one_that_cannot_start(records, tmp_path, monkeypatch):
+def test_a_profile_ends_with_the_run_and_goes_with_one_that_cannot_start(
+    records, tmp_path, monkeypatch, caplog
+):
     run_dir = tmp_path / "run"
     train(tiny(records, run_dir, steps=2), profile=ProfileWindow(1, 50))
     assert list((run_dir / "profile").rglob("*.xplane.pb"))
+    assert "nothing is traced" not in caplog.text
+    train(tiny(records, run_dir, steps=2), resume=True, profile=ProfileWindow(1, 50))
+    assert "nothing is traced: the profile begins behind step 1" in caplog.text
 
     def fails(*_):
         raise SpaceDriveError("the first step fails")
