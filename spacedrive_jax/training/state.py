@@ -55,7 +55,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         progress = jnp.clip(step / config.steps, 0.0, 1.0)
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         decayed = config.final_fraction + (1.0 - config.final_fraction) * cosine
-        warm = jnp.clip(step / max(config.warmup_steps, 1), 0.0, 1.0)
+        warm = jnp.clip(step / config.warmup_steps, 0.0, 1.0) if config.warmup_steps else 1.0
         return config.learning_rate * decayed * (config.warmup_start + (1.0 - config.warmup_start) * warm)
 
     return schedule
@@ -81,7 +81,7 @@ def make_optimizer(config: TrainConfig, trainable: Any) -> optax.GradientTransfo
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.beta1, config.beta2),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.multi_transform(
+        optax.partition(
             {"vlm": optax.scale(config.vlm_lr_mult), "heads": optax.scale(config.head_lr_mult)}, groups
         ),
         optax.scale_by_learning_rate(learning_rate(config)),
@@ -90,7 +90,7 @@ def make_optimizer(config: TrainConfig, trainable: Any) -> optax.GradientTransfo
 
 
 class MovingAverageState(NamedTuple):
-    """The average of the trainables, float32, same tree."""
+    """The average of the trainables: their tree, types and shardings."""
 
     average: Any
 
@@ -108,13 +108,8 @@ def moving_average(decay: float) -> optax.GradientTransformation:
         return MovingAverageState(jax.tree.map(jnp.array, trainable))
 
     def update(updates: Any, state: MovingAverageState, trainable: Any) -> tuple[Any, MovingAverageState]:
-        average = jax.tree.map(
-            lambda mean, old, change: decay * mean + (1.0 - decay) * (old + change),
-            state.average,
-            trainable,
-            updates,
-        )
-        return updates, MovingAverageState(average)
+        updated = optax.apply_updates(trainable, updates)
+        return updates, MovingAverageState(optax.incremental_update(updated, state.average, 1.0 - decay))
 
     return optax.GradientTransformation(start, update)
 

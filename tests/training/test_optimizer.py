@@ -48,6 +48,13 @@ def published_rate(step):
     return 5e-2 * cosine * (1 / 3 + 2 / 3 * min(step / CONFIG.warmup_steps, 1.0))
 
 
+def test_without_warm_up_the_first_step_has_the_whole_rate():
+    config = dataclasses.replace(CONFIG, warmup_steps=0)
+    for step in (0, 1, 8):
+        expected = published_rate(step) / (1 / 3 + 2 / 3 * min(step / 3, 1.0))
+        np.testing.assert_allclose(learning_rate(config)(step), expected, rtol=1e-6)
+
+
 def by_definition(values, gradients):
     """AdamW (Loshchilov and Hutter 2019) in float64, one step per item of `gradients`."""
     values = {path: value.astype(np.float64) for path, value in values.items()}
