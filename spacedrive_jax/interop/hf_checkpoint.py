@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spacedrive_jax import exact
 from spacedrive_jax.console import progress
 from spacedrive_jax.errors import CheckpointError
 from spacedrive_jax.interop.hf_config import (
@@ -56,9 +57,9 @@ EMBEDDING: ParameterPath = ("decoder", "embedding")
 class MergedParameters(Mapping[ParameterPath, np.ndarray]):
     """Base parameters with what was trained beside them folded in, worked out one at a time when read.
 
-    A projection becomes kernel + scaling * A B (Hu et al. 2021), in float32 and then in the kernel's type;
-    the tables' rows of new tokens become the trained ones. A tied head whose new rows differ from the
-    embedding's is untied: see `config`.
+    A projection becomes kernel + scaling * A B (Hu et al. 2021), rounded once, to the kernel's type, and the
+    same bits on every processor; the tables' rows of new tokens become the trained ones. A tied head whose
+    new rows differ from the embedding's is untied: see `config`.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
@@ -109,8 +110,9 @@ class MergedParameters(Mapping[ParameterPath, np.ndarray]):
         rank = self._lora.rank
         merged = np.empty_like(kernel)
         for layer in range(len(kernel)):
-            update = a[layer].reshape(-1, rank) @ b[layer].reshape(rank, -1) * self._lora.scaling
-            merged[layer] = kernel[layer].astype(np.float32) + update.reshape(kernel.shape[1:])
+            product = exact.product(a[layer].reshape(-1, rank), b[layer].reshape(rank, -1))
+            update = product.reshape(kernel.shape[1:]) * self._lora.scaling
+            merged[layer] = kernel[layer].astype(np.float64) + update
         return merged
 
     def _host(self, path: ParameterPath) -> np.ndarray:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import spacedrive_jax.cli.main
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import open_vlm
-from spacedrive_jax.interop.hf_checkpoint import from_hf, to_hf
+from spacedrive_jax.interop.hf_checkpoint import MergedParameters, from_hf, to_hf
 from spacedrive_jax.interop.hf_config import format_of
 from spacedrive_jax.interop.importing import ImportOptions, import_hf, import_peft
 from spacedrive_jax.interop.peft import load_adapter, read_peft_config, save_adapter
@@ -189,6 +189,22 @@ def test_trained_rows_are_merged_and_untie_a_tied_head(tmp_path):
     to_hf(model, tmp_path / "base")
     plain = np.asarray(from_hf(tmp_path / "base").logits(ids))
     assert np.abs(plain - expected).max() > 1e-2
+
+
+def test_merged_adapters_do_not_depend_on_the_order_of_their_sums():
+    """Which BLAS chooses by the processor; the ranks of an adapter can be put in any order."""
+    model = random_module(
+        lambda: QwenVL(tiny_config(), compute=ComputeConfig(), rngs=nnx.Rngs(0), lora=LoraConfig(rank=16))
+    )
+    path = ("decoder", "layers", "attention", "q", "kernel")
+    merged = MergedParameters(model)[path]
+    adapter = model.decoder.layers.attention.q.adapter
+    order = np.random.default_rng(0).permutation(16)
+    adapter.a[...], adapter.b[...] = adapter.a[...][..., order], adapter.b[...][:, order]
+    np.testing.assert_array_equal(MergedParameters(model)[path], merged)
+    kernel = np.asarray(model.decoder.layers.attention.q.kernel[...], np.float64)
+    a, b = (np.asarray(each[...], np.float64) for each in (adapter.a, adapter.b))
+    np.testing.assert_allclose(merged, kernel + np.einsum("ldr,lrhc->ldhc", a, b), atol=1e-6)
 
 
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(checkpoint, tmp_path, capsys):
