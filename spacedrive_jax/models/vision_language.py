@@ -370,10 +370,11 @@ def _on_host(
         )
     batch, length = token_ids.shape
     valid = np.full(batch, length) if lengths is None else np.asarray(lengths)
-    if valid.shape != (batch,) or (valid < 1).any() or (valid > length).any():
+    whole = valid.dtype.kind in "iu" and valid.shape == (batch,)
+    if not whole or (valid < 1).any() or (valid > length).any():
         found = valid.tolist() if valid.ndim == 1 else f"of shape {valid.shape} (attention_mask.sum(-1)?)"
-        raise ConfigError(f"prompt lengths {found} must be {batch} numbers in 1..{length}")
-    for row, count in zip(token_ids, valid.astype(int), strict=True):
+        raise ConfigError(f"prompt lengths {found} must be {batch} whole numbers in 1..{length}")
+    for row, count in zip(token_ids, valid, strict=True):
         # As transformers' processors pad for generation; one place alone could be a token of the text.
         front, behind = row[: length - count], row[count:]
         if len(front) > 1 and (front == front[0]).all() and not (behind == behind[0]).all():

@@ -84,6 +84,7 @@ def test_bad_requests_are_refused(tiny_model, prompts):
     left = np.concatenate([np.zeros((2, 3), np.int64), token_ids[:, 8:]], axis=1)
     for wrong, said in (
         ({"token_ids": left, "lengths": np.array([6, 6])}, "read right-padded"),
+        ({"token_ids": left, "lengths": [6.0, 5.5]}, r"lengths \[6\.0, 5\.5\] must be 2 whole numbers"),
         ({"token_ids": left, "lengths": np.ones((2, 9))}, r"lengths of shape \(2, 9\) \(attention_mask"),
         ({"token_ids": [[1, 2], [3]]}, "token_ids are no one array"),
         ({"token_ids": left, "pad_id": None}, "pad_id holds None"),

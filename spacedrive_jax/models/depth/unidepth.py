@@ -192,7 +192,7 @@ class UniDepthConfig:
         "width": SIDE,
         "heads": SIDE,
         "expansion": SIDE,
-        "units": Bound(0, 1024),
+        "units": Bound(1, 1024),
         "head_hidden": SIDE,
         "ratio_bounds": POSITIVE,
         "pixel_bounds": Bound(1, 1e9),
