@@ -12,15 +12,12 @@ import math
 import re
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"} | {
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "opt-barrier",
-    "async-done",
-    "copy-done",
-}
+_FREE = frozenset(
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+        *("after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-done", "copy-done"),
+    )
+)
 """Instructions that move nothing themselves."""
 _TYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")

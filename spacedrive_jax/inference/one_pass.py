@@ -43,10 +43,9 @@ from spacedrive_jax.inference.progress import (
 from spacedrive_jax.models.attention import KVCache
 from spacedrive_jax.models.spacedrive import SpaceDrive
 
-TIE_MARGIN = {"float32": 1e-3}
-TIE_MARGIN_HALF = 0.5
-"""Where the best two scores are closer than this, rounding could let one pass and token by token differ
-(they sum in another order), so the place counts as not explained by the frame."""
+TIE_MARGIN = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.5}
+"""By `compute.dtype`. Where the best two scores are closer, rounding could let one pass and token by token
+differ (they sum in another order), so the place counts as not explained by the frame."""
 
 
 def run_frame(
@@ -142,7 +141,7 @@ def _agreed(
     scores = model.vlm.decoder.logits(hidden)
     chosen, margin = _choose(scores, before.seen, repetition_penalty)
 
-    is_tie = margin < TIE_MARGIN.get(model.config.compute.dtype, TIE_MARGIN_HALF)
+    is_tie = margin < TIE_MARGIN[model.config.compute.dtype]
     differs = is_tie | ((chosen != expected) & ~discarded)
     agrees = ~jnp.any(differs, axis=1)
     first = jnp.argmax(differs, axis=1)

@@ -257,12 +257,10 @@ class PreemptionWatch:
     def __init__(self) -> None:
         self._noticed = threading.Event()
         self._previous: dict[int, object] = {}
-        self._watches = False
 
     def __enter__(self) -> PreemptionWatch:
         # With several hosts jax's own notifier listens, and all hosts agree on the step to stop at.
-        self._watches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._watches:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = {
                 number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)
             }

@@ -60,7 +60,10 @@ CHIPS = {
         Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
     )
 }
-DEVICE_KINDS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12} | {
+DEVICE_KINDS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
@@ -376,7 +379,7 @@ class Throughput:
       (`data.cache_in_memory`) or worker processes make the samples;
     * goodput: time in steps over the time since the run was started; the first window, which compiles, does
       not count as steps, nor does waiting for data;
-    * mfu: model FLOPs of a step (`scaling.flops`) over step_seconds, devices and peak rate; only where the
+    * mfu: model FLOPs of a step (`train_step_flops`) over step_seconds, devices and peak rate; only where the
       device's rate is known.
     """
 

@@ -170,7 +170,7 @@ class Trackers:
             ConfigError: one of them cannot be used.
         """
         self._run_dir = run_dir
-        names = list(dict.fromkeys(config.train.trackers)) if is_first_host() else []
+        names = config.train.trackers if is_first_host() else ()
         self._trackers: list[Tracker] = []
         try:
             for name in names:
