@@ -16,11 +16,10 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap, drive_log
 from spacedrive_jax.driving.driver import Controller, Driver, Plan, PlanError, to_global
 from spacedrive_jax.driving.infractions import (
-    COMPLETE_METRES,
-    COMPLETE_SHARE,
     DEVIATION,
     STANDING,
     STEPS_BLOCKED,
+    is_complete,
     waits_at_red,
     went_wrong,
 )
@@ -234,9 +233,7 @@ def _ending(
     """Why the drive is over now; empty while it is not."""
     state = world.state
     s, start = float(state.traffic.s[0]), float(world.states[first].traffic.s[0])
-    length = goal - start
-    near = goal - s < min(COMPLETE_METRES, max((1 - COMPLETE_SHARE) * length, 0.25))
-    if near:
+    if is_complete(goal - s, goal - start):
         return "goal"
     vehicle = state.vehicle
     assert vehicle is not None

@@ -27,6 +27,8 @@ OUTSIDE = LANE_WIDTH / 2 + 0.5
 """Metres from the nearest lane's centre line beyond which the vehicle's centre is outside."""
 COMPLETE_SHARE, COMPLETE_METRES = 0.99, 10.0
 """A route is complete from this share of it on, and nearer than this to its end."""
+AT_THE_END = 0.25
+"""Metres before its end from which on the shortest routes are complete too."""
 DEVIATION = 30.0
 """Metres from the route at which a drive ends."""
 BLOCKED_S = 20.0
@@ -171,12 +173,15 @@ def outside_metres(log: DriveLog, lanes: LaneMap) -> float:
 
 def completion(log: DriveLog) -> float:
     """Percent of the route."""
-    length = log.goal - log.start
-    driven = float(log.progress[-1]) - log.start
-    share = min(max(driven / max(length, 1e-6), 0.0), 1.0)
-    if share >= COMPLETE_SHARE and log.goal - float(log.progress[-1]) < COMPLETE_METRES:
+    length, farthest = log.goal - log.start, float(log.progress[-1])
+    if is_complete(log.goal - farthest, length):
         return 100.0
-    return 100.0 * share
+    return 100.0 * min(max((farthest - log.start) / max(length, 1e-6), 0.0), 1.0)
+
+
+def is_complete(left: float, length: float) -> bool:
+    """Whether a route of some length is driven to its end when so much of it is left, metres."""
+    return left < min(COMPLETE_METRES, max((1 - COMPLETE_SHARE) * length, AT_THE_END))
 
 
 def waits_at_red(scenario: Scenario, s: float, time: float) -> bool:
@@ -198,18 +203,20 @@ def waits_at_red(scenario: Scenario, s: float, time: float) -> bool:
 def speed_percentages(log: DriveLog) -> list[float]:
     """The ego vehicle's mean speed in percent of its traffic's, over each twentieth of the route.
 
-    Stretches in which no vehicle moved nearby, and those that were not reached, give none.
+    Stretches in which no vehicle moved nearby, and those whose end was not reached, give none.
     """
     vehicles = np.array([category.startswith("vehicle.") for category in log.categories])
     vehicles[0] = False
     vehicles[len(log.scenario.cast.movers) :] = False
     near = exact.norm(log.poses[..., :2] - log.poses[:, :1, :2]) < TRAFFIC_RANGE
     counted = near & vehicles
-    marks = log.start + (log.goal - log.start) * np.arange(CHECKPOINTS + 1) / CHECKPOINTS
+    length, farthest = log.goal - log.start, float(log.progress[-1])
+    complete = is_complete(log.goal - farthest, length)
+    marks = log.start + length * np.arange(CHECKPOINTS + 1) / CHECKPOINTS
     percentages = []
     for low, high in itertools.pairwise(marks.tolist()):
         inside = (log.progress >= low) & (log.progress < high)
-        reached = float(log.progress[-1]) >= high - COMPLETE_METRES
+        reached = complete or farthest >= high
         if not inside.any() or not reached or not counted[inside].any():
             continue
         background = float(np.mean(log.speeds[inside][counted[inside]]))

@@ -62,12 +62,11 @@ def drive_record(
         listed, status = ENDINGS[ending]
         if listed is not None:
             found[listed].append(status.removeprefix("Failed - "))
-    else:
-        offences = [name for name, texts in found.items() if texts and name != "min_speed_infractions"]
-        status = "Completed" if offences else "Perfect"
+    infractions = sum(map(len, found.values()))
+    if ending not in ENDINGS:
+        status = "Completed" if infractions else "Perfect"
     name = f"RouteScenario_{number}_rep0"
-    result = RouteResult(str(number), kind, name, status, share, 0.0, found)
-    composed = result.recomputed_score()
+    penalty = RouteResult(str(number), kind, name, status, share, 0.0, found).penalty()
     pdm = pdm_score(log, lanes, expert_metres)
     seconds = float(log.time[-1] - log.time[0])
     length = log.goal - log.start
@@ -79,14 +78,12 @@ def drive_record(
         "save_name": f"{name}_{town}_{kind}",
         "town_name": town,
         "status": status,
-        "num_infractions": sum(
-            len(texts) for kind_, texts in found.items() if kind_ != "min_speed_infractions"
-        ),
+        "num_infractions": infractions,
         "infractions": found,
         "scores": {
             "score_route": round(share, 6),
-            "score_penalty": round(composed / share, 6) if share else 1.0,
-            "score_composed": round(max(composed, 0.0), 6),
+            "score_penalty": round(penalty, 6),
+            "score_composed": round(max(share * penalty, 0.0), 6),
         },
         "meta": {"route_length": length, "duration_game": seconds, "duration_system": seconds},
         "pdm": {**dataclasses.asdict(pdm), "pdms": pdm.pdms, "epdms": pdm.epdms},

@@ -142,21 +142,28 @@ class RouteResult:
             found.append(float(match.group(1)))
         return found
 
+    def penalty(self) -> float:
+        """The factor on the completion that follows from the infractions, 0..1.
+
+        Raises:
+            DataError: an `outside_route_lanes` message holds no percentage.
+        """
+        penalties = (each for kind, each in PENALTIES.items() for _ in self.infractions.get(kind, ()))
+        factor = math.prod(penalties, start=1.0)
+        for message in self.infractions.get("outside_route_lanes", ()):
+            match = _PERCENT.search(message)
+            if match is None:
+                raise DataError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
+            factor *= 1 - float(match.group(1)) / 100
+        return factor
+
     def recomputed_score(self) -> float:
         """The score that follows from completion and infractions.
 
         Raises:
             DataError: an `outside_route_lanes` message holds no percentage.
         """
-        factor = math.prod(
-            penalty for kind, penalty in PENALTIES.items() for _ in self.infractions.get(kind, ())
-        )
-        for message in self.infractions.get("outside_route_lanes", ()):
-            match = _PERCENT.search(message)
-            if match is None:
-                raise DataError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
-            factor *= 1 - float(match.group(1)) / 100
-        return self.completion * factor
+        return self.completion * self.penalty()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from spacedrive_jax.data.images import decode_photo
 from spacedrive_jax.driving.drive import RESULTS, VIEWS, interval, read_summary
 from spacedrive_jax.driving.results import read_drive, read_records, read_trace
 from spacedrive_jax.errors import DataError
+from spacedrive_jax.evaluation.bench2drive import read_results
 from spacedrive_jax.io import write_text
 from spacedrive_jax.reporting.cameras import STRIP_ORDER, TILE_SIZE, labelled
 from spacedrive_jax.reporting.figures import AGENTS, DRIVABLE, GRID, INK, MUTED, PREDICTION, TRUTH
@@ -80,7 +81,8 @@ class DrivesPage:
     kinds: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]
     """Per kind, run to its scores."""
     films: Sequence[FilmRow]
-    imperfect: int
+    unsuccessful: int
+    """Drives that did not end at their goal, or not without an offence."""
     scatter: str
     """An SVG of all runs, open against closed loop."""
 
@@ -110,13 +112,13 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
         )
         for kind in kinds
     ]
-    films, imperfect = _films(folder)
+    films, unsuccessful = _films(folder)
     dots = [
         (row.name, row.open_loop_l2, row.driving_score, row.driving_interval)
         for row in rows
         if row.open_loop_l2 is not None
     ]
-    page = DrivesPage(f"Drives of {names[0]}", rows, table, films, imperfect, scatter(dots))
+    page = DrivesPage(f"Drives of {names[0]}", rows, table, films, unsuccessful, scatter(dots))
     path = folder / PAGE
     write_text(path, render_drives(page))
     return path
@@ -198,9 +200,10 @@ def _row(
 
 
 def _films(folder: Path) -> tuple[list[FilmRow], int]:
-    """The worst drives, and how many were not perfect."""
+    """The worst drives, and how many were no success."""
     records = read_records(folder / RESULTS)
-    wrong = [record for record in records if record["status"] != "Perfect"]
+    successful = {result.route for result in read_results([folder / RESULTS]) if result.success}
+    wrong = [record for record in records if record["route_id"].split("_")[1] not in successful]
     wrong.sort(key=lambda record: (record["scores"]["score_composed"], record["index"]))
     rows = []
     by_number = {path.name.split("-")[0]: path for path in (folder / "drives").iterdir()}

@@ -44,6 +44,24 @@ def test_a_clean_drive_is_perfect() -> None:
     record = record_of(make_log(cruise(140.0)))
     assert record["status"] == "Perfect"
     assert record["scores"] == {"score_route": 100.0, "score_penalty": 1.0, "score_composed": 100.0}
+    assert {type(score) for score in record["scores"].values()} == {float}
+
+
+def test_checks_of_the_speed_are_entries_and_no_offence(tmp_path) -> None:
+    """As in the evaluator's own files: every entry counts, and only who has none is perfect."""
+    x = cruise(140.0)
+    beside = np.stack([x + 10, np.full_like(x, 1.75), np.full_like(x, np.pi)], axis=1)
+    record = record_of(make_log(x, others=(Other("vehicle.car", beside, 16.0),)))
+    assert (record["status"], record["num_infractions"]) == ("Completed", 20)
+    assert record["scores"]["score_composed"] == 100.0
+    write_json(tmp_path / "results.json", result_file([record], 1))
+    assert score_routes(read_results([tmp_path / "results.json"]), ["7"]).success_rate == 100.0
+
+
+def test_who_gets_nowhere_keeps_its_penalty() -> None:
+    wall = Other("vehicle.car", np.array([12.0, -1.75, 0.0]))
+    scores = record_of(make_log(10.0 - 0.05 * np.arange(20), others=(wall,)), "blocked")["scores"]
+    assert scores == {"score_route": 0.0, "score_penalty": 0.6, "score_composed": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,12 @@ def test_completion(metres: float, percent: float) -> None:
     assert completion(log) == pytest.approx(percent)
 
 
+def test_a_short_route_is_complete_where_its_drive_ends() -> None:
+    for left, percent in ((0.24, 100.0), (0.26, 97.4)):
+        log = make_log(10.0 + np.linspace(0.0, 10.0 - left, 30), goal=20.0)
+        assert completion(log) == pytest.approx(percent)
+
+
 def test_a_long_route_is_complete_within_its_last_ten_metres_only() -> None:
     far = make_log(10.0 + np.linspace(0.0, 1985.0, 300), goal=2010.0)
     assert completion(far) == pytest.approx(99.25)
@@ -186,6 +210,13 @@ def test_speed_is_held_against_the_traffic_around() -> None:
         ahead = np.stack([x + 0.65 + metres, np.full_like(x, -1.75), np.zeros_like(x)], axis=1)
         log = make_log(x, others=(Other("vehicle.car", ahead, 16.0),))
         assert len(speed_percentages(log)) == count
+
+
+def test_a_stretch_counts_when_its_end_is_reached() -> None:
+    x = np.concatenate([cruise(66.0), np.full(50, 76.0)])  # stretches are 7 m long, and end at 73 and 80
+    beside = np.stack([x + 10, np.full_like(x, 1.75), np.full_like(x, np.pi)], axis=1)
+    log = make_log(x, others=(Other("vehicle.car", beside, 16.0),))
+    assert speed_percentages(log) == pytest.approx([50.0] * 9, abs=0.1)
 
 
 def test_a_drive_goes_wrong_at_its_first_offence_or_at_its_end() -> None:
