@@ -179,6 +179,8 @@ INEXACT = {
     "cv2": "GaussianBlur blur filter2D warpAffine warpPerspective",
 }
 """What rounds as the processor pleases, by the name its module is imported under."""
+INEXACT_MODULES = ("fft", "interpolate", "linalg", "optimize", "signal", "spatial.transform", "special")
+"""Of SciPy; they go through LAPACK, or through such functions as above."""
 
 
 def inexact_operations(file: Path) -> list[str]:
@@ -190,7 +192,9 @@ def inexact_operations(file: Path) -> list[str]:
             module, name = node.value.id, node.attr
             if name in INEXACT.get(module, "").split():
                 found.append(f"{file}:{node.lineno}: {module}.{name}")
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scipy.spatial.transform"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            tuple(f"scipy.{name}" for name in INEXACT_MODULES)
+        ):
             found.append(f"{file}:{node.lineno}: {node.module}")
     return found
 

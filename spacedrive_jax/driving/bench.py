@@ -9,8 +9,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from spacedrive_jax.data.schema import Record
+from spacedrive_jax.driving.drive_log import script_log
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, open_loop, outcome
+from spacedrive_jax.driving.pdm import pdm_score
 from spacedrive_jax.driving.policies import expert
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
@@ -114,9 +116,10 @@ class Bench:
 
 def finished(result: DriveResult) -> Finished:
     """What is kept of a drive."""
-    spec = result.spec
+    spec, log = result.spec, result.log
+    script = script_log(log.scenario, float(log.time[0]), log.goal)
     record = drive_record(
-        result.log,
+        log,
         result.lanes,
         index=spec.number,
         number=spec.number,
@@ -125,11 +128,12 @@ def finished(result: DriveResult) -> Finished:
         ending=result.ending,
         expert_metres=result.expert_metres,
         failures=result.failures,
+        reference=pdm_score(script, result.lanes, result.expert_metres),
     )
     error, counted = open_loop(result)
     record["open_loop"] = {"l2": round(error, 6), "decisions": counted}
-    shown = {**trace(result.log), **outcome(result)}
-    return Finished(spec.number, record, metric_info(result.log), shown, result.records, result.views)
+    shown = {**trace(log), **outcome(result)}
+    return Finished(spec.number, record, metric_info(log), shown, result.records, result.views)
 
 
 class Fleet:

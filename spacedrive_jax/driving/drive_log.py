@@ -16,7 +16,8 @@ from spacedrive_jax.world import paths
 from spacedrive_jax.world.paths import corners
 from spacedrive_jax.world.scenario import Scenario
 from spacedrive_jax.world.town import LANE_WIDTH, STOP_SETBACK, Town
-from spacedrive_jax.world.traffic import TIME_STEP, Mover, Obstacle
+from spacedrive_jax.world.traffic import TIME_STEP, Mover, Obstacle, Tracks
+from spacedrive_jax.world.vehicle import WHEEL_BASE
 from spacedrive_jax.world.world import World, WorldState
 
 CAR_HALF = np.array([4.084 / 2, 1.73 / 2])
@@ -125,6 +126,38 @@ def drive_log(world: World, states: Sequence[WorldState], goal: float) -> DriveL
         aside=np.array(aside),
         poses=poses,
         speeds=speeds,
+        goal=goal,
+    )
+
+
+def script_log(scenario: Scenario, start: float, goal: float) -> DriveLog:
+    """The log of what the script's own driver does, from a time on until it is at the goal.
+
+    Args:
+        scenario: with its script's motions.
+        start: seconds since the start of the simulation.
+        goal: metres along the route.
+    """
+    cast, route, ego = scenario.cast, scenario.ego.route, scenario.motions[0]
+    first = round(start / TIME_STEP)
+    steps = slice(first, first + int(np.searchsorted(ego.s[first:], goal)) + 1)
+    s, speeds = (
+        np.stack([getattr(motion, name)[steps] for motion in scenario.motions], axis=1)
+        for name in ("s", "speed")
+    )
+    tracks = Tracks(cast.movers)
+    still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
+    poses = np.stack([np.concatenate([tracks.poses(row), still]) for row in s])
+    steer = exact.arctan(WHEEL_BASE * route.curvature(s[:, 0]))
+    along = np.stack([speeds[:, 0], ego.acceleration[steps], steer], axis=1)
+    return DriveLog(
+        scenario=scenario,
+        time=TIME_STEP * (first + np.arange(len(s))),
+        ego=np.concatenate([route.pose(s[:, 0]), along], axis=1),
+        s=s[:, 0],
+        aside=np.zeros(len(s)),
+        poses=poses,
+        speeds=np.pad(speeds, ((0, 0), (0, len(still)))),
         goal=goal,
     )
 

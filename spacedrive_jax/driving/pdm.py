@@ -1,15 +1,17 @@
 """PDM-style scores of a whole drive: NAVSIM's sub-scores (`pdm_scorer.py`), with nuPlan's constants.
 
-NAVSIM scores four seconds of a plan against a recording; here the whole closed-loop drive is scored.
+NAVSIM scores four seconds of a plan against a recording; here the whole closed-loop drive is scored. Comfort
+is smoothed as Bench2Drive smooths, and its jerk is the length of the jerk's vector, which is never less than
+NAVSIM's change of the acceleration's length.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
-from jaxtyping import Bool, Float
-from scipy.signal import savgol_filter
+from jaxtyping import Bool
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
@@ -19,9 +21,13 @@ from spacedrive_jax.evaluation.bench2drive import (
     LATERAL_ACCELERATION,
     LONGITUDINAL_ACCELERATION,
     LONGITUDINAL_JERK,
+    ORDER,
+    WINDOW,
     YAW_ACCELERATION,
     YAW_RATE,
+    smoothed,
 )
+from spacedrive_jax.world.town import LANE_WIDTH
 from spacedrive_jax.world.traffic import TIME_STEP
 
 STOPPED = 0.05
@@ -35,7 +41,6 @@ LANE_KEEPING, LANE_KEEPING_S = 0.5, 2.0
 """Metres from the centre line, and how long without a break, that is no lane keeping."""
 SHORT_PROGRESS = 5.0
 """Metres; where the expert goes less, everybody's progress is full."""
-_WINDOW, _ORDER = 7, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +70,21 @@ class PdmScore:
         weighted = 5 * self.progress + 5 * self.time_to_collision + 2 * self.comfort
         return self.no_collision * self.drivable_area * weighted / 12
 
-    @property
-    def epdms(self) -> float:
-        """NAVSIM v2's extended score, without its extended comfort (the agreement of consecutive plans)."""
-        multipliers = self.no_collision * self.drivable_area * self.driving_direction * self.traffic_light
-        weighted = 5 * self.progress + 5 * self.time_to_collision + 2 * self.lane_keeping + 2 * self.comfort
+    def epdms(self, reference: PdmScore | None = None) -> float:
+        """NAVSIM v2's extended score, without its extended comfort (the agreement of consecutive plans).
+
+        Args:
+            reference: the scenario's own driver's; what that fails is nobody's fault and counts as passed
+                (NAVSIM's filter). None takes every part as it is.
+        """
+        own = self if reference is None else self._excused(reference)
+        multipliers = own.no_collision * own.drivable_area * own.driving_direction * own.traffic_light
+        weighted = 5 * own.progress + 5 * own.time_to_collision + 2 * own.lane_keeping + 2 * own.comfort
         return multipliers * weighted / 14
+
+    def _excused(self, reference: PdmScore) -> PdmScore:
+        failed = (name for name, value in dataclasses.asdict(reference).items() if value == 0.0)
+        return dataclasses.replace(self, **dict.fromkeys(failed, 1.0))
 
 
 def pdm_score(log: DriveLog, lanes: LaneMap, expert_metres: float) -> PdmScore:
@@ -117,7 +131,7 @@ def at_fault(log: DriveLog, step: int, partner: int, lanes: LaneMap) -> bool:
     if strip(-length):
         return False
     centre = log.poses[step : step + 1, 0, :2]
-    in_one_lane = float(lanes.off_centre(centre)[0]) <= 1.75 - float(width)
+    in_one_lane = float(lanes.off_centre(centre)[0]) <= LANE_WIDTH / 2 - float(width)
     return not in_one_lane or not bool(lanes.on_road(log.corners[step : step + 1])[0])
 
 
@@ -178,23 +192,18 @@ def _leaves_lane(log: DriveLog, lanes: LaneMap) -> bool:
 
 def comfortable(log: DriveLog) -> bool:
     """Whether the smoothed motion stays within the bounds of comfort throughout."""
-    if len(log.time) <= _ORDER:
+    if len(log.time) <= ORDER:
         return True
-    window = min(_WINDOW, len(log.time) - (len(log.time) + 1) % 2)
-
-    def smooth(values: Float[np.ndarray, " T"], derivative: int = 0) -> Float[np.ndarray, " T"]:
-        return savgol_filter(values, window, _ORDER, deriv=derivative, delta=TIME_STEP)
-
-    longitudinal = smooth(log.acceleration)
-    lateral = smooth(log.ego[:, 3] * log.yaw_rate)
-    jerk = exact.hypot(smooth(log.acceleration, 1), smooth(log.ego[:, 3] * log.yaw_rate, 1))
+    smooth = functools.partial(smoothed, window=min(WINDOW, len(log.time)), step_s=TIME_STEP)
+    along, across = log.acceleration, log.ego[:, 3] * log.yaw_rate
+    longitudinal_jerk = smooth(along, slope=True)
     checks = (
-        (longitudinal, LONGITUDINAL_ACCELERATION),
-        (lateral, LATERAL_ACCELERATION),
-        (jerk, JERK),
-        (smooth(log.acceleration, 1), LONGITUDINAL_JERK),
+        (smooth(along), LONGITUDINAL_ACCELERATION),
+        (smooth(across), LATERAL_ACCELERATION),
+        (exact.hypot(longitudinal_jerk, smooth(across, slope=True)), JERK),
+        (longitudinal_jerk, LONGITUDINAL_JERK),
         (smooth(log.yaw_rate), YAW_RATE),
-        (smooth(log.yaw_rate, 1), YAW_ACCELERATION),
+        (smooth(log.yaw_rate, slope=True), YAW_ACCELERATION),
     )
     return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
 

@@ -42,6 +42,7 @@ def drive_record(
     ending: str,
     expert_metres: float,
     failures: Mapping[str, int],
+    reference: PdmScore | None = None,
 ) -> dict[str, Any]:
     """One record of a result file, as Bench2Drive's evaluator writes it.
 
@@ -55,6 +56,7 @@ def drive_record(
         ending: `goal`, or a key of `ENDINGS`.
         expert_metres: how far the script's driver goes.
         failures: how many answers of the policy were none, by kind.
+        reference: the script's own driver's PDM score; see `PdmScore.epdms`.
     """
     found = {name: list(texts) for name, texts in messages(log, lanes).items()}
     share = completion(log)
@@ -86,7 +88,7 @@ def drive_record(
             "score_composed": round(max(share * penalty, 0.0), 6),
         },
         "meta": {"route_length": length, "duration_game": seconds, "duration_system": seconds},
-        "pdm": {**dataclasses.asdict(pdm), "pdms": pdm.pdms, "epdms": pdm.epdms},
+        "pdm": {**dataclasses.asdict(pdm), "pdms": pdm.pdms, "epdms": pdm.epdms(reference)},
         "neuro_ncap": neuro_ncap(log, float(log.ego[0, 3])),
         "failures": dict(sorted(failures.items())),
     }

@@ -362,7 +362,7 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
     window = min(WINDOW, len(motion))
 
     def smooth(values: Float[np.ndarray, "T"], derivative: int = 0) -> Float[np.ndarray, "T"]:
-        return _smoothed(values, window, slope=bool(derivative))
+        return smoothed(values, window, slope=bool(derivative))
 
     acceleration, forward, right = motion[:, 0, :2], motion[:, 2, :2], motion[:, 3, :2]
     longitudinal = smooth(np.sum(acceleration * forward, axis=1))
@@ -380,7 +380,9 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
     return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
 
 
-def _smoothed(values: Float[np.ndarray, "T"], window: int, *, slope: bool) -> Float[np.ndarray, "T"]:
+def smoothed(
+    values: Float[np.ndarray, "T"], window: int, *, slope: bool = False, step_s: float = STEP_S
+) -> Float[np.ndarray, "T"]:
     """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
 
     Each value becomes that of the parabola through the window around it (near the ends: the first or last
@@ -388,9 +390,10 @@ def _smoothed(values: Float[np.ndarray, "T"], window: int, *, slope: bool) -> Fl
     out is held against bounds.
 
     Args:
-        values: one every `STEP_S`.
-        window: values to fit to.
+        values: one every `step_s`.
+        window: values to fit to, three at least.
         slope: gives the parabola's slope, per second, in place of its value.
+        step_s: seconds between two values.
     """
     index = np.arange(len(values))
     first = np.clip(index - window // 2, 0, len(values) - window)
@@ -401,7 +404,7 @@ def _smoothed(values: Float[np.ndarray, "T"], window: int, *, slope: bool) -> Fl
     bent = exact.dot(seen, square) / exact.dot(square, square)
     here = index - first - (window - 1) / 2
     if slope:
-        return (linear + 2 * bent * here) / STEP_S
+        return (linear + 2 * bent * here) / step_s
     return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(place * place))
 
 

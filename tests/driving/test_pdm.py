@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from spacedrive_jax.driving.drive_log import DriveLog
+from spacedrive_jax.driving.drive_log import DriveLog, script_log
 from spacedrive_jax.driving.pdm import PdmScore, at_fault, comfortable, neuro_ncap, pdm_score
+from spacedrive_jax.world.traffic import Motion
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 
 
@@ -17,13 +20,33 @@ def score(log, expert_metres: float = 140.0) -> PdmScore:
 def test_a_clean_drive_has_all_points() -> None:
     result = score(make_log(cruise(140.0)))
     assert result == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    assert result.pdms == result.epdms == 1.0
+    assert result.pdms == result.epdms() == 1.0
 
 
 def test_formulas() -> None:
     parts = PdmScore(0.5, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0, 1.0)
     assert parts.pdms == pytest.approx(0.5 * (4 + 5 + 2) / 12)
-    assert parts.epdms == pytest.approx(0.25 * (4 + 5 + 0 + 2) / 14)
+    assert parts.epdms() == pytest.approx(0.25 * (4 + 5 + 0 + 2) / 14)
+
+
+def test_the_script_is_scored_as_far_as_it_drives_to_the_goal() -> None:
+    s = cruise(150.0, start=8.0)
+    motion = Motion(s, np.full(len(s), 8.0), np.zeros(len(s)))
+    log = script_log(dataclasses.replace(make_log(s).scenario, motions=(motion,)), 1.0, 100.0)
+    assert (log.time[0], log.start, len(log.time)) == (1.0, 16.0, 106)
+    assert log.s[-2] < 100.0 <= log.s[-1]
+    np.testing.assert_allclose(
+        log.ego[:, :4], np.stack([log.s, 0 * log.s - 1.75, 0 * log.s, 0 * log.s + 8], 1)
+    )
+    assert score(log, 84.0) == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+def test_what_the_reference_fails_is_excused() -> None:
+    parts = PdmScore(1.0, 0.0, 0.5, 1.0, 0.8, 0.0, 0.0, 1.0)
+    reference = PdmScore(1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0)
+    assert parts.epdms() == 0.0
+    # Its drivable area and its lane; the time to collision was kept, and half a point is no failure.
+    assert parts.epdms(reference) == pytest.approx(0.5 * (4 + 0 + 2 + 2) / 14)
 
 
 @pytest.mark.parametrize(("category", "value"), [("vehicle.car", 0.0), ("movable_object.barrier", 0.5)])
@@ -65,7 +88,7 @@ def test_metres_against_traffic_within_a_second(speed: float, value: float) -> N
 def test_a_red_light_takes_all() -> None:
     log = make_log(cruise(200.0), green=False)
     assert score(log).traffic_light == 0.0
-    assert score(log).epdms == 0.0
+    assert score(log).epdms() == 0.0
     assert score(make_log(cruise(200.0))).traffic_light == 1.0
 
 
