@@ -154,7 +154,7 @@ def _route_fields(message: Mapping[str, Any], arrays: Mapping[str, Any], record:
         if not ((past >= -1) & (past <= 6) & (past == np.round(past))).all():
             raise DataError(f"act: past_command {past.tolist()} holds no RoadOption numbers")
         given["past_command_route"] = (
-            np.where(past < 0, RoadOption.LANE_FOLLOW, past).astype(np.int32) * record["past_mask"]
+            np.where(past < 1, RoadOption.LANE_FOLLOW, past).astype(np.int32) * record["past_mask"]
         )
     if targets is not None:
         given["target_points"] = targets

@@ -110,7 +110,7 @@ def effect_of(claim: Claim, rows: Sequence[Row]) -> Effect | None:
     return Effect(
         mean=second - first,
         interval=_interval(drawn),
-        smallest=POWER * float(np.std(drawn)),
+        smallest=POWER * float(np.nanstd(drawn)),
         seeds=len(seeds),
         groups=len(names),
     )

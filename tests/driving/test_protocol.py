@@ -53,7 +53,9 @@ def test_without_a_route_the_command_is_void():
     told = partial_record(observation(command=None, target_points=None, past_command=None))
     assert told["command_route"] == -1
     assert not told["route_valid"]
-    assert partial_record(observation(command=-1))["command_route"] == 4  # CARLA's VOID follows the lane
+    for void in (-1, 0):  # CARLA's, and no RoadOption at all: the lane is followed
+        told = partial_record(observation(command=void, past_command=np.array([void, 2])))
+        assert (told["command_route"], *told["past_command_route"]) == (4, 4, 2)
 
 
 def test_the_past_is_masked_from_its_first_gap_on():

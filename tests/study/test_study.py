@@ -226,6 +226,16 @@ def test_pairs_cancel_what_they_share():
     assert effect_of(CLAIM, [each for each in table(1.0, 0.0) if each.cell["way"] == "a"]) is None
 
 
+def test_what_few_scenes_have_is_told_from_the_draws_that_hold_some():
+    made = []
+    for seed, off in enumerate((0.9, 1.0, 1.1)):
+        for way, value in (("a", 1.0), ("b", 1.0 + off)):
+            made.append(row(way, seed, {"s0": [value, 1.0], "s1": [0.0, 0.0]}))
+    effect = effect_of(CLAIM, made)  # a third of the draws holds nothing that was measured
+    np.testing.assert_allclose((effect.mean, *effect.interval), (1.0, 0.9, 1.1))
+    assert 0.0 < effect.smallest < 1.0
+
+
 RANKS = RankClaim("less a goes with less lost", "a", "lost")
 
 
