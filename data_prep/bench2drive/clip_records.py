@@ -23,9 +23,9 @@ from data_prep.nuscenes.scene_records import SceneResult
 from data_prep.nuscenes.scenes import MAX_SPEED, POSE_JITTER
 from spacedrive_jax import exact
 from spacedrive_jax.constants import CAMERAS, NUM_CAMERAS, NUM_PAST, NUM_PATH_POINTS, NUM_WAYPOINTS
-from spacedrive_jax.data.ego_status import navigation_command, released_command
+from spacedrive_jax.data.ego_status import navigation_command
 from spacedrive_jax.data.images import kept_view, picture_size
-from spacedrive_jax.data.keyframe import heading
+from spacedrive_jax.data.keyframe import command_released_towards, heading
 from spacedrive_jax.data.keyframe_map import map_fields
 from spacedrive_jax.data.records_folder import RecordSerializer, write_shard
 from spacedrive_jax.data.route import future_path
@@ -39,7 +39,6 @@ FRAME_US = 100_000
 LOCATION = "carla"
 """What the prompt names: at test time nobody tells the car which town it is in."""
 MissingImages = Literal["stop", "skip", "empty"]
-_PSEUDO_BOX_BOTTOM = np.array([0.0, 0.0, -0.78])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,10 +279,8 @@ def _navigation(frames: Mapping[int, Frame], number: int) -> int:
 def _released(frames: Mapping[int, Frame], number: int) -> int:
     end = frames.get(number + STEP * NUM_WAYPOINTS)
     if end is None:
-        return released_command(np.zeros(3))
-    pose = exact.matmul(frames[number].global_to_ego, end.ego_to_global)
-    x, y, _ = exact.transform(_PSEUDO_BOX_BOTTOM, pose)
-    return released_command(np.array([x, y, heading(pose)]))
+        return command_released_towards(np.zeros((4, 4)))
+    return command_released_towards(exact.matmul(frames[number].global_to_ego, end.ego_to_global))
 
 
 def _of_past(

@@ -1,8 +1,8 @@
 """Map and route fields of a record: the drivable area around the vehicle, and the way that it is told of.
 
-Patches are in the yaw-only ego frame (ego origin, x along the vehicle's heading, y left, no roll or
-pitch). Rasters index [row, column]; the row grows with x (forward), the column with y (left); cell k spans
-[-extent + k * pitch, -extent + (k + 1) * pitch).
+Patches are in the yaw-only ego frame (ego origin, x along the vehicle's yaw as the devkit has it, y left, no
+roll or pitch). Rasters index [row, column]; the row grows with x (forward), the column with y (left); cell k
+spans [-extent + k * pitch, -extent + (k + 1) * pitch).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def map_fields(drivable_map: DrivableMap | None, centre: Float[np.ndarray, "2"],
         drivable_map: None when the folder has no map of this location; rasters are then empty and the
             source is `none`.
         centre: ego position in the global frame, metres.
-        yaw: ego heading in the global frame, radians.
+        yaw: `devkit_yaw` of the ego pose in the global frame, radians.
     """
     if drivable_map is None:
         return {

@@ -23,9 +23,9 @@ from spacedrive_jax.data.keyframe import (
     agent_tracks,
     camera_fields,
     can_bus_at,
+    devkit_yaw,
     ego_fields,
     ego_track,
-    heading,
     identity_fields,
     sensor_to_ego,
 )
@@ -123,7 +123,7 @@ class Observer:
             **ego,
             **route_fields(track, index, self.route),
             **agent_fields(agent_tracks(scene), keyframe.annotations, ego_to_global),
-            **map_fields(self.map, ego_to_global[:2, 3], float(heading(ego_to_global))),
+            **map_fields(self.map, ego_to_global[:2, 3], float(devkit_yaw(ego_to_global))),
             "lidar": frame.cloud,
             "lidar_to_ego": sensor_to_ego(keyframe.lidar),
         }
