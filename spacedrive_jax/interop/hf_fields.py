@@ -114,9 +114,15 @@ def square_side(fields: Fields, name: str, origin: str, default: int | None = No
 
 
 def flag(fields: Fields, name: str, origin: str, default: bool) -> bool:
-    """Yes or no."""
-    del origin
-    return bool(fields.get(name, default))
+    """Yes or no; null is no, as transformers takes it.
+
+    Raises:
+        ConfigError: it is something else, such as the text "false", which Python would take for yes.
+    """
+    value = fields.get(name, default)
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"{origin}: {name} is {str(value)[:40]!r}, expected true or false")
+    return bool(value)
 
 
 layers = functools.partial(size, most=MOST_LAYERS)
@@ -443,9 +449,9 @@ def _dynamic_rotary(text: Fields, origin: str) -> dict[str, Any]:
     }
 
 
-def is_tied(fields: Fields, text: Fields, *, default: bool) -> bool:
+def is_tied(fields: Fields, text: Fields, origin: str, *, default: bool) -> bool:
     """Whether config.json ties the head to the embedding: the outermost field counts, then the text's."""
     for each in (fields, text):
         if each.get("tie_word_embeddings") is not None:
-            return bool(each["tie_word_embeddings"])
+            return flag(each, "tie_word_embeddings", origin, default)
     return default

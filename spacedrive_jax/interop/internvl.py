@@ -88,7 +88,7 @@ def read_internvl_config(fields: Fields, origin: str) -> InternVLConfig:
     if merge_size * ratio != 1:
         raise ConfigError(f"{origin}: downsample_ratio {ratio} must be one over a whole number")
     return InternVLConfig(
-        decoder=plain_decoder(text, origin, "qwen2", tied=is_tied(fields, text, default=True)),
+        decoder=plain_decoder(text, origin, "qwen2", tied=is_tied(fields, text, origin, default=True)),
         vision=_vision(vision, merge_size, origin),
         image_token_id=token_id(fields, "image_token_id", origin, 151667),
     )

@@ -14,6 +14,7 @@ from spacedrive_jax.interop.hf_fields import (
     Fields,
     decoder_fields,
     expect,
+    flag,
     part,
     plain_decoder,
     read_fields,
@@ -84,10 +85,10 @@ def read_llava_config(fields: Fields, origin: str) -> LlavaConfig:
         raise ConfigError(f"{origin}: vision_feature_layer {layer!r} must be one number below 0")
     return LlavaConfig(
         # The outer field is no guide to tying: transformers 4 writes its own default there.
-        decoder=plain_decoder(text, origin, "llama", tied=bool(text.get("tie_word_embeddings", False))),
+        decoder=plain_decoder(text, origin, "llama", tied=flag(text, "tie_word_embeddings", origin, False)),
         vision=ClipVisionConfig(feature_layer=layer) if vision is None else _vision(vision, layer, origin),
         image_token_id=_image_token(fields, origin),
-        projector_bias=bool(fields.get("multimodal_projector_bias", True)),
+        projector_bias=flag(fields, "multimodal_projector_bias", origin, True),
     )
 
 

@@ -83,7 +83,10 @@ def read_lora_options(values: Mapping[str, Any], file: Path) -> tuple[int, float
         raise CheckpointError(f"{file}: lora_alpha is {alpha!r}, expected a number")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise CheckpointError(f"{file}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
-    scaled = alpha * math.sqrt(rank) if values.get("use_rslora") else alpha
+    by_root = values.get("use_rslora")
+    if not isinstance(by_root, bool | None):
+        raise CheckpointError(f"{file}: use_rslora is {by_root!r}, expected true or false")
+    scaled = alpha * math.sqrt(rank) if by_root else alpha
     return rank, float(scaled), float(dropout)
 
 

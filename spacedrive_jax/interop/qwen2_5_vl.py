@@ -19,6 +19,7 @@ from spacedrive_jax.interop.hf_fields import (
     decoder_sizes,
     expect,
     expect_mrope,
+    flag,
     head_size,
     ids,
     part,
@@ -141,7 +142,7 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
         rope_theta=rotary_theta(text, origin, 1_000_000.0),
         mrope_section=sections,
         qkv_bias=True,
-        tie_word_embeddings=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tie_word_embeddings=any(flag(each, "tie_word_embeddings", origin, False) for each in (whole, text)),
     )
 
 

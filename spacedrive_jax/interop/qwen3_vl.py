@@ -19,6 +19,7 @@ from spacedrive_jax.interop.hf_fields import (
     decoder_sizes,
     expect,
     expect_mrope,
+    flag,
     head_size,
     ids,
     part,
@@ -133,7 +134,7 @@ def _decoder(text: Fields, whole: Fields, origin: str) -> LanguageModelConfig:
         mrope_interleaved=True,
         qkv_bias=False,
         qk_norm=True,
-        tie_word_embeddings=bool(whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tie_word_embeddings=any(flag(each, "tie_word_embeddings", origin, False) for each in (whole, text)),
     )
 
 

@@ -78,7 +78,7 @@ def read_smolvlm_config(fields: Fields, origin: str) -> SmolVLMConfig:
     text, vision = text_fields(fields, origin, flat=False), part(fields, "vision_config", origin)
     # transformers has another epsilon where there is no text part at all.
     usual_eps = 1e-5 if fields.get("text_config") is None else None
-    tied = is_tied(fields, text, default=False)
+    tied = is_tied(fields, text, origin, default=False)
     return SmolVLMConfig(
         decoder=plain_decoder(text, origin, "llama", tied=tied, norm_eps=usual_eps),
         vision=_vision(vision, size(fields, "scale_factor", origin, 2), origin),

@@ -169,6 +169,7 @@ def test_two_places_that_disagree_are_refused(change, problem):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": ["qwen2_5_vl"]}, "model_type"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
     ],
 )
 def test_values_that_cannot_be_are_named(change, problem):

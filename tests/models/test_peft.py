@@ -111,6 +111,7 @@ def test_a_model_built_otherwise_is_refused(saved, lora):
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
         ({"peft_type": "IA3"}, "only peft_type LORA"),
         ({"bias": "all"}, "bias none"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' belongs to a base that PEFT changed"),
