@@ -235,6 +235,8 @@ _OF_THE_LOSS = (
     "huber_delta",
     "position_loss",
     "supervision",
+    "braking_weight",
+    "accelerating_weight",
     "vae_weight",
     "indicator_weight",
 )

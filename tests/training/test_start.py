@@ -351,7 +351,8 @@ def test_validations_of_other_keyframes_or_settings_do_not_compare(records, tmp_
     assert digest(**{"data.image_size": (28, 28)}) != same
     assert digest(**{"data.records": str(make_records(tmp_path / "others", seed=1))}) != same
     by_loss = digest(**{"train.best_by": "loss"})
-    assert digest(**{"train.best_by": "loss", "train.huber_delta": 3.0}) != by_loss
+    for other in ({"train.huber_delta": 3.0}, {"train.braking_weight": 2.0}):
+        assert digest(**{"train.best_by": "loss", **other}) != by_loss
 
 
 def test_a_profile_ends_with_the_run_and_goes_with_one_that_cannot_start(
