@@ -35,7 +35,7 @@ from spacedrive_jax.buckets import MOUNT, is_bucket, place
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
 from spacedrive_jax.io import require_replaceable, say
 from spacedrive_jax.json_files import to_json
-from spacedrive_jax.parallel import raise_on_sigterm
+from spacedrive_jax.parallel import raise_on_signals
 
 T = TypeVar("T")
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -69,7 +69,7 @@ class Command:
     """Say warnings and errors only, and draw no progress: short for --log-level warning."""
 
     when_stopped: ClassVar[str] = "nothing was kept"
-    """What a person who stopped the command (Ctrl-C, SIGTERM) has to know."""
+    """What a person who stopped the command (Ctrl-C, SIGTERM, SIGHUP) has to know."""
     when_out_of_memory: ClassVar[str] = "use fewer at a time, or more or larger devices"
     """What to do where the devices, or the machine, have too little memory for it."""
     BOUNDS: ClassVar[Bounds] = {}
@@ -145,7 +145,7 @@ def _path_or_refused(given: list[str]) -> Any:
 
 
 class Terminated(BaseException):
-    """SIGTERM: raised where the command is, so that it cleans up as on any other error."""
+    """SIGTERM or SIGHUP: raised where the command is, so that it cleans up as on any other error."""
 
 
 class _Stderr(logging.Handler):
@@ -264,14 +264,16 @@ def finish(
     when_stopped = getattr(command, "when_stopped", Command.when_stopped)
     configure_logging(log_level)
     try:
-        with _raising_on_sigterm():
+        with _raising_on_signals():
             outcome = action()
     except KeyboardInterrupt:
         print(f"interrupted; {when_stopped}", file=sys.stderr)
         return 130
-    except Terminated:
-        print(f"stopped by SIGTERM; {when_stopped}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+    except Terminated as stopped:
+        status: int = stopped.args[0]
+        with contextlib.suppress(OSError):  # the terminal that was closed
+            print(f"stopped by {signal.Signals(status - 128).name}; {when_stopped}", file=sys.stderr)
+        return status
     except BrokenPipeError:
         raise  # whoever reads our output has seen enough: `until_the_reader_leaves`
     except Exception as error:
@@ -317,12 +319,12 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM unwind the command."""
+def _raising_on_signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP unwind the command."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    restore = raise_on_sigterm(Terminated)
+    restore = raise_on_signals(Terminated)
     try:
         yield
     finally:

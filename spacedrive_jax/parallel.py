@@ -1,6 +1,6 @@
 """Work shared among processes that never outlive the one that started them.
 
-Workers end with their parent however that ends: on an exception, SIGTERM or Ctrl-C it ends them; when it is
+Workers end with their parent however that ends: on an exception, a signal or Ctrl-C it ends them; when it is
 killed outright, each worker notices by itself, and the fork server behind them has nobody left to serve.
 """
 
@@ -85,8 +85,15 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def raise_on_sigterm(kind: type[BaseException]) -> Callable[[], None]:
-    """Makes SIGTERM raise in the main thread, where it is, so that it cleans up as on any other error.
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """SIGTERM, and SIGHUP, which a terminal or login that is closed sends, unless it is ignored (`nohup`)."""
+    hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGHUP) if hung_up else (signal.SIGTERM,)
+
+
+def raise_on_signals(kind: type[BaseException]) -> Callable[[], None]:
+    """Makes SIGTERM and SIGHUP raise in the main thread, where it is, so that it cleans up as on any other
+    error.
 
     Once: what unwinds is not cut off by a second one. An exception that meets a finaliser or a callback of
     the garbage collector is lost (Python only reports it); then the signal is sent again.
@@ -109,9 +116,9 @@ def raise_on_sigterm(kind: type[BaseException]) -> Callable[[], None]:
     def lost(unraisable: Any) -> None:
         nonlocal raised
         if issubclass(unraisable.exc_type, KeyboardInterrupt):  # Ctrl-C meets the same fate
-            number = signal.SIGINT
+            number: int = signal.SIGINT
         elif issubclass(unraisable.exc_type, kind):
-            number, raised = signal.SIGTERM, False
+            number, raised = raised, 0
         else:
             report(unraisable)
             return
@@ -119,11 +126,12 @@ def raise_on_sigterm(kind: type[BaseException]) -> Callable[[], None]:
         again.daemon = True
         again.start()
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in ending_signals()}
     sys.unraisablehook = lost
 
     def restore() -> None:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         sys.unraisablehook = report
 
     return restore
@@ -141,9 +149,10 @@ def _work(function: Callable[[Item], Result], item: Item) -> Result:
 
 
 def end_with_parent() -> None:
-    """Ends this worker as soon as its parent is no more; leaves Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise_on_sigterm(_Stopped)
+    """Ends this worker as soon as its parent is no more; leaves what a terminal sends to the parent."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise_on_signals(_Stopped)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

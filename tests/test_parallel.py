@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spacedrive_jax import console
-from spacedrive_jax.parallel import ordered_map
+from spacedrive_jax.parallel import ordered_map, raise_on_signals
 from tests.conftest import ROOT
 
 MARK = "SPACEDRIVE_TEST_FAMILY"
@@ -99,7 +99,7 @@ sys.exit(console.finish(Work().run, as_json=False, debug=False))
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     parent = subprocess.Popen(
@@ -114,15 +114,16 @@ def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> N
     assert len(family(mark)) >= 3
     parent.send_signal(number)
     _, said = parent.communicate(timeout=60)
-    assert parent.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert parent.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert wait_until(lambda: not family(mark), 5), "left behind"
-    if number == signal.SIGTERM:
-        assert said == "stopped by SIGTERM; --resume goes on\n"
+    if number in (signal.SIGTERM, signal.SIGHUP):
+        assert said == f"stopped by {number.name}; --resume goes on\n"
     if number == signal.SIGINT:
         assert said == "interrupted; --resume goes on\n"
 
 
-def test_sigterm_unwinds_a_command_and_leaves_the_handler_as_it_was(capsys) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_a_command_and_leaves_the_handler_as_it_was(number, capsys) -> None:
     cleaned = []
 
     def action():
@@ -132,16 +133,31 @@ def test_sigterm_unwinds_a_command_and_leaves_the_handler_as_it_was(capsys) -> N
         finally:
             cleaned.append(True)
 
-    before = signal.getsignal(signal.SIGTERM)
-    assert console.finish(action, as_json=False, debug=False) == 143
+    before = signal.getsignal(number)
+    assert console.finish(action, as_json=False, debug=False) == 128 + number
     assert cleaned == [True]
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert capsys.readouterr().err == "stopped by SIGTERM; nothing was kept\n"
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"stopped by {number.name}; nothing was kept\n"
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        restore = raise_on_signals(KeyError)
+        os.kill(os.getpid(), signal.SIGHUP)
+        restore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
     ("number", "status", "said"),
-    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
 )
 def test_a_signal_that_meets_a_finaliser_is_not_lost(number, status, said, capsys) -> None:
     class Finalised:

@@ -32,7 +32,7 @@ class Serve(Command):
     """Serve a trained model to simulators, over websockets with msgpack.
 
     Compiles first; GET /healthz answers 200 once clients are let in. Requests of several clients go through
-    the model together. SIGTERM ends it: what is under way is answered.
+    the model together. SIGTERM or Ctrl-C ends it: what is under way is answered.
 
     Example: python -m spacedrive_jax serve --checkpoint runs/demo --port 8000
     """

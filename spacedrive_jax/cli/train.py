@@ -25,7 +25,8 @@ class Train(Command):
     """Train a model from a config; every field of the config is a flag of its own.
 
     Writes checkpoints, metrics.jsonl, TensorBoard events and the resolved config to the run folder, from its
-    first step on: what cannot start leaves nothing behind. Ctrl-C and SIGTERM save first.
+    first step on: what cannot start leaves nothing behind. Ctrl-C, SIGTERM and SIGHUP (a terminal that is
+    closed) save first.
     `train --list` names the presets, `train CONFIG --help` lists the fields of CONFIG with their values.
 
     Example: python -m spacedrive_jax train demo --data.records data/records --train.steps 1000

@@ -31,6 +31,7 @@ from spacedrive_jax.driving.batch_policies import Batched, Batcher
 from spacedrive_jax.driving.client import PolicyError, pack, unpack
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.io import say
+from spacedrive_jax.parallel import ending_signals
 
 SEND_SECONDS = 30.0
 """A client that does not take its answer for so long is cut off."""
@@ -115,7 +116,7 @@ class PolicyServer:
         return self._warming is not None and self._warming.is_alive()
 
     def run(self, ready: Callable[[PolicyServer], None] | None = None, *, signals: bool = False) -> Served:
-        """Serves; returns after `stop`, or after SIGTERM or SIGINT where `signals` are caught.
+        """Serves; returns after `stop`, or after SIGTERM, SIGHUP or SIGINT where `signals` are caught.
 
         Args:
             ready: called once the policy is warm and clients are let in.
@@ -135,7 +136,7 @@ class PolicyServer:
     async def _serve(self, ready: Callable[[PolicyServer], None] | None, signals: bool) -> Served:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         if signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*ending_signals(), signal.SIGINT):
                 self._loop.add_signal_handler(number, self._stopping.set)
         config = self.config
         self._batcher: Batcher[Any, Mapping[str, Any]] = Batcher(

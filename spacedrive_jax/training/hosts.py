@@ -26,6 +26,7 @@ from jax._src import distributed  # its client has no public name; orbax takes i
 from spacedrive_jax.config import config_changes
 from spacedrive_jax.console import Terminated, first_line
 from spacedrive_jax.errors import ConfigError, SpaceDriveError
+from spacedrive_jax.parallel import ending_signals
 
 log = logging.getLogger(__name__)
 
@@ -245,11 +246,12 @@ def exchange_through(client: Any, index: int, count: int) -> Callable[[bytes], S
     return exchange
 
 
-# SIGTERM, the notice that a machine is about to be taken away, and Ctrl-C, a person's.
+# SIGTERM, the notice that a machine is about to be taken away; Ctrl-C, a person's; SIGHUP, a terminal's that
+# is closed.
 
 
 class PreemptionWatch:
-    """Context in which SIGTERM and Ctrl-C ask the loop to save and stop instead of ending it at once.
+    """Context in which SIGTERM, SIGHUP and Ctrl-C ask the loop to save and stop instead of ending it at once.
 
     A second Ctrl-C does end it at once.
     """
@@ -262,7 +264,7 @@ class PreemptionWatch:
         # With several hosts jax's own notifier listens, and all hosts agree on the step to stop at.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = {
-                number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)
+                number: signal.signal(number, self._notice) for number in (*ending_signals(), signal.SIGINT)
             }
         return self
 

@@ -78,7 +78,7 @@ class TrainResult:
     """The last one logged; nan where no step was taken."""
     seconds: float
     finished: bool
-    """False where SIGTERM or Ctrl-C stopped the run early; `--resume` goes on."""
+    """False where SIGTERM, SIGHUP or Ctrl-C stopped the run early; `--resume` goes on."""
     skipped: int
     """Steps left out because loss or gradient was not finite."""
     best: checkpoints.Best | None
@@ -103,7 +103,7 @@ def train(
     """Trains to `config.train.steps`, writing checkpoints, metrics and provenance to the run folder.
 
     Nothing is written there before the first step is done, so that a run that cannot start leaves nothing to
-    be removed. SIGTERM and Ctrl-C save a checkpoint and return early.
+    be removed. SIGTERM, SIGHUP and Ctrl-C save a checkpoint and return early.
 
     Args:
         config: the whole run.

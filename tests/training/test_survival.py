@@ -27,6 +27,7 @@ from spacedrive_jax.inference.open_model import (
 )
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training import train as loop
+from spacedrive_jax.training.hosts import PreemptionWatch
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.state import init_train_state, learning_rate
 from spacedrive_jax.training.train import train
@@ -61,6 +62,16 @@ def on_batch(monkeypatch, number, action):
 
 def poison(batch):
     return dataclasses.replace(batch, ego_status=batch.ego_status * np.float32("nan"))
+
+
+def test_a_terminal_that_is_closed_is_a_notice_too(tmp_path):
+    before = signal.getsignal(signal.SIGHUP)
+    manager = checkpoints.open_manager(tmp_path, keep=1)
+    with PreemptionWatch() as watch:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.stop_at(1, manager)
+    manager.close()
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
