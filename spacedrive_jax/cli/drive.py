@@ -168,8 +168,11 @@ class Drive(Command):
             "collect": None if self.collect is None else str(self.collect.resolve()),
         }
         first = hosts is None or hosts.is_first
-        # Two jobs would each remove what the other is writing.
-        with output_lock(folder) if first else contextlib.nullcontext():
+        with contextlib.ExitStack() as kept:
+            # Two jobs would each remove what the other is writing.
+            for written in (folder, self.collect) if first else ():
+                if written is not None:
+                    kept.enter_context(output_lock(written))
             return self._drive(specs, folder, options, metadata, hosts)
 
     def _hosts(self) -> Hosts | None:
@@ -194,7 +197,7 @@ class Drive(Command):
         from spacedrive_jax.driving.batch_policies import open_policy
         from spacedrive_jax.driving.drive import RESULTS, drive_all
 
-        collected = self._collected(resume=self.resume)
+        collected = self._collected(folder)
         policy, world_policy = None, self._world_policy()
         if self.checkpoint is not None:
             use_compilation_cache(self.compilation_cache)
@@ -252,13 +255,22 @@ class Drive(Command):
             "without_place": summary["without_place"],
         }
 
-    def _collected(self, *, resume: bool) -> CollectedRecords | None:
+    def _collected(self, folder: Path) -> CollectedRecords | None:
         if self.collect is None:
             return None
+        from spacedrive_jax.driving.drive import is_collecting
         from spacedrive_jax.driving.recovery import CollectedRecords
 
-        if self.collect.exists() and any(self.collect.iterdir()) and not resume:
-            raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")
+        if self.collect.exists() and not self.collect.is_dir():
+            raise ConfigError(f"--collect {self.collect} is a file; name a folder")
+        if self.collect.exists() and any(self.collect.iterdir()):
+            if not self.resume:
+                raise ConfigError(f"--collect {self.collect} is not empty: choose another folder")
+            if not is_collecting(folder, self.collect):
+                raise ConfigError(
+                    f"--resume: --collect {self.collect} is not empty, and not what the drives of {folder} "
+                    "are collected in: choose another folder"
+                )
         return CollectedRecords(self.collect)
 
     def _show(self) -> Show | None:

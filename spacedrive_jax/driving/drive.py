@@ -238,6 +238,17 @@ def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> s
     return done
 
 
+def is_collecting(folder: Path, records: Path) -> bool:
+    """Whether a folder holds a run of drives whose states are collected in that records folder.
+
+    Raises:
+        DataError: what the run says of itself is damaged.
+    """
+    path = folder / METADATA
+    known = read_json(path) if path.is_file() else None
+    return isinstance(known, dict) and known.get("collect") == str(records.resolve())
+
+
 def write_drive(folder: Path, spec: DriveSpec, event: Event) -> None:
     """Writes a finished drive's files; result.json comes last and says that the others are whole."""
     own = folder / "drives" / spec.name

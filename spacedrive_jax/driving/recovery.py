@@ -212,8 +212,9 @@ class CollectedRecords:
         Raises:
             DataError: there is no record.
         """
-        provenance = self.folder / PROVENANCE
+        provenance, done = self.folder / PROVENANCE, self.folder / f".{PARTS}-done"
         if provenance.is_file() and not (self.folder / PARTS).is_dir():
+            shutil.rmtree(done, ignore_errors=True)
             return int(read_provenance(self.folder)["records"])  # finished by an earlier call
         parts = [self._part(drive) for drive in drives if self._part(drive).is_file()]
         if not parts:
@@ -252,7 +253,10 @@ class CollectedRecords:
             },
             indent=1,
         )
-        shutil.rmtree(self.folder / PARTS)  # last: until its provenance is there, nothing else is whole
+        # Last: until its provenance is there, nothing else is whole. Half removed, the parts would be taken
+        # for all that there are.
+        (self.folder / PARTS).rename(done)
+        shutil.rmtree(done)
         return total
 
     def _part(self, drive: str) -> Path:

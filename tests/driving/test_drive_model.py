@@ -74,3 +74,17 @@ def test_bad_flags_are_one_line(flags: list[str], said: str, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_collection_of_other_drives_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set.json").write_text(json.dumps(SET))
+    collected = make_records(tmp_path / "collected")
+    before = (collected / "provenance.json").read_bytes()
+    arguments = ["drive", "--policy", "expert", "--scenarios", str(tmp_path / "set.json"), "--resume"]
+    arguments += ["--out", str(tmp_path / "drives"), "--collect", str(collected)]
+    assert main(arguments) == 1
+    assert "--collect" in capsys.readouterr().err
+    assert not (tmp_path / "drives").exists()
+    assert (collected / "provenance.json").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,5 +103,26 @@ def test_collected_records_are_a_folder_that_training_reads(tmp_path: Path) -> N
     tokens = [record["token"] for record in open_records(tmp_path / "collected", "train")]
     assert tokens == [record["token"] for record in (first, second, third)]
     assert again.finish(["a", "none", "b"], {"policy": "test"}) == 3  # `drive --resume` of a whole run
+    assert not [path.name for path in (tmp_path / "collected").iterdir() if "parts" in path.name]
     with pytest.raises(DataError, match="no drive left a record"):
         CollectedRecords(tmp_path / "empty").finish(["a"], {})
+
+
+def test_killed_while_it_tidies_up_a_collection_keeps_all_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = CollectedRecords(tmp_path / "collected")
+    for drive in "ab":
+        records.add(drive, [make_record(np.random.default_rng(0))])
+
+    def killed(folder: Path, **options: bool) -> None:
+        next(iter(folder.iterdir())).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            records.finish(["a", "b"], {})
+    assert CollectedRecords(tmp_path / "collected").finish(["a", "b"], {}) == 2
+    assert len(open_records(tmp_path / "collected")) == 2
+    assert not list((tmp_path / "collected").glob(".*"))
