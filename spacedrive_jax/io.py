@@ -39,6 +39,8 @@ _SAY = {
     errno.EPERM: "permission denied: check the owner and the mode of the file and its folder",
     errno.ENOENT: "there is no such file",
     errno.EISDIR: "it is a folder",
+    errno.EFBIG: "it would be larger than a file may be here: raise the limit (ulimit -f), or choose a disk",
+    errno.EBUSY: "it is in use, or a disk is mounted there: name a folder inside it",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.ELOOP: "its links go in a circle",
     errno.EEXIST: "a file, or a link to nothing, is in the way: remove it or choose another name",
@@ -316,19 +318,21 @@ class LineFile:
         if is_bucket(self._path):
             raise SpaceDriveError(f"{path} grows by lines, which an object of a bucket cannot: use a disk")
         try:
-            self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by `close`)
+            # Without a buffer: what a full disk did not take would be tried, and fail, again in `close`.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise SpaceDriveError(f"cannot write {path}: {say(error)}") from error
 
     def write(self, line: str) -> None:
-        """Adds a line.
+        """Adds a line, or several.
 
         Raises:
             SpaceDriveError: the operating system refuses.
         """
+        left = memoryview(f"{line}\n".encode())
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise SpaceDriveError(f"cannot write {self._path}: {say(error)}") from error
 

@@ -1,6 +1,7 @@
 """Files are written through `spacedrive_jax.io`, with `buckets` below it: whole or not at all."""
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,11 @@ def test_lines_are_added_and_errors_name_the_file(tmp_path):
     assert file.read_text() == "one\ntwo\n"
     with pytest.raises(SpaceDriveError, match=r"cannot write .*absent.*: there is no such file"):
         io.LineFile(tmp_path / "absent" / "lines")
+    if os.path.exists("/dev/full"):
+        lines = io.LineFile("/dev/full")
+        with pytest.raises(SpaceDriveError, match="/dev/full: the disk is full"):
+            lines.write("a")
+        lines.close()  # and does not fail again
 
 
 def test_a_finished_file_takes_its_name(tmp_path):

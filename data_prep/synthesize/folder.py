@@ -78,7 +78,7 @@ class Synthesis:
             raise ConfigError(
                 f"--out {self.out} exists and is not an empty folder: choose another or remove it"
             )
-        out = self.out.absolute()
+        out = self.out.resolve()  # an empty folder is replaced, and a link to one cannot be
         remove_stale(out)
         if out.exists():
             out.rmdir()

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from spacedrive_jax.data.tokenizer import COORDINATE, INDICATOR, POSITION, Drivi
 from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import output_lock
-from spacedrive_jax.io import is_bucket, put_in_place, read_bytes, say, twin, write_bytes
+from spacedrive_jax.io import LineFile, is_bucket, put_in_place, read_bytes, twin, write_bytes
 from spacedrive_jax.json_files import read_json, to_json, write_json
 from spacedrive_jax.models.family import Message
 from spacedrive_jax.training.hosts import hosts_of_run
@@ -243,7 +243,7 @@ class AnswerFile:
     """Answers that an interrupted run left, in whole batches."""
     length: int
     """Tokens that its prompts were cut to (see `generate_batches`); 0 at the start."""
-    _lines: TextIO
+    _lines: LineFile
     _metadata_file: Path
     _metadata: Mapping[str, Any]
 
@@ -259,10 +259,9 @@ class AnswerFile:
             self.length = length
             write_json(self._metadata_file, {"metadata": self._metadata, "length": length}, indent=2)
         try:
-            self._lines.write("".join(to_json(line) + "\n" for line in lines))
-            self._lines.flush()
-        except OSError as error:
-            raise SpaceDriveError(f"cannot write {self._lines.name}: {say(error)}; then --resume") from error
+            self._lines.write("\n".join(map(to_json, lines)))
+        except SpaceDriveError as error:
+            raise SpaceDriveError(f"{error}; then --resume") from error
 
 
 @dataclasses.dataclass
@@ -323,7 +322,7 @@ def _answers(
     write_json(metadata_file, {"metadata": metadata, "length": length}, indent=2)
     write_bytes(partial, kept)
     try:
-        with partial.open("a", encoding="utf-8") as lines:
+        with contextlib.closing(LineFile(partial)) as lines:
             yield AnswerFile(kept.count(b"\n"), length, lines, metadata_file, metadata)
     except BaseException:
         if not partial.stat().st_size:  # what failed before its first answer leaves nothing to go on with
