@@ -36,18 +36,21 @@ def read_route_set(path: Path) -> list[str]:
             a text file with one number a line.
 
     Raises:
-        DataError: the file cannot be read, names no route, or names one twice.
+        DataError: the file cannot be read, names no route, names one twice, or holds something else.
     """
     try:
         text = read_text(path, most=64 * MEBIBYTE)
     except DataError as error:
         raise DataError(f"--routes {path}: cannot be read ({error})") from None
-    if path.suffix == ".xml":
+    if path.suffix.lower() == ".xml":
         routes = _from_xml(path, text)
-    elif path.suffix == ".json":
+    elif path.suffix.lower() == ".json":
         routes = _from_json(path, text)
     else:
         routes = [line.strip() for line in text.splitlines() if line.strip()]
+        # Whatever it is, a heading or a remark, it would count as a route without a result.
+        if others := [line for line in routes if not line.isdecimal()]:
+            raise DataError(f"--routes {path}: {others[0][:60]!r} is no route number; give one a line")
     if not routes:
         raise DataError(f"--routes {path}: holds no route")
     twice = sorted({route for route in routes if routes.count(route) > 1})
@@ -72,7 +75,9 @@ def _from_xml(path: Path, text: str) -> list[str]:
 
 def _from_json(path: Path, text: str) -> list[str]:
     routes = parse_json(text, f"--routes {path}")
-    if not isinstance(routes, list) or not all(isinstance(route, str | int) for route in routes):
+    if not isinstance(routes, list) or not all(
+        isinstance(route, str | int) and not isinstance(route, bool) for route in routes
+    ):
         raise DataError(f"--routes {path}: must be a list of route numbers")
     return [str(route) for route in routes]
 

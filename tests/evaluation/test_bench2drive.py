@@ -92,7 +92,11 @@ def test_route_set_from_a_file(results: Path, tmp_path: Path, capsys: pytest.Cap
         ("a.xml", '<!DOCTYPE r [<!ENTITY a "b">]><routes/>', "declares XML entities"),
         ("a.json", '{"1": 2}', "must be a list of route numbers"),
         ("a.json", "[1,", "is not JSON"),
+        ("a.json", "[1, true]", "must be a list of route numbers"),
         ("a.txt", "1\n1\n", "1 occur more than once"),
+        ("a.txt", "# our routes\n1\n", "'# our routes' is no route number"),
+        ("a.txt", "1, 2\n", "'1, 2' is no route number"),
+        ("A.XML", "<routes>", "is not XML"),
     ],
 )
 def test_bad_route_sets(tmp_path: Path, name: str, content: str, problem: str) -> None:
