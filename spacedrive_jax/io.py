@@ -164,10 +164,32 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
         DataError: it cannot be read, is too large, or is not UTF-8.
     """
     data = read_bytes(path, most=most)
+    refuse_packed(data, path)
     try:
         return data.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): is it damaged?") from error
+
+
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
+"""First bytes of what packs files."""
+
+
+def refuse_packed(start: bytes, path: object) -> None:
+    """Calls a packed file (`predictions.jsonl.gz`) that, where text is read.
+
+    Raises:
+        DataError: it is one.
+    """
+    for magic, kind in _PACKED.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is packed ({kind}): unpack it, and give what was in it")
 
 
 def with_a_name(path: Path) -> Path:

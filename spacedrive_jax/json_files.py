@@ -21,6 +21,7 @@ from spacedrive_jax.io import (
     is_bucket,
     read_bytes,
     read_text,
+    refuse_packed,
     require_regular,
     say,
     write_text,
@@ -104,6 +105,8 @@ def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Itera
             number = 0
             while line := lines.readline(MOST_JSON + 1):
                 number += 1
+                if number == 1:
+                    refuse_packed(line, path)
                 where = f"{path}, line {number}:"
                 if len(line) > MOST_JSON:
                     raise DataError(f"{where} is longer than the {MOST_JSON:,} bytes that a line may have")

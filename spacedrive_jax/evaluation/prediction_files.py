@@ -236,7 +236,7 @@ def read_predictions(path: Path | str, axes: AxesName = "forward-left") -> Predi
 def _read(path: Path) -> Predictions:
     if path.is_dir():
         return read_published_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(
             f"no prediction file {path}; write one with `python -m spacedrive_jax predict --out {path}`"
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_predictions(write(tmp_path / "empty.jsonl", ""))
 
 
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "p.jsonl", "p.json"])
+def test_a_packed_file_or_a_pipe_is_called_that(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(json.dumps(entry()).encode()))
+    with pytest.raises(SpaceDriveError, match=rf"{name} is packed \(gzip\): unpack it"):
+        read_predictions(tmp_path / name)
+    os.mkfifo(tmp_path / f"pipe-{name}")  # as <(zcat p.jsonl.gz) is one
+    with pytest.raises(SpaceDriveError, match="is a pipe, socket or device"):
+        read_predictions(tmp_path / f"pipe-{name}")
+
+
 def test_answers_are_parsed_as_published(golden: Path) -> None:
     cases = json.loads((golden / "metrics" / "config.json").read_text())["text_parsing"]
     assert len(cases) >= 8
@@ -124,12 +135,6 @@ def test_published_folder(tmp_path: Path) -> None:
 def test_what_no_prediction_can_be_is_one_clear_line(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=problem):
-        read_predictions(tmp_path / "p.jsonl")
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "p.jsonl")
-    with pytest.raises(DataError, match="no prediction file"):
         read_predictions(tmp_path / "p.jsonl")
 
 

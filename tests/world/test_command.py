@@ -42,6 +42,14 @@ def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_link_to_an_empty_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    Synthesize(out=tmp_path / "link", scenes=1, keyframes=1, image_size="32x18", workers=1).run()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "v1.0-synthetic" / "scene.json").is_file()
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(root: Path, *_: Any) -> None:
         (root / "half").write_text("written")
