@@ -7,6 +7,8 @@ killed outright, each worker notices by itself, and the fork server behind them 
 from __future__ import annotations
 
 import collections
+import gc
+import inspect
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -14,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from types import FrameType
@@ -99,18 +102,18 @@ def raise_on_signals(kind: type[BaseException]) -> Callable[[], None]:
     the garbage collector is lost (Python only reports it); then the signal is sent again.
 
     Args:
-        kind: what to raise, with the exit status (143) as its argument.
+        kind: what to raise, with the exit status (143 or 129) as its argument.
 
     Returns:
         What puts everything back as it was.
     """
-    raised = False
+    raised = 0
     report = sys.unraisablehook
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal raised
         if not raised:
-            raised = True
+            raised = number
             raise kind(128 + number)
 
     def lost(unraisable: Any) -> None:
@@ -135,6 +138,30 @@ def raise_on_signals(kind: type[BaseException]) -> Callable[[], None]:
         sys.unraisablehook = report
 
     return restore
+
+
+def close_coroutines(error: BaseException) -> None:
+    """Closes what a library's event loop left waiting when it failed: by itself that happens when Python
+    ends, where each coroutine puts a traceback of its own behind the error that was said.
+
+    Args:
+        error: how it failed; its frames let go of their variables.
+    """
+    report = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        if not inspect.iscoroutine(unraisable.object):
+            report(unraisable)
+
+    sys.unraisablehook = tell
+    try:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        gc.collect()
+    finally:
+        sys.unraisablehook = report
 
 
 class _Stopped(SystemExit):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 import uuid
 from pathlib import Path
 
 import pytest
 
 from spacedrive_jax import console
-from spacedrive_jax.parallel import ordered_map, raise_on_signals
+from spacedrive_jax.parallel import close_coroutines, ordered_map, raise_on_signals
 from tests.conftest import ROOT
 
 MARK = "SPACEDRIVE_TEST_FAMILY"
@@ -128,7 +130,7 @@ def test_a_signal_unwinds_a_command_and_leaves_the_handler_as_it_was(number, cap
 
     def action():
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
         finally:
             cleaned.append(True)
@@ -173,3 +175,32 @@ def test_a_signal_that_meets_a_finaliser_is_not_lost(number, status, said, capsy
     assert console.finish(action, as_json=False, debug=False) == status
     assert time.monotonic() - started < 4
     assert capsys.readouterr().err == f"{said}; nothing was kept\n"
+
+
+@types.coroutine
+def pause():
+    yield
+
+
+async def complains():
+    try:
+        await pause()
+    except BaseException as error:
+        raise ValueError("in words of its own") from error
+
+
+def read() -> None:
+    waiting = complains()
+    waiting.send(None)
+    raise OSError("damaged")
+
+
+def test_what_a_failed_reader_left_waiting_says_nothing_behind_the_error(monkeypatch) -> None:
+    heard: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    with pytest.raises(OSError, match="damaged") as caught:
+        read()
+    close_coroutines(caught.value)
+    del caught
+    gc.collect()
+    assert heard == []

@@ -93,7 +93,8 @@ class ExportWeights(Command):
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Weights folder, transformers checkpoint, run folder, or RUN/checkpoints/STEP."""
+    """Weights folder, transformers checkpoint, run folder, RUN/checkpoints/STEP, or what --to safetensors
+    wrote of one."""
     format: Annotated[Literal["hf", "peft", "spacedrive", "safetensors"], tyro.conf.arg(name="to")]
     """Whom the weights are for."""
     out: Path
@@ -150,8 +151,10 @@ class ExportWeights(Command):
         from spacedrive_jax.interop.spacedrive import export_imported, export_trained
         from spacedrive_jax.interop.weights_folder import is_imported
         from spacedrive_jax.training.checkpoints import locate
+        from spacedrive_jax.training.trained_folder import is_trained_folder, trained_metadata
 
         if is_imported(self.source):
             return export_imported(local(self.source), self.out)
-        _, step = locate(self.source)
+        trained = is_trained_folder(self.source)
+        step = trained_metadata(local(self.source)).step if trained else locate(self.source)[1]
         return export_trained(open_trained_model(self.source, mesh=mesh_of(self.mesh)).model, step, self.out)

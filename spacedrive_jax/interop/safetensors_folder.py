@@ -403,6 +403,24 @@ def check_folder(path: Path) -> None:
         _check_config(path)
 
 
+def what_it_is(path: Path) -> str:
+    """What a place that is no trained SpaceDrive is instead, for an error (`it is …; `); empty where that is
+    not known.
+    """
+    if not path.exists():
+        return "nothing has this name; "
+    if path.name == "checkpoints" and (path.parent / "config.json").is_file():
+        return f"it holds those of {path.parent}; "
+    alone = "which holds a vision-language model alone"
+    known = {
+        ADAPTER_FILE: "a PEFT adapter",
+        "weights.json": f"a folder of import-weights, {alone}",
+        "provenance.json": "a records folder",
+        "model*.safetensors": f"a transformers checkpoint, {alone}",
+    }
+    return next((f"it is {what}; " for name, what in known.items() if any(path.glob(name))), "")
+
+
 def _check_config(path: Path) -> None:
     fields = read_json(path / "config.json", most=16 * MEBIBYTE)
     if not isinstance(fields, dict):

@@ -22,8 +22,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from spacedrive_jax import buckets
 from spacedrive_jax.errors import CheckpointError, ConfigError, DataError
+from spacedrive_jax.interop.safetensors_folder import what_it_is
 from spacedrive_jax.io import is_bucket, is_there, place, require_regular
 from spacedrive_jax.json_files import convert, json_digest, read_json, write_json
+from spacedrive_jax.parallel import close_coroutines
 from spacedrive_jax.training.fingerprints import (
     OPTIMIZER,
     POSITION,
@@ -159,14 +161,15 @@ def locate(checkpoint: Path) -> tuple[Path, int]:
         run_dir = checkpoint
         steps = steps_of(run_dir)
         found, step = bool(steps), max(steps, default=0)
-    if not found or not (run_dir / "config.json").is_file():
-        there = steps_of(run_dir)
-        kept = f" ({run_dir} keeps steps {', '.join(map(str, there))})" if there else ""
-        raise CheckpointError(
-            f"no finished checkpoint at {checkpoint if there else given}{kept}: give a run folder that "
-            "`python -m spacedrive_jax train` wrote, or one of its checkpoints/STEP"
-        )
-    return run_dir, step
+    if found and (run_dir / "config.json").is_file():
+        return run_dir, step
+    there = steps_of(run_dir)
+    kept = f" ({run_dir} keeps steps {', '.join(map(str, there))})" if there else ""
+    what = f"{run_dir / 'config.json'} is missing; " if found else what_it_is(run_dir)
+    raise CheckpointError(
+        f"no finished checkpoint at {checkpoint if there else given}{kept}: {what}give a run folder that "
+        "`python -m spacedrive_jax train` wrote, or one of its checkpoints/STEP"
+    )
 
 
 def standing_in(weights: str | Path) -> Path:
@@ -267,11 +270,11 @@ def naming_the_newest(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns a failed write into an error that says what is safe."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except (OSError, ValueError) as error:  # tensorstore's are ValueErrors, a full disk's too
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = said if len(said) < 400 else f"{said[:200]} ... {said[-200:]}"
         raise CheckpointError(
-            f"a checkpoint could not be written to {manager.directory} ({error}); the newest whole one is "
+            f"a checkpoint could not be written to {manager.directory} ({said}); the newest whole one is "
             f"step {manager.latest_step()}. Make room or mend the folder, then --resume"
         ) from error
 
@@ -411,12 +414,14 @@ def naming_the_whole(run_dir: Path, step: int) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" in str(error):  # the devices are full, nothing is wrong with the file
             raise
         said = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+        close_coroutines(error)
         earlier = [other for other in reversed(steps_of(run_dir)) if other < step]
         whole = next((other for other in earlier if _is_whole(run_dir, other)), None)
         way_out = (
             "no other one is whole: start anew with another --run-dir"
             if whole is None
-            else f"the newest whole one before it is step {whole}: --step {whole} takes it"
+            else f"the newest whole one before it is step {whole}: give "
+            f"{run_dir / 'checkpoints' / str(whole)}, or --step {whole}"
         )
         raise CheckpointError(
             f"the checkpoint {run_dir / 'checkpoints' / str(step)} is damaged ({said}); {way_out}"

@@ -130,6 +130,11 @@ def check(
             f"{run_dir} was started with another config: {'; '.join(changes)}. Resume with the same one, say "
             "--accept-changes, or start elsewhere with --run-dir"
         )
+    if averages := [each for each in changes if each.startswith("train.ema_decay:") and "None" in each]:
+        raise SpaceDriveError(
+            f"{run_dir} cannot go on with {averages[0]}: its optimiser's state holds the average or does "
+            f"not. Start from what it learnt, with --model.weights {run_dir} --run-dir OTHER"
+        )
     return changes
 
 

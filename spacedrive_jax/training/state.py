@@ -28,7 +28,7 @@ from spacedrive_jax.models.spacedrive import SpaceDrive, new_token_rows
 from spacedrive_jax.training import checkpoints
 from spacedrive_jax.training.losses import check_choices
 from spacedrive_jax.training.sharding import parameter_sharding
-from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained
+from spacedrive_jax.training.trained_folder import is_trained_folder, read_trained, trained_metadata
 from spacedrive_jax.training.weights import (
     check_architecture,
     is_run,
@@ -155,6 +155,7 @@ def check_start(config: Config) -> None:
         ConfigError: naming the fields; no weights are named where a base is to stay frozen, a base is to
             train that is stored in half precision, gradients would be float16, an encoding has frequencies
             that are no numbers, or losses and coordinate decoder do not fit each other.
+        CheckpointError: the weights are those of a run, and what it says of them is damaged.
     """
     model = config.model
     check_choices(model, config.train)
@@ -185,7 +186,11 @@ def check_start(config: Config) -> None:
         return
     check_architecture(config)
     tokenizer = load_tokenizer(config.data.tokenizer, family_of(model.vlm).chat)
-    if not is_run(model.weights):
+    if is_trained_folder(model.weights):
+        trained_metadata(on_disk(model.weights))
+    elif is_run(model.weights):
+        checkpoints.read_metadata(*checkpoints.locate(place(model.weights)))
+    else:
         check_trained_parts(on_disk(model.weights), model, tokenizer.indicator)
 
 

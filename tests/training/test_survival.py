@@ -25,7 +25,7 @@ from spacedrive_jax.inference.open_model import (
     open_trained_model,
     open_vlm,
 )
-from spacedrive_jax.training import checkpoints
+from spacedrive_jax.training import checkpoints, run_folder
 from spacedrive_jax.training import train as loop
 from spacedrive_jax.training.hosts import PreemptionWatch
 from spacedrive_jax.training.sharding import make_mesh
@@ -221,13 +221,22 @@ def test_a_checkpoint_of_another_run_is_refused(records, whole, tmp_path):
     assert named["trainable_fingerprint"] != of_other["trainable_fingerprint"]
 
 
+def test_a_moving_average_is_neither_begun_nor_dropped_midway(records, whole):
+    averaging = tiny(records, whole, steps=STEPS, ema_decay=0.9)
+    with pytest.raises(SpaceDriveError, match=r"cannot go on with train\.ema_decay: None -> 0\.9"):
+        run_folder.check(whole, averaging, resume=True, accept_changes=True)
+
+
 def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(records, whole, tmp_path):
     run = copied(whole, tmp_path / "run")
     steps = checkpoints.steps_of(run)
     for file in (run / "checkpoints" / str(steps[-1]) / "trainable").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    problem = rf"{steps[-1]} is damaged .*newest whole one before it is step {steps[-2]}: --step {steps[-2]}"
+    problem = (
+        rf"{steps[-1]} is damaged .*newest whole one before it is step {steps[-2]}: "
+        rf"give {run}/checkpoints/{steps[-2]}, or --step {steps[-2]}"
+    )
     with pytest.raises(CheckpointError, match=problem):
         open_trained_model(run)
     config = tiny(records, run, steps=STEPS)
@@ -355,6 +364,20 @@ def test_keeping_no_checkpoint_is_refused_before_training(records, tmp_path, kee
     with pytest.raises(SpaceDriveError, match="max_to_keep"):
         train(tiny(records, tmp_path / "run", steps=2, max_to_keep=keep))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("said", ["OUT_OF_RANGE: File too large\nmore", "RESOURCE_EXHAUSTED: " + "x" * 9000])
+def test_whatever_tensorstore_says_of_a_failed_write_is_one_line(said, tmp_path):
+    manager = checkpoints.open_manager(tmp_path, keep=1)
+    with (
+        pytest.raises(CheckpointError, match=said.partition(":")[0]) as caught,
+        checkpoints.closing(manager),
+        checkpoints.naming_the_newest(manager),
+    ):
+        raise ValueError(said)
+    assert "then --resume" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run(records, tmp_path):

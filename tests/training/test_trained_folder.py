@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import spacedrive_jax.cli.main
+from spacedrive_jax.config import change
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
 from spacedrive_jax.training.sharding import make_mesh
@@ -123,3 +125,33 @@ def test_a_new_run_starts_from_it(exported):
     expected = values(open_trained_model(exported))
     for path, each in nnx.to_flat_state(trainable):
         np.testing.assert_array_equal(np.asarray(each[...]), expected[path])
+
+
+def test_a_start_from_what_says_nothing_of_itself_is_refused_before_anything_is_read(run_dir, tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(run_dir, run)
+    assert export(run_dir, model) == 0
+    step = next((run / "checkpoints").iterdir())
+    config = tiny(run.parent, tmp_path / "further")
+    for weights, damage, said in (
+        (run, lambda: shutil.rmtree(step / "metadata"), "is damaged .*lacks `metadata`"),
+        (model, lambda: (model / "trained.json").write_text("{}"), r"trained\.json: .*step"),
+    ):
+        starting = with_weights(change(config, "further", {"model.weights": str(weights)}))
+        check_start(starting)
+        damage()
+        with pytest.raises(SpaceDriveError, match=said):
+            check_start(starting)
+
+
+def test_a_run_with_adapters_goes_to_the_published_layout_from_its_folder_too(run_dir, tmp_path):
+    config = change(open_config(run_dir), "lora", {"run_dir": str(tmp_path / "run"), "model.use_lora": True})
+    run = save_untrained(change(config, "lora", {"model.random_base": True}))
+    assert export(run, tmp_path / "model") == 0
+    written = []
+    for source in (run, tmp_path / "model"):
+        out = tmp_path / f"{len(written)}.pth"
+        words = ["export-weights", "--to", "spacedrive", str(source), "--out", str(out)]
+        assert spacedrive_jax.cli.main.main(words) == 0
+        written.append(out.read_bytes())
+    assert len(written[0]) == len(written[1])

@@ -154,6 +154,31 @@ def test_a_run_keeps_the_step_it_was_started_from(tmp_path, capsys):
         train(gone)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run/config.json", r"config\.json is missing"),
+        ("adapter_config.json", "it is a PEFT adapter"),
+        ("model-00001-of-00002.safetensors", "it is a transformers checkpoint"),
+        ("provenance.json", "it is a records folder"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, name, said):
+    folder = tmp_path / name.partition("/")[0] if "/" in name else tmp_path
+    if folder == tmp_path:
+        (folder / name).write_text("")
+    else:
+        (folder / "checkpoints" / "3").mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=f"it holds those of {folder}"):
+            locate(folder / "checkpoints")
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=said):
+        locate(folder)
+    with pytest.raises(CheckpointError, match="nothing has this name"):
+        locate(tmp_path / "absent")
+
+
 def test_a_file_that_names_its_weights_keeps_its_own_tokenizer_and_image_size(base, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
