@@ -12,6 +12,7 @@ and a notebook configures as it likes (every module logs under its own name, bel
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
@@ -154,9 +155,9 @@ class _Stderr(logging.Handler):
     A line is said once: what is logged while a program is traced comes again with every layer and program.
     """
 
-    def __init__(self, *, verbose: bool) -> None:
+    def __init__(self, *, verbose: bool, tracebacks: bool) -> None:
         super().__init__()
-        self.setFormatter(_Format(verbose=verbose))
+        self.setFormatter(_Format(verbose=verbose, tracebacks=tracebacks))
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -172,27 +173,32 @@ class _Stderr(logging.Handler):
 class _Format(logging.Formatter):
     """The message alone at level info, with its level above; all about it when debugging."""
 
-    def __init__(self, *, verbose: bool) -> None:
+    def __init__(self, *, verbose: bool, tracebacks: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(message)s")
-        self._verbose = verbose
+        self._verbose, self._tracebacks = verbose, tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
+        if not self._tracebacks:  # other libraries log pages of them for one full disk
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = record.stack_info = None
         text = super().format(record)
         if self._verbose or record.levelno == logging.INFO:
             return text
         return f"{record.levelname.lower()}: {text}"
 
 
-def configure_logging(level: LogLevel = "info") -> None:
+def configure_logging(level: LogLevel = "info", *, tracebacks: bool = False) -> None:
     """Sends log lines to stderr; called by the command line, never by the library.
 
     Args:
         level: the least serious that is shown of this project; other libraries' from warnings on.
+        tracebacks: show those that belong to a line too, as at level debug.
     """
     root = logging.getLogger()
     for handler in [each for each in root.handlers if isinstance(each, _Stderr)]:
         root.removeHandler(handler)
-    root.addHandler(_Stderr(verbose=level == "debug"))
+    verbose = level == "debug"
+    root.addHandler(_Stderr(verbose=verbose, tracebacks=tracebacks or verbose))
     for name in LOGGERS:
         logging.getLogger(name).setLevel(level.upper())
 
@@ -262,7 +268,7 @@ def finish(
     """Runs `action` under the project's command-line contract and returns the exit status."""
     command = getattr(action, "__self__", None)
     when_stopped = getattr(command, "when_stopped", Command.when_stopped)
-    configure_logging(log_level)
+    configure_logging(log_level, tracebacks=debug)
     try:
         with _raising_on_signals():
             outcome = action()
@@ -286,6 +292,8 @@ def finish(
             print(f"error: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
         elif isinstance(error, FileNotFoundError) and _here_is_gone():
             print(f"error: {GONE}", file=sys.stderr)
+        elif isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+            print(f"error: {no_utf8(error.object)}", file=sys.stderr)  # the current folder's name, say
         elif isinstance(error, OSError) and error.errno and error.filename:
             print(f"error: {error.filename}: {say(error)}", file=sys.stderr)
         else:
@@ -294,6 +302,14 @@ def finish(
     if as_json:
         print(to_json(outcome, default=str), flush=True)
     return 0
+
+
+def no_utf8(name: str) -> str:
+    """What to do about a file's name that has lone surrogates."""
+    return (
+        f"{name!r} is not UTF-8, and records, checkpoints and weights cannot be opened by such a name: "
+        "rename it, or, if it is UTF-8, set LC_ALL=C.UTF-8"
+    )
 
 
 GONE = "the current folder was removed: cd to one that is there, or give whole paths"
@@ -371,10 +387,7 @@ def parse_and_run(parser: Callable[[], Command], argv: Sequence[str] = ()) -> in
     try:
         for argument in argv:
             if argument != argument.encode("utf-8", "replace").decode():
-                raise ConfigError(
-                    f"{argument!r} is not UTF-8, and records, checkpoints and weights cannot be opened by "
-                    "such a name: rename it, or, if it is UTF-8, set LC_ALL=C.UTF-8"
-                )
+                raise ConfigError(no_utf8(argument))
         command = parse(parser)
     except SpaceDriveError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -80,6 +80,23 @@ def test_names_that_no_library_opens_are_refused_before_anything_runs(command, c
     said = capsys.readouterr().err
     assert said.startswith("error: 'caf\\udce9' is not UTF-8")
     assert said.count("\n") == 1
+    # As where the current folder has such a name, which is seen where a library is handed the whole path.
+    assert console.finish(lambda: {"": "caf\udce9".encode()}, as_json=False, debug=False) == 1
+    assert capsys.readouterr().err == said
+
+
+def test_a_librarys_traceback_is_logged_when_debugging_alone(capsys):
+    def fail():
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: no space left")
+        except ValueError:
+            logging.getLogger("absl").exception("a thread ended")
+        raise SpaceDriveError("the disk is full")
+
+    assert console.finish(fail, as_json=False, debug=False) == 1
+    assert capsys.readouterr().err == "error: a thread ended\nerror: the disk is full\n"
+    assert console.finish(fail, as_json=False, debug=True) == 1
+    assert "RESOURCE_EXHAUSTED" in capsys.readouterr().err
 
 
 def test_json_is_the_last_line(capsys):
