@@ -26,7 +26,7 @@ from spacedrive_jax.data.transforms import SampleBuilder
 from spacedrive_jax.errors import ConfigError, DataError, SpaceDriveError
 from spacedrive_jax.folders import output_lock
 from spacedrive_jax.io import LineFile, is_bucket, put_in_place, read_bytes, twin, write_bytes
-from spacedrive_jax.json_files import read_json, to_json, write_json
+from spacedrive_jax.json_files import parse_json, read_json, to_json, write_json
 from spacedrive_jax.models.family import Message
 from spacedrive_jax.training.hosts import hosts_of_run
 
@@ -370,12 +370,16 @@ def answer_file_of_hosts(
 
 def without_place(metadata: Any) -> Any:
     """What answers were made of, without where the checkpoint lay: a run's folder may move, and its numbers
-    are known by their fingerprint.
+    are known by their fingerprint. Its config is taken apart, so that what differs can be named.
     """
     checkpoint = metadata.get("checkpoint") if isinstance(metadata, dict) else None
     if not isinstance(checkpoint, dict) or not checkpoint.get("trainable_fingerprint"):
         return metadata
-    return metadata | {"checkpoint": {name: each for name, each in checkpoint.items() if name != "path"}}
+    known = {name: each for name, each in checkpoint.items() if name != "path"}
+    if isinstance(known.get("config"), str):
+        with contextlib.suppress(DataError):
+            known["config"] = parse_json(known["config"], "the checkpoint's config", nan=True)
+    return metadata | {"checkpoint": known}
 
 
 def _interrupted(
@@ -387,9 +391,10 @@ def _interrupted(
         raise DataError(f"{metadata_file} is damaged: --overwrite starts anew")
     changes = config_changes(without_place(saved["metadata"]), without_place(metadata))
     if changes:
+        more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
         raise SpaceDriveError(
-            f"{partial} was begun otherwise (then -> now): {'; '.join(changes)}. Say the same again, or "
-            "--overwrite to start anew"
+            f"{partial} was begun otherwise (then -> now): {'; '.join(changes[:6])}{more}. Say the same "
+            "again, or --overwrite to start anew"
         )
     lines = read_bytes(partial).splitlines(keepends=True) if partial.is_file() else []
     whole = [line for line in lines if line.endswith(b"\n")]

@@ -58,6 +58,20 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_another_models_config_is_named_field_by_field(tmp_path):
+    def of(rank):
+        config = json.dumps({"model": {"lora": {"rank": rank}, "weights": None}}, indent=2)
+        return {"checkpoint": {"path": "run", "trainable_fingerprint": str(rank), "config": config}}
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a.jsonl", [1, 2, 3, 4, 5], fail_after=4, metadata=of(16))
+    with pytest.raises(
+        SpaceDriveError, match=r"checkpoint\.config\.model\.lora\.rank: 16 -> 8; .* 16 -> 8\. Say"
+    ):
+        write(tmp_path / "a.jsonl", [1, 2, 3, 4, 5], resume=True, metadata=of(8))
+    assert write(tmp_path / "a.jsonl", [1, 2, 3, 4, 5], resume=True, metadata=of(16)) == 4
+
+
 @pytest.mark.parametrize(("fingerprint", "goes_on"), [("f", True), ("g", False), (None, False)])
 def test_a_run_that_moved_is_gone_on_with(tmp_path, fingerprint, goes_on):
     out = tmp_path / "answers.jsonl"
