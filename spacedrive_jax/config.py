@@ -253,7 +253,7 @@ def load_config(name: str | Path) -> Config:
     if not isinstance(name, str):
         name = str(place(name))
     is_url = is_bucket(name)
-    file, _, chosen = (name, "", "") if is_url else name.partition(":")
+    file, chosen = (name, "") if is_url else file_and_name(name)
     path = place(file)
     if is_url and path.suffix != ".json":
         raise ConfigError(f"{name}: of a bucket a config.json alone is taken; copy other files here first")
@@ -286,6 +286,12 @@ def read_config(file: Path) -> Config:
         return from_json(read_text(file, most=16 * MEBIBYTE))
     except SpaceDriveError as error:
         raise ConfigError(f"{file} does not hold a config ({error})") from error
+
+
+def file_and_name(text: str) -> tuple[str, str]:
+    """The two parts of FILE.py:NAME; the second is empty where there is none, as in a path with a colon."""
+    file, _, name = text.rpartition(":")
+    return (file, name) if file.endswith(".py") and not place(text).exists() else (text, "")
 
 
 def _preset_of_file(path: Path, chosen: str) -> Config:

@@ -61,7 +61,8 @@ def test_a_config_in_json_is_a_preset(tmp_path):
 
 def test_a_file_of_ones_own_may_define_one_config_or_several(tmp_path):
     head = "from spacedrive_jax.config import Config\n"
-    file = tmp_path / "mine.py"
+    file = tmp_path / "with:colon" / "mine.py"
+    file.parent.mkdir()
     file.write_text(head + "config = Config(name='one')\n")
     assert load_config(str(file)).name == "one"
     file.write_text(head + "PRESETS = {name: Config(name=name) for name in ('long', 'short')}\n")

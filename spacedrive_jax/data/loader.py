@@ -258,8 +258,11 @@ def _folder_samples(
     if data.drop_without_future:
         indices = np.flatnonzero(complete_futures(records, keep=keep)).tolist()
     if len(indices) < batch_size:
+        left_out = len(records) - len(indices)
+        without = f" (data.drop_without_future leaves out {left_out} without a whole future)"
         raise ConfigError(
             f"{folder} has {len(indices)} {split} keyframes, fewer than train.batch_size {batch_size}"
+            + (without if left_out else "")
         )
     _check_questions(records, indices, data.conversation)
     return Samples(records, builder, indices, depth, data.cache_in_memory, offset)

@@ -200,7 +200,8 @@ class _Noted(msgspec.Struct):
 def keyframe_index(records: Records, token: str) -> int:
     """Where a keyframe stands in a split.
 
-    What the conversion noted beside the shards is asked first; without those notes every record is read.
+    What the conversion noted beside the shards is asked first; where it is not there, damaged or wrong, the
+    records themselves are read.
 
     Args:
         records: the split.
@@ -211,11 +212,10 @@ def keyframe_index(records: Records, token: str) -> int:
     """
     before = 0
     for shard, count in records.source.shards:
-        notes = records.directory / "conversion" / f"{shard}.json"
-        tokens = read_typed(notes, _Noted).tokens if notes.is_file() else ()
-        if token in tokens and records.source.token(before + tokens.index(token)) == token:
+        tokens = _noted_tokens(records.directory / "conversion" / f"{shard}.json")
+        if token in tokens[:count] and records.source.token(before + tokens.index(token)) == token:
             return before + tokens.index(token)
-        if len(tokens) != count:
+        if token in tokens or len(tokens) != count:
             for index in progress(range(before, before + count), desc=f"search {shard}", unit="record"):
                 if records.source.token(index) == token:
                     return index
@@ -224,6 +224,13 @@ def keyframe_index(records: Records, token: str) -> int:
         f"{records.directory} has no keyframe {token!r} in split {records.split}; `python -m data_prep "
         f"inspect {records.directory} --list` names them"
     )
+
+
+def _noted_tokens(notes: Path) -> tuple[str, ...]:
+    try:
+        return read_typed(notes, _Noted).tokens if notes.is_file() else ()
+    except DataError:
+        return ()
 
 
 def _source(directory: Path, split: str, provenance: Provenance) -> RecordSource:

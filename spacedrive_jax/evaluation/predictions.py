@@ -203,7 +203,7 @@ def _tokens_of_other_splits(records: Records) -> frozenset[str]:
     others = [
         open_records(records.directory, split) for split in sorted(read_splits(records) - {records.split})
     ]
-    return frozenset(other[index]["token"] for other in others for index in range(len(other)))
+    return frozenset(other.source.token(index) for other in others for index in range(len(other)))
 
 
 # Planners without a model. A number that does not beat these says little (open-loop scores flatter them).

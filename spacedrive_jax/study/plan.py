@@ -10,7 +10,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from spacedrive_jax.config import PRESET_FOLDER, Config, change, load_module, naming_line, to_json, to_plain
+from spacedrive_jax.config import (
+    PRESET_FOLDER,
+    Config,
+    change,
+    file_and_name,
+    load_module,
+    naming_line,
+    to_json,
+    to_plain,
+)
 from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.inference.predict import check_changes
 from spacedrive_jax.json_files import json_digest, parse_json
@@ -318,8 +327,8 @@ def load_plan(name: str) -> Plan:
     Raises:
         ConfigError: there is no such plan.
     """
-    place, _, chosen = name.partition(":")
-    path = Path(place)
+    file, chosen = file_and_name(name)
+    path = Path(file)
     if path.suffix == ".py" and path.is_file():
         plans = {plan.name: plan for plan in _plans_of(path)}
         if not chosen and len(plans) == 1:

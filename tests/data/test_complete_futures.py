@@ -3,8 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from spacedrive_jax.data.loader import training_samples
 from spacedrive_jax.data.records import complete_futures, open_records
+from spacedrive_jax.errors import ConfigError
 from tests.record_factory import make_record, write_records
+from tests.training.runs import tiny
 
 
 class Unreadable:
@@ -36,6 +39,13 @@ def test_found_once_for_each_split(folder):
     records = open_records(folder, "train")
     assert complete_futures(records).tolist() == [True, False, True, False]
     assert complete_futures(open_records(folder, "val")).tolist() == [True, False]
+
+
+def test_too_few_are_counted_apart_from_those_left_out(folder, tmp_path):
+    config = tiny(folder, tmp_path / "run")
+    assert config.data.drop_without_future
+    with pytest.raises(ConfigError, match=r"has 2 train keyframes.*batch_size 3 \(.* leaves out 2 without"):
+        training_samples(config.data, config.model, 3)
 
 
 @pytest.mark.usefixtures("unchecked")

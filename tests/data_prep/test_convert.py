@@ -436,7 +436,13 @@ def test_differences_name_the_field():
 def test_every_keyframe_is_found_by_its_token_with_the_notes_or_without(converted, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(converted, bare, ignore=shutil.ignore_patterns("conversion"))
-    for folder in (converted, bare):
+    cut, turned = (Path(shutil.copytree(converted, tmp_path / name)) for name in ("cut", "turned"))
+    for notes in cut.glob("conversion/*.array_record-*"):
+        notes.write_text("{")
+    for notes in turned.glob("conversion/*.array_record-*"):
+        noted = json.loads(notes.read_text())
+        notes.write_text(json.dumps(noted | {"tokens": noted["tokens"][::-1]}))
+    for folder in (converted, bare, cut, turned):
         for split in ("train", "val", "all"):
             records = open_records(folder, split)
             for index, record in enumerate(iterate(folder, split)):
