@@ -21,6 +21,7 @@ from spacedrive_jax.errors import ConfigError
 from spacedrive_jax.interop.hf_checkpoint import from_hf
 from spacedrive_jax.interop.weights_folder import check_trained_parts, fill_trained_parts
 from spacedrive_jax.io import place
+from spacedrive_jax.models.attention import choose_kernel, target_platform
 from spacedrive_jax.models.families import family_of
 from spacedrive_jax.models.language_model import NewTokenParam
 from spacedrive_jax.models.partitioning import axis_names, draw_parameters
@@ -154,11 +155,20 @@ def check_start(config: Config) -> None:
     Raises:
         ConfigError: naming the fields; no weights are named where a base is to stay frozen, a base is to
             train that is stored in half precision, gradients would be float16, an encoding has frequencies
-            that are no numbers, or losses and coordinate decoder do not fit each other.
+            that are no numbers, losses and coordinate decoder do not fit each other, or this machine lacks
+            the kernel of attention that is named.
         CheckpointError: the weights are those of a run, and what it says of them is damaged.
     """
     model = config.model
     check_choices(model, config.train)
+    choose_kernel(
+        model.compute.attention,
+        target_platform(),
+        model.compute.activation_dtype,
+        config.data.sequence_length,
+        model.vlm.decoder.head_dim,
+        masked=False,
+    )
     if model.compute.dtype == "float16":
         raise ConfigError(
             "model.compute.dtype float16 is for inference: gradients of activations underflow in it without "

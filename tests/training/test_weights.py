@@ -84,6 +84,9 @@ def test_a_frozen_base_of_random_numbers_has_to_be_meant(tmp_path, capsys):
         check_start(published)
     with pytest.raises(ConfigError, match=r"base 20000 is in octaves .* --model\.encoder\.base 10"):
         check_start(change(published, "nerf", {"model.encoder.kind": "nerf"}))
+    for kernel in ("splash", "cudnn"):
+        with pytest.raises(ConfigError, match=f"model.compute.attention is {kernel}"):
+            check_start(change(published, kernel, {"model.compute.attention": kernel}))
     check_start(change(published, "meant", {"model.random_base": True}))
     # Trained in bfloat16 it would stand still: a step is less than its numbers tell apart.
     with pytest.raises(ConfigError, match=r"use_lora False trains the base.*param_dtype float32"):
