@@ -102,7 +102,8 @@ SCORE_TOLERANCE = 0.02
 
 MAX_SPEED_PERCENT = 1000.0
 """Speed checks above this are ignored: the surrounding traffic stands still."""
-_PERCENT = re.compile(r"\b(\d+\.?\d*)%")
+_PERCENT = re.compile(r"(?:^|[\s(])(\d+\.?\d*)%")
+"""A whole number or a decimal one with a point: of `50,5%` or `1e-05%` no part is taken."""
 _COMPLETED = frozenset({"Completed", "Perfect"})
 
 
@@ -139,13 +140,7 @@ class RouteResult:
         Raises:
             DataError: a message holds no percentage.
         """
-        found = []
-        for message in self.infractions.get("min_speed_infractions", ()):
-            match = _PERCENT.search(message)
-            if match is None:
-                raise DataError(f"route {self.route}: no percentage in min_speed_infractions {message!r}")
-            found.append(float(match.group(1)))
-        return found
+        return self._percentages("min_speed_infractions")
 
     def penalty(self) -> float:
         """The factor on the completion that follows from the infractions, 0..1.
@@ -155,12 +150,21 @@ class RouteResult:
         """
         penalties = (each for kind, each in PENALTIES.items() for _ in self.infractions.get(kind, ()))
         factor = math.prod(penalties, start=1.0)
-        for message in self.infractions.get("outside_route_lanes", ()):
+        for percent in self._percentages("outside_route_lanes"):
+            factor *= 1 - percent / 100
+        return factor
+
+    def _percentages(self, kind: str) -> list[float]:
+        """What the messages of a kind say, one number each."""
+        found = []
+        for message in self.infractions.get(kind, ()):
             match = _PERCENT.search(message)
             if match is None:
-                raise DataError(f"route {self.route}: no percentage in outside_route_lanes {message!r}")
-            factor *= 1 - float(match.group(1)) / 100
-        return factor
+                raise DataError(
+                    f"route {self.route}: no percentage in {kind} {message!r}; it must be written like 50.5%"
+                )
+            found.append(float(match.group(1)))
+        return found
 
     def recomputed_score(self) -> float:
         """The score that follows from completion and infractions.

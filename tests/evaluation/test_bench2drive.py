@@ -140,10 +140,14 @@ def test_bad_files(tmp_path: Path) -> None:
         score_routes(read_results([write(tmp_path / "many.json", *map(record, range(221)))]))
     with pytest.raises(SpaceDriveError, match="no result of a route in the set"):
         score_routes([], ["1"])
-    with pytest.raises(SpaceDriveError, match="no percentage in min_speed_infractions"):
-        ScoreBench2Drive(
-            (write(tmp_path / "x.json", record(1, infractions={"min_speed_infractions": ["slow"]})),)
-        ).run()
+
+
+@pytest.mark.parametrize("kind", ["min_speed_infractions", "outside_route_lanes"])
+@pytest.mark.parametrize("said", ["slow", "is 50,5% of", "is 1.5e-05% of", "is -3% of", "is nan% of"])
+def test_percentages_that_cannot_be_read(tmp_path: Path, kind: str, said: str) -> None:
+    path = write(tmp_path / "x.json", record(1, infractions={kind: [said]}))
+    with pytest.raises(SpaceDriveError, match=f"route 1: no percentage in {kind} '{said}'"):
+        ScoreBench2Drive((path,)).run()
 
 
 def test_scores_that_do_not_follow_are_named(tmp_path: Path) -> None:
