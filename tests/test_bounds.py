@@ -37,6 +37,7 @@ from spacedrive_jax.models.depth.unidepth import UniDepthConfig
 from spacedrive_jax.models.families.llava import ClipVisionConfig, LlavaConfig
 from spacedrive_jax.models.families.qwen2_5_vl import QwenVisionConfig, QwenVLConfig
 from spacedrive_jax.models.spacedrive_config import ModelConfig
+from tests.conftest import ROOT
 
 CONFIGS = [
     CameraFault,
@@ -166,6 +167,36 @@ def test_train_refuses_by_the_flag(flags, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {flag.removeprefix('--').replace('-', '_')} "), said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("idle", "needs"),
+    [
+        ("--model.lora.rank 2", "--model.use-lora True"),
+        ("--model.decoder.latent-size 3", "--model.decoder.kind vae"),
+        ("--model.decoder.grid.cells 16", "--model.decoder.kind grid_l2"),
+        ("--model.encoder.fone-width 30", "--model.encoder.kind fone"),
+        ("--data.depth.disturb.cameras CAM_FRONT", "--data.depth.disturb.blur 1"),
+        ("--train.path-weight 2", "--model.path-points 1"),
+        ("--train.best-by loss", "--train.validate-every 2"),
+    ],
+)
+def test_train_refuses_flags_that_nothing_reads(idle, needs, capsys, caplog, tmp_path):
+    config, folder = str(ROOT / "tests" / "tiny_config.py"), str(tmp_path / "run")
+    run = ["train", config, "--data.records", "none", "--run-dir", folder]
+    field = idle.split()[0].removeprefix("--").replace("-", "_")
+    said = f"{field} does nothing without "
+    assert spacedrive_jax.cli.main.main([*run, *idle.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}"), error
+    assert error.count("\n") == 1
+    assert spacedrive_jax.cli.main.main([*run, *idle.split(), *needs.split()]) == 1
+    assert "does nothing" not in capsys.readouterr().err
+    # One who began a run before this was refused can go on with it.
+    caplog.set_level("WARNING")
+    assert spacedrive_jax.cli.main.main([*run, *idle.split(), "--resume"]) == 1
+    assert said in caplog.text
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: none is not a finished records folder")
 
 
 def needed_by(command):

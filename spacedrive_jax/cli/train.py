@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -18,6 +19,8 @@ from spacedrive_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from spacedrive_jax.config import Config
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,11 @@ class Train(Command):
         )
         from spacedrive_jax.training.weights import with_weights
 
+        if idle := _idle(preset, config):
+            # A run that began with such a flag has it in its config, and needs it to go on.
+            if not self.resume:
+                raise ConfigError(idle)
+            log.warning("%s", idle)
         config = with_weights(config, preset, resume=self.resume)
         if self.step is not None and not self.resume:
             raise ConfigError("--step says where to go on: give --resume with it")
@@ -186,6 +194,46 @@ def _fitting(config: Config) -> str:
     from spacedrive_jax.aot.search import what_fits
 
     return what_fits(config) or _TRAIN_LESS
+
+
+def _idle(preset: Config, config: Config) -> str:
+    """Says which flags change what nothing reads in this run; empty where there are none."""
+    from spacedrive_jax.config import config_changes, to_plain
+
+    model, data, train = config.model, config.data, config.train
+    disturb = data.depth.disturb
+    drawn = bool(disturb.noise or disturb.holes)
+    faulty = drawn or bool(disturb.blur or disturb.shift or disturb.scale != 1.0)
+    encoder, vae = model.encoder.kind, model.decoder.kind == "vae"
+    acts = {
+        "model.lora.": (model.use_lora, "model.use_lora True"),
+        "model.encoder.base": (encoder != "mlp", "a model.encoder.kind other than mlp"),
+        "model.encoder.alpha": (encoder != "mlp", "a model.encoder.kind other than mlp"),
+        "model.encoder.frequency_scaling": (
+            encoder in ("sincos", "fone"),
+            "model.encoder.kind sincos or fone",
+        ),
+        "model.encoder.fone_width": (encoder == "fone", "model.encoder.kind fone"),
+        "model.decoder.latent_size": (vae, "model.decoder.kind vae"),
+        "model.decoder.with_current": (vae, "model.decoder.kind vae"),
+        "model.decoder.grid.": (model.decoder.is_grid, "a model.decoder.kind that searches the grid"),
+        "model.position_input_training": (model.position_input, "model.position_input True"),
+        "data.depth.disturb.cameras": (faulty, "a fault beside it (data.depth.disturb.holes 0.5)"),
+        "data.depth.disturb.seed": (drawn, "data.depth.disturb.noise or data.depth.disturb.holes"),
+        "train.vae_weight": (vae, "model.decoder.kind vae"),
+        "train.path_weight": (model.path_points > 0, "model.path_points"),
+        "train.huber_delta": (train.position_loss == "huber", "train.position_loss huber"),
+        "train.validate_keyframes": (train.validate_every > 0, "train.validate_every"),
+        "train.best_by": (train.validate_every > 0, "train.validate_every"),
+    }
+    changed = [change.split(":")[0] for change in config_changes(to_plain(preset), to_plain(config))]
+    found = [
+        f"{name} does nothing without {needs}"
+        for name in changed
+        for place, (active, needs) in acts.items()
+        if not active and name.startswith(place)
+    ]
+    return f"{'; '.join(found)}: set that too, or leave it out" if found else ""
 
 
 def _spelled_out(overrides: Sequence[str]) -> list[str]:
