@@ -256,7 +256,8 @@ def _keyframe(
         if row is None:
             raise DataError(
                 f"sample_data.json: keyframe {sample.token!r} has no {channel} row: the table is not whole, "
-                "unpack the release's metadata again"
+                "unpack the release's metadata again. In a recording of your own give it one, which says "
+                "where that sensor was, whether or not its file is there (--missing-images is about files)"
             )
         if abs(row.timestamp - sample.timestamp) > MAX_SENSOR_DELAY_US:
             raise DataError(
