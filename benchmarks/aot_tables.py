@@ -36,15 +36,18 @@ class Row:
     step: StepKind = "train"
 
 
+KEPT = {"model.compute.remat": "dots_no_batch"}
 ROWS = {
     "v5e:4x4": Row("v5e:4x4", "data=1,fsdp=16"),
     "v5e:16x16": Row("v5e:16x16", "data=16,fsdp=16"),
     "v5p:4x4x4": Row("v5p:4x4x4", "data=4,fsdp=16"),
     "v6e:8x8": Row("v6e:8x8", "data=8,fsdp=8"),
     "v5e:4x4 scores written out": Row("v5e:4x4", "data=1,fsdp=16", {"model.compute.attention": "xla"}),
-    "v5p:4x4x4 dots_no_batch": Row("v5p:4x4x4", "data=4,fsdp=16", {"model.compute.remat": "dots_no_batch"}),
+    "v5p:4x4x4 dots_no_batch": Row("v5p:4x4x4", "data=4,fsdp=16", KEPT),
     "v5e:4x4 planning": Row("v5e:4x4", "data=1,fsdp=16", step="plan"),
     "v5e:8x8": Row("v5e:8x8", "data=8,fsdp=8"),
+    "v6e:8x8 tensor 2, dots_no_batch": Row("v6e:8x8", "data=16,fsdp=2,tensor=2", KEPT),
+    "v5e:16x16 tensor 2, dots_no_batch": Row("v5e:16x16", "data=32,fsdp=4,tensor=2", KEPT),
 }
 """One sample per chip everywhere: weak scaling."""
 COUNTER = 2

@@ -57,6 +57,14 @@ def test_32_gpus_on_four_nodes():
     assert {device.id for device in placed.flat} == set(range(32))
 
 
+def test_axes_share_a_physical_axis_of_one_slice():
+    placed = sharding.devices_along_links((16, 2, 2), tpu_slices(1, 8, 8, "TPU v6 lite"))
+    assert len({device.id for device in placed.flat}) == 64
+    places = np.vectorize(lambda device: device.coords[:2], otypes=[object])(placed)
+    for first, second in places.reshape(-1, 2):
+        assert np.abs(np.subtract(first, second)).sum() == 1  # tensor lies over one link
+
+
 def test_two_v5e_slices():
     placed = sharding.slice_devices((2, 16, 1), tpu_slices(2, 4, 4))
     np.testing.assert_array_equal(slice_numbers(placed)[:, :, 0], [[0] * 16, [1] * 16])
