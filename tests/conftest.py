@@ -56,6 +56,14 @@ def dropped_programs() -> Iterator[None]:
 
 
 @pytest.fixture
+def hang_ups() -> Iterator[None]:
+    """SIGHUP is heard, by what the test starts too, even where `nohup` started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def unchecked() -> Iterator[None]:
     """Types are not checked: the test hands over stand-ins, or records that cannot be read (the checker reads
     one of every sequence)."""

@@ -100,6 +100,7 @@ sys.exit(console.finish(Work().run, as_json=False, debug=False))
 """
 
 
+@pytest.mark.usefixtures("hang_ups")
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_nobody_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> N
         assert said == "interrupted; --resume goes on\n"
 
 
+@pytest.mark.usefixtures("hang_ups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unwinds_a_command_and_leaves_the_handler_as_it_was(number, capsys) -> None:
     cleaned = []
@@ -153,6 +155,7 @@ def test_nohup_is_heeded() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("hang_ups")
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [

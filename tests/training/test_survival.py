@@ -64,6 +64,7 @@ def poison(batch):
     return dataclasses.replace(batch, ego_status=batch.ego_status * np.float32("nan"))
 
 
+@pytest.mark.usefixtures("hang_ups")
 def test_a_terminal_that_is_closed_is_a_notice_too(tmp_path):
     before = signal.getsignal(signal.SIGHUP)
     manager = checkpoints.open_manager(tmp_path, keep=1)
