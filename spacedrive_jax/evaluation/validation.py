@@ -118,7 +118,9 @@ class Validation:
             with activations_on(mesh):
                 parts = losses(nnx.merge(graph, trainable, frozen), batch, config.train, None)
             values = {"loss": parts.total, "loss_language": parts.language, "loss_position": parts.position}
-            return values | ({"loss_path": parts.path} if config.model.path_points else {})
+            values |= {"loss_path": parts.path} if config.model.path_points else {}
+            is_vae = config.model.decoder.kind == "vae"
+            return values | ({"loss_divergence": parts.divergence} if is_vae else {})
 
         self._measure = measure
         check_validated([part.answered for part in self._parts])

@@ -48,9 +48,9 @@ class TrainStep:
     run: jax.stages.Wrapped
     """(trainable, optimizer state, frozen, batch, step) -> (trainable, optimizer state, metrics).
 
-    The first two are donated. Metrics: loss, loss_language, loss_position (loss_path), displacement_m,
-    grad_norm, learning_rate and finite (0 where loss or gradient is not: trainables and optimiser state are
-    then what they were, so the schedule stands still for that step)."""
+    The first two are donated. Metrics: loss, loss_language, loss_position (loss_path, loss_divergence),
+    displacement_m, grad_norm, learning_rate and finite (0 where loss or gradient is not: trainables and
+    optimiser state are then what they were, so the schedule stands still for that step)."""
     initialize_optimizer: Callable[[nnx.State], Any]
     """Trainables -> optimizer state, on its shardings."""
     trainable: nnx.State
@@ -97,7 +97,8 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
             "loss_position": parts.position,
             "displacement_m": parts.displacement,
         }
-        return parts.total, metrics | ({"loss_path": parts.path} if config.model.path_points else {})
+        metrics |= {"loss_path": parts.path} if config.model.path_points else {}
+        return parts.total, metrics | ({"loss_divergence": parts.divergence} if uses_noise else {})
 
     @functools.partial(
         jax.jit,

@@ -312,11 +312,12 @@ def interval_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """
     left = tqdm.format_interval((steps - step) * values["step_seconds"])
     mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    parts = ("language", "position", "path", "divergence")
+    told = [f"{part} {values[f'loss_{part}']:.4f}" for part in parts if f"loss_{part}" in values]
     return (
-        f"step {step}/{steps}: loss {values['loss']:.4f} (language {values['loss_language']:.4f}, position "
-        f"{values['loss_position']:.4f}), L2 {values['displacement_m']:.2f} m, gradient "
-        f"{values['grad_norm']:.2f}, rate {values['learning_rate']:.2e}, "
-        f"{values['samples_per_second']:.1f} samples/s{mfu}, {values['data_wait']:.1%} waiting for data, "
+        f"step {step}/{steps}: loss {values['loss']:.4f} ({', '.join(told)}), L2 "
+        f"{values['displacement_m']:.2f} m, gradient {values['grad_norm']:.2f}, rate "
+        f"{values['learning_rate']:.2e}, {values['samples_per_second']:.1f} samples/s{mfu}, {values['data_wait']:.1%} waiting for data, "
         f"{left} left"
     )
 

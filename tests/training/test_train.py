@@ -19,6 +19,7 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.training import run_folder, step
 from spacedrive_jax.training.sharding import make_mesh
 from spacedrive_jax.training.step import batch_spec
+from spacedrive_jax.training.throughput import interval_line
 from spacedrive_jax.training.train import train
 from tests.conftest import ROOT
 from tests.training.runs import TINY, losses_of, make_records, tiny, trained_values
@@ -78,9 +79,20 @@ def test_noise_is_drawn_for_the_vae_where_nothing_has_dropout(records, tmp_path,
     made = step.make_train_step(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     number = jax.ShapeDtypeStruct((), np.int32)
     batch = batch_spec(config)
-    jax.eval_shape(made.run, made.trainable, made.optimizer_state, made.frozen, batch, number)
+    _, _, metrics = jax.eval_shape(made.run, made.trainable, made.optimizer_state, made.frozen, batch, number)
     assert len(given) == 1
     assert given[0] is not None
+    assert "loss_divergence" in metrics  # most of an untrained VAE's loss
+
+
+def test_the_parts_that_a_loss_has_are_told():
+    values = dict.fromkeys(
+        ("displacement_m", "grad_norm", "learning_rate", "samples_per_second", "data_wait", "step_seconds"),
+        1.0,
+    )
+    values |= {"loss": 7.0, "loss_language": 1.0, "loss_position": 2.0, "loss_divergence": 4.0}
+    said = "loss 7.0000 (language 1.0000, position 2.0000, divergence 4.0000), L2"
+    assert said in interval_line(1, 2, values)
 
 
 def test_training_reduces_the_loss_and_refuses_to_overwrite(records, tmp_path, capsys):
