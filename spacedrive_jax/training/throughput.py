@@ -317,8 +317,8 @@ def interval_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     return (
         f"step {step}/{steps}: loss {values['loss']:.4f} ({', '.join(told)}), L2 "
         f"{values['displacement_m']:.2f} m, gradient {values['grad_norm']:.2f}, rate "
-        f"{values['learning_rate']:.2e}, {values['samples_per_second']:.1f} samples/s{mfu}, {values['data_wait']:.1%} waiting for data, "
-        f"{left} left"
+        f"{values['learning_rate']:.2e}, {values['samples_per_second']:.1f} samples/s{mfu}, "
+        f"{values['data_wait']:.1%} waiting for data, {left} left"
     )
 
 
