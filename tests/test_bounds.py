@@ -199,6 +199,16 @@ def test_train_refuses_flags_that_nothing_reads(idle, needs, capsys, caplog, tmp
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: none is not a finished records folder")
 
 
+@pytest.mark.parametrize("flag", ["base 100", "alpha 0.5", "frequency-scaling 2"])
+def test_waves_of_past_positions_count_beside_an_mlp(flag, capsys, tmp_path):
+    config = str(ROOT / "tests" / "tiny_config.py")
+    run = ["train", config, "--data.records", "none", "--run-dir", str(tmp_path / "run")]
+    name, value = flag.split()
+    flags = ["--model.encoder.kind", "mlp", f"--model.encoder.{name}", value]
+    assert spacedrive_jax.cli.main.main([*run, *flags]) == 1
+    assert "does nothing" not in capsys.readouterr().err
+
+
 def needed_by(command):
     fields = dataclasses.fields(command)
     missing = dataclasses.MISSING

@@ -207,12 +207,8 @@ def _idle(preset: Config, config: Config) -> str:
     encoder, vae = model.encoder.kind, model.decoder.kind == "vae"
     acts = {
         "model.lora.": (model.use_lora, "model.use_lora True"),
-        "model.encoder.base": (encoder != "mlp", "a model.encoder.kind other than mlp"),
-        "model.encoder.alpha": (encoder != "mlp", "a model.encoder.kind other than mlp"),
-        "model.encoder.frequency_scaling": (
-            encoder in ("sincos", "fone"),
-            "model.encoder.kind sincos or fone",
-        ),
+        # An `mlp` encodes past positions in waves all the same (fidelity Q34).
+        "model.encoder.frequency_scaling": (encoder != "nerf", "a model.encoder.kind other than nerf"),
         "model.encoder.fone_width": (encoder == "fone", "model.encoder.kind fone"),
         "model.decoder.latent_size": (vae, "model.decoder.kind vae"),
         "model.decoder.with_current": (vae, "model.decoder.kind vae"),
