@@ -225,6 +225,33 @@ def quaternion(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "4"]:
     return (result if first > 0 else -result) + 0.0
 
 
+def savitzky_golay(
+    values: Float[np.ndarray, " T"], window: int, *, step: float, slope: bool = False
+) -> Float[np.ndarray, " T"]:
+    """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
+
+    Each value becomes that of the parabola through the window around it (near the ends: the first or last
+    window), fitted with orthogonal polynomials: SciPy's fit goes through LAPACK.
+
+    Args:
+        values: at even steps, as many as the window has at least.
+        window: values to fit to, three at least.
+        step: between two values; the slope is per unit of it.
+        slope: gives the parabola's slope in place of its value.
+    """
+    index = np.arange(len(values))
+    first = np.clip(index - window // 2, 0, len(values) - window)
+    offset = np.arange(window) - (window - 1) / 2
+    square = offset * offset - np.mean(offset * offset)
+    seen = values[first[:, None] + np.arange(window)]
+    linear = dot(seen, offset) / dot(offset, offset)
+    bent = dot(seen, square) / dot(square, square)
+    here = index - first - (window - 1) / 2
+    if slope:
+        return (linear + 2 * bent * here) / step
+    return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(offset * offset))
+
+
 def cos_sin(angle: Any) -> tuple[Any, Any]:
     """Cosine and sine of an angle in radians, up to some 10^6 of them."""
     x = _number(angle)

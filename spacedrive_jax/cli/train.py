@@ -226,8 +226,8 @@ def _idle(preset: Config, config: Config) -> str:
     found = [
         f"{name} does nothing without {needs}"
         for name in changed
-        for place, (active, needs) in acts.items()
-        if not active and name.startswith(place)
+        for prefix, (active, needs) in acts.items()
+        if not active and name.startswith(prefix)
     ]
     return f"{'; '.join(found)}: set that too, or leave it out" if found else ""
 

@@ -25,7 +25,6 @@ from spacedrive_jax.evaluation.bench2drive import (
     WINDOW,
     YAW_ACCELERATION,
     YAW_RATE,
-    smoothed,
 )
 from spacedrive_jax.world.town import LANE_WIDTH
 from spacedrive_jax.world.traffic import TIME_STEP
@@ -194,7 +193,7 @@ def comfortable(log: DriveLog) -> bool:
     """Whether the smoothed motion stays within the bounds of comfort throughout."""
     if len(log.time) <= ORDER:
         return True
-    smooth = functools.partial(smoothed, window=min(WINDOW, len(log.time)), step_s=TIME_STEP)
+    smooth = functools.partial(exact.savitzky_golay, window=min(WINDOW, len(log.time)), step=TIME_STEP)
     along, across = log.acceleration, log.ego[:, 3] * log.yaw_rate
     longitudinal_jerk = smooth(along, slope=True)
     checks = (

@@ -9,6 +9,7 @@ that agents log, and which scenario is of which group.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import xml.etree.ElementTree
@@ -368,11 +369,7 @@ def comfort(motion: Float[np.ndarray, "T 4 3"]) -> float:
 
 
 def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
-    window = min(WINDOW, len(motion))
-
-    def smooth(values: Float[np.ndarray, "T"], derivative: int = 0) -> Float[np.ndarray, "T"]:
-        return smoothed(values, window, slope=bool(derivative))
-
+    smooth = functools.partial(exact.savitzky_golay, window=min(WINDOW, len(motion)), step=STEP_S)
     acceleration, forward, right = motion[:, 0, :2], motion[:, 2, :2], motion[:, 3, :2]
     longitudinal = smooth(np.sum(acceleration * forward, axis=1))
     lateral = smooth(np.sum(acceleration * right, axis=1))
@@ -381,40 +378,12 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
     checks = (
         (longitudinal, LONGITUDINAL_ACCELERATION),
         (lateral, LATERAL_ACCELERATION),
-        (smooth(magnitude, derivative=1), JERK),
-        (smooth(longitudinal, derivative=1), LONGITUDINAL_JERK),
+        (smooth(magnitude, slope=True), JERK),
+        (smooth(longitudinal, slope=True), LONGITUDINAL_JERK),
         (yaw_rate, YAW_ACCELERATION),
         (yaw_rate, YAW_RATE),
     )
     return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
-
-
-def smoothed(
-    values: Float[np.ndarray, "T"], window: int, *, slope: bool = False, step_s: float = STEP_S
-) -> Float[np.ndarray, "T"]:
-    """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
-
-    Each value becomes that of the parabola through the window around it (near the ends: the first or last
-    window). Fitted here with orthogonal polynomials, since SciPy's fit goes through LAPACK and what comes
-    out is held against bounds.
-
-    Args:
-        values: one every `step_s`.
-        window: values to fit to, three at least.
-        slope: gives the parabola's slope, per second, in place of its value.
-        step_s: seconds between two values.
-    """
-    index = np.arange(len(values))
-    first = np.clip(index - window // 2, 0, len(values) - window)
-    place = np.arange(window) - (window - 1) / 2
-    square = place * place - np.mean(place * place)
-    seen = values[first[:, None] + np.arange(window)]
-    linear = exact.dot(seen, place) / exact.dot(place, place)
-    bent = exact.dot(seen, square) / exact.dot(square, square)
-    here = index - first - (window - 1) / 2
-    if slope:
-        return (linear + 2 * bent * here) / step_s
-    return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(place * place))
 
 
 def read_motion(path: Path) -> Float[np.ndarray, "T 4 3"]:

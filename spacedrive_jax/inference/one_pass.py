@@ -149,15 +149,15 @@ def _agreed(
     count = jnp.where(agrees, length, jnp.where(tied, 0, first)).astype(jnp.int32)
     count = jnp.where(drafted, count, 0)
 
-    places = jnp.arange(length)[None]
-    kept = places < count[:, None]
+    frame_indices = jnp.arange(length)[None]
+    kept = frame_indices < count[:, None]
     coordinates = jnp.zeros((*hidden.shape[:2], coordinates_per_token(model), 3), jnp.float32)
     coordinates = coordinates.at[:, position_indices].set(
         token_coordinates(model, hidden[:, position_indices])
     )
     is_position = kept & discarded
     # Out of range where it is not kept: dropped.
-    indices = jnp.where(kept, before.count[:, None] + places, before.token_ids.shape[1])
+    indices = jnp.where(kept, before.count[:, None] + frame_indices, before.token_ids.shape[1])
     last = jnp.minimum(count, length - 1)
     here = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return DecodeState(

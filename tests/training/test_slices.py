@@ -60,8 +60,8 @@ def test_32_gpus_on_four_nodes():
 def test_axes_share_a_physical_axis_of_one_slice():
     placed = sharding.devices_along_links((16, 2, 2), tpu_slices(1, 8, 8, "TPU v6 lite"))
     assert len({device.id for device in placed.flat}) == 64
-    places = np.vectorize(lambda device: device.coords[:2], otypes=[object])(placed)
-    for first, second in places.reshape(-1, 2):
+    coords = np.vectorize(lambda device: device.coords[:2], otypes=[object])(placed)
+    for first, second in coords.reshape(-1, 2):
         assert np.abs(np.subtract(first, second)).sum() == 1  # tensor lies over one link
 
 
