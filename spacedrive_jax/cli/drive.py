@@ -89,6 +89,9 @@ class Drive(Command):
     perturb: tyro.conf.FlagCreatePairsOff[bool] = False
     """Follow every plan 0.3 to 1 m beside its line and at 0.6 to 1.3 times its pace, for a second or two at a
     time: with --policy expert --collect, states that an expert never gets into, with its way back."""
+    perturb_speed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --perturb: slow down and stop for nothing too, so that a slow car alone is no reason to stay
+    slow."""
     video: Path | None = None
     """MP4 to write of one drive: at every decision the front view and the view from above, with the plan and
     the expert's, two pictures a second. Needs the extra `video` (imageio-ffmpeg)."""
@@ -155,6 +158,7 @@ class Drive(Command):
             lidar=self.lidar,
             controller=self.controller,
             perturb=self.perturb,
+            perturb_speed=self.perturb_speed,
         )
         metadata = {
             "scenarios": self.scenarios,
@@ -306,6 +310,8 @@ class Drive(Command):
             raise ConfigError("--mesh lays out a model in this process: it goes with --checkpoint PATH")
         if self.policy in ("mean_trajectory", "ego_mlp") and self.records is None:
             raise ConfigError(f"--policy {self.policy} learns from records: give --records DIR")
+        if self.perturb_speed and not self.perturb:
+            raise ConfigError("--perturb-speed perturbs more of what --perturb does: give both")
 
     def _check_against(self, folder: Path) -> None:
         """Refuses, before anything is driven, runs that this one cannot be held against."""

@@ -56,6 +56,8 @@ class DriveOptions:
     """Disturb the controls where the scenario says so."""
     perturb: bool = False
     """Follow every plan beside its line and at another pace (see `recovery.Sway`)."""
+    perturb_speed: bool = False
+    """Slow down and stop for nothing too; with `perturb`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,10 @@ def episode(
     observer = _Eyes(take, scenario, options)
     driver = Driver(options.controller, options.limits)
     noise = np.random.default_rng([spec.world, spec.number, spec.seed, 8])
-    sway = Sway(np.random.default_rng([spec.world, spec.number, spec.seed, 9])) if options.perturb else None
+    sway = None
+    if options.perturb:
+        rng = np.random.default_rng([spec.world, spec.number, spec.seed, 9])
+        sway = Sway(rng, slows=options.perturb_speed)
     lost = spec.kind == "ControlLoss" and options.control_loss
     decisions: list[Decision] = []
     targets: list[ExpertTarget] = []

@@ -133,6 +133,9 @@ SWAY_METRES, SWAY_PACE, SWAY_DECISIONS = (0.3, 1.0), (0.6, 1.3), (2, 6)
 """Beside the line, as a share of the planned speed, and for how many decisions in a row."""
 SWAY_NONE = 0.25
 """Share of the stretches that are driven as planned."""
+SLOW_SHARE, SLOW_PACE, SLOW_DECISIONS = 0.4, (-0.3, 0.6), (3, 8)
+"""Of the other stretches, where speeds are perturbed too: how many are slow ones, their share of the planned
+speed (below 0 it is a stop), and for how many decisions in a row."""
 
 
 class Sway:
@@ -140,11 +143,18 @@ class Sway:
 
     Records of an expert who sways hold states that an expert never gets into, with the way back as their
     target (Laskey et al. 2017, DART); between two stretches the heading is off by 5 to 10 degrees.
+
+    An expert drives slowly only where something is in its way, so that its own speed tells who learns from it
+    how fast to go on, and a learner that has once become slow stays so. Who slows down and stops for nothing
+    breaks that: then only what lies ahead tells.
     """
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        """Args: what decides every stretch."""
-        self._rng = rng
+    def __init__(self, rng: np.random.Generator, *, slows: bool = False) -> None:
+        """Args:
+        rng: decides every stretch.
+        slows: slow down and stop for nothing too.
+        """
+        self._rng, self._slows = rng, slows
         self._left = 0
         self._aside, self._pace = 0.0, 1.0
 
@@ -157,6 +167,11 @@ class Sway:
             side = 1.0 if rng.random() < 0.5 else -1.0
             self._aside = 0.0 if quiet else side * float(rng.uniform(*SWAY_METRES))
             self._pace = 1.0 if quiet else float(rng.uniform(*SWAY_PACE))
+            if self._slows and not quiet and rng.random() < SLOW_SHARE:
+                self._pace = max(float(rng.uniform(*SLOW_PACE)), 0.0)
+                self._left = int(rng.integers(*SLOW_DECISIONS))
+                if rng.random() < 0.5:
+                    self._aside = 0.0
         self._left -= 1
         path = None if plan.path is None else self._beside(plan.path)
         return dataclasses.replace(plan, waypoints=self._beside(plan.waypoints * self._pace), path=path)

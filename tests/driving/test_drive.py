@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spacedrive_jax.cli.drive import Drive
 from spacedrive_jax.cli.main import main
 from spacedrive_jax.constants import CAMERAS
 from spacedrive_jax.driving.bench import Bench, Finished, PlanRequest
@@ -207,6 +208,12 @@ def test_another_run_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("something else")
     with pytest.raises(ConfigError, match="not a run"):
         drive_all(SPECS, tmp_path, BLIND, metadata={}, world_policy=constant_velocity)
+
+
+def test_speeds_are_perturbed_with_the_rest_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--perturb-speed perturbs more of what --perturb does"):
+        Drive(policy="expert", scenarios="tiny", perturb_speed=True, out=tmp_path / "drives").run()
+    assert not (tmp_path / "drives").exists()
 
 
 def test_a_start_that_failed_burns_no_folder(tmp_path: Path) -> None:

@@ -92,6 +92,21 @@ def test_who_sways_keeps_beside_the_line_for_a_while_and_does_not_turn_on_the_sp
     assert not sway.disturb(Plan(np.zeros((6, 2)))).waypoints.any()
 
 
+def test_who_perturbs_speeds_too_stops_for_nothing_now_and_then() -> None:
+    straight = np.stack([np.arange(1, 7) * 4.0, np.zeros(6)], axis=1)
+
+    def paces(*, slows: bool) -> list[float]:
+        sway = Sway(np.random.default_rng(0), slows=slows)
+        return [float(sway.disturb(Plan(straight)).waypoints[0, 0]) / 4.0 for _ in range(400)]
+
+    assert min(paces(slows=False)) >= 0.6
+    slow = np.array(paces(slows=True))
+    assert slow.min() == 0.0
+    assert 0.05 < float(np.mean(slow == 0.0)) < 0.3
+    assert 0.2 < float(np.mean(slow < 0.6)) < 0.6
+    assert 0.15 < float(np.mean(slow == 1.0)) < 0.5
+
+
 def test_collected_records_are_a_folder_that_training_reads(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     first, second, third = (make_record(rng) for _ in range(3))
