@@ -251,15 +251,18 @@ class AnswerFile:
         """Adds the answers of a batch.
 
         Args:
-            lines: one object for each answer.
+            lines: one object for each answer; without any, nothing is added.
             length: tokens that the batch's prompts were cut to.
         """
         if length != self.length:
             # Before the answers: a later run that finds these cuts the next batch as this one would.
             self.length = length
             write_json(self._metadata_file, {"metadata": self._metadata, "length": length}, indent=2)
+        text = "\n".join(map(to_json, lines))
+        if not text:
+            return
         try:
-            self._lines.write("\n".join(map(to_json, lines)))
+            self._lines.write(text)
         except SpaceDriveError as error:
             raise SpaceDriveError(f"{error}; then --resume") from error
 

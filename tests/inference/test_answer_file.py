@@ -44,6 +44,14 @@ def test_appears_when_whole(tmp_path):
     assert contents(out) == [4]
 
 
+def test_a_batch_without_answers_is_no_line(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with answer_file(out, METADATA, batch_size=2, resume=False, overwrite=False) as file:
+        for lines in ([], [{"n": 1}, {"n": 2}], []):
+            file.write(lines, 64)
+    assert out.read_text() == '{"n": 1}\n{"n": 2}\n'
+
+
 def test_an_interrupted_file_is_gone_on_with(tmp_path):
     out = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
