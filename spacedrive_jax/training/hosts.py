@@ -261,11 +261,12 @@ class PreemptionWatch:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> PreemptionWatch:
-        # With several hosts jax's own notifier listens, and all hosts agree on the step to stop at.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = {
-                number: signal.signal(number, self._notice) for number in (*ending_signals(), signal.SIGINT)
-            }
+        if threading.current_thread() is threading.main_thread():
+            heard = {*ending_signals(), signal.SIGINT}
+            if jax.process_count() > 1:
+                # jax's own notifier hears this one, and all hosts agree on the step to stop at.
+                heard.discard(signal.SIGTERM)
+            self._previous = {number: signal.signal(number, self._notice) for number in heard}
         return self
 
     def __exit__(
@@ -297,3 +298,4 @@ class PreemptionWatch:
             log.info("stopping behind this step, with a checkpoint; Ctrl-C again stops without one")
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._noticed.set()
+        self.ask()

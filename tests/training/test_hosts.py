@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import pytest
 from jaxlib import _jax as runtime  # as jax.distributed itself has it
 
 from spacedrive_jax.errors import SpaceDriveError
@@ -88,13 +89,15 @@ def wait_for_steps(hosts, run_dir, steps):
         time.sleep(0.05)
 
 
-def test_sigterm_on_one_host_saves_the_same_step_on_both(tmp_path):
+@pytest.mark.usefixtures("hang_ups")
+def test_a_closed_terminal_of_one_host_saves_the_same_step_on_both(tmp_path):
+    """SIGHUP is passed on as SIGTERM, which jax's notifier hears on one host and brings to the others."""
     records = make_records(tmp_path / "records")
     run_dir = tmp_path / "run"
     hosts = start_hosts(records, run_dir, "--train.steps", "100000", "--train.checkpoint-every", "100000")
     try:
         wait_for_steps(hosts, run_dir, 3)
-        hosts[1].send_signal(signal.SIGTERM)
+        hosts[1].send_signal(signal.SIGHUP)
         outputs = [host.communicate(timeout=LIMIT) for host in hosts]
     finally:
         for host in hosts:
