@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spacedrive_jax.bounds import require_kind
-from spacedrive_jax.config import Config, read_config
+from spacedrive_jax.config import Config, read_config, to_json
 from spacedrive_jax.data.depth_cache import DepthCache
 from spacedrive_jax.data.tokenizer import tokenizer_file
 from spacedrive_jax.errors import CheckpointError, ConfigError
@@ -274,7 +274,7 @@ def open_config(checkpoint: Path) -> Config:
 
 
 def config_of_run(run_dir: Path) -> Config:
-    """A run's config.json.
+    """The config.json of a run, or of what was exported of it.
 
     Raises:
         CheckpointError: it is damaged.
@@ -308,6 +308,7 @@ def name_checkpoint(checkpoint: Path) -> dict[str, Any]:
         trained = trained_metadata(checkpoint)
         return {
             "path": str(checkpoint.resolve()),
+            "config": to_json(config_of_run(checkpoint)),
             "base_fingerprint": trained.base_fingerprint,
             "trainable_fingerprint": trained.sha256,
         }

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import spacedrive_jax.cli.main
-from spacedrive_jax.config import change
+from spacedrive_jax.config import change, from_json
 from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.inference.open_model import name_checkpoint, open_config, open_model, open_trained_model
 from spacedrive_jax.training.sharding import make_mesh
@@ -53,7 +53,9 @@ def test_it_holds_the_run_bit_for_bit_and_says_where_it_comes_from(run_dir, expo
     assert "# tiny" in card
     assert "Planner.load" in card
     assert "made up" in card, "the licence of the records"
-    assert name_checkpoint(exported)["trainable_fingerprint"]
+    named = name_checkpoint(exported)
+    assert named["trainable_fingerprint"]
+    assert from_json(named["config"]).model == before.config.model, "what it is asked otherwise is told apart"
 
 
 def test_half_the_bytes_for_half_the_bits(run_dir, exported, tmp_path):
