@@ -207,10 +207,28 @@ def comfortable(log: DriveLog) -> bool:
     return all(bool(np.all((values > low) & (values < high))) for values, (low, high) in checks)
 
 
-def neuro_ncap(log: DriveLog, reference_speed: float) -> float:
-    """NeuroNCAP's score: 5 without a collision, else 4 x what was braked away of the reference speed."""
-    hits = collisions(log)
-    if not hits:
-        return 5.0
-    impact = float(log.ego[hits[0].step, 3])
-    return 4.0 * max(0.0, 1.0 - impact / max(reference_speed, 1e-6))
+def neuro_ncap(log: DriveLog) -> float:
+    """NeuroNCAP's score: 5 without a collision, else 4 times the share of the impact speed that was avoided.
+
+    The impact speed is that of the two relative to each other where they first touch, whoever ran into whom:
+    to stand still is no way out. The reference is the one that they would have had, had the ego vehicle
+    gone on with the velocity that it began with (NeuroNCAP: with the recorded one).
+    """
+    for step in range(len(log.time)):
+        for partner in touches(log, step).tolist():
+            impact, reference = (_closing_speed(log, at, step, partner) for at in (step, 0))
+            return 4.0 * max(0.0, 1.0 - impact / max(reference, 1e-6))
+    return 5.0
+
+
+def _closing_speed(log: DriveLog, own: int, step: int, partner: int) -> float:
+    """How fast the ego vehicle of one step and somebody of another move relative to each other, m/s."""
+    velocities = []
+    for speed, heading in (
+        (float(log.ego[own, 3]), float(log.ego[own, 2])),
+        (float(log.speeds[step, partner]), float(log.poses[step, partner, 2])),
+    ):
+        cos, sin = exact.cos_sin(heading)
+        velocities.append((speed * cos, speed * sin))
+    (own_x, own_y), (x, y) = velocities
+    return float(exact.hypot(own_x - x, own_y - y))

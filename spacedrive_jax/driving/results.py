@@ -89,7 +89,7 @@ def drive_record(
         },
         "meta": {"route_length": length, "duration_game": seconds, "duration_system": seconds},
         "pdm": {**dataclasses.asdict(pdm), "pdms": pdm.pdms, "epdms": pdm.epdms(reference)},
-        "neuro_ncap": neuro_ncap(log, float(log.ego[0, 3])),
+        "neuro_ncap": neuro_ncap(log),
         "failures": dict(sorted(failures.items())),
     }
 

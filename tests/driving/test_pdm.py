@@ -188,6 +188,18 @@ def test_comfort_bounds_the_jerk_along(jerk: float, calm: bool) -> None:
 
 def test_neuro_ncap_counts_what_was_braked_away() -> None:
     wall = Other("vehicle.car", np.array([60.0, -1.75, 0.0]))
-    assert neuro_ncap(make_log(cruise(140.0)), 8.0) == 5.0
-    assert neuro_ncap(make_log(cruise(140.0), others=(wall,)), 8.0) == pytest.approx(0.0, abs=1e-6)
-    assert neuro_ncap(make_log(cruise(140.0, speed=4.0), others=(wall,)), 8.0) == pytest.approx(2.0)
+    slowed = np.concatenate([cruise(24.0), cruise(60.0, speed=4.0, start=34.4)])
+    assert neuro_ncap(make_log(cruise(140.0))) == 5.0
+    assert neuro_ncap(make_log(cruise(140.0), others=(wall,))) == pytest.approx(0.0, abs=1e-6)
+    assert neuro_ncap(make_log(slowed, others=(wall,))) == pytest.approx(2.0)
+
+
+def test_neuro_ncaps_impact_is_of_the_two_and_counts_for_who_stands() -> None:
+    stopped = np.concatenate([cruise(24.0), np.full(60, 34.0)])
+    head_on = np.stack([90.0 - 0.6 * np.arange(91), np.full(91, -1.75), np.full(91, np.pi)], axis=1)
+    log = make_log(stopped, others=(Other("vehicle.car", head_on, 6.0),))
+    assert neuro_ncap(log) == pytest.approx(4 * (1 - 6 / 14))
+    crossing = np.stack([np.full(91, 34.0), -40.0 + 0.6 * np.arange(91), np.full(91, np.pi / 2)], axis=1)
+    log = make_log(stopped, others=(Other("vehicle.car", crossing, 6.0),))
+    assert neuro_ncap(log) == pytest.approx(4 * (1 - 6 / 10))
+    assert log.ego[-1, 3] == 0.0
