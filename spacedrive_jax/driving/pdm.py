@@ -180,10 +180,10 @@ def _will_collide(log: DriveLog) -> Bool[np.ndarray, " T"]:
 
 def _leaves_lane(log: DriveLog, lanes: LaneMap) -> bool:
     centre = log.poses[:, 0, :2]
-    off = (lanes.off_centre(centre) > LANE_KEEPING) & ~lanes.in_junction(centre)
+    centre = centre[~lanes.in_junction(centre)]  # a junction ends no run: NAVSIM goes on counting behind it
     run = 0
-    for value in off:
-        run = run + 1 if value else 0
+    for off in (lanes.off_centre(centre) > LANE_KEEPING).tolist():
+        run = run + 1 if off else 0
         if run * TIME_STEP >= LANE_KEEPING_S - 1e-9:
             return True
     return False

@@ -138,6 +138,14 @@ def test_lane_keeping(aside: float, seconds: float, value: float) -> None:
     assert score(log).lane_keeping == value
 
 
+@pytest.mark.parametrize(("metres", "value"), [(7.0, 1.0), (10.0, 0.0)])
+def test_lane_keeping_goes_on_behind_a_junction(metres: float, value: float) -> None:
+    """Within it nothing counts; metres off the line before and behind it, at 8 m/s, are one run."""
+    x = cruise(80.0, start=180.0)
+    away = (x > 200.0 - metres) & (x < 240.0 + metres)
+    assert score(make_log(x, np.where(away, -1.2, -1.75))).lane_keeping == value
+
+
 @pytest.mark.parametrize(("acceleration", "calm"), [(2.3, True), (2.5, False), (-3.9, True), (-4.2, False)])
 def test_comfort_has_bounds(acceleration: float, calm: bool) -> None:
     t = 0.1 * np.arange(16)
