@@ -21,7 +21,7 @@ one unit in the last place (`tan` two). A plain float gives a plain float, anyth
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -226,7 +226,7 @@ def quaternion(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "4"]:
 
 
 def savitzky_golay(
-    values: Float[np.ndarray, " T"], window: int, *, step: float, slope: bool = False
+    values: Float[np.ndarray, " T"], window: int, *, step: float, deriv: Literal[0, 1, 2] = 0
 ) -> Float[np.ndarray, " T"]:
     """Savitzky and Golay's filter of second order: `scipy.signal.savgol_filter` with its mode `interp`.
 
@@ -236,8 +236,8 @@ def savitzky_golay(
     Args:
         values: at even steps, as many as the window has at least.
         window: values to fit to, three at least.
-        step: between two values; the slope is per unit of it.
-        slope: gives the parabola's slope in place of its value.
+        step: between two values; derivatives are per unit of it.
+        deriv: gives the parabola's first or second derivative in place of its value.
     """
     index = np.arange(len(values))
     first = np.clip(index - window // 2, 0, len(values) - window)
@@ -247,7 +247,9 @@ def savitzky_golay(
     linear = dot(seen, offset) / dot(offset, offset)
     bent = dot(seen, square) / dot(square, square)
     here = index - first - (window - 1) / 2
-    if slope:
+    if deriv == 2:
+        return 2 * bent / (step * step)
+    if deriv == 1:
         return (linear + 2 * bent * here) / step
     return seen.mean(axis=1) + linear * here + bent * (here * here - np.mean(offset * offset))
 

@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+from scipy.signal import savgol_filter
 from scipy.spatial.transform import Rotation
 
 from spacedrive_jax import exact
@@ -41,6 +43,13 @@ def test_elementary_functions_are_right_to_one_unit_in_the_last_place() -> None:
     assert units_apart(exact.arctan2(other, ANGLES), list(map(math.atan2, other, ANGLES))) <= 1
     exponents = np.clip(ANGLES, -600, 600)
     assert units_apart(exact.exp(exponents), [math.exp(x) for x in exponents]) <= 1
+
+
+@pytest.mark.parametrize("deriv", [0, 1, 2])
+def test_the_filter_is_scipys(deriv: Literal[0, 1, 2]) -> None:
+    values = np.random.default_rng(4).normal(size=40)
+    expected = savgol_filter(values, 15, 2, deriv=deriv, delta=0.1)
+    np.testing.assert_allclose(exact.savitzky_golay(values, 15, step=0.1, deriv=deriv), expected, atol=1e-11)
 
 
 @pytest.mark.parametrize(("y", "x"), list(itertools.product([0.0, -0.0, 2.0, -2.0], repeat=2)))

@@ -381,7 +381,11 @@ def _text(summary: Mapping[str, Any], folder: Path) -> str:
         f"driving score  {with_interval('driving_score')}",
         f"success rate   {summary['success_rate']:.1f} %",
         f"PDM score      {with_interval('pdm_score')}",
-        "parts          " + ", ".join(f"{name} {value:.2f}" for name, value in summary["pdm_parts"].items()),
+        "parts          "
+        + ", ".join(
+            f"{name} {'-' if value is None else f'{value:.2f}'}"
+            for name, value in summary["pdm_parts"].items()
+        ),
         f"drives         {summary['drives']}: "
         + ", ".join(f"{count} {status}" for status, count in summary["statuses"].items()),
     ]

@@ -12,7 +12,7 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.drive_log import script_log
 from spacedrive_jax.driving.driver import FailureKind, Plan, PlanError
 from spacedrive_jax.driving.episode import DriveOptions, DriveResult, Question, episode, open_loop, outcome
-from spacedrive_jax.driving.pdm import pdm_score
+from spacedrive_jax.driving.pdm import pdm_score, script_decisions
 from spacedrive_jax.driving.policies import expert
 from spacedrive_jax.driving.results import drive_record, metric_info, trace
 from spacedrive_jax.driving.scenarios import DriveSpec
@@ -127,8 +127,9 @@ def finished(result: DriveResult) -> Finished:
         town=spec.town,
         ending=result.ending,
         expert_metres=result.expert_metres,
+        decisions=result.decisions,
         failures=result.failures,
-        reference=pdm_score(script, result.lanes, result.expert_metres),
+        reference=pdm_score(script, result.lanes, result.expert_metres, script_decisions(script)),
     )
     error, counted = open_loop(result)
     record["open_loop"] = {"l2": round(error, 6), "decisions": counted}

@@ -20,6 +20,7 @@ from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.batch_policies import BatchPolicy
 from spacedrive_jax.driving.bench import Event, Finished, Fleet, NoPlace, PlanRequest, WorldPolicy
 from spacedrive_jax.driving.episode import DriveOptions
+from spacedrive_jax.driving.pdm import PdmScore
 from spacedrive_jax.driving.results import read_drive, result_file
 from spacedrive_jax.driving.scenarios import DriveSpec
 from spacedrive_jax.errors import ConfigError, DataError
@@ -202,6 +203,8 @@ def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> s
         SpaceDriveError: the folder holds something else, or drives that are not to be gone on with.
     """
     path = folder / METADATA
+    # A run that was scored by other parts is not gone on with: their means would be of some of its drives.
+    metadata = {**metadata, "pdm_parts": [each.name for each in dataclasses.fields(PdmScore)]}
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--out {folder} exists and is not a run of drives: choose another folder")
@@ -295,7 +298,10 @@ def summarise(
     scores = score_routes(read_results([results]), [record["route_id"].split("_")[1] for record in records])
     driving = np.array([record["scores"]["score_composed"] for record in records])
     pdm = np.array([record["pdm"]["pdms"] for record in records]) * 100
-    parts = {name: float(np.mean([record["pdm"][name] for record in records])) for name in records[0]["pdm"]}
+    parts: dict[str, float | None] = {}
+    for name in records[0]["pdm"]:
+        known = [record["pdm"][name] for record in records if record["pdm"][name] is not None]
+        parts[name] = float(np.mean(known)) if known else None
     open_loop = [record["open_loop"] for record in records if record.get("open_loop")]
     counted = sum(each["decisions"] for each in open_loop)
     metres = sum(each["l2"] * each["decisions"] for each in open_loop)
@@ -385,7 +391,7 @@ class _Summary(msgspec.Struct):
     success_rate: float
     pdm_score: float
     pdm_score_interval: _Interval | None
-    pdm_parts: dict[str, float]
+    pdm_parts: dict[str, float | None]
     open_loop_l2: float | None
     failures: dict[str, int]
     kinds: dict[str, _KindScores]

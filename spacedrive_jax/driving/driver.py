@@ -98,7 +98,7 @@ def track(
 
 
 def plan_reference(
-    waypoints: Float[np.ndarray, "T 2"], period: float, elapsed: float
+    waypoints: Float[np.ndarray, "T 2"], period: float, elapsed: float, rows: int = LQR_HORIZON + 2
 ) -> Float[np.ndarray, "K 3"]:
     """A plan as the tracker's reference: positions every `LQR_STEP`, headings along them.
 
@@ -106,9 +106,10 @@ def plan_reference(
         waypoints: present ego frame; the plan's origin first.
         period: seconds between them.
         elapsed: seconds since the plan was made.
+        rows: how many.
     """
     times = period * np.arange(len(waypoints))
-    wanted = np.minimum(elapsed + LQR_STEP * np.arange(LQR_HORIZON + 3), times[-1])
+    wanted = np.minimum(elapsed + LQR_STEP * np.arange(rows + 1), times[-1])
     points = np.stack([np.interp(wanted, times, waypoints[:, axis]) for axis in range(2)], axis=1)
     steps = np.diff(points, axis=0)
     headings, last = [], 0.0
@@ -226,6 +227,17 @@ class Plan:
     """What a language model said."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided at one time: the plan, or why there was none."""
+
+    time: float
+    """Seconds since the start of the simulation."""
+    vehicle: VehicleState
+    plan: Plan | None
+    failure: str = ""
+
+
 def checked_plan(waypoints: Any, path: Any = None, text: str = "") -> Plan:
     """A plan from whatever a policy answered.
 
@@ -320,7 +332,7 @@ def pedals_to_control(pedals: bench2drive_control.Controls, speed: float, limits
 
 
 def _shifted(points: Float[np.ndarray, "7 2"], elapsed: float) -> Float[np.ndarray, "6 2"]:
-    """A plan's waypoints as seen `elapsed` seconds later: interpolated in time, held at its end."""
+    """A plan's waypoints as seen `elapsed` seconds later, interpolated in time."""
     times = WAYPOINT_STEP * np.arange(len(points))
     wanted = np.minimum(elapsed + WAYPOINT_STEP * np.arange(1, len(points)), times[-1])
     shifted = np.stack([np.interp(wanted, times, points[:, axis]) for axis in range(2)], axis=1)

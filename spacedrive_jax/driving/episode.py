@@ -14,7 +14,7 @@ from spacedrive_jax import exact
 from spacedrive_jax.constants import NUM_WAYPOINTS
 from spacedrive_jax.data.schema import Record
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap, drive_log
-from spacedrive_jax.driving.driver import Controller, Driver, Plan, PlanError, to_global
+from spacedrive_jax.driving.driver import Controller, Decision, Driver, Plan, PlanError, to_global
 from spacedrive_jax.driving.infractions import (
     DEVIATION,
     STANDING,
@@ -29,7 +29,7 @@ from spacedrive_jax.driving.scenarios import KINDS, DriveSpec, build_drive
 from spacedrive_jax.world.filming import KEYFRAME_PERIOD, Film, Take
 from spacedrive_jax.world.scenario import WARM_UP, Scenario
 from spacedrive_jax.world.traffic import TIME_STEP
-from spacedrive_jax.world.vehicle import Control, Limits, VehicleState
+from spacedrive_jax.world.vehicle import Control, Limits
 from spacedrive_jax.world.world import World
 
 MOST_FAILURES = 10
@@ -73,16 +73,6 @@ class Question:
     """For policies that may look behind the record."""
     expert: Plan | None = None
     """The expert's answer, where it is worked out anyway."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """What was decided, for the report."""
-
-    time: float
-    vehicle: VehicleState
-    plan: Plan | None
-    failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

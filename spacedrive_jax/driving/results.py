@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
+from spacedrive_jax.driving.driver import Decision
 from spacedrive_jax.driving.infractions import completion, messages
 from spacedrive_jax.driving.pdm import PdmScore, neuro_ncap, pdm_score
 from spacedrive_jax.evaluation.bench2drive import RouteResult
@@ -41,6 +42,7 @@ def drive_record(
     town: str,
     ending: str,
     expert_metres: float,
+    decisions: Sequence[Decision],
     failures: Mapping[str, int],
     reference: PdmScore | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def drive_record(
         town: the town's name.
         ending: `goal`, or a key of `ENDINGS`.
         expert_metres: how far the script's driver goes.
+        decisions: what was decided on the way.
         failures: how many answers of the policy were none, by kind.
         reference: the script's own driver's PDM score; see `PdmScore.epdms`.
     """
@@ -69,7 +72,7 @@ def drive_record(
         status = "Completed" if infractions else "Perfect"
     name = f"RouteScenario_{number}_rep0"
     penalty = RouteResult(str(number), kind, name, status, share, 0.0, found).penalty()
-    pdm = pdm_score(log, lanes, expert_metres)
+    pdm = pdm_score(log, lanes, expert_metres, decisions)
     seconds = float(log.time[-1] - log.time[0])
     length = log.goal - log.start
     return {
@@ -97,9 +100,14 @@ def drive_record(
 _Number = Annotated[float, Meta(ge=-1e8, le=1e8)]
 _Point = tuple[_Number, _Number]
 _Pose = tuple[_Number, _Number, _Number]
+# `extended_comfort` is null where no two plans could be compared, and lacks in older runs.
+_PDM_NUMBERS = sorted({each.name for each in dataclasses.fields(PdmScore)} - {"extended_comfort"})
 _Pdm = msgspec.defstruct(
     "_Pdm",
-    [(name, _Number) for name in (*(each.name for each in dataclasses.fields(PdmScore)), "pdms", "epdms")],
+    [
+        *((name, _Number) for name in (*_PDM_NUMBERS, "pdms", "epdms")),
+        ("extended_comfort", _Number | None, None),
+    ],
 )
 
 

@@ -378,8 +378,8 @@ def _comfortable(motion: Float[np.ndarray, "T 4 3"]) -> bool:
     checks = (
         (longitudinal, LONGITUDINAL_ACCELERATION),
         (lateral, LATERAL_ACCELERATION),
-        (smooth(magnitude, slope=True), JERK),
-        (smooth(longitudinal, slope=True), LONGITUDINAL_JERK),
+        (smooth(magnitude, deriv=1), JERK),
+        (smooth(longitudinal, deriv=1), LONGITUDINAL_JERK),
         (yaw_rate, YAW_ACCELERATION),
         (yaw_rate, YAW_RATE),
     )

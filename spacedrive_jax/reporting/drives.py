@@ -46,7 +46,8 @@ class RunRow:
     success_rate: float
     pdm_score: float
     pdm_interval: Sequence[float] | None
-    parts: Mapping[str, float]
+    parts: Mapping[str, float | None]
+    """Of the PDM score; None where no drive has one."""
     failures: Mapping[str, int]
     open_loop_l2: float | None = None
     """Metres, of plans made where the script drove (`driving.episode.open_loop`)."""
@@ -85,6 +86,11 @@ class DrivesPage:
     """Drives that did not end at their goal, or not without an offence."""
     scatter: str
     """An SVG of all runs, open against closed loop."""
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the PDM score's parts: an older run has fewer."""
+        return max((list(row.parts) for row in self.rows), key=len, default=[])
 
 
 def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
@@ -178,6 +184,9 @@ def _scores(folder: Path) -> dict[str, float]:
 def _row(
     name: str, summary: Mapping[str, Any], own: Mapping[str, float], first: Mapping[str, float] | None
 ) -> RunRow:
+    parts = dict(summary["pdm_parts"])
+    if "extended_comfort" not in parts:
+        parts.pop("epdms", None)  # an older run's, of the other parts alone: another score than the rest's
     difference = None
     if first is not None:
         common = sorted(set(own) & set(first))
@@ -192,7 +201,7 @@ def _row(
         success_rate=summary["success_rate"],
         pdm_score=summary["pdm_score"],
         pdm_interval=summary["pdm_score_interval"],
-        parts=summary["pdm_parts"],
+        parts=parts,
         failures=summary["failures"],
         open_loop_l2=summary["open_loop_l2"],
         difference=difference,

@@ -94,6 +94,16 @@ def test_workers_and_a_broken_off_run_change_no_byte(driven: Path, tmp_path: Pat
     assert contents(tmp_path / "two") == contents(driven)
 
 
+def test_a_run_of_before_a_part_of_the_score_is_not_gone_on_with(driven: Path, tmp_path: Path) -> None:
+    """Means would be of some of its drives."""
+    shutil.copytree(driven, tmp_path / "old")
+    known = json.loads((tmp_path / "old" / "run.json").read_text())
+    assert known.pop("pdm_parts")[-1] == "extended_comfort"
+    (tmp_path / "old" / "run.json").write_text(json.dumps(known))
+    with pytest.raises(ConfigError, match="begun with another pdm_parts"):
+        drive_all(SPECS, tmp_path / "old", BLIND, metadata=METADATA, resume=True)
+
+
 def test_what_the_scripts_own_driver_fails_is_excused() -> None:
     """It cuts a kerb with a corner where it starts; the expert goes the same way."""
     drive = Bench(BLIND, expert).start(SPECS[0])
@@ -220,7 +230,7 @@ def test_a_start_that_failed_burns_no_folder(tmp_path: Path) -> None:
     (tmp_path / "drives" / "one").mkdir(parents=True)
     (tmp_path / "run.json").write_text('{"set": "before"}')
     assert open_folder(tmp_path, {"set": "now"}, resume=False) == set()
-    assert (tmp_path / "run.json").read_text().split() == ["{", '"set":', '"now"', "}"]
+    assert json.loads((tmp_path / "run.json").read_text())["set"] == "now"
     assert not (tmp_path / "drives").exists()
     (tmp_path / "checkpoints").mkdir()  # as a run of training has it
     with pytest.raises(ConfigError, match="holds a run"):

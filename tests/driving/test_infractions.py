@@ -36,6 +36,7 @@ def record_of(log, ending="goal", failures=None):
         town="boston-seaport",
         ending=ending,
         expert_metres=log.goal - log.start,
+        decisions=(),
         failures=failures or {},
     )
 

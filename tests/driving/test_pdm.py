@@ -8,25 +8,55 @@ import numpy as np
 import pytest
 
 from spacedrive_jax.driving.drive_log import DriveLog, script_log
-from spacedrive_jax.driving.pdm import PdmScore, at_fault, comfortable, neuro_ncap, pdm_score
+from spacedrive_jax.driving.driver import Decision, Plan
+from spacedrive_jax.driving.pdm import (
+    PdmScore,
+    agree,
+    at_fault,
+    comfortable,
+    extended_comfort,
+    neuro_ncap,
+    pdm_score,
+    script_decisions,
+    simulated,
+)
 from spacedrive_jax.world.traffic import Motion
+from spacedrive_jax.world.vehicle import VehicleState
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 
 
+def decided(*speeds: float | None, curvature: float = 0.0) -> tuple[Decision, ...]:
+    """Decisions of a car at 8 m/s that goes straight on, half a second apart: the speeds planned."""
+    found = []
+    for number, speed in enumerate(speeds):
+        along = 0.5 * (speed or 0.0) * np.arange(1, 7)
+        plan = None if speed is None else Plan(np.stack([along, curvature * along * along / 2], axis=1))
+        vehicle = VehicleState(10.0 + 4.0 * number, -1.75, 0.0, 8.0)
+        found.append(Decision(0.5 * number, vehicle, plan))
+    return tuple(found)
+
+
+CALM = decided(8.0, 8.0)
+
+
 def score(log, expert_metres: float = 140.0) -> PdmScore:
-    return pdm_score(log, LANES, expert_metres)
+    return pdm_score(log, LANES, expert_metres, CALM)
 
 
 def test_a_clean_drive_has_all_points() -> None:
     result = score(make_log(cruise(140.0)))
-    assert result == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert result == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert result.pdms == result.epdms() == 1.0
 
 
 def test_formulas() -> None:
-    parts = PdmScore(0.5, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0, 1.0)
+    parts = PdmScore(0.5, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0, 1.0, 1.0)
     assert parts.pdms == pytest.approx(0.5 * (4 + 5 + 2) / 12)
-    assert parts.epdms() == pytest.approx(0.25 * (4 + 5 + 0 + 2) / 14)
+    assert parts.epdms() == pytest.approx(0.25 * (4 + 5 + 0 + 2 + 2) / 16)
+    rough = dataclasses.replace(parts, extended_comfort=0.0)
+    assert (rough.pdms, rough.epdms()) == (parts.pdms, pytest.approx(0.25 * (4 + 5 + 0 + 2 + 0) / 16))
+    unknown = dataclasses.replace(parts, extended_comfort=None)
+    assert (unknown.pdms, unknown.epdms()) == (parts.pdms, pytest.approx(0.25 * (4 + 5 + 0 + 2) / 14))
 
 
 def test_the_script_is_scored_as_far_as_it_drives_to_the_goal() -> None:
@@ -38,15 +68,19 @@ def test_the_script_is_scored_as_far_as_it_drives_to_the_goal() -> None:
     np.testing.assert_allclose(
         log.ego[:, :4], np.stack([log.s, 0 * log.s - 1.75, 0 * log.s, 0 * log.s + 8], 1)
     )
-    assert score(log, 84.0) == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert score(log, 84.0) == PdmScore(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 def test_what_the_reference_fails_is_excused() -> None:
-    parts = PdmScore(1.0, 0.0, 0.5, 1.0, 0.8, 0.0, 0.0, 1.0)
-    reference = PdmScore(1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0)
+    parts = PdmScore(1.0, 0.0, 0.5, 1.0, 0.8, 0.0, 0.0, 1.0, 0.0)
+    reference = PdmScore(1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     assert parts.epdms() == 0.0
     # Its drivable area and its lane; the time to collision was kept, and half a point is no failure.
-    assert parts.epdms(reference) == pytest.approx(0.5 * (4 + 0 + 2 + 2) / 14)
+    assert parts.epdms(reference) == pytest.approx(0.5 * (4 + 0 + 2 + 2 + 0) / 16)
+    rough = dataclasses.replace(reference, extended_comfort=0.0)
+    assert parts.epdms(rough) == pytest.approx(0.5 * (4 + 0 + 2 + 2 + 2) / 16)
+    unknown = dataclasses.replace(parts, extended_comfort=None)
+    assert unknown.epdms(rough) == pytest.approx(0.5 * (4 + 0 + 2 + 2) / 14)
 
 
 @pytest.mark.parametrize(("category", "value"), [("vehicle.car", 0.0), ("movable_object.barrier", 0.5)])
@@ -192,6 +226,84 @@ def test_comfort_bounds_the_jerk_along(jerk: float, calm: bool) -> None:
     """Acceleration from -2.1 to 2.1 m/s^2 within a second, or back."""
     t = 0.1 * np.arange(-5, 6)
     assert comfortable(make_log(20 + 8 * t + jerk * t**3 / 6)) is calm
+
+
+SECONDS = 0.1 * np.arange(31)
+"""Of a plan that is driven out."""
+
+
+def driven(acceleration: np.ndarray | float = 3.0, yaw: np.ndarray | float = 0.0) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(acceleration, yaw, SECONDS)[:2], axis=1)
+
+
+@pytest.mark.parametrize(("change", "same"), [(0.69, True), (0.71, False), (-0.69, True), (-0.71, False)])
+def test_consecutive_plans_agree_in_acceleration(change: float, same: bool) -> None:
+    assert agree(driven(3.0), driven(3.0 + change)) is same
+    assert agree(driven(-3.0), driven(-3.0 + change)) is same
+    assert agree(driven(3.0), driven(-3.0 - change)) is same  # the length is compared, as NAVSIM does
+
+
+@pytest.mark.parametrize(("change", "same"), [(0.49, True), (0.51, False)])
+def test_consecutive_plans_agree_in_jerk(change: float, same: bool) -> None:
+    assert agree(driven(), driven(3.0 + change * (SECONDS - 1.25))) is same
+
+
+@pytest.mark.parametrize(("change", "same"), [(0.099, True), (0.101, False)])
+def test_consecutive_plans_agree_in_yaw_rate(change: float, same: bool) -> None:
+    assert agree(driven(yaw=0.4 * SECONDS), driven(yaw=1.0 + (0.4 + change) * SECONDS)) is same
+
+
+@pytest.mark.parametrize(("change", "same"), [(0.099, True), (0.101, False)])
+def test_consecutive_plans_agree_in_yaw_acceleration(change: float, same: bool) -> None:
+    assert agree(driven(), driven(yaw=change * (SECONDS - 1.25) ** 2 / 2)) is same
+
+
+def test_plans_are_compared_where_they_overlap() -> None:
+    """The first half second of the earlier one, and the last of the later one, are the other's no more."""
+    braking = np.where(SECONDS < 0.45, 3.0, 1.0)
+    assert agree(driven(braking), driven(1.0))
+    assert not agree(driven(1.0), driven(braking))
+    assert agree(driven(1.0), driven(np.where(SECONDS > 2.55, 3.0, 1.0)))
+
+
+def test_a_plan_is_driven_out_past_its_last_waypoint_by_nuplans_bicycle() -> None:
+    """It neither brakes where its waypoints end, nor reaches what it asks for at once."""
+    steady, faster, left = (simulated(each.plan, each.vehicle) for each in (*decided(8.0, 10.0), turn()))
+    np.testing.assert_allclose(steady, np.zeros((31, 2)), atol=1e-9)
+    assert faster[0, 0] == 0.0
+    # LQR: 10 / 11 of the 2 m/s that are missing, in a second; a third of it arrives within a step.
+    np.testing.assert_allclose(faster[1, 0], 20 / 11 / 3, rtol=1e-6)
+    assert 0.0 < faster[-1, 0] < 0.3 < faster[10, 0]
+    assert left[-1, 1] > 0.5
+
+
+def turn() -> Decision:
+    (decision,) = decided(8.0, curvature=0.03)
+    return decision
+
+
+def test_every_two_plans_that_follow_each_other_are_compared() -> None:
+    assert extended_comfort(decided(8.0, 8.0, 8.5, 8.0)) == 1.0
+    assert extended_comfort(decided(8.0, 8.0, 4.0, 8.0)) == 0.0
+    assert extended_comfort((*CALM, turn())) == 0.0
+    # Who planned once, or never twice running, has nothing to be compared.
+    assert extended_comfort(()) is None
+    assert extended_comfort(decided(8.0)) is None
+    assert extended_comfort(decided(8.0, None, 4.0, None)) is None
+    assert extended_comfort(decided(8.0, None, 8.5, 8.0)) == 1.0
+
+
+def test_the_script_decides_to_drive_as_it_then_drove() -> None:
+    s = cruise(150.0, start=8.0)
+    motion = Motion(s, np.full(len(s), 8.0), np.zeros(len(s)))
+    log = script_log(dataclasses.replace(make_log(s).scenario, motions=(motion,)), 1.0, 150.0)
+    decisions = script_decisions(log)
+    # From 1 s to where the goal is, at 17.8 s; the script ends at 18.8 s, 3 s after the last.
+    assert [decision.time for decision in decisions] == pytest.approx(1.0 + 0.5 * np.arange(30))
+    for decision in decisions:
+        assert decision.plan is not None
+        np.testing.assert_allclose(decision.plan.waypoints, CALM[0].plan.waypoints, atol=1e-9)
+    assert extended_comfort(decisions) == 1.0
 
 
 def test_neuro_ncap_counts_what_was_braked_away() -> None:

@@ -29,6 +29,20 @@ DECISION = {
 }
 
 
+def test_a_run_of_before_extended_comfort_has_none_and_no_extended_score(tmp_path: Path) -> None:
+    new, old = write_run(tmp_path / "new", ()), write_run(tmp_path / "old", ())
+    for path in (old / "summary.json", old / "results.json", next(old.glob("drives/*/result.json"))):
+        text = path.read_text()
+        assert '"extended_comfort": null,' in text
+        path.write_text(text.replace('"extended_comfort": null,', ""))
+    for run, others in ((new, [old]), (old, [new])):
+        parts = {row.name: row.parts for row in run_rows(run, others)}
+        assert "extended_comfort" not in parts["old"]
+        assert "epdms" not in parts["old"]
+        assert (parts["new"]["extended_comfort"], parts["new"]["epdms"]) == (None, 1.0)
+        assert write_page(run, others).read_text().count("<td>–</td>") == 3
+
+
 def write_run(folder: Path, others: tuple[Other, ...]) -> Path:
     spec = DriveSpec(0, "cruise", "boston-seaport", 0)
     log = make_log(cruise(140.0), others=others)
@@ -41,6 +55,7 @@ def write_run(folder: Path, others: tuple[Other, ...]) -> Path:
         town=spec.town,
         ending="goal",
         expert_metres=140.0,
+        decisions=(),
         failures={},
     )
     wrong = went_wrong(log, LANES, "goal")
@@ -69,6 +84,7 @@ def test_the_page_holds_runs_against_each_other_and_shows_what_went_wrong(tmp_pa
     assert "<td>0.50</td>" in text
     lines = score_table(run_rows(hit, [clean])).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["clean", "100.0"], ["hit", "60.0"]]
+    assert "<td>–</td>" in text  # nobody made two plans to be compared
     alone = write_page(clean).read_text()
     assert "Nothing." in alone
     assert "<circle" not in alone
