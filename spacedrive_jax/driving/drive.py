@@ -231,8 +231,14 @@ def open_folder(folder: Path, metadata: Mapping[str, Any], *, resume: bool) -> s
         )
     # Of the scenarios `drives` says all; a file of one's own may have moved.
     known, metadata = without_place(known), without_place(metadata)
-    names = {*known, *metadata} - {"scenarios"}
-    different = sorted(name for name in names if known.get(name) != metadata.get(name))
+    different: list[str] = []
+    for name in sorted({*known, *metadata} - {"scenarios"}):
+        then, now = known.get(name), metadata.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            changed = (each for each in sorted({*then, *now}) if then.get(each) != now.get(each))
+            different += [f"{name}.{each}" for each in changed]
+        elif then != now:
+            different.append(name)
     if different:
         raise ConfigError(
             f"--resume: {folder} was begun with another {', '.join(different)}: choose another folder"

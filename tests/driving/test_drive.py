@@ -226,6 +226,17 @@ def test_speeds_are_perturbed_with_the_rest_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "drives").exists()
 
 
+def test_what_is_otherwise_than_in_the_run_begun_is_named(tmp_path: Path) -> None:
+    options = {"controller": "lqr", "lidar": False}
+    assert open_folder(tmp_path, {"options": options, "policy": "expert"}, resume=False) == set()
+    (tmp_path / "drives" / "one").mkdir(parents=True)
+    (tmp_path / "drives" / "one" / "result.json").write_text("{}")
+    assert open_folder(tmp_path, {"options": options, "policy": "expert"}, resume=True) == {"one"}
+    for changed, named in (("controller", "zoo"), ("lidar", True)):
+        with pytest.raises(ConfigError, match=rf"another options\.{changed}, policy: choose"):
+            open_folder(tmp_path, {"options": options | {changed: named}, "policy": None}, resume=True)
+
+
 def test_a_start_that_failed_burns_no_folder(tmp_path: Path) -> None:
     (tmp_path / "drives" / "one").mkdir(parents=True)
     (tmp_path / "run.json").write_text('{"set": "before"}')
