@@ -61,6 +61,10 @@ class Stage:
 
 FLOW_GAP = 4.5
 """Metres between the middles of two who cross one behind the other."""
+FLOW_HEADWAY = 0.8
+"""Seconds that the drivers in a `Flow` keep behind each other once they look."""
+MEETS = 6.2
+"""m/s from the start to a place at which it meets the middle of a `Flow`."""
 CUT_IN_ROOM = 10.0
 """Metres from who pulls out of a lane to who stands before it there: enough to get by."""
 
@@ -204,7 +208,7 @@ class RedRunner:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        route, place, meets_at = _way_across(stage, from_the_side=True)
+        route, place, meets_at = _way_across(stage, "side")
         if meets_at < self.before + 3.0:
             raise UnplayableError("the road from the side is too short")
         trigger = Trigger((float(place[0]), float(place[1])), self.seconds, self.metres)
@@ -229,7 +233,7 @@ class Oncoming:
 
     def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
         """See `Actor`."""
-        route, place, meets_at = _way_across(stage, from_the_side=False)
+        route, place, meets_at = _way_across(stage, "opposite")
         trigger = Trigger((float(place[0]), float(place[1])), self.seconds, self.metres, WARM_UP + self.at)
         movers = []
         for number in range(self.count):
@@ -242,6 +246,54 @@ class Oncoming:
             part = Part(trigger, ((0.0, self.speed),), passed)
             name = f"{key}-{number}" if number else key
             movers.append(Mover(name, "vehicle.car", size, route, start, 0.0, _still, part=part))
+        return movers, []
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """A row of cars through the first junction, under way from the start: its middle meets a driver who goes
+    on at `MEETS`.
+    """
+
+    comes_from: Literal["side", "opposite"]
+    enters: bool = False
+    """Whether it leads into the lane that the ego vehicle turns into; straight across otherwise."""
+    count: int = 4
+    speed: float = 8.0
+    """As fast as it can be round the bend, where it turns (srunner: 20 m/s)."""
+    apart: float = 14.0
+    """Metres between the middles of two (srunner: 25 to 50 between bumpers, at 20 m/s)."""
+
+    def cast(self, stage: Stage, key: str) -> tuple[Sequence[Mover], Sequence[Obstacle]]:
+        """See `Actor`."""
+        route, place, meets_at = _way_across(stage, self.comes_from, enters=self.enters)
+        own = stage.route.lengths[int(np.argmin(exact.norm(stage.route.points - place)))]
+        middle = meets_at - self.speed * float(own - stage.script.start) / MEETS
+        movers = []
+        for number in range(self.count):
+            size = surroundings.draw_size("vehicle.car", stage.rng)
+            start = middle + ((self.count - 1) / 2 - number) * self.apart
+            if start < size[0]:
+                raise UnplayableError("the road that the row comes by is too short")
+            # Until it is by the place; then it drives like anybody.
+            part = Part(
+                Trigger((float(place[0]), float(place[1])), at=0.0),
+                ((0.0, self.speed),),
+                (meets_at + 8.0 - start) / self.speed,
+            )
+            movers.append(
+                Mover(
+                    f"{key}-{number}",
+                    "vehicle.car",
+                    size,
+                    route,
+                    start,
+                    self.speed,
+                    _still,
+                    headway=FLOW_HEADWAY,
+                    part=part,
+                )
+            )
         return movers, []
 
 
@@ -347,8 +399,15 @@ class HeadOn:
         return [Mover(key, "vehicle.car", size, route, 0.0, 0.0, _still, part=part)], []
 
 
-def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.ndarray, "2"], float]:
-    """A way straight across the first junction, from the side or from the other side.
+def _way_across(
+    stage: Stage, comes_from: Literal["side", "opposite"], *, enters: bool = False
+) -> tuple[Route, Float[np.ndarray, "2"], float]:
+    """A way through the first junction that meets the ego vehicle's.
+
+    Args:
+        stage: where.
+        comes_from: an arm beside the ego vehicle's, or the one on the other side.
+        enters: it leads into the lane that the ego vehicle turns into; straight across otherwise.
 
     Returns:
         The way, and where it meets the ego vehicle's: global metres, and metres along it.
@@ -360,17 +419,18 @@ def _way_across(stage: Stage, *, from_the_side: bool) -> tuple[Route, Float[np.n
     own = stage.route.points[(stage.route.lengths > gate.enter) & (stage.route.lengths < gate.leave)]
     crossing = []
     for connector in stage.town.lanes.values():
-        if connector.road is not None or connector.junction != gate.junction or connector.turn != "straight":
+        if connector.road is not None or connector.junction != gate.junction:
             continue
-        turned = (connector.arm - gate.arm) % 4
-        if turned == 0 or from_the_side == (turned == 2):
+        if (connector.arm - gate.arm) % 4 not in ((2,) if comes_from == "opposite" else (1, 3)):
+            continue
+        if not (connector.successors[0] in stage.script.keys if enters else connector.turn == "straight"):
             continue
         distances = exact.norm(own[:, None] - connector.centre)
         if distances.min() < 1.0:
             meets = np.unravel_index(int(np.argmin(distances)), distances.shape)
             crossing.append((connector.key, own[meets[0]]))
     if not crossing:
-        raise UnplayableError("no way straight across meets the route")
+        raise UnplayableError("no such way meets the route")
     across, place = crossing[int(stage.rng.integers(len(crossing)))]
     lanes = stage.town.lanes
     arriving = next(

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
-from spacedrive_jax.world.paths import corners
+from spacedrive_jax.world.paths import corners, separated
 from spacedrive_jax.world.scenario import Scenario
-from spacedrive_jax.world.town import LANE_WIDTH
+from spacedrive_jax.world.town import LANE_WIDTH, stop_sign_pose
 from spacedrive_jax.world.traffic import TIME_STEP
 
 STANDING = 0.1
@@ -35,6 +35,10 @@ BLOCKED_S = 20.0
 """Seconds below `STANDING` after which a drive ends, red lights ahead not counted (Bench2Drive: 60 s)."""
 LIGHT_REACH = 15.0
 """Metres before a stop line within which its red light excuses standing."""
+SIGN_REACH = 4.0
+"""Metres before the middle of a stop sign's box from which on the sign counts, and"""
+SIGN_BOX = 1.2 * 1.0
+"""metres behind it up to which it does: half the box, a fifth larger. It lies on the stop line."""
 CHECKPOINTS = 20
 TRAFFIC_RANGE = 50.0
 """Metres around the ego vehicle whose vehicles count as its traffic."""
@@ -59,6 +63,16 @@ class RedLight:
     arm: int
 
 
+@dataclasses.dataclass(frozen=True)
+class StopSign:
+    """A stop sign passed without a stop."""
+
+    step: int
+    """At which the vehicle had left its box."""
+    junction: int
+    arm: int
+
+
 def collision_kind(category: str) -> str:
     """Bench2Drive's kind of a nuScenes category."""
     if category.startswith("human."):
@@ -78,25 +92,9 @@ def overlapping(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"])
     if not len(near):
         return near
     own, others = corners(poses[:1], half[:1])[0], corners(poses[near], half[near])
-    apart = _separated(
-        others, np.repeat(poses[:1], len(near), axis=0), np.repeat(half[:1], len(near), axis=0)
-    )
-    apart |= _separated(np.broadcast_to(own, others.shape), poses[near], half[near])
+    apart = separated(others, np.repeat(poses[:1], len(near), axis=0), np.repeat(half[:1], len(near), axis=0))
+    apart |= separated(np.broadcast_to(own, others.shape), poses[near], half[near])
     return near[~apart]
-
-
-def _separated(
-    points: Float[np.ndarray, "M 4 2"], poses: Float[np.ndarray, "M 3"], half: Float[np.ndarray, "M 2"]
-) -> Bool[np.ndarray, " M"]:
-    """Whether a side of each box has all four points of the other before it."""
-    relative = points - poses[:, None, :2]
-    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
-    along = cos * relative[..., 0] + sin * relative[..., 1]
-    aside = cos * relative[..., 1] - sin * relative[..., 0]
-    result = np.zeros(len(points), bool)
-    for values, extent in ((along, half[:, 0]), (aside, half[:, 1])):
-        result |= (values.min(axis=1) >= extent) | (values.max(axis=1) <= -extent)
-    return result
 
 
 def collisions(log: DriveLog) -> list[Collision]:
@@ -141,6 +139,32 @@ def red_lights(log: DriveLog, lanes: LaneMap) -> list[RedLight]:
             if line.arm not in signals.green_arms(line.junction, float(log.time[step])):
                 found.setdefault((line.junction, line.arm), RedLight(step, line.junction, line.arm))
     return list(found.values())
+
+
+def stop_signs(log: DriveLog, lanes: LaneMap) -> list[StopSign]:
+    """Stop signs that the vehicle's centre passes without having been below `STANDING` once before them."""
+    priorities = log.scenario.cast.signals.priorities
+    centre, (cos, sin) = log.poses[:, 0, :2], exact.cos_sin(log.poses[:, 0, 2])
+    before: dict[tuple[int, int], Bool[np.ndarray, " T"]] = {}
+    for line in lanes.stop_lines:
+        priority = priorities.get(line.junction)
+        if priority is None or not priority.signed(line.arm):
+            continue
+        left = (line.ends[0] - line.ends[1]) / LANE_WIDTH
+        offset = centre - line.ends.mean(axis=0)
+        along, aside = offset[:, 0] * left[1] - offset[:, 1] * left[0], exact.dot(offset, left)
+        here = (along >= -SIGN_REACH) & (along <= SIGN_BOX) & (np.abs(aside) <= LANE_WIDTH / 2)
+        here &= cos * left[1] - sin * left[0] > 0
+        key = line.junction, line.arm
+        before[key] = before.get(key, np.zeros(len(here), bool)) | here
+    found = []
+    for (junction, arm), here in before.items():
+        stopped = False
+        for step in range(1, len(here)):
+            stopped = here[step - 1] and (stopped or bool(log.ego[step - 1, 3] < STANDING))
+            if here[step - 1] and not here[step] and not stopped:
+                found.append(StopSign(step, junction, arm))
+    return sorted(found, key=lambda sign: sign.step)
 
 
 def _cross(
@@ -234,6 +258,7 @@ def went_wrong(log: DriveLog, lanes: LaneMap, ending: str) -> int | None:
         ending: `goal`, or why it ended before (then, at the latest, its last step).
     """
     steps = [hit.step for hit in collisions(log)] + [light.step for light in red_lights(log, lanes)]
+    steps += [sign.step for sign in stop_signs(log, lanes)]
     steps += np.flatnonzero(outside_lanes(log, lanes))[:1].tolist()
     if ending != "goal":
         steps.append(len(log.time) - 1)
@@ -266,6 +291,11 @@ def messages(log: DriveLog, lanes: LaneMap) -> Mapping[str, list[str]]:
         x, y = log.ego[light.step, :2]
         result["red_light"].append(
             f"Agent ran a red light of junction {light.junction}, arm {light.arm} at (x={x:.1f}, y={y:.1f})"
+        )
+    for sign in stop_signs(log, lanes):
+        x, y, _ = stop_sign_pose(lanes.town, sign.junction, sign.arm)
+        result["stop_infraction"].append(
+            f"Agent ran a stop with id={4 * sign.junction + sign.arm} at (x={x:.3f}, y={y:.3f}, z=0.0)"
         )
     metres = outside_metres(log, lanes)
     driven = float(log.travelled[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from spacedrive_jax.driving.actors import (
     Blocker,
     Crosser,
     CutIn,
+    Flow,
     HeadOn,
     Lead,
     Oncoming,
@@ -34,10 +36,8 @@ from spacedrive_jax.world.scenario import (
     write_script,
 )
 from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN, Town, build_town
-from spacedrive_jax.world.traffic import Mover, Obstacle, Route
+from spacedrive_jax.world.traffic import Mover, Obstacle, Priority, Route
 
-TRIES = 24
-"""Draws after which a scenario counts as impossible in a town."""
 CAR = "vehicle.car"
 TEST_SEED = 9000
 """Seed of the towns that drives are scored in; data sets are synthesized with smaller ones."""
@@ -56,12 +56,17 @@ class Kind:
     """Who plays a part, with its trigger."""
     arms: int | None = None
     """Arms that the first junction on the way must have."""
-    across_traffic: bool = False
-    """`manoeuvre` turns across the oncoming traffic: where that keeps to the left, to the other side."""
+    junction: Literal["lights", "goes first", "gives way", "stop sign"] = "lights"
+    """What rules the first junction on the way: lights, or none, and the ego vehicle's road goes first, gives
+    way to the other, or has a stop sign."""
+    mirrored: bool = False
+    """`manoeuvre` is that of right-hand traffic: where it keeps to the left, it turns to the other side."""
     oncoming_green: float | None = None
     """Seconds for which at the first light on the way the oncoming traffic has green too."""
     red_for: float | None = None
     """Seconds for which the first light on the way stays red."""
+    tries: int = 24
+    """Draws after which it counts as impossible in a town."""
     seconds: float = 16.0
     """From the first decision to the end of the script."""
     ends: Literal["script", "behind light", "behind junction"] = "script"
@@ -70,6 +75,10 @@ class Kind:
     driver must have got there."""
 
 
+_across = functools.partial(
+    Kind, "bench2drive", mirrored=True, tries=200, seconds=24.0, ends="behind junction"
+)
+"""A kind that is about who goes first at a junction."""
 KINDS: Mapping[str, Kind] = {
     **{name: Kind("manoeuvre", name, seconds=14.0) for name in MANOEUVRES},
     "stop": Kind("manoeuvre", "stop", seconds=26.0, ends="behind light"),
@@ -102,7 +111,7 @@ KINDS: Mapping[str, Kind] = {
         "bench2drive",
         "turn_left",
         (Oncoming(),),
-        across_traffic=True,
+        mirrored=True,
         oncoming_green=13.0,
         seconds=24.0,
         ends="behind junction",
@@ -113,10 +122,18 @@ KINDS: Mapping[str, Kind] = {
         "neuroncap",
         "turn_left",
         (RedRunner(3.5, 12.0, 9.0),),
-        across_traffic=True,
+        mirrored=True,
         seconds=20.0,
         ends="behind junction",
     ),
+    "NonSignalizedJunctionLeftTurn": _across("turn_left", (Flow("opposite"),), junction="goes first"),
+    "NonSignalizedJunctionLeftTurnEnterFlow": _across(
+        "turn_left", (Flow("opposite", enters=True, speed=5.0, apart=11.0),), junction="goes first"
+    ),
+    "NonSignalizedJunctionRightTurn": _across(
+        "turn_right", (Flow("side", enters=True),), junction="gives way"
+    ),
+    "VanillaNonSignalizedTurnEncounterStopsign": _across("turn_right", junction="stop sign", mirrored=False),
 }
 """Names as Bench2Drive has them where it has the scenario."""
 HELD_OUT = (
@@ -125,6 +142,10 @@ HELD_OUT = (
     "StaticCutIn",
     "NeuroNCAPFrontal",
     "NeuroNCAPSide",
+    "NonSignalizedJunctionLeftTurn",
+    "NonSignalizedJunctionLeftTurnEnterFlow",
+    "NonSignalizedJunctionRightTurn",
+    "VanillaNonSignalizedTurnEncounterStopsign",
 )
 """Kinds that the set `train` does not have: no policy that learns from its drives has met them."""
 TRAINED = tuple(name for name in KINDS if name not in HELD_OUT)
@@ -217,7 +238,7 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
         UnplayableError: the town has no place for it.
     """
     kind, town = KINDS[spec.kind], town_of_drives(spec.town, spec.world)
-    for attempt in range(TRIES):
+    for attempt in range(kind.tries):
         rng = np.random.default_rng([spec.world, zlib.crc32(spec.kind.encode()), spec.seed, attempt, 6])
         try:
             scenario = _staged(kind, town, rng)
@@ -230,7 +251,7 @@ def build_drive(spec: DriveSpec) -> tuple[Scenario, float]:
 def _staged(kind: Kind, town: Town, rng: np.random.Generator) -> Scenario:
     total = WARM_UP + kind.seconds
     manoeuvre = kind.manoeuvre
-    if kind.across_traffic and not town.right_hand:
+    if kind.mirrored and not town.right_hand:
         manoeuvre = {"turn_left": "turn_right", "turn_right": "turn_left"}[manoeuvre]
     script = _with_rule(kind, town, write_script(town, manoeuvre, total, rng))
     if not kind.actors:
@@ -253,14 +274,21 @@ def _with_rule(kind: Kind, town: Town, script: Script) -> Script:
     passed = [town.lanes[key] for key in script.keys if town.lanes[key].road is None]
     first = next((lane for lane in passed if town.junctions[lane.junction].signalised), None)
     if first is None:
-        if kind.arms is not None or kind.red_for is not None or kind.oncoming_green is not None:
+        rules = (kind.arms, kind.red_for, kind.oncoming_green)
+        if kind.junction != "lights" or any(rule is not None for rule in rules):
             raise UnplayableError("the route passes no signalised junction")
         return script
     arms = town.junctions[first.junction].arms
     if kind.arms is not None and len(arms) != kind.arms:
         raise UnplayableError(f"the junction has {len(arms)} arms")
+    opposite, sides = (first.arm + 2) % 4, ((first.arm + 1) % 4, (first.arm + 3) % 4)
+    if kind.junction != "lights":
+        if kind.junction != "goes first" and not set(sides) <= set(arms):
+            raise UnplayableError("no road crosses the ego vehicle's at the junction")
+        minor = sides if kind.junction == "goes first" else (first.arm, opposite)
+        priority = Priority(tuple(arm for arm in minor if arm in arms), kind.junction == "stop sign")
+        return dataclasses.replace(script, priorities={first.junction: priority})
     if kind.oncoming_green is not None:
-        opposite = (first.arm + 2) % 4
         if opposite not in arms:
             raise UnplayableError("nobody comes from the other side of the junction")
         both = ((-1.0, (first.arm, opposite)), (WARM_UP + kind.oncoming_green, (first.arm,)))

@@ -8,7 +8,7 @@ and thousands of shapes need a handful of array operations instead of a loop.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.spatial import cKDTree
 
 from spacedrive_jax import exact
@@ -146,6 +146,26 @@ def corners(poses: Float[np.ndarray, "A 3"], half: Float[np.ndarray, "A 2"]) -> 
     x = cos * local[..., 0] - sin * local[..., 1]
     y = sin * local[..., 0] + cos * local[..., 1]
     return np.stack([x, y], axis=-1) + poses[:, None, :2]
+
+
+def separated(
+    points: Float[np.ndarray, "M 4 2"], poses: Float[np.ndarray, "M 3"], half: Float[np.ndarray, "M 2"]
+) -> Bool[np.ndarray, " M"]:
+    """Whether a side of each box has all four points of the other before it.
+
+    Args:
+        points: corners of the other boxes.
+        poses: centre x, y and heading of each box.
+        half: half length and half width of each.
+    """
+    relative = points - poses[:, None, :2]
+    cos, sin = (part[:, None] for part in exact.cos_sin(poses[:, 2]))
+    along = cos * relative[..., 0] + sin * relative[..., 1]
+    aside = cos * relative[..., 1] - sin * relative[..., 0]
+    result = np.zeros(len(points), bool)
+    for values, extent in ((along, half[:, 0]), (aside, half[:, 1])):
+        result |= (values.min(axis=1) >= extent) | (values.max(axis=1) <= -extent)
+    return result
 
 
 def overlapping_pairs(

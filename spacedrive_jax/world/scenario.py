@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +17,17 @@ from spacedrive_jax.errors import SpaceDriveError
 from spacedrive_jax.world import paths, surroundings, traffic
 from spacedrive_jax.world.step import first_collisions, simulate
 from spacedrive_jax.world.town import STOP_SETBACK, Lane, Town, next_lane
-from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Phase, Route, Signals, Tracks
+from spacedrive_jax.world.traffic import (
+    Cast,
+    Motion,
+    Mover,
+    Obstacle,
+    Phase,
+    Priority,
+    Route,
+    Signals,
+    Tracks,
+)
 from spacedrive_jax.world.vehicle import VehicleState
 
 
@@ -95,6 +105,8 @@ class Script:
     cruise_speed: float
     signals: dict[int, tuple[Phase, ...]]
     extras: tuple[Mover, ...] = ()
+    priorities: Mapping[int, Priority] = dataclasses.field(default_factory=dict)
+    """Junctions whose lights are taken away."""
 
 
 class UnplayableError(SpaceDriveError):
@@ -144,7 +156,10 @@ def cast_scenario(
     """
     route = traffic.lane_route(town, script.keys)
     signals = Signals(
-        rng.uniform(0, 100, len(town.junctions)), tuple(j.arms for j in town.junctions), script.signals
+        rng.uniform(0, 100, len(town.junctions)),
+        tuple(j.arms for j in town.junctions),
+        script.signals,
+        script.priorities,
     )
     cruise_speed = script.cruise_speed
     ego = Mover(

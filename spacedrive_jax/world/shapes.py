@@ -182,6 +182,42 @@ def _uniform(vertices: Float[np.ndarray, "Q 4 3"], colour: Colour, material: Mat
     )
 
 
+_LETTERS = {
+    "S": ((0, 0, 1, 0.15), (0, 0.43, 1, 0.15), (0, 0.85, 1, 0.15), (0, 0.43, 0.3, 0.5), (0.7, 0, 0.3, 0.5)),
+    "T": ((0, 0.85, 1, 0.15), (0.35, 0, 0.3, 1)),
+    "O": ((0, 0, 1, 0.15), (0, 0.85, 1, 0.15), (0, 0, 0.3, 1), (0.7, 0, 0.3, 1)),
+    "P": ((0, 0, 0.3, 1), (0, 0.85, 1, 0.15), (0, 0.425, 1, 0.15), (0.7, 0.425, 0.3, 0.5)),
+}
+"""Strokes of each letter of a sign: left, bottom, width and height, in widths and heights of the letter."""
+
+
+def stop_sign() -> Quads:
+    """A stop sign that shows to +x, 0.9 m wide with letters of 0.3 m (MUTCD's R1-1 for two lanes)."""
+    grey, red, white = (0.45, 0.46, 0.48), (0.66, 0.05, 0.07), (0.92, 0.92, 0.90)
+    height, width = 2.55, 0.9
+
+    def octagon(x: float, across: float, colour: Colour, facing: int) -> Quads:
+        turned = np.stack(exact.cos_sin(np.radians(22.5 + 45.0 * np.arange(8))), axis=1)
+        y, z = (turned * (across / 2 / float(turned[0, 0]))).T
+        faces = [face[::facing] for face in ((0, 1, 2, 3), (0, 3, 4, 7), (4, 5, 6, 7))]
+        return _uniform(
+            np.array([[[x, y[i], height + z[i]] for i in face] for face in faces]), colour, Material.PLAIN
+        )
+
+    parts = [
+        box((-0.06, 0.0, 1.5), (0.07, 0.07, 3.0), grey),
+        octagon(-0.01, width, grey, -1),
+        octagon(0.0, width, white, 1),
+        octagon(0.01, width - 0.05, red, 1),
+    ]
+    for number, letter in enumerate("STOP"):
+        for left, bottom, wide, high in _LETTERS[letter]:
+            y = -0.36 + 0.19 * number + 0.15 * (left + np.array([0.0, wide, wide, 0.0]))
+            z = height - 0.15 + 0.3 * (bottom + np.array([0.0, 0.0, high, high]))
+            parts.append(_uniform(np.stack([np.full(4, 0.02), y, z], axis=1)[None], white, Material.PLAIN))
+    return concatenate(parts)
+
+
 def _wheel(x: float, y: float, radius: float, width: float) -> Quads:
     """An eight-sided wheel whose axle lies along y."""
     angles = np.radians(22.5 + 45.0 * np.arange(8))

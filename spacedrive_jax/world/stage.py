@@ -33,8 +33,9 @@ from spacedrive_jax.world.shapes import (
     object_quads,
     place,
     place_all,
+    stop_sign,
 )
-from spacedrive_jax.world.town import LANE_WIDTH, Town
+from spacedrive_jax.world.town import LANE_WIDTH, Town, stop_sign_pose
 from spacedrive_jax.world.traffic import Mover
 
 VIEW_MARGIN = 110.0
@@ -326,10 +327,17 @@ def _attribute(mover: Mover, speed: float) -> str:
 
 
 def signal_states(scenario: Scenario, time: float) -> tuple[str, ...]:
-    """What every traffic light shows at a time: of each signalised junction, arm by arm."""
-    states = []
+    """What every traffic light shows at a time: of each signalised junction, arm by arm.
+
+    Where there are none, `stop` for an arm with a stop sign and nothing for another.
+    """
+    states: list[str] = []
     for junction in scenario.town.junctions:
         if not junction.signalised:
+            continue
+        priority = scenario.cast.signals.priorities.get(junction.index)
+        if priority is not None:
+            states += ["stop" if priority.signed(arm) else "" for arm in junction.arms]
             continue
         green = scenario.cast.signals.green_arms(junction.index, time)
         soon = scenario.cast.signals.green_arms(junction.index, time + 1.0)
@@ -338,7 +346,7 @@ def signal_states(scenario: Scenario, time: float) -> tuple[str, ...]:
 
 
 def signal_blocks(town: Town, states: tuple[str, ...]) -> Blocks:
-    """All traffic lights of a town, with what `signal_states` says they show."""
+    """All traffic lights and stop signs of a town, as `signal_states` says."""
     roads = {node: road for road in town.roads for node in (road.start, road.end)}
     shown = iter(states)
     parts = []
@@ -346,6 +354,12 @@ def signal_blocks(town: Town, states: tuple[str, ...]) -> Blocks:
         if not junction.signalised:
             continue
         for arm in junction.arms:
+            state = next(shown)
+            if state == "stop":
+                x, y, facing = stop_sign_pose(town, junction.index, arm)
+                parts.append(place(stop_sign(), np.array([x, y, 0.0]), facing))
+            if state in ("stop", ""):
+                continue
             arriving = junction.arm_heading(arm) + np.pi
             forward = np.array(exact.cos_sin(arriving))
             left = np.array([-forward[1], forward[0]])
@@ -354,7 +368,7 @@ def signal_blocks(town: Town, states: tuple[str, ...]) -> Blocks:
             pole = junction.centre + forward * (junction.radius + 0.6) + left * town.side * kerb
             overhead = -left * town.side * (kerb - LANE_WIDTH * (road.lanes - 0.5))
             where, arm_reach = tuple(pole.tolist()), tuple(overhead.tolist())
-            parts.append(traffic_light(where, arriving + np.pi, arm_reach, next(shown)))
+            parts.append(traffic_light(where, arriving + np.pi, arm_reach, state))
     return blocks_of(parts)
 
 

@@ -16,54 +16,26 @@ from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.world.paths import overlapping_pairs
+from spacedrive_jax.world.right_of_way import AT_THE_LINE, STANDING, RightOfWay
 from spacedrive_jax.world.town import Town
 from spacedrive_jax.world.traffic import (
     LOOKAHEAD,
     TIME_STEP,
     Cast,
     CastOnRoutes,
-    Gate,
     Motion,
-    Mover,
     Tracks,
-    Zebra,
     follow_acceleration,
 )
 
 OFF_ROUTE = 6.0
 """Metres beside its route from which on a steered ego vehicle is seen by its box alone."""
-FORESIGHT = 5.0
-"""Seconds that an alert driver looks ahead, in steps of `FORESIGHT_STEP`."""
-FORESIGHT_STEP = 0.2
 COARSE = 8
 """Points of a corridor of which one is looked at first."""
 
 
-class Moment:
+class Moment(RightOfWay):
     """What a mover can know when it decides: everybody at one instant."""
-
-    def __init__(
-        self,
-        whole: CastOnRoutes,
-        time: float,
-        s: Float[np.ndarray, "A"],
-        speed: Float[np.ndarray, "A"],
-        since: Float[np.ndarray, "A"],
-        poses: Float[np.ndarray, "R 3"],
-        off_route: bool,
-    ) -> None:
-        self.whole, self.time = whole, time
-        self.s, self.speed, self.since, self.poses = s, speed, since, poses
-        self.movers, self.half = whole.movers, whole.half
-        self.radii, self.on_foot = whole.radii, whole.on_foot
-        self.x, self.y = np.ascontiguousarray(poses[:, 0]), np.ascontiguousarray(poses[:, 1])
-        self.close = whole.close(self.x, self.y)
-        self.front = s + whole.tracks.ahead + self.half[: len(s), 0]
-        """Arc length of every mover's front."""
-        self.all_speeds = np.zeros(len(poses))
-        self.all_speeds[: len(s)] = speed
-        self.astray = 0 if off_route else -1
-        """The mover whose arc length says nothing (an ego vehicle far from its route), -1 for none."""
 
     def decide(self, first: int) -> Float[np.ndarray, "D"]:
         """The accelerations that the movers from `first` on want, m/s^2."""
@@ -173,124 +145,6 @@ class Moment:
         gaps[looking], speeds[looking] = gap[order][nearest], towards[order][nearest]
         return gaps, speeds
 
-    def _stops(self, who: Int[np.ndarray, "D"]) -> Float[np.ndarray, "A"]:
-        """Arc length of the line at which every mover must hold, inf where it may go."""
-        looking = set(who.tolist())
-        gates, zebras = np.full(len(self.movers), np.inf), np.full(len(self.movers), np.inf)
-        for i, gate in self.whole.gates:
-            front = self.front[i]
-            if front > gate.stop + 2.5 or gate.stop - front > LOOKAHEAD:
-                continue  # already committed, or far away
-            if i in looking and np.isinf(gates[i]) and self._held_by(i, gate):
-                gates[i] = gate.stop
-        for i, zebra in self.whole.zebras:
-            front, line = self.front[i], zebra.near - 1.5
-            if front > zebra.near or line - front > LOOKAHEAD:
-                continue
-            if i in looking and np.isinf(zebras[i]) and self._yields_at(i, zebra, line - front):
-                zebras[i] = line
-        return np.minimum(gates, zebras)
-
-    def _held_by(self, i: int, gate: Gate) -> bool:
-        """Whether a red light or somebody from another arm keeps a vehicle, that still can stop, out."""
-        green = gate.arm in self.whole.cast.signals.green_arms(gate.junction, self.time)
-        can_stop = gate.stop - self.front[i] > self.speed[i] * self.speed[i] / (2 * 4.5) - 1.0
-        return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
-
-    def _occupied(self, i: int, junction: int, arm: int) -> bool:
-        for j, gate in self.whole.entries[junction]:
-            if j in (i, self.astray) or gate.arm == arm:
-                continue
-            centre = self.s[j] + self.movers[j].reference_to_centre
-            if centre + self.half[j, 0] > gate.stop + 2.5 and centre - self.half[j, 0] < gate.leave:
-                return True
-        return self.astray >= 0 and self._inside_junction(junction)
-
-    def _inside_junction(self, junction: int) -> bool:
-        """Whether an ego vehicle far from its route stands in a junction."""
-        area = self.whole.town.junctions[junction]
-        return bool(exact.norm(self.poses[0, :2] - area.centre) < area.radius + self.half[0, 0])
-
-    def _yields_at(self, i: int, zebra: Zebra, room: float) -> bool:
-        """Whether a vehicle has to stop, and can, for people on a crossing or with the right to walk."""
-        braking = self.speed[i] * self.speed[i] / 2
-        return bool(
-            (room > braking / 5.0 - 0.5 and self._someone_walks(i, zebra))
-            or (room > braking / 3.0 and self._someone_waits(zebra.crossing))
-        )
-
-    def _someone_walks(self, i: int, zebra: Zebra) -> bool:
-        """Whether a pedestrian on the crossing has not yet left the vehicle's path behind."""
-        return any(
-            self.s[j] != 0.0 and self.s[j] < self._conflict(i, zebra, j) + self.half[i, 1] + 1.3
-            for j in self.whole.walkers.get(zebra.crossing, ())
-        )
-
-    def _conflict(self, i: int, zebra: Zebra, j: int) -> float:
-        """Arc length at which the walker's route passes the middle of the vehicle's way over the zebra."""
-        key = i, zebra, j
-        conflicts = self.whole.conflicts
-        if key not in conflicts:
-            path = self.movers[i].route.pose((zebra.near + zebra.far) / 2)[:2]
-            walk = self.movers[j].route
-            conflicts[key] = float(walk.lengths[np.argmin(exact.norm(walk.points - path))])
-        return conflicts[key]
-
-    def _someone_waits(self, crossing: int) -> bool:
-        """Whether somebody at the kerb has the right to walk now."""
-        return any(
-            self.s[j] == 0.0 and self._has_way(self.movers[j]) for j in self.whole.walkers.get(crossing, ())
-        )
-
-    def _has_way(self, walker: Mover) -> bool:
-        crossing, signals = self.whole.town.crossings[walker.crossing], self.whole.cast.signals
-        green = crossing.junction >= 0 and crossing.arm in signals.green_arms(crossing.junction, self.time)
-        return self.time >= walker.departure and not green
-
-    def _may_walk(self, mover: Mover) -> bool:
-        """A pedestrian steps out when the signal and the approaching vehicles allow it."""
-        if not self._has_way(mover):
-            return False
-        return not self._threatened(mover.crossing)
-
-    def _threatened(self, crossing: int) -> bool:
-        if self.astray >= 0 and self._bears_down(crossing):
-            return True
-        for j, zebra in self.whole.arrivals.get(crossing, ()):
-            if j == self.astray:
-                continue
-            front = self.s[j] + self.movers[j].reference_to_centre + self.half[j, 0]
-            rear = front - 2 * self.half[j, 0]
-            distance = zebra.near - 1.5 - front
-            occupying = distance <= 0 and rear < zebra.far + 0.5
-            if occupying or 0 < distance < exact.power(self.speed[j], 2) / (2 * 3.6) + 0.3 * self.speed[j]:
-                return True
-        return False
-
-    def _bears_down(self, crossing: int) -> bool:
-        """Whether an ego vehicle far from its route is on a crossing or about to be."""
-        x, y, yaw = self.poses[0]
-        polygon = self.whole.town.crossings[crossing].polygon - (x, y)
-        cos, sin = exact.cos_sin(yaw)
-        along = exact.dot(polygon, np.array([cos, sin]))
-        aside = exact.dot(polygon, np.array([-sin, cos]))
-        speed, front = float(self.speed[0]), float(self.half[0, 0])
-        reach = front + speed * speed / (2 * 3.6) + 0.3 * speed
-        beside = aside.min() > self.half[0, 1] or aside.max() < -self.half[0, 1]
-        return not beside and bool(along.max() > -front and along.min() < reach)
-
-    def _wish(self, i: int) -> float:
-        """Wanted speed: the mover's own, or what its part says once that has begun."""
-        mover = self.movers[i]
-        if mover.part is not None and self.time >= self.since[i]:
-            return mover.part.speed_at(self.time - float(self.since[i]))
-        return mover.desired_speed(self.time)
-
-    def _acts(self, i: int) -> bool:
-        """Whether a mover plays its part now, and yields to nobody."""
-        part = self.movers[i].part
-        return part is not None and bool(0.0 <= self.time - self.since[i] < part.yields_after)
-
     def _act(self, i: int) -> float:
         """Somebody who yields to nobody: only the wanted speed and the end of the route count."""
         part = self.movers[i].part
@@ -338,22 +192,6 @@ class Moment:
                 found.append((max(gap, 0.0), towards))
         return found
 
-    def _future(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Times from now, arc lengths and speeds that actor `j`'s part leads to."""
-        part, s, speed = self.movers[j].part, float(self.s[j]), float(self.speed[j])
-        assert part is not None
-        elapsed = self.time - float(self.since[j])
-        rows = []
-        for k in range(round(FORESIGHT / FORESIGHT_STEP)):
-            rows.append((k * FORESIGHT_STEP, s, speed))
-            wanted = part.speed_at(elapsed + k * FORESIGHT_STEP)
-            change = min(
-                max(wanted - speed, -part.braking * FORESIGHT_STEP), part.acceleration * FORESIGHT_STEP
-            )
-            s, speed = s + (speed + change / 2) * FORESIGHT_STEP, speed + change
-        times, lengths, speeds = np.array(rows).T
-        return times, lengths, speeds
-
 
 @dataclasses.dataclass(frozen=True)
 class EgoBody:
@@ -378,6 +216,8 @@ class TrafficState:
     """Decided now and held until the next step, m/s^2."""
     since: Float[np.ndarray, "A"]
     """When each mover's part was triggered, seconds; inf where it has none or waits."""
+    stood: Float[np.ndarray, "A"]
+    """Seconds that each mover has stood at the stop sign of the junction before it."""
 
     @property
     def time(self) -> float:
@@ -397,7 +237,7 @@ class Traffic(CastOnRoutes):
         s = np.array([mover.start for mover in self.movers])
         speed = np.array([mover.speed for mover in self.movers])
         since = np.full(len(self.movers), np.inf)
-        return self._decided(0, s, speed, since, ego)
+        return self._decided(0, s, speed, since, np.zeros(len(self.movers)), ego)
 
     def step(self, state: TrafficState, ego: EgoBody | None = None) -> TrafficState:
         """Everybody one time step later.
@@ -411,7 +251,7 @@ class Traffic(CastOnRoutes):
         speed = np.maximum(state.speed + acceleration * TIME_STEP, 0.0)
         if ego is not None:
             s[0] = state.s[0]
-        return self._decided(state.step + 1, s, speed, state.since, ego)
+        return self._decided(state.step + 1, s, speed, state.since, state.stood, ego)
 
     def rejoin(self, state: TrafficState, acceleration: float) -> TrafficState:
         """The same instant with the ego vehicle back on its route, to drive it by itself from here.
@@ -443,6 +283,7 @@ class Traffic(CastOnRoutes):
         s: Float[np.ndarray, "A"],
         speed: Float[np.ndarray, "A"],
         since: Float[np.ndarray, "A"],
+        stood: Float[np.ndarray, "A"],
         ego: EgoBody | None,
     ) -> TrafficState:
         off_route = False
@@ -453,14 +294,16 @@ class Traffic(CastOnRoutes):
         poses = self._poses(s, ego)
         if self.parts:
             since = self._triggered(step * TIME_STEP, poses[0, :2], float(speed[0]), since)
-        moment = Moment(self, step * TIME_STEP, s, speed, since, poses, off_route)
+        if self.signs:
+            stood = self._halted(s, speed, stood)
+        moment = Moment(self, step * TIME_STEP, s, speed, since, stood, poses, off_route)
         first = 0 if ego is None else 1
         wanted = moment.decide(first)
         # Stop exactly at zero within the step, so that speed and distance stay consistent.
         acceleration = np.maximum(wanted, -speed[first:] / TIME_STEP)
         if ego is not None:
             acceleration = np.concatenate([[ego.acceleration], acceleration])
-        return TrafficState(step, s, speed, acceleration, since)
+        return TrafficState(step, s, speed, acceleration, since, stood)
 
     def _triggered(
         self, time: float, place: Float[np.ndarray, "2"], speed: float, since: Float[np.ndarray, "A"]
@@ -473,6 +316,19 @@ class Traffic(CastOnRoutes):
             if np.isinf(since[i]) and part.trigger.reached(place, speed, time):
                 since[i] = time
         return since
+
+    def _halted(
+        self, s: Float[np.ndarray, "A"], speed: Float[np.ndarray, "A"], stood: Float[np.ndarray, "A"]
+    ) -> Float[np.ndarray, "A"]:
+        """`stood` one time step later: what counts is forgotten behind the junction."""
+        stood = stood.copy()
+        for i, gate in self.signs:
+            front = s[i] + self.tracks.ahead[i] + self.half[i, 0]
+            if front > gate.leave:
+                stood[i] = 0.0
+            elif speed[i] < STANDING and abs(gate.stop - front) < AT_THE_LINE:
+                stood[i] += TIME_STEP
+        return stood
 
 
 def simulate(town: Town, cast: Cast, duration: float) -> list[Motion]:

@@ -106,7 +106,8 @@ def moving_crowd(
                 mover = _vehicle(town, lane, s, f"vehicle{len(movers)}", signals, total, rng)
                 movers.append(mover)
                 occupied.append(pose)
-            s += rng.uniform(13.0, 42.0)
+            # Where no lights hold them up, nobody would find a gap in a row.
+            s += rng.uniform(60.0, 90.0) if lane.junction in signals.priorities else rng.uniform(13.0, 42.0)
     movers += _sidewalk_walkers(town, way, rng)
     turning = manoeuvre.startswith("turn_") and bool(ego.route.gates)
     kept_clear = ego.route.gates[0].junction if turning else -1
@@ -132,7 +133,7 @@ def _vehicle(
     route = traffic.lane_route(town, keys, lateral)
     speed = min(wanted, float(np.interp(s, route.lengths, traffic.speed_limit_profile(route))))
     for gate in route.gates[:1]:
-        if gate.arm not in signals.green_arms(gate.junction, 0.0):
+        if signals.holds_back(gate):
             room = max(gate.stop - s - size[0] / 2 - 1.0, 0.0)
             speed = min(speed, float(np.sqrt(2 * 1.2 * room)))
     return Mover(

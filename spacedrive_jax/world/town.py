@@ -26,6 +26,9 @@ CROSSING_SETBACK = 1.0
 STOP_SETBACK = CROSSING_SETBACK + CROSSING_LENGTH + 1.2
 """From the junction edge back to the stop line, metres."""
 
+SIGN_SETBACK = 0.8
+"""From the kerb to a sign's post, metres."""
+
 MARGIN = 110.0
 TOWN_EDGE = MARGIN * 2 + 500.0
 """Width and height of the square map canvas, metres."""
@@ -150,6 +153,25 @@ class Town:
     def side(self) -> float:
         """Sign of the left normal on which traffic drives: -1 right-hand, +1 left-hand."""
         return -1.0 if self.right_hand else 1.0
+
+
+def stop_sign_pose(town: Town, junction: int, arm: int) -> tuple[float, float, float]:
+    """Where a stop sign of a junction stands: at the kerb beside the stop line.
+
+    Returns:
+        x, y and the direction to which it shows.
+    """
+    place = town.junctions[junction]
+    road = next(road for road in town.roads if (junction, arm) in (road.start, road.end))
+    outward = np.array(exact.cos_sin(place.arm_heading(arm)))
+    # To the left of who arrives.
+    left = np.array([outward[1], -outward[0]])
+    x, y = (
+        place.centre
+        + outward * (place.radius + STOP_SETBACK)
+        + left * town.side * (road.half_width + SIGN_SETBACK)
+    ).tolist()
+    return x, y, place.arm_heading(arm)
 
 
 def merges(town: Town, connector: str) -> bool:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from spacedrive_jax import exact
 from spacedrive_jax.world import paths
@@ -223,16 +223,49 @@ Phase = tuple[float, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Priority:
+    """Who goes first at a junction without lights."""
+
+    minor: tuple[int, ...]
+    """Arms from which vehicles give way to all others."""
+    stop: bool = False
+    """Whether a stop sign stands at each of them."""
+
+    def signed(self, arm: int) -> bool:
+        """Whether a stop sign stands at an arm."""
+        return self.stop and arm in self.minor
+
+    def rank(self, gate: Gate, side: float) -> tuple[bool, bool, int]:
+        """An order of those who come by different arms: the lower goes first.
+
+        Minor arms give way, then whoever turns across the oncoming traffic; no two are equal.
+
+        Args:
+            gate: the junction on a vehicle's way.
+            side: of the town's traffic (`Town.side`).
+        """
+        return gate.arm in self.minor, gate.turn == ("left" if side < 0 else "right"), gate.arm
+
+
+@dataclasses.dataclass(frozen=True)
 class Signals:
-    """Split-phase signals: one arm at a time is green; scripts may say who has green at some junctions."""
+    """Split-phase signals: one arm at a time is green; scripts may say who has green at some junctions, or
+    take their lights away.
+    """
 
     offsets: Float[np.ndarray, "J"]
     arms: tuple[tuple[int, ...], ...]
     scripted: dict[int, tuple[Phase, ...]]
     """Junction to its phases in time order."""
+    priorities: Mapping[int, Priority] = dataclasses.field(default_factory=dict)
+    """Junctions without lights."""
 
     def green_arms(self, junction: int, time: float) -> tuple[int, ...]:
-        """The arms that have green: one, none while all are red, two where a script has it so."""
+        """The arms that have green: one, none while all are red, two where a script has it so, and all where
+        there are no lights, so that nobody waits for one or runs one.
+        """
+        if junction in self.priorities:
+            return self.arms[junction]
         if junction in self.scripted:
             current: tuple[int, ...] = ()
             for since, arms in self.scripted[junction]:
@@ -243,6 +276,13 @@ class Signals:
             return ()
         arms = self.arms[junction]
         return (arms[int(phase) % len(arms)],)
+
+    def holds_back(self, gate: Gate) -> bool:
+        """Whether a vehicle may have to wait at a junction at time 0."""
+        priority = self.priorities.get(gate.junction)
+        return gate.arm not in self.green_arms(gate.junction, 0.0) or bool(
+            priority and gate.arm in priority.minor
+        )
 
 
 def lane_route(town: Town, keys: list[str], lateral: float = 0.0, smoothing: float = 1.2) -> Route:
@@ -377,15 +417,17 @@ class Tracks:
         self.ends = np.array([route.lengths[-1] for route in routes])
         self.ahead = np.array([mover.reference_to_centre for mover in movers])
 
-    def poses(self, s: Float[np.ndarray, "A"]) -> Float[np.ndarray, "A 3"]:
-        """x, y, heading of every box centre at arc lengths `s`."""
-        position = np.clip(s / self.spacing, 0.0, self.last - 1e-6)
+    def poses(
+        self, s: Float[np.ndarray, "*T A"], who: Int[np.ndarray, "A"] | slice = slice(None)
+    ) -> Float[np.ndarray, "*T A 3"]:
+        """x, y, heading of every box centre at arc lengths `s`, or of those in `who` alone."""
+        position = np.clip(s / self.spacing[who], 0.0, self.last[who] - 1e-6)
         low = position.astype(int)
-        rows = self.first + low
-        result = self.table[rows] + (position - low)[:, None] * (self.table[rows + 1] - self.table[rows])
-        cos, sin = exact.cos_sin(result[:, 2])
-        result[:, 0] += self.ahead * cos
-        result[:, 1] += self.ahead * sin
+        rows = self.first[who] + low
+        result = self.table[rows] + (position - low)[..., None] * (self.table[rows + 1] - self.table[rows])
+        cos, sin = exact.cos_sin(result[..., 2])
+        result[..., 0] += self.ahead[who] * cos
+        result[..., 1] += self.ahead[who] * sin
         return result
 
 
@@ -396,6 +438,8 @@ class CastOnRoutes:
         self.town, self.cast = town, cast
         self.movers = cast.movers
         self.profiles = [speed_limit_profile(mover.route) for mover in self.movers]
+        self.limits = np.concatenate(self.profiles)
+        """All profiles, one after the other as in `tracks.table`."""
         sizes = [mover.size[:2] for mover in self.movers] + [item.size[:2] for item in cast.obstacles]
         self.half = np.array(sizes).reshape(-1, 2) / 2
         self.still = np.array([item.pose for item in cast.obstacles]).reshape(-1, 3)
@@ -427,6 +471,14 @@ class CastOnRoutes:
                 self.arrivals.setdefault(zebra.crossing, []).append((i, zebra))
             for gate in mover.route.gates:
                 self.entries.setdefault(gate.junction, []).append((i, gate))
+        self.signs = [
+            (i, gate)
+            for i, mover in enumerate(self.movers)
+            for gate in mover.route.gates
+            if gate.junction in cast.signals.priorities
+            and cast.signals.priorities[gate.junction].signed(gate.arm)
+        ]
+        """Vehicles whose routes lead past a stop sign, and to which junction."""
         self.gates = [(i, gate) for i, mover in enumerate(self.movers) for gate in mover.route.gates]
         self.zebras = [(i, zebra) for i, mover in enumerate(self.movers) for zebra in mover.route.zebras]
         self.parts = [i for i, mover in enumerate(self.movers) if mover.part is not None]

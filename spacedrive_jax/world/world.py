@@ -34,7 +34,7 @@ class WorldState:
         """As plain JSON values; numbers keep all their bits."""
         arrays = {
             name: [None if np.isinf(value) else float(value) for value in getattr(self.traffic, name)]
-            for name in ("s", "speed", "acceleration", "since")
+            for name in ("s", "speed", "acceleration", "since", "stood")
         }
         vehicle = None if self.vehicle is None else dataclasses.asdict(self.vehicle)
         return {"traffic": {"step": self.traffic.step, **arrays}, "vehicle": vehicle}
@@ -49,7 +49,7 @@ class WorldState:
         try:
             arrays = {
                 name: np.array([np.inf if value is None else value for value in values["traffic"][name]])
-                for name in ("s", "speed", "acceleration", "since")
+                for name in ("s", "speed", "acceleration", "since", "stood")
             }
             vehicle = None if values["vehicle"] is None else VehicleState(**values["vehicle"])
             return cls(TrafficState(int(values["traffic"]["step"]), **arrays), vehicle)

@@ -11,7 +11,7 @@ from spacedrive_jax.driving.drive_log import DriveLog, LaneMap
 from spacedrive_jax.world import traffic
 from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, Scenario
 from spacedrive_jax.world.town import Junction, Lane, Road, Town
-from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Signals
+from spacedrive_jax.world.traffic import Cast, Motion, Mover, Obstacle, Priority, Signals
 from spacedrive_jax.world.vehicle import VehicleState
 from spacedrive_jax.world.world import World, WorldState
 
@@ -66,6 +66,7 @@ def make_log(
     others: tuple[Other, ...] = (),
     goal: float = 150.0,
     green: bool = True,
+    priority: Priority | None = None,
 ) -> DriveLog:
     """A drive along the road.
 
@@ -76,6 +77,7 @@ def make_log(
         others: movers (more than one pose) before obstacles (one pose).
         goal: metres along the route at which it ends.
         green: of the junction's light for the road.
+        priority: who goes first there, in place of lights.
     """
     steps = len(x)
     y, yaw = np.broadcast_to(y, steps), np.broadcast_to(yaw, steps)
@@ -90,7 +92,9 @@ def make_log(
         else:
             pose = tuple(float(value) for value in other.poses)
             obstacles.append(Obstacle(f"thing{number}", other.category, other.size, pose))
-    signals = Signals(np.zeros(3), ((0, 1, 2), (0, 2), (0, 2)), {0: ((-1.0, (2 if green else 1,)),)})
+    lights = {JUNCTION: ((-1.0, (2 if green else 1,)),)}
+    rules = {} if priority is None else {JUNCTION: priority}
+    signals = Signals(np.zeros(3), ((0, 1, 2), (0, 2), (0, 2)), lights, rules)
     scenario = Scenario(TOWN, "cruise", "", Cast(tuple(movers), tuple(obstacles), signals), ())
     velocity = (
         np.hypot(np.gradient(x, STEP, edge_order=2), np.gradient(y, STEP, edge_order=2))

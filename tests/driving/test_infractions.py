@@ -14,12 +14,15 @@ from spacedrive_jax.driving.infractions import (
     overlapping,
     red_lights,
     speed_percentages,
+    stop_signs,
     waits_at_red,
     went_wrong,
 )
 from spacedrive_jax.driving.results import drive_record, metric_info, result_file
 from spacedrive_jax.evaluation.bench2drive import PENALTIES, read_results, score_routes
 from spacedrive_jax.json_files import write_json
+from spacedrive_jax.world.scenario import EGO_AHEAD
+from spacedrive_jax.world.traffic import Priority
 from tests.driving.hand_made import LANES, Other, cruise, make_log
 
 FRONT = 3.4
@@ -111,6 +114,58 @@ def test_the_rear_end_over_the_stop_line_at_red(green: bool, count: int) -> None
     log = make_log(cruise(200.0), green=green, goal=205.0)
     assert len(red_lights(log, LANES)) == count
     assert len(messages(log, LANES)["red_light"]) == count
+
+
+SIGN = Priority((2,), stop=True)
+LINE = 200.0 - 5.2 - EGO_AHEAD
+"""The rear axle's x at which the vehicle's centre is on the stop line."""
+
+
+def test_a_stop_sign_that_is_run_costs_a_fifth_in_the_evaluators_words() -> None:
+    log = make_log(cruise(200.0), goal=205.0, priority=SIGN)
+    record = record_of(log)
+    # At the kerb, 0.8 m beside a road of 3.5 m; the number counts junctions and their arms.
+    assert record["infractions"]["stop_infraction"] == [
+        "Agent ran a stop with id=2 at (x=194.800, y=-4.300, z=0.0)"
+    ]
+    assert record["scores"]["score_composed"] == pytest.approx(100 * PENALTIES["stop_infraction"])
+    assert (record["status"], record["infractions"]["red_light"]) == ("Completed", [])
+    (run,) = stop_signs(log, LANES)
+    assert went_wrong(log, LANES, "goal") == run.step
+
+
+@pytest.mark.parametrize("priority", [None, Priority((2,)), Priority((0, 1), stop=True)])
+def test_no_sign_stands_where_there_are_lights_or_no_stop_or_at_another_arm(
+    priority: Priority | None,
+) -> None:
+    assert not stop_signs(make_log(cruise(200.0), goal=205.0, priority=priority), LANES)
+
+
+@pytest.mark.parametrize(("before", "runs"), [(3.95, 0), (4.05, 1), (-1.15, 0), (-1.25, 1)])
+def test_only_who_stands_near_the_line_has_stopped(before: float, runs: int) -> None:
+    """From 4 m before it to where it leaves the sign's box."""
+    to_it = np.linspace(10.0, LINE - before, 300)
+    x = np.concatenate([to_it, np.full(9, to_it[-1]), LINE - before + np.linspace(0.3, 20.0, 60)])
+    assert len(stop_signs(make_log(x, goal=240.0, priority=SIGN), LANES)) == runs
+
+
+@pytest.mark.parametrize(("speed", "runs"), [(0.09, 0), (0.11, 1)])
+def test_who_rolls_over_the_line_has_not_stopped(speed: float, runs: int) -> None:
+    rolling = LINE - 2.0 + speed * 0.1 * np.arange(20)
+    x = np.concatenate([np.linspace(10.0, rolling[0] - 0.3, 300), rolling, rolling[-1] + np.arange(1, 30)])
+    assert len(stop_signs(make_log(x, goal=240.0, priority=SIGN), LANES)) == runs
+
+
+@pytest.mark.parametrize(("beyond", "runs"), [(1.15, 0), (1.25, 1)])
+def test_a_sign_is_run_when_its_box_is_left(beyond: float, runs: int) -> None:
+    x = np.linspace(10.0, LINE + beyond, 300)
+    assert len(stop_signs(make_log(x, goal=240.0, priority=SIGN), LANES)) == runs
+
+
+@pytest.mark.parametrize(("y", "yaw", "runs"), [(0.05, 0.0, 0), (-0.05, 0.0, 1), (-1.75, np.pi, 0)])
+def test_a_sign_is_for_its_lane_and_direction(y: float, yaw: float, runs: int) -> None:
+    log = make_log(cruise(200.0), y, yaw=yaw, goal=240.0, priority=SIGN)
+    assert len(stop_signs(log, LANES)) == runs
 
 
 def test_waiting_before_or_on_the_line_is_no_offence() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from spacedrive_jax.driving import scenarios
 from spacedrive_jax.driving.driver import Driver
 from spacedrive_jax.driving.infractions import overlapping
 from spacedrive_jax.driving.policies import route_constant_speed
@@ -18,9 +21,10 @@ from spacedrive_jax.driving.scenarios import (
     drive_set,
     town_of_drives,
 )
-from spacedrive_jax.world.scenario import WARM_UP
+from spacedrive_jax.world.scenario import EGO_AHEAD, EGO_SIZE, WARM_UP, Script
 from spacedrive_jax.world.stage import signal_states
-from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN
+from spacedrive_jax.world.town import LOCATIONS, TEST_TOWN, Town
+from spacedrive_jax.world.traffic import lane_route
 from spacedrive_jax.world.world import World
 
 
@@ -51,6 +55,8 @@ def test_a_red_light_holds_the_turn_for_its_time() -> None:
         "SignalizedJunctionLeftTurn",
         "NeuroNCAPFrontal",
         "NeuroNCAPSide",
+        "NonSignalizedJunctionLeftTurn",
+        "NonSignalizedJunctionRightTurn",
     ],
 )
 def test_who_does_not_look_meets_the_adversary_and_the_scripts_driver_does_not(kind: str) -> None:
@@ -112,6 +118,49 @@ def test_who_turns_across_the_oncoming_traffic_has_green_with_it() -> None:
         lights = [(j.index, arm) for j in scenario.town.junctions if j.signalised for arm in j.arms]
         assert shown[lights.index((gate.junction, (gate.arm + 2) % 4))] == "green"
     assert turns == {"boston-seaport": "left", "singapore-onenorth": "right"}
+
+
+WITHOUT_LIGHTS = [name for name, kind in KINDS.items() if kind.junction != "lights"]
+
+
+@pytest.mark.parametrize("town", [*LOCATIONS, TEST_TOWN])
+def test_junctions_without_lights_are_found_in_every_town(town: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for who plays a part there; the simulation is left out."""
+
+    def placed(town: Town, script: Script, manoeuvre: str, total: float, rng: Any, actors: Any = None) -> Any:
+        if actors is not None:
+            actors(lane_route(town, script.keys))
+        return town, script
+
+    monkeypatch.setattr(scenarios, "cast_scenario", placed)
+    monkeypatch.setattr(scenarios, "goal_of", lambda scenario, kind: 0.0)
+    assert len(WITHOUT_LIGHTS) == 4
+    for name in WITHOUT_LIGHTS:
+        (built, script), _ = build_drive(DriveSpec(0, name, town, 0))
+        gate = lane_route(built, script.keys).gates[0]
+        ((junction, priority),) = script.priorities.items()
+        assert junction == gate.junction
+        assert (gate.arm in priority.minor) is (KINDS[name].junction != "goes first")
+        assert priority.signed(gate.arm) is (KINDS[name].junction == "stop sign")
+
+
+def test_a_stop_sign_takes_the_place_of_the_lights() -> None:
+    scenario, _ = build_drive(DriveSpec(0, "VanillaNonSignalizedTurnEncounterStopsign", TEST_TOWN, 0))
+    gate = scenario.ego.route.gates[0]
+    shown = signal_states(scenario, 3.0)
+    lights = [(j.index, arm) for j in scenario.town.junctions if j.signalised for arm in j.arms]
+    here = {
+        arm: shown[lights.index((junction, arm))] for junction, arm in lights if junction == gate.junction
+    }
+    assert here.pop(gate.arm) == "stop"
+    assert {here.pop(arm) for arm in ((gate.arm + 1) % 4, (gate.arm + 3) % 4)} == {""}
+    assert set(here.values()) <= {"stop"}
+    assert {"red"} < set(shown)  # the other junctions keep theirs
+    # The script's driver stops there, in the place where that counts.
+    motion, line = scenario.motions[0], gate.stop - EGO_SIZE[0] / 2 - EGO_AHEAD
+    standing = motion.s[motion.speed < 0.1]
+    assert len(standing) >= 15
+    assert np.all((standing > line - 1.0) & (standing < line))
 
 
 def test_a_drive_that_stops_at_a_red_light_goes_on_behind_it() -> None:
