@@ -57,6 +57,18 @@ class RightOfWay:
         poses: Float[np.ndarray, "R 3"],
         off_route: bool,
     ) -> None:
+        """Notes where everybody is.
+
+        Args:
+            whole: who moves along which route.
+            time: seconds since the start of the simulation.
+            s: arc lengths along the routes, metres.
+            speed: m/s.
+            since: when each mover's part was triggered, seconds.
+            stood: seconds at the stop sign before each.
+            poses: box centre x, y in metres and heading in radians, of what stands still behind the movers.
+            off_route: whether the ego vehicle is too far from its route for its arc length to say anything.
+        """
         self.whole, self.time = whole, time
         self.s, self.speed, self.since, self.stood, self.poses = s, speed, since, stood, poses
         self.movers, self.half = whole.movers, whole.half
@@ -102,26 +114,19 @@ class RightOfWay:
         return bool((not green or self._occupied(i, gate.junction, gate.arm)) and can_stop)
 
     def _gives_way(self, i: int, gate: Gate, priority: Priority) -> bool:
-        """Whether a vehicle that went on now would come near who goes first, or is inside already.
-
-        An alert driver lets an adversary go first too.
-        """
+        """Whether a vehicle that went on now would come near who goes first, or is inside already."""
         if gate.stop - self.front[i] > DECIDES[0] + DECIDES[1] * self.speed[i]:
             return False
         if self.astray >= 0 and i != self.astray and self._inside_junction(gate.junction):
             return True
         gates, ways = self._ways(gate.junction)
-        side, alert = self.whole.town.side, self.movers[i].alert
+        side = self.whole.town.side
         first = [
             j
             for j, other in gates.items()
             if j not in (i, self.astray)
             and other.arm != gate.arm
-            and (
-                self.front[j] > other.stop + 2.5
-                or priority.rank(other, side) < priority.rank(gate, side)
-                or (alert and self._acts(j))
-            )
+            and (self.front[j] > other.stop + 2.5 or priority.rank(other, side) < priority.rank(gate, side))
         ]
         return (
             i in ways and bool(first) and self._meets(i, ways[i], first, np.stack([ways[j] for j in first]))

@@ -26,8 +26,8 @@ CROSSING_SETBACK = 1.0
 STOP_SETBACK = CROSSING_SETBACK + CROSSING_LENGTH + 1.2
 """From the junction edge back to the stop line, metres."""
 
-SIGN_SETBACK = 0.8
-"""From the kerb to a sign's post, metres."""
+POST_SETBACK = 0.8
+"""From the kerb to the post of a sign or of a light, metres."""
 
 MARGIN = 110.0
 TOWN_EDGE = MARGIN * 2 + 500.0
@@ -169,7 +169,7 @@ def stop_sign_pose(town: Town, junction: int, arm: int) -> tuple[float, float, f
     x, y = (
         place.centre
         + outward * (place.radius + STOP_SETBACK)
-        + left * town.side * (road.half_width + SIGN_SETBACK)
+        + left * town.side * (road.half_width + POST_SETBACK)
     ).tolist()
     return x, y, place.arm_heading(arm)
 
